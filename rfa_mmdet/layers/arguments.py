@@ -1,0 +1,76 @@
+"""Checks of arguments and inputs, shared by every layer: one error, in words."""
+
+from typing import Any
+
+from torch import Tensor
+
+
+def positive_int(name: str, value: Any) -> int:
+    """Return ``value`` if it is a positive int.
+
+    Raises:
+        TypeError: It is not an int.
+        ValueError: It is not positive.
+
+    Example:
+        >>> positive_int("groups", 0)
+        Traceback (most recent call last):
+        ValueError: groups=0: must be at least 1
+    """
+    return _int_from(1, name, value)
+
+
+def int_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
+    """Return an int, or a pair of ints, as a pair (vertical, horizontal).
+
+    Raises:
+        TypeError: It is neither an int nor a pair of ints.
+        ValueError: One of the two is below ``minimum``.
+
+    Example:
+        >>> int_pair("stride", 2, minimum=1)
+        (2, 2)
+        >>> int_pair("padding", (0, 1), minimum=0)
+        (0, 1)
+    """
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise TypeError(f"{name}={value!r}: must be an int or a pair of ints")
+        return _int_from(minimum, name, value[0]), _int_from(minimum, name, value[1])
+    return (_int_from(minimum, name, value),) * 2
+
+
+def check_feature_map(layer: str, x: Any, in_channels: int) -> None:
+    """Raise unless ``x`` is a (B, in_channels, H, W) tensor of floating point with H, W > 0.
+
+    Raises:
+        TypeError: It is not a floating-point tensor.
+        ValueError: Another rank, other channels, or an empty map.
+
+    Example:
+        >>> import torch
+        >>> check_feature_map("EMA", torch.rand(2, 8, 4, 4), 16)
+        Traceback (most recent call last):
+        ValueError: EMA: input has 8 channels (shape (2, 8, 4, 4)), but in_channels=16
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        found = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{layer}: input must be a tensor of floating point, not {found}")
+    shape = tuple(x.shape)
+    if len(shape) != 4:
+        raise ValueError(f"{layer}: input has shape {shape}, but (B, C, H, W) is needed")
+    if shape[1] != in_channels:
+        raise ValueError(
+            f"{layer}: input has {shape[1]} channels (shape {shape}), but in_channels={in_channels}"
+        )
+    if shape[2] == 0 or shape[3] == 0:
+        raise ValueError(f"{layer}: input has an empty map (shape {shape})")
+
+
+def _int_from(minimum: int, name: str, value: Any) -> int:
+    # bool is an int to Python, but bias=True in the wrong place is no kernel_size.
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: must be an int, not {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name}={value}: must be at least {minimum}")
+    return value

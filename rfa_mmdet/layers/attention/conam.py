@@ -1,0 +1,106 @@
+"""ConAM: confident attention over patches.
+
+Paper: "ConAM: Confidence Attention Module for Convolutional Neural Networks", arXiv 2110.14369.
+The abstract of its last version asks for withdrawal over a conflict of interest; the mechanism is
+offered here as it was described.
+
+What differs from the published code: map sizes that ``patch_size`` does not divide work (patches
+at the border are means over real pixels), and arguments are checked when the layer is built.
+Softmax and dot products are float32 under mixed precision. The parameters keep the published
+names.
+"""
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rfa_mmdet.layers.arguments import check_feature_map, positive_int
+from rfa_mmdet.ops.conam import patch_confidence, patch_means, spread_patches
+from rfa_mmdet.ops.precision import at_least_float32, no_autocast
+
+
+@MODELS.register_module()
+class ConAM(nn.Module):
+    """Confident attention; keeps the shape.
+
+    Every patch is strengthened by its confidence: how well its mean agrees with the mean of the
+    whole map, after a shared MLP, relative to the other patches. Confidences sum to 1 over the
+    patches of a map, so on large maps each fades; ``scale_by_patches`` makes their mean 1.
+
+    Args:
+        in_channels (int): C of the input (B, C, H, W).
+        patch_size (int): Side of a patch, in cells; at most the smaller side of the map.
+        hidden_channels (int): Width of the shared MLP.
+        scale_by_patches (bool): Multiply by the number of patches (not in the paper).
+            Defaults to False.
+
+    Raises:
+        TypeError, ValueError: An argument or the input is not as above.
+
+    Example:
+        >>> from mmcv.cnn import build_plugin_layer
+        >>> cfg = dict(type="ConAM", patch_size=4, hidden_channels=16)
+        >>> name, conam = build_plugin_layer(cfg, in_channels=64)
+        >>> name, conam(torch.rand(2, 64, 10, 13)).shape
+        ('conam', torch.Size([2, 64, 10, 13]))
+    """
+
+    _abbr_ = "conam"
+
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int,
+        hidden_channels: int,
+        scale_by_patches: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_channels = positive_int("in_channels", in_channels)
+        self.patch_size = positive_int("patch_size", patch_size)
+        self.hidden_channels = positive_int("hidden_channels", hidden_channels)
+        self.scale_by_patches = scale_by_patches
+        self.linear1 = nn.Linear(in_channels, hidden_channels)
+        self.linear2 = nn.Linear(hidden_channels, in_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Strengthen every patch by its confidence.
+
+        Args:
+            x (Tensor): (B, C, H, W).
+
+        Returns:
+            Tensor: (B, C, H, W).
+
+        Raises:
+            ValueError: A patch is larger than the map.
+        """
+        check_feature_map("ConAM", x, self.in_channels)
+        height, width = x.shape[2:]
+        if self.patch_size > min(height, width):
+            raise ValueError(
+                f"ConAM: patch_size={self.patch_size} is larger than the map of {height} x {width} "
+                f"cells; valid here: 1 to {min(height, width)}"
+            )
+        with no_autocast(x):
+            values = at_least_float32(x)
+            local = patch_means(values, self.patch_size)  # (B, C, rows, columns)
+            grid = local.shape[2:]
+            whole = self._mlp(values.mean((2, 3)))  # (B, C)
+            local = self._mlp(local.flatten(2).transpose(1, 2))  # (B, rows * columns, C)
+            confidence = patch_confidence(local, whole)  # (B, rows * columns)
+            if self.scale_by_patches:
+                confidence = confidence * confidence.shape[1]
+            confidence = confidence.unflatten(1, grid)
+        gate = spread_patches(confidence, self.patch_size, (height, width))  # (B, 1, H, W)
+        return x + x * gate.to(x.dtype)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        # In x's precision even if the module was converted to half.
+        for linear in (self.linear1, self.linear2):
+            x = torch.relu(F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype)))
+        return x
+
+    def extra_repr(self) -> str:
+        """Show the arguments that the children's lines do not."""
+        return f"patch_size={self.patch_size}, scale_by_patches={self.scale_by_patches}"

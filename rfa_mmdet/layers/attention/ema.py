@@ -1,0 +1,80 @@
+"""EMA: efficient multi-scale attention with cross-spatial learning.
+
+Paper: "Efficient Multi-Scale Attention Module with Cross-Spatial Learning", arXiv 2305.13563.
+
+What differs from the published code: channels that ``factor`` does not divide are refused when
+the layer is built (there, a reshape fails in the first forward); plain means stand for adaptive
+pooling (the same numbers; they export with dynamic sizes); gates are float32 under mixed
+precision. The parameters keep the published names.
+"""
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from rfa_mmdet.layers.arguments import check_feature_map, positive_int
+from rfa_mmdet.ops.ema import cross_spatial_gate
+from rfa_mmdet.ops.precision import at_least_float32
+
+
+@MODELS.register_module()
+class EMA(nn.Module):
+    """Efficient multi-scale attention; keeps the shape.
+
+    Args:
+        in_channels (int): C of the input (B, C, H, W).
+        factor (int): Number of channel groups; divides ``in_channels``. Defaults to 32.
+
+    Raises:
+        TypeError, ValueError: An argument or the input is not as above.
+
+    Example:
+        >>> from mmcv.cnn import build_plugin_layer
+        >>> name, ema = build_plugin_layer(dict(type="EMA", factor=8), in_channels=64)
+        >>> name, ema(torch.rand(2, 64, 7, 9)).shape
+        ('ema', torch.Size([2, 64, 7, 9]))
+    """
+
+    _abbr_ = "ema"
+
+    def __init__(self, in_channels: int, factor: int = 32) -> None:
+        super().__init__()
+        self.in_channels = positive_int("in_channels", in_channels)
+        self.factor = positive_int("factor", factor)
+        if in_channels % factor:
+            divisors = [d for d in range(1, in_channels + 1) if in_channels % d == 0]
+            raise ValueError(
+                f"factor={factor}: must divide in_channels={in_channels}; "
+                f"valid: {', '.join(map(str, divisors))}"
+            )
+        channels = in_channels // factor
+        self.conv1x1 = nn.Conv2d(channels, channels, 1)
+        self.conv3x3 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.gn = nn.GroupNorm(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Weigh every cell, a gate for each group of channels.
+
+        Args:
+            x (Tensor): (B, C, H, W).
+
+        Returns:
+            Tensor: (B, C, H, W).
+        """
+        check_feature_map("EMA", x, self.in_channels)
+        height, width = x.shape[2:]
+        # (B, C, H, W) -> (B * factor, c, H, W)
+        groups = x.unflatten(1, (self.factor, -1)).flatten(0, 1)
+        rows = groups.mean(3)  # (B * factor, c, H)
+        columns = groups.mean(2)  # (B * factor, c, W)
+        gates = self.conv1x1(torch.cat([rows, columns], dim=2).unsqueeze(3)).squeeze(3)
+        gates = torch.sigmoid(at_least_float32(gates)).to(groups.dtype)
+        row_gate, column_gate = gates.split([height, width], dim=2)
+        x1 = self.gn(groups * row_gate.unsqueeze(3) * column_gate.unsqueeze(2))
+        x2 = self.conv3x3(groups)
+        gate = cross_spatial_gate(x1, x2).to(groups.dtype)  # (B * factor, 1, H, W)
+        return (groups * gate).unflatten(0, (-1, self.factor)).flatten(1, 2)
+
+    def extra_repr(self) -> str:
+        """Show the arguments."""
+        return f"in_channels={self.in_channels}, factor={self.factor}"

@@ -1,0 +1,124 @@
+"""The Conv2d contract: what mmcv and MMDetection expect of anything they build as a convolution."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rfa_mmdet.layers.arguments import check_feature_map, int_pair, positive_int
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class AttentionConv2d(nn.Module):
+    """Base of the convolutions with attention: Conv2d's arguments, checked, under its names.
+
+    One difference from Conv2d: ``padding`` may be left out. A window with attention has a centre,
+    so an odd kernel then keeps the size at stride 1, as in the papers; an even kernel has no
+    symmetric padding that does, and must be told.
+
+    Args:
+        in_channels (int): C of the input (B, C, H, W).
+        out_channels (int): O of the output (B, O, h, w).
+        kernel_size (int | tuple[int, int]): Size of the window.
+        stride (int | tuple[int, int]): Step of the window.
+        padding (int | tuple[int, int] | None): Cells added on each side. None: dilation *
+            (kernel_size - 1) / 2.
+        dilation (int | tuple[int, int]): Distance of neighbours in a window.
+        groups (int): Groups of the final convolution; divides both channel numbers.
+        padding_mode (str): 'zeros', 'reflect', 'replicate' or 'circular'.
+
+    Raises:
+        TypeError, ValueError: An argument is not as above; the message names it and its value.
+    """
+
+    # mmcv's ConvModule copies these from the convolution that it holds.
+    transposed = False
+    output_padding = (0, 0)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | None = None,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+    ) -> None:
+        super().__init__()
+        self.in_channels = positive_int("in_channels", in_channels)
+        self.out_channels = positive_int("out_channels", out_channels)
+        self.kernel_size = int_pair("kernel_size", kernel_size, minimum=1)
+        self.stride = int_pair("stride", stride, minimum=1)
+        self.dilation = int_pair("dilation", dilation, minimum=1)
+        self.padding = self._resolve_padding(padding)
+        self.groups = positive_int("groups", groups)
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"groups={groups}: must divide in_channels={in_channels} "
+                f"and out_channels={out_channels}"
+            )
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode={padding_mode!r}: must be one of {PADDING_MODES}")
+        self.padding_mode = padding_mode
+
+    def _resolve_padding(self, padding: Any) -> tuple[int, int]:
+        if padding is not None:
+            return int_pair("padding", padding, minimum=0)
+        if any(k % 2 == 0 for k in self.kernel_size):
+            raise ValueError(
+                f"padding=None with the even kernel_size={self.kernel_size}: no padding of both "
+                "sides keeps the size; pass padding, or an odd kernel_size"
+            )
+        return tuple(d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel_size, strict=True))
+
+    def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Check ``x`` and pad it where the mode is not zeros.
+
+        Args:
+            x (Tensor): (B, C, H, W).
+
+        Returns:
+            tuple[Tensor, tuple[int, int]]: The map, and the zero padding still to be added.
+
+        Raises:
+            TypeError, ValueError: ``x`` is no (B, in_channels, H, W), or smaller than the window.
+        """
+        name = type(self).__name__
+        check_feature_map(name, x, self.in_channels)
+        for size, k, p, d in zip(
+            x.shape[2:], self.kernel_size, self.padding, self.dilation, strict=True
+        ):
+            if size + 2 * p < d * (k - 1) + 1:
+                raise ValueError(
+                    f"{name}: input of shape {tuple(x.shape)} with padding={self.padding} is "
+                    f"smaller than the window: kernel_size={self.kernel_size}, "
+                    f"dilation={self.dilation}"
+                )
+            widest = {"reflect": size - 1, "circular": size}.get(self.padding_mode)
+            if widest is not None and p > widest:
+                raise ValueError(
+                    f"{name}: padding={self.padding} with padding_mode={self.padding_mode!r} is "
+                    f"wider than the input of shape {tuple(x.shape)} allows"
+                )
+        if self.padding_mode == "zeros":
+            return x, self.padding
+        vertical, horizontal = self.padding
+        x = F.pad(x, (horizontal, horizontal, vertical, vertical), mode=self.padding_mode)
+        return x, (0, 0)
+
+    def extra_repr(self) -> str:
+        """Show Conv2d's arguments; the rest stands in the children's own lines."""
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}"
+        )
+        if self.dilation != (1, 1):
+            text += f", dilation={self.dilation}"
+        if self.groups != 1:
+            text += f", groups={self.groups}"
+        if self.padding_mode != "zeros":
+            text += f", padding_mode={self.padding_mode!r}"
+        return text

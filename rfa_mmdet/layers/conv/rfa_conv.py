@@ -1,0 +1,165 @@
+"""RFAConv: receptive-field attention convolution.
+
+Paper: "RFAConv: Innovating Spatial Attention and Standard Convolutional Operation",
+arXiv 2304.03198.
+
+What differs from the published code: every argument of Conv2d works (there, a second class of
+the same name without stride shadows the first, dilation is ignored, and an even kernel passes an
+assertion that cannot fail); a 1x1 kernel is a plain convolution; the final convolution runs over
+channels instead of a k-fold enlarged map (the same sum).
+"""
+
+from mmcv.cnn import build_activation_layer, build_norm_layer
+from mmengine.model import kaiming_init
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from rfa_mmdet.layers.conv.base import AttentionConv2d
+from rfa_mmdet.ops.rfa_conv import receptive_field_attention, receptive_field_mean, rfa_conv
+
+
+@MODELS.register_module()
+class RFAConv(AttentionConv2d):
+    """Convolution whose K = kh * kw window positions are weighed by an attention of their own.
+
+    Arguments shared with Conv2d: see
+    :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`. No norm or activation follows the
+    convolution: ConvModule and ResNet add theirs.
+
+    Args:
+        in_channels (int): C of the input (B, C, H, W).
+        out_channels (int): O of the output (B, O, h, w).
+        kernel_size (int | tuple[int, int]): A receptive field of one has nothing to weigh: a 1x1
+            RFAConv is a plain convolution, without attention, norm and activation.
+        stride (int | tuple[int, int]): Defaults to 1.
+        padding (int | tuple[int, int] | None): Defaults to None: an odd kernel keeps the size.
+        dilation (int | tuple[int, int]): Defaults to 1.
+        groups (int): Of the final convolution. Defaults to 1.
+        bias (bool): Of the final convolution. Defaults to True.
+        padding_mode (str): Defaults to 'zeros'.
+        norm_cfg (dict | None): Norm of the receptive-field features. Defaults to BN.
+        act_cfg (dict | None): Their activation. Defaults to ReLU.
+
+    Raises:
+        TypeError, ValueError: An argument or the input is not as above.
+
+    Example:
+        >>> import torch
+        >>> from mmcv.cnn import build_conv_layer
+        >>> conv = build_conv_layer(dict(type="RFAConv"), 16, 32, 3, stride=2, padding=1)
+        >>> conv(torch.rand(2, 16, 9, 12)).shape
+        torch.Size([2, 32, 5, 6])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | None = None,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        norm_cfg: dict | None = dict(type="BN"),
+        act_cfg: dict | None = dict(type="ReLU", inplace=True),
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
+        )
+        window = dict(stride=self.stride, padding=self.padding, dilation=self.dilation)
+        if self.is_pointwise:
+            self.conv = nn.Conv2d(
+                in_channels,
+                out_channels,
+                1,
+                **window,
+                groups=groups,
+                bias=bias,
+                padding_mode=padding_mode,
+            )
+            return
+        wide = in_channels * self.kernel_size[0] * self.kernel_size[1]  # C * K
+        self.attention = nn.Conv2d(in_channels, wide, 1, groups=in_channels, bias=False)
+        self.feature = nn.Conv2d(
+            in_channels,
+            wide,
+            self.kernel_size,
+            **window,
+            groups=in_channels,
+            bias=False,
+            padding_mode=padding_mode,
+        )
+        self.norm = build_norm_layer(norm_cfg, wide)[1] if norm_cfg else nn.Identity()
+        self.act = build_activation_layer(act_cfg) if act_cfg else nn.Identity()
+        # Stride k over windows laid side by side, as the paper writes it.
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            self.kernel_size,
+            stride=self.kernel_size,
+            groups=groups,
+            bias=bias,
+        )
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether the kernel is 1x1, and this layer a plain convolution."""
+        return self.kernel_size == (1, 1)
+
+    def init_weights(self) -> None:
+        """Initialise anew; MMEngine calls this after a parent's ``init_cfg`` has filled the convs.
+
+        The final convolution as every convolution of a ResNet; attention and features as torch
+        does, which is what the paper trained with. Kaiming's fan of the whole grouped convolution
+        would start them about C times too small.
+        """
+        kaiming_init(self.conv)
+        if not self.is_pointwise:
+            self.attention.reset_parameters()
+            self.feature.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve.
+
+        Args:
+            x (Tensor): (B, in_channels, H, W).
+
+        Returns:
+            Tensor: (B, out_channels, h, w).
+        """
+        padded, padding = self.pad(x)
+        if self.is_pointwise:
+            return self.conv(x)
+        return rfa_conv(
+            padded,
+            self.attention.weight,
+            self.feature.weight,
+            self.conv.weight,
+            self.conv.bias,
+            norm=self.norm,
+            act=self.act,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """Return how the positions of each window are weighed, to be looked at.
+
+        Args:
+            x (Tensor): (B, in_channels, H, W), the layer's input.
+
+        Returns:
+            Tensor: (B, in_channels, K, h, w), sums to 1 over K.
+
+        Raises:
+            ValueError: The kernel is 1x1: there is no attention.
+        """
+        if self.is_pointwise:
+            raise ValueError("kernel_size=(1, 1): a 1x1 RFAConv is a plain convolution")
+        padded, padding = self.pad(x)
+        mean = receptive_field_mean(padded, self.kernel_size, self.stride, padding, self.dilation)
+        return receptive_field_attention(mean, self.attention.weight)

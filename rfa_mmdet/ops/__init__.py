@@ -1,0 +1,1 @@
+"""Formulas: tensors in, tensors out. Needs torch and nothing else."""

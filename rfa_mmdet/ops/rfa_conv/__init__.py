@@ -1,0 +1,9 @@
+"""Receptive-field attention convolution (arXiv 2304.03198)."""
+
+from rfa_mmdet.ops.rfa_conv.reference import (
+    receptive_field_attention,
+    receptive_field_mean,
+    rfa_conv,
+)
+
+__all__ = ["receptive_field_attention", "receptive_field_mean", "rfa_conv"]

@@ -1,0 +1,113 @@
+"""RFAConv in plain torch, from the formulas of arXiv 2304.03198.
+
+Every faster implementation is measured against this one. Shapes: ``x`` is (B, C, H, W), the
+kernel kh x kw with K = kh * kw positions, the output size (h, w).
+
+What differs from the published code: the final convolution runs as a 1x1 convolution over C * K
+channels with the same weights, so the (B, C, h * kh, w * kw) layout of windows is never made;
+logits and softmax are float32 under mixed precision; stride, padding and dilation hold for the
+features and the attention alike (the published layer ignores dilation).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rfa_mmdet.ops.precision import at_least_float32
+
+Pair = tuple[int, int]
+
+
+def receptive_field_mean(
+    x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair
+) -> Tensor:
+    """Mean of each window of ``x``; zeros of the padding count, the divisor is always K.
+
+    Args:
+        x (Tensor): (B, C, H, W).
+        kernel_size, stride, padding, dilation (tuple[int, int]): As of the convolution.
+
+    Returns:
+        Tensor: (B, C, h, w).
+
+    Example:
+        >>> x = torch.ones(1, 1, 4, 4)
+        >>> receptive_field_mean(x, (2, 2), (2, 2), (0, 0), (1, 1)).shape
+        torch.Size([1, 1, 2, 2])
+    """
+    # avg_pool2d knows no dilation and at most half a kernel of padding.
+    if dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, kernel_size, strict=True)):
+        return F.avg_pool2d(x, kernel_size, stride, padding, count_include_pad=True)
+    channels = x.shape[1]
+    kernel = x.new_full((channels, 1, *kernel_size), 1 / (kernel_size[0] * kernel_size[1]))
+    return F.conv2d(x, kernel, None, stride, padding, dilation, channels)
+
+
+def receptive_field_attention(mean: Tensor, attention_weight: Tensor) -> Tensor:
+    """Softmax over the K positions of each window.
+
+    Args:
+        mean (Tensor): (B, C, h, w), from :func:`receptive_field_mean`.
+        attention_weight (Tensor): (C * K, 1, 1, 1), a grouped 1x1 convolution's weight.
+
+    Returns:
+        Tensor: (B, C, K, h, w), at least float32, sums to 1 over K.
+
+    Example:
+        >>> S = receptive_field_attention(torch.rand(2, 3, 4, 5), torch.zeros(27, 1, 1, 1))
+        >>> S.shape, bool((S == 1 / 9).all())
+        (torch.Size([2, 3, 9, 4, 5]), True)
+    """
+    channels = mean.shape[1]
+    # One weight a (channel, position): the grouped 1x1 convolution is a product.
+    weight = at_least_float32(attention_weight).reshape(1, channels, -1, 1, 1)
+    return torch.softmax(at_least_float32(mean).unsqueeze(2) * weight, dim=2)
+
+
+def rfa_conv(
+    x: Tensor,
+    attention_weight: Tensor,
+    feature_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Callable[[Tensor], Tensor],
+    act: Callable[[Tensor], Tensor],
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Convolve each window of ``x``, its K features weighed by their own attention.
+
+    Args:
+        x (Tensor): (B, C, H, W).
+        attention_weight (Tensor): (C * K, 1, 1, 1).
+        feature_weight (Tensor): (C * K, 1, kh, kw), depthwise.
+        weight (Tensor): (O, C / groups, kh, kw), of the final convolution.
+        bias (Tensor | None): (O,).
+        norm (Callable): Normalises the features, (B, C * K, h, w) to the same shape.
+        act (Callable): Activation of the features, likewise.
+        stride, padding, dilation (tuple[int, int]): Of the windows over ``x``; zero padding.
+        groups (int): Of the final convolution.
+
+    Returns:
+        Tensor: (B, O, h, w).
+
+    Example:
+        >>> x = torch.rand(2, 4, 8, 8)
+        >>> y = rfa_conv(x, torch.rand(36, 1, 1, 1), torch.rand(36, 1, 3, 3),
+        ...              torch.rand(6, 4, 3, 3), norm=torch.nn.Identity(), act=torch.relu,
+        ...              padding=(1, 1))
+        >>> y.shape
+        torch.Size([2, 6, 8, 8])
+    """
+    channels, kernel_size = x.shape[1], (weight.shape[2], weight.shape[3])
+    features = F.conv2d(x, feature_weight, None, stride, padding, dilation, channels)
+    features = act(norm(features))  # (B, C * K, h, w)
+    mean = receptive_field_mean(x, kernel_size, stride, padding, dilation)
+    attention = receptive_field_attention(mean, attention_weight)  # (B, C, K, h, w)
+    weighed = features * attention.flatten(1, 2).to(features.dtype)  # (B, C * K, h, w)
+    return F.conv2d(weighed, weight.reshape(weight.shape[0], -1, 1, 1), bias, groups=groups)
