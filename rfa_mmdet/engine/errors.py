@@ -1,0 +1,9 @@
+"""Errors that are the user's to mend: one message that names the thing and what would be right."""
+
+
+class UserError(ValueError):
+    """Base of these errors; the tools show them without a traceback."""
+
+
+class ConfigError(UserError):
+    """The config or the command line cannot be run as it is."""

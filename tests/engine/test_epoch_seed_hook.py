@@ -1,0 +1,88 @@
+"""Random numbers of a real Runner's epochs, in the process and in the workers of its loader."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import Dataset
+
+import rfa_mmdet  # noqa: F401  registers the hook
+
+
+class Draws(Dataset):
+    """Four samples, each of random numbers drawn where it is loaded."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return dict(inputs=torch.tensor([index, random.random(), np.random.rand(), torch.rand(1)]))
+
+
+class Recorder(BaseModel):
+    """Keeps what it is fed, and a number drawn in the forward pass, as dropout does."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.seen = []
+
+    def forward(self, inputs, mode):
+        assert mode == "loss"
+        self.seen.append(torch.cat([*inputs, torch.rand(1)]))
+        return dict(loss=(self.weight * torch.rand(1)).mean())
+
+
+def run(work_dir, epochs, seed=0, resume=False, workers=2, persistent=False):
+    """Train, and return (epochs, numbers) of what the model saw."""
+    runner = Runner(
+        Recorder(),
+        str(work_dir),
+        train_dataloader=dict(
+            dataset=Draws(),
+            batch_size=2,
+            num_workers=workers,
+            persistent_workers=persistent,
+            sampler=dict(type="DefaultSampler", shuffle=True),
+            collate_fn=dict(type="pseudo_collate"),
+        ),
+        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
+        custom_hooks=[dict(type="EpochSeedHook")],
+        default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=1)),
+        randomness=dict(seed=seed),
+        resume=resume,
+        experiment_name=f"{work_dir.name}-{epochs}-{resume}-{seed}-{workers}",
+    )
+    runner.train()
+    seen = torch.stack(runner.model.seen)
+    return seen.reshape(-1, 2 * seen.shape[1]), runner
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_run_draws_the_numbers_of_the_whole_one(tmp_path, workers):
+    whole, _ = run(tmp_path / "whole", 3, workers=workers)
+    run(tmp_path / "broken", 1, workers=workers)
+    resumed, _ = run(tmp_path / "broken", 3, workers=workers, resume=True)
+    assert torch.equal(resumed, whole[1:])
+    # Every column differs between epochs: index order, python, numpy, torch, forward.
+    assert (whole[0] != whole[1]).sum() >= 7
+    other, _ = run(tmp_path / "other", 3, seed=1, workers=workers)
+    assert (other != whole).any(1).all()
+
+
+def test_seed_of_the_checkpoint_is_taken_where_none_is_given(tmp_path):
+    whole, first = run(tmp_path / "whole", 3, seed=None)
+    run(tmp_path / "broken", 1, seed=first.seed)
+    resumed, second = run(tmp_path / "broken", 3, seed=None, resume=True)
+    assert second.seed == first.seed
+    assert torch.equal(resumed, whole[1:])
+
+
+def test_workers_that_outlive_an_epoch_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="persistent_workers=True"):
+        run(tmp_path, 1, persistent=True)
