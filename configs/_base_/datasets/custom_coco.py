@@ -1,0 +1,61 @@
+# Any set in COCO format. From the environment, on the command line before the tool:
+#   DATA_ROOT  the folder; CLASSES  names as in the annotations, separated by commas;
+#   TRAIN_ANN, VAL_ANN, TRAIN_IMG, VAL_IMG  below DATA_ROOT, if other than here.
+dataset_type = "CocoDataset"
+data_root = "{{$DATA_ROOT:data/custom}}/"
+classes = tuple(name.strip() for name in "{{$CLASSES:object}}".split(","))
+metainfo = dict(classes=classes)
+
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", with_bbox=True),
+    dict(type="Resize", scale=(640, 640), keep_ratio=True),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="PackDetInputs"),
+]
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(640, 640), keep_ratio=True),
+    dict(type="LoadAnnotations", with_bbox=True),
+    dict(
+        type="PackDetInputs",
+        meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"),
+    ),
+]
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=2,
+    sampler=dict(type="DefaultSampler", shuffle=True),
+    batch_sampler=dict(type="AspectRatioBatchSampler"),
+    dataset=dict(
+        type=dataset_type,
+        data_root=data_root,
+        metainfo=metainfo,
+        ann_file="{{$TRAIN_ANN:annotations/train.json}}",
+        data_prefix=dict(img="{{$TRAIN_IMG:train}}/"),
+        filter_cfg=dict(filter_empty_gt=True),
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=2,
+    persistent_workers=True,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(
+        type=dataset_type,
+        data_root=data_root,
+        metainfo=metainfo,
+        ann_file="{{$VAL_ANN:annotations/val.json}}",
+        data_prefix=dict(img="{{$VAL_IMG:val}}/"),
+        test_mode=True,
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(
+    type="CocoMetric",
+    ann_file=data_root + "{{$VAL_ANN:annotations/val.json}}",
+    metric="bbox",
+)
+test_evaluator = val_evaluator

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Run tools/test.py under Slurm.
+#   GPUS=8 GPUS_PER_NODE=8 CPUS_PER_TASK=5 bash tools/slurm_test.sh PARTITION JOB CONFIG CHECKPOINT [more arguments of tools/test.py]
+# SRUN_ARGS in the environment goes to srun.
+set -euo pipefail
+[ $# -ge 4 ] || { sed -n '2,4p' "$0" >&2; exit 2; }
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+gpus="${GPUS:-8}"
+# shellcheck disable=SC2086  # SRUN_ARGS is a list of words
+exec srun --partition "$1" --job-name "$2" \
+  --ntasks "$gpus" --ntasks-per-node "${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}" \
+  --gres "gpu:${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}" --cpus-per-task "${CPUS_PER_TASK:-5}" \
+  --kill-on-bad-exit=1 ${SRUN_ARGS:-} \
+  "${PYTHON:-python}" -u "$here/test.py" "$3" "$4" --launcher slurm "${@:5}"
