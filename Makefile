@@ -1,0 +1,48 @@
+# Every command of the project. `make` alone lists them.
+#
+# PYTHON=... runs them in an environment of yours that already has torch, mmcv with compiled
+# operators, mmengine and mmdet; without it they run in VENV, which `make env` creates and fills.
+
+VENV ?= .venv
+
+ifdef PYTHON
+# Nothing is installed there: the checkout itself is put on the module path.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+SETUP := "$(PYTHON)" tools/setup_env.py --check "$(PYTHON)"
+else
+PYTHON := $(VENV)/bin/python
+SETUP := $(shell command -v python3 || echo python) tools/setup_env.py --venv "$(VENV)"
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-slow test-all lint format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+env:  ## create .venv with everything in it (minutes the first time, then no time)
+	@$(SETUP)
+
+demo: env  ## draw images, train a detector with RFAConv on them, evaluate and picture it, in minutes
+	@"$(PYTHON)" tools/demo.py
+
+test: lint  ## lint, then the tests that take seconds
+	@"$(PYTHON)" -m pytest -q
+
+test-slow: env  ## the tests that take minutes
+	@"$(PYTHON)" -m pytest -q -m slow
+
+test-all: lint  ## lint, then every test
+	@"$(PYTHON)" -m pytest -q -m "slow or not slow"
+
+lint: env  ## check style and format
+	@"$(PYTHON)" -m ruff check .
+	@"$(PYTHON)" -m ruff format --check .
+
+format: env  ## mend style and format where that can be done by itself
+	@"$(PYTHON)" -m ruff check --fix .
+	@"$(PYTHON)" -m ruff format .
+
+clean:  ## remove caches and build products; the environment and results stay
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
+	@find . -path "./$(VENV)" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

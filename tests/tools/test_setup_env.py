@@ -1,0 +1,317 @@
+"""The set-up script: what it refuses, what it skips, and how it reads pins and build output."""
+
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "tools" / "setup_env.py"
+# Off a real build of mmcv, compiler flags and repeated notes left out.
+BUILD_LOG = """\
+  Compiling mmcv._ext only with CPU
+  building 'mmcv._ext' extension
+  [1/3] c++ -MMD -MF mmcv/ops/csrc/pytorch/active_rotated_filter.o.d -g0 -fPIC -std=c++17
+  In file included from torch/include/c10/core/InferenceMode.h:4,
+  torch/include/c10/core/AutogradState.h:89:33: warning: default member initializers [-Wc++20]
+     89 |   bool view_replay_enabled_ : 1 = false;
+  [2/3] c++ -MMD -MF mmcv/ops/csrc/pytorch/assign_score_withk.o.d -g0 -Werror=format-security
+  [3/3] c++ -MMD -MF mmcv/ops/csrc/pytorch/ball_query.o.d -g0 -fPIC -std=c++17
+  Created wheel for mmcv: filename=mmcv-2.1.0-cp311-cp311-linux_x86_64.whl
+"""
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("setup_env", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_python(path, version, ensurepip=True, headers=True):
+    """Write a program that answers like a Python of some version, and counts its calls."""
+    facts = json.dumps({"version": version, "ensurepip": ensurepip, "headers": headers})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho called >> '{path}.calls'\necho '{facts}'\n")
+    path.chmod(0o755)
+    return path
+
+
+def make_venv(tool, folder, version=(3, 11, 7)):
+    """Make what looks like a finished environment."""
+    make_python(folder / "bin" / "python", version)
+    (folder / "pyvenv.cfg").write_text("version = {}.{}.{}\n".format(*version))
+    (folder / tool.STAMP).write_text(tool.Setup(folder, None, False).stamp())
+    return folder
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Return a function that starts the script as users do, with an empty cache of wheels."""
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": "true"}
+
+    def start(*args, **extra_env):
+        return subprocess.Popen(
+            [sys.executable, SCRIPT, *map(str, args)],
+            env={**env, **extra_env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def refusal(process):
+    """Return the one error a process ended with."""
+    out, error = process.communicate(timeout=30)
+    assert process.returncode == 1, out + error
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    return error
+
+
+def test_a_python_that_does_not_exist_is_refused(command, tmp_path):
+    error = refusal(command("--venv", tmp_path / "venv", "--python", tmp_path / "none"))
+    assert "3.10, 3.11 or 3.12" in error
+    assert f"{tmp_path / 'none'} (does not run)" in error
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize("version", [(3, 9, 18), (3, 13, 0)])
+def test_a_python_of_another_version_is_refused(command, tmp_path, version):
+    python = make_python(tmp_path / "python", version)
+    error = refusal(command("--venv", tmp_path / "venv", "--python", python))
+    assert f"{python} (3.{version[1]})" in error
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("lacks", "advice"), [("ensurepip", "apt install python3-venv"), ("headers", "python3-dev")]
+)
+def test_a_python_that_lacks_a_part_is_refused(command, tmp_path, lacks, advice):
+    python = make_python(tmp_path / "python", (3, 11, 7), **{lacks: False})
+    assert advice in refusal(command("--venv", tmp_path / "venv", "--python", python))
+
+
+def test_headers_and_compiler_are_not_needed_where_a_wheel_is_kept(tool, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    python = make_python(tmp_path / "python", (3, 11, 7), headers=False)
+    setup = tool.Setup(tmp_path / "venv", str(python), False)
+    with pytest.raises(tool.SetupError, match=r"no C\+\+ compiler"):
+        setup.choose_python()
+    pins = tool.read_pins(setup.requirements, (3, 11))
+    (tool.cache_root() / f"{pins['mmcv']}-{pins['torch']}+cpu-cp311-cpu").mkdir(parents=True)
+    setup.choose_python()
+    assert setup.version == (3, 11)
+
+
+def test_a_missing_compiler_is_told_before_anything_is_made(command, tmp_path):
+    error = refusal(command("--venv", tmp_path / "venv", CXX="/none/c++"))
+    assert "/none/c++" in error
+    assert "apt install g++" in error
+    assert not (tmp_path / "venv").exists()
+
+
+def test_a_folder_of_other_things_is_left_alone(tool, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(tool.SetupError, match="no virtual environment"), tool.locked(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_another_python_than_the_environments_is_refused(command, tool, tmp_path):
+    venv = make_venv(tool, tmp_path / "venv")
+    python = make_python(tmp_path / "python", (3, 12, 1))
+    assert "has Python 3.11" in refusal(command("--venv", venv, "--python", python))
+
+
+def test_check_names_what_does_not_import(command, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no such driver')")
+    error = refusal(command("--check", sys.executable, PYTHONPATH=str(tmp_path)))
+    assert "cannot import torch ImportError: no such driver" in error
+    assert "make env" in error
+
+
+def test_check_goes_with_no_other_option(command):
+    process = command("--check", sys.executable, "--force")
+    assert "no other option" in process.communicate(timeout=30)[1]
+    assert process.returncode == 2
+
+
+def test_a_stamp_that_holds_ends_it_at_once(command, tool, tmp_path):
+    venv = make_venv(tool, tmp_path / "venv")
+    start = time.monotonic()
+    process = command("--venv", venv)
+    assert "up to date" in process.communicate(timeout=30)[0]
+    assert process.returncode == 0
+    assert time.monotonic() - start < 2
+    assert not (venv / "bin" / "python.calls").exists()
+
+
+@pytest.mark.parametrize("change", ["requirements", "python", "interpreter", "force"])
+def test_a_stamp_that_does_not_hold_is_noticed(tool, tmp_path, change):
+    venv = make_venv(tool, tmp_path / "venv")
+    setup = tool.Setup(venv, None, change == "force")
+    if change == "requirements":
+        setup.requirements += "six==1.17.0\n"
+    elif change == "python":
+        (venv / "pyvenv.cfg").write_text("version = 3.12.1\n")
+    elif change == "interpreter":
+        (venv / "bin" / "python").unlink()
+    assert not setup.is_done()
+
+
+def test_a_second_set_up_waits_and_then_has_nothing_to_do(command, tool, tmp_path):
+    venv = make_venv(tool, tmp_path / "venv")
+    stamp = (venv / tool.STAMP).read_text()
+    (venv / tool.STAMP).unlink()
+    with tool.locked(venv):
+        process = command("--venv", venv)
+        assert "another set-up is running" in process.stdout.readline()
+        (venv / tool.STAMP).write_text(stamp)
+    out, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (0, "")
+    assert "[1/5]" not in out
+
+
+def test_pins_follow_their_markers(tool):
+    text = 'numpy==2.4.6; python_version >= "3.11"\nnumpy==2.2.6 ; python_version < "3.11"  # old\n'
+    assert tool.read_pins(text, (3, 10)) == {"numpy": "2.2.6"}
+    assert tool.read_pins(text, (3, 11)) == {"numpy": "2.4.6"}
+
+
+@pytest.mark.parametrize("line", ["numpy", "numpy>=2", 'numpy==2; sys_platform == "linux"'])
+def test_a_line_that_pins_nothing_is_an_error(tool, line):
+    with pytest.raises(tool.SetupError, match="line 2"):
+        tool.read_pins(f"# pins\n{line}\n", (3, 11))
+
+
+def test_the_projects_pins_name_the_same_packages_for_every_python(tool):
+    text = (ROOT / "requirements.txt").read_text()
+    names = [list(tool.read_pins(text, python)) for python in tool.PYTHONS]
+    assert set(names[0]) == set(names[1]) == set(names[2])
+    assert {*tool.BUILD_TOOLS, "torch", "mmcv"} < set(names[0])
+
+
+def test_progress_is_read_off_ninjas_lines_only(tool):
+    counts = [tool.parse_progress(line) for line in BUILD_LOG.splitlines()]
+    assert [count for count in counts if count] == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_progress_goes_to_plain_lines_without_a_terminal(tool):
+    out, times = io.StringIO(), iter([0, 10, 20, 30])
+    tool.show_progress(BUILD_LOG.splitlines(), out, lambda: next(times))
+    assert [line.strip() for line in out.getvalue().splitlines()] == [
+        "1/3 files, 10 s, about 20 s left",
+        "2/3 files, 20 s, about 10 s left",
+        "3/3 files, 30 s, about 0 s left",
+    ]
+
+
+def test_progress_is_sparse_without_a_terminal(tool):
+    lines, times = [f"[{i}/100] c++" for i in range(1, 101)], iter(range(101))
+    out = io.StringIO()
+    tool.show_progress(lines, out, lambda: next(times))
+    assert len(out.getvalue().splitlines()) == 10
+
+
+def test_progress_rewrites_one_line_on_a_terminal(tool):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    out = Terminal()
+    tool.show_progress(BUILD_LOG.splitlines(), out)
+    assert out.getvalue().count("\r") == 3
+    assert out.getvalue().count("\n") == 1
+    assert "[" + "#" * 30 + "] 3/3" in out.getvalue()
+
+
+def test_errors_are_picked_out_of_a_log(tool):
+    error = "nms.cpp:3:1: error: 'x' was not declared in this scope"
+    assert tool.log_errors(BUILD_LOG + error + "\n  note: in expansion\n") == error
+    assert tool.log_errors(BUILD_LOG, count=1).startswith("Created wheel")
+
+
+def test_a_build_that_fails_names_its_log_and_error(tool, tmp_path):
+    log = tmp_path / "mmcv.log"
+    script = "echo 'c++: fatal error: Killed'; echo done; exit 1"
+    with pytest.raises(tool.SetupError, match="fatal error: Killed") as caught:
+        tool.run_build(["sh", "-c", script], dict(os.environ), log)
+    assert str(log) in str(caught.value)
+    assert log.read_text().endswith("done\n")
+
+
+def test_jobs_follow_max_jobs_or_the_machine(tool, monkeypatch):
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert tool.job_count() == 3
+    monkeypatch.setenv("MAX_JOBS", "all")
+    with pytest.raises(tool.SetupError, match="MAX_JOBS"):
+        tool.job_count()
+    monkeypatch.delenv("MAX_JOBS")
+    assert 1 <= tool.job_count() <= len(os.sched_getaffinity(0))
+
+
+@pytest.fixture
+def mmcv_step(tool, tmp_path, monkeypatch):
+    """Return a set-up at the step of mmcv, with the torch it shall see to be set."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("FORCE_CUDA", raising=False)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    setup = tool.Setup(tmp_path / "venv", None, False)
+    setup.version, setup.pins = (3, 11), {"mmcv": "2.1.0"}
+    setup.torch = {"version": "2.13.0+cpu", "cuda": None, "cuda_home": None, "archs": []}
+    monkeypatch.setattr(tool, "ask", lambda python, code: json.dumps(setup.torch))
+    monkeypatch.setattr(setup, "mmcv_problem", lambda cuda: "it is not there")
+    return setup
+
+
+def test_a_kept_wheel_that_does_not_work_is_built_again(tool, mmcv_step, monkeypatch):
+    kept = tool.cache_root() / "2.1.0-2.13.0+cpu-cp311-cpu" / "mmcv-2.1.0-cp311.whl"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("broken")
+
+    def build(work, cuda):
+        (work / "dist").mkdir(parents=True)
+        (work / "dist" / kept.name).write_text("sound")
+        return work / "dist" / kept.name
+
+    monkeypatch.setattr(mmcv_step, "build_wheel", build)
+    problems = {"broken": "undefined symbol", "sound": None}
+    monkeypatch.setattr(mmcv_step, "install_wheel", lambda path, _: problems[path.read_text()])
+    assert mmcv_step.install_mmcv()
+    assert [path.read_text() for path in kept.parent.iterdir()] == ["sound"]
+    assert list((mmcv_step.venv / "build").iterdir()) == []
+
+
+def test_a_gpu_without_nvcc_is_told_how_to_go_on(tool, mmcv_step, tmp_path):
+    cuda_home = str(tmp_path / "no_cuda")
+    mmcv_step.torch.update(version="2.13.0+cu130", cuda="13.0", cuda_home=cuda_home, archs=["9.0"])
+    with pytest.raises(tool.SetupError, match=r"toolkit 13\.0") as caught:
+        mmcv_step.install_mmcv()
+    assert "CUDA_VISIBLE_DEVICES= make env" in str(caught.value)
+
+
+def test_cuda_cannot_be_forced_on_a_cpu_torch(tool, mmcv_step, monkeypatch):
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    with pytest.raises(tool.SetupError, match="has no CUDA"):
+        mmcv_step.install_mmcv()
+
+
+def test_mmcv_without_cuda_operators_does_not_serve_a_gpu(tool, tmp_path, monkeypatch):
+    setup = tool.Setup(tmp_path / "venv", None, False)
+    setup.pins = {"mmcv": "2.1.0"}
+    monkeypatch.setattr(tool, "ask", lambda *_: '["2.1.0", "not available"]')
+    assert setup.mmcv_problem(cuda=False) is None
+    assert "CUDA" in setup.mmcv_problem(cuda=True)
+    setup.pins["mmcv"] = "2.1.1"
+    assert "2.1.0" in setup.mmcv_problem(cuda=False)
