@@ -10,9 +10,13 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
-from mmengine.config import Config, ConfigParsingError, DictAction
+from mmengine.config import Config, DictAction
+from mmengine.config.utils import ConfigParsingError
 from mmengine.runner import Runner
 
+from rfa_mmdet.engine.config_check import check_config
+from rfa_mmdet.engine.data_check import check_data
+from rfa_mmdet.engine.distributed import launched_rank, prepare_cpu_group
 from rfa_mmdet.engine.errors import ConfigError, UserError
 
 # Keys of a config that a run reads besides the arguments of Runner itself.
@@ -86,6 +90,23 @@ def load_config(args: Namespace) -> Config:
     elif cfg.get("work_dir") is None:
         cfg.work_dir = str(Path("work_dirs", path.stem))
     return cfg
+
+
+def prepare_run(cfg: Config, *splits: str) -> None:
+    """Check all that can be known before a run, then set up what the Runner needs.
+
+    Args:
+        cfg (Config): From :func:`load_config`.
+        *splits (str): Of 'train', 'val' and 'test', those whose data the run reads.
+
+    Raises:
+        UserError: The config or the data cannot be run.
+    """
+    check_config(cfg)
+    if launched_rank(cfg.launcher) == 0:  # one look at the files is enough
+        for warning in check_data(cfg, splits):
+            print(f"warning: {warning}", file=sys.stderr)
+    prepare_cpu_group(cfg)
 
 
 def _check_options(cfg: Config, options: dict) -> None:
