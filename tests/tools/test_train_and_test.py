@@ -1,0 +1,154 @@
+"""tools/train.py and tools/test.py as a user runs them: real processes, real files."""
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import pandas as pd
+import torch
+
+from tests.tools.conftest import ROOT
+
+
+def weights(path):
+    return torch.load(path, weights_only=False)["state_dict"]
+
+
+def losses(work_dir):
+    """Training loss by iteration, over all runs in a work dir; the last run counts."""
+    logs = [
+        pd.read_json(path, lines=True) for path in sorted(work_dir.glob("2*/vis_data/scalars.json"))
+    ]
+    log = pd.concat([one.dropna(subset=["loss"]) for one in logs])
+    return log.groupby("step")["loss"].last()
+
+
+def test_train_leaves_checkpoints_config_and_metrics(trained):
+    for name in ("epoch_1.pth", "epoch_3.pth", "last_checkpoint", "tiny.py"):
+        assert (trained / name).is_file()
+    assert list(trained.glob("best_coco_bbox_mAP_epoch_*.pth"))
+    log = pd.read_json(next(trained.glob("*/vis_data/scalars.json")), lines=True)
+    assert log["coco/bbox_mAP_50"].notna().sum() == 3
+    assert len(losses(trained)) == 9
+
+
+def test_test_prints_metrics_draws_and_dumps(trained, tiny_config, run_tool, tmp_path):
+    done = run_tool(
+        *(sys.executable, "tools/test.py", tiny_config, trained / "epoch_3.pth"),
+        *("--work-dir", tmp_path / "work", "--show-dir", tmp_path / "shown"),
+        *("--out", tmp_path / "predictions.pkl"),
+    )
+    assert done.returncode == 0, done.stdout
+    assert "coco/bbox_mAP_50" in done.stdout
+    pictures = list((tmp_path / "shown").rglob("*.jpg"))
+    assert len(pictures) == 4
+    # Ground truth and detections side by side.
+    assert cv2.imread(str(pictures[0])).shape == (64, 128, 3)
+    predictions = pickle.loads((tmp_path / "predictions.pkl").read_bytes())
+    assert len(predictions) == 4
+    assert predictions[0]["pred_instances"]["bboxes"].shape[1] == 4
+    # What test finds is what training saw after the same epoch.
+    tested = json.loads(next((tmp_path / "work").glob("*/*.json")).read_text())
+    log = pd.read_json(next(trained.glob("*/vis_data/scalars.json")), lines=True)
+    assert tested["coco/bbox_mAP"] == log["coco/bbox_mAP"].dropna().iloc[-1]
+
+
+def test_killed_and_resumed_run_equals_one_that_was_not(
+    trained, tiny_config, environment, run_tool, tmp_path
+):
+    command = (sys.executable, "tools/train.py", str(tiny_config), "--work-dir", str(tmp_path))
+    with open(tmp_path / "killed.log", "w") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    until = time.monotonic() + 300
+    while not re.search(r"Epoch\(train\) +\[2\]\[1/3\]", (tmp_path / "killed.log").read_text()):
+        assert time.monotonic() < until, (tmp_path / "killed.log").read_text()
+        assert process.poll() is None, (tmp_path / "killed.log").read_text()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "epoch_3.pth").exists()
+
+    done = run_tool(*command, "--resume")
+    assert done.returncode == 0, done.stdout
+    assert "resumed epoch: 1" in done.stdout
+    pd.testing.assert_series_equal(losses(tmp_path), losses(trained), check_exact=True)
+    resumed, whole = weights(tmp_path / "epoch_3.pth"), weights(trained / "epoch_3.pth")
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+KEEP_WEIGHTS = """
+import os
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class KeepWeightsHook(Hook):
+    def after_train(self, runner):
+        module = runner.model.module
+        torch.save(module.state_dict(), os.environ["KEEP"] + f"/rank{runner.rank}.pth")
+"""
+
+
+def test_two_processes_on_cpu_end_with_equal_parameters(tiny_config, run_tool, tmp_path):
+    (tmp_path / "keep_weights.py").write_text(KEEP_WEIGHTS)
+    config = tmp_path / "two.py"
+    config.write_text(
+        f'_base_ = "{tiny_config}"\n'
+        'custom_imports = dict(imports=["rfa_mmdet", "keep_weights"])\n'
+        'custom_hooks = [dict(type="KeepWeightsHook")]\n'
+        "train_cfg = dict(max_epochs=1)\n"
+    )
+    done = run_tool(
+        *("bash", "tools/dist_train.sh", config, 2, "--work-dir", tmp_path / "work"),
+        PYTHONPATH=f"{tmp_path}",
+        KEEP=str(tmp_path),
+        PORT="29517",
+    )
+    assert done.returncode == 0, done.stdout
+    first, second = (torch.load(tmp_path / f"rank{rank}.pth") for rank in (0, 1))
+    parameters = [name for name in first if "running_" not in name]
+    assert parameters
+    assert all(torch.equal(first[name], second[name]) for name in parameters)
+    # Each saw other images: their BN statistics differ.
+    name = next(name for name in first if name.endswith("running_mean"))
+    assert not torch.equal(first[name], second[name])
+    start = weights(tmp_path / "work" / "epoch_1.pth")
+    assert all(torch.equal(first[name], start[name]) for name in parameters)
+    # And the test of a checkpoint in two processes, the images shared between them.
+    tested = run_tool(
+        *("bash", "tools/dist_test.sh", tiny_config, tmp_path / "work" / "epoch_1.pth", 2),
+        *("--work-dir", tmp_path / "test"),
+        PORT="29518",
+    )
+    assert tested.returncode == 0, tested.stdout
+    assert "coco/bbox_mAP" in tested.stdout
+
+
+def test_sync_bn_without_cuda(tiny_config, run_tool, tmp_path):
+    options = (
+        "--cfg-options",
+        "model.backbone.norm_cfg.type=SyncBN",
+        "train_cfg.max_epochs=1",
+    )
+    one = run_tool(
+        *(sys.executable, "tools/train.py", tiny_config, "--work-dir", tmp_path / "1", *options)
+    )
+    assert one.returncode == 0, one.stdout
+    assert "reverted to BatchNorm" in one.stdout
+    two = run_tool(
+        *("bash", "tools/dist_train.sh", tiny_config, 2, "--work-dir", tmp_path / "2", *options),
+        PORT="29519",
+    )
+    assert two.returncode != 0
+    assert "SyncBN over several processes needs CUDA" in two.stdout

@@ -1,0 +1,57 @@
+"""Evaluate a detector."""
+
+from pathlib import Path
+
+from mmdet.engine.hooks.utils import trigger_visualization_hook
+from mmdet.evaluation import DumpDetResults
+from mmdet.utils import setup_cache_size_limit_of_dynamo
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from rfa_mmdet.engine.command_line import load_config, prepare_run, run_parser, user_errors
+from rfa_mmdet.engine.errors import ConfigError, UserError
+
+
+def parse_args():
+    """Read the command line."""
+    parser = run_parser(
+        "Evaluate a checkpoint with the config's test metrics.",
+        "python tools/test.py CONFIG work_dirs/NAME/epoch_12.pth --show-dir pictures",
+    )
+    parser.add_argument("checkpoint", help="checkpoint file or URL")
+    parser.add_argument("--show-dir", help="write pictures: ground truth beside detections")
+    parser.add_argument("--out", help="write the predictions, as a .pkl file")
+    return parser.parse_args()
+
+
+def apply_args(cfg: Config, args) -> None:
+    """Lay test's own arguments over the config."""
+    if "://" not in args.checkpoint and not Path(args.checkpoint).is_file():
+        raise ConfigError(f"checkpoint={args.checkpoint!r}: no such file")
+    cfg.load_from = args.checkpoint
+    if args.out is not None and Path(args.out).suffix not in (".pkl", ".pickle"):
+        raise ConfigError(f"--out {args.out}: the file's name must end in .pkl or .pickle")
+    if args.show_dir is not None:
+        args.show, args.wait_time = False, 0
+        # MMDetection would put a relative folder below <work dir>/<time>.
+        args.show_dir = str(Path(args.show_dir).resolve())
+        trigger_visualization_hook(cfg, args)
+
+
+def main() -> None:
+    """Check everything that can be known, then evaluate."""
+    args = parse_args()
+    setup_cache_size_limit_of_dynamo()
+    with user_errors():
+        cfg = load_config(args)
+        apply_args(cfg, args)
+        prepare_run(cfg, "test")
+        runner = Runner.from_cfg(cfg)
+        if args.out is not None:
+            runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    with user_errors(UserError):
+        runner.test()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Train a detector."""
+
+from pathlib import Path
+
+from mmdet.utils import setup_cache_size_limit_of_dynamo
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from rfa_mmdet.engine.command_line import load_config, prepare_run, run_parser, user_errors
+from rfa_mmdet.engine.errors import ConfigError, UserError
+
+
+def parse_args():
+    """Read the command line."""
+    parser = run_parser(
+        "Train a detector; progress, ETA and memory are logged, checkpoints kept in the work dir.",
+        "python tools/train.py configs/rfaconv/retinanet_r50-rfaconv_fpn_1x_coco.py --amp",
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="PATH|auto",
+        help="go on from a checkpoint; auto (also without a value): the latest in the work dir",
+    )
+    parser.add_argument("--amp", action="store_true", help="automatic mixed precision")
+    parser.add_argument(
+        "--auto-scale-lr",
+        action="store_true",
+        help="scale the learning rate by batch size over the config's auto_scale_lr",
+    )
+    return parser.parse_args()
+
+
+def apply_args(cfg: Config, args) -> None:
+    """Lay train's own arguments over the config."""
+    if args.amp:
+        if cfg.optim_wrapper.get("type", "OptimWrapper") not in ("OptimWrapper", "AmpOptimWrapper"):
+            raise ConfigError(
+                f"--amp: cannot replace optim_wrapper.type={cfg.optim_wrapper.type!r}"
+            )
+        cfg.optim_wrapper.type = "AmpOptimWrapper"
+        cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+    if args.auto_scale_lr:
+        if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
+            raise ConfigError(
+                "--auto-scale-lr: the config does not say for which batch size its learning rate "
+                "is meant; add auto_scale_lr = dict(base_batch_size=16)"
+            )
+        cfg.auto_scale_lr.enable = True
+    if args.resume is not None:
+        if args.resume != "auto" and not Path(args.resume).is_file():
+            raise ConfigError(f"--resume {args.resume}: no such file")
+        cfg.resume = True
+        cfg.load_from = None if args.resume == "auto" else args.resume
+    # So that a resumed run draws the same random numbers as one that was not interrupted.
+    cfg.train_dataloader.persistent_workers = False
+    cfg.custom_hooks = [*cfg.get("custom_hooks", []), dict(type="EpochSeedHook")]
+
+
+def main() -> None:
+    """Check everything that can be known, then train."""
+    args = parse_args()
+    setup_cache_size_limit_of_dynamo()
+    with user_errors():
+        cfg = load_config(args)
+        apply_args(cfg, args)
+        prepare_run(cfg, "train", "val")
+        runner = Runner.from_cfg(cfg)
+    with user_errors(UserError):
+        runner.train()
+
+
+if __name__ == "__main__":
+    main()
