@@ -24,7 +24,7 @@ from rfa_mmdet.engine.attention_maps import attention_maps
 from rfa_mmdet.engine.pictures import save_attention, save_curves, save_detections
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = "configs/demo/retinanet_r18-rfaconv_fpn_16e_shapes.py"
+CONFIG = "configs/demo/retinanet_r18-rfaconv_fpn_8e_shapes.py"
 DATA = "data/shapes"
 WORK_DIR = "work_dirs/demo"
 NEEDED_AP50 = 0.5
@@ -83,7 +83,7 @@ def draw(work_dir: Path, checkpoint: Path, scalars: Path) -> None:
         )
     save_detections(images, samples, dataset.metainfo["classes"], work_dir / "detections.png")
     save_curves(scalars, work_dir / "curves.png")
-    last_blocks = r"layer[1-4]\.1\.conv1$"
+    last_blocks = r"layer[2-4]\.1\.conv1$"
     path = infos[0]["img_path"]
     maps, _ = attention_maps(model, lambda: inference_detector(model, path), last_blocks)
     save_attention(images[0], maps, work_dir / "attention.png")
@@ -96,7 +96,7 @@ def main() -> None:
     ).parse_args()
     work_dir = ROOT / WORK_DIR
     shutil.rmtree(work_dir, ignore_errors=True)  # an earlier demo's
-    run("tools/make_shapes.py", DATA, "--train", "240", "--val", "60", "--seed", "0")
+    run("tools/make_shapes.py", DATA, "--train", "960", "--val", "120", "--seed", "0")
     seconds = run("tools/train.py", CONFIG, "--work-dir", WORK_DIR)
     scalars = only(work_dir, "*/vis_data/scalars.json")
     checkpoint = only(work_dir, "best_coco_bbox_mAP_epoch_*.pth").relative_to(ROOT)

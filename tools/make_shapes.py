@@ -19,13 +19,13 @@ def parse_args() -> Namespace:
     parser = ArgumentParser(
         description=__doc__,
         epilog="example:\n"
-        "  python tools/make_shapes.py data/shapes --train 240 --val 60 --size 160 --seed 0",
+        "  python tools/make_shapes.py data/shapes --train 960 --val 120 --size 160 --seed 0",
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("root", help="folder to write; made if it is missing")
     add = parser.add_argument
-    add("--train", type=int, default=240, metavar="N", help="training images (%(default)s)")
-    add("--val", type=int, default=60, metavar="N", help="validation images (%(default)s)")
+    add("--train", type=int, default=960, metavar="N", help="training images (%(default)s)")
+    add("--val", type=int, default=120, metavar="N", help="validation images (%(default)s)")
     add("--size", type=int, default=160, help="side of an image in pixels (%(default)s)")
     add("--seed", type=int, default=0, help="same seed, same images (%(default)s)")
     add("--max-objects", type=int, default=6, metavar="N", help="in one image (%(default)s)")

@@ -16,7 +16,7 @@ from rfa_mmdet.engine.errors import ConfigError
 # launcher -> the variables in which it tells each process its place
 _PLACES = {
     "pytorch": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODELIST"),
     "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
 }
 
@@ -59,9 +59,11 @@ def prepare_cpu_group(cfg: Config) -> None:
     if cfg.launcher == "none" or torch.cuda.is_available():
         return
     launched_rank(cfg.launcher)
-    for name, source in zip(_PLACES["pytorch"], _PLACES[cfg.launcher], strict=True):
+    # Rank, world size and local rank come first for each.
+    for name, source in zip(_PLACES["pytorch"], _PLACES[cfg.launcher], strict=False):
         os.environ[name] = os.environ[source]
-    os.environ.setdefault("MASTER_ADDR", _first_host())
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = _first_host(cfg.launcher)
     os.environ.setdefault("MASTER_PORT", "29500")
     dist.init_process_group("gloo")
     # Other than on a GPU, DDP must not be told a device.
@@ -74,11 +76,8 @@ def prepare_cpu_group(cfg: Config) -> None:
     cfg.model_wrapper_cfg = {**wrapper, **cfg.get("model_wrapper_cfg", {})}
 
 
-def _first_host() -> str:
-    nodes = os.environ.get("SLURM_NODELIST")
-    if nodes is None:
-        return "127.0.0.1"
-    hosts = subprocess.run(
-        ["scontrol", "show", "hostname", nodes], check=True, capture_output=True, text=True
-    )
-    return hosts.stdout.split()[0]
+def _first_host(launcher: str) -> str:
+    if launcher != "slurm":
+        return "127.0.0.1"  # several machines: the user gives MASTER_ADDR
+    command = ["scontrol", "show", "hostnames", os.environ["SLURM_NODELIST"]]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]

@@ -1,6 +1,8 @@
 """Pictures of a run: its curves, its detections beside the truth, its attention."""
 
+import warnings
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import matplotlib
@@ -59,7 +61,7 @@ def save_detections(
     samples: Sequence[DetDataSample],
     classes: Sequence[str],
     out: Path,
-    score_threshold: float = 0.3,
+    score_threshold: float = 0.4,
 ) -> None:
     """Draw each image twice, a column each: the truth above, the detections below.
 
@@ -69,7 +71,7 @@ def save_detections(
             images' pixels.
         classes (Sequence[str]): Class names.
         out (Path): PNG to write.
-        score_threshold (float): Detections below are left out. Defaults to 0.3.
+        score_threshold (float): Detections below are left out. Defaults to 0.4.
     """
     visualizer = DetLocalVisualizer()
     visualizer.dataset_meta = dict(classes=tuple(classes), palette="random")
@@ -77,17 +79,19 @@ def save_detections(
         2, len(images), figsize=(2.6 * len(images), 5.6), layout="constrained", squeeze=False
     )
     for column, (image, sample) in enumerate(zip(images, samples, strict=True)):
+        # Drawn at three times the size, so that names are legible on small images.
+        image, sample = _enlarged(image, sample, 3)
         for row, truth in enumerate((True, False)):
-            # Drawn at three times the size, so that names are legible on small images.
-            image3, sample3 = _enlarged(image, sample, 3)
-            visualizer.add_datasample(
-                "detections",
-                image3,
-                sample3,
-                draw_gt=truth,
-                draw_pred=not truth,
-                pred_score_thr=score_threshold,
-            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Warning: The .* is out of bounds")
+                visualizer.add_datasample(
+                    "detections",
+                    image,
+                    sample,
+                    draw_gt=truth,
+                    draw_pred=not truth,
+                    pred_score_thr=score_threshold,
+                )
             axes[row, column].imshow(visualizer.get_image())
             axes[row, column].set(xticks=[], yticks=[])
     axes[0, 0].set_ylabel("ground truth", fontsize=12)
@@ -99,7 +103,7 @@ def save_detections(
 def _enlarged(
     image: np.ndarray, sample: DetDataSample, factor: int
 ) -> tuple[np.ndarray, DetDataSample]:
-    sample = sample.clone()
+    sample = deepcopy(sample)
     for instances in (sample.gt_instances, sample.pred_instances):
         instances.bboxes = instances.bboxes * factor
     return image.repeat(factor, 0).repeat(factor, 1), sample
@@ -124,7 +128,10 @@ def save_attention(image: np.ndarray, maps: dict[str, Tensor], out: Path) -> Non
     axes[0, 0].set_title("image", fontsize=10)
     axes[1, 0].axis("off")
     axes[1, 0].text(
-        0, 0.5, "share of each position\nin the window,\nmean over the image", va="center"
+        0,
+        0.5,
+        "share of each position\nin the window,\nmean over the image\n\ngrey: all alike",
+        va="center",
     )
     for column, (name, attention) in enumerate(maps.items(), start=1):
         strength = focus(attention)[None]  # (1, 1, h, w)
@@ -135,13 +142,12 @@ def save_attention(image: np.ndarray, maps: dict[str, Tensor], out: Path) -> Non
         above.set_title(f"{name}\nfocus, 0 to {strength.max():.2f}", fontsize=10)
         figure.colorbar(heat, ax=above, fraction=0.046)
         side = round(attention.shape[2] ** 0.5)
-        share = attention.mean((0, 1, 3, 4)).reshape(side, side)
-        below.imshow(share, cmap="inferno", vmin=0)
-        for (row, col), value in np.ndenumerate(share.numpy()):
-            dark = value < 0.7 * float(share.max())
-            below.text(
-                col, row, f"{value:.3f}", ha="center", va="center", color="w" if dark else "k"
-            )
+        share = attention.mean((0, 1, 3, 4)).reshape(side, side).numpy()
+        even = 1 / attention.shape[2]
+        reach = max(abs(share - even).max(), 0.1 * even)
+        below.imshow(share, cmap="coolwarm", vmin=even - reach, vmax=even + reach)
+        for (row, col), value in np.ndenumerate(share):
+            below.text(col, row, f"{value:.3f}", ha="center", va="center")
     for one in axes.flat:
         one.set(xticks=[], yticks=[])
     figure.savefig(out, dpi=120)

@@ -40,6 +40,22 @@ def int_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
     return (_int_from(minimum, name, value),) * 2
 
 
+def boolean(name: str, value: Any) -> bool:
+    """Return ``value`` if it is a bool: the string "False" would count as true.
+
+    Raises:
+        TypeError: It is not a bool.
+
+    Example:
+        >>> boolean("bias", "False")
+        Traceback (most recent call last):
+        TypeError: bias='False': must be a bool, not str
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: must be a bool, not {type(value).__name__}")
+    return value
+
+
 def check_feature_map(layer: str, x: Any, in_channels: int) -> None:
     """Raise unless ``x`` is a (B, in_channels, H, W) tensor of floating point with H, W > 0.
 

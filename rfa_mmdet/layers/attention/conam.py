@@ -15,7 +15,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rfa_mmdet.layers.arguments import check_feature_map, positive_int
+from rfa_mmdet.layers.arguments import boolean, check_feature_map, positive_int
 from rfa_mmdet.ops.conam import patch_confidence, patch_means, spread_patches
 from rfa_mmdet.ops.precision import at_least_float32, no_autocast
 
@@ -59,7 +59,7 @@ class ConAM(nn.Module):
         self.in_channels = positive_int("in_channels", in_channels)
         self.patch_size = positive_int("patch_size", patch_size)
         self.hidden_channels = positive_int("hidden_channels", hidden_channels)
-        self.scale_by_patches = scale_by_patches
+        self.scale_by_patches = boolean("scale_by_patches", scale_by_patches)
         self.linear1 = nn.Linear(in_channels, hidden_channels)
         self.linear2 = nn.Linear(hidden_channels, in_channels)
 

@@ -74,14 +74,11 @@ class AttentionConv2d(nn.Module):
             )
         return tuple(d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel_size, strict=True))
 
-    def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Check ``x`` and pad it where the mode is not zeros.
+    def check_input(self, x: Tensor) -> None:
+        """Check a map before anything is computed from it.
 
         Args:
             x (Tensor): (B, C, H, W).
-
-        Returns:
-            tuple[Tensor, tuple[int, int]]: The map, and the zero padding still to be added.
 
         Raises:
             TypeError, ValueError: ``x`` is no (B, in_channels, H, W), or smaller than the window.
@@ -103,6 +100,16 @@ class AttentionConv2d(nn.Module):
                     f"{name}: padding={self.padding} with padding_mode={self.padding_mode!r} is "
                     f"wider than the input of shape {tuple(x.shape)} allows"
                 )
+
+    def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Pad a map where the mode is not zeros.
+
+        Args:
+            x (Tensor): (B, C, H, W).
+
+        Returns:
+            tuple[Tensor, tuple[int, int]]: The map, and the zero padding still to be added.
+        """
         if self.padding_mode == "zeros":
             return x, self.padding
         vertical, horizontal = self.padding

@@ -14,6 +14,7 @@ from mmengine.model import kaiming_init
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from rfa_mmdet.layers.arguments import boolean
 from rfa_mmdet.layers.conv.base import AttentionConv2d
 from rfa_mmdet.ops.rfa_conv import receptive_field_attention, receptive_field_mean, rfa_conv
 
@@ -68,6 +69,7 @@ class RFAConv(AttentionConv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
         )
+        boolean("bias", bias)
         window = dict(stride=self.stride, padding=self.padding, dilation=self.dilation)
         if self.is_pointwise:
             self.conv = nn.Conv2d(
@@ -129,9 +131,10 @@ class RFAConv(AttentionConv2d):
         Returns:
             Tensor: (B, out_channels, h, w).
         """
-        padded, padding = self.pad(x)
+        self.check_input(x)
         if self.is_pointwise:
             return self.conv(x)
+        padded, padding = self.pad(x)
         return rfa_conv(
             padded,
             self.attention.weight,
@@ -160,6 +163,7 @@ class RFAConv(AttentionConv2d):
         """
         if self.is_pointwise:
             raise ValueError("kernel_size=(1, 1): a 1x1 RFAConv is a plain convolution")
+        self.check_input(x)
         padded, padding = self.pad(x)
         mean = receptive_field_mean(padded, self.kernel_size, self.stride, padding, self.dilation)
         return receptive_field_attention(mean, self.attention.weight)

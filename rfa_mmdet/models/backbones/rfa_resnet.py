@@ -45,11 +45,7 @@ class PluginBasicBlock(BasicBlock):
     ) -> None:
         super().__init__(inplanes, planes, **kwargs)
         for plugin in plugins or []:
-            if plugin.get("position") not in self.positions:
-                raise ValueError(
-                    f"plugins: position={plugin.get('position')!r} of {plugin.get('cfg')}: "
-                    f"a BasicBlock has {self.positions}"
-                )
+            _check_position(plugin, self.positions)
         for position in self.positions:
             cfgs = [plugin["cfg"] for plugin in plugins or [] if plugin["position"] == position]
             setattr(self, f"{position}_plugin_names", self.make_block_plugins(planes, cfgs))
@@ -68,6 +64,14 @@ class PluginBasicBlock(BasicBlock):
         if self.with_cp and x.requires_grad:
             return self.relu(cp.checkpoint(residual, x, use_reentrant=False))
         return self.relu(residual(x))
+
+
+def _check_position(plugin: dict, positions: tuple[str, ...]) -> None:
+    if plugin.get("position") not in positions:
+        raise ValueError(
+            f"plugins: position={plugin.get('position')!r} of {plugin.get('cfg')}: "
+            f"the blocks of this depth have {positions}"
+        )
 
 
 @MODELS.register_module()
@@ -131,13 +135,14 @@ class RFAResNet(ResNet):
             )
         self.rfa = rfa
         self.stage_with_rfa = tuple(map(bool, stage_with_rfa))
+        self._zero_last_norm = kwargs.get("zero_init_residual", True) and not (
+            kwargs.get("init_cfg") or kwargs.get("pretrained")
+        )
         super().__init__(depth, plugins=plugins, **kwargs)
         for layer_name, replaced in zip(self.res_layers, self.stage_with_rfa, strict=True):
             if replaced:
                 for block in getattr(self, layer_name):
                     setattr(block, self._conv_name, self._like(getattr(block, self._conv_name)))
-        # Once more: the stages have new members.
-        self._freeze_stages()
 
     @property
     def _conv_name(self) -> str:
@@ -164,10 +169,32 @@ class RFAResNet(ResNet):
                     for name in getattr(block, f"after_conv{position}_plugin_names", ()):
                         yield getattr(block, name)
 
+    def make_stage_plugins(self, plugins: list[dict], stage_idx: int) -> list[dict]:
+        """Return the plug-ins of a stage, checked in words before MMDetection asserts."""
+        positions = getattr(self.block, "positions", ("after_conv1", "after_conv2", "after_conv3"))
+        for plugin in plugins:
+            _check_position(plugin, positions)
+            stages = plugin.get("stages")
+            if stages is not None and len(stages) != self.num_stages:
+                raise ValueError(
+                    f"plugins: stages={stages} of {plugin.get('cfg')}: must have "
+                    f"num_stages={self.num_stages} entries"
+                )
+        return super().make_stage_plugins(plugins, stage_idx)
+
+    def make_res_layer(self, block: type, init_cfg: dict | None = None, **kwargs) -> nn.Module:
+        """Build a stage; MMDetection's ``zero_init_residual`` knows only its own BasicBlock."""
+        if block is PluginBasicBlock and self._zero_last_norm:
+            init_cfg = dict(type="Constant", val=0, override=dict(name="norm2"))
+        return super().make_res_layer(block=block, init_cfg=init_cfg, **kwargs)
+
     def _freeze_stages(self) -> None:
+        # New layers stay as they are: trained, unless their own norm_cfg or the user froze them.
+        new = [p for layer in self.new_layers() for p in layer.parameters()]
+        trained = [p.requires_grad for p in new]
         super()._freeze_stages()
-        for layer in self.new_layers():
-            layer.requires_grad_(True)
+        for parameter, flag in zip(new, trained, strict=True):
+            parameter.requires_grad_(flag)
 
     def train(self, mode: bool = True) -> "RFAResNet":
         """Switch the mode; frozen and ``norm_eval`` parts stay as they are, new layers follow."""

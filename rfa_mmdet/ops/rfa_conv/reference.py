@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rfa_mmdet.ops.precision import at_least_float32
+from rfa_mmdet.ops.precision import at_least_float32, no_autocast
 
 Pair = tuple[int, int]
 
@@ -42,7 +42,8 @@ def receptive_field_mean(
         return F.avg_pool2d(x, kernel_size, stride, padding, count_include_pad=True)
     channels = x.shape[1]
     kernel = x.new_full((channels, 1, *kernel_size), 1 / (kernel_size[0] * kernel_size[1]))
-    return F.conv2d(x, kernel, None, stride, padding, dilation, channels)
+    with no_autocast(x):  # which would round a float32 map; pooling it keeps its precision
+        return F.conv2d(x, kernel, None, stride, padding, dilation, channels)
 
 
 def receptive_field_attention(mean: Tensor, attention_weight: Tensor) -> Tensor:

@@ -1,0 +1,199 @@
+"""Who may import whom: read from the syntax tree of every file, and tried in a bare process."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "rfa_mmdet"
+FILES = sorted(PACKAGE.rglob("*.py"))
+OPENMMLAB = ("mmengine", "mmcv", "mmdet")
+
+# Folder of the package -> what its files must not import, as a module or from one.
+FORBIDDEN = {
+    "ops": (
+        *OPENMMLAB,
+        *("mmpretrain", "mmdeploy", "mmyolo"),
+        *("rfa_mmdet.layers", "rfa_mmdet.models", "rfa_mmdet.engine", "tools"),
+    ),
+    "layers": ("mmdet", "rfa_mmdet.models", "rfa_mmdet.engine", "tools"),
+    "models": ("rfa_mmdet.ops", "rfa_mmdet.engine", "tools"),
+    "engine": ("rfa_mmdet.ops", "rfa_mmdet.models", "tools"),
+    "": ("tools",),
+}
+
+
+def imported(source: str, package: str) -> set[str]:
+    """Dotted names of all that ``source``, a file in ``package``, imports, at any depth.
+
+    ``from a import b`` gives 'a' and 'a.b': b may be a module. Literal calls of import_module and
+    __import__ count.
+    """
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*parents, *filter(None, [node.module])]) if node.level else node.module
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = getattr(node.func, "attr", getattr(node.func, "id", None))
+            if called in ("import_module", "__import__"):
+                names.add(node.args[0].value)
+    return names
+
+
+def forbidden(names: set[str], rules: tuple[str, ...]) -> set[str]:
+    return {n for n in names if any(n == rule or n.startswith(rule + ".") for rule in rules)}
+
+
+def package_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).parent.parts)
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "expected"),
+    [
+        ("import mmdet.models as m", "rfa_mmdet.ops", {"mmdet.models"}),
+        ("from mmdet import models", "rfa_mmdet.ops", {"mmdet", "mmdet.models"}),
+        ("from .. import layers", "rfa_mmdet.ops", {"rfa_mmdet", "rfa_mmdet.layers"}),
+        (
+            "from ..layers import conv",
+            "rfa_mmdet.ops",
+            {"rfa_mmdet.layers", "rfa_mmdet.layers.conv"},
+        ),
+        ("from . import ema", "rfa_mmdet.ops", {"rfa_mmdet.ops", "rfa_mmdet.ops.ema"}),
+        ("def f():\n    import mmcv", "rfa_mmdet.ops", {"mmcv"}),
+        ("importlib.import_module('mmcv.cnn')", "rfa_mmdet.ops", {"mmcv.cnn"}),
+        ("x = 'import mmcv'", "rfa_mmdet.ops", set()),
+    ],
+)
+def test_imports_are_found(source, package, expected):
+    assert imported(source, package) == expected
+
+
+def test_rules_hold_for_every_folder():
+    folders = {f.relative_to(PACKAGE).parts[0] for f in FILES if f.parent != PACKAGE}
+    assert folders == set(FORBIDDEN) - {""}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_file_imports_downward_only(file):
+    parts = file.relative_to(PACKAGE).parts
+    rules = FORBIDDEN[parts[0] if len(parts) > 1 else ""]
+    found = forbidden(imported(file.read_text(), package_of(file)), rules)
+    assert not found, f"{file.relative_to(ROOT)} imports {sorted(found)}"
+
+
+def test_ops_import_torch_numpy_and_the_standard_library_only():
+    allowed = {*sys.stdlib_module_names, "torch", "triton", "numpy", "rfa_mmdet"}
+    for file in FILES:
+        if file.is_relative_to(PACKAGE / "ops"):
+            tops = {n.split(".")[0] for n in imported(file.read_text(), package_of(file))}
+            assert tops <= allowed, f"{file.relative_to(ROOT)} imports {sorted(tops - allowed)}"
+
+
+# Makes OpenMMLab's packages, which are installed here, impossible to find or import.
+BLOCK = f"""
+import importlib.abc, importlib.machinery, sys
+
+class Blocker(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.split(".")[0] in {OPENMMLAB!r}:
+            return None
+        return importlib.machinery.PathFinder.find_spec(name, path, target)
+
+sys.meta_path = [Blocker if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
+"""
+
+
+def run(code: str, blocked: bool = True) -> str:
+    code = (BLOCK if blocked else "") + code
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_ops_work_where_only_torch_is_installed():
+    code = """
+for name in ("mmengine", "mmcv", "mmdet"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        pass
+    else:
+        raise SystemExit(f"{name} is not blocked")
+
+import torch
+import rfa_mmdet.ops.conam, rfa_mmdet.ops.ema
+from rfa_mmdet.ops.rfa_conv import rfa_conv
+
+y = rfa_conv(torch.rand(2, 4, 8, 8), torch.rand(36, 1, 1, 1), torch.rand(36, 1, 3, 3),
+             torch.rand(6, 4, 3, 3), norm=lambda f: f, act=torch.relu, padding=(1, 1))
+print(tuple(y.shape))
+
+import rfa_mmdet
+messages = []
+for name in ("layers", "models", "engine"):
+    try:
+        getattr(rfa_mmdet, name)
+    except ImportError as error:
+        messages.append(str(error))
+for message in messages:
+    print(message)
+try:
+    rfa_mmdet.no_such_name
+except AttributeError as error:
+    print(error)
+print(rfa_mmdet.__version__)
+"""
+    shape, layers, models, engine, no_such_name, version = run(code).split("\n")
+    assert shape == "(2, 6, 8, 8)"
+    for name, message in (("layers", layers), ("models", models), ("engine", engine)):
+        assert message.startswith(f"rfa_mmdet.{name} needs mmengine, mmcv, mmdet, which cannot")
+        assert "make env" in message
+    assert "no_such_name" in no_such_name
+    assert version == "0.1.0"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import rfa_mmdet.layers", "from rfa_mmdet import layers", "from rfa_mmdet.layers import EMA"],
+)
+def test_importing_layers_there_names_what_is_missing(statement):
+    code = f"""
+try:
+    {statement}
+except ImportError as error:
+    print(type(error).__name__, error)
+"""
+    found = run(code)
+    kind, _, message = found.partition(" ")
+    assert kind in ("ImportError", "ModuleNotFoundError")
+    assert any(name in message for name in OPENMMLAB)
+
+
+def test_ops_load_nothing_of_openmmlab_in_a_bare_process():
+    code = """
+import sys, types
+package = types.ModuleType("rfa_mmdet")
+package.__path__ = ["rfa_mmdet"]
+sys.modules["rfa_mmdet"] = package  # without its __init__, which imports the rest
+import importlib, pkgutil
+for module in pkgutil.walk_packages(["rfa_mmdet/ops"], "rfa_mmdet.ops."):
+    importlib.import_module(module.name)
+    print(module.name)
+print(sorted(m for m in sys.modules if m.split(".")[0] in ("mmengine", "mmcv", "mmdet")))
+print(sorted(m for m in sys.modules if m.startswith("rfa_mmdet.") and ".ops" not in m))
+"""
+    *modules, openmmlab, others = run(code, blocked=False).split("\n")
+    assert {"rfa_mmdet.ops.ema", "rfa_mmdet.ops.rfa_conv.reference"} <= set(modules)
+    assert openmmlab == "[]"
+    assert others == "[]"
