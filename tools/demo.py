@@ -5,6 +5,7 @@ Every step is a command that you could type yourself. Needs no download and no G
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -110,6 +111,10 @@ def main() -> None:
     console.print("pictures:")
     for name in ("detections.png", "curves.png", "attention.png"):
         console.print(f"  {WORK_DIR}/{name}")
+    # As it was typed, not where a virtual environment's link leads.
+    python = Path(os.path.abspath(sys.executable))
+    if python.is_relative_to(ROOT):
+        python = python.relative_to(ROOT)
     console.print("\nnext, try")
     for command in (
         f"tools/test.py {CONFIG} {checkpoint} --show-dir {WORK_DIR}/pictures",
@@ -117,7 +122,7 @@ def main() -> None:
         "model.backbone.stage_with_rfa=None --work-dir work_dirs/demo_plain",
         "tools/train.py configs/rfaconv/retinanet_r50-rfaconv_fpn_1x_coco.py",
     ):
-        console.print(f"  {sys.executable} {command}", style="cyan")
+        console.print(f"  {python} {command}", style="cyan")
     ap50 = metrics["coco/bbox_mAP_50"]
     if ap50 < NEEDED_AP50:
         sys.exit(f"AP50 is {ap50:.3f}, but at least {NEEDED_AP50:.2f} was to be reached")

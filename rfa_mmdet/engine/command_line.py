@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mmengine.config import Config, DictAction
 from mmengine.config.utils import ConfigParsingError
+from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from rfa_mmdet.engine.config_check import check_config
@@ -89,6 +90,8 @@ def load_config(args: Namespace) -> Config:
         cfg.work_dir = args.work_dir
     elif cfg.get("work_dir") is None:
         cfg.work_dir = str(Path("work_dirs", path.stem))
+    # What is built before the Runner, such as the data sets that are checked, is looked up there.
+    init_default_scope(cfg.get("default_scope") or "mmengine")
     return cfg
 
 

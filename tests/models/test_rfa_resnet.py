@@ -8,6 +8,7 @@ from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import ConfigDict
+from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
@@ -460,6 +461,7 @@ def test_dcn_alone_works_at_depth_50():
 
 def test_tiny_retinanet_from_a_config_trains_a_step():
     torch.manual_seed(0)
+    init_default_scope("mmdet")  # for the parts whose types name no scope
     detector = MODELS.build(
         dict(
             type="mmdet.RetinaNet",
