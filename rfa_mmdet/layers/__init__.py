@@ -1,6 +1,19 @@
 """Modules under mmcv's conv and plug-in contracts, on MMEngine's root ``MODELS``."""
 
-from rfa_mmdet.layers.attention import EMA, ConAM
-from rfa_mmdet.layers.conv import RFAConv
+from rfa_mmdet.layers.attention import CBAM, ECA, EMA, SE, ConAM, CoordAtt
+from rfa_mmdet.layers.conv import CAConv, CAMConv, CBAMConv, RFAConv, RFCAConv, RFCBAMConv
 
-__all__ = ["EMA", "ConAM", "RFAConv"]
+__all__ = [
+    "CBAM",
+    "ECA",
+    "EMA",
+    "SE",
+    "CAConv",
+    "CAMConv",
+    "CBAMConv",
+    "ConAM",
+    "CoordAtt",
+    "RFAConv",
+    "RFCAConv",
+    "RFCBAMConv",
+]

@@ -19,7 +19,10 @@ def patch_means(x: Tensor, patch_size: int) -> Tensor:
         >>> patch_means(torch.ones(1, 2, 5, 7), 3).unique()
         tensor([1.])
     """
-    return F.avg_pool2d(x, patch_size, ceil_mode=True, count_include_pad=False)
+    # Floor mode over s - 1 more zeros is ceil mode, whose size does not export.
+    padding = (0, patch_size - 1, 0, patch_size - 1)
+    real = F.pad(torch.ones_like(x[:1, :1]), padding)
+    return F.avg_pool2d(F.pad(x, padding), patch_size) / F.avg_pool2d(real, patch_size)
 
 
 def patch_confidence(local: Tensor, whole: Tensor) -> Tensor:
@@ -55,8 +58,5 @@ def spread_patches(value: Tensor, patch_size: int, size: tuple[int, int]) -> Ten
         tensor([[[[1., 1., 2.],
                   [1., 1., 2.]]]])
     """
-    batch, rows, columns = value.shape
-    s = patch_size
-    # An expanded view, copied once: deterministic, and exports with dynamic sizes.
-    value = value.reshape(batch, rows, 1, columns, 1).expand(batch, rows, s, columns, s)
-    return value.reshape(batch, 1, rows * s, columns * s)[:, :, : size[0], : size[1]]
+    rows, columns = (torch.arange(n, device=value.device) // patch_size for n in size)
+    return value[:, None, rows][..., columns]

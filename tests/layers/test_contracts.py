@@ -5,8 +5,10 @@ The layers are found in MMEngine's registry: one added later is swept as well.
 
 import copy
 import inspect
+import io
 import pickle
 
+import onnxruntime
 import pytest
 import torch
 from mmcv.cnn import ConvModule, build_conv_layer, build_plugin_layer
@@ -85,8 +87,9 @@ def changes(a: nn.Module, b: nn.Module, x: Tensor | None = None) -> bool:
 
 
 def test_the_papers_names_are_registered_in_the_root():
-    assert set(CONVS) >= {"RFAConv"}
-    assert set(PLUGINS) >= {"EMA", "ConAM"}
+    convs = {"RFAConv", "RFCBAMConv", "RFCAConv", "CAMConv", "CBAMConv", "CAConv"}
+    assert set(CONVS) >= convs
+    assert set(PLUGINS) >= {"EMA", "ConAM", "CBAM", "CoordAtt", "SE", "ECA"}
     assert MODELS.name == "model"
     assert MODELS.parent is None
 
@@ -197,6 +200,142 @@ def test_compiles_as_one_graph(name, training):
     torch._dynamo.reset()
 
 
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+# Gates that depend on convolved features, which autocast rounds: of features of 1e4 the rounding is
+# many units of the score, and a sigmoid near its middle becomes another one. 7.4 eps were seen.
+FACTOR_OF_LARGE_INPUTS = {"EMA": 16, "RFCAConv": 16, "RFCBAMConv": 16}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("magnitude", [1, 1e4])
+def test_autocast_is_near_float32(name, dtype, magnitude, training):
+    layer = build(name).train(training)
+    # Values that the dtype can hold, so that only the layer's own rounding is measured.
+    x = (2 * torch.rand(2, CHANNELS, 9, 7) - 1).mul(magnitude).to(dtype).float().requires_grad_()
+    expected = layer(x)
+    with torch.autocast("cpu", dtype=dtype):
+        out = layer(x)
+    # The rounding of weights, features and result, half an eps at most each, adds up as squares.
+    factor = FACTOR_OF_LARGE_INPUTS.get(name, 1) if magnitude > 1 else 1
+    assert relative_error(out, expected) < factor * torch.finfo(dtype).eps
+    if magnitude > 1:  # gradients beyond float16 are a loss scaler's to see
+        return
+    upstream = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, [x, *layer.parameters()], upstream)
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_converted_layer_runs_in_its_dtype(name, dtype):
+    layer = build(name).eval()
+    x = feature_map().to(dtype)
+    expected = layer(x.float())
+    layer = layer.to(dtype)
+    # Half an eps each of weights, features and result; against float64, the error of float32.
+    tolerance = max(torch.finfo(dtype).eps, 1e-6)
+    out = layer(x)
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < tolerance
+    x.requires_grad_()
+    out = layer.train()(x)
+    assert out.dtype == dtype
+    gradients = torch.autograd.grad(out, [x, *layer.parameters()], torch.randn_like(out))
+    assert all(g.dtype == dtype and g.isfinite().all() for g in gradients)
+
+
+WITH_BN = [n for n in CONVS + PLUGINS if any(type(m) is nn.BatchNorm2d for m in build(n).modules())]
+
+
+@pytest.mark.parametrize("name", WITH_BN)
+def test_conversion_to_sync_bn(name):
+    layer, x = build(name), feature_map()
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(layer))
+    assert not any(type(m) is nn.BatchNorm2d for m in synced.modules())
+    assert list(synced.state_dict()) == list(layer.state_dict())
+    # Without a process group, the statistics are those of this process.
+    torch.testing.assert_close(synced(x), layer(x))
+    torch.testing.assert_close(synced.eval()(x), layer.eval()(x))
+
+
+# Of the map that is exported, and of those that the export is tried with.
+SMALLEST, SIZES = 5, [(9, 7), (12, 11), (5, 16), (24, 24)]
+
+
+def other_maps(batches: tuple[int, ...] = (1, 3, 2, 1)) -> list[Tensor]:
+    return [torch.randn(b, CHANNELS, *size) for b, size in zip(batches, SIZES, strict=True)]
+
+
+def assert_exports(layer: nn.Module) -> None:
+    largest = 4096
+    height = torch.export.Dim("height", min=SMALLEST, max=largest)
+    width = torch.export.Dim("width", min=SMALLEST, max=largest)
+    program = torch.export.export(layer, (feature_map(),), dynamic_shapes=({2: height, 3: width},))
+    exported = program.module()
+    for x in other_maps(batches=(2, 2, 2, 2)):
+        torch.testing.assert_close(exported(x), layer(x))
+
+
+def assert_exports_to_onnx(layer: nn.Module) -> None:
+    """By the TorchScript exporter: the other one needs onnxscript, and MMDeploy uses this one."""
+    axes = {0: "batch", 2: "height", 3: "width"}
+    file = io.BytesIO()
+    torch.onnx.export(
+        layer,
+        (feature_map(),),
+        file,
+        dynamo=False,
+        opset_version=17,
+        input_names=["x"],
+        output_names=["y"],
+        dynamic_axes={"x": axes, "y": axes},
+    )
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    for x in other_maps():
+        found = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+        # float32, its sums in another order
+        torch.testing.assert_close(found, layer(x), rtol=1e-4, atol=1e-5)
+
+
+# Sides unlike each other, so that nothing can take one for the other.
+UNEVEN = dict(stride=(1, 2), padding=(3, 2), dilation=(1, 2), groups=4)
+
+
+@torch.no_grad()
+def test_torch_export_with_dynamic_sizes(name):
+    assert_exports(build(name).eval())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer_name", CONVS)
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_torch_export_of_a_conv_with_other_arguments(layer_name, mode):
+    assert_exports(conv(layer_name, CHANNELS, 16, (4, 3), padding_mode=mode, **UNEVEN).eval())
+
+
+OF_THE_TRACER = "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning"
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings(*OF_THE_TRACER)
+def test_onnx_with_dynamic_sizes(name):
+    assert_exports_to_onnx(build(name).eval())
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings(*OF_THE_TRACER)
+@pytest.mark.parametrize("layer_name", CONVS)
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_onnx_of_a_conv_with_other_arguments(layer_name, mode):
+    layer = conv(layer_name, CHANNELS, 16, (4, 3), padding_mode=mode, **UNEVEN)
+    assert_exports_to_onnx(layer.eval())
+
+
 def test_unknown_argument_is_a_type_error_that_names_it(name):
     with pytest.raises(TypeError, match="no_such_argument"):
         build(name, no_such_argument=1)
@@ -243,13 +382,18 @@ def test_integer_arguments_are_checked_when_the_layer_is_built(name, value, erro
 @pytest.mark.parametrize("training", [True, False])
 def test_norm_of_the_layer(name, training):
     x, outs = feature_map(), {}
+    kinds = (nn.BatchNorm2d, nn.GroupNorm)
+    # An attention inside may have a norm of its own, which norm_cfg does not choose.
+    bare = build(name, norm_cfg=None)
+    fixed = {key for key, m in bare.named_modules() if isinstance(m, kinds)}
     for key, cfg in {
         "BN": dict(type="BN", eps=0.1),
         "GN": dict(type="GN", num_groups=8),
         "none": None,
     }.items():
         layer = build(name, norm_cfg=cfg).train(training)
-        norms = [m for m in layer.modules() if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm))]
+        found = {k: m for k, m in layer.named_modules() if isinstance(m, kinds)}
+        norms = [m for k, m in found.items() if k not in fixed]
         assert bool(norms) == (cfg is not None)
         assert all(m.eps == 0.1 for m in norms if key == "BN")
         outs[key] = layer(x)
@@ -485,7 +629,7 @@ def assert_sane(layer: nn.Module) -> None:
     for key, module in layer.named_modules():
         if isinstance(module, nn.Conv2d) and module.weight.requires_grad:
             fan_in = module.weight[0].numel()
-            std = float(module.weight.std()) * fan_in**0.5
+            std = float(module.weight.detach().std()) * fan_in**0.5
             assert 0.25 < std < 4, f"{key}: std times sqrt(fan in) is {std}"
 
 
@@ -564,8 +708,16 @@ def test_resnet_takes_a_conv_as_dcn(layer_name):
     ]
     upstream = [torch.randn_like(y) for y in out]
     convs = [b.conv2 for s in (2, 3, 4) for b in getattr(net, f"layer{s}")]
-    parameters = [p for layer in convs for p in layer.parameters()]
-    assert all(g.any() for g in torch.autograd.grad(out, parameters, upstream))
+    assert_gradients(out, convs, upstream)
+
+
+def assert_gradients(out: tuple[Tensor, ...], layers: list[nn.Module], upstream: list) -> None:
+    """Finite in all; not zero for each name in one at least: a narrow ReLU may be dead."""
+    named = [(key, p) for layer in layers for key, p in layer.named_parameters()]
+    gradients = torch.autograd.grad(out, [p for _, p in named], upstream)
+    assert all(g.isfinite().all() for g in gradients)
+    alive = {key for (key, _), g in zip(named, gradients, strict=True) if g.any()}
+    assert alive == {key for key, _ in named}
 
 
 # --------------------------------------------------------------------------- plug-ins
@@ -612,9 +764,7 @@ def test_resnet_takes_a_plugin(layer_name):
     ones_in_last_norm(net)
     out = net(torch.randn(2, 3, 64, 64))
     plugins = [m for m in net.layer2.modules() if isinstance(m, kind)]
-    parameters = [p for m in plugins for p in m.parameters()]
-    gradients = torch.autograd.grad(out, parameters, [torch.randn_like(y) for y in out])
-    assert all(g.isfinite().all() and g.any() for g in gradients)
+    assert_gradients(out, plugins, [torch.randn_like(y) for y in out])
 
 
 def small(layer_name: str) -> dict:

@@ -1,212 +1,30 @@
-"""RFAConv against the paper's formula, written here once more: unfold, loops, stride k."""
+"""RFAConv against the paper's formula, as tests/layers/formulas.py writes it once more."""
 
 import copy
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, example, given
-from hypothesis import strategies as st
-from torch import Tensor, nn
+from hypothesis import example, given
 from torch.nn import functional as F
 
 from rfa_mmdet.layers import RFAConv
 from rfa_mmdet.ops.rfa_conv import receptive_field_mean
+from tests.layers import formulas
+from tests.layers.formulas import Case
 
-NUMPY_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
-ACTIVATIONS = {"ReLU": torch.relu, "SiLU": F.silu, None: lambda z: z}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One layer and one input, everything that shapes them."""
-
-    batch: int = 2
-    channels: int = 3
-    out_channels: int = 4
-    size: tuple[int, int] = (7, 5)
-    kernel: tuple[int, int] = (3, 3)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    bias: bool = True
-    mode: str = "zeros"
-    act: str | None = "ReLU"
-    training: bool = True
-    seed: int = 0
-
-    def out_size(self) -> tuple[int, int]:
-        spans = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spans)
-
-    def layer(self) -> RFAConv:
-        """The layer in float32, no parameter and no running statistic at its default."""
-        torch.manual_seed(self.seed)
-        layer = RFAConv(
-            self.channels,
-            self.out_channels,
-            self.kernel,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            bias=self.bias,
-            padding_mode=self.mode,
-            act_cfg=self.act and dict(type=self.act),
-        )
-        layer.norm.weight.data.uniform_(0.5, 1.5)
-        layer.norm.bias.data.normal_()
-        layer.norm.running_mean.normal_()
-        layer.norm.running_var.uniform_(0.5, 2)
-        layer.attention.weight.data.normal_()
-        return layer.train(self.training)
-
-    def input(self) -> Tensor:
-        # A mean other than zero, so that padded zeros differ from real cells on average.
-        generator = torch.Generator().manual_seed(self.seed)
-        return torch.randn(self.batch, self.channels, *self.size, generator=generator) + 0.5
+cases = partial(formulas.cases, pointwise=False)
 
 
-def formula(
-    case: Case, x: Tensor, weights: dict[str, Tensor], constant_statistics: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The paper's layer in x's precision; also F before its activation."""
-    batch, channels, (kh, kw), (h, w) = case.batch, case.channels, case.kernel, case.out_size()
-    positions = kh * kw
-    (pv, ph), (height, width) = case.padding, case.size
-    if case.mode == "zeros":
-        padded = x.new_zeros(batch, channels, height + 2 * pv, width + 2 * ph)
-        padded[:, :, pv : pv + height, ph : ph + width] = x
-    else:
-        rows = np.pad(np.arange(height), pv, mode=NUMPY_MODES[case.mode])
-        columns = np.pad(np.arange(width), ph, mode=NUMPY_MODES[case.mode])
-        padded = x[:, :, torch.from_numpy(rows)][:, :, :, torch.from_numpy(columns)]
-    windows = F.unfold(padded, case.kernel, case.dilation, 0, case.stride)
-    windows = windows.reshape(batch, channels, positions, h, w)
+def build(case: Case) -> RFAConv:
+    return case.build(RFAConv, act_cfg=case.act and dict(type=case.act))
 
-    # F: every (channel, position) has a kernel of its own over the window of the channel
-    kernels = weights["feature.weight"].reshape(channels, positions, positions)
-    before = torch.einsum("bcjhw,cij->bcihw", windows, kernels)
-    if case.training:
-        mean = before.mean((0, 3, 4))
-        var = ((before - mean[None, :, :, None, None]) ** 2).mean((0, 3, 4))
-        if constant_statistics:
-            mean, var = mean.detach(), var.detach()
-    else:
-        mean = weights["norm.running_mean"].reshape(channels, positions)
-        var = weights["norm.running_var"].reshape(channels, positions)
-    gamma = weights["norm.weight"].reshape(channels, positions)
-    beta = weights["norm.bias"].reshape(channels, positions)
-    scale = gamma / (var + 1e-5).sqrt()
-    before = before * scale[None, :, :, None, None]
-    before = before + (beta - mean * scale)[None, :, :, None, None]
-    features = ACTIVATIONS[case.act](before)
 
-    # S: softmax over the positions of a[c, i] * A
-    average = sum(windows[:, :, i] for i in range(positions)) / positions
-    a = weights["attention.weight"].reshape(channels, positions)
-    logits = torch.stack([average * a[None, :, i, None, None] for i in range(positions)], 2)
-    powers = (logits - logits.amax(2, keepdim=True).detach()).exp()
-    attention = powers / powers.sum(2, keepdim=True)
-
-    # Windows side by side: (h * kh, w * kw), and a convolution that steps from one to the next
-    wide = x.new_zeros(batch, channels, h * kh, w * kw)
-    for i in range(kh):
-        for j in range(kw):
-            position = i * kw + j
-            wide[:, :, i::kh, j::kw] = features[:, :, position] * attention[:, :, position]
-    out = F.conv2d(
-        wide, weights["conv.weight"], weights.get("conv.bias"), stride=(kh, kw), groups=case.groups
+def compare(case: Case) -> float:
+    return formulas.compare(
+        build(case), lambda exact, x: formulas.rfa_conv(exact, case, x), case.input()
     )
-    return out, before
-
-
-def relative_error(found: Tensor, expected: Tensor, terms: Tensor | None = None) -> float:
-    """Largest difference over the largest expected value, or over that of what sums up to it."""
-    assert found.shape == expected.shape
-    scale = max(float(t.abs().max()) for t in (expected, terms) if t is not None)
-    return float((found.double() - expected.double()).abs().max()) / max(scale, 1e-30)
-
-
-def compare(case: Case, dtype: torch.dtype, tolerance: float, gradients: bool = True) -> float:
-    """Compare the layer in ``dtype`` with the formula in float64 at the same numbers."""
-    layer, x = case.layer(), case.input()
-    state = {k: v.double() for k, v in layer.state_dict().items()}
-    names = [name for name, _ in layer.named_parameters()]
-    expected_inputs = [x.double().requires_grad_()]
-    expected_inputs += [state[name].requires_grad_() for name in names]
-    expected, before = formula(case, expected_inputs[0], state)
-    # The derivative of ReLU jumps: near 0, rounding decides which side float32 is on.
-    margin = float(before.detach().abs().min()) if case.act == "ReLU" else 1.0
-
-    layer = layer.to(dtype)
-    x = x.to(dtype).requires_grad_()
-    out = layer(x)
-    assert out.dtype == dtype
-    assert relative_error(out.detach(), expected.detach()) <= tolerance
-    if not gradients and margin < 1e-5:
-        return margin
-    generator = torch.Generator().manual_seed(case.seed + 1)
-    upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
-    expected_gradients = torch.autograd.grad(expected, expected_inputs, upstream)
-    # BN in training mode subtracts from the gradient of the features what the batch statistics
-    # take back, often all but the eps: rounding is to be measured by what is subtracted from.
-    feature = 1 + names.index("feature.weight")
-    terms = [None] * len(expected_inputs)
-    fixed, _ = formula(case, expected_inputs[0], state, constant_statistics=True)
-    terms[feature] = torch.autograd.grad(fixed, expected_inputs[feature], upstream)[0]
-    found = torch.autograd.grad(out, [x, *layer.parameters()], upstream.to(dtype))
-    for name, f, e, t in zip(["x", *names], found, expected_gradients, terms, strict=True):
-        assert relative_error(f, e, t) <= tolerance, name
-    return margin
-
-
-@st.composite
-def cases(draw) -> Case:
-    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
-    channels = groups * draw(st.integers(1, 17 // groups))
-    out_channels = groups * draw(st.integers(1, 9 // groups))
-    side = st.integers(1, 5)
-    kernel = draw(st.tuples(side, side).filter(lambda k: k != (1, 1)))
-    stride = draw(st.tuples(*[st.integers(1, 3)] * 2))
-    dilation = draw(st.tuples(*[st.integers(1, 3)] * 2))
-    mode = draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]))
-    spans = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
-    padding = draw(st.tuples(*[st.integers(0, min(span, 6)) for span in spans]))
-    # From a window that fits just once to maps of odd and even sizes; a padding that the mode
-    # can take from inside the map.
-    sizes = []
-    for span, p in zip(spans, padding, strict=True):
-        least = max(1, span - 2 * p)
-        least = max(least, {"reflect": p + 1, "circular": p}.get(mode, 1))
-        sizes.append(draw(st.integers(least, least + 8)))
-    case = Case(
-        batch=draw(st.sampled_from([1, 2, 3])),
-        channels=channels,
-        out_channels=out_channels,
-        size=tuple(sizes),
-        kernel=kernel,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        bias=draw(st.booleans()),
-        mode=mode,
-        act=draw(st.sampled_from(["ReLU", "ReLU", "SiLU", None])),
-        training=draw(st.booleans()),
-        seed=draw(st.integers(0, 2**20)),
-    )
-    # Statistics of a few values divide by a variance that may be any small number.
-    h, w = case.out_size()
-    assume(not case.training or case.batch * h * w >= 8)
-    return case
-
-
-@given(cases())
-def test_float64_forward_and_every_gradient_are_the_formula(case):
-    compare(case, torch.float64, 1e-10)
 
 
 @given(cases())
@@ -214,18 +32,17 @@ def test_float64_forward_and_every_gradient_are_the_formula(case):
 @example(Case(kernel=(1, 5), padding=(0, 2), stride=(2, 3), dilation=(1, 2), size=(9, 11)))
 @example(Case(channels=17, kernel=(5, 5), padding=(2, 2), groups=17, out_channels=17))
 @example(Case(mode="circular", dilation=(3, 3), padding=(3, 3), batch=1, size=(9, 9)))
-def test_float32_is_the_formula(case):
-    compare(case, torch.float32, 1e-5, gradients=False)
+def test_forward_and_every_gradient_are_the_formula(case):
+    compare(case)
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_float32_relu_gradients_are_the_formula(training, mode, dilation):
+def test_float32_relu_gradients_are_compared(training, mode, dilation):
     window = dict(dilation=(dilation,) * 2, padding=(dilation,) * 2, stride=(2, 2))
-    case = Case(mode=mode, training=training, size=(9, 11), **window)
-    margin = compare(case, torch.float32, 1e-5)
-    assert margin > 1e-6, "choose another seed: a feature lies on ReLU's corner"
+    case = Case(mode=mode, training=training, size=(9, 11), seed=1, **window)
+    assert compare(case) > 1e-5, "choose another seed: a feature lies on ReLU's corner"
 
 
 def test_defaults_are_those_of_the_paper():
@@ -247,24 +64,14 @@ def test_defaults_are_those_of_the_paper():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_gradcheck(training):
-    case = Case(
-        batch=1, channels=2, out_channels=2, size=(4, 3), kernel=(2, 3), padding=(1, 1), act="SiLU"
-    )
-    layer = case.layer().double().train(training)
-    names = [name for name, _ in layer.named_parameters()]
-    inputs = [case.input().double(), *(p.detach() for p in layer.parameters())]
-
-    def run(x, *weights):
-        # A copy each time: running statistics move in training mode.
-        module = copy.deepcopy(layer)
-        return torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x,))
-
-    assert torch.autograd.gradcheck(run, [t.clone().requires_grad_() for t in inputs])
+    window = dict(size=(4, 3), kernel=(2, 3), padding=(1, 1))
+    case = Case(batch=1, channels=2, out_channels=2, act="SiLU", training=training, **window)
+    assert formulas.gradcheck(build(case), case.input())
 
 
 def test_running_statistics_follow_the_features():
     case = Case(act=None)
-    layer, x = case.layer(), case.input()
+    layer, x = build(case), case.input()
     before = F.conv2d(x, layer.feature.weight, padding=1, groups=3)
     mean = 0.9 * layer.norm.running_mean + 0.1 * before.mean((0, 2, 3))
     var = 0.9 * layer.norm.running_var + 0.1 * before.var((0, 2, 3), unbiased=True)
@@ -275,7 +82,7 @@ def test_running_statistics_follow_the_features():
 
 @given(cases())
 def test_attention_map_is_the_softmax_of_the_scaled_means(case):
-    layer, x = case.layer().double(), case.input().double()
+    layer, x = build(case).double(), case.input().double()
     found = layer.attention_map(x)
     assert found.shape == (case.batch, case.channels, np.prod(case.kernel), *case.out_size())
     torch.testing.assert_close(found.sum(2), torch.ones_like(found[:, :, 0]))
@@ -293,7 +100,7 @@ def test_attention_map_is_the_softmax_of_the_scaled_means(case):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_autocast_is_finite_and_near_float32(dtype, dilation):
-    layer = Case(channels=8, dilation=(dilation,) * 2, padding=(dilation,) * 2).layer()
+    layer = build(Case(channels=8, dilation=(dilation,) * 2, padding=(dilation,) * 2))
     x = torch.randn(2, 8, 9, 7, requires_grad=True)
     expected = copy.deepcopy(layer)(x)
     with torch.autocast("cpu", dtype=dtype):
@@ -303,7 +110,7 @@ def test_autocast_is_finite_and_near_float32(dtype, dilation):
     assert all(g.isfinite().all() for g in gradients)
     # Eight bits of mantissa in bfloat16, eleven in float16, over sums of 72 products.
     tolerance = {torch.bfloat16: 0.03, torch.float16: 0.004}[dtype]
-    assert relative_error(out.detach(), expected.detach()) < tolerance
+    assert formulas.relative_error(out.detach(), expected.detach()) < tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -337,15 +144,7 @@ def test_means_are_not_rounded_by_autocast(dtype, dilation):
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 def test_empty_batch_wherever_torch_accepts_one(mode):
-    window = dict(stride=2, padding=1, padding_mode=mode)
-    x = torch.empty(0, 4, 7, 5, requires_grad=True)
-    expected = nn.Sequential(nn.Conv2d(4, 6, 3, **window), nn.BatchNorm2d(6)).eval()(x)
-    layer = RFAConv(4, 6, 3, **window).eval()
-    out = layer(x)
-    assert out.shape == expected.shape == (0, 6, 4, 3)
-    gradients = torch.autograd.grad(out, [x, *layer.parameters()], torch.empty_like(out))
-    assert gradients[0].shape == x.shape
-    assert all(not g.any() for g in gradients[1:])
+    formulas.check_empty_batch(RFAConv(4, 6, 3, stride=2, padding=1, padding_mode=mode), mode)
 
 
 def test_one_value_a_channel_is_refused_in_training_as_by_torch():

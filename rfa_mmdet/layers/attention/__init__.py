@@ -1,6 +1,10 @@
 """Attention plug-ins: (B, C, H, W) in, the same shape out."""
 
+from rfa_mmdet.layers.attention.cbam import CBAM
 from rfa_mmdet.layers.attention.conam import ConAM
+from rfa_mmdet.layers.attention.coord_att import CoordAtt
+from rfa_mmdet.layers.attention.eca import ECA
 from rfa_mmdet.layers.attention.ema import EMA
+from rfa_mmdet.layers.attention.se import SE
 
-__all__ = ["EMA", "ConAM"]
+__all__ = ["CBAM", "ECA", "EMA", "SE", "ConAM", "CoordAtt"]

@@ -91,7 +91,7 @@ class ConAM(nn.Module):
             confidence = patch_confidence(local, whole)  # (B, rows * columns)
             if self.scale_by_patches:
                 confidence = confidence * confidence.shape[1]
-            confidence = confidence.unflatten(1, grid)
+            confidence = confidence.reshape(-1, *grid)
         gate = spread_patches(confidence, self.patch_size, (height, width))  # (B, 1, H, W)
         return x + x * gate.to(x.dtype)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import check_feature_map, positive_int
 from rfa_mmdet.ops.ema import cross_spatial_gate
-from rfa_mmdet.ops.precision import at_least_float32
+from rfa_mmdet.ops.precision import at_least_float32, no_autocast
 
 
 @MODELS.register_module()
@@ -65,9 +65,11 @@ class EMA(nn.Module):
         height, width = x.shape[2:]
         # (B, C, H, W) -> (B * factor, c, H, W)
         groups = x.unflatten(1, (self.factor, -1)).flatten(0, 1)
-        rows = groups.mean(3)  # (B * factor, c, H)
-        columns = groups.mean(2)  # (B * factor, c, W)
-        gates = self.conv1x1(torch.cat([rows, columns], dim=2).unsqueeze(3)).squeeze(3)
+        with no_autocast(x):
+            dtype = self.conv1x1.weight.dtype
+            rows = groups.mean(3, dtype=dtype)  # (B * factor, c, H)
+            columns = groups.mean(2, dtype=dtype)  # (B * factor, c, W)
+            gates = self.conv1x1(torch.cat([rows, columns], dim=2).unsqueeze(3)).squeeze(3)
         gates = torch.sigmoid(at_least_float32(gates)).to(groups.dtype)
         row_gate, column_gate = gates.split([height, width], dim=2)
         x1 = self.gn(groups * row_gate.unsqueeze(3) * column_gate.unsqueeze(2))

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rfa_mmdet.layers.arguments import check_feature_map, int_pair, positive_int
+from rfa_mmdet.layers.checkpoint_keys import PUBLISHED, rename_published
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -115,6 +116,13 @@ class AttentionConv2d(nn.Module):
         vertical, horizontal = self.padding
         x = F.pad(x, (horizontal, horizontal, vertical, vertical), mode=self.padding_mode)
         return x, (0, 0)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        # By the first base that a paper names: a subclass reads what its base reads.
+        bases = [base.__name__ for base in type(self).__mro__ if base.__name__ in PUBLISHED]
+        if bases:
+            rename_published(bases[0], state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Show Conv2d's arguments; the rest stands in the children's own lines."""

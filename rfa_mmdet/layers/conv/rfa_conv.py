@@ -9,18 +9,15 @@ assertion that cannot fail); a 1x1 kernel is a plain convolution; the final conv
 channels instead of a k-fold enlarged map (the same sum).
 """
 
-from mmcv.cnn import build_activation_layer, build_norm_layer
-from mmengine.model import kaiming_init
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from rfa_mmdet.layers.arguments import boolean
-from rfa_mmdet.layers.conv.base import AttentionConv2d
+from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
 from rfa_mmdet.ops.rfa_conv import receptive_field_attention, receptive_field_mean, rfa_conv
 
 
 @MODELS.register_module()
-class RFAConv(AttentionConv2d):
+class RFAConv(ReceptiveFieldConv):
     """Convolution whose K = kh * kw window positions are weighed by an attention of their own.
 
     Arguments shared with Conv2d: see
@@ -40,6 +37,9 @@ class RFAConv(AttentionConv2d):
         padding_mode (str): Defaults to 'zeros'.
         norm_cfg (dict | None): Norm of the receptive-field features. Defaults to BN.
         act_cfg (dict | None): Their activation. Defaults to ReLU.
+        feature (str): 'conv': the features are learnt by a depthwise convolution. 'unfold': they
+            are the window's own values (then normalised and activated likewise; pass
+            ``norm_cfg=None, act_cfg=None`` for the bare values). Defaults to 'conv'.
 
     Raises:
         TypeError, ValueError: An argument or the input is not as above.
@@ -65,62 +65,36 @@ class RFAConv(AttentionConv2d):
         padding_mode: str = "zeros",
         norm_cfg: dict | None = dict(type="BN"),
         act_cfg: dict | None = dict(type="ReLU", inplace=True),
+        feature: str = "conv",
     ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
-        )
-        boolean("bias", bias)
-        window = dict(stride=self.stride, padding=self.padding, dilation=self.dilation)
+        if feature not in ("conv", "unfold"):
+            raise ValueError(f"feature={feature!r}: must be 'conv' or 'unfold'")
+        window = (stride, padding, dilation, groups, bias, padding_mode)
+        learnt = feature == "conv"
+        super().__init__(in_channels, out_channels, kernel_size, *window, norm_cfg, act_cfg, learnt)
         if self.is_pointwise:
+            del self.norm, self.act
+            if learnt:
+                del self.feature
             self.conv = nn.Conv2d(
                 in_channels,
                 out_channels,
                 1,
-                **window,
-                groups=groups,
-                bias=bias,
-                padding_mode=padding_mode,
+                self.stride,
+                self.padding,
+                self.dilation,
+                groups,
+                bias,
+                padding_mode,
             )
             return
         wide = in_channels * self.kernel_size[0] * self.kernel_size[1]  # C * K
         self.attention = nn.Conv2d(in_channels, wide, 1, groups=in_channels, bias=False)
-        self.feature = nn.Conv2d(
-            in_channels,
-            wide,
-            self.kernel_size,
-            **window,
-            groups=in_channels,
-            bias=False,
-            padding_mode=padding_mode,
-        )
-        self.norm = build_norm_layer(norm_cfg, wide)[1] if norm_cfg else nn.Identity()
-        self.act = build_activation_layer(act_cfg) if act_cfg else nn.Identity()
-        # Stride k over windows laid side by side, as the paper writes it.
-        self.conv = nn.Conv2d(
-            in_channels,
-            out_channels,
-            self.kernel_size,
-            stride=self.kernel_size,
-            groups=groups,
-            bias=bias,
-        )
 
     @property
     def is_pointwise(self) -> bool:
         """Whether the kernel is 1x1, and this layer a plain convolution."""
         return self.kernel_size == (1, 1)
-
-    def init_weights(self) -> None:
-        """Initialise anew; MMEngine calls this after a parent's ``init_cfg`` has filled the convs.
-
-        The final convolution as every convolution of a ResNet; attention and features as torch
-        does, which is what the paper trained with. Kaiming's fan of the whole grouped convolution
-        would start them about C times too small.
-        """
-        kaiming_init(self.conv)
-        if not self.is_pointwise:
-            self.attention.reset_parameters()
-            self.feature.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve.
@@ -138,7 +112,7 @@ class RFAConv(AttentionConv2d):
         return rfa_conv(
             padded,
             self.attention.weight,
-            self.feature.weight,
+            self.feature.weight if hasattr(self, "feature") else None,
             self.conv.weight,
             self.conv.bias,
             norm=self.norm,

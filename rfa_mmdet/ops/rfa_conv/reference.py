@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rfa_mmdet.ops.precision import at_least_float32, no_autocast
+from rfa_mmdet.ops.windows import convolve_windows
 
 Pair = tuple[int, int]
 
@@ -40,7 +41,7 @@ def receptive_field_mean(
     # avg_pool2d knows no dilation and at most half a kernel of padding.
     if dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, kernel_size, strict=True)):
         return F.avg_pool2d(x, kernel_size, stride, padding, count_include_pad=True)
-    channels = x.shape[1]
+    channels = int(x.shape[1])  # a constant to ONNX, which must know the kernel's shape
     kernel = x.new_full((channels, 1, *kernel_size), 1 / (kernel_size[0] * kernel_size[1]))
     with no_autocast(x):  # which would round a float32 map; pooling it keeps its precision
         return F.conv2d(x, kernel, None, stride, padding, dilation, channels)
@@ -62,15 +63,16 @@ def receptive_field_attention(mean: Tensor, attention_weight: Tensor) -> Tensor:
         (torch.Size([2, 3, 9, 4, 5]), True)
     """
     channels = mean.shape[1]
-    # One weight a (channel, position): the grouped 1x1 convolution is a product.
-    weight = at_least_float32(attention_weight).reshape(1, channels, -1, 1, 1)
-    return torch.softmax(at_least_float32(mean).unsqueeze(2) * weight, dim=2)
+    with no_autocast(mean):
+        mean, weight = at_least_float32(mean), at_least_float32(attention_weight)
+        logits = F.conv2d(mean, weight.to(mean.dtype), groups=channels)  # (B, C * K, h, w)
+        return torch.softmax(logits.unflatten(1, (channels, -1)), dim=2)
 
 
 def rfa_conv(
     x: Tensor,
     attention_weight: Tensor,
-    feature_weight: Tensor,
+    feature_weight: Tensor | None,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
@@ -86,7 +88,8 @@ def rfa_conv(
     Args:
         x (Tensor): (B, C, H, W).
         attention_weight (Tensor): (C * K, 1, 1, 1).
-        feature_weight (Tensor): (C * K, 1, kh, kw), depthwise.
+        feature_weight (Tensor | None): (C * K, 1, kh, kw), depthwise. None: the features are the
+            windows of ``x`` themselves, the paper's unfold form.
         weight (Tensor): (O, C / groups, kh, kw), of the final convolution.
         bias (Tensor | None): (O,).
         norm (Callable): Normalises the features, (B, C * K, h, w) to the same shape.
@@ -106,9 +109,12 @@ def rfa_conv(
         torch.Size([2, 6, 8, 8])
     """
     channels, kernel_size = x.shape[1], (weight.shape[2], weight.shape[3])
-    features = F.conv2d(x, feature_weight, None, stride, padding, dilation, channels)
-    features = act(norm(features))  # (B, C * K, h, w)
     mean = receptive_field_mean(x, kernel_size, stride, padding, dilation)
+    if feature_weight is None:
+        features = F.unfold(x, kernel_size, dilation, padding, stride)  # (B, C * K, h * w)
+        features = features.unflatten(2, mean.shape[2:])
+    else:
+        features = F.conv2d(x, feature_weight, None, stride, padding, dilation, channels)
+    features = act(norm(features)).unflatten(1, (channels, -1))  # (B, C, K, h, w)
     attention = receptive_field_attention(mean, attention_weight)  # (B, C, K, h, w)
-    weighed = features * attention.flatten(1, 2).to(features.dtype)  # (B, C * K, h, w)
-    return F.conv2d(weighed, weight.reshape(weight.shape[0], -1, 1, 1), bias, groups=groups)
+    return convolve_windows(features * attention.to(features.dtype), weight, bias, groups)

@@ -1,0 +1,97 @@
+"""CBAM: convolutional block attention module, and its channel part alone.
+
+Paper: "CBAM: Convolutional Block Attention Module", arXiv 1807.06521; without norm behind the
+spatial convolution, as the RFAConv paper (arXiv 2304.03198) compares it. Plain means and maxima
+stand for adaptive pooling; gates are float32 under mixed precision.
+"""
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from rfa_mmdet.layers.arguments import check_feature_map, positive_int
+from rfa_mmdet.ops.precision import at_least_float32, no_autocast
+
+
+class ChannelAttention(nn.Module):
+    """CBAM's channel part: one MLP on the maxima and the means of the channels.
+
+    Args:
+        in_channels (int): C of the input (B, C, H, W).
+        reduction (int): The hidden width is C // reduction, at least 1. Defaults to 16.
+
+    Raises:
+        TypeError, ValueError: An argument or the input is not as above.
+
+    Example:
+        >>> ChannelAttention(64)(torch.rand(2, 64, 7, 9)).shape
+        torch.Size([2, 64, 7, 9])
+    """
+
+    def __init__(self, in_channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        self.in_channels = positive_int("in_channels", in_channels)
+        hidden = max(1, in_channels // positive_int("reduction", reduction))
+        self.mlp = nn.Sequential(
+            nn.Conv2d(in_channels, hidden, 1, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, in_channels, 1, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Weigh the channels of (B, C, H, W)."""
+        check_feature_map(type(self).__name__, x, self.in_channels)
+        dtype = self.mlp[0].weight.dtype
+        with no_autocast(x):
+            maxima = x.amax((2, 3), keepdim=True).to(dtype)
+            means = x.mean((2, 3), keepdim=True, dtype=dtype)
+            score = self.mlp(maxima) + self.mlp(means)
+        return x * torch.sigmoid(at_least_float32(score)).to(x.dtype)
+
+
+@MODELS.register_module()
+class CBAM(nn.Module):
+    """Convolutional block attention: weighs the channels, then the cells; keeps the shape.
+
+    Args:
+        in_channels (int): C of the input (B, C, H, W).
+        reduction (int): The hidden width of the channel part is C // reduction, at least 1.
+            Defaults to 16.
+        kernel_size (int): Of the spatial part, odd. Defaults to 7.
+
+    Raises:
+        TypeError, ValueError: An argument or the input is not as above.
+
+    Example:
+        >>> from mmcv.cnn import build_plugin_layer
+        >>> name, cbam = build_plugin_layer(dict(type="CBAM"), in_channels=64)
+        >>> name, cbam(torch.rand(2, 64, 7, 9)).shape
+        ('cbam', torch.Size([2, 64, 7, 9]))
+    """
+
+    _abbr_ = "cbam"
+
+    def __init__(self, in_channels: int, reduction: int = 16, kernel_size: int = 7) -> None:
+        super().__init__()
+        self.in_channels = positive_int("in_channels", in_channels)
+        if positive_int("kernel_size", kernel_size) % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size}: must be odd, to keep the size")
+        self.channel = ChannelAttention(in_channels, reduction)
+        self.spatial = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Weigh the channels, then the cells.
+
+        Args:
+            x (Tensor): (B, C, H, W).
+
+        Returns:
+            Tensor: (B, C, H, W).
+        """
+        check_feature_map("CBAM", x, self.in_channels)
+        x = self.channel(x)
+        dtype = self.spatial.weight.dtype
+        with no_autocast(x):
+            means = x.mean(1, keepdim=True, dtype=dtype)
+            score = self.spatial(torch.cat([x.amax(1, keepdim=True).to(dtype), means], dim=1))
+        return x * torch.sigmoid(at_least_float32(score)).to(x.dtype)

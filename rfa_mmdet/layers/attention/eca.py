@@ -1,0 +1,67 @@
+"""ECA: efficient channel attention.
+
+Paper: "ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks",
+arXiv 1910.03151. The gate is float32 under mixed precision.
+"""
+
+import math
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from rfa_mmdet.layers.arguments import check_feature_map, positive_int
+from rfa_mmdet.ops.precision import at_least_float32, no_autocast
+
+
+@MODELS.register_module()
+class ECA(nn.Module):
+    """Efficient channel attention: weighs channels by the means of neighbours; keeps the shape.
+
+    Args:
+        in_channels (int): C of the input (B, C, H, W).
+        kernel_size (int | None): Neighbours that count, odd. Defaults to None: log2(C) / 2 + 1 / 2,
+            rounded down, and up to odd, as in the paper.
+
+    Raises:
+        TypeError, ValueError: An argument or the input is not as above.
+
+    Example:
+        >>> from mmcv.cnn import build_plugin_layer
+        >>> name, eca = build_plugin_layer(dict(type="ECA"), in_channels=64)
+        >>> name, eca.kernel_size, eca(torch.rand(2, 64, 7, 9)).shape
+        ('eca', 3, torch.Size([2, 64, 7, 9]))
+    """
+
+    _abbr_ = "eca"
+
+    def __init__(self, in_channels: int, kernel_size: int | None = None) -> None:
+        super().__init__()
+        self.in_channels = positive_int("in_channels", in_channels)
+        if kernel_size is None:
+            kernel_size = int(math.log2(in_channels) / 2 + 1 / 2) | 1
+        self.kernel_size = positive_int("kernel_size", kernel_size)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size}: must be odd, to have a centre")
+        self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Weigh the channels.
+
+        Args:
+            x (Tensor): (B, C, H, W).
+
+        Returns:
+            Tensor: (B, C, H, W).
+        """
+        check_feature_map("ECA", x, self.in_channels)
+        # The channels lie along the convolution: (B, 1, C).
+        with no_autocast(x):
+            means = x.mean((2, 3), dtype=self.conv.weight.dtype)
+            score = self.conv(means.unsqueeze(1)).squeeze(1)
+        gate = torch.sigmoid(at_least_float32(score)).to(x.dtype)
+        return x * gate[:, :, None, None]
+
+    def extra_repr(self) -> str:
+        """Show the argument that the child's line does not."""
+        return f"in_channels={self.in_channels}"

@@ -1,0 +1,78 @@
+"""SE: squeeze-and-excitation.
+
+Paper: "Squeeze-and-Excitation Networks", arXiv 1709.01507. Without biases, as its later version
+trains them. The gate is float32 under mixed precision.
+"""
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from rfa_mmdet.layers.arguments import check_feature_map, positive_int
+from rfa_mmdet.ops.precision import at_least_float32, no_autocast
+
+
+@MODELS.register_module()
+class SE(nn.Module):
+    """Squeeze-and-excitation: weighs the channels by their means; keeps the shape.
+
+    Args:
+        in_channels (int): C of the input (B, C, H, W).
+        reduction (int): The hidden width is C // reduction, at least 1. Defaults to 16.
+        hidden_channels (int | None): The hidden width itself, instead of ``reduction``.
+
+    Raises:
+        TypeError, ValueError: An argument or the input is not as above.
+
+    Example:
+        >>> from mmcv.cnn import build_plugin_layer
+        >>> name, se = build_plugin_layer(dict(type="SE"), in_channels=64)
+        >>> name, se(torch.rand(2, 64, 7, 9)).shape
+        ('se', torch.Size([2, 64, 7, 9]))
+    """
+
+    _abbr_ = "se"
+
+    def __init__(
+        self, in_channels: int, reduction: int = 16, hidden_channels: int | None = None
+    ) -> None:
+        super().__init__()
+        self.in_channels = positive_int("in_channels", in_channels)
+        self.hidden_channels = max(1, in_channels // positive_int("reduction", reduction))
+        if hidden_channels is not None:
+            if reduction != 16:
+                raise ValueError(
+                    f"reduction={reduction} and hidden_channels={hidden_channels} both give the "
+                    "hidden width: give one"
+                )
+            self.hidden_channels = positive_int("hidden_channels", hidden_channels)
+        self.fc = nn.Sequential(
+            nn.Linear(in_channels, self.hidden_channels, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Linear(self.hidden_channels, in_channels, bias=False),
+        )
+
+    def gate(self, x: Tensor) -> Tensor:
+        """Return the weights of the channels.
+
+        Args:
+            x (Tensor): (B, C, H, W).
+
+        Returns:
+            Tensor: (B, C, 1, 1), in x's dtype.
+        """
+        with no_autocast(x):
+            score = self.fc(x.mean((2, 3), dtype=self.fc[0].weight.dtype))
+        return torch.sigmoid(at_least_float32(score)).to(x.dtype)[:, :, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Weigh the channels.
+
+        Args:
+            x (Tensor): (B, C, H, W).
+
+        Returns:
+            Tensor: (B, C, H, W).
+        """
+        check_feature_map("SE", x, self.in_channels)
+        return x * self.gate(x)

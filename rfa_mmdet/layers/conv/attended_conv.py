@@ -1,0 +1,200 @@
+"""CAMConv, CBAMConv and CAConv: an attention that weighs the input, then a convolution.
+
+Paper: arXiv 2304.03198 (RFAConv), which compares itself with these; the attentions are those of
+CBAM (arXiv 1807.06521) and coordinate attention (arXiv 2103.02907), as the plug-ins of this package
+implement them.
+"""
+
+from mmengine.model import kaiming_init
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from rfa_mmdet.layers.arguments import boolean, positive_int
+from rfa_mmdet.layers.attention.cbam import CBAM, ChannelAttention
+from rfa_mmdet.layers.attention.coord_att import CoordAtt
+from rfa_mmdet.layers.conv.base import AttentionConv2d
+
+
+class AttendedConv(AttentionConv2d):
+    """Base: ``attention`` weighs the input, ``conv`` convolves it.
+
+    Args:
+        attention (nn.Module): Keeps the shape of (B, in_channels, H, W).
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode:
+            As of :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
+        bias (bool): Of the convolution.
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int],
+        padding: int | tuple[int, int] | None,
+        dilation: int | tuple[int, int],
+        groups: int,
+        bias: bool,
+        padding_mode: str,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
+        )
+        self.attention = attention
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            groups,
+            boolean("bias", bias),
+            padding_mode,
+        )
+
+    def init_weights(self) -> None:
+        """Initialise anew: the convolution as all of a ResNet, the attention as torch does."""
+        for module in self.attention.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        kaiming_init(self.conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve the weighed input.
+
+        Args:
+            x (Tensor): (B, in_channels, H, W).
+
+        Returns:
+            Tensor: (B, out_channels, h, w).
+        """
+        self.check_input(x)
+        return self.conv(self.attention(x))
+
+
+@MODELS.register_module()
+class CAMConv(AttendedConv):
+    """CBAM's channel attention, then a convolution.
+
+    Args:
+        in_channels (int): C of the input (B, C, H, W).
+        out_channels (int): O of the output (B, O, h, w).
+        kernel_size, stride, padding, dilation, groups, padding_mode: As of
+            :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
+        bias (bool): Of the convolution. Defaults to True.
+        reduction (int): The attention's hidden width is C // reduction, at least 1.
+            Defaults to 16.
+
+    Raises:
+        TypeError, ValueError: An argument or the input is not as above.
+
+    Example:
+        >>> import torch
+        >>> CAMConv(16, 32, 3, stride=2)(torch.rand(2, 16, 9, 12)).shape
+        torch.Size([2, 32, 5, 6])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | None = None,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        reduction: int = 16,
+    ) -> None:
+        window = (kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        attention = ChannelAttention(in_channels, reduction)
+        super().__init__(attention, in_channels, out_channels, *window)
+
+
+@MODELS.register_module()
+class CBAMConv(AttendedConv):
+    """CBAM, then a convolution.
+
+    Args:
+        in_channels (int): C of the input (B, C, H, W).
+        out_channels (int): O of the output (B, O, h, w).
+        kernel_size, stride, padding, dilation, groups, padding_mode: As of
+            :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
+        bias (bool): Of the convolution. Defaults to True.
+        reduction (int): The channel attention's hidden width is C // reduction, at least 1.
+            Defaults to 16.
+        spatial_kernel_size (int): Of the spatial attention, odd. Defaults to 7.
+
+    Raises:
+        TypeError, ValueError: An argument or the input is not as above.
+
+    Example:
+        >>> import torch
+        >>> CBAMConv(16, 32, 3, stride=2)(torch.rand(2, 16, 9, 12)).shape
+        torch.Size([2, 32, 5, 6])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | None = None,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        reduction: int = 16,
+        spatial_kernel_size: int = 7,
+    ) -> None:
+        window = (kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        # Under its name here: kernel_size is another argument.
+        if positive_int("spatial_kernel_size", spatial_kernel_size) % 2 == 0:
+            raise ValueError(
+                f"spatial_kernel_size={spatial_kernel_size}: must be odd, to keep the size"
+            )
+        attention = CBAM(in_channels, reduction, spatial_kernel_size)
+        super().__init__(attention, in_channels, out_channels, *window)
+
+
+@MODELS.register_module()
+class CAConv(AttendedConv):
+    """Coordinate attention, then a convolution.
+
+    Args:
+        in_channels (int): C of the input (B, C, H, W).
+        out_channels (int): O of the output (B, O, h, w).
+        kernel_size, stride, padding, dilation, groups, padding_mode: As of
+            :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
+        bias (bool): Of the convolution. Defaults to True.
+        reduction (int): The attention's hidden width is C // reduction, at least 8.
+            Defaults to 32.
+
+    Raises:
+        TypeError, ValueError: An argument or the input is not as above.
+
+    Example:
+        >>> import torch
+        >>> CAConv(16, 32, 3, stride=2)(torch.rand(2, 16, 9, 12)).shape
+        torch.Size([2, 32, 5, 6])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | None = None,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        reduction: int = 32,
+    ) -> None:
+        window = (kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        super().__init__(CoordAtt(in_channels, reduction), in_channels, out_channels, *window)

@@ -1,0 +1,94 @@
+"""RFCAConv: coordinate attention over the receptive-field features.
+
+Paper: arXiv 2304.03198 (RFAConv).
+
+What differs from the published code: every argument of Conv2d works; the windows are never laid
+side by side, as the means of the rows and columns of that layout are means over windows (the same
+numbers).
+"""
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor
+
+from rfa_mmdet.layers.attention.coord_att import CoordAtt
+from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
+
+
+@MODELS.register_module()
+class RFCAConv(ReceptiveFieldConv):
+    """Convolution whose receptive-field features are weighed by row and by column.
+
+    Arguments shared with Conv2d: see
+    :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
+
+    Args:
+        in_channels (int): C of the input (B, C, H, W).
+        out_channels (int): O of the output (B, O, h, w).
+        kernel_size (int | tuple[int, int]): Size of the window.
+        stride (int | tuple[int, int]): Defaults to 1.
+        padding (int | tuple[int, int] | None): Defaults to None: an odd kernel keeps the size.
+        dilation (int | tuple[int, int]): Defaults to 1.
+        groups (int): Of the final convolution. Defaults to 1.
+        bias (bool): Of the final convolution. Defaults to True.
+        padding_mode (str): Defaults to 'zeros'.
+        norm_cfg (dict | None): Norm of the receptive-field features. Defaults to BN.
+        act_cfg (dict | None): Their activation. Defaults to ReLU.
+        reduction (int): The attention's hidden width is C // reduction, at least 8.
+            Defaults to 32.
+
+    Raises:
+        TypeError, ValueError: An argument or the input is not as above.
+
+    Example:
+        >>> import torch
+        >>> conv = RFCAConv(16, 32, 3, stride=2)
+        >>> conv(torch.rand(2, 16, 9, 12)).shape
+        torch.Size([2, 32, 5, 6])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | None = None,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        norm_cfg: dict | None = dict(type="BN"),
+        act_cfg: dict | None = dict(type="ReLU", inplace=True),
+        reduction: int = 32,
+    ) -> None:
+        window = (stride, padding, dilation, groups, bias, padding_mode)
+        super().__init__(in_channels, out_channels, kernel_size, *window, norm_cfg, act_cfg)
+        self.coordinate = CoordAtt(in_channels, reduction)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve.
+
+        Args:
+            x (Tensor): (B, in_channels, H, W).
+
+        Returns:
+            Tensor: (B, out_channels, h, w).
+        """
+        self.check_input(x)
+        kh, kw = self.kernel_size
+        features = self.features(x)
+        batch, channels, _, height, width = features.shape
+        features = features.reshape(batch, channels, kh, kw, height, width)
+        dtype = self.coordinate.conv1.weight.dtype
+        # Row y * kh + i of the layout holds position i of row y of windows; the attention treats
+        # every row alike, so that their order does not matter.
+        rows = features.mean((3, 5), dtype=dtype)  # (B, C, kh, h)
+        columns = features.mean((2, 4), dtype=dtype)  # (B, C, kw, w)
+        # Concatenated, as flattening them does not export with dynamic sizes.
+        means = (torch.cat(side.unbind(2), dim=2) for side in (rows, columns))
+        row_gate, column_gate = self.coordinate.gates(*means)  # (B, C, kh * h), (B, C, kw * w)
+        row_gate = row_gate.reshape(batch, channels, kh, height)
+        column_gate = column_gate.reshape(batch, channels, kw, width)
+        gate = row_gate[:, :, :, None, :, None] * column_gate[:, :, None, :, None, :]
+        return self.convolve((features * gate.to(features.dtype)).flatten(2, 3))

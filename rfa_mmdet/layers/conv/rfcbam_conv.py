@@ -1,0 +1,93 @@
+"""RFCBAMConv: CBAM over the receptive-field features.
+
+Paper: arXiv 2304.03198 (RFAConv).
+
+What differs from the published code: every argument of Conv2d works; the windows are laid side by
+side for the two-channel map of the spatial attention alone, not for the features (the same
+numbers). As there, the channel weights come from the input, through a hidden width of 16 (the
+published argument is named ``ratio``), and the spatial ones from the features before they are
+weighed.
+"""
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from rfa_mmdet.layers.arguments import positive_int
+from rfa_mmdet.layers.attention.se import SE
+from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
+from rfa_mmdet.ops.precision import at_least_float32, no_autocast
+from rfa_mmdet.ops.windows import lay_out, take_apart
+
+
+@MODELS.register_module()
+class RFCBAMConv(ReceptiveFieldConv):
+    """Convolution whose receptive-field features are weighed by channel and by position.
+
+    Arguments shared with Conv2d: see
+    :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
+
+    Args:
+        in_channels (int): C of the input (B, C, H, W).
+        out_channels (int): O of the output (B, O, h, w).
+        kernel_size (int | tuple[int, int]): Size of the window.
+        stride (int | tuple[int, int]): Defaults to 1.
+        padding (int | tuple[int, int] | None): Defaults to None: an odd kernel keeps the size.
+        dilation (int | tuple[int, int]): Defaults to 1.
+        groups (int): Of the final convolution. Defaults to 1.
+        bias (bool): Of the final convolution. Defaults to True.
+        padding_mode (str): Defaults to 'zeros'.
+        norm_cfg (dict | None): Norm of the receptive-field features. Defaults to BN.
+        act_cfg (dict | None): Their activation. Defaults to ReLU.
+        hidden_channels (int): Hidden width of the channel attention. Defaults to 16.
+
+    Raises:
+        TypeError, ValueError: An argument or the input is not as above.
+
+    Example:
+        >>> conv = RFCBAMConv(16, 32, 3, stride=2)
+        >>> conv(torch.rand(2, 16, 9, 12)).shape
+        torch.Size([2, 32, 5, 6])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | None = None,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        norm_cfg: dict | None = dict(type="BN"),
+        act_cfg: dict | None = dict(type="ReLU", inplace=True),
+        hidden_channels: int = 16,
+    ) -> None:
+        window = (stride, padding, dilation, groups, bias, padding_mode)
+        super().__init__(in_channels, out_channels, kernel_size, *window, norm_cfg, act_cfg)
+        # SE itself takes None, for a width by reduction.
+        hidden_channels = positive_int("hidden_channels", hidden_channels)
+        self.se = SE(in_channels, hidden_channels=hidden_channels)
+        self.spatial = nn.Conv2d(2, 1, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve.
+
+        Args:
+            x (Tensor): (B, in_channels, H, W).
+
+        Returns:
+            Tensor: (B, out_channels, h, w).
+        """
+        self.check_input(x)
+        features = self.features(x)  # (B, C, K, h, w)
+        dtype = self.spatial.weight.dtype
+        pooled = [features.amax(1).to(dtype), features.mean(1, dtype=dtype)]
+        with no_autocast(x):
+            windows = torch.stack(pooled, dim=1)  # (B, 2, K, h, w)
+            score = self.spatial(lay_out(windows, self.kernel_size))  # (B, 1, h * kh, w * kw)
+        spatial = torch.sigmoid(at_least_float32(score)).to(features.dtype)
+        channel = self.se.gate(x).unsqueeze(4).to(features.dtype)  # (B, C, 1, 1, 1)
+        return self.convolve(features * channel * take_apart(spatial, self.kernel_size))

@@ -1,0 +1,80 @@
+"""Receptive fields as windows: (B, C, K, h, w), K = kh * kw positions for each output cell.
+
+The papers lay the windows side by side, (B, C, h * kh, w * kw), and convolve them with stride k.
+A 1x1 convolution over the C * K channels with the same weights is the same sum, and moves nothing.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Pair = tuple[int, int]
+
+
+def lay_out(windows: Tensor, kernel_size: Pair) -> Tensor:
+    """Lay windows side by side.
+
+    Args:
+        windows (Tensor): (B, C, K, h, w).
+        kernel_size (tuple[int, int]): (kh, kw), with kh * kw = K.
+
+    Returns:
+        Tensor: (B, C, h * kh, w * kw).
+
+    Example:
+        >>> import torch
+        >>> windows = torch.arange(8.).reshape(1, 1, 4, 1, 2)
+        >>> lay_out(windows, (2, 2))[0, 0]
+        tensor([[0., 2., 1., 3.],
+                [4., 6., 5., 7.]])
+    """
+    kh, kw = kernel_size
+    batch, channels, _, height, width = windows.shape
+    # Each side in a step of its own, at the end of the shape: one reshape of both does not export
+    # with dynamic sizes.
+    windows = windows.reshape(batch, channels, kh, kw, height, width).permute(0, 1, 2, 4, 5, 3)
+    windows = windows.reshape(batch, channels, kh, height, width * kw).permute(0, 1, 4, 3, 2)
+    return windows.reshape(batch, channels, width * kw, height * kh).transpose(2, 3)
+
+
+def take_apart(laid_out: Tensor, kernel_size: Pair) -> Tensor:
+    """Undo :func:`lay_out`.
+
+    Args:
+        laid_out (Tensor): (B, C, h * kh, w * kw).
+        kernel_size (tuple[int, int]): (kh, kw).
+
+    Returns:
+        Tensor: (B, C, kh * kw, h, w).
+
+    Example:
+        >>> import torch
+        >>> windows = torch.rand(2, 3, 6, 4, 5)
+        >>> torch.equal(take_apart(lay_out(windows, (2, 3)), (2, 3)), windows)
+        True
+    """
+    kh, kw = kernel_size
+    # Slices, as a reshape here does not export with dynamic sizes.
+    parts = [laid_out[:, :, i::kh, j::kw] for i in range(kh) for j in range(kw)]
+    return torch.stack(parts, dim=2)
+
+
+def convolve_windows(windows: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """Convolve each window with the kernel: the k x k convolution with stride k, laid out.
+
+    Args:
+        windows (Tensor): (B, C, K, h, w).
+        weight (Tensor): (O, C / groups, kh, kw).
+        bias (Tensor | None): (O,).
+        groups (int): Groups of the convolution.
+
+    Returns:
+        Tensor: (B, O, h, w).
+
+    Example:
+        >>> import torch
+        >>> convolve_windows(torch.rand(2, 3, 9, 4, 5), torch.rand(7, 3, 3, 3), None, 1).shape
+        torch.Size([2, 7, 4, 5])
+    """
+    # Channel c * K + i holds position i of channel c, as the flattened kernel does.
+    return F.conv2d(windows.flatten(1, 2), weight.flatten(1)[:, :, None, None], bias, groups=groups)

@@ -1,0 +1,219 @@
+"""RFCBAMConv, RFCAConv and RFAConv on unfolded windows, against the papers' formulas.
+
+RFAConv on learnt features: tests/ops/test_rfa_conv.py. What mmcv and MMDetection expect of each of
+them, wrong inputs among it: test_contracts.py.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import example, given
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rfa_mmdet.layers import RFAConv, RFCAConv, RFCBAMConv
+from tests.layers import formulas
+from tests.layers.formulas import Case, Exact, sigmoid
+
+
+def rfcbam_conv(exact: Exact, case: Case, x: Tensor) -> Tensor:
+    wide = formulas.side_by_side(formulas.features(exact, case, x), case.kernel)  # G
+    hidden = exact.relu(x.flatten(2).mean(2) @ exact["se.fc.0.weight"].T)
+    channel = sigmoid(hidden @ exact["se.fc.2.weight"].T)[:, :, None, None]
+    pooled = torch.stack([exact.largest(wide, 1), wide.sum(1) / case.channels], 1)
+    spatial = sigmoid(F.conv2d(pooled, exact["spatial.weight"], padding=1))
+    return formulas.step_over(exact, case, wide * channel * spatial)
+
+
+def rfca_conv(exact: Exact, case: Case, x: Tensor) -> Tensor:
+    wide = formulas.side_by_side(formulas.features(exact, case, x), case.kernel)  # G
+    weighed = formulas.coordinate_attention(exact, wide, "coordinate")
+    return formulas.step_over(exact, case, weighed)
+
+
+LAYERS = {
+    "RFCBAMConv": (RFCBAMConv, rfcbam_conv),
+    "RFCAConv": (RFCAConv, rfca_conv),
+    "unfold": (
+        partial(RFAConv, feature="unfold"),
+        partial(formulas.rfa_conv, learnt=False),
+    ),
+}
+every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def build(name: str, case: Case, **kwargs) -> nn.Module:
+    return case.build(LAYERS[name][0], act_cfg=case.act and dict(type=case.act), **kwargs)
+
+
+def compare(name: str, case: Case, **kwargs) -> float:
+    formula = LAYERS[name][1]
+    layer = build(name, case, **kwargs)
+    return formulas.compare(layer, lambda exact, x: formula(exact, case, x), case.input())
+
+
+def test_new_memory_is_nan():
+    assert torch.empty(100).isnan().all()
+
+
+@given(formulas.cases())
+@example(Case(kernel=(1, 1), padding=(0, 0), stride=(2, 1), groups=3, out_channels=6))
+@example(Case(kernel=(2, 4), padding=(0, 3), channels=1, batch=3))
+@example(Case(kernel=(7, 7), padding=(3, 3), channels=65, batch=1, size=(4, 3)))
+def test_rfcbam_conv_is_the_formula(case):
+    compare("RFCBAMConv", case)
+
+
+@given(formulas.cases())
+@example(Case(kernel=(1, 1), padding=(0, 0), stride=(2, 1), groups=3, out_channels=6))
+@example(Case(kernel=(2, 4), padding=(0, 3), channels=1, batch=3))
+@example(Case(kernel=(7, 7), padding=(3, 3), channels=65, batch=1, size=(4, 3)))
+def test_rfca_conv_is_the_formula(case):
+    compare("RFCAConv", case)
+
+
+@given(formulas.cases(pointwise=False))
+@example(Case(kernel=(1, 2), padding=(0, 0), stride=(2, 1), groups=3, out_channels=6))
+@example(Case(kernel=(2, 4), padding=(0, 3), channels=1, batch=3))
+@example(Case(kernel=(7, 7), padding=(3, 3), channels=65, batch=1, size=(4, 3)))
+def test_rfa_conv_on_unfolded_windows_is_the_formula(case):
+    compare("unfold", case)
+
+
+@every_layer
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_float32_gradients_are_compared(name, training, mode, dilation):
+    window = dict(dilation=(dilation,) * 2, padding=(dilation,) * 2, stride=(2, 2))
+    case = Case(mode=mode, training=training, size=(9, 11), seed=1, **window)
+    assert compare(name, case) > 1e-5, "choose another seed: a value lies on a corner"
+
+
+@every_layer
+@pytest.mark.parametrize("training", [True, False])
+def test_gradcheck(name, training):
+    window = dict(size=(4, 3), kernel=(2, 3), padding=(1, 1))
+    case = Case(batch=1, channels=2, out_channels=2, act="SiLU", training=training, **window)
+    assert formulas.gradcheck(build(name, case), case.input())
+
+
+@every_layer
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_empty_batch_wherever_torch_accepts_one(name, mode):
+    layer = LAYERS[name][0](4, 6, 3, stride=2, padding=1, padding_mode=mode)
+    formulas.check_empty_batch(layer, mode)
+
+
+@every_layer
+@pytest.mark.parametrize("training", [True, False])
+def test_input_is_left_as_it_was_and_may_be_a_view(name, training):
+    layer = build(name, Case(training=training))
+    base = torch.randn(2, 9, 11, 3)
+    view = base.permute(0, 3, 2, 1)[:, :, 1::2]  # no contiguous layout
+    kept = view.clone()
+    torch.testing.assert_close(layer(view), layer(kept))
+    assert torch.equal(view, kept)
+
+
+def shapes(layer: nn.Module, *without: str) -> dict[str, tuple[int, ...]]:
+    parameters = layer.named_parameters()
+    return {k: tuple(p.shape) for k, p in parameters if not k.startswith(without)}
+
+
+def test_parameters_are_those_of_the_paper():
+    inner = {"conv.weight": (6, 96, 3, 3), "conv.bias": (6,)}
+    norm = {"norm.weight": (864,), "norm.bias": (864,)}
+    feature = {"feature.weight": (864, 1, 3, 3), **norm}
+    assert shapes(RFAConv(96, 6, 3, feature="unfold")) == {
+        "attention.weight": (864, 1, 1, 1),
+        **norm,
+        **inner,
+    }
+    assert shapes(RFCBAMConv(96, 6, 3)) == {
+        **feature,
+        "se.fc.0.weight": (16, 96),  # a width, not a divisor
+        "se.fc.2.weight": (96, 16),
+        "spatial.weight": (1, 2, 3, 3),
+        **inner,
+    }
+    for channels, reduction, hidden in ((96, 32, 8), (320, 32, 10), (96, 4, 24)):
+        assert shapes(RFCAConv(channels, 6, 3, reduction=reduction), "feature", "norm", "conv") == {
+            "coordinate.conv1.weight": (hidden, channels, 1, 1),
+            "coordinate.conv1.bias": (hidden,),
+            "coordinate.bn1.weight": (hidden,),
+            "coordinate.bn1.bias": (hidden,),
+            "coordinate.conv_h.weight": (channels, hidden, 1, 1),
+            "coordinate.conv_h.bias": (channels,),
+            "coordinate.conv_w.weight": (channels, hidden, 1, 1),
+            "coordinate.conv_w.bias": (channels,),
+        }
+    assert shapes(RFCAConv(96, 6, 3), "coordinate") == {**feature, **inner}
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("RFCBAMConv", "hidden_channels"), ("RFCAConv", "reduction")]
+)
+def test_other_widths_of_the_attention_are_the_formula(name, width):
+    compare(name, Case(channels=27), **{width: 3})
+
+
+@pytest.mark.parametrize("feature", ["conv", "unfold"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_rfa_conv_of_1x1_is_a_plain_convolution_in_both_forms(feature, stride):
+    layer = RFAConv(4, 6, 1, stride=stride, feature=feature)
+    assert shapes(layer) == {"conv.weight": (6, 4, 1, 1), "conv.bias": (6,)}
+    x = torch.randn(2, 4, 7, 5)
+    expected = F.conv2d(x, layer.conv.weight, layer.conv.bias, stride)
+    torch.testing.assert_close(layer(x), expected)
+    with pytest.raises(ValueError, match=r"kernel_size=\(1, 1\): a 1x1 RFAConv is a plain conv"):
+        layer.attention_map(x)
+
+
+def test_bare_unfolded_windows_are_a_plain_convolution_where_the_attention_is_even():
+    layer = RFAConv(4, 6, 3, stride=2, norm_cfg=None, act_cfg=None, feature="unfold").eval()
+    layer.attention.weight.data.zero_()  # S = 1 / 9
+    x = torch.randn(2, 4, 7, 6)
+    expected = F.conv2d(x, layer.conv.weight / 9, layer.conv.bias, 2, 1)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_attention_map_is_that_of_learnt_features():
+    case = Case(dilation=(2, 1), stride=(1, 2))
+    learnt, unfold = case.build(RFAConv), build("unfold", case)
+    unfold.attention.load_state_dict(learnt.attention.state_dict())
+    assert torch.equal(unfold.attention_map(case.input()), learnt.attention_map(case.input()))
+
+
+@pytest.mark.parametrize(
+    ("layer", "kwargs", "error", "message"),
+    [
+        (RFAConv, dict(feature="other"), ValueError, "feature='other': must be 'conv' or 'unfold'"),
+        (RFAConv, dict(feature=None), ValueError, "feature=None: must be 'conv' or 'unfold'"),
+        (RFCAConv, dict(reduction=0), ValueError, "reduction=0: must be at least 1"),
+        (RFCAConv, dict(reduction=8.0), TypeError, "reduction=8.0: must be an int, not float"),
+        (
+            RFCBAMConv,
+            dict(hidden_channels="x"),
+            TypeError,
+            "hidden_channels='x': must be an int, not str",
+        ),
+        (RFCBAMConv, dict(hidden_channels=0), ValueError, "hidden_channels=0: must be at least 1"),
+        (
+            RFCBAMConv,
+            dict(hidden_channels=None),
+            TypeError,
+            "hidden_channels=None: must be an int, not NoneType",
+        ),
+    ],
+)
+def test_arguments_are_refused_in_words(layer, kwargs, error, message):
+    with pytest.raises(error) as raised:
+        layer(8, 8, 3, **kwargs)
+    assert str(raised.value) == message
+
+
+@every_layer
+def test_inputs_are_refused_in_words(name):
+    formulas.check_refused_inputs(LAYERS[name][0](8, 8, 3, padding=0, dilation=2))
