@@ -3,6 +3,9 @@
 Paper: arXiv 2304.03198 (RFAConv), which compares itself with these; the attentions are those of
 CBAM (arXiv 1807.06521) and coordinate attention (arXiv 2103.02907), as the plug-ins of this package
 implement them.
+
+What differs from the published code: every argument of Conv2d works (there, kernel, stride and
+channels alone), and channels that the hidden width does not divide are no error later on.
 """
 
 from mmengine.model import kaiming_init
