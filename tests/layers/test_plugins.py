@@ -315,6 +315,15 @@ def test_arguments_are_refused_in_words(plugin, kwargs, error, message):
 
 
 @every_plugin
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_the_gates_in_float32(plugin, dtype):
+    layer, x = build(plugin, 32, False, seed=0), feature_map(2, 32, (5, 7), 0)
+    expected = layer(x)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(layer(x), expected)
+
+
+@every_plugin
 def test_empty_batch(plugin):
     layer = build(plugin, 8, False, seed=0)
     x = torch.empty(0, 8, 5, 4, requires_grad=True)
