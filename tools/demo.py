@@ -25,7 +25,7 @@ from rfa_mmdet.engine.attention_maps import attention_maps
 from rfa_mmdet.engine.pictures import save_attention, save_curves, save_detections
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = "configs/demo/retinanet_r18-rfaconv_fpn_8e_shapes.py"
+CONFIG = "configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py"
 DATA = "data/shapes"
 WORK_DIR = "work_dirs/demo"
 NEEDED_AP50 = 0.5

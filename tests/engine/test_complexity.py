@@ -32,7 +32,7 @@ from rfa_mmdet.engine.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = "tools/analysis/complexity.py"
-DEMO = "configs/demo/retinanet_r18-rfaconv_fpn_8e_shapes.py"
+DEMO = "configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py"
 
 
 @pytest.fixture

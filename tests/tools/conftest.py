@@ -12,7 +12,7 @@ from rfa_mmdet.engine.shapes import make_shapes
 ROOT = Path(__file__).resolve().parents[2]
 
 TINY = f"""
-_base_ = "{ROOT}/configs/demo/retinanet_r18-rfaconv_fpn_8e_shapes.py"
+_base_ = "{ROOT}/configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py"
 model = dict(
     backbone=dict(base_channels=8),
     neck=dict(in_channels=[8, 16, 32, 64], out_channels=16),

@@ -42,7 +42,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + "annotations/val.json")
 test_evaluator = val_evaluator
 
-max_epochs = 8
+max_epochs = 6
 randomness = dict(seed=0)
 train_cfg = dict(max_epochs=max_epochs)
 param_scheduler = [
