@@ -264,7 +264,7 @@ def _unsafe(path: str, error: Exception) -> UnsafeCheckpointError:
     names = re.findall(r"GLOBAL (\S+) ", str(error))[:1]
     if names:
         # all of them, where torch (>= 2.6) can tell: not of a URL, nor of the format before 1.6
-        with suppress(Exception):
+        with suppress(AttributeError, OSError, RuntimeError, ValueError, pickle.UnpicklingError):
             file = os.path.expanduser(path)
             names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file)) or names
     called = ", ".join(names) or _reason(error)
