@@ -4,8 +4,9 @@ Paper: arXiv 2304.03198 (RFAConv), which compares itself with these; the attenti
 CBAM (arXiv 1807.06521) and coordinate attention (arXiv 2103.02907), as the plug-ins of this package
 implement them.
 
-What differs from the published code: every argument of Conv2d works (there, kernel, stride and
-channels alone), and channels that the hidden width does not divide are no error later on.
+What differs from the published code: the parameters are named by what they do (checkpoint_keys.py
+has both names), plain means and maxima stand for adaptive pooling so that dynamic sizes export, and
+the gates are float32 under mixed precision.
 """
 
 from mmengine.model import kaiming_init
