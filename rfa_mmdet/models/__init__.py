@@ -1,5 +1,7 @@
 """Assemblies on mmdet's registry."""
 
 from rfa_mmdet.models.backbones import RFAResNet
+from rfa_mmdet.models.necks import PluginFPN
+from rfa_mmdet.models.retrofit import retrofit
 
-__all__ = ["RFAResNet"]
+__all__ = ["PluginFPN", "RFAResNet", "retrofit"]

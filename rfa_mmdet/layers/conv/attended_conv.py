@@ -9,7 +9,6 @@ has both names), plain means and maxima stand for adaptive pooling so that dynam
 the gates are float32 under mixed precision.
 """
 
-from mmengine.model import kaiming_init
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
@@ -57,13 +56,6 @@ class AttendedConv(AttentionConv2d):
             boolean("bias", bias),
             padding_mode,
         )
-
-    def init_weights(self) -> None:
-        """Initialise anew: the convolution as all of a ResNet, the attention as torch does."""
-        for module in self.attention.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        kaiming_init(self.conv)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve the weighed input.
@@ -117,6 +109,10 @@ class CAMConv(AttendedConv):
         attention = ChannelAttention(in_channels, reduction)
         super().__init__(attention, in_channels, out_channels, *window)
 
+    def constant_attention(self) -> tuple[dict[str, Tensor], float]:
+        """Return values under which every gate is 1/2."""
+        return self._zeros("attention.mlp.2.weight"), 1 / 2
+
 
 @MODELS.register_module()
 class CBAMConv(AttendedConv):
@@ -164,6 +160,11 @@ class CBAMConv(AttendedConv):
         attention = CBAM(in_channels, reduction, spatial_kernel_size)
         super().__init__(attention, in_channels, out_channels, *window)
 
+    def constant_attention(self) -> tuple[dict[str, Tensor], float]:
+        """Return values under which both gates are 1/2."""
+        names = ("attention.channel.mlp.2.weight", "attention.spatial.weight")
+        return self._zeros(*names), 1 / 4
+
 
 @MODELS.register_module()
 class CAConv(AttendedConv):
@@ -202,3 +203,10 @@ class CAConv(AttendedConv):
     ) -> None:
         window = (kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         super().__init__(CoordAtt(in_channels, reduction), in_channels, out_channels, *window)
+
+    def constant_attention(self) -> tuple[dict[str, Tensor], float]:
+        """Return values under which both gates are 1/2."""
+        convs = ("attention.conv_h", "attention.conv_w")
+        return self._zeros(
+            *(f"{conv}.{name}" for conv in convs for name in ("weight", "bias"))
+        ), 1 / 4

@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import torch
+from mmengine.model import kaiming_init
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rfa_mmdet.layers.arguments import check_feature_map, int_pair, positive_int
 from rfa_mmdet.layers.checkpoint_keys import PUBLISHED, rename_published
+from rfa_mmdet.layers.warm_start import Start, WarmStartError
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -17,6 +20,9 @@ class AttentionConv2d(nn.Module):
     One difference from Conv2d: ``padding`` may be left out. A window with attention has a centre,
     so an odd kernel then keeps the size at stride 1, as in the papers; an even kernel has no
     symmetric padding that does, and must be told.
+
+    A state dict with a plain convolution's ``weight`` in this layer's place warm-starts it: see
+    :mod:`rfa_mmdet.layers.warm_start`. ``start`` says where the values come from.
 
     Args:
         in_channels (int): C of the input (B, C, H, W).
@@ -64,6 +70,7 @@ class AttentionConv2d(nn.Module):
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"padding_mode={padding_mode!r}: must be one of {PADDING_MODES}")
         self.padding_mode = padding_mode
+        self.start = Start()
 
     def _resolve_padding(self, padding: Any) -> tuple[int, int]:
         if padding is not None:
@@ -117,12 +124,93 @@ class AttentionConv2d(nn.Module):
         x = F.pad(x, (horizontal, horizontal, vertical, vertical), mode=self.padding_mode)
         return x, (0, 0)
 
+    def init_weights(self) -> None:
+        """Initialise anew; MMEngine calls this after a parent's ``init_cfg`` has filled the convs.
+
+        The final convolution as every convolution of a ResNet, everything else as torch does,
+        which is what the papers trained with.
+        """
+        self.reset_attention()
+        kaiming_init(self.conv)
+
+    def reset_attention(self) -> None:
+        """Initialise all but the final convolution as torch does.
+
+        A parent's Kaiming or normal init, meant for that convolution, starts grouped ones, of
+        which it sees the fan of the whole, far too small.
+        """
+        for module in self.modules():
+            if module is not self.conv and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+    def plain_start(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """Return values under which this layer computes what a plain convolution does.
+
+        Args:
+            weight (Tensor): (out_channels, in_channels / groups, kh, kw), of the plain one.
+            bias (Tensor | None): (out_channels,), of the plain one.
+
+        Returns:
+            dict[str, Tensor]: By own name; what is not named may have any value.
+        """
+        constants, gain = self.constant_attention()
+        values = {**constants, "conv.weight": weight / gain}
+        if self.conv.bias is not None:
+            values["conv.bias"] = weight.new_zeros(self.out_channels) if bias is None else bias
+        return values
+
+    def constant_attention(self) -> tuple[dict[str, Tensor], float]:
+        """Return values under which the attention weighs all alike, and by what."""
+        raise NotImplementedError
+
+    def plain_obstacle(self) -> str:
+        """Say why no values let this layer compute what a plain one does; empty if some do."""
+        return ""
+
+    def _zeros(self, *names: str) -> dict[str, Tensor]:
+        own = self.state_dict()
+        return {name: torch.zeros_like(own[name]) for name in names}
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # By the first base that a paper names: a subclass reads what its base reads.
         bases = [base.__name__ for base in type(self).__mro__ if base.__name__ in PUBLISHED]
         if bases:
             rename_published(bases[0], state_dict, prefix)
+        own = self.state_dict()
+        found = frozenset(name for name in own if prefix + name in state_dict)
+        if prefix + "weight" in state_dict and "conv.weight" not in found:
+            self._start_from_plain(state_dict, prefix)
+        elif found:
+            self._check_shape(state_dict, prefix, "conv.weight")
+            self.start = Start(filled=self.start.filled | found)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _start_from_plain(self, state_dict: dict, prefix: str) -> None:
+        self._check_shape(state_dict, prefix, "weight")
+        refused = self.plain_obstacle()
+        if not refused and prefix + "bias" in state_dict and self.conv.bias is None:
+            refused = "the plain convolution has a bias and this layer none; bias=True takes it"
+        if refused:
+            self.start = Start(refused=refused)
+            return
+        plain = tuple(name for name in ("weight", "bias") if prefix + name in state_dict)
+        given = [state_dict.pop(prefix + name, None) for name in ("weight", "bias")]
+        values = self.plain_start(*given)
+        # What has no value of its own keeps it: nothing is missing then.
+        for name, value in {**self.state_dict(), **values}.items():
+            state_dict[prefix + name] = value
+        # The other values are the layer's own beginning, to be trained from there.
+        filled = {f"conv.{name}" for name in plain}
+        filled |= {name for name in values if name.endswith(("running_mean", "running_var"))}
+        self.start = Start(frozenset(filled), plain)
+
+    def _check_shape(self, state_dict: dict, prefix: str, name: str) -> None:
+        given = state_dict.get(prefix + name)
+        if given is not None and given.shape != self.conv.weight.shape:
+            raise WarmStartError(
+                f"{prefix}{name}: the checkpoint's convolution has the shape {tuple(given.shape)}, "
+                f"but the {type(self).__name__} in its place needs {tuple(self.conv.weight.shape)}"
+            )
 
     def extra_repr(self) -> str:
         """Show Conv2d's arguments; the rest stands in the children's own lines."""

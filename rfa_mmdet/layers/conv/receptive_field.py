@@ -5,12 +5,15 @@ values: F = act(norm(depthwise convolution)), (B, C, K, h, w). They are weighed,
 its own way, and the final convolution sums them up.
 """
 
+import math
+from typing import Any
+
 from mmcv.cnn import build_activation_layer, build_norm_layer
-from mmengine.model import kaiming_init
 from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import boolean
 from rfa_mmdet.layers.conv.base import AttentionConv2d
+from rfa_mmdet.layers.warm_start import identity_features, identity_norm, norm_obstacle
 from rfa_mmdet.ops.windows import convolve_windows
 
 
@@ -26,6 +29,9 @@ class ReceptiveFieldConv(AttentionConv2d):
         norm_cfg (dict | None): Norm of the features.
         act_cfg (dict | None): Their activation.
         learnt (bool): Whether the features are learnt; else they are the window's own values.
+        input_floor (float): Lowest value of the input, at most 0, from which on a warm start is
+            exact: below it, the activation cuts off. 0 behind a ReLU. Else the features start
+            shifted by it, and the bias, which is needed then, takes the shift off again.
     """
 
     def __init__(
@@ -41,12 +47,14 @@ class ReceptiveFieldConv(AttentionConv2d):
         padding_mode: str,
         norm_cfg: dict | None,
         act_cfg: dict | None,
+        input_floor: float,
         learnt: bool = True,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
         )
         boolean("bias", bias)
+        self.input_floor = self._check_floor(input_floor, bias)
         wide = in_channels * self.kernel_size[0] * self.kernel_size[1]  # C * K
         if learnt:
             self.feature = nn.Conv2d(
@@ -72,17 +80,42 @@ class ReceptiveFieldConv(AttentionConv2d):
             bias=bias,
         )
 
-    def init_weights(self) -> None:
-        """Initialise anew; MMEngine calls this after a parent's ``init_cfg`` has filled the convs.
+    @staticmethod
+    def _check_floor(input_floor: Any, bias: bool) -> float:
+        if isinstance(input_floor, bool) or not isinstance(input_floor, (int, float)):
+            raise TypeError(f"input_floor={input_floor!r}: must be a number")
+        if not -math.inf < input_floor <= 0:
+            raise ValueError(f"input_floor={input_floor}: must be finite and at most 0")
+        if input_floor < 0 and not bias:
+            raise ValueError(
+                f"input_floor={input_floor} with bias=False: the bias takes the shift off again; "
+                "pass bias=True"
+            )
+        return float(input_floor)
 
-        The final convolution as every convolution of a ResNet, everything else as torch does,
-        which is what the papers trained with. Kaiming's fan of the whole grouped convolution would
-        start the features about C times too small.
+    def plain_obstacle(self) -> str:
+        """Say why the features cannot be the window's own values; empty if they can."""
+        if norm_obstacle(self.norm):
+            return norm_obstacle(self.norm)
+        if not isinstance(self.act, (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.PReLU)):
+            return f"its activation, {type(self.act).__name__}, is no identity above 0; ReLU is"
+        return ""
+
+    def plain_start(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """Return values under which this layer computes what a plain convolution does.
+
+        On inputs from ``input_floor`` on, and with the norm on its running statistics.
         """
-        for module in self.modules():
-            if module is not self.conv and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        kaiming_init(self.conv)
+        values = super().plain_start(weight, bias)
+        if hasattr(self, "feature"):
+            values["feature.weight"] = identity_features(self.in_channels, self.kernel_size)
+        # Without a norm nothing shifts the features.
+        floor = 0.0 if isinstance(self.norm, nn.Identity) else self.input_floor
+        for name, value in identity_norm(self.norm, floor).items():
+            values[f"norm.{name}"] = value
+        if floor:
+            values["conv.bias"] = values["conv.bias"] + floor * weight.flatten(1).sum(1)
+        return values
 
     def features(self, x: Tensor) -> Tensor:
         """Return the receptive-field features, (B, C, K, h, w), of a map (B, C, H, W)."""

@@ -12,6 +12,7 @@ channels instead of a k-fold enlarged map (the same sum).
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from rfa_mmdet.layers.conv.base import AttentionConv2d
 from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
 from rfa_mmdet.ops.rfa_conv import receptive_field_attention, receptive_field_mean, rfa_conv
 
@@ -40,6 +41,8 @@ class RFAConv(ReceptiveFieldConv):
         feature (str): 'conv': the features are learnt by a depthwise convolution. 'unfold': they
             are the window's own values (then normalised and activated likewise; pass
             ``norm_cfg=None, act_cfg=None`` for the bare values). Defaults to 'conv'.
+        input_floor (float): Lowest value of the input for which a warm start is exact; below 0 it
+            needs ``bias=True``. Defaults to 0.
 
     Raises:
         TypeError, ValueError: An argument or the input is not as above.
@@ -66,12 +69,15 @@ class RFAConv(ReceptiveFieldConv):
         norm_cfg: dict | None = dict(type="BN"),
         act_cfg: dict | None = dict(type="ReLU", inplace=True),
         feature: str = "conv",
+        input_floor: float = 0.0,
     ) -> None:
         if feature not in ("conv", "unfold"):
             raise ValueError(f"feature={feature!r}: must be 'conv' or 'unfold'")
         window = (stride, padding, dilation, groups, bias, padding_mode)
         learnt = feature == "conv"
-        super().__init__(in_channels, out_channels, kernel_size, *window, norm_cfg, act_cfg, learnt)
+        super().__init__(
+            in_channels, out_channels, kernel_size, *window, norm_cfg, act_cfg, input_floor, learnt
+        )
         if self.is_pointwise:
             del self.norm, self.act
             if learnt:
@@ -95,6 +101,22 @@ class RFAConv(ReceptiveFieldConv):
     def is_pointwise(self) -> bool:
         """Whether the kernel is 1x1, and this layer a plain convolution."""
         return self.kernel_size == (1, 1)
+
+    def constant_attention(self) -> tuple[dict[str, Tensor], float]:
+        """Return values under which each of the K positions weighs 1 / K."""
+        if self.is_pointwise:
+            return {}, 1.0
+        return self._zeros("attention.weight"), 1 / (self.kernel_size[0] * self.kernel_size[1])
+
+    def plain_obstacle(self) -> str:
+        """Say why the features cannot be the window's own values; empty if they can."""
+        return "" if self.is_pointwise else super().plain_obstacle()
+
+    def plain_start(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """Return values under which this layer computes what a plain convolution does."""
+        if self.is_pointwise:
+            return AttentionConv2d.plain_start(self, weight, bias)
+        return super().plain_start(weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve.

@@ -36,6 +36,8 @@ class RFCAConv(ReceptiveFieldConv):
         act_cfg (dict | None): Their activation. Defaults to ReLU.
         reduction (int): The attention's hidden width is C // reduction, at least 8.
             Defaults to 32.
+        input_floor (float): Lowest value of the input for which a warm start is exact; below 0 it
+            needs ``bias=True``. Defaults to 0.
 
     Raises:
         TypeError, ValueError: An argument or the input is not as above.
@@ -61,10 +63,20 @@ class RFCAConv(ReceptiveFieldConv):
         norm_cfg: dict | None = dict(type="BN"),
         act_cfg: dict | None = dict(type="ReLU", inplace=True),
         reduction: int = 32,
+        input_floor: float = 0.0,
     ) -> None:
         window = (stride, padding, dilation, groups, bias, padding_mode)
-        super().__init__(in_channels, out_channels, kernel_size, *window, norm_cfg, act_cfg)
+        super().__init__(
+            in_channels, out_channels, kernel_size, *window, norm_cfg, act_cfg, input_floor
+        )
         self.coordinate = CoordAtt(in_channels, reduction)
+
+    def constant_attention(self) -> tuple[dict[str, Tensor], float]:
+        """Return values under which both gates are 1/2."""
+        convs = ("coordinate.conv_h", "coordinate.conv_w")
+        return self._zeros(
+            *(f"{conv}.{name}" for conv in convs for name in ("weight", "bias"))
+        ), 1 / 4
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve.

@@ -40,6 +40,8 @@ class RFCBAMConv(ReceptiveFieldConv):
         norm_cfg (dict | None): Norm of the receptive-field features. Defaults to BN.
         act_cfg (dict | None): Their activation. Defaults to ReLU.
         hidden_channels (int): Hidden width of the channel attention. Defaults to 16.
+        input_floor (float): Lowest value of the input for which a warm start is exact; below 0 it
+            needs ``bias=True``. Defaults to 0.
 
     Raises:
         TypeError, ValueError: An argument or the input is not as above.
@@ -64,13 +66,20 @@ class RFCBAMConv(ReceptiveFieldConv):
         norm_cfg: dict | None = dict(type="BN"),
         act_cfg: dict | None = dict(type="ReLU", inplace=True),
         hidden_channels: int = 16,
+        input_floor: float = 0.0,
     ) -> None:
         window = (stride, padding, dilation, groups, bias, padding_mode)
-        super().__init__(in_channels, out_channels, kernel_size, *window, norm_cfg, act_cfg)
+        super().__init__(
+            in_channels, out_channels, kernel_size, *window, norm_cfg, act_cfg, input_floor
+        )
         # SE itself takes None, for a width by reduction.
         hidden_channels = positive_int("hidden_channels", hidden_channels)
         self.se = SE(in_channels, hidden_channels=hidden_channels)
         self.spatial = nn.Conv2d(2, 1, 3, padding=1, bias=False)
+
+    def constant_attention(self) -> tuple[dict[str, Tensor], float]:
+        """Return values under which both gates are 1/2."""
+        return self._zeros("se.fc.2.weight", "spatial.weight"), 1 / 4
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve.

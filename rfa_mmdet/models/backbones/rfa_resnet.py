@@ -4,14 +4,16 @@ The place of the convolution is the paper's (arXiv 2304.03198): the first 3x3 of
 Bottleneck has one 3x3, which is where MMDetection puts deformable convolutions too.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch.utils.checkpoint as cp
-from mmcv.cnn import build_conv_layer
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmdet.registry import MODELS
 from torch import Tensor, nn
+
+from rfa_mmdet.models.edits import apply_edits, plan_edits
+from rfa_mmdet.models.new_layers import NewLayers
 
 
 class PluginBasicBlock(BasicBlock):
@@ -78,10 +80,10 @@ def _check_position(plugin: dict, positions: tuple[str, ...]) -> None:
 class RFAResNet(ResNet):
     """MMDetection's ResNet with ``rfa`` in place of 3x3 convolutions, stage by stage.
 
-    Names, and so checkpoint keys, outside the replaced convolutions are those of mmdet's ResNet.
-    ``frozen_stages`` and ``norm_eval`` hold for what a ResNet checkpoint fills. The replaced
-    convolutions and the plug-ins are new: they are trained, and their norms use batch statistics,
-    in every stage.
+    Names, and so checkpoint keys, outside the replaced convolutions are those of mmdet's ResNet,
+    whose checkpoint warm-starts these. ``frozen_stages`` and ``norm_eval`` hold for what a
+    checkpoint fills: what it does not is trained, and its norms use batch statistics, in every
+    stage.
 
     Args:
         depth (int): 18, 34, 50, 101 or 152.
@@ -91,6 +93,7 @@ class RFAResNet(ResNet):
             in all of them.
         plugins (list[dict] | None): As of mmdet's ResNet, and at depth 18 and 34 too, at
             'after_conv1' and 'after_conv2'.
+        strict_start (bool | str): As of Retrofit.
         **kwargs: As of mmdet's ResNet.
 
     Raises:
@@ -114,6 +117,7 @@ class RFAResNet(ResNet):
         rfa: dict | None = None,
         stage_with_rfa: Sequence[bool] | None = None,
         plugins: list[dict] | None = None,
+        strict_start: bool | str = False,
         **kwargs,
     ) -> None:
         if depth not in self.arch_settings:
@@ -138,36 +142,31 @@ class RFAResNet(ResNet):
         self._zero_last_norm = kwargs.get("zero_init_residual", True) and not (
             kwargs.get("init_cfg") or kwargs.get("pretrained")
         )
+        # Frozen only below, when it is known what is new.
+        frozen_stages = kwargs.pop("frozen_stages", -1)
         super().__init__(depth, plugins=plugins, **kwargs)
-        for layer_name, replaced in zip(self.res_layers, self.stage_with_rfa, strict=True):
-            if replaced:
-                for block in getattr(self, layer_name):
-                    setattr(block, self._conv_name, self._like(getattr(block, self._conv_name)))
+        self.frozen_stages = frozen_stages
+        new = self._insert_rfa() | self._plugins()
+        with NewLayers(self, new, strict_start).kept(self.training):
+            self._freeze_stages()
 
-    @property
-    def _conv_name(self) -> str:
-        return "conv2" if issubclass(self.block, Bottleneck) else "conv1"
+    def _insert_rfa(self) -> dict[str, nn.Module]:
+        conv = "conv2" if issubclass(self.block, Bottleneck) else "conv1"
+        stages = [n + 1 for n, replaced in enumerate(self.stage_with_rfa) if replaced]
+        if not stages:
+            return {}
+        where = rf"layer({'|'.join(map(str, stages))})\.\d+\.{conv}"
+        steps = plan_edits(self, [dict(where=where, conv=self.rfa)])
+        return apply_edits(self, steps, loaded=False)
 
-    def _like(self, conv: nn.Conv2d) -> nn.Module:
-        return build_conv_layer(
-            {"bias": False, **self.rfa},
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-        )
-
-    def new_layers(self) -> Iterator[nn.Module]:
-        """Yield the replaced convolutions and the plug-ins: what no ResNet checkpoint fills."""
-        for layer_name, replaced in zip(self.res_layers, self.stage_with_rfa, strict=True):
-            for block in getattr(self, layer_name):
-                if replaced:
-                    yield getattr(block, self._conv_name)
-                for position in (1, 2, 3):
-                    for name in getattr(block, f"after_conv{position}_plugin_names", ()):
-                        yield getattr(block, name)
+    def _plugins(self) -> dict[str, nn.Module]:
+        return {
+            f"{name}.{plugin}": getattr(block, plugin)
+            for name, block in self.named_modules()
+            if isinstance(block, (PluginBasicBlock, Bottleneck))
+            for position in (1, 2, 3)
+            for plugin in getattr(block, f"after_conv{position}_plugin_names", ())
+        }
 
     def make_stage_plugins(self, plugins: list[dict], stage_idx: int) -> list[dict]:
         """Return the plug-ins of a stage, checked in words before MMDetection asserts."""
@@ -187,18 +186,3 @@ class RFAResNet(ResNet):
         if block is PluginBasicBlock and self._zero_last_norm:
             init_cfg = dict(type="Constant", val=0, override=dict(name="norm2"))
         return super().make_res_layer(block=block, init_cfg=init_cfg, **kwargs)
-
-    def _freeze_stages(self) -> None:
-        # New layers stay as they are: trained, unless their own norm_cfg or the user froze them.
-        new = [p for layer in self.new_layers() for p in layer.parameters()]
-        trained = [p.requires_grad for p in new]
-        super()._freeze_stages()
-        for parameter, flag in zip(new, trained, strict=True):
-            parameter.requires_grad_(flag)
-
-    def train(self, mode: bool = True) -> "RFAResNet":
-        """Switch the mode; frozen and ``norm_eval`` parts stay as they are, new layers follow."""
-        super().train(mode)
-        for layer in self.new_layers():
-            layer.train(mode)
-        return self

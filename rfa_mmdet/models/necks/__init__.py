@@ -1,0 +1,5 @@
+"""Necks."""
+
+from rfa_mmdet.models.necks.plugin_fpn import PluginFPN
+
+__all__ = ["PluginFPN"]

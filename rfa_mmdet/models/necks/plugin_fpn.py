@@ -1,0 +1,84 @@
+"""MMDetection's FPN with plug-ins behind its levels, and another convolution for its 3x3s."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mmdet.models.necks import FPN
+from mmdet.registry import MODELS
+
+from rfa_mmdet.models.edits import apply_edits, plan_edits
+from rfa_mmdet.models.new_layers import NewLayers
+
+POSITIONS = {"after_lateral": "lateral_convs", "after_output": "fpn_convs"}
+
+
+@MODELS.register_module()
+class PluginFPN(FPN):
+    """FPN whose levels pass plug-ins, and whose 3x3s may be other convolutions.
+
+    Names, and so checkpoint keys, of everything else are those of mmdet's FPN, whose checkpoint
+    warm-starts the 3x3s.
+
+    Args:
+        in_channels (list[int]): Of the backbone's maps, from the finest.
+        out_channels (int): Of every level.
+        num_outs (int): Number of levels.
+        plugins (Sequence[dict]): ``dict(cfg=CFG, levels=(0, 1), position=POSITION)``. Level 0 is
+            the finest of the pyramid; without ``levels``, all. POSITION is 'after_lateral', behind
+            the 1x1 and before the levels are summed up, or 'after_output', behind the 3x3.
+            Levels that FPN makes by pooling have neither.
+        conv_cfg (dict | None): Convolution of the 3x3s, those of extra levels included; the 1x1s
+            stay. Defaults to None: plain.
+        strict_start (bool | str): As of Retrofit.
+        **kwargs: As of mmdet's FPN.
+
+    Raises:
+        ValueError, TypeError: An argument is not as above.
+
+    Example:
+        >>> import torch
+        >>> plugin = dict(cfg=dict(type="EMA", factor=8), levels=(0, 1), position="after_output")
+        >>> neck = PluginFPN([16, 32], 64, 3, plugins=[plugin], conv_cfg=dict(type="RFAConv"))
+        >>> [tuple(y.shape) for y in neck((torch.rand(1, 16, 8, 8), torch.rand(1, 32, 4, 4)))]
+        [(1, 64, 8, 8), (1, 64, 4, 4), (1, 64, 2, 2)]
+    """
+
+    def __init__(
+        self,
+        in_channels: list[int],
+        out_channels: int,
+        num_outs: int,
+        plugins: Sequence[dict] = (),
+        conv_cfg: dict | None = None,
+        strict_start: bool | str = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(in_channels, out_channels, num_outs, **kwargs)
+        edits = [self._edit(i, plugin) for i, plugin in enumerate(plugins)]
+        if conv_cfg is not None:
+            edits.append(dict(where=r"fpn_convs\.\d+", conv=conv_cfg))
+        new = apply_edits(self, plan_edits(self, edits), loaded=False) if edits else {}
+        NewLayers(self, new, strict_start)
+
+    def _edit(self, i: int, plugin: dict) -> dict:
+        if not isinstance(plugin, dict) or not {"cfg", "position"} <= set(plugin):
+            raise TypeError(
+                f"plugins[{i}]={plugin!r}: must be dict(cfg=..., position=..., levels=...)"
+            )
+        if set(plugin) - {"cfg", "position", "levels"}:
+            raise ValueError(
+                f"plugins[{i}] has the keys {sorted(plugin)}: valid are cfg, position and levels"
+            )
+        if plugin["position"] not in POSITIONS:
+            raise ValueError(
+                f"plugins[{i}]: position={plugin['position']!r}: must be one of {tuple(POSITIONS)}"
+            )
+        convs = POSITIONS[plugin["position"]]
+        count = len(getattr(self, convs))
+        levels = plugin.get("levels", tuple(range(count)))
+        if not levels or any(level not in range(count) for level in levels):
+            raise ValueError(
+                f"plugins[{i}]: levels={levels}: {plugin['position']} can be at levels "
+                f"{tuple(range(count))} of this FPN"
+            )
+        return dict(after=rf"{convs}\.({'|'.join(map(str, levels))})", plugin=plugin["cfg"])
