@@ -10,6 +10,7 @@ from mmengine.runner import Runner
 
 from rfa_mmdet.engine.command_line import load_config, prepare_run, run_parser, user_errors
 from rfa_mmdet.engine.errors import ConfigError, UserError
+from rfa_mmdet.layers.warm_start import WarmStartError
 
 
 def parse_args():
@@ -49,7 +50,7 @@ def main() -> None:
         runner = Runner.from_cfg(cfg)
         if args.out is not None:
             runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
-    with user_errors(UserError):
+    with user_errors(UserError, WarmStartError):
         runner.test()
 
 

@@ -8,6 +8,10 @@ from mmengine.runner import Runner
 
 from rfa_mmdet.engine.command_line import load_config, prepare_run, run_parser, user_errors
 from rfa_mmdet.engine.errors import ConfigError, UserError
+from rfa_mmdet.layers.warm_start import WarmStartError
+
+# Of this package; those that the config names itself, with arguments, stay.
+HOOKS = ("EpochSeedHook", "NewLayersHook", "CalibrationHook")
 
 
 def parse_args():
@@ -55,7 +59,11 @@ def apply_args(cfg: Config, args) -> None:
         cfg.load_from = None if args.resume == "auto" else args.resume
     # So that a resumed run draws the same random numbers as one that was not interrupted.
     cfg.train_dataloader.persistent_workers = False
-    cfg.custom_hooks = [*cfg.get("custom_hooks", []), dict(type="EpochSeedHook")]
+    present = {hook["type"] for hook in cfg.get("custom_hooks", [])}
+    cfg.custom_hooks = [
+        *cfg.get("custom_hooks", []),
+        *(dict(type=h) for h in HOOKS if h not in present),
+    ]
 
 
 def main() -> None:
@@ -67,7 +75,7 @@ def main() -> None:
         apply_args(cfg, args)
         prepare_run(cfg, "train", "val")
         runner = Runner.from_cfg(cfg)
-    with user_errors(UserError):
+    with user_errors(UserError, WarmStartError):
         runner.train()
 
 

@@ -19,6 +19,7 @@ from rfa_mmdet.engine.config_check import check_config
 from rfa_mmdet.engine.data_check import check_data
 from rfa_mmdet.engine.distributed import launched_rank, prepare_cpu_group
 from rfa_mmdet.engine.errors import ConfigError, UserError
+from rfa_mmdet.layers.warm_start import WarmStartError
 
 # Keys of a config that a run reads besides the arguments of Runner itself.
 _READ_KEYS = {
@@ -162,7 +163,7 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
         rank = os.environ.get("RANK")
         who = f"[rank {rank}] " if rank not in (None, "0") else ""
         print(f"{who}error: {message}", file=sys.stderr)
-        if not isinstance(error, UserError):
+        if not isinstance(error, (UserError, WarmStartError)):
             frame = traceback.extract_tb(error.__traceback__)[-1]
             print(f"{who}  raised in {frame.filename}:{frame.lineno}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -16,11 +16,11 @@ from mmengine.analysis import FlopAnalyzer, complexity_analysis
 from mmengine.analysis.jit_handles import elementwise_flop_counter
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS as LAYERS
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 from rfa_mmdet.engine.errors import ConfigError
+from rfa_mmdet.engine.plain_config import detector_config
 
 CONVS = ("RFAConv", "RFCBAMConv", "RFCAConv", "CAMConv", "CBAMConv", "CAConv")
 # With the arguments under which they are compared.
@@ -261,11 +261,11 @@ def detector_complexity(cfg: Config, image_size: tuple[int, int] = (800, 1333)) 
         detector = _TwoStages(detector)
     elif not isinstance(detector, SingleStageDetector):
         raise ConfigError(
-            f"model.type={cfg.model.type!r}: only single-stage detectors and Faster R-CNN can be "
-            "counted; for others see tools/analysis_tools/get_flops.py of MMDetection, which needs "
+            f"model.type={detector_config(cfg).type!r}: only single-stage detectors and Faster "
+            "R-CNN can be counted; for others see tools/analysis_tools/get_flops.py of MMDetection, which needs "
             "the data and counts this package's layers as well"
         )
-    divisor = (cfg.model.get("data_preprocessor") or {}).get("pad_size_divisor", 1)
+    divisor = (detector_config(cfg).get("data_preprocessor") or {}).get("pad_size_divisor", 1)
     return _count(detector, (1, 3, *(-(-side // divisor) * divisor for side in image_size)))
 
 
@@ -273,48 +273,6 @@ def _is_faster_rcnn(detector: nn.Module) -> bool:
     head = detector.roi_head
     one_stage = head.with_bbox and not isinstance(head.bbox_head, nn.ModuleList)
     return detector.with_rpn and one_stage and not head.with_mask and not head.with_shared_head
-
-
-def plain_base(cfg: Config) -> Config | None:
-    """Take this package's layers out of a detector's config.
-
-    Args:
-        cfg (Config): A detector's config; stays as it is.
-
-    Returns:
-        Config | None: Without convolutions of this package (``rfa``, ``dcn``, ``conv_cfg``) and
-        without its plug-ins. None: there are none.
-
-    Example:
-        >>> backbone = dict(type="RFAResNet", depth=50, rfa=dict(type="RFAConv"))
-        >>> plain_base(Config(dict(model=dict(backbone=backbone)))).model.backbone
-        {'type': 'RFAResNet', 'depth': 50}
-    """
-    cfg = copy.deepcopy(cfg)
-    return cfg if _take_out(cfg.model) else None
-
-
-def _take_out(node: Any) -> bool:
-    if isinstance(node, (list, tuple)):
-        return sum(map(_take_out, node)) > 0  # any() would stop at the first
-    found = False
-    for key, value in list(node.items()) if isinstance(node, dict) else ():
-        if isinstance(value, dict) and _is_ours(value):
-            del node[key]
-            node.pop(f"stage_with_{key}", None)
-            found = True
-        elif key == "plugins" and value:
-            node[key] = [plugin for plugin in value if not _is_ours(plugin.get("cfg", plugin))]
-            found |= len(node[key]) < len(value)
-        else:
-            found |= _take_out(value)
-    return found
-
-
-def _is_ours(cfg: dict) -> bool:
-    name = cfg.get("type")
-    cls = LAYERS.module_dict.get(name.rpartition(".")[2]) if isinstance(name, str) else name
-    return getattr(cls, "__module__", "").startswith("rfa_mmdet.layers.")
 
 
 # --- all systems in one detector -----------------------------------------------------------------

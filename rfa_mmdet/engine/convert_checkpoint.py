@@ -1,13 +1,9 @@
 """Rename the layers of a published checkpoint, so that the file itself carries our names."""
 
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from mmengine.runner.checkpoint import CheckpointLoader
-
+from rfa_mmdet.engine.checkpoint_file import read_checkpoint, writable, write_checkpoint
 from rfa_mmdet.engine.errors import UserError
 from rfa_mmdet.layers.checkpoint_keys import (
     PUBLISHED,
@@ -63,25 +59,15 @@ def convert_checkpoint(source: str, target: str | Path, overwrite: bool = False)
         UserError: A file cannot be read or written, or holds no published layer.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> folder = tempfile.mkdtemp()
         >>> names = ["mlp.0.weight", "mlp.2.weight", "conv.0.weight"]
         >>> torch.save({f"conv1.{name}": torch.ones(1) for name in names}, f"{folder}/in.pth")
         >>> convert_checkpoint(f"{folder}/in.pth", f"{folder}/out.pth").layers
         [ConvertedLayer(prefix='conv1.', system='CAMConv', renamed=3)]
     """
-    target = Path(target)
-    if target.is_dir():
-        raise UserError(f"{target}: is a folder; name the file to write")
-    if target.exists() and not overwrite:
-        raise UserError(f"{target}: exists already; --overwrite replaces it")
-    try:
-        checkpoint = CheckpointLoader.load_checkpoint(str(source), "cpu", logger="silent")
-    except FileNotFoundError as error:
-        raise UserError(f"{source}: no such file") from error
-    except OSError as error:
-        raise UserError(f"{source}: {error.strerror or error}") from error
-
+    target = writable(target, overwrite)
+    checkpoint = read_checkpoint(source)
     state_dict = _state_dict(source, checkpoint)
     layers = [
         ConvertedLayer(prefix, system, rename_published(system, state_dict, prefix))
@@ -89,7 +75,7 @@ def convert_checkpoint(source: str, target: str | Path, overwrite: bool = False)
     ]
     if not layers:
         raise UserError(f"{source}: {_nothing_found()}")
-    _save(checkpoint, target)
+    write_checkpoint(checkpoint, target)
     kept = len(state_dict) - sum(layer.renamed for layer in layers)
     return Conversion(layers, kept, _warnings(checkpoint, state_dict))
 
@@ -127,16 +113,3 @@ def _warnings(checkpoint: dict, state_dict: dict) -> list[str]:
             "use the file as load_from, not to resume"
         )
     return warnings
-
-
-def _save(checkpoint: dict, target: Path) -> None:
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, part)
-        part.replace(target)
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a full disk
-        raise UserError(f"{target}: cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):  # none there, or no folder for it
-            part.unlink()

@@ -72,6 +72,7 @@ def norm_obstacle(norm: nn.Module) -> str:
     return ""
 
 
+@torch.no_grad()
 def identity_norm(norm: nn.Module, floor: float) -> dict[str, Tensor]:
     """Return values under which a norm on its running statistics only takes ``floor`` off.
 
@@ -90,13 +91,12 @@ def identity_norm(norm: nn.Module, floor: float) -> dict[str, Tensor]:
     """
     if isinstance(norm, nn.Identity):
         return {}
-    channels = norm.num_features
     return {
-        "weight": torch.full((channels,), (1 + norm.eps) ** 0.5),
-        "bias": torch.full((channels,), -floor),
-        "running_mean": torch.zeros(channels),
-        "running_var": torch.ones(channels),
-        "num_batches_tracked": torch.tensor(0),
+        "weight": torch.full_like(norm.weight, (1 + norm.eps) ** 0.5),
+        "bias": torch.full_like(norm.bias, -floor),
+        "running_mean": torch.zeros_like(norm.running_mean),
+        "running_var": torch.ones_like(norm.running_var),
+        "num_batches_tracked": torch.zeros_like(norm.num_batches_tracked),
     }
 
 
@@ -111,7 +111,7 @@ def is_uncalibrated(norm: nn.Module, floor: float) -> bool:
         return False
     own = norm.state_dict()
     return all(
-        bool((own[name] == value.to(own[name])).all())
+        bool((own[name] == value).all())
         for name, value in identity_norm(norm, floor).items()
         if name != "num_batches_tracked"
     )

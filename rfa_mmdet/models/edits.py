@@ -197,7 +197,7 @@ def output_channels(module: nn.Module) -> int | None:
             if channels is not None:
                 return channels
         return None
-    for name in ("final_conv", "conv3", "conv2", "pointwise_conv", "conv"):
+    for name in ("final_conv", "conv3", "conv2", "linear_conv", "pointwise_conv", "conv"):
         child = getattr(module, name, None)
         if isinstance(child, nn.Module):
             return output_channels(child)
@@ -214,8 +214,11 @@ def _check_edit(i: int, edit: Any) -> tuple[str, re.Pattern, dict]:
     cfg = edit[KINDS[kind]]
     if not isinstance(cfg, dict) or "type" not in cfg:
         raise TypeError(f"edits[{i}]: {KINDS[kind]}={cfg!r}: must be a dict with a 'type'")
-    if isinstance(cfg["type"], str) and LAYERS.get(cfg["type"]) is None:
-        raise ValueError(f"edits[{i}]: {KINDS[kind]}.type={cfg['type']!r} is registered nowhere")
+    with LAYERS.switch_scope_and_registry(None) as registry:  # as mmcv looks it up
+        if isinstance(cfg["type"], str) and registry.get(cfg["type"]) is None:
+            raise ValueError(
+                f"edits[{i}]: {KINDS[kind]}.type={cfg['type']!r} is registered nowhere"
+            )
     try:
         return kind, re.compile(edit[kind]), dict(cfg)
     except (re.error, TypeError) as error:

@@ -24,11 +24,11 @@ from rfa_mmdet.engine.complexity import (
     classifier_complexity,
     detector_complexity,
     install,
-    plain_base,
     system_backbone,
     system_extras,
 )
 from rfa_mmdet.engine.errors import ConfigError
+from rfa_mmdet.engine.plain_config import plain_base
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = "tools/analysis/complexity.py"

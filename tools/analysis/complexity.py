@@ -17,11 +17,11 @@ from rfa_mmdet.engine.complexity import (
     Complexity,
     classifier_complexity,
     detector_complexity,
-    plain_base,
     system_extras,
 )
 from rfa_mmdet.engine.config_check import check_config
 from rfa_mmdet.engine.errors import ConfigError
+from rfa_mmdet.engine.plain_config import plain_base
 
 DETECTOR = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
 

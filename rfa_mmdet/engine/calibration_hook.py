@@ -1,0 +1,147 @@
+"""Calibrate warm-started layers whose batch norm will use the statistics of batches.
+
+A warm start makes that norm the identity on its running statistics. On a batch's own it is one when
+its weight is their deviation and its bias their mean: what they are is seen in a few batches.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from mmengine.dist import all_reduce, get_world_size
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rfa_mmdet.engine.errors import ConfigError
+from rfa_mmdet.engine.new_layers_hook import bare
+from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
+from rfa_mmdet.layers.warm_start import calibrate_norm, is_uncalibrated
+
+
+@HOOKS.register_module()
+class CalibrationHook(Hook):
+    """Show the first batches to warm-started layers before training, and set their norms by them.
+
+    Only to those in training mode: where ``norm_eval`` holds a norm at its running statistics, the
+    warm start is exact as it is. ``tools/train.py`` adds the hook to every run; without layers to
+    calibrate it does nothing.
+
+    Args:
+        batches (int): How many to look at. Defaults to 16.
+
+    Raises:
+        ConfigError: ``batches`` is not positive.
+
+    Example:
+        >>> custom_hooks = [dict(type="CalibrationHook", batches=32)]
+    """
+
+    priority = "LOW"  # after NewLayersHook has settled which norms use batches
+
+    def __init__(self, batches: int = 16) -> None:
+        if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+            raise ConfigError(f"CalibrationHook: batches={batches!r}: must be a positive int")
+        self.batches = batches
+
+    def before_train(self, runner: Runner) -> None:
+        """Calibrate."""
+        model = bare(runner.model)
+        model.train()
+        if not uncalibrated(model):
+            return
+
+        def batches() -> Iterable[dict]:
+            for i, data in enumerate(runner.train_dataloader):
+                if i == self.batches:
+                    return
+                yield model.data_preprocessor(data, training=True)
+
+        layers, seen = calibrate(
+            model, (lambda d=data: model(**d, mode="loss") for data in batches())
+        )
+        print_log(
+            f"Calibrated the batch norms of {layers} warm-started layers on {seen} batches",
+            logger="current",
+        )
+
+
+def uncalibrated(model: nn.Module) -> dict[str, ReceptiveFieldConv]:
+    """Return the layers whose norm is the identity on running statistics, but uses batches.
+
+    Args:
+        model (nn.Module): In the mode in which it will run.
+
+    Returns:
+        dict[str, ReceptiveFieldConv]: By name.
+    """
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, ReceptiveFieldConv)
+        and not getattr(layer, "is_pointwise", False)
+        and layer.norm.training
+        and is_uncalibrated(layer.norm, layer.input_floor)
+    }
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, runs: Iterable) -> tuple[int, int]:
+    """Run a model, which computes what the plain one does meanwhile, and set norms by what is seen.
+
+    Args:
+        model (nn.Module): In training mode; nothing but the norms of :func:`uncalibrated` layers
+            changes. Over several processes, statistics are averaged.
+        runs (Iterable[Callable]): Each runs the model on a batch.
+
+    Returns:
+        tuple[int, int]: Numbers of layers and of batches.
+
+    Example:
+        >>> from rfa_mmdet.layers import RFAConv
+        >>> plain, layer = nn.Conv2d(4, 4, 3), RFAConv(4, 4, 3, padding=0)
+        >>> x = torch.rand(8, 4, 9, 9)
+        >>> _ = layer.load_state_dict(plain.state_dict())
+        >>> calibrate(layer, [lambda: layer(x)])
+        (1, 1)
+        >>> bool((layer.train()(x) - plain(x)).abs().max() < 1e-4)
+        True
+    """
+    layers = uncalibrated(model)
+    sums: dict[str, Tensor] = {}
+    held = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    kept = [{k: v.clone() for k, v in norm.state_dict().items()} for norm in held]
+
+    def watch(name: str):
+        def hook(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+            x = inputs[0].double()
+            both = torch.stack([x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)])
+            sums[name] = sums.get(name, 0) + both
+
+        return hook
+
+    handles = [layer.norm.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    seen = 0
+    try:
+        for layer in layers.values():
+            layer.norm.eval()
+        for run in runs:
+            run()
+            seen += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in layers.values():
+            layer.norm.train()
+        for norm, state in zip(held, kept, strict=True):
+            norm.load_state_dict(state)
+    for name, layer in layers.items():
+        if name not in sums:
+            continue  # a branch that no batch reached
+        both = sums[name] / seen
+        all_reduce(both, op="sum")
+        mean, variance = (both / get_world_size()).to(layer.norm.weight.dtype)
+        calibrate_norm(layer.norm, mean, variance, layer.input_floor)
+    return len(layers), seen

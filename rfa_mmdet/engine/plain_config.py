@@ -1,0 +1,79 @@
+"""A detector's config without what this package adds to it."""
+
+import copy
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import MODELS as LAYERS
+
+
+def detector_config(cfg: Config) -> dict:
+    """Return the detector's own config, also where ``Retrofit`` is around it.
+
+    Args:
+        cfg (Config): Of a run.
+
+    Example:
+        >>> model = dict(type="Retrofit", module=dict(type="RetinaNet"), edits=[])
+        >>> detector_config(Config(dict(model=model)))
+        {'type': 'RetinaNet'}
+    """
+    model = cfg.model
+    while model.get("type") == "Retrofit":
+        model = model["module"]
+    return model
+
+
+# Retrofit's arguments.
+_RETROFIT = ("type", "module", "edits", "dry_run", "strict_start")
+
+
+def plain_base(cfg: Config) -> Config | None:
+    """Take this package's layers out of a detector's config.
+
+    Args:
+        cfg (Config): A detector's config; stays as it is.
+
+    Returns:
+        Config | None: Without ``Retrofit``, convolutions of this package (``rfa``, ``dcn``,
+        ``conv_cfg``) and its plug-ins. None: there are none.
+
+    Example:
+        >>> backbone = dict(type="RFAResNet", depth=50, rfa=dict(type="RFAConv"))
+        >>> plain_base(Config(dict(model=dict(backbone=backbone)))).model.backbone
+        {'type': 'RFAResNet', 'depth': 50}
+    """
+    cfg = copy.deepcopy(cfg)
+    holder = {"model": cfg.model}
+    found = _take_out(holder)
+    cfg.model = holder["model"]
+    return cfg if found else None
+
+
+def _take_out(node: Any) -> bool:
+    if isinstance(node, (list, tuple)):
+        return sum(map(_take_out, node)) > 0  # any() would stop at the first
+    found = False
+    for key, value in list(node.items()) if isinstance(node, dict) else ():
+        if isinstance(value, dict) and value.get("type") == "Retrofit":
+            own = {k: v for k, v in value.items() if k not in _RETROFIT}
+            # What is left beside Retrofit's own arguments is meant for the module.
+            node[key] = {**value["module"], **own}
+            _take_out(node[key])
+            found = True
+        elif isinstance(value, dict) and _is_ours(value):
+            del node[key]
+            node.pop(f"stage_with_{key}", None)
+            found = True
+        elif key == "plugins" and value:
+            node[key] = [plugin for plugin in value if not _is_ours(plugin.get("cfg", plugin))]
+            found |= len(node[key]) < len(value)
+        else:
+            found |= _take_out(value)
+    return found
+
+
+def _is_ours(cfg: dict) -> bool:
+    name = cfg.get("type")
+    cls = LAYERS.module_dict.get(name.rpartition(".")[2]) if isinstance(name, str) else name
+    return getattr(cls, "__module__", "").startswith("rfa_mmdet.layers.")
