@@ -262,8 +262,8 @@ def detector_complexity(cfg: Config, image_size: tuple[int, int] = (800, 1333)) 
     elif not isinstance(detector, SingleStageDetector):
         raise ConfigError(
             f"model.type={detector_config(cfg).type!r}: only single-stage detectors and Faster "
-            "R-CNN can be counted; for others see tools/analysis_tools/get_flops.py of MMDetection, which needs "
-            "the data and counts this package's layers as well"
+            "R-CNN can be counted; for others see tools/analysis_tools/get_flops.py of "
+            "MMDetection, which needs the data and counts this package's layers as well"
         )
     divisor = (detector_config(cfg).get("data_preprocessor") or {}).get("pad_size_divisor", 1)
     return _count(detector, (1, 3, *(-(-side // divisor) * divisor for side in image_size)))

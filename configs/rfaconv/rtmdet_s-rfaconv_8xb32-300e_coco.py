@@ -1,0 +1,17 @@
+_base_ = "mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py"
+custom_imports = dict(imports=["rfa_mmdet"])
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="Retrofit",
+        module={{_base_.model.backbone}},
+        edits=[
+            # Sums of up to two SiLUs, each at least -0.28, come in.
+            dict(
+                where=r"stage[234]\.\d\.blocks\.\d\.conv1",
+                conv=dict(type="RFAConv", bias=True, input_floor=-1.0),
+            )
+        ],
+    )
+)
