@@ -21,10 +21,14 @@ def heads(model: dict) -> Iterator[tuple[str, int]]:
         >>> roi_head = dict(bbox_head=[dict(num_classes=80), dict(num_classes=3)])
         >>> list(heads(dict(rpn_head=dict(num_classes=1), roi_head=roi_head)))
         [('model.roi_head.bbox_head.0', 80), ('model.roi_head.bbox_head.1', 3)]
+        >>> list(heads(dict(bbox_head=dict(type="Retrofit", module=dict(num_classes=3)))))
+        [('model.bbox_head.module', 3)]
     """
 
     def walk(node: Any, key: str, name: str) -> Iterator[tuple[str, int]]:
-        if isinstance(node, dict) and name not in _OTHER_HEADS:
+        if isinstance(node, dict) and node.get("type") == "Retrofit":
+            yield from walk(node.get("module"), f"{key}.module", name)
+        elif isinstance(node, dict) and name not in _OTHER_HEADS:
             # A mask head without classes of its own ignores the number.
             if name.endswith(("_head", "_heads")) and not node.get("class_agnostic"):
                 count = node.get("num_classes")
