@@ -4,7 +4,9 @@ A warm start makes that norm the identity on its running statistics. On a batch'
 its weight is their deviation and its bias their mean: what they are is seen in a few batches.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 
 import torch
 from mmengine.dist import all_reduce, get_world_size
@@ -47,25 +49,45 @@ class CalibrationHook(Hook):
         self.batches = batches
 
     def before_train(self, runner: Runner) -> None:
-        """Calibrate."""
+        """Calibrate, and log what that changes on the last batch that is looked at."""
         model = bare(runner.model)
         model.train()
         if not uncalibrated(model):
             return
+        losses, last = [], {}
 
-        def batches() -> Iterable[dict]:
-            for i, data in enumerate(runner.train_dataloader):
-                if i == self.batches:
-                    return
-                yield model.data_preprocessor(data, training=True)
+        def runs() -> Iterator[Callable[[], None]]:
+            for data in islice(runner.train_dataloader, self.batches):
+                last.update(model.data_preprocessor(data, training=True))
+                yield lambda: losses.append(_loss(model, last))
 
-        layers, seen = calibrate(
-            model, (lambda d=data: model(**d, mode="loss") for data in batches())
-        )
+        layers, seen = calibrate(model, runs())
+        with torch.no_grad(), _kept_statistics(model):
+            losses.append(_loss(model, last))
         print_log(
-            f"Calibrated the batch norms of {layers} warm-started layers on {seen} batches",
+            f"Calibrated the batch norms of {layers} warm-started layers on {seen} batches; the "
+            f"loss of the last is {losses[-1]:.4f} now, and {losses[-2]:.4f} as the plain "
+            "convolutions compute",
             logger="current",
         )
+
+
+def _loss(model: nn.Module, data: dict) -> float:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # samplers of boxes draw the same in both runs
+        losses = model(**data, mode="loss")
+    return float(model.parse_losses(losses)[0])
+
+
+@contextmanager
+def _kept_statistics(model: nn.Module) -> Iterator[None]:
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    kept = [{k: v.clone() for k, v in norm.state_dict().items()} for norm in norms]
+    try:
+        yield
+    finally:
+        for norm, state in zip(norms, kept, strict=True):
+            norm.load_state_dict(state)
 
 
 def uncalibrated(model: nn.Module) -> dict[str, ReceptiveFieldConv]:
@@ -88,7 +110,7 @@ def uncalibrated(model: nn.Module) -> dict[str, ReceptiveFieldConv]:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, runs: Iterable) -> tuple[int, int]:
+def calibrate(model: nn.Module, runs: Iterable[Callable]) -> tuple[int, int]:
     """Run a model, which computes what the plain one does meanwhile, and set norms by what is seen.
 
     Args:
@@ -111,10 +133,8 @@ def calibrate(model: nn.Module, runs: Iterable) -> tuple[int, int]:
     """
     layers = uncalibrated(model)
     sums: dict[str, Tensor] = {}
-    held = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    kept = [{k: v.clone() for k, v in norm.state_dict().items()} for norm in held]
 
-    def watch(name: str):
+    def watch(name: str) -> Callable:
         def hook(norm: nn.Module, inputs: tuple[Tensor]) -> None:
             x = inputs[0].double()
             both = torch.stack([x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)])
@@ -125,18 +145,17 @@ def calibrate(model: nn.Module, runs: Iterable) -> tuple[int, int]:
     handles = [layer.norm.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     seen = 0
     try:
-        for layer in layers.values():
-            layer.norm.eval()
-        for run in runs:
-            run()
-            seen += 1
+        with _kept_statistics(model):
+            for layer in layers.values():
+                layer.norm.eval()
+            for run in runs:
+                run()
+                seen += 1
     finally:
         for handle in handles:
             handle.remove()
         for layer in layers.values():
             layer.norm.train()
-        for norm, state in zip(held, kept, strict=True):
-            norm.load_state_dict(state)
     for name, layer in layers.items():
         if name not in sums:
             continue  # a branch that no batch reached

@@ -76,7 +76,9 @@ class StartReport:
         return cls(type(module).__name__, len(loaded), warm, tuple(new), skipped)
 
     def __str__(self) -> str:
-        """Write the report, a line for each kind of key."""
+        """Write the report: a line for each kind of key, or one where all is as it was."""
+        if not (self.warm_started or self.new or self.skipped):
+            return f"{self.module}, from its checkpoint: all {self.loaded} keys"
         kinds = ", ".join(sorted(set(self.warm_started.values())))
         skipped = [f"{key} ({why})" if why else key for key, why in self.skipped.items()]
         return "\n".join(
@@ -203,7 +205,7 @@ class NewLayers:
 
     def _after_load(self, module: nn.Module, incompatible: Any) -> None:
         given, self._given = self._given, {}
-        if not given:
+        if not (given and self.layers):
             return
         report = StartReport.of(module, self.layers.values(), given)
         print_log(str(report), logger="current")
