@@ -11,7 +11,7 @@ import pickle
 import onnxruntime
 import pytest
 import torch
-from mmcv.cnn import ConvModule, build_conv_layer, build_plugin_layer
+from mmcv.cnn import ConvModule, build_conv_layer, build_plugin_layer, fuse_conv_bn
 from mmdet.models.backbones.resnet import Bottleneck, ResNet
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
@@ -113,6 +113,12 @@ def test_state_dict_round_trip(name):
     assert not torch.equal(a(x), b(x))
     b.load_state_dict(a.state_dict(), strict=True)
     assert torch.equal(a(x), b(x))
+
+
+def test_mmcvs_fusion_of_batch_norm_changes_nothing(name):
+    layer = build(name).eval()
+    fused = fuse_conv_bn(copy.deepcopy(layer))
+    torch.testing.assert_close(fused(feature_map()), layer(feature_map()))
 
 
 @pytest.mark.parametrize("training", [True, False])

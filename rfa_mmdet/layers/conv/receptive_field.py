@@ -56,6 +56,9 @@ class ReceptiveFieldConv(AttentionConv2d):
         boolean("bias", bias)
         self.input_floor = self._check_floor(input_floor, bias)
         wide = in_channels * self.kernel_size[0] * self.kernel_size[1]  # C * K
+        # Registered before the convolution: mmcv's fuse_conv_bn takes a norm that follows one for
+        # its own, and folds it into a bias that is not looked at here.
+        self.norm = build_norm_layer(norm_cfg, wide)[1] if norm_cfg else nn.Identity()
         if learnt:
             self.feature = nn.Conv2d(
                 in_channels,
@@ -68,7 +71,6 @@ class ReceptiveFieldConv(AttentionConv2d):
                 bias=False,
                 padding_mode=padding_mode,
             )
-        self.norm = build_norm_layer(norm_cfg, wide)[1] if norm_cfg else nn.Identity()
         self.act = build_activation_layer(act_cfg) if act_cfg else nn.Identity()
         # Stride k over windows laid side by side, as the papers write it.
         self.conv = nn.Conv2d(
