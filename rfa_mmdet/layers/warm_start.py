@@ -7,7 +7,7 @@ receptive-field ones also those under which their features are the window's own 
 that are nowhere below ``input_floor`` (ReLU and batch norm in between).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,22 @@ class Start(NamedTuple):
     filled: frozenset[str] = frozenset()
     plain: tuple[str, ...] = ()
     refused: str = ""
+
+
+def matching(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> frozenset[str]:
+    """Return a module's own names that a state dict fills: there, and of the same shape.
+
+    Example:
+        >>> state = {"a.weight": torch.zeros(2, 3), "a.bias": torch.zeros(9)}
+        >>> matching(nn.Linear(3, 2), state, "a.")
+        frozenset({'weight'})
+    """
+    own = module.state_dict()
+    return frozenset(
+        name
+        for name, value in own.items()
+        if getattr(state_dict.get(prefix + name), "shape", None) == value.shape
+    )
 
 
 def identity_features(channels: int, kernel_size: tuple[int, int]) -> Tensor:

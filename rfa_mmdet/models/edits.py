@@ -126,6 +126,8 @@ def apply_edits(module: nn.Module, steps: Sequence[Step], loaded: bool) -> dict[
                     f"{step.names[0]} has a {name!r} already; give the plug-in a postfix, as in "
                     f"{dict(step.cfg, postfix='_2')}"
                 )
+            if loaded:
+                _follow(target, layer)
             _insert(target, name, layer)
             new[f"{step.names[0]}.{name}"] = layer
             continue
@@ -324,7 +326,18 @@ def _copy_weights(conv: nn.Module, layer: nn.Module) -> None:
     state = conv.state_dict()
     layer.load_state_dict(state, strict=isinstance(layer, AttentionConv2d))
     final = layer.conv if isinstance(layer, AttentionConv2d) else layer
-    final.requires_grad_(conv.weight.requires_grad)
+    # A bias that the plain one had not is new, and trained.
+    own = dict(final.named_parameters())
+    for name, parameter in conv.named_parameters():
+        if name in own:
+            own[name].requires_grad_(parameter.requires_grad)
+
+
+def _follow(target: nn.Module, layer: nn.Module) -> None:
+    # To the device and precision of what it stands behind.
+    first = next(target.parameters(), None)
+    if first is not None:
+        layer.to(first.device, first.dtype)
 
 
 def _insert(target: nn.Module, name: str, layer: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from rfa_mmdet.layers.checkpoint_keys import PUBLISHED
 from rfa_mmdet.layers.conv.base import AttentionConv2d
-from rfa_mmdet.layers.warm_start import Start, WarmStartError
+from rfa_mmdet.layers.warm_start import Start, WarmStartError, matching
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def _own_keys(layer: nn.Module, layers: set[nn.Module]) -> list[str]:
 
 
 def _published(layer: nn.Module) -> Iterable[tuple[str, str]]:
-    return PUBLISHED.get(type(layer).__name__, {}).items()
+    name = layer.published_name() if isinstance(layer, AttentionConv2d) else ""
+    return PUBLISHED.get(name, {}).items()
 
 
 def _listed(names: Iterable[str], limit: int = 100) -> str:
@@ -190,9 +191,11 @@ class NewLayers:
 
     def init_weights(self) -> None:
         """Initialise the module; what is new, and no checkpoint filled, in its own way."""
+        # MMEngine initialises a module once; so are the layers, which may be trained by then.
+        again = getattr(self.module, "is_init", False)
         type(self.module).init_weights(self.module)
         for layer in self.layers.values():
-            if isinstance(layer, AttentionConv2d) and not layer.start.filled:
+            if isinstance(layer, AttentionConv2d) and not (again or layer.start.filled):
                 layer.reset_attention()
 
     def _before_load(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -200,7 +203,7 @@ class NewLayers:
         self._given = {name: tuple(getattr(value, "shape", ())) for name, value in given.items()}
         for name, layer in self.layers.items():
             if not isinstance(layer, AttentionConv2d):  # which know by themselves
-                found = {key for key in layer.state_dict() if f"{name}.{key}" in self._given}
+                found = matching(layer, state_dict, f"{prefix}{name}.")
                 layer.start = Start(getattr(layer, "start", Start()).filled | found)
 
     def _after_load(self, module: nn.Module, incompatible: Any) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from rfa_mmdet.layers.arguments import check_feature_map, int_pair, positive_int
 from rfa_mmdet.layers.checkpoint_keys import PUBLISHED, rename_published
-from rfa_mmdet.layers.warm_start import Start, WarmStartError
+from rfa_mmdet.layers.warm_start import Start, WarmStartError, matching
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -172,18 +172,22 @@ class AttentionConv2d(nn.Module):
         return {name: torch.zeros_like(own[name]) for name in names}
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        # By the first base that a paper names: a subclass reads what its base reads.
-        bases = [base.__name__ for base in type(self).__mro__ if base.__name__ in PUBLISHED]
-        if bases:
-            rename_published(bases[0], state_dict, prefix)
-        own = self.state_dict()
-        found = frozenset(name for name in own if prefix + name in state_dict)
-        if prefix + "weight" in state_dict and "conv.weight" not in found:
+        published = self.published_name()
+        if published:
+            rename_published(published, state_dict, prefix)
+        if prefix + "weight" in state_dict and prefix + "conv.weight" not in state_dict:
             self._start_from_plain(state_dict, prefix)
-        elif found:
+        else:
             self._check_shape(state_dict, prefix, "conv.weight")
-            self.start = Start(filled=self.start.filled | found)
+            found = matching(self, state_dict, prefix)
+            if found:
+                self.start = Start(filled=self.start.filled | found)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @classmethod
+    def published_name(cls) -> str:
+        """Return the first base that a paper names: a subclass reads what it reads; '': none."""
+        return next((base.__name__ for base in cls.__mro__ if base.__name__ in PUBLISHED), "")
 
     def _start_from_plain(self, state_dict: dict, prefix: str) -> None:
         self._check_shape(state_dict, prefix, "weight")
@@ -191,10 +195,13 @@ class AttentionConv2d(nn.Module):
         if not refused and prefix + "bias" in state_dict and self.conv.bias is None:
             refused = "the plain convolution has a bias and this layer none; bias=True takes it"
         if refused:
-            self.start = Start(refused=refused)
+            self.start = Start(self.start.filled, refused=refused)
             return
         plain = tuple(name for name in ("weight", "bias") if prefix + name in state_dict)
         given = [state_dict.pop(prefix + name, None) for name in ("weight", "bias")]
+        # Not in the file's precision where the layer's is higher: a weight is scaled here.
+        own = self.conv.weight.dtype
+        given = [v if v is None else v.to(torch.promote_types(v.dtype, own)) for v in given]
         values = self.plain_start(*given)
         # What has no value of its own keeps it: nothing is missing then.
         for name, value in {**self.state_dict(), **values}.items():
@@ -202,7 +209,7 @@ class AttentionConv2d(nn.Module):
         # The other values are the layer's own beginning, to be trained from there.
         filled = {f"conv.{name}" for name in plain}
         filled |= {name for name in values if name.endswith(("running_mean", "running_var"))}
-        self.start = Start(frozenset(filled), plain)
+        self.start = Start(frozenset(filled | (self.start.filled - values.keys())), plain)
 
     def _check_shape(self, state_dict: dict, prefix: str, name: str) -> None:
         given = state_dict.get(prefix + name)

@@ -72,6 +72,11 @@ class ReceptiveFieldConv(AttentionConv2d):
                 padding_mode=padding_mode,
             )
         self.act = build_activation_layer(act_cfg) if act_cfg else nn.Identity()
+        if self.input_floor < 0 and act_cfg and not norm_cfg:
+            raise ValueError(
+                f"input_floor={input_floor} with norm_cfg=None: it is the norm that shifts the "
+                "features; pass a norm, or act_cfg=None, which cuts nothing off"
+            )
         # Stride k over windows laid side by side, as the papers write it.
         self.conv = nn.Conv2d(
             in_channels,
