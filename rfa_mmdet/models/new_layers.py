@@ -28,6 +28,7 @@ class StartReport:
         loaded (int): Keys that were taken as they are.
         warm_started (dict[str, str]): Layer to the class of it, of those that were made from a
             plain convolution.
+        taken (int): Keys of these plain convolutions.
         new (tuple[str, ...]): The module's keys that the checkpoint does not fill.
         skipped (dict[str, str]): The checkpoint's keys that go nowhere, and why, if there is
             more to say than that the module has no such key.
@@ -36,6 +37,7 @@ class StartReport:
     module: str
     loaded: int
     warm_started: dict[str, str]
+    taken: int
     new: tuple[str, ...]
     skipped: dict[str, str]
 
@@ -56,7 +58,7 @@ class StartReport:
             key: f"shape {given[key]}, here {own[key]}" for key in loaded if given[key] != own[key]
         }
         loaded -= skipped.keys()
-        covered, warm = set(loaded), {}
+        covered, warm, taken = set(loaded), {}, 0
         layers = set(layers)
         for name, layer in module.named_modules(remove_duplicate=False):
             start = getattr(layer, "start", Start()) if layer in layers else Start()
@@ -65,6 +67,7 @@ class StartReport:
             plain = {f"{name}.{key}" for key in start.plain}
             if plain and plain <= given.keys():
                 warm[name] = type(layer).__name__
+                taken += len(plain)
                 covered |= plain | {f"{name}.{key}" for key in _own_keys(layer, layers)}
             published = {f"{name}.{theirs}": f"{name}.{ours}" for theirs, ours in _published(layer)}
             renamed = published.keys() & given.keys() - loaded
@@ -73,7 +76,7 @@ class StartReport:
         skipped |= {key: "" for key in given if key not in covered and key not in skipped}
         # A file without this count, as of old PyTorch, is none the worse.
         new = [key for key in own if key not in covered and not key.endswith("num_batches_tracked")]
-        return cls(type(module).__name__, len(loaded), warm, tuple(new), skipped)
+        return cls(type(module).__name__, len(loaded), warm, taken, tuple(new), skipped)
 
     def __str__(self) -> str:
         """Write the report: a line for each kind of key, or one where all is as it was."""
@@ -85,7 +88,7 @@ class StartReport:
             [
                 f"{self.module}, from its checkpoint:",
                 f"  loaded        {self.loaded} keys as they are",
-                f"  warm-started  {len(self.warm_started)} layers"
+                f"  warm-started  {self.taken} keys, for {len(self.warm_started)} layers"
                 f"{f' ({kinds})' if kinds else ''}{_listed(self.warm_started)}",
                 f"  new           {len(self.new)} keys{_listed(self.new)}",
                 f"  skipped       {len(self.skipped)} keys of the checkpoint{_listed(skipped)}",
