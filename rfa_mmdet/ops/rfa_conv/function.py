@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rfa_mmdet.ops.dispatch import autocast_dtype
 from rfa_mmdet.ops.precision import no_autocast
@@ -68,7 +67,8 @@ def fused_rfa_conv(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Compute :func:`~rfa_mmdet.ops.rfa_conv.reference.rfa_conv` in an accelerated backend.
 
-    Differentiable once, in reverse mode. Under autocast it computes in autocast's type, as a
+    Differentiable once, in reverse mode: the transforms of ``torch.func`` and second derivatives
+    are the reference's. Under autocast it computes in autocast's type, as a
     convolution does; softmax, statistics and sums are float32.
 
     Args:
@@ -179,8 +179,12 @@ class _RFAConv(torch.autograd.Function):
         return y, mean, unbiased
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            raise RuntimeError(
+                f"RFAConv's backend {ctx.backend!r} has no second derivative; take "
+                "backend='reference' for create_graph=True"
+            )
         (x, attention, feature, weight, norm_weight, norm_bias, mean, r, first, second) = (
             ctx.saved_tensors
         )

@@ -17,6 +17,9 @@ using rfa::Geometry;
 
 Geometry geometry_of(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
                      IntArrayRef dilation, int64_t outputs = 0, int64_t groups = 1) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble ||
+                       x.scalar_type() == at::kBFloat16,
+                   "x: must be float32, float64 or bfloat16, not ", x.scalar_type());
   TORCH_CHECK_VALUE(x.dim() == 4, "x: must be (B, C, H, W), not ", x.sizes());
   for (const auto& pair : {kernel, stride, padding, dilation}) {
     TORCH_CHECK_VALUE(pair.size() == 2, "kernel_size, stride, padding and dilation: must be pairs");
@@ -49,16 +52,13 @@ at::ScalarType compute_type(const Tensor& x) {
 
 template <typename F>
 void dispatch(const Tensor& x, F&& f) {
-  TORCH_CHECK_TYPE(x.device().is_cpu(), "x: must be on the CPU, not on ", x.device());
   switch (x.scalar_type()) {
     case at::kFloat:
       return f(float());
     case at::kDouble:
       return f(double());
-    case at::kBFloat16:
+    default: // geometry_of lets no other pass
       return f(at::BFloat16());
-    default:
-      TORCH_CHECK_TYPE(false, "x: must be float32, float64 or bfloat16, not ", x.scalar_type());
   }
 }
 

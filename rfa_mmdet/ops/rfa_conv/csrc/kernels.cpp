@@ -215,7 +215,9 @@ void forward(const Geometry& g, const Window<Compute<E>>& window, const E* x, co
       std::clamp<int64_t>(kOutputBytes / (outputs * static_cast<int64_t>(sizeof(T))), 96, 640);
   const auto tiles = split_map(g, wanted, std::max<int64_t>(1, ceil_div(threads, g.B)));
   const int64_t count = tiles.size(), positions = largest_tile<T>(tiles);
-  const int64_t block = channel_block<T>(g, positions, kBufferBytes, 1);
+  // By what is wanted, not by what the number of threads makes of it: the order of sums, and so
+  // every bit of the output, is the same for any number.
+  const int64_t block = channel_block<T>(g, wanted, kBufferBytes, 1);
   const Channels<T> channels(g, window);
   Buffer<T> packed(g.O * in_group * K);
   pack_rows(g, block * K, weight, packed.get());
@@ -533,11 +535,11 @@ void backward(const Geometry& g, const Window<Compute<E>>& window, const E* grad
   using T = Compute<E>;
   const int64_t K = g.K(), in_group = g.C / g.groups, outputs = g.O / g.groups;
   const int64_t area = g.h * g.w, size = sizeof(T);
-  const int64_t wanted = std::clamp<int64_t>(kOutputBytes / (2 * outputs * size), 80, 640);
+  const int64_t wanted = std::clamp<int64_t>(2 * kOutputBytes / (2 * outputs * size), 96, 640);
   const auto tiles = split_map(g, wanted, 1);
   const int64_t positions = largest_tile<T>(tiles);
   const int64_t block =
-      channel_block<T>(g, positions, kBufferBytes, at::get_num_threads());
+      channel_block<T>(g, wanted, kBufferBytes, at::get_num_threads());
   const int64_t blocks = ceil_div(in_group, block); // a group
   const Channels<T> channels(g, window);
   Buffer<T> packed(g.O * in_group * K);
@@ -621,9 +623,8 @@ void backward(const Geometry& g, const Window<Compute<E>>& window, const E* grad
 
 namespace {
 
-// Subtracts the mean of n values from them and returns it.
 template <typename T>
-T centre(T* values, int64_t n) {
+T sum_of(const T* values, int64_t n) {
   const int64_t whole = n - n % Vec<T>::size();
   Vec<T> sum(T(0));
   for (int64_t q = 0; q < whole; q += Vec<T>::size()) {
@@ -633,11 +634,18 @@ T centre(T* values, int64_t n) {
   for (int64_t q = whole; q < n; ++q) {
     total += values[q];
   }
-  const T mean = total / static_cast<T>(n);
+  return total;
+}
+
+// Subtracts the mean of n values from them, up to rounding, and returns it.
+template <typename T>
+double centre(T* values, int64_t n) {
+  const T mean = sum_of(values, n) / static_cast<T>(n);
   for (int64_t q = 0; q < n; ++q) {
     values[q] -= mean;
   }
-  return mean;
+  // What rounding left over matters where means of tiles are compared.
+  return mean + static_cast<double>(sum_of(values, n)) / static_cast<double>(n);
 }
 
 } // namespace
