@@ -108,7 +108,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
         (torch.bfloat16, torch.float64)
     """
     kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    known = torch.amp.is_autocast_available(kind)  # not to meta tensors, for one
+    if known and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
 

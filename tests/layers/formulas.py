@@ -67,8 +67,9 @@ class Case:
                 if module.affine:
                     module.weight.data.uniform_(0.5, 1.5)
                     module.bias.data.normal_()
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.5, 2)
+                if module.track_running_stats:
+                    module.running_mean.normal_()
+                    module.running_var.uniform_(0.5, 2)
             elif isinstance(module, nn.Conv2d | nn.Linear) and name not in ("feature", "conv"):
                 # Gates that differ, and do not saturate.
                 bound = module.weight[0].numel() ** -0.5

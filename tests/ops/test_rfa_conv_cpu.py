@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -160,7 +160,7 @@ def test_gradcheck(kernel, training, act):
 def test_a_second_derivative_is_refused():
     x = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
     layer = build(Case(channels=2), backend="cpu").double()
-    with pytest.raises(RuntimeError, match="'cpu' has no second derivative.*'reference'"):
+    with pytest.raises(RuntimeError, match="'cpu' has no second derivative; take"):
         torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
 
@@ -275,28 +275,32 @@ def test_operators_are_registered_as_they_behave(dtype):
             (torch.randn(x.shape), x, torch.randn(4, 9, 9), torch.randn(4, 9), *window, "cpu"),
         ),
     ]
-    for operator, given in calls:
-        results = torch.library.opcheck(operator.default, given)
+    for operator, inputs in calls:
+        results = torch.library.opcheck(operator.default, inputs)
         assert set(results.values()) == {"SUCCESS"}
+
+
+OVER_THE_MAP = dict(x=torch.zeros(2, 4, 1, 6), window=([5, 3], [1, 1], [1, 1], [1, 1]))
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        (dict(x=torch.randn(2, 4, 7)), ValueError, r"x: must be \(B, C, H, W\)"),
-        (dict(x=torch.randn(2, 4, 7, 6).half()), TypeError, "x: must be float32, float64 or bfloat16"),
-        (dict(x=torch.randn(2, 4, 1, 6), window=([5, 3], [1, 1], [1, 1], [1, 1])), ValueError, "smaller than the window"),
-        (dict(weight=torch.randn(6, 4, 9)), ValueError, r"weight: must have the shape \[6, 2, 9\]"),
-        (dict(weight=torch.randn(6, 2, 9).double()), TypeError, "weight: must be Float as x is"),
+        (dict(x=torch.zeros(2, 4, 7)), ValueError, r"x: must be \(B, C, H, W\)"),
+        (dict(x=torch.zeros(2, 4, 7, 6).half()), TypeError, "x: must be float32, float64 or bf"),
+        (dict(x=torch.zeros(2, 4, 0, 6)), ValueError, "x of shape .*: must not be empty"),
+        (OVER_THE_MAP, ValueError, "smaller than the window"),
+        (dict(weight=torch.zeros(6, 4, 9)), ValueError, r"weight: must have the shape \[6, 2, 9\]"),
+        (dict(weight=torch.zeros(6, 2, 9).double()), TypeError, "weight: must be Float as x is"),
         (dict(groups=3), ValueError, "groups=3: must divide the channels 4 and 6"),
-        (dict(attention=torch.randn(4, 4)), ValueError, r"attention: must have the shape \[4, 9\]"),
-        (dict(feature=torch.randn(4, 9)), ValueError, r"feature: must have the shape \[4, 9, 9\]"),
-        (dict(window=([3, 3], [0, 1], [1, 1], [1, 1])), ValueError, r"stride=\[0, 1\].*at least 1"),
+        (dict(attention=torch.zeros(4, 4)), ValueError, r"attention: must have the .* \[4, 9\]"),
+        (dict(feature=torch.zeros(4, 9)), ValueError, r"feature: must have the .* \[4, 9, 9\]"),
+        (dict(window=([3, 3], [0, 1], [1, 1], [1, 1])), ValueError, r"stride=\[0, 1\].*least 1"),
         (dict(window=([3, 3], [1, 1], [-1, 1], [1, 1])), ValueError, r"padding=\[-1, 1\]"),
-        (dict(bias=torch.randn(5)), ValueError, r"bias: must have the shape \[6\]"),
+        (dict(bias=torch.zeros(5)), ValueError, r"bias: must have the shape \[6\]"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_arguments_of_the_kernels_are_checked(changes, error, message):
     x, (attention, feature, scale, shift), weight, window = arguments()
     given = dict(x=x, attention=attention, feature=feature, weight=weight, window=window)

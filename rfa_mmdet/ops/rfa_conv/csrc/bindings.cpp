@@ -21,6 +21,7 @@ Geometry geometry_of(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, In
                        x.scalar_type() == at::kBFloat16,
                    "x: must be float32, float64 or bfloat16, not ", x.scalar_type());
   TORCH_CHECK_VALUE(x.dim() == 4, "x: must be (B, C, H, W), not ", x.sizes());
+  TORCH_CHECK_VALUE(x.numel() > 0, "x of shape ", x.sizes(), ": must not be empty");
   for (const auto& pair : {kernel, stride, padding, dilation}) {
     TORCH_CHECK_VALUE(pair.size() == 2, "kernel_size, stride, padding and dilation: must be pairs");
   }
@@ -36,7 +37,7 @@ Geometry geometry_of(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, In
   const int64_t wide = g.W + 2 * g.pw - g.dw * (g.kw - 1) - 1;
   TORCH_CHECK_VALUE(high >= 0 && wide >= 0, "x of shape ", x.sizes(), " with padding=", padding,
                     " is smaller than the window: kernel_size=", kernel, ", dilation=", dilation);
-  TORCH_CHECK_VALUE(x.numel() > 0, "x of shape ", x.sizes(), ": must not be empty");
+  
   g.h = high / g.sh + 1;
   g.w = wide / g.sw + 1;
   return g;
