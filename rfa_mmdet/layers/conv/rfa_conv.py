@@ -12,6 +12,7 @@ channels instead of a k-fold enlarged map (the same sum).
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from rfa_mmdet.layers.conv.accelerated import accelerated_rfa_conv, check_choice
 from rfa_mmdet.layers.conv.base import AttentionConv2d
 from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
 from rfa_mmdet.ops.rfa_conv import receptive_field_attention, receptive_field_mean, rfa_conv
@@ -43,9 +44,16 @@ class RFAConv(ReceptiveFieldConv):
             ``norm_cfg=None, act_cfg=None`` for the bare values). Defaults to 'conv'.
         input_floor (float): Lowest value of the input for which a warm start is exact; below 0 it
             needs ``bias=True``. Defaults to 0.
+        backend (str): 'reference': plain torch. 'cpu', 'triton': kernels that keep no more for the
+            backward than a plain convolution, for batch norm or none and ReLU or none, float32 and
+            bfloat16 (Triton float16 as well, the CPU float64). 'auto': what is fastest of those
+            that can compute this, else the reference. Traces and exports always hold the
+            reference. Defaults to 'auto'.
 
     Raises:
-        TypeError, ValueError: An argument or the input is not as above.
+        TypeError, ValueError: An argument or the input is not as above, or the backend asked for by
+            name cannot compute it.
+        RuntimeError: The backend asked for by name is not available in this process.
 
     Example:
         >>> import torch
@@ -70,6 +78,7 @@ class RFAConv(ReceptiveFieldConv):
         act_cfg: dict | None = dict(type="ReLU", inplace=True),
         feature: str = "conv",
         input_floor: float = 0.0,
+        backend: str = "auto",
     ) -> None:
         if feature not in ("conv", "unfold"):
             raise ValueError(f"feature={feature!r}: must be 'conv' or 'unfold'")
@@ -78,6 +87,7 @@ class RFAConv(ReceptiveFieldConv):
         super().__init__(
             in_channels, out_channels, kernel_size, *window, norm_cfg, act_cfg, input_floor, learnt
         )
+        self.backend = check_choice(backend, self.norm, self.act)
         if self.is_pointwise:
             del self.norm, self.act
             if learnt:
@@ -131,12 +141,14 @@ class RFAConv(ReceptiveFieldConv):
         if self.is_pointwise:
             return self.conv(x)
         padded, padding = self.pad(x)
-        return rfa_conv(
+        tensors = (
             padded,
             self.attention.weight,
             self.feature.weight if hasattr(self, "feature") else None,
             self.conv.weight,
             self.conv.bias,
+        )
+        kwargs = dict(
             norm=self.norm,
             act=self.act,
             stride=self.stride,
@@ -144,6 +156,8 @@ class RFAConv(ReceptiveFieldConv):
             dilation=self.dilation,
             groups=self.groups,
         )
+        out = accelerated_rfa_conv(self.backend, *tensors, **kwargs)
+        return rfa_conv(*tensors, **kwargs) if out is None else out
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return how the positions of each window are weighed, to be looked at.
