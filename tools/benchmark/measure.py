@@ -90,7 +90,7 @@ def interleaved(
     Args:
         runs (dict[str, Callable]): What to time, by name.
         seconds (float): Time to spend, at least ``min_rounds`` rounds whatever they take.
-        min_rounds (int): Every callable is timed once a round, after two that do not count.
+        min_rounds (int): Every callable is timed once a round, after one that does not count.
         device (torch.device): Where they run; waited for.
         max_rounds (int): At most so many rounds.
 
@@ -100,8 +100,10 @@ def interleaved(
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
-    names, start = list(runs), None
-    while True:
+    names, start = list(runs), time.perf_counter()
+    for rounds in range(max_rounds):
+        if rounds >= min_rounds and time.perf_counter() - start >= seconds:
+            break
         for name in names:
             _wait(device)
             begin = time.perf_counter()
@@ -109,14 +111,7 @@ def interleaved(
             _wait(device)
             times[name].append(time.perf_counter() - begin)
         names = names[1:] + names[:1]  # nobody is always behind the same neighbour
-        if start is None:  # the first round warmed up caches
-            times, start = {name: [] for name in runs}, time.perf_counter()
-            continue
-        rounds = len(times[names[0]])
-        if rounds >= max_rounds:
-            return times
-        if rounds >= min_rounds and time.perf_counter() - start >= seconds:
-            return times
+    return times
 
 
 def _wait(device: torch.device) -> None:

@@ -24,6 +24,12 @@ def make_input(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor
     return x.add_(0.5).clamp_(min=0).to(device, dtype)
 
 
+def inference(module: nn.Module, x: Tensor, autocast: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the output as inference computes it, which may be another way."""
+    with torch.no_grad(), torch.autocast(x.device.type, dtype=autocast, enabled=bool(autocast)):
+        return {"output without a gradient": module.eval()(x)}
+
+
 def outputs_and_gradients(
     module: nn.Module, x: Tensor, training: bool, autocast: torch.dtype | None
 ) -> dict[str, Tensor]:
@@ -51,7 +57,12 @@ def outputs_and_gradients(
 
 
 def differences(
-    op: str, layer: nn.Module, shape: Shape, dtype: torch.dtype, exact: torch.dtype
+    op: str,
+    layer: nn.Module,
+    shape: Shape,
+    dtype: torch.dtype,
+    exact: torch.dtype,
+    with_gradients_of_evaluation: bool = True,
 ) -> list[str]:
     """Compare a layer with its op's formula, in both modes.
 
@@ -64,6 +75,7 @@ def differences(
         shape (Shape): Of the input.
         dtype (torch.dtype): The layer's precision; half ones by autocast over float32.
         exact (torch.dtype): The formula's.
+        with_gradients_of_evaluation (bool): Whether they are compared, beside those of training.
 
     Returns:
         list[str]: What differs by more than the tolerance of ``dtype``; empty if nothing does.
@@ -73,15 +85,24 @@ def differences(
     x, found = make_input(shape, dtype, device), []
     formula = Formula(op, layer).to(exact)
     for training in (False, True):
-        expected = outputs_and_gradients(formula, x.to(exact), training, None)
-        ours = outputs_and_gradients(layer, x, training, half)
-        theirs = outputs_and_gradients(Formula(op, layer), x, training, half) if half else {}
-        largest = max(float(v.norm()) for k, v in expected.items() if k != "output")
+        # Inference first: of the batch statistics that training gathers, rounding is left.
+        runs = [(formula, x.to(exact), None), (layer, x, half)]
+        runs += [(Formula(op, layer), x, half)] if half else []
+        values = [{} if training else inference(*run) for run in runs]
+        if training or with_gradients_of_evaluation:
+            for value, (module, of, autocast) in zip(values, runs, strict=True):
+                value |= outputs_and_gradients(module, of, training, autocast)
+        expected, ours, theirs = (*values, {})[:3]
+        largest = max(
+            (float(v.norm()) for k, v in expected.items() if k.startswith("gradient of")),
+            default=0.0,
+        )
         for key, value in expected.items():
             if not value.any():
                 found.append(f"{key}, {shape}: all zero, which would prove nothing")
-            tolerance = TOLERANCES[dtype][key != "output"]
-            least = 0.0 if key == "output" else LEAST * largest
+            is_gradient = key.startswith("gradient of")
+            tolerance = TOLERANCES[dtype][is_gradient]
+            least = LEAST * largest if is_gradient else 0.0
             scale = max(float(value.norm()), least, 1e-30)
             error = float((ours[key].to(exact) - value).norm()) / scale
             if half:
