@@ -18,7 +18,7 @@ endif
 export PYTHONWARNINGS := ignore:pkg_resources is deprecated as an API:UserWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-all lint format clean
+.PHONY: help env demo bench test test-slow test-all lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +28,11 @@ env:  ## create .venv with everything in it (minutes the first time, then no tim
 
 demo: env  ## draw images, train a detector with RFAConv on them, evaluate and picture it, in minutes
 	@"$(PYTHON)" tools/demo.py
+
+bench: env  ## measure every op on 2 CPU threads against the formulas and the plain convolution
+	@"$(PYTHON)" tools/benchmark/run.py --detector 256 --out benchmarks/results/cpu.json
+	@"$(PYTHON)" tools/benchmark/report.py benchmarks/results/*.json \
+	    --table benchmarks/table.md --plot docs/images/benchmark.png
 
 test: lint  ## lint, then the tests that take seconds
 	@"$(PYTHON)" -m pytest -q

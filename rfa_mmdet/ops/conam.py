@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rfa_mmdet.ops.gated import is_recorded
+from rfa_mmdet.ops.precision import at_least_float32, no_autocast
+
 
 def patch_means(x: Tensor, patch_size: int) -> Tensor:
     """Means over non-overlapping patches; those at the border are means over real pixels only.
@@ -19,6 +22,8 @@ def patch_means(x: Tensor, patch_size: int) -> Tensor:
         >>> patch_means(torch.ones(1, 2, 5, 7), 3).unique()
         tensor([1.])
     """
+    if not is_recorded():
+        return F.avg_pool2d(x, patch_size, ceil_mode=True, count_include_pad=False)
     # Floor mode over s - 1 more zeros is ceil mode, whose size does not export.
     padding = (0, patch_size - 1, 0, patch_size - 1)
     real = F.pad(torch.ones_like(x[:1, :1]), padding)
@@ -58,5 +63,45 @@ def spread_patches(value: Tensor, patch_size: int, size: tuple[int, int]) -> Ten
         tensor([[[[1., 1., 2.],
                   [1., 1., 2.]]]])
     """
-    rows, columns = (torch.arange(n, device=value.device) // patch_size for n in size)
-    return value[:, None, rows][..., columns]
+    if is_recorded():  # sizes from an index export, those of a repetition do not
+        rows, columns = (torch.arange(n, device=value.device) // patch_size for n in size)
+        return value[:, None, rows][..., columns]
+    value = value.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
+    return value[:, None, : size[0], : size[1]]
+
+
+def confidence_gate(
+    x: Tensor, patch_size: int, scale_by_patches: bool, *layers: Tensor
+) -> tuple[Tensor]:
+    """Weigh the patches of a map, each by its confidence.
+
+    Args:
+        x (Tensor): (B, C, H, W).
+        patch_size (int): Side of a patch.
+        scale_by_patches (bool): Whether the mean over patches is 1, and not their sum.
+        *layers (Tensor): Weight and bias of both layers of the shared MLP.
+
+    Returns:
+        tuple[Tensor]: (B, 1, H, W), in x's dtype.
+
+    Example:
+        >>> layers = torch.rand(4, 8), torch.rand(4), torch.rand(8, 4), torch.rand(8)
+        >>> confidence_gate(torch.ones(1, 8, 4, 4), 2, False, *layers)[0].unique()
+        tensor([0.2500])
+    """
+
+    def mlp(vector: Tensor) -> Tensor:
+        # In the vector's precision even if the module was converted to half.
+        for weight, bias in (layers[:2], layers[2:]):
+            vector = torch.relu(F.linear(vector, weight.to(vector.dtype), bias.to(vector.dtype)))
+        return vector
+
+    with no_autocast(x):
+        values = at_least_float32(x)
+        local = patch_means(values, patch_size)  # (B, C, rows, columns)
+        whole = mlp(values.mean((2, 3)))  # (B, C)
+        confidence = patch_confidence(mlp(local.flatten(2).transpose(1, 2)), whole)
+        if scale_by_patches:
+            confidence = confidence * confidence.shape[1]
+        confidence = confidence.reshape(-1, *local.shape[2:])  # (B, rows, columns)
+    return (spread_patches(confidence, patch_size, (x.shape[2], x.shape[3])).to(x.dtype),)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rfa_mmdet.ops.precision import at_least_float32, no_autocast
 
@@ -28,3 +29,66 @@ def cross_spatial_gate(x1: Tensor, x2: Tensor) -> Tensor:
         # (N, 1, c) @ (N, c, H * W)
         score = p1.unsqueeze(1) @ x2.flatten(2) + p2.unsqueeze(1) @ x1.flatten(2)
         return torch.sigmoid(score).unflatten(2, x1.shape[2:])
+
+
+def coordinate_gates(
+    x: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Weigh rows and columns of every channel by a 1x1 convolution of their means.
+
+    Args:
+        x (Tensor): (N, c, H, W).
+        weight, bias (Tensor): (c, c, 1, 1) and (c,).
+        size (tuple[int, int]): (H, W). Of ``x`` itself they would be constants to an exporter.
+
+    Returns:
+        tuple[Tensor, Tensor]: (N, c, H, 1) and (N, c, 1, W) in (0, 1), in x's dtype.
+
+    Example:
+        >>> layer = torch.rand(4, 4, 1, 1), torch.rand(4)
+        >>> gates = coordinate_gates(torch.rand(2, 4, 3, 5), *layer, (3, 5))
+        >>> [tuple(gate.shape) for gate in gates]
+        [(2, 4, 3, 1), (2, 4, 1, 5)]
+    """
+    with no_autocast(x):
+        rows, columns = x.mean(3, dtype=weight.dtype), x.mean(2, dtype=weight.dtype)
+        gates = F.conv2d(torch.cat([rows, columns], dim=2).unsqueeze(3), weight, bias).squeeze(3)
+    gates = torch.sigmoid(at_least_float32(gates)).to(x.dtype)
+    row_gate, column_gate = gates.split(list(size), dim=2)
+    return row_gate.unsqueeze(3), column_gate.unsqueeze(2)
+
+
+def ema_gate(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    size: tuple[int, int],
+) -> tuple[Tensor]:
+    """Weigh every cell of a group of channels.
+
+    Args:
+        x (Tensor): (N, c, H, W), a group of channels.
+        weight1, bias1 (Tensor): (c, c, 1, 1) and (c,), of the gates of rows and columns.
+        weight3, bias3 (Tensor): (c, c, 3, 3) and (c,), of the second branch.
+        scale, shift (Tensor): (c,), of the norm of the first branch.
+        eps (float): Its epsilon.
+        size (tuple[int, int]): (H, W), as of :func:`coordinate_gates`.
+
+    Returns:
+        tuple[Tensor]: (N, 1, H, W) in (0, 1), in x's dtype.
+
+    Example:
+        >>> convs = (torch.rand(4, *rest) for rest in ((4, 1, 1), (), (4, 3, 3), ()))
+        >>> x, norm = torch.rand(2, 4, 3, 5), (torch.ones(4), torch.zeros(4))
+        >>> ema_gate(x, *convs, *norm, eps=1e-5, size=(3, 5))[0].shape
+        torch.Size([2, 1, 3, 5])
+    """
+    row_gate, column_gate = coordinate_gates(x, weight1, bias1, size)
+    x1 = F.group_norm(x * row_gate * column_gate, len(scale), scale, shift, eps)
+    x2 = F.conv2d(x, weight3, bias3, padding=1)
+    return (cross_spatial_gate(x1, x2).to(x.dtype),)

@@ -6,7 +6,11 @@ A 1x1 convolution over the C * K channels with the same weights is the same sum,
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from rfa_mmdet.ops.gated import contract, recomputes
+from rfa_mmdet.ops.precision import no_autocast
 
 Pair = tuple[int, int]
 
@@ -78,3 +82,74 @@ def convolve_windows(windows: Tensor, weight: Tensor, bias: Tensor | None, group
     """
     # Channel c * K + i holds position i of channel c, as the flattened kernel does.
     return F.conv2d(windows.flatten(1, 2), weight.flatten(1)[:, :, None, None], bias, groups=groups)
+
+
+def convolve_weighed_windows(
+    windows: Tensor, gates: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor | None, groups: int
+) -> Tensor:
+    """Convolve windows, each value weighed by two gates; the product is not kept for backward.
+
+    Not differentiable twice, unless a graph is recorded (:func:`~rfa_mmdet.ops.gated.is_recorded`).
+
+    Args:
+        windows (Tensor): (B, C, K, h, w), or (B, C, kh, kw, h, w).
+        gates (tuple[Tensor, Tensor]): Each to be broadcast to ``windows``, and of its dtype.
+        weight (Tensor): (O, C / groups, kh, kw).
+        bias (Tensor | None): (O,).
+        groups (int): Groups of the convolution.
+
+    Returns:
+        Tensor: (B, O, h, w).
+
+    Example:
+        >>> gates = torch.rand(2, 3, 1, 1, 1), torch.rand(2, 1, 9, 4, 5)
+        >>> windows, weight = torch.rand(2, 3, 9, 4, 5), torch.rand(7, 3, 3, 3)
+        >>> convolve_weighed_windows(windows, gates, weight, None, 1).shape
+        torch.Size([2, 7, 4, 5])
+    """
+    first, second = gates
+    if not recomputes():
+        weighed = (windows * first) * second
+        return convolve_windows(weighed.flatten(2, -3), weight, bias, groups)
+    device = windows.device.type
+    if torch.is_autocast_enabled(device):  # as it would do for a convolution
+        dtype = torch.get_autocast_dtype(device)
+        windows, first, second, weight = (t.to(dtype) for t in (windows, first, second, weight))
+        bias = None if bias is None else bias.to(dtype)
+    return _ConvolveWeighed.apply(windows, first, second, weight, bias, groups)
+
+
+class _ConvolveWeighed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, windows, first, second, weight, bias, groups):
+        ctx.save_for_backward(windows, first, second, weight)
+        ctx.bias_shape, ctx.groups = None if bias is None else bias.shape, groups
+        weighed = (windows * first).mul_(second)
+        with no_autocast(windows):
+            return convolve_windows(weighed.flatten(2, -3), weight, bias, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        windows, first, second, weight = ctx.saved_tensors
+        needs_values = any(ctx.needs_input_grad[:3])
+        weighed = (windows * first).mul_(second)
+        grad, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad_y,
+            weighed.flatten(2, -3).flatten(1, 2),
+            weight.flatten(1)[:, :, None, None],
+            ctx.bias_shape,
+            *((1, 1), (0, 0), (1, 1), False, (0, 0), ctx.groups),
+            (needs_values, ctx.needs_input_grad[3], ctx.bias_shape is not None),
+        )
+        del weighed
+        if grad_weight is not None:
+            grad_weight = grad_weight.reshape(weight.shape)
+        if not needs_values:
+            return None, None, None, grad_weight, grad_bias, None
+        grad = grad.reshape(windows.shape)
+        products = grad * windows
+        of_first = contract(products, second, first.shape)
+        of_second = contract(products, first, second.shape)
+        del products
+        return grad.mul_(first).mul_(second), of_first, of_second, grad_weight, grad_bias, None

@@ -5,12 +5,12 @@ spatial convolution, as the RFAConv paper (arXiv 2304.03198) compares it. Plain 
 stand for adaptive pooling; gates are float32 under mixed precision.
 """
 
-import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import check_feature_map, positive_int
-from rfa_mmdet.ops.precision import at_least_float32, no_autocast
+from rfa_mmdet.ops.cbam import cbam_gates, channel_gate, channel_pools
+from rfa_mmdet.ops.gated import weigh
 
 
 class ChannelAttention(nn.Module):
@@ -24,6 +24,7 @@ class ChannelAttention(nn.Module):
         TypeError, ValueError: An argument or the input is not as above.
 
     Example:
+        >>> import torch
         >>> ChannelAttention(64)(torch.rand(2, 64, 7, 9)).shape
         torch.Size([2, 64, 7, 9])
     """
@@ -41,12 +42,12 @@ class ChannelAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Weigh the channels of (B, C, H, W)."""
         check_feature_map(type(self).__name__, x, self.in_channels)
-        dtype = self.mlp[0].weight.dtype
-        with no_autocast(x):
-            maxima = x.amax((2, 3), keepdim=True).to(dtype)
-            means = x.mean((2, 3), keepdim=True, dtype=dtype)
-            score = self.mlp(maxima) + self.mlp(means)
-        return x * torch.sigmoid(at_least_float32(score)).to(x.dtype)
+        pools = channel_pools(x, self.mlp[0].weight.dtype)
+        return x * channel_gate(*pools, *self.weights()).to(x.dtype)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Return the MLP's weights, (hidden, C, 1, 1) and (C, hidden, 1, 1)."""
+        return self.mlp[0].weight, self.mlp[2].weight
 
 
 @MODELS.register_module()
@@ -63,6 +64,7 @@ class CBAM(nn.Module):
         TypeError, ValueError: An argument or the input is not as above.
 
     Example:
+        >>> import torch
         >>> from mmcv.cnn import build_plugin_layer
         >>> name, cbam = build_plugin_layer(dict(type="CBAM"), in_channels=64)
         >>> name, cbam(torch.rand(2, 64, 7, 9)).shape
@@ -89,9 +91,5 @@ class CBAM(nn.Module):
             Tensor: (B, C, H, W).
         """
         check_feature_map("CBAM", x, self.in_channels)
-        x = self.channel(x)
-        dtype = self.spatial.weight.dtype
-        with no_autocast(x):
-            means = x.mean(1, keepdim=True, dtype=dtype)
-            score = self.spatial(torch.cat([x.amax(1, keepdim=True).to(dtype), means], dim=1))
-        return x * torch.sigmoid(at_least_float32(score)).to(x.dtype)
+        pools = channel_pools(x, self.spatial.weight.dtype)
+        return weigh(x, cbam_gates, *pools, *self.channel.weights(), self.spatial.weight)

@@ -10,14 +10,12 @@ Softmax and dot products are float32 under mixed precision. The parameters keep 
 names.
 """
 
-import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rfa_mmdet.layers.arguments import boolean, check_feature_map, positive_int
-from rfa_mmdet.ops.conam import patch_confidence, patch_means, spread_patches
-from rfa_mmdet.ops.precision import at_least_float32, no_autocast
+from rfa_mmdet.ops.conam import confidence_gate
+from rfa_mmdet.ops.gated import weigh
 
 
 @MODELS.register_module()
@@ -39,6 +37,7 @@ class ConAM(nn.Module):
         TypeError, ValueError: An argument or the input is not as above.
 
     Example:
+        >>> import torch
         >>> from mmcv.cnn import build_plugin_layer
         >>> cfg = dict(type="ConAM", patch_size=4, hidden_channels=16)
         >>> name, conam = build_plugin_layer(cfg, in_channels=64)
@@ -82,24 +81,12 @@ class ConAM(nn.Module):
                 f"ConAM: patch_size={self.patch_size} is larger than the map of {height} x {width} "
                 f"cells; valid here: 1 to {min(height, width)}"
             )
-        with no_autocast(x):
-            values = at_least_float32(x)
-            local = patch_means(values, self.patch_size)  # (B, C, rows, columns)
-            grid = local.shape[2:]
-            whole = self._mlp(values.mean((2, 3)))  # (B, C)
-            local = self._mlp(local.flatten(2).transpose(1, 2))  # (B, rows * columns, C)
-            confidence = patch_confidence(local, whole)  # (B, rows * columns)
-            if self.scale_by_patches:
-                confidence = confidence * confidence.shape[1]
-            confidence = confidence.reshape(-1, *grid)
-        gate = spread_patches(confidence, self.patch_size, (height, width))  # (B, 1, H, W)
-        return x + x * gate.to(x.dtype)
 
-    def _mlp(self, x: Tensor) -> Tensor:
-        # In x's precision even if the module was converted to half.
-        for linear in (self.linear1, self.linear2):
-            x = torch.relu(F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype)))
-        return x
+        def gate(x: Tensor, *layers: Tensor) -> tuple[Tensor]:
+            return confidence_gate(x, self.patch_size, self.scale_by_patches, *layers)
+
+        first, second = self.linear1, self.linear2
+        return x + weigh(x, gate, first.weight, first.bias, second.weight, second.bias)
 
     def extra_repr(self) -> str:
         """Show the arguments that the children's lines do not."""

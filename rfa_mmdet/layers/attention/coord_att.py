@@ -4,12 +4,15 @@ Paper: "Coordinate Attention for Efficient Mobile Network Design", arXiv 2103.02
 stand for adaptive pooling; gates are float32 under mixed precision.
 """
 
-import torch
+from collections.abc import Callable
+
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rfa_mmdet.layers.arguments import check_feature_map, positive_int
-from rfa_mmdet.ops.precision import at_least_float32, no_autocast
+from rfa_mmdet.ops.coord_att import coordinate_gates
+from rfa_mmdet.ops.gated import weigh
 
 MIN_HIDDEN = 8
 
@@ -26,6 +29,7 @@ class CoordAtt(nn.Module):
         TypeError, ValueError: An argument or the input is not as above.
 
     Example:
+        >>> import torch
         >>> from mmcv.cnn import build_plugin_layer
         >>> name, coord_att = build_plugin_layer(dict(type="CoordAtt"), in_channels=64)
         >>> name, coord_att(torch.rand(2, 64, 7, 9)).shape
@@ -54,13 +58,11 @@ class CoordAtt(nn.Module):
         Returns:
             tuple[Tensor, Tensor]: (B, C, H) and (B, C, W), at least float32.
         """
-        with no_autocast(rows):
-            both = torch.cat([rows, columns], dim=2).unsqueeze(3)  # (B, C, H + W, 1)
-            hidden = self.act(self.bn1(self.conv1(both.to(self.conv1.weight.dtype))))
-            of_rows, of_columns = hidden.split([rows.shape[2], columns.shape[2]], dim=2)
-            scores = self.conv_h(of_rows).squeeze(3), self.conv_w(of_columns).squeeze(3)
-        row_gate, column_gate = (torch.sigmoid(at_least_float32(s)) for s in scores)
-        return row_gate, column_gate
+        return coordinate_gates(rows, columns, self.bn1, *self._weights())
+
+    def _weights(self) -> tuple[Tensor, ...]:
+        convs = (self.conv1, self.conv_h, self.conv_w)
+        return tuple(tensor for conv in convs for tensor in (conv.weight, conv.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """Weigh rows and columns.
@@ -72,6 +74,27 @@ class CoordAtt(nn.Module):
             Tensor: (B, C, H, W).
         """
         check_feature_map("CoordAtt", x, self.in_channels)
-        dtype = self.conv1.weight.dtype
-        row_gate, column_gate = self.gates(x.mean(3, dtype=dtype), x.mean(2, dtype=dtype))
-        return x * column_gate.unsqueeze(2).to(x.dtype) * row_gate.unsqueeze(3).to(x.dtype)
+        bn, weights = self.bn1, self._weights()
+        means = x.mean(3, dtype=weights[0].dtype), x.mean(2, dtype=weights[0].dtype)
+
+        def spread(norm: Callable[[Tensor], Tensor], *given: Tensor) -> tuple[Tensor, Tensor]:
+            row_gate, column_gate = coordinate_gates(*given[:2], norm, *given[2:])
+            return column_gate.unsqueeze(2).to(x.dtype), row_gate.unsqueeze(3).to(x.dtype)
+
+        def first(*_: Tensor) -> tuple[Tensor, Tensor]:
+            return spread(bn, *means, *weights)
+
+        if type(bn) is not nn.BatchNorm2d:  # SyncBatchNorm: once more would be to talk once more
+            column_gate, row_gate = first()
+            return x * column_gate * row_gate
+        held = () if bn.training or bn.running_mean is None else (bn.running_mean, bn.running_var)
+
+        def again(_: Tensor, scale: Tensor, shift: Tensor, *given: Tensor) -> tuple:
+            statistics = given[8:] or (None, None)  # None: of the batch, not counted again
+
+            def norm(z: Tensor) -> Tensor:
+                return F.batch_norm(z, *statistics, scale, shift, not held, 0.0, bn.eps)
+
+            return spread(norm, *given[:8])
+
+        return weigh(x, again, bn.weight, bn.bias, *means, *weights, *held, first=first)

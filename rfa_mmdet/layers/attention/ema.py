@@ -8,13 +8,14 @@ pooling (the same numbers; they export with dynamic sizes); gates are float32 un
 precision. The parameters keep the published names.
 """
 
-import torch
+from functools import partial
+
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import check_feature_map, positive_int
-from rfa_mmdet.ops.ema import cross_spatial_gate
-from rfa_mmdet.ops.precision import at_least_float32, no_autocast
+from rfa_mmdet.ops.ema import ema_gate
+from rfa_mmdet.ops.gated import weigh
 
 
 @MODELS.register_module()
@@ -29,6 +30,7 @@ class EMA(nn.Module):
         TypeError, ValueError: An argument or the input is not as above.
 
     Example:
+        >>> import torch
         >>> from mmcv.cnn import build_plugin_layer
         >>> name, ema = build_plugin_layer(dict(type="EMA", factor=8), in_channels=64)
         >>> name, ema(torch.rand(2, 64, 7, 9)).shape
@@ -62,20 +64,12 @@ class EMA(nn.Module):
             Tensor: (B, C, H, W).
         """
         check_feature_map("EMA", x, self.in_channels)
-        height, width = x.shape[2:]
         # (B, C, H, W) -> (B * factor, c, H, W)
         groups = x.unflatten(1, (self.factor, -1)).flatten(0, 1)
-        with no_autocast(x):
-            dtype = self.conv1x1.weight.dtype
-            rows = groups.mean(3, dtype=dtype)  # (B * factor, c, H)
-            columns = groups.mean(2, dtype=dtype)  # (B * factor, c, W)
-            gates = self.conv1x1(torch.cat([rows, columns], dim=2).unsqueeze(3)).squeeze(3)
-        gates = torch.sigmoid(at_least_float32(gates)).to(groups.dtype)
-        row_gate, column_gate = gates.split([height, width], dim=2)
-        x1 = self.gn(groups * row_gate.unsqueeze(3) * column_gate.unsqueeze(2))
-        x2 = self.conv3x3(groups)
-        gate = cross_spatial_gate(x1, x2).to(groups.dtype)  # (B * factor, 1, H, W)
-        return (groups * gate).unflatten(0, (-1, self.factor)).flatten(1, 2)
+        modules = (self.conv1x1, self.conv3x3, self.gn)
+        weights = (tensor for module in modules for tensor in (module.weight, module.bias))
+        gate = partial(ema_gate, eps=self.gn.eps, size=(x.shape[2], x.shape[3]))
+        return weigh(groups, gate, *weights).unflatten(0, (-1, self.factor)).flatten(1, 2)
 
     def extra_repr(self) -> str:
         """Show the arguments."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rfa_mmdet.layers.arguments import boolean
 from rfa_mmdet.layers.conv.base import AttentionConv2d
 from rfa_mmdet.layers.warm_start import identity_features, identity_norm, norm_obstacle
-from rfa_mmdet.ops.windows import convolve_windows
+from rfa_mmdet.ops.windows import convolve_weighed_windows
 
 
 class ReceptiveFieldConv(AttentionConv2d):
@@ -132,6 +132,8 @@ class ReceptiveFieldConv(AttentionConv2d):
         positions = wide // self.in_channels
         return features.reshape(batch, self.in_channels, positions, height, width)
 
-    def convolve(self, windows: Tensor) -> Tensor:
-        """Sum up weighed features: (B, C, K, h, w) to (B, out_channels, h, w)."""
-        return convolve_windows(windows, self.conv.weight, self.conv.bias, self.groups)
+    def convolve(self, windows: Tensor, gates: tuple[Tensor, Tensor]) -> Tensor:
+        """Sum up weighed features: (B, C, K, h, w), or (B, C, kh, kw, h, w), to (B, O, h, w)."""
+        return convolve_weighed_windows(
+            windows, gates, self.conv.weight, self.conv.bias, self.groups
+        )

@@ -100,7 +100,6 @@ class RFCAConv(ReceptiveFieldConv):
         # Concatenated, as flattening them does not export with dynamic sizes.
         means = (torch.cat(side.unbind(2), dim=2) for side in (rows, columns))
         row_gate, column_gate = self.coordinate.gates(*means)  # (B, C, kh * h), (B, C, kw * w)
-        row_gate = row_gate.reshape(batch, channels, kh, height)
-        column_gate = column_gate.reshape(batch, channels, kw, width)
-        gate = row_gate[:, :, :, None, :, None] * column_gate[:, :, None, :, None, :]
-        return self.convolve((features * gate.to(features.dtype)).flatten(2, 3))
+        row_gate = row_gate.reshape(batch, channels, kh, 1, height, 1).to(features.dtype)
+        column_gate = column_gate.reshape(batch, channels, 1, kw, 1, width).to(features.dtype)
+        return self.convolve(features, (row_gate, column_gate))

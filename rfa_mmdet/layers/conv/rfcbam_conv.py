@@ -99,4 +99,5 @@ class RFCBAMConv(ReceptiveFieldConv):
             score = self.spatial(lay_out(windows, self.kernel_size))  # (B, 1, h * kh, w * kw)
         spatial = torch.sigmoid(at_least_float32(score)).to(features.dtype)
         channel = self.se.gate(x).unsqueeze(4).to(features.dtype)  # (B, C, 1, 1, 1)
-        return self.convolve(features * channel * take_apart(spatial, self.kernel_size))
+        gates = channel, take_apart(spatial, self.kernel_size)
+        return self.convolve(features, gates)

@@ -1,0 +1,88 @@
+"""Bytes kept for the backward pass, counted by saved-tensor hooks, against the papers' formulas.
+
+The formulas are those of the benchmark, which its parity test holds against the layers.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARK = Path(__file__).resolve().parents[2] / "tools" / "benchmark"
+sys.path.insert(0, str(BENCHMARK))  # as of a script in that folder
+
+from baselines import Formula  # noqa: E402
+from candidates import build, is_plugin  # noqa: E402
+from measure import saved_bytes  # noqa: E402
+from parity import make_input  # noqa: E402
+from shapes import Shape  # noqa: E402
+
+from rfa_mmdet.layers import CoordAtt, RFCAConv, RFCBAMConv  # noqa: E402
+
+SHAPES = [
+    Shape(2, 64, 32, 40),
+    Shape(1, 128, 25, 21, 2),
+    Shape(4, 64, 7, 7),
+    Shape(1, 512, 13, 9),
+    Shape(1, 64, 96, 100),
+]
+
+
+def kept(module: torch.nn.Module, shape: Shape) -> int:
+    x = make_input(shape, torch.float32, torch.device("cpu")).requires_grad_()
+    return saved_bytes(lambda: module(x), module)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("op", ["RFCBAMConv", "RFCAConv", "CBAM", "CoordAtt", "EMA"])
+def test_at_most_half_of_the_formulas(op, shape, training):
+    layer = build(op, shape).train(training)
+    formula = Formula(op, layer).train(training)
+    ours, theirs = kept(layer, shape), kept(formula, shape)
+    assert ours <= 0.5 * theirs
+    x = 4 * shape.batch * shape.channels * shape.height * shape.width
+    assert ours >= x  # not hidden from the hooks: without the input there is no gradient
+    if is_plugin(op):
+        assert ours < 1.3 * x  # of means of rows and columns on the smallest maps, 2 / 7
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_conam_keeps_its_input_alone(shape):
+    # Its formula keeps the input once, and the gate: half of that is not enough for a gradient.
+    layer = build("ConAM", shape)
+    x = 4 * shape.batch * shape.channels * shape.height * shape.width
+    assert kept(layer, shape) == x < kept(Formula("ConAM", layer), shape)
+
+
+@pytest.mark.parametrize("kind", [CoordAtt, RFCAConv, RFCBAMConv])
+def test_statistics_are_counted_once(kind):
+    layer = kind(8) if kind is CoordAtt else kind(8, 4, 3)
+    norms = [m for m in layer.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for step in (1, 2, 3):
+        out = layer(torch.randn(2, 8, 6, 5, requires_grad=True))
+        before = [norm.running_mean.clone() for norm in norms]
+        out.sum().backward()
+        for norm, mean in zip(norms, before, strict=True):
+            assert int(norm.num_batches_tracked) == step
+            assert torch.equal(norm.running_mean, mean)
+
+
+@pytest.mark.parametrize("op", ["RFCBAMConv", "RFCAConv", "CBAM", "CoordAtt", "EMA", "ConAM"])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_graph_that_is_recorded_computes_the_same(op, recorded, monkeypatch):
+    shape = Shape(2, 64, 9, 7)
+    layer = build(op, shape).eval().double()
+    x = make_input(shape, torch.float64, torch.device("cpu")).requires_grad_()
+    inputs = [x, *layer.parameters()]
+    upstream = torch.randn_like(layer(x))
+    expected = torch.autograd.grad(layer(x), inputs, upstream)
+    if recorded:
+        monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
+    else:  # frozen parameters get no gradient, and the others the same
+        for parameter in layer.parameters():
+            parameter.requires_grad_(False)
+        inputs, expected = inputs[:1], expected[:1]
+    for found, value in zip(torch.autograd.grad(layer(x), inputs, upstream), expected, strict=True):
+        torch.testing.assert_close(found, value)

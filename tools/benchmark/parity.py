@@ -1,0 +1,114 @@
+"""No numbers for an op that computes something else: its outputs and gradients come first."""
+
+import torch
+from baselines import Formula
+from shapes import Shape
+from torch import Tensor, nn
+
+# Error as a share of the norm of the formula's values: of outputs, of gradients.
+TOLERANCES = {
+    torch.float64: (1e-12, 1e-10),
+    torch.float32: (1e-5, 1e-4),
+    torch.bfloat16: (1e-2, 4e-2),
+    torch.float16: (2e-3, 1e-2),
+}
+# Of a gradient that is nearly zero, such as of a bias before BN, only rounding is left: it is
+# measured by this share of the largest gradient.
+LEAST = 1e-2
+
+
+def make_input(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a map of a shape, with zeros as behind a ReLU and a mean that is not zero."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(shape.batch, shape.channels, shape.height, shape.width, generator=generator)
+    return x.add_(0.5).clamp_(min=0).to(device, dtype)
+
+
+def inference(module: nn.Module, x: Tensor, autocast: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the output as inference computes it, which may be another way."""
+    with torch.no_grad(), torch.autocast(x.device.type, dtype=autocast, enabled=bool(autocast)):
+        return {"output without a gradient": module.eval()(x)}
+
+
+def outputs_and_gradients(
+    module: nn.Module, x: Tensor, training: bool, autocast: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Run a module forward and backward, for one random upstream gradient.
+
+    Args:
+        module (nn.Module): Ours or a :class:`~baselines.Formula`.
+        x (Tensor): (B, C, H, W).
+        training (bool): Mode of the module.
+        autocast (torch.dtype | None): Half precision, or None.
+
+    Returns:
+        dict[str, Tensor]: 'output', 'gradient of x', and of every parameter by its name.
+    """
+    x = x.detach().requires_grad_()
+    module.train(training)
+    with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
+        output = module(x)
+    generator = torch.Generator().manual_seed(2)
+    upstream = torch.randn(output.shape, generator=generator).to(x.device, output.dtype)
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(output, [x, *parameters], upstream)
+    named = [f"gradient of {name.removeprefix('layer.')}" for name in ("x", *names)]
+    return {"output": output.detach(), **dict(zip(named, gradients, strict=True))}
+
+
+def differences(
+    op: str,
+    layer: nn.Module,
+    shape: Shape,
+    dtype: torch.dtype,
+    exact: torch.dtype,
+    with_gradients_of_evaluation: bool = True,
+) -> list[str]:
+    """Compare a layer with its op's formula, in both modes.
+
+    In half precision the formula itself may be further from float64 than the tolerance: then the
+    layer may be half as far again.
+
+    Args:
+        op (str): Name of the op.
+        layer (nn.Module): Ours, in float32 or float64, on its device.
+        shape (Shape): Of the input.
+        dtype (torch.dtype): The layer's precision; half ones by autocast over float32.
+        exact (torch.dtype): The formula's.
+        with_gradients_of_evaluation (bool): Whether they are compared, beside those of training.
+
+    Returns:
+        list[str]: What differs by more than the tolerance of ``dtype``; empty if nothing does.
+    """
+    device = next(layer.parameters()).device
+    half = dtype if dtype in (torch.bfloat16, torch.float16) else None
+    x, found = make_input(shape, dtype, device), []
+    formula = Formula(op, layer).to(exact)
+    for training in (False, True):
+        # Inference first: of the batch statistics that training gathers, rounding is left.
+        runs = [(formula, x.to(exact), None), (layer, x, half)]
+        runs += [(Formula(op, layer), x, half)] if half else []
+        values = [{} if training else inference(*run) for run in runs]
+        if training or with_gradients_of_evaluation:
+            for value, (module, of, autocast) in zip(values, runs, strict=True):
+                value |= outputs_and_gradients(module, of, training, autocast)
+        expected, ours, theirs = (*values, {})[:3]
+        largest = max(
+            (float(v.norm()) for k, v in expected.items() if k.startswith("gradient of")),
+            default=0.0,
+        )
+        for key, value in expected.items():
+            if not value.any():
+                found.append(f"{key}, {shape}: all zero, which would prove nothing")
+            is_gradient = key.startswith("gradient of")
+            tolerance = TOLERANCES[dtype][is_gradient]
+            least = LEAST * largest if is_gradient else 0.0
+            scale = max(float(value.norm()), least, 1e-30)
+            error = float((ours[key].to(exact) - value).norm()) / scale
+            if half:
+                own = float((theirs[key].to(exact) - value).norm()) / scale
+                tolerance = max(tolerance, 1.5 * own)
+            if not error <= tolerance:  # NaN counts
+                mode = "training" if training else "evaluation"
+                found.append(f"{key}, {mode}, {shape}: error {error:.1e}, at most {tolerance:.0e}")
+    return found
