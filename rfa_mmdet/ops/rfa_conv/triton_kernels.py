@@ -63,7 +63,7 @@ def _along_channels(vector, POSITION_AXIS: tl.constexpr):
 
 
 @triton.jit
-def _coefficient(table, row, channel, in_block, C: tl.constexpr, POSITION_AXIS: tl.constexpr):
+def _coefficient(table, row, channel, in_block, C, POSITION_AXIS: tl.constexpr):
     """Row of the table for the channels of a tile; zero beside them."""
     value = tl.load(table + row * C + channel, mask=in_block, other=0.0)
     return _along_channels(value, POSITION_AXIS)
@@ -118,9 +118,7 @@ def _rectify(z, RELU: tl.constexpr):
 
 
 @triton.jit
-def _scores(
-    table, channel, in_block, C: tl.constexpr, K: tl.constexpr, POSITION_AXIS: tl.constexpr
-):
+def _scores(table, channel, in_block, C, K: tl.constexpr, POSITION_AXIS: tl.constexpr):
     """What the attention multiplies a window's mean with: K tiles, the largest, the smallest."""
     scores = ()
     for i in tl.static_range(K):
@@ -162,7 +160,7 @@ def _kernel_row(
     i,
     channel,
     in_block,
-    C: tl.constexpr,
+    C,
     K: tl.constexpr,
     LEARNT: tl.constexpr,
     POSITION_AXIS: tl.constexpr,
@@ -454,7 +452,7 @@ def _attend_loop(
     W,
     x_row,
     x_column,
-    C: tl.constexpr,
+    C,
     K: tl.constexpr,
     KW: tl.constexpr,
     DH: tl.constexpr,
@@ -508,7 +506,7 @@ def _feature_loop(
     W,
     x_row,
     x_column,
-    C: tl.constexpr,
+    C,
     K: tl.constexpr,
     KW: tl.constexpr,
     DH: tl.constexpr,
@@ -573,7 +571,7 @@ def moments_kernel(
     x_channel,
     x_row,
     x_column,
-    C: tl.constexpr,
+    C,
     KH: tl.constexpr,
     KW: tl.constexpr,
     SH: tl.constexpr,
@@ -694,7 +692,7 @@ def moments_kernel(
 
 
 @triton.jit
-def _row_in_scratch(channel, i, CG: tl.constexpr, K: tl.constexpr):
+def _row_in_scratch(channel, i, CG, K: tl.constexpr):
     """Row of unit i of a channel: as in the weight, the channels of a group are neighbours."""
     return (channel // CG) * (K * CG) + i * CG + channel % CG
 
@@ -720,7 +718,7 @@ def window_gradient_kernel(
     x_column,
     unit_stride,
     position_stride,
-    C: tl.constexpr,
+    C: tl.constexpr,  # constants, as the registers are just enough
     CG: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -941,8 +939,8 @@ def fold_kernel(
     x_column,
     unit_stride,
     position_stride,
-    C: tl.constexpr,
-    CG: tl.constexpr,
+    C,
+    CG,
     KH: tl.constexpr,
     KW: tl.constexpr,
     SH: tl.constexpr,
@@ -962,9 +960,9 @@ def fold_kernel(
     A gather, not a scatter: no two programs write to one cell, and the order of the sum is fixed.
     """
     K: tl.constexpr = KH * KW
-    CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    channel = (tl.program_id(0) % CHANNEL_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
-    cell = (tl.program_id(0) // CHANNEL_BLOCKS) * BLOCK_P + tl.arange(0, BLOCK_P)
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    cell = (tl.program_id(0) // channel_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
     in_block = channel < C
     image, row, column = _locate(cell, 0, first_input_row, input_rows, W, False)
     mask = _along_positions(cell < count, POSITION_AXIS) & _along_channels(in_block, POSITION_AXIS)
@@ -1015,7 +1013,7 @@ def correct_kernel(
     x_channel,
     x_row,
     x_column,
-    C: tl.constexpr,
+    C,
     KH: tl.constexpr,
     KW: tl.constexpr,
     SH: tl.constexpr,
@@ -1032,9 +1030,9 @@ def correct_kernel(
 ):
     """Subtract fold(constant + Q window) from grad_x: a gather over the windows that see a cell."""
     K: tl.constexpr = KH * KW
-    CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    channel = (tl.program_id(0) % CHANNEL_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tile = tl.program_id(0) // CHANNEL_BLOCKS
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile = tl.program_id(0) // channel_blocks
     cell = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     in_block = channel < C
     image, row, column = _locate(cell, 0, 0, H, W, LARGE)
@@ -1145,8 +1143,8 @@ def large_window_gradient_kernel(
     position_stride,
     mean_channel,
     mean_position,
-    C: tl.constexpr,
-    CG: tl.constexpr,
+    C,
+    CG,
     KH: tl.constexpr,
     KW: tl.constexpr,
     SH: tl.constexpr,
@@ -1165,9 +1163,9 @@ def large_window_gradient_kernel(
 ):
     """Units and gradient of the features, where a window does not fit into registers."""
     K: tl.constexpr = KH * KW
-    CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    channel = (tl.program_id(0) % CHANNEL_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tile = tl.program_id(0) // CHANNEL_BLOCKS
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile = tl.program_id(0) // channel_blocks
     in_block = channel < C
     wide = channel.to(tl.int64) if LARGE else channel
     position = tile * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -1252,10 +1250,10 @@ def large_window_gradient_kernel(
             tl.store(sums + (tile * K + i) * C + channel, part, mask=in_block)
         tl.store(to, (f * share).to(units.dtype.element_ty), mask=mask)
     if NEED_GRADIENTS:
-        to = _along_channels(channel * mean_channel, POSITION_AXIS)
-        to = means + (to + _along_positions(position * mean_position, POSITION_AXIS))
-        tl.store(to, through_mean - weighed * through_total, mask=mask)
-        tl.debug_barrier()
+        at = _along_channels(channel * mean_channel, POSITION_AXIS)
+        at = means + (at + _along_positions(position * mean_position, POSITION_AXIS))
+        tl.store(at, through_mean - weighed * through_total, mask=mask)
+        tl.debug_barrier()  # a lane may have written what another one reads
         for i in range(K):
             score = _coefficient(table, i, channel, in_block, C, POSITION_AXIS)
             share = tl.exp2(exponent * score - largest) / powers
@@ -1284,8 +1282,8 @@ def large_products_kernel(
     x_column,
     unit_stride,
     position_stride,
-    C: tl.constexpr,
-    CG: tl.constexpr,
+    C,
+    CG,
     KH: tl.constexpr,
     KW: tl.constexpr,
     SH: tl.constexpr,
@@ -1354,8 +1352,8 @@ def large_taps_kernel(
     position_stride,
     mean_channel,
     mean_position,
-    C: tl.constexpr,
-    CG: tl.constexpr,
+    C,
+    CG,
     K: tl.constexpr,
     LEARNT: tl.constexpr,
     POSITION_AXIS: tl.constexpr,
@@ -1363,9 +1361,9 @@ def large_taps_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Gradient of the taps from those of features and means, for large windows."""
-    CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    channel = (tl.program_id(0) % CHANNEL_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
-    position = (tl.program_id(0) // CHANNEL_BLOCKS) * BLOCK_P + tl.arange(0, BLOCK_P)
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    position = (tl.program_id(0) // channel_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
     in_block = channel < C
     mask = _along_positions(position < count, POSITION_AXIS) & _along_channels(
         in_block, POSITION_AXIS
