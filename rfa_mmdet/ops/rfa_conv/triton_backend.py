@@ -307,7 +307,7 @@ def forward(
             POSITION_AXIS=axis,
             LARGE=is_large(x, y),
             PRECISION=precision(x.dtype),
-            ANCHOR=not INTERPRETED,
+            COMPILED=not INTERPRETED,
             SMALL=window.positions <= SMALL_WINDOW,
             **config,
         ),
@@ -476,7 +476,7 @@ class _Backward:
             (tiles, self.groups, splits),
             self.x,
             (a, b, c, *size, *strides),
-            dict(ADD=add, PRECISION=precision(self.x.dtype), **config),
+            dict(ADD=add, PRECISION=precision(self.x.dtype), COMPILED=not INTERPRETED, **config),
         )
 
     def unit_gradient(self, grad: Tensor, units: Tensor) -> None:

@@ -224,13 +224,13 @@ def _side_by_side(parts, PARTS: tl.constexpr, POSITION_AXIS: tl.constexpr):
 
 
 @triton.jit
-def _anchor(tile, ANCHOR: tl.constexpr):
+def _anchor(tile, COMPILED: tl.constexpr):
     """Keep the layout in which a tile was computed up to here.
 
     On sm_80 the compiler moves the change to the matrix product's layout up to the loads, so that
     each warp computes the features of all: 8 times the work. It cannot move it past this copy.
     """
-    if ANCHOR:  # the interpreter has no assembler
+    if COMPILED:  # the interpreter knows no assembler
         if tile.dtype.primitive_bitwidth == 32:
             tile = tl.inline_asm_elementwise(
                 "mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=False, pack=1
@@ -240,6 +240,15 @@ def _anchor(tile, ANCHOR: tl.constexpr):
                 "mov.b16 $0, $1;", "=h,h", [tile], dtype=tile.dtype, is_pure=False, pack=1
             )
     return tile
+
+
+@triton.jit
+def _dot(a, b, total, PRECISION: tl.constexpr, COMPILED: tl.constexpr):
+    """Compute total + a @ b in float32."""
+    if not COMPILED:  # the interpreter of Triton 3.6 multiplies the bits of bfloat16 as integers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 @kernel
@@ -279,7 +288,7 @@ def forward_kernel(
     POSITION_AXIS: tl.constexpr,
     LARGE: tl.constexpr,
     PRECISION: tl.constexpr,
-    ANCHOR: tl.constexpr,
+    COMPILED: tl.constexpr,
     SMALL: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr,  # positions of one part
@@ -364,13 +373,13 @@ def forward_kernel(
                 for part in tl.static_range(PARTS):
                     z = _feature(taps, part, i, row_of_i, shift, K, LEARNT)
                     u = _rectify(z, RELU) * shares[part * K + i]
-                    units = units + (_anchor(u.to(x.dtype.element_ty), ANCHOR),)
+                    units = units + (_anchor(u.to(x.dtype.element_ty), COMPILED),)
                 u = _side_by_side(units, PARTS, POSITION_AXIS)
                 weights = tl.load(weight + unit + i * CG, mask=real_unit, other=0.0)
                 if POSITION_AXIS == 1:
-                    total = tl.dot(weights, u, total, input_precision=PRECISION)
+                    total = _dot(weights, u, total, PRECISION, COMPILED)
                 else:
-                    total = tl.dot(u, weights, total, input_precision=PRECISION)
+                    total = _dot(u, weights, total, PRECISION, COMPILED)
         else:
             tl.static_assert(PARTS == 1)
             mask = real[0] & here
@@ -418,12 +427,12 @@ def forward_kernel(
                 )
                 score = _coefficient(table, i, channel, in_block, C, POSITION_AXIS)
                 share = tl.exp2(mean * LOG2_E * score - largest) / sum_of_powers
-                u = _anchor((_rectify(z, RELU) * share).to(x.dtype.element_ty), ANCHOR)
+                u = _anchor((_rectify(z, RELU) * share).to(x.dtype.element_ty), COMPILED)
                 weights = tl.load(weight + unit + i * CG, mask=real_unit, other=0.0)
                 if POSITION_AXIS == 1:
-                    total = tl.dot(weights, u, total, input_precision=PRECISION)
+                    total = _dot(weights, u, total, PRECISION, COMPILED)
                 else:
-                    total = tl.dot(u, weights, total, input_precision=PRECISION)
+                    total = _dot(u, weights, total, PRECISION, COMPILED)
 
     if BIAS:
         offset = tl.load(bias + output, mask=real_output, other=0.0)
@@ -889,6 +898,7 @@ def product_kernel(
     c_m,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
+    COMPILED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -911,7 +921,7 @@ def product_kernel(
         x = tl.load(to, mask=(m < M)[:, None] & real[None, :], other=0.0)
         to = b + k[:, None] * b_inner + n[None, :] * b_n
         y = tl.load(to, mask=real[:, None] & (n < N)[None, :], other=0.0)
-        total = tl.dot(x, y, total, input_precision=PRECISION)
+        total = _dot(x, y, total, PRECISION, COMPILED)
         k += splits * BLOCK_K
         left -= splits * BLOCK_K
     to = c + split * c_split + group * c_group + m[:, None] * c_m + n[None, :]
