@@ -2,11 +2,113 @@
 
 torch and mmcv are needed but not listed: which build of them is right (CPU or CUDA, with or
 without compiled ops) is the machine's matter. ``make env`` installs tested versions of both.
+
+The C++ kernels of RFAConv are optional: they are built where torch can be imported (so with
+``--no-build-isolation``) and a C++ compiler works, and else left out with a notice.
+``RFA_MMDET_BUILD=1`` makes that an error, ``RFA_MMDET_BUILD=0`` builds none.
 """
 
+import hashlib
+import os
+import platform
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+FOLDER = Path("rfa_mmdet/ops/rfa_conv")
+# The names are those of torch.backends.cpu.get_cpu_capability(): torch's headers give the vectors
+# of the capability that they are compiled for.
+X86_FLAGS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"),
+        *("-mavx2", "-mfma", "-mf16c"),
+    ],
+}
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+CAPABILITIES = {"default": [], **(X86_FLAGS if X86 else {})}
+
+
+class BuildKernels(build_ext):
+    """Compile the kernels for each capability, and link each with the bindings."""
+
+    def run(self):
+        """Build what can be built."""
+        wish = os.environ.get("RFA_MMDET_BUILD")
+        if wish == "0":
+            return
+        try:
+            super().run()
+        except Exception as error:
+            if wish == "1":
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            print(f"rfa_mmdet: without its C++ kernels, as they do not build ({reason})")
+            # A library of an earlier build would not be what this one's sources say.
+            for name in CAPABILITIES:
+                for file in FOLDER.glob(f"_cpu_{name}.*so"):
+                    file.unlink()
+
+    def build_extensions(self):
+        """Compile the bindings once for all, then one library for each capability."""
+        if not sys.platform.startswith("linux"):
+            raise RuntimeError(f"they are for Linux, and here is {sys.platform}")
+        import torch  # an optional part of the build, and slow to import
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        csrc = FOLDER / "csrc"
+        # OpenMP's library is not linked: torch has loaded one, maybe under another name, and a
+        # second one would have threads of its own.
+        flags = [*("-std=c++20", "-O3", "-g0", "-fopenmp", "-fno-math-errno"),
+                 *("-fno-trapping-math", "-fvisibility=hidden", "-w"),
+                 f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+                 *self.extra_flags()]  # fmt: skip
+        parts = [torch.__version__, str(flags), str(CAPABILITIES), sys.executable]
+        files = sorted(csrc.iterdir())
+        state = b"\0".join([*(file.read_bytes() for file in files), *(p.encode() for p in parts)])
+        stamp, state = FOLDER / "_cpu.stamp", hashlib.sha256(state).hexdigest()
+        targets = [Path(self.get_ext_fullpath(ext.name)) for ext in self.extensions]
+        if all(t.exists() for t in targets) and stamp.exists() and stamp.read_text() == state:
+            return
+        jobs = [(csrc / "bindings.cpp", "bindings", [])]
+        for name, options in CAPABILITIES.items():
+            upper = name.upper()
+            options = [*options, f"-DCPU_CAPABILITY={upper}", f"-DCPU_CAPABILITY_{upper}"]
+            jobs.append((csrc / "kernels.cpp", name, options))
+        objects = {}
+
+        def compile_one(job):
+            source, name, options = job
+            (objects[name],) = self.compiler.compile(
+                [str(source)],
+                output_dir=str(Path(self.build_temp) / name),
+                include_dirs=include_paths(),
+                extra_postargs=[*flags, *options],
+            )
+
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(min(len(jobs), len(os.sched_getaffinity(0)))) as pool:
+            list(pool.map(compile_one, jobs))
+        for ext, target in zip(self.extensions, targets, strict=True):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.compiler.link_shared_object(
+                [objects["bindings"], objects[ext.name.rpartition("_")[2]]],
+                str(target),
+                libraries=["c10", "torch", "torch_cpu"],
+                library_dirs=library_paths(),
+                extra_postargs=self.extra_flags(),
+            )
+        if self.inplace:
+            stamp.write_text(state)
+
+    @staticmethod
+    def extra_flags():
+        """Return the user's own, for both compiling and linking."""
+        return os.environ.get("RFA_MMDET_CXXFLAGS", "").split()
+
 
 setup(
     name="rfa_mmdet",
@@ -17,6 +119,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["rfa_mmdet", "rfa_mmdet.*"]),
+    package_data={"rfa_mmdet.ops.rfa_conv": ["csrc/*"]},
+    ext_modules=[
+        Extension(f"rfa_mmdet.ops.rfa_conv._cpu_{name}", [str(FOLDER / "csrc" / "kernels.cpp")])
+        for name in CAPABILITIES
+    ],
+    cmdclass={"build_ext": BuildKernels},
     install_requires=[
         "mmengine>=0.10.5,<0.11",
         "mmdet>=3.3,<3.4",

@@ -188,6 +188,8 @@ package.__path__ = ["rfa_mmdet"]
 sys.modules["rfa_mmdet"] = package  # without its __init__, which imports the rest
 import importlib, pkgutil
 for module in pkgutil.walk_packages(["rfa_mmdet/ops"], "rfa_mmdet.ops."):
+    if "._cpu_" in module.name:  # operators for torch, no module of Python
+        continue
     importlib.import_module(module.name)
     print(module.name)
 print(sorted(m for m in sys.modules if m.split(".")[0] in ("mmengine", "mmcv", "mmdet")))

@@ -12,6 +12,7 @@ channels instead of a k-fold enlarged map (the same sum).
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from rfa_mmdet.layers.conv.accelerated import accelerated_rfa_conv, check_choice
 from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
 from rfa_mmdet.ops.rfa_conv import receptive_field_attention, receptive_field_mean, rfa_conv
 
@@ -40,9 +41,16 @@ class RFAConv(ReceptiveFieldConv):
         feature (str): 'conv': the features are learnt by a depthwise convolution. 'unfold': they
             are the window's own values (then normalised and activated likewise; pass
             ``norm_cfg=None, act_cfg=None`` for the bare values). Defaults to 'conv'.
+        backend (str): 'reference': plain torch. 'cpu', 'triton': kernels that keep no more for the
+            backward than a plain convolution, for batch norm or none and ReLU or none, float32 and
+            bfloat16 (Triton float16 as well, the CPU float64). 'auto': what is fastest of those
+            that can compute this, else the reference. Traces and exports always hold the
+            reference. Defaults to 'auto'.
 
     Raises:
-        TypeError, ValueError: An argument or the input is not as above.
+        TypeError, ValueError: An argument or the input is not as above, or the backend asked for by
+            name cannot compute it.
+        RuntimeError: The backend asked for by name is not available in this process.
 
     Example:
         >>> import torch
@@ -66,12 +74,14 @@ class RFAConv(ReceptiveFieldConv):
         norm_cfg: dict | None = dict(type="BN"),
         act_cfg: dict | None = dict(type="ReLU", inplace=True),
         feature: str = "conv",
+        backend: str = "auto",
     ) -> None:
         if feature not in ("conv", "unfold"):
             raise ValueError(f"feature={feature!r}: must be 'conv' or 'unfold'")
         window = (stride, padding, dilation, groups, bias, padding_mode)
         learnt = feature == "conv"
         super().__init__(in_channels, out_channels, kernel_size, *window, norm_cfg, act_cfg, learnt)
+        self.backend = check_choice(backend, self.norm, self.act)
         if self.is_pointwise:
             del self.norm, self.act
             if learnt:
@@ -109,12 +119,14 @@ class RFAConv(ReceptiveFieldConv):
         if self.is_pointwise:
             return self.conv(x)
         padded, padding = self.pad(x)
-        return rfa_conv(
+        tensors = (
             padded,
             self.attention.weight,
             self.feature.weight if hasattr(self, "feature") else None,
             self.conv.weight,
             self.conv.bias,
+        )
+        kwargs = dict(
             norm=self.norm,
             act=self.act,
             stride=self.stride,
@@ -122,6 +134,8 @@ class RFAConv(ReceptiveFieldConv):
             dilation=self.dilation,
             groups=self.groups,
         )
+        out = accelerated_rfa_conv(self.backend, *tensors, **kwargs)
+        return rfa_conv(*tensors, **kwargs) if out is None else out
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return how the positions of each window are weighed, to be looked at.

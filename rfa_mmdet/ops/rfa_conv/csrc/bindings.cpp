@@ -1,0 +1,228 @@
+// The kernels as operators on tensors: rfa_mmdet_cpu::moments, forward, backward and
+// correct_input_gradient. Shapes, and what each computes, stand in ../cpu.py.
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <array>
+
+#include "kernels.h"
+
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+using rfa::Compute;
+using rfa::Geometry;
+
+Geometry geometry_of(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
+                     IntArrayRef dilation, int64_t outputs = 0, int64_t groups = 1) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble ||
+                       x.scalar_type() == at::kBFloat16,
+                   "x: must be float32, float64 or bfloat16, not ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() == 4, "x: must be (B, C, H, W), not ", x.sizes());
+  TORCH_CHECK_VALUE(x.numel() > 0, "x of shape ", x.sizes(), ": must not be empty");
+  for (const auto& pair : {kernel, stride, padding, dilation}) {
+    TORCH_CHECK_VALUE(pair.size() == 2, "kernel_size, stride, padding and dilation: must be pairs");
+  }
+  TORCH_CHECK_VALUE(kernel[0] > 0 && kernel[1] > 0 && stride[0] > 0 && stride[1] > 0 &&
+                        dilation[0] > 0 && dilation[1] > 0,
+                    "kernel_size=", kernel, ", stride=", stride, ", dilation=", dilation,
+                    ": must be at least 1");
+  TORCH_CHECK_VALUE(padding[0] >= 0 && padding[1] >= 0, "padding=", padding, ": must be at least 0");
+  Geometry g{x.size(0), x.size(1), x.size(2), x.size(3), outputs, groups,
+             kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1],
+             dilation[0], dilation[1], 0, 0};
+  const int64_t high = g.H + 2 * g.ph - g.dh * (g.kh - 1) - 1;
+  const int64_t wide = g.W + 2 * g.pw - g.dw * (g.kw - 1) - 1;
+  TORCH_CHECK_VALUE(high >= 0 && wide >= 0, "x of shape ", x.sizes(), " with padding=", padding,
+                    " is smaller than the window: kernel_size=", kernel, ", dilation=", dilation);
+  
+  g.h = high / g.sh + 1;
+  g.w = wide / g.sw + 1;
+  return g;
+}
+
+void check_size(const char* name, const Tensor& t, IntArrayRef size) {
+  TORCH_CHECK_VALUE(t.sizes() == size, name, ": must have the shape ", size, ", not ", t.sizes());
+}
+
+at::ScalarType compute_type(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+template <typename F>
+void dispatch(const Tensor& x, F&& f) {
+  switch (x.scalar_type()) {
+    case at::kFloat:
+      return f(float());
+    case at::kDouble:
+      return f(double());
+    default: // geometry_of lets no other pass
+      return f(at::BFloat16());
+  }
+}
+
+// Parameters as the kernels want them; they hold the memory that `view` points to.
+struct Parameters {
+  Tensor attention, feature, scale, shift;
+  bool relu;
+
+  Parameters(const Geometry& g, const Tensor& x, const Tensor& attention_,
+             const std::optional<Tensor>& feature_, const Tensor& scale_, const Tensor& shift_,
+             bool relu_)
+      : relu(relu_) {
+    const auto type = compute_type(x);
+    const int64_t K = g.K();
+    check_size("attention", attention_, {g.C, K});
+    check_size("scale", scale_, {g.C, K});
+    check_size("shift", shift_, {g.C, K});
+    attention = attention_.to(type).contiguous();
+    scale = scale_.to(type).contiguous();
+    shift = shift_.to(type).contiguous();
+    if (feature_) {
+      check_size("feature", *feature_, {g.C, K, K});
+      feature = feature_->to(type).contiguous();
+    } else {
+      feature = at::eye(K, scale.options()).expand({g.C, K, K}).contiguous();
+    }
+  }
+  template <typename T>
+  rfa::Window<T> view() const {
+    return {attention.const_data_ptr<T>(), feature.const_data_ptr<T>(), scale.const_data_ptr<T>(),
+            shift.const_data_ptr<T>(), relu};
+  }
+};
+
+void check_weight(const Geometry& g, const Tensor& x, const Tensor& weight, int64_t groups) {
+  TORCH_CHECK_VALUE(groups > 0 && g.C % groups == 0 && g.O % groups == 0, "groups=", groups,
+                    ": must divide the channels ", g.C, " and ", g.O);
+  check_size("weight", weight, {g.O, g.C / groups, g.K()});
+  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "weight: must be ", x.scalar_type(),
+                   " as x is, not ", weight.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> moments(const Tensor& x_, IntArrayRef kernel, IntArrayRef stride,
+                                   IntArrayRef padding, IntArrayRef dilation) {
+  const Geometry g = geometry_of(x_, kernel, stride, padding, dilation);
+  const Tensor x = x_.contiguous();
+  const auto options = x.options().dtype(at::kDouble);
+  Tensor first = at::empty({g.C, g.K()}, options), second = at::empty({g.C, g.K(), g.K()}, options);
+  dispatch(x, [&](auto e) {
+    using E = decltype(e);
+    rfa::moments<E>(g, x.const_data_ptr<E>(), first.data_ptr<double>(), second.data_ptr<double>());
+  });
+  return {first.to(compute_type(x)), second.to(compute_type(x))};
+}
+
+Tensor forward(const Tensor& x_, const Tensor& attention, const std::optional<Tensor>& feature,
+               const Tensor& scale, const Tensor& shift, bool relu, const Tensor& weight_,
+               const std::optional<Tensor>& bias_, IntArrayRef kernel, IntArrayRef stride,
+               IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+  const Geometry g =
+      geometry_of(x_, kernel, stride, padding, dilation, weight_.size(0), groups);
+  check_weight(g, x_, weight_, groups);
+  const Tensor x = x_.contiguous(), weight = weight_.contiguous();
+  const Parameters parameters(g, x, attention, feature, scale, shift, relu);
+  Tensor bias;
+  if (bias_) {
+    check_size("bias", *bias_, {g.O});
+    bias = bias_->to(x.scalar_type()).contiguous();
+  }
+  Tensor y = at::empty({g.B, g.O, g.h, g.w}, x.options());
+  dispatch(x, [&](auto e) {
+    using E = decltype(e);
+    rfa::forward<E>(g, parameters.view<Compute<E>>(), x.const_data_ptr<E>(),
+                    weight.const_data_ptr<E>(), bias_ ? bias.const_data_ptr<E>() : nullptr,
+                    y.data_ptr<E>());
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_y_, const Tensor& x_, const Tensor& attention,
+    const std::optional<Tensor>& feature, const Tensor& scale, const Tensor& shift, bool relu,
+    const Tensor& weight_, std::array<bool, 4> needs, IntArrayRef kernel, IntArrayRef stride,
+    IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+  const Geometry g =
+      geometry_of(x_, kernel, stride, padding, dilation, weight_.size(0), groups);
+  check_weight(g, x_, weight_, groups);
+  check_size("grad_y", grad_y_, {g.B, g.O, g.h, g.w});
+  const Tensor x = x_.contiguous(), weight = weight_.contiguous();
+  const Tensor grad_y = grad_y_.to(x.scalar_type()).contiguous();
+  const Parameters parameters(g, x, attention, feature, scale, shift, relu);
+  const auto options = x.options().dtype(compute_type(x));
+  const Tensor none = at::empty({0}, options);
+  const int64_t K = g.K(), in_group = g.C / groups, outputs = g.O / groups;
+  Tensor dx = needs[0] ? at::zeros(x.sizes(), options) : none;
+  Tensor d_attention = needs[1] ? at::empty({g.C, K}, options) : none;
+  Tensor d_shift = needs[1] ? at::empty({g.C, K}, options) : none;
+  Tensor products = needs[1] ? at::empty({g.C, K, K}, options) : none;
+  Tensor d_weight = none;
+  dispatch(x, [&](auto e) {
+    using E = decltype(e);
+    using T = Compute<E>;
+    const auto pointer = [](const Tensor& t, bool wanted) {
+      return wanted ? t.data_ptr<T>() : nullptr;
+    };
+    const int64_t columns = rfa::weight_columns<T>(outputs);
+    Tensor transposed = needs[2] ? at::zeros({groups, in_group * K, columns}, options) : none;
+    const rfa::Gradients<T> gradients{pointer(dx, needs[0]), pointer(d_attention, needs[1]),
+                                      pointer(d_shift, needs[1]), pointer(products, needs[1]),
+                                      pointer(transposed, needs[2]), columns};
+    rfa::backward<E>(g, parameters.view<T>(), grad_y.const_data_ptr<E>(), x.const_data_ptr<E>(),
+                     weight.const_data_ptr<E>(), gradients);
+    if (needs[2]) {
+      d_weight = transposed.narrow(2, 0, outputs)
+                     .transpose(1, 2)
+                     .to(x.scalar_type())
+                     .reshape({g.O, in_group, K})
+                     .contiguous();
+    }
+  });
+  Tensor d_bias = needs[3] ? grad_y.sum({0, 2, 3}) : none;
+  return {dx, d_attention, d_shift, products, d_weight, d_bias};
+}
+
+void correct_input_gradient(Tensor& grad_x, const Tensor& x_, const Tensor& Q_,
+                            const Tensor& constant_, IntArrayRef kernel, IntArrayRef stride,
+                            IntArrayRef padding, IntArrayRef dilation) {
+  const Geometry g = geometry_of(x_, kernel, stride, padding, dilation);
+  check_size("grad_x", grad_x, x_.sizes());
+  check_size("Q", Q_, {g.C, g.K(), g.K()});
+  check_size("constant", constant_, {g.C, g.K()});
+  const auto type = compute_type(x_);
+  TORCH_CHECK_VALUE(grad_x.is_contiguous() && grad_x.scalar_type() == type,
+                    "grad_x: must be a contiguous ", type);
+  const Tensor x = x_.contiguous(), Q = Q_.to(type).contiguous();
+  const Tensor constant = constant_.to(type).contiguous();
+  dispatch(x, [&](auto e) {
+    using E = decltype(e);
+    using T = Compute<E>;
+    rfa::correct_input_gradient<E>(g, x.const_data_ptr<E>(), Q.const_data_ptr<T>(),
+                                   constant.const_data_ptr<T>(), grad_x.data_ptr<T>());
+  });
+}
+
+} // namespace
+
+TORCH_LIBRARY(rfa_mmdet_cpu, m) {
+  m.def("moments(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> "
+        "(Tensor, Tensor)");
+  m.def("forward(Tensor x, Tensor attention, Tensor? feature, Tensor scale, Tensor shift, "
+        "bool relu, Tensor weight, Tensor? bias, int[] kernel_size, int[] stride, int[] padding, "
+        "int[] dilation, int groups) -> Tensor");
+  m.def("backward(Tensor grad_y, Tensor x, Tensor attention, Tensor? feature, Tensor scale, "
+        "Tensor shift, bool relu, Tensor weight, bool[4] needs, int[] kernel_size, int[] stride, "
+        "int[] padding, int[] dilation, int groups) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("correct_input_gradient(Tensor(a!) grad_x, Tensor x, Tensor Q, Tensor constant, "
+        "int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(rfa_mmdet_cpu, CPU, m) {
+  m.impl("moments", &moments);
+  m.impl("forward", &forward);
+  m.impl("backward", &backward);
+  m.impl("correct_input_gradient", &correct_input_gradient);
+}

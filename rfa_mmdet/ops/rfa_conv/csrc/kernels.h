@@ -1,0 +1,73 @@
+// The CPU kernels of RFAConv: pointers in, pointers out. Compiled once for each CPU capability.
+#pragma once
+
+#include <cstdint>
+
+namespace rfa {
+
+// Sizes of one call. K = kh * kw positions of a window, (h, w) the output size.
+struct Geometry {
+  int64_t B, C, H, W, O, groups;
+  int64_t kh, kw, sh, sw, ph, pw, dh, dw;
+  int64_t h, w;
+  int64_t K() const {
+    return kh * kw;
+  }
+};
+
+// The type that E is computed in: float for bfloat16 and float, double for double.
+template <typename E>
+struct ComputeType {
+  using type = float;
+};
+template <>
+struct ComputeType<double> {
+  using type = double;
+};
+template <typename E>
+using Compute = typename ComputeType<E>::type;
+
+// Parameters of the windows, contiguous: attention, scale and shift (C, K), feature (C, K, K).
+template <typename T>
+struct Window {
+  const T* attention;
+  const T* feature;
+  const T* scale;
+  const T* shift;
+  bool relu;
+};
+
+// x (B, C, H, W), weight (O, C / groups, K), bias (O) or null, y (B, O, h, w).
+template <typename E>
+void forward(const Geometry& geometry, const Window<Compute<E>>& window, const E* x,
+             const E* weight, const E* bias, E* y);
+
+// What the backward pass writes; a null pointer is not wanted. All in the compute type.
+template <typename T>
+struct Gradients {
+  T* x; // (B, C, H, W), zero on entry
+  T* attention; // (C, K); with shift (C, K) and products (C, K, K), or all three null
+  T* shift;
+  T* products;
+  T* weight; // (C * K, stride of a row), zero on entry: transposed in each group
+  int64_t weight_stride; // at least weight_columns(O / groups)
+};
+
+// O / groups rounded up to whole vectors.
+template <typename T>
+int64_t weight_columns(int64_t outputs);
+
+template <typename E>
+void backward(const Geometry& geometry, const Window<Compute<E>>& window, const E* grad_y,
+              const E* x, const E* weight, const Gradients<Compute<E>>& gradients);
+
+// first (C, K): mean of each patch value; second (C, K, K): their covariance. In double.
+template <typename E>
+void moments(const Geometry& geometry, const E* x, double* first, double* second);
+
+// grad_x -= fold(constant + Q patch); Q (C, K, K), constant (C, K).
+template <typename E>
+void correct_input_gradient(const Geometry& geometry, const E* x, const Compute<E>* Q,
+                            const Compute<E>* constant, Compute<E>* grad_x);
+
+} // namespace rfa

@@ -1,0 +1,323 @@
+"""RFAConv with its accelerated backends, as a module among torch's and OpenMMLab's tools."""
+
+import copy
+import dataclasses
+import io
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.analysis import FlopAnalyzer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from rfa_mmdet.layers import RFAConv
+from rfa_mmdet.ops.dispatch import missing
+from tests.layers.formulas import Case, relative_error
+from tests.ops.backends import build, require, run
+
+ROOT = Path(__file__).resolve().parents[2]
+CASE = Case(batch=2, channels=6, out_channels=5, size=(9, 11))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cpu_backend():
+    require("cpu")
+
+
+def pair(case=CASE, **kwargs):
+    """The same layer on the CPU's kernels and on the reference."""
+    layer = build(case, backend="cpu", **kwargs)
+    reference = copy.deepcopy(layer)
+    reference.backend = "reference"
+    return layer, reference
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Count the calls of the kernels."""
+    from rfa_mmdet.ops.rfa_conv import cpu
+
+    counts = []
+    forward = cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda *args: counts.append(1) or forward(*args))
+    return counts
+
+
+# --------------------------------------------------------------------------- norm
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.3, 1.0, 0.0, None])
+@pytest.mark.parametrize("tracked", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_statistics_move_as_torchs(momentum, tracked, affine, calls):
+    cfg = dict(type="BN", momentum=momentum, track_running_stats=tracked, affine=affine)
+    layer, reference = pair(norm_cfg=cfg)
+    for step in range(3):
+        x = torch.randn(2, 6, 9, 11) * (step + 1) + step
+        for module in (layer, reference):
+            module.train(step != 1)  # without tracking, batch statistics in eval as well
+        torch.testing.assert_close(layer(x), reference(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.state_dict(), reference.state_dict())
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("layer_training", [True, False])
+@pytest.mark.parametrize("norm_training", [True, False])
+def test_it_is_the_norms_own_mode_that_counts(layer_training, norm_training):
+    layer, reference = pair()
+    for module in (layer, reference):
+        module.train(layer_training)
+        module.norm.train(norm_training)
+    before, x = layer.norm.running_mean.clone(), CASE.input()
+    for found, expected in zip(run(layer, x), run(reference, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(before, layer.norm.running_mean) != norm_training
+
+
+def test_one_value_a_channel_and_no_image_are_torchs_matter():
+    layer = RFAConv(2, 3, 3, padding=0, backend="cpu")
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer(torch.randn(1, 2, 3, 3))
+    assert layer.eval()(torch.randn(1, 2, 3, 3)).shape == (1, 3, 1, 1)
+    assert layer(torch.randn(0, 2, 5, 5)).shape == (0, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        dict(norm_cfg=dict(type="GN", num_groups=2)),
+        dict(norm_cfg=dict(type="IN", affine=True)),
+        dict(act_cfg=dict(type="SiLU")),
+        dict(act_cfg=dict(type="LeakyReLU")),
+    ],
+    ids=str,
+)
+def test_other_norms_and_activations_are_for_the_reference(cfg, calls):
+    assert RFAConv(4, 4, 3, **cfg)(torch.randn(2, 4, 5, 5)).shape == (2, 4, 5, 5)
+    assert not calls
+    with pytest.raises(ValueError, match="backend='cpu': computes batch norm or none and ReLU"):
+        RFAConv(4, 4, 3, backend="cpu", **cfg)
+
+
+def test_hooks_are_called(calls):
+    layer, seen = RFAConv(4, 4, 3), []
+    layer(torch.randn(2, 4, 5, 5))
+    assert len(calls) == 1
+    layer.norm.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    layer(torch.randn(2, 4, 5, 5))
+    assert (len(calls), seen) == (1, [(2, 36, 5, 5)])
+    layer.backend = "cpu"
+    with pytest.raises(ValueError, match="without hooks"):
+        layer(torch.randn(2, 4, 5, 5))
+
+
+# --------------------------------------------------------------------------- types, devices
+
+
+def test_choices_are_checked_when_the_layer_is_built():
+    with pytest.raises(ValueError, match="backend='fast': must be one of"):
+        RFAConv(4, 4, 3, backend="fast")
+    if missing("triton"):
+        with pytest.raises(RuntimeError, match="backend='triton': "):
+            RFAConv(4, 4, 3, backend="triton")
+    with pytest.raises(TypeError, match=r"backend='cpu': .*not torch.float16"):
+        RFAConv(4, 4, 3, backend="cpu").half()(torch.randn(2, 4, 5, 5).half())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_computes_in_bfloat16_as_a_convolution_does(training, calls):
+    layer, reference = pair(dataclasses.replace(CASE, training=training, act=None))
+    x = CASE.input()
+    exact = run(reference, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(layer, x)
+        plain = nn.Conv2d(6, 5, 3)(x)
+    assert found[0].dtype == plain.dtype == torch.bfloat16
+    assert len(calls) == 1
+    for f, e in zip(found, exact, strict=True):
+        assert relative_error(f, e) < 0.03  # eight bits of input, weight, upstream gradient
+    assert all(g.dtype == torch.float32 for g in found[1:])
+
+
+def test_backward_under_autocast_is_the_same():
+    layer, _ = pair()
+    x = CASE.input().requires_grad_()
+    y = layer(x)
+    upstream = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, upstream, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = torch.autograd.grad(y, x, upstream)
+    assert torch.equal(found, expected)
+
+
+def test_double_is_for_the_reference_unless_asked(calls):
+    layer, x = RFAConv(4, 4, 3).double(), torch.randn(2, 4, 5, 5).double()
+    expected = layer(x)
+    assert not calls
+    layer.backend = "cpu"
+    torch.testing.assert_close(layer(x), expected)
+    assert len(calls) == 1
+
+
+# --------------------------------------------------------------------------- tools
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_compiles_as_one_graph(training, dynamic):
+    layer, _ = pair(dataclasses.replace(CASE, training=training))
+    eager = copy.deepcopy(layer)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for size in ((9, 11), (12, 7)):
+        x = torch.randn(2, 6, *size)
+        for found, expected in zip(run(compiled, x), run(eager, x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.state_dict(), eager.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(use_reentrant):
+    layer, _ = pair()
+    x = CASE.input()
+    expected = run(copy.deepcopy(layer), x)
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return checkpoint(self.layer, x, use_reentrant=use_reentrant)
+
+    # The reentrant form allows no autograd.grad.
+    module, given = Checkpointed(), x.clone().requires_grad_()
+    y = module(given)
+    generator = torch.Generator().manual_seed(0)
+    y.backward(torch.randn(y.shape, generator=generator))
+    found = [y.detach(), given.grad, *(p.grad for p in module.parameters())]
+    assert all(map(torch.equal, found, expected))
+
+
+def test_traces_exports_and_counts_hold_plain_operators_only():
+    layer, x = RFAConv(4, 6, 3, backend="cpu").eval(), torch.randn(1, 4, 7, 6)
+    expected = layer(x)
+    traced = torch.jit.trace(layer, x)
+    assert "rfa_mmdet::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), expected, rtol=1e-4, atol=1e-5)
+    assert FlopAnalyzer(layer, (x,)).unsupported_ops_warnings(False).total() > 42 * 6 * 36
+    exported = torch.export.export(layer, (x,))
+    assert "rfa_mmdet" not in str(exported.graph)
+    file = io.BytesIO()
+    torch.onnx.export(layer, (x,), file, dynamo=False)
+    assert b"rfa_mmdet" not in file.getvalue()
+
+
+def test_transforms_of_torch_func_take_the_reference(calls):
+    layer, x = RFAConv(4, 6, 3).eval(), torch.randn(3, 4, 7, 6)
+    reference = copy.deepcopy(layer)
+    reference.backend = "reference"
+    expected = torch.autograd.functional.jvp(reference, x, torch.ones_like(x))[1]
+    state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    gradient = torch.func.grad(
+        lambda s, x: torch.func.functional_call(layer, s, (x,)).square().sum()
+    )(state, x)
+    assert gradient["conv.weight"].any()
+    each = torch.func.vmap(lambda x: layer(x[None])[0])(x)
+    torch.testing.assert_close(each, layer(x), rtol=1e-4, atol=1e-5)
+    found = torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 1  # the plain call above
+
+
+def test_copies_and_pickles():
+    layer, x = RFAConv(4, 6, 3, backend="cpu").eval(), torch.randn(1, 4, 7, 6)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.backend == "cpu"
+        assert torch.equal(twin(x), layer(x))
+    assert set(layer.state_dict()) == set(RFAConv(4, 6, 3).state_dict())
+
+
+# --------------------------------------------------------------------------- ranks
+
+RANK = """
+import copy, os, sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from rfa_mmdet.layers import RFAConv
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+{setup}
+whole = torch.randn(sum(SIZES), 6, 9, 11, generator=torch.Generator().manual_seed(1)) + 2
+upstream = torch.randn(sum(SIZES), 5, 9, 11, generator=torch.Generator().manual_seed(2))
+start = sum(SIZES[:rank])
+mine = slice(start, start + SIZES[rank])
+
+torch.manual_seed(0)
+joined = RFAConv(6, 5, 3, backend="reference").double()
+joined.norm.weight.data.uniform_(0.5, 1.5)
+layer = copy.deepcopy(joined).float()
+layer.backend = BACKEND
+model = DistributedDataParallel(layer, static_graph=STATIC) if PARALLEL else layer
+# After DDP, which refuses torch's own SyncBatchNorm on the CPU; the parameters stay.
+sync = nn.SyncBatchNorm.convert_sync_batchnorm(layer.norm)
+assert sync.weight is layer.norm.weight
+layer.norm = sync
+
+for step in range(2):
+    x = whole.double().clone().requires_grad_()
+    y = joined(x)
+    expected = torch.autograd.grad(y, [x, *joined.parameters()], upstream.double())
+    given = whole[mine].clone().requires_grad_()
+    out = model(given)
+    layer.zero_grad()
+    # DDP averages over ranks.
+    out.backward(upstream[mine] * (2 if PARALLEL else 1))
+    gradients = [p.grad for p in layer.parameters()]
+    if not PARALLEL:
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+    close = lambda a, b: torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-4)
+    close(out.detach(), y.detach()[mine])
+    close(given.grad, expected[0][mine])
+    for (name, _), a, b in zip(layer.named_parameters(), gradients, expected[1:], strict=True):
+        close(a, b)
+    close(layer.norm.running_mean, joined.norm.running_mean)
+    close(layer.norm.running_var, joined.norm.running_var)
+print("agrees")
+dist.destroy_process_group()
+"""
+
+
+def run_ranks(**settings) -> None:
+    code = textwrap.dedent(RANK).format(
+        setup="\n".join(f"{name.upper()} = {value!r}" for name, value in settings.items())
+    )
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", "--no-python", sys.executable, "-W", "ignore", "-c", code]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("agrees") == 2
+
+
+# torch's own SyncBatchNorm takes no CPU tensors: the joined batch is what it stands for.
+@pytest.mark.parametrize(
+    ("sizes", "parallel", "static"),
+    [((3, 1), False, False), ((2, 2), True, False), ((1, 2), True, True), ((2, 0), False, False)],
+)
+def test_two_ranks_agree_with_the_joined_batch(sizes, parallel, static):
+    run_ranks(sizes=sizes, parallel=parallel, static=static, backend="auto")
