@@ -394,3 +394,31 @@ def test_many_tiles_on_a_gpu(case, channels_last, dtype):
     first, second = compare_backward(case), compare_backward(case)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b), "two runs must give the same bits"
+
+
+@runs
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_layer_is_the_reference(channels_last, training):
+    """The whole of RFAConv: batch norm and its gradient are in function.py."""
+    layers = pytest.importorskip("rfa_mmdet.layers", reason="needs OpenMMLab's packages")
+    torch.manual_seed(0)
+    fast = layers.RFAConv(3, 4, 3, backend="triton").to(DEVICE).train(training)
+    slow = layers.RFAConv(3, 4, 3, backend="reference").double().train(training)
+    slow.load_state_dict(fast.state_dict())
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(2, 3, 6, 5).contiguous(memory_format=layout)
+    b = x.double().requires_grad_()
+    a = x.to(DEVICE).requires_grad_()
+    y, expected = fast(a), slow(b)
+    grad_y = torch.randn(expected.shape)
+    y.backward(grad_y.to(DEVICE))
+    expected.backward(grad_y.double())
+    assert y.is_contiguous(memory_format=layout)
+    tolerance = 10 * TOLERANCES[torch.float32]  # two more sums over all positions, of batch norm
+    assert error(y.detach(), expected) < tolerance
+    assert error(a.grad, b.grad) < tolerance
+    for (name, p), q in zip(fast.named_parameters(), slow.parameters(), strict=True):
+        assert error(p.grad, q.grad) < tolerance, name
+    for (name, p), q in zip(fast.named_buffers(), slow.buffers(), strict=True):
+        assert error(p.float(), q.double()) < tolerance, name

@@ -228,7 +228,8 @@ def moments(
     else:
         full = second.unflatten(1, (k, k))
     covariance = full - first[:, :, None] * first[:, None, :]
-    return (first + shift[:, None]).float(), covariance.float()
+    first = first + shift[:, None]
+    return first.float().contiguous(), covariance.float().contiguous()
 
 
 def forward_config(dtype: torch.dtype, positions: int, outputs: int) -> dict[str, int]:
@@ -656,9 +657,10 @@ class _Backward:
         if self.need_sums:
             sums = self.sums.float().t()
             d_attention, d_shift, products = sums.split([self.k, self.k, self.k**2], 1)
-            products = products.unflatten(1, (self.k, self.k))
+            d_attention, d_shift = d_attention.contiguous(), d_shift.contiguous()
+            products = products.contiguous().unflatten(1, (self.k, self.k))
         if self.need_weight:
-            d_weight = self.d_weight.sum(0).unflatten(1, (self.k, -1)).transpose(1, 2)
+            d_weight = self.d_weight.sum(0).unflatten(1, (self.k, -1)).transpose(1, 2).contiguous()
         return self.grad_x, d_attention, d_shift, products, d_weight
 
 
