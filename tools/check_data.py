@@ -17,6 +17,7 @@ from rfa_mmdet.engine.command_line import config_parser, load_config, user_error
 from rfa_mmdet.engine.data_check import find_problems
 from rfa_mmdet.engine.data_check.audit import FATAL, KINDS, Audit, audit
 from rfa_mmdet.engine.data_check.contact_sheet import save_contact_sheet
+from rfa_mmdet.engine.data_check.images import NOT_DECODABLE
 from rfa_mmdet.engine.data_check.report import some
 from rfa_mmdet.engine.errors import ConfigError
 from rfa_mmdet.engine.files import written_whole
@@ -106,7 +107,7 @@ def main() -> int:
         print(f"warning: {key}: images not looked at one by one", file=sys.stderr)
     for warning in problems.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    bad = [p for p in found.problems if p.kind == "not decodable" and p.path in problems.read]
+    bad = [p for p in found.problems if p.kind == NOT_DECODABLE and p.path in problems.read]
     if bad:
         problems.errors.append(
             f"{len(bad)} images cannot be decoded: {some(problem.path for problem in bad)}"

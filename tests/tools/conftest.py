@@ -1,11 +1,16 @@
 """A drawn data set and a detector small enough to train in seconds, for real runs of the tools."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
 
 from rfa_mmdet.engine.shapes import make_shapes
 
@@ -68,6 +73,46 @@ def run_tool(environment):
             stderr=subprocess.STDOUT,
             timeout=600,
         )
+
+    return run
+
+
+def save_random_checkpoint(config: Path, path: Path) -> Path:
+    """Save a model as it starts, but with classifiers that are not of one opinion everywhere."""
+    cfg = Config.fromfile(config)
+    init_default_scope("mmdet")
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0].endswith(("_cls", "_reg")):
+            torch.nn.init.normal_(parameter, std=0.1)
+    classes = cfg.train_dataloader.dataset.metainfo.classes
+    meta = dict(dataset_meta=dict(classes=classes))
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_config, shapes, tmp_path_factory) -> Path:
+    """Of the thin detector, not trained, with scores from near 0 to near 1."""
+    return save_random_checkpoint(tiny_config, tmp_path_factory.mktemp("weights") / "random.pth")
+
+
+@pytest.fixture
+def fails(capsys, monkeypatch, shapes):
+    """Run a tool in this process; return the one error that it ends with."""
+
+    def run(tool, *arguments):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setenv("DATA_ROOT", str(shapes))
+        monkeypatch.setattr(sys, "argv", [f"tools/{tool}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(f"tools/{tool}.py", run_name="__main__")
+        assert stop.value.code == 1
+        errors = capsys.readouterr().err
+        assert errors.count("error: ") == 1
+        assert "Traceback" not in errors
+        return errors[errors.index("error: ") :]
 
     return run
 

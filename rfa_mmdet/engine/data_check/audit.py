@@ -11,19 +11,18 @@ from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
-import mmcv
 import mmengine
 from mmdet.datasets import CocoDataset, XMLDataset
 from mmengine.config import Config
 
 from rfa_mmdet.engine.data_check.coco import read_coco
 from rfa_mmdet.engine.data_check.find import Leaf, is_local, leaves
-from rfa_mmdet.engine.data_check.images import MISSING, image_damage
+from rfa_mmdet.engine.data_check.images import MISSING, NOT_DECODABLE, read_image
 from rfa_mmdet.engine.data_check.report import DataError
 from rfa_mmdet.engine.data_check.voc import read_voc
 
 # What can be wrong with an image, the worst first; a run that reads one of the first three ends.
-FATAL = ("missing", "damaged", "not decodable")
+FATAL = (MISSING, "damaged", NOT_DECODABLE)
 KINDS = (
     *FATAL,
     "other size than annotated",
@@ -229,30 +228,21 @@ def _voc(dataset: XMLDataset) -> Iterator[Annotated]:
         )
 
 
-def _look(path: str) -> tuple[tuple[int, int] | None, tuple[str, str] | None]:
-    """Return width and height of an image, or kind and text of what is wrong with the file."""
-    damage = image_damage(path)
-    if damage:
-        return None, (MISSING if damage == MISSING else "damaged", damage)
-    try:
-        # As MMDetection reads it, turned by its EXIF orientation.
-        image = mmcv.imfrombytes(mmengine.fileio.get(path))
-    except Exception as error:  # decoders raise what they like
-        return None, ("not decodable", str(error))
-    if image is None:
-        return None, ("not decodable", "OpenCV cannot read it")
-    return (image.shape[1], image.shape[0]), None
+def _look(path: str) -> tuple[tuple[int, int] | None, str | None]:
+    """Return width and height of an image, or what is wrong with the file."""
+    image, damage = read_image(path)
+    return (None, damage) if image is None else ((image.shape[1], image.shape[0]), None)
 
 
 def _image_problems(
     split: str,
     record: Annotated,
     size: tuple[int, int] | None,
-    damage: tuple[str, str] | None,
+    damage: str | None,
 ) -> Iterator[Problem]:
     if damage:
-        kind, text = damage
-        yield Problem(kind, split, record.path, text)
+        kinds = (kind for kind in (MISSING, NOT_DECODABLE) if damage.startswith(kind))
+        yield Problem(next(kinds, "damaged"), split, record.path, damage)
     if size and record.size and size != record.size:
         turned = " (turned)" if size == record.size[::-1] else ""
         text = "{} x {}, is {} x {}".format(*record.size, *size) + turned

@@ -9,11 +9,11 @@ import matplotlib
 
 matplotlib.use("Agg")  # no screen is needed
 
-import mmcv
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
 from rfa_mmdet.engine.data_check.audit import KINDS, Audit, Problem
+from rfa_mmdet.engine.data_check.images import read_image
 from rfa_mmdet.engine.files import written_whole
 
 _BAD, _GOOD = "#e8112d", "#3ddc84"
@@ -76,13 +76,13 @@ def save_contact_sheet(
 def _draw(axes, path: str, problems: list[Problem], found: Audit) -> None:
     bad = {problem.box for problem in problems if problem.box}
     boxes = [box for box in found.annotations[path].boxes if box not in bad]
-    image = _image(path)
+    image, _ = read_image(path)
     if image is None:
         axes.text(0.5, 0.5, "no picture", ha="center", va="center", transform=axes.transAxes)
         axes.add_patch(Rectangle((0, 0), 1, 1, fill=False, ec="0.7", transform=axes.transAxes))
     else:
         height, width = image.shape[:2]
-        axes.imshow(image)
+        axes.imshow(image[..., ::-1])
         _frame(axes, width, height, [box.xyxy for box in bad])
         for colour, group, line in ((_GOOD, boxes, 1.0), (_BAD, bad, 2.2)):
             for box in group:
@@ -92,7 +92,8 @@ def _draw(axes, path: str, problems: list[Problem], found: Audit) -> None:
                 )
                 if colour == _BAD:  # a box without extent would not be seen
                     axes.plot((x1 + x2) / 2, (y1 + y2) / 2, "+", color=_BAD, ms=10, mew=2)
-    texts = list(dict.fromkeys(f"{problem.kind}: {problem.text}" for problem in problems))
+    texts = (p.text if p.text.startswith(p.kind) else f"{p.kind}: {p.text}" for p in problems)
+    texts = list(dict.fromkeys(texts))
     lines = [f"{os.path.basename(path)} ({problems[0].split})", *texts[:2]]
     if len(texts) > 2:
         lines.append(f"and {len(texts) - 2} more")
@@ -110,10 +111,3 @@ def _frame(axes, width: int, height: int, boxes: list) -> None:
 
 def _short(text: str, length: int = 52) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
-def _image(path: str):
-    try:
-        return mmcv.imread(path, channel_order="rgb")
-    except Exception:  # it is on the sheet because it cannot be read
-        return None
