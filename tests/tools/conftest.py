@@ -1,6 +1,7 @@
 """A drawn data set and a detector small enough to train in seconds, for real runs of the tools."""
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -82,12 +83,23 @@ def save_random_checkpoint(config: Path, path: Path) -> Path:
     cfg = Config.fromfile(config)
     init_default_scope("mmdet")
     torch.manual_seed(0)
-    model = MODELS.build(cfg.model)
+    model = MODELS.build(cfg.model).eval()
     for name, parameter in model.named_parameters():
-        if name.rpartition(".")[0].endswith(("_cls", "_reg")):
-            torch.nn.init.normal_(parameter, std=0.1)
-    classes = cfg.train_dataloader.dataset.metainfo.classes
-    meta = dict(dataset_meta=dict(classes=classes))
+        if re.search(r"_(cls|reg)(\.\d+)?\.(weight|bias)$", name):
+            torch.nn.init.normal_(parameter, std=0.1 if "cls" in name else 0.01)
+    # Batch norms that have seen something: else, maps grow from layer to layer.
+    noise = torch.rand(8, 3, 1, 1) + 0.2 * torch.randn(8, 3, 128, 128)
+    noise = (noise - 0.5) * 4 if "mean" in cfg.model.data_preprocessor else noise * 255
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+            module.train()
+    with torch.no_grad():
+        maps = model.extract_feat(noise)
+        if model.with_bbox and not hasattr(model, "roi_head"):
+            model.bbox_head(maps)
+    metainfo = cfg.train_dataloader.dataset.get("metainfo", {})
+    meta = dict(dataset_meta=dict(metainfo)) if metainfo else {}
     torch.save(dict(state_dict=model.state_dict(), meta=meta), path)
     return path
 

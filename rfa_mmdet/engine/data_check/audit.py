@@ -8,6 +8,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
@@ -168,6 +169,19 @@ def audit(
                 found.problems += problems
     found.problems += _unnamed(work, splits_of)
     return found
+
+
+def dataset_images(cfg: Config, split: str, number: int) -> list[str]:
+    """Return the first image files of a split, or none where its data cannot be read.
+
+    Args:
+        cfg (Config): Of a detector.
+        split (str): 'train', 'val' or 'test'.
+        number (int): At most so many.
+    """
+    read = [found for leaf in leaves(cfg, split) if (found := _read(leaf))]
+    paths = (record.path for _, records, _ in read for record in records)
+    return list(islice(paths, number))
 
 
 def _read(leaf: Leaf) -> tuple[tuple[str, ...], list[Annotated], tuple] | None:
