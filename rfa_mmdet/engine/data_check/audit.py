@@ -60,7 +60,7 @@ class Annotated:
     Attributes:
         path (str): The image file.
         size (tuple[int, int] | None): Width and height, if the annotations give them.
-        boxes (tuple[Box, ...]): All of them.
+        boxes (tuple[Box, ...]): Those to learn from.
         unknown (tuple[str, ...]): Names or ids of classes that the dataset does not have.
     """
 
@@ -209,6 +209,8 @@ def _coco(dataset: CocoDataset) -> Iterator[Annotated]:
     classes = set(dataset.metainfo["classes"])
     boxes, unknown = defaultdict(list), defaultdict(list)
     for annotation in content["annotations"]:
+        if annotation.get("iscrowd") or annotation.get("ignore"):
+            continue  # regions, from which nothing is learnt
         x, y, width, height = annotation["bbox"]
         name = names.get(annotation["category_id"])
         image = annotation["image_id"]
