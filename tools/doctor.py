@@ -72,6 +72,14 @@ import rfa_mmdet
 facts.update(version=rfa_mmdet.__version__, folder=rfa_mmdet.__path__[0], backend="reference")
 from mmdet.registry import MODELS
 MODELS.get("RFAResNet")
+try:
+    from rfa_mmdet.ops.dispatch import missing
+except ImportError:
+    pass  # there is but one
+else:
+    cpu, triton = missing("cpu"), missing("triton")
+    names = f"{'reference' if triton else 'triton'} on a GPU, {'reference' if cpu else 'cpu'} else"
+    facts.update(backend=names, slow=cpu)
 """,
     **{name: f"import {name}" for name in LIBRARIES},
     "pycocotools": "import pycocotools.mask",
@@ -228,6 +236,7 @@ class Doctor:
             *self.check_numpy(),
             *self.check_operators(),
             *self.check_gpu(),
+            *self.check_backends(),
             *self.check_requirements(),
         ]
         if not any(trouble.fatal for trouble in found):
@@ -417,6 +426,16 @@ class Doctor:
                 "nvidia-smi   # shows the latest CUDA that the driver serves; update the driver",
                 False,
             )
+
+    def check_backends(self):
+        """Whether this package's own operators are compiled."""
+        reason = self.facts["rfa_mmdet"].get("slow")
+        if reason:
+            mend = "python3 tools/setup_env.py --force"
+            if not self.own:
+                checkout = shlex.quote(str(ROOT))
+                mend = f"{self.pip} install --no-deps --no-build-isolation -e {checkout}"
+            yield Trouble(f"RFAConv runs its slow reference on the CPU: {reason}", mend, False)
 
     def check_requirements(self):
         """What installed packages say they need of others, and of Python."""

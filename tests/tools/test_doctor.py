@@ -345,6 +345,23 @@ def test_system_library_that_is_missing(sick):
     assert mends(out) == ["apt install libgl1 libglib2.0-0"]
 
 
+def test_backends_of_this_package(sick):
+    """With a dispatcher, as the package has one where its operators are compiled."""
+    (sick.site / "rfa_mmdet" / "ops").mkdir()
+    dispatch = sick.site / "rfa_mmdet" / "ops" / "dispatch.py"
+    dispatch.write_text("missing = {'cpu': None, 'triton': 'not installed'}.get")
+    code, out = sick.examine()
+    assert code == 0
+    assert "backend: reference on a GPU, cpu else" in out
+    assert "warning" not in out
+    dispatch.write_text("missing = {'cpu': 'no compiler', 'triton': None}.get")
+    code, out = sick.examine()
+    assert code == 0
+    assert "backend: triton on a GPU, reference else" in out
+    assert "warning: RFAConv runs its slow reference on the CPU: no compiler" in out
+    assert mends(out)[0].endswith(f"-e {ROOT}")
+
+
 def test_error_of_this_package_is_shown(sick):
     sick.add("rfa_mmdet", files={"__init__": "raise SyntaxError('a slip')"})
     code, out = sick.examine()
