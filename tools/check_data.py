@@ -30,8 +30,7 @@ def parse_args() -> Namespace:
     """Read the command line."""
     parser = config_parser(
         __doc__,
-        "DATA_ROOT=data/mine CLASSES=cat,dog python tools/check_data.py "
-        "configs/custom/retinanet_r18-rfaconv_fpn_50e_custom-coco.py",
+        "python tools/check_data.py configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py",
     )
     parser.add_argument("--splits", nargs="+", choices=SPLITS, help="default: those of the config")
     parser.add_argument(
