@@ -1,5 +1,6 @@
 """Train a detector."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from mmdet.utils import setup_cache_size_limit_of_dynamo
@@ -33,7 +34,34 @@ def parse_args():
         action="store_true",
         help="scale the learning rate by batch size over the config's auto_scale_lr",
     )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also log for TensorBoard: tensorboard --logdir <work dir>",
+    )
     return parser.parse_args()
+
+
+def add_tensorboard(cfg: Config) -> None:
+    """Have the visualizer write what is logged for TensorBoard as well."""
+    if find_spec("tensorboard") is None:
+        raise ConfigError("--tensorboard: tensorboard is not installed: pip install tensorboard")
+    if cfg.get("visualizer") is None:
+        cfg.visualizer = dict(type="DetLocalVisualizer", name="visualizer")
+    backends = cfg.visualizer.get("vis_backends") or [dict(type="LocalVisBackend")]
+    if not any(str(backend["type"]).endswith("TensorboardVisBackend") for backend in backends):
+        cfg.visualizer.vis_backends = [*backends, dict(type="TensorboardVisBackend")]
+
+
+def keep_best(cfg: Config) -> None:
+    """Keep the best checkpoint, by the first metric, unless the config says what to do about it."""
+    if cfg.get("val_evaluator") is None:
+        return
+    hooks = cfg.setdefault("default_hooks", {})
+    hook = hooks.setdefault("checkpoint", dict(type="CheckpointHook", interval=1))
+    if hook is not None and "save_best" not in hook:
+        # Of some, such as LVIS's bbox_AP, MMEngine does not know that more is better.
+        hook.update(save_best="auto", rule="greater")
 
 
 def apply_args(cfg: Config, args) -> None:
@@ -57,6 +85,9 @@ def apply_args(cfg: Config, args) -> None:
             raise ConfigError(f"--resume {args.resume}: no such file")
         cfg.resume = True
         cfg.load_from = None if args.resume == "auto" else args.resume
+    if args.tensorboard:
+        add_tensorboard(cfg)
+    keep_best(cfg)
     # So that a resumed run draws the same random numbers as one that was not interrupted.
     cfg.train_dataloader.persistent_workers = False
     present = {hook["type"] for hook in cfg.get("custom_hooks", [])}

@@ -28,8 +28,8 @@ _READ_KEYS = {
 }
 
 
-def run_parser(description: str, example: str) -> ArgumentParser:
-    """Return a parser with the arguments of every run.
+def config_parser(description: str, example: str) -> ArgumentParser:
+    """Return a parser with the arguments of every tool that reads a config.
 
     Args:
         description (str): What the tool does.
@@ -44,7 +44,6 @@ def run_parser(description: str, example: str) -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="config file")
-    parser.add_argument("--work-dir", help="where to write; default: work_dirs/<config name>")
     parser.add_argument(
         "--cfg-options",
         nargs="+",
@@ -53,6 +52,21 @@ def run_parser(description: str, example: str) -> ArgumentParser:
         metavar="KEY=VALUE",
         help='override entries of the config, such as train_cfg.max_epochs=24 or a="[1,2]"',
     )
+    return parser
+
+
+def run_parser(description: str, example: str) -> ArgumentParser:
+    """Return a parser with the arguments of every run, which are more than those of every tool.
+
+    Args:
+        description (str): What the tool does.
+        example (str): A command that works.
+
+    Returns:
+        ArgumentParser: To be extended by the tool's own arguments.
+    """
+    parser = config_parser(description, example)
+    parser.add_argument("--work-dir", help="where to write; default: work_dirs/<config name>")
     parser.add_argument(
         "--launcher",
         choices=["none", "pytorch", "slurm", "mpi"],
@@ -66,7 +80,7 @@ def load_config(args: Namespace) -> Config:
     """Read the config file and lay the command line over it.
 
     Args:
-        args (Namespace): Of a :func:`run_parser`.
+        args (Namespace): Of a :func:`config_parser` or :func:`run_parser`.
 
     Returns:
         Config: With ``launcher`` and ``work_dir`` set.
@@ -86,8 +100,8 @@ def load_config(args: Namespace) -> Config:
         raise ConfigError(f"config={args.config!r}: {error}") from error
     _check_options(cfg, args.cfg_options)
     cfg.merge_from_dict(args.cfg_options)
-    cfg.launcher = args.launcher
-    if args.work_dir is not None:
+    cfg.launcher = getattr(args, "launcher", "none")
+    if getattr(args, "work_dir", None) is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get("work_dir") is None:
         cfg.work_dir = str(Path("work_dirs", path.stem))

@@ -1,11 +1,17 @@
 """A drawn data set and a detector small enough to train in seconds, for real runs of the tools."""
 
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
 
 from rfa_mmdet.engine.shapes import make_shapes
 
@@ -68,6 +74,57 @@ def run_tool(environment):
             stderr=subprocess.STDOUT,
             timeout=600,
         )
+
+    return run
+
+
+def save_random_checkpoint(config: Path, path: Path) -> Path:
+    """Save a model as it starts, but with classifiers that are not of one opinion everywhere."""
+    cfg = Config.fromfile(config)
+    init_default_scope("mmdet")
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model).eval()
+    for name, parameter in model.named_parameters():
+        if re.search(r"_(cls|reg)(\.\d+)?\.(weight|bias)$", name):
+            torch.nn.init.normal_(parameter, std=0.1 if "cls" in name else 0.01)
+    # Batch norms that have seen something: else, maps grow from layer to layer.
+    noise = torch.rand(8, 3, 1, 1) + 0.2 * torch.randn(8, 3, 128, 128)
+    noise = (noise - 0.5) * 4 if "mean" in cfg.model.data_preprocessor else noise * 255
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+            module.train()
+    with torch.no_grad():
+        maps = model.extract_feat(noise)
+        if model.with_bbox and not hasattr(model, "roi_head"):
+            model.bbox_head(maps)
+    metainfo = cfg.train_dataloader.dataset.get("metainfo", {})
+    meta = dict(dataset_meta=dict(metainfo)) if metainfo else {}
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_config, shapes, tmp_path_factory) -> Path:
+    """Of the thin detector, not trained, with scores from near 0 to near 1."""
+    return save_random_checkpoint(tiny_config, tmp_path_factory.mktemp("weights") / "random.pth")
+
+
+@pytest.fixture
+def fails(capsys, monkeypatch, shapes):
+    """Run a tool in this process; return the one error that it ends with."""
+
+    def run(tool, *arguments):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setenv("DATA_ROOT", str(shapes))
+        monkeypatch.setattr(sys, "argv", [f"tools/{tool}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(f"tools/{tool}.py", run_name="__main__")
+        assert stop.value.code == 1
+        errors = capsys.readouterr().err
+        assert errors.count("error: ") == 1
+        assert "Traceback" not in errors
+        return errors[errors.index("error: ") :]
 
     return run
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -11,7 +12,10 @@ import time
 
 import cv2
 import pandas as pd
+import pytest
 import torch
+from mmengine.config import Config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.tools.conftest import ROOT
 
@@ -59,6 +63,42 @@ def test_test_prints_metrics_draws_and_dumps(trained, tiny_config, run_tool, tmp
     assert tested["coco/bbox_mAP"] == log["coco/bbox_mAP"].dropna().iloc[-1]
 
 
+@pytest.mark.parametrize(
+    ("hook", "expected"),
+    [
+        (dict(interval=2), ("auto", "greater")),
+        (dict(save_best="coco/bbox_mAP_50"), ("coco/bbox_mAP_50", None)),
+        (dict(save_best=None), (None, None)),
+    ],
+)
+def test_a_config_that_says_which_checkpoint_is_best_keeps_its_word(hook, expected):
+    tool = runpy.run_path(f"{ROOT}/tools/train.py")
+    cfg = Config(dict(val_evaluator=dict(type="CocoMetric"), default_hooks=dict(checkpoint=hook)))
+    tool["keep_best"](cfg)
+    found = cfg.default_hooks.checkpoint
+    assert (found.get("save_best"), found.get("rule")) == expected
+
+
+def test_without_validation_no_checkpoint_is_the_best():
+    tool = runpy.run_path(f"{ROOT}/tools/train.py")
+    cfg = Config(dict(val_evaluator=None))
+    tool["keep_best"](cfg)
+    assert "default_hooks" not in cfg
+
+
+def test_tensorboard_is_added_once_beside_what_the_config_has():
+    tool = runpy.run_path(f"{ROOT}/tools/train.py")
+    cfg = Config(dict())
+    for _ in range(2):
+        tool["add_tensorboard"](cfg)
+        types = [backend.type for backend in cfg.visualizer.vis_backends]
+        assert types == ["LocalVisBackend", "TensorboardVisBackend"]
+    cfg = Config(dict(visualizer=dict(type="X", vis_backends=[dict(type="WandbVisBackend")])))
+    tool["add_tensorboard"](cfg)
+    types = [backend.type for backend in cfg.visualizer.vis_backends]
+    assert types == ["WandbVisBackend", "TensorboardVisBackend"]
+
+
 def test_killed_and_resumed_run_equals_one_that_was_not(
     trained, tiny_config, environment, run_tool, tmp_path
 ):
@@ -83,6 +123,46 @@ def test_killed_and_resumed_run_equals_one_that_was_not(
     resumed, whole = weights(tmp_path / "epoch_3.pth"), weights(trained / "epoch_3.pth")
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+VOC = """
+data = dict(
+    _delete_=True,
+    type="XMLDataset",
+    data_root="{{$DATA_ROOT:none}}/",
+    data_prefix=dict(sub_data_root=""),
+    ann_file="ImageSets/Main/val.txt",
+    metainfo=dict(classes=("circle", "square", "triangle", "star")),
+    test_mode=True,
+    pipeline={{_base_.test_pipeline}},
+)
+val_dataloader = dict(dataset=data)
+val_evaluator = dict(_delete_=True, type="VOCMetric", metric="mAP")
+train_cfg = dict(max_epochs=2)
+# As in MMDetection's own configs, of which none says that the best is kept.
+default_hooks = dict(checkpoint=dict(_delete_=True, type="CheckpointHook", interval=1))
+"""
+
+
+def test_tensorboard_by_a_flag_and_the_best_checkpoint_kept(tiny_config, run_tool, tmp_path):
+    config = tmp_path / "voc.py"
+    config.write_text(f'_base_ = "{tiny_config}"\n{VOC}')
+    done = run_tool(
+        *(sys.executable, "tools/train.py", config, "--work-dir", tmp_path / "work"),
+        "--tensorboard",
+    )
+    assert done.returncode == 0, done.stdout
+    (folder,) = (tmp_path / "work").glob("*/vis_data")
+    events = EventAccumulator(str(folder)).Reload()
+    # The same numbers as in the log that is always written.
+    log = pd.read_json(folder / "scalars.json", lines=True)
+    for name, number in (("loss", 6), ("pascal_voc/mAP", 2)):
+        written = [event.value for event in events.Scalars(name)]
+        assert len(written) == number
+        assert written == pytest.approx(log[name].dropna().tolist(), rel=1e-5)
+    best = log["pascal_voc/mAP"].dropna().argmax() + 1
+    (kept,) = (tmp_path / "work").glob("best_*.pth")
+    assert kept.name == f"best_pascal_voc_mAP_epoch_{best}.pth"
 
 
 KEEP_WEIGHTS = """

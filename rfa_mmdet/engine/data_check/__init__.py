@@ -22,6 +22,7 @@ __all__ = [
     "Loaded",
     "check_data",
     "damaged_images",
+    "find_problems",
     "image_damage",
     "leaves",
     "read_coco",
@@ -46,6 +47,21 @@ def check_data(cfg: Config, splits: Sequence[str] = ("train", "val")) -> list[st
         DataError: The run would fail, or learn or measure nothing, or the wrong thing. The
             message names everything found.
     """
+    found = find_problems(cfg, splits)
+    found.raise_errors()
+    return found.warnings
+
+
+def find_problems(cfg: Config, splits: Sequence[str]) -> Findings:
+    """Do what :func:`check_data` does, and return what was found, without raising.
+
+    Args:
+        cfg (Config): Of a detector.
+        splits (Sequence[str]): Of 'train', 'val', 'test'; see :func:`check_data`.
+
+    Returns:
+        Findings: Errors and warnings.
+    """
     found = Findings()
     labelled = []
     for split in splits:
@@ -65,6 +81,7 @@ def check_data(cfg: Config, splits: Sequence[str] = ("train", "val")) -> list[st
             files[leaf.key] = dataset.ann_file
             if loaded:
                 check_images(leaf, loaded.images, found)
+                found.read.update(loaded.images)
                 boxes += [] if dataset.test_mode else [(leaf, dataset, loaded)]
         _check_any_boxes(boxes, found)
         if split != "train":
@@ -73,8 +90,7 @@ def check_data(cfg: Config, splits: Sequence[str] = ("train", "val")) -> list[st
         check_heads(cfg.model, *labelled[0], found)
         if not cfg.model.get("language_model"):
             check_same_labels(labelled, found)
-    found.raise_errors()
-    return found.warnings
+    return found
 
 
 def _build(leaf: Leaf, found: Findings) -> BaseDataset | None:

@@ -1,10 +1,12 @@
-"""Are the image files there, and whole? By their first and last bytes, without decoding."""
+"""Are the image files there, and whole? By their first and last bytes, or by decoding them."""
 
 import os
 import sys
 from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
 
+import mmcv
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 
@@ -12,6 +14,7 @@ from rfa_mmdet.engine.data_check.find import Leaf
 from rfa_mmdet.engine.data_check.report import Findings, missing_path, some
 
 MISSING = "missing"
+NOT_DECODABLE = "not decodable"
 _TAIL = 64
 _PADDING = b"\0\r\n \t"
 _JPEG_END = b"\xff\xd9"
@@ -56,6 +59,31 @@ def image_damage(path: str) -> str | None:
     except OSError as error:
         return f"unreadable ({error.strerror})"
     return None
+
+
+def read_image(path: str) -> tuple[np.ndarray | None, str | None]:
+    """Read an image as MMDetection does, turned by its EXIF orientation; never raises for a file.
+
+    Args:
+        path (str): The file.
+
+    Returns:
+        tuple[np.ndarray | None, str | None]: (H, W, 3) uint8 in BGR, or what is wrong: what
+        :func:`image_damage` says, or that it is not decodable.
+
+    Example:
+        >>> read_image("/no/such/file.jpg")
+        (None, 'missing')
+    """
+    damage = image_damage(path)
+    if damage:
+        return None, damage
+    try:
+        with open(path, "rb") as file:
+            image = mmcv.imfrombytes(file.read())
+    except Exception as error:  # decoders raise what they like
+        return None, f"{NOT_DECODABLE}: {error}"
+    return (None, f"{NOT_DECODABLE} by OpenCV") if image is None else (image, None)
 
 
 def _jpeg_ends(path: str) -> bool:

@@ -19,10 +19,12 @@ class Findings:
     Attributes:
         errors (list[str]): A run would fail, or silently learn nothing or the wrong thing.
         warnings (list[str]): A run is possible.
+        read (set[str]): The image files that a run would read.
     """
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    read: set[str] = field(default_factory=set)
 
     def raise_errors(self) -> None:
         """Raise one :class:`DataError` with all errors, if there are any."""
