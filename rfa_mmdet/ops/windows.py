@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from rfa_mmdet.ops.gated import contract, recomputes
+from rfa_mmdet.ops.gated import gradients_of_gates, recomputes
 from rfa_mmdet.ops.precision import no_autocast
 
 Pair = tuple[int, int]
@@ -148,8 +148,5 @@ class _ConvolveWeighed(torch.autograd.Function):
         if not needs_values:
             return None, None, None, grad_weight, grad_bias, None
         grad = grad.reshape(windows.shape)
-        products = grad * windows
-        of_first = contract(products, second, first.shape)
-        of_second = contract(products, first, second.shape)
-        del products
-        return grad.mul_(first).mul_(second), of_first, of_second, grad_weight, grad_bias, None
+        of_gates = gradients_of_gates(grad * windows, first, second)
+        return grad.mul_(first).mul_(second), *of_gates, grad_weight, grad_bias, None
