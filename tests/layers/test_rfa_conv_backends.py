@@ -227,7 +227,7 @@ def test_transforms_of_torch_func_take_the_reference(calls):
     reference = copy.deepcopy(layer)
     reference.backend = "reference"
     expected = torch.autograd.functional.jvp(reference, x, torch.ones_like(x))[1]
-    state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    state = dict(layer.named_parameters())
     gradient = torch.func.grad(
         lambda s, x: torch.func.functional_call(layer, s, (x,)).square().sum()
     )(state, x)
@@ -292,7 +292,7 @@ for step in range(2):
             dist.all_reduce(gradient)
     close = lambda a, b: torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-4)
     close(out.detach(), y.detach()[mine])
-    close(given.grad, expected[0][mine])
+    close(given.grad / (2 if PARALLEL else 1), expected[0][mine])
     for (name, _), a, b in zip(layer.named_parameters(), gradients, expected[1:], strict=True):
         close(a, b)
     close(layer.norm.running_mean, joined.norm.running_mean)
