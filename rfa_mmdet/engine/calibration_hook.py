@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from itertools import islice
 
 import torch
-from mmengine.dist import all_reduce, get_world_size
+from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from rfa_mmdet.engine.errors import ConfigError
 from rfa_mmdet.engine.new_layers_hook import bare
@@ -62,7 +61,7 @@ class CalibrationHook(Hook):
                 yield lambda: losses.append(_loss(model, last))
 
         layers, seen = calibrate(model, runs())
-        with torch.no_grad(), _kept_statistics(model):
+        with torch.no_grad(), _kept_buffers(model):
             losses.append(_loss(model, last))
         print_log(
             f"Calibrated the batch norms of {layers} warm-started layers on {seen} batches; the "
@@ -80,14 +79,18 @@ def _loss(model: nn.Module, data: dict) -> float:
 
 
 @contextmanager
-def _kept_statistics(model: nn.Module) -> Iterator[None]:
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    kept = [{k: v.clone() for k, v in norm.state_dict().items()} for norm in norms]
+def _kept_buffers(model: nn.Module) -> Iterator[None]:
+    kept = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     try:
         yield
     finally:
-        for norm, state in zip(norms, kept, strict=True):
-            norm.load_state_dict(state)
+        for module, name, buffer, value in kept:
+            buffer.copy_(value)
+            setattr(module, name, buffer)  # where it was not changed in place
 
 
 def uncalibrated(model: nn.Module) -> dict[str, ReceptiveFieldConv]:
@@ -132,20 +135,27 @@ def calibrate(model: nn.Module, runs: Iterable[Callable]) -> tuple[int, int]:
         True
     """
     layers = uncalibrated(model)
-    sums: dict[str, Tensor] = {}
+    # (mean, variance, calls) by channel: a head runs its layers once for each level.
+    sums = {
+        name: layer.norm.weight.new_zeros(3, layer.norm.num_features, dtype=torch.float64)
+        for name, layer in layers.items()
+    }
 
-    def watch(name: str) -> Callable:
+    def watch(total: Tensor) -> Callable:
         def hook(norm: nn.Module, inputs: tuple[Tensor]) -> None:
             x = inputs[0].double()
-            both = torch.stack([x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)])
-            sums[name] = sums.get(name, 0) + both
+            if x.numel():  # a batch may have no regions
+                mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+                total.add_(torch.stack([mean, variance, torch.ones_like(mean)]))
 
         return hook
 
-    handles = [layer.norm.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    handles = [
+        layer.norm.register_forward_pre_hook(watch(sums[name])) for name, layer in layers.items()
+    ]
     seen = 0
     try:
-        with _kept_statistics(model):
+        with _kept_buffers(model):
             for layer in layers.values():
                 layer.norm.eval()
             for run in runs:
@@ -157,10 +167,10 @@ def calibrate(model: nn.Module, runs: Iterable[Callable]) -> tuple[int, int]:
         for layer in layers.values():
             layer.norm.train()
     for name, layer in layers.items():
-        if name not in sums:
-            continue  # a branch that no batch reached
-        both = sums[name] / seen
-        all_reduce(both, op="sum")
-        mean, variance = (both / get_world_size()).to(layer.norm.weight.dtype)
-        calibrate_norm(layer.norm, mean, variance, layer.input_floor)
+        # In every process, also in one whose batches did not reach the layer.
+        all_reduce(sums[name], op="sum")
+        mean, variance, calls = sums[name]
+        if calls.any():
+            mean, variance = ((v / calls).to(layer.norm.weight.dtype) for v in (mean, variance))
+            calibrate_norm(layer.norm, mean, variance, layer.input_floor)
     return len(layers), seen

@@ -19,9 +19,14 @@ def detector_config(cfg: Config) -> dict:
         {'type': 'RetinaNet'}
     """
     model = cfg.model
-    while model.get("type") == "Retrofit":
+    while _is_retrofit(model):
         model = model["module"]
     return model
+
+
+def _is_retrofit(node: Any) -> bool:
+    name = node.get("type") if isinstance(node, dict) else None
+    return isinstance(name, str) and name.rpartition(".")[2] == "Retrofit"
 
 
 # Retrofit's arguments.
@@ -55,11 +60,13 @@ def _take_out(node: Any) -> bool:
         return sum(map(_take_out, node)) > 0  # any() would stop at the first
     found = False
     for key, value in list(node.items()) if isinstance(node, dict) else ():
-        if isinstance(value, dict) and value.get("type") == "Retrofit":
-            own = {k: v for k, v in value.items() if k not in _RETROFIT}
-            # What is left beside Retrofit's own arguments is meant for the module.
-            node[key] = {**value["module"], **own}
-            _take_out(node[key])
+        if _is_retrofit(value):
+            while _is_retrofit(value):
+                own = {k: v for k, v in value.items() if k not in _RETROFIT}
+                # What is left beside Retrofit's own arguments is meant for the module.
+                value = {**value["module"], **own}
+            node[key] = value
+            _take_out(value)
             found = True
         elif isinstance(value, dict) and _is_ours(value):
             del node[key]

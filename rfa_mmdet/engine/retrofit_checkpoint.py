@@ -1,6 +1,7 @@
 """Warm-start a retrofitted detector once, prove that it computes the same, and write the file."""
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class Equality(NamedTuple):
     @property
     def largest(self) -> float:
         """The largest of all."""
-        return max(self.outputs.values())
+        return _largest(self.outputs.values())
 
 
 def retrofit_checkpoint(
@@ -90,8 +91,15 @@ def retrofit_checkpoint(
     return found
 
 
+def _largest(values: Iterable[float]) -> float:
+    values = list(values)
+    # max() would lose a NaN that is not the first.
+    return next((v for v in values if v != v), max(values, default=0.0))
+
+
 def _worst(found: Equality) -> str:
-    return max(found.outputs, key=lambda part: found.outputs[part])
+    parts, values = zip(*found.outputs.items(), strict=True)
+    return parts[values.index(found.largest)]  # which finds a NaN by identity
 
 
 def _load_plain(plain: nn.Module, state: dict, source: str) -> None:
@@ -104,6 +112,16 @@ def _load_plain(plain: nn.Module, state: dict, source: str) -> None:
         raise UserError(
             f"{source}: is no checkpoint of the plain detector, as {len(missing)} of its keys are "
             f"missing, such as {', '.join(missing[:3])}"
+        )
+    wrong = [
+        f"{key} has the shape {tuple(state[key].shape)} there, and {tuple(value.shape)} here"
+        for key, value in plain.state_dict().items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if wrong:
+        raise UserError(
+            f"{source}: is no checkpoint of the plain detector, as {len(wrong)} of its keys have "
+            f"other shapes, such as {wrong[0]}"
         )
     plain.load_state_dict(state, strict=False)
 
@@ -144,7 +162,7 @@ def compare(plain: nn.Module, net: nn.Module, image: Tensor) -> Equality:
             found["bbox_head"] = model.bbox_head(maps)
         outputs.append(found)
     differences = {
-        part: max(_relative(a, b) for a, b in zip(*map(_flat, pair), strict=True))
+        part: _largest(_relative(a, b) for a, b in zip(*map(_flat, pair), strict=True))
         for part, *pair in ((part, outputs[0][part], outputs[1][part]) for part in outputs[0])
     }
     plugins = [n for n, m in new_layers(net) if not isinstance(m, AttentionConv2d)]
