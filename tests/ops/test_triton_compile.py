@@ -159,7 +159,7 @@ def test_sizes_of_maps_do_not_compile_anew(monkeypatch):
     """A detector's maps change their size from image to image."""
     for channels_last in (False, True):
         keys = []
-        for size in ((100, 168), (99, 151), (64, 64), (1, 1)):
+        for size in ((100, 168), (99, 151), (64, 64), (3, 5)):
             key = []
             functions = layer(torch.float16, channels_last, size=size)
             for function in functions.values():
