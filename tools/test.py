@@ -22,6 +22,11 @@ def parse_args():
     parser.add_argument("checkpoint", help="checkpoint file or URL")
     parser.add_argument("--show-dir", help="write pictures: ground truth beside detections")
     parser.add_argument("--out", help="write the predictions, as a .pkl file")
+    parser.add_argument(
+        "--tta",
+        action="store_true",
+        help="test-time augmentation, by tta_model and tta_pipeline of the config",
+    )
     return parser.parse_args()
 
 
@@ -32,11 +37,26 @@ def apply_args(cfg: Config, args) -> None:
     cfg.load_from = args.checkpoint
     if args.out is not None and Path(args.out).suffix not in (".pkl", ".pickle"):
         raise ConfigError(f"--out {args.out}: the file's name must end in .pkl or .pickle")
+    missing = [key for key in ("tta_model", "tta_pipeline") if key not in cfg]
+    if args.tta and missing:
+        raise ConfigError(
+            f"--tta: the config has no {' and no '.join(missing)}; mmdet's "
+            "configs/retinanet/retinanet_tta.py is an example to put into _base_"
+        )
     if args.show_dir is not None:
         args.show, args.wait_time = False, 0
         # MMDetection would put a relative folder below <work dir>/<time>.
         args.show_dir = str(Path(args.show_dir).resolve())
         trigger_visualization_hook(cfg, args)
+
+
+def augment(cfg: Config) -> None:
+    """Put the detector, and the images, into test-time augmentation."""
+    dataset = cfg.test_dataloader.dataset
+    while "dataset" in dataset:  # that is wrapped in others
+        dataset = dataset.dataset
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.model = dict(**cfg.tta_model, module=cfg.model)
 
 
 def main() -> None:
@@ -47,6 +67,8 @@ def main() -> None:
         cfg = load_config(args)
         apply_args(cfg, args)
         prepare_run(cfg, "test")
+        if args.tta:
+            augment(cfg)
         runner = Runner.from_cfg(cfg)
         if args.out is not None:
             runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))

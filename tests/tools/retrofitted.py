@@ -54,7 +54,7 @@ def build_plain(config) -> nn.Module:
     stir(model)
     head = getattr(model, "bbox_head", None)
     if head is not None:  # RetinaNet's, whose scores start at 0.01, all alike
-        nn.init.normal_(head.retina_cls.weight, std=0.5)
+        nn.init.normal_(head.retina_cls.weight, std=0.2)
         nn.init.normal_(head.retina_reg.weight, std=0.05)
     return model.eval()
 

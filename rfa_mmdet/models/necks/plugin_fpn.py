@@ -54,6 +54,8 @@ class PluginFPN(FPN):
         **kwargs: Any,
     ) -> None:
         super().__init__(in_channels, out_channels, num_outs, **kwargs)
+        if isinstance(plugins, (dict, str)):
+            raise TypeError(f"plugins={plugins!r}: must be a list of dicts")
         edits = [self._edit(i, plugin) for i, plugin in enumerate(plugins)]
         if conv_cfg is not None:
             edits.append(dict(where=r"fpn_convs\.\d+", conv=conv_cfg))
@@ -76,6 +78,8 @@ class PluginFPN(FPN):
         convs = POSITIONS[plugin["position"]]
         count = len(getattr(self, convs))
         levels = plugin.get("levels", tuple(range(count)))
+        if isinstance(levels, (int, str)):
+            raise TypeError(f"plugins[{i}]: levels={levels!r}: must be a sequence of ints")
         if not levels or any(level not in range(count) for level in levels):
             raise ValueError(
                 f"plugins[{i}]: levels={levels}: {plugin['position']} can be at levels "
