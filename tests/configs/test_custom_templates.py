@@ -23,7 +23,8 @@ SPLITS = {"train": "train", "valid": "val", "test": "val"}
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("shapes")
-    make_shapes(root, num_train=3, num_val=2, image_size=(96, 64), seed=1, max_objects=2)
+    # Enough for every class to occur in both splits.
+    make_shapes(root, num_train=8, num_val=8, image_size=(128, 96), seed=1, max_objects=5)
     return root
 
 

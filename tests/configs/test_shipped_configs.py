@@ -176,6 +176,8 @@ def test_name_says_what_is_built(path):
     if parts["backbone"] != "s":
         assert model.backbone.depth == int(parts["backbone"][1:])
         assert (model.backbone.style == "caffe") == bool(parts["style"])
+    if parts["head"]:
+        assert any(isinstance(m, nn.GroupNorm) for m in model.bbox_head.modules())
     found = method_layers(path, model)
     assert {re.match(r"backbone\.(layer|stage)([234])\.", name)[2] for name in found} == set("234")
     backbone = parts["backbone"]
