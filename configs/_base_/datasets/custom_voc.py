@@ -1,7 +1,8 @@
 # Any set in VOC layout (JPEGImages, Annotations, ImageSets/Main). From the environment, on the
 # command line before the tool:
 #   DATA_ROOT  the folder; CLASSES  names as in the annotations, separated by commas;
-#   TRAIN_SET, VAL_SET, TEST_SET  image sets, if other than train, val and test.
+#   TRAIN_SET, VAL_SET, TEST_SET  image sets, if other than train, val and test;
+#   IMG_DIR, ANN_DIR  folders of images and of XML files, if other than in VOC.
 dataset_type = "XMLDataset"
 data_root = "{{$DATA_ROOT:data/custom}}/"
 classes = tuple(name.strip() for name in "{{$CLASSES:object}}".split(","))
@@ -30,6 +31,8 @@ dataset = dict(
     data_root=data_root,
     metainfo=dict(classes=classes),
     data_prefix=dict(sub_data_root=""),
+    img_subdir="{{$IMG_DIR:JPEGImages}}",
+    ann_subdir="{{$ANN_DIR:Annotations}}",
 )
 train_dataloader = dict(
     batch_size=8,

@@ -1,0 +1,10 @@
+_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
+custom_imports = dict(imports=["rfa_mmdet"])
+
+model = dict(
+    backbone=dict(
+        type="RFAResNet",
+        rfa=dict(type="CAConv"),
+        stage_with_rfa=(False, True, True, True),
+    )
+)

@@ -1,0 +1,15 @@
+_base_ = "mmdet::retinanet/retinanet_r101_fpn_1x_coco.py"
+custom_imports = dict(imports=["rfa_mmdet"])
+
+model = dict(
+    backbone=dict(
+        type="RFAResNet",
+        plugins=[
+            dict(
+                cfg=dict(type="ConAM", patch_size=4, hidden_channels=16),
+                stages=(False, True, True, True),
+                position="after_conv3",
+            )
+        ],
+    )
+)

@@ -1,0 +1,17 @@
+_base_ = "mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py"
+custom_imports = dict(imports=["rfa_mmdet"])
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="Retrofit",
+        module={{_base_.model.backbone}},
+        edits=[
+            # Behind the last stage 640 pixels are 20 x 20 cells: 25 patches.
+            dict(
+                after=r"stage[234]\.\d\.blocks\.\d",
+                plugin=dict(type="ConAM", patch_size=4, hidden_channels=16),
+            )
+        ],
+    )
+)

@@ -1,0 +1,15 @@
+_base_ = "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
+custom_imports = dict(imports=["rfa_mmdet"])
+
+model = dict(
+    backbone=dict(
+        type="RFAResNet",
+        plugins=[
+            dict(
+                cfg=dict(type="CoordAtt"),
+                stages=(False, True, True, True),
+                position="after_conv3",
+            )
+        ],
+    )
+)

@@ -1,0 +1,21 @@
+_base_ = [
+    "mmdet::_base_/models/faster-rcnn_r50_fpn.py",
+    "../_base_/datasets/visdrone.py",
+    "mmdet::_base_/schedules/schedule_1x.py",
+    "mmdet::_base_/default_runtime.py",
+]
+custom_imports = dict(imports=["rfa_mmdet"])
+
+model = dict(
+    backbone=dict(
+        type="RFAResNet",
+        plugins=[
+            dict(
+                cfg=dict(type="EMA", factor=32),
+                stages=(False, True, True, True),
+                position="after_conv3",
+            )
+        ],
+    ),
+    roi_head=dict(bbox_head=dict(num_classes=10)),
+)

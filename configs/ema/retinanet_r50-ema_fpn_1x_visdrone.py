@@ -1,0 +1,23 @@
+_base_ = [
+    "mmdet::_base_/models/retinanet_r50_fpn.py",
+    "../_base_/datasets/visdrone.py",
+    "mmdet::_base_/schedules/schedule_1x.py",
+    "mmdet::_base_/default_runtime.py",
+]
+custom_imports = dict(imports=["rfa_mmdet"])
+
+model = dict(
+    backbone=dict(
+        type="RFAResNet",
+        plugins=[
+            dict(
+                cfg=dict(type="EMA", factor=32),
+                stages=(False, True, True, True),
+                position="after_conv3",
+            )
+        ],
+    ),
+    bbox_head=dict(num_classes=10),
+)
+# As mmdet's own schedule of RetinaNet.
+optim_wrapper = dict(optimizer=dict(lr=0.01))

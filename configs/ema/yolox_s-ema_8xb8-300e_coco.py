@@ -1,0 +1,16 @@
+_base_ = "mmdet::yolox/yolox_s_8xb8-300e_coco.py"
+custom_imports = dict(imports=["rfa_mmdet"])
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="Retrofit",
+        module={{_base_.model.backbone}},
+        edits=[
+            dict(
+                after=r"stage[234]\.\d\.blocks\.\d",
+                plugin=dict(type="EMA", factor=32),
+            )
+        ],
+    )
+)

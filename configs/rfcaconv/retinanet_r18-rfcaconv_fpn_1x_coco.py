@@ -1,0 +1,10 @@
+_base_ = "mmdet::retinanet/retinanet_r18_fpn_1x_coco.py"
+custom_imports = dict(imports=["rfa_mmdet"])
+
+model = dict(
+    backbone=dict(
+        type="RFAResNet",
+        rfa=dict(type="RFCAConv"),
+        stage_with_rfa=(False, True, True, True),
+    )
+)

@@ -1,0 +1,10 @@
+_base_ = "mmdet::pascal_voc/retinanet_r50_fpn_1x_voc0712.py"
+custom_imports = dict(imports=["rfa_mmdet"])
+
+model = dict(
+    backbone=dict(
+        type="RFAResNet",
+        rfa=dict(type="RFCBAMConv"),
+        stage_with_rfa=(False, True, True, True),
+    )
+)

@@ -1,0 +1,142 @@
+"""Templates on data laid out by others: a Roboflow export, in COCO and in VOC format."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from mmdet.registry import DATASETS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from rfa_mmdet.engine.data_check import check_data
+from rfa_mmdet.engine.shapes import CLASSES, make_shapes
+
+ROOT = Path(__file__).resolve().parents[2]
+# As Roboflow's web site may have them: one with a space.
+NAMES = dict(zip(CLASSES, ("traffic light", "car", "van", "bus"), strict=True))
+GIVEN = ", ".join(NAMES.values())
+SPLITS = {"train": "train", "valid": "val", "test": "val"}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("shapes")
+    # Enough for every class to occur in both splits.
+    make_shapes(root, num_train=8, num_val=8, image_size=(128, 96), seed=1, max_objects=5)
+    return root
+
+
+@pytest.fixture
+def template(monkeypatch):
+    def load(name: str, **variables: str) -> Config:
+        for key in ("VAL_SET", "IMG_DIR", "ANN_DIR", "TRAIN_ANN", "VAL_ANN"):
+            monkeypatch.delenv(key, raising=False)
+        for key, value in variables.items():
+            monkeypatch.setenv(key, str(value))
+        return Config.fromfile(ROOT / f"configs/custom/retinanet_r18-rfaconv_fpn_50e_{name}.py")
+
+    return load
+
+
+def export_coco(shapes: Path, root: Path) -> None:
+    """Lay a set out as Roboflow does: categories under a parent of id 0, images beside the file."""
+    for split, drawn in SPLITS.items():
+        (root / split).mkdir(parents=True)
+        coco = json.loads((shapes / "annotations" / f"{drawn}.json").read_text())
+        parent = dict(id=0, name="vehicles-abcd", supercategory="none")
+        coco["categories"] = [
+            parent,
+            *(
+                dict(id=one["id"], name=NAMES[one["name"]], supercategory=parent["name"])
+                for one in coco["categories"]
+            ),
+        ]
+        (root / split / "_annotations.coco.json").write_text(json.dumps(coco))
+        for image in coco["images"]:
+            shutil.copy(shapes / "JPEGImages" / image["file_name"], root / split)
+
+
+def export_voc(shapes: Path, root: Path) -> None:
+    """Lay a set out as Roboflow does: an XML file beside each image, and no lists."""
+    for split, drawn in SPLITS.items():
+        (root / split).mkdir(parents=True)
+        for path in (shapes / "Annotations").glob(f"{drawn}_*.xml"):
+            text = path.read_text()
+            for name, theirs in NAMES.items():
+                text = text.replace(f"<name>{name}<", f"<name>{theirs}<")
+            (root / split / path.name).write_text(text)
+            shutil.copy(shapes / "JPEGImages" / f"{path.stem}.jpg", root / split)
+
+
+def boxes(cfg: Config, split: str) -> list[tuple]:
+    """Return image, class name and box of everything in a data set, sorted."""
+    init_default_scope("mmdet")
+    dataset = DATASETS.build(cfg[f"{split}_dataloader"].dataset)
+    return sorted(
+        (
+            Path(item["img_path"]).name,
+            dataset.metainfo["classes"][one["bbox_label"]],
+            *map(int, one["bbox"]),
+        )
+        for item in (dataset.get_data_info(i) for i in range(len(dataset)))
+        for one in item["instances"]
+    )
+
+
+def drawn_boxes(shapes: Path, split: str) -> list[tuple]:
+    coco = json.loads((shapes / "annotations" / f"{split}.json").read_text())
+    files = {image["id"]: image["file_name"] for image in coco["images"]}
+    found = []
+    for one in coco["annotations"]:
+        x, y, width, height = one["bbox"]
+        name = NAMES[CLASSES[one["category_id"] - 1]]
+        found.append((files[one["image_id"]], name, x, y, x + width, y + height))
+    return sorted(found)
+
+
+def check(cfg: Config, shapes: Path) -> None:
+    assert cfg.model.bbox_head.num_classes == 4
+    assert check_data(cfg, ("train", "val", "test")) == []
+    for split, drawn in (("train", "train"), ("val", "val"), ("test", "val")):
+        assert boxes(cfg, split) == drawn_boxes(shapes, drawn)
+
+
+def test_roboflow_coco(template, shapes, tmp_path):
+    export_coco(shapes, tmp_path)
+    cfg = template("roboflow", DATA_ROOT=tmp_path, CLASSES=GIVEN)
+    check(cfg, shapes)
+    assert cfg.val_evaluator.ann_file == f"{tmp_path}/valid/_annotations.coco.json"
+    assert cfg.test_evaluator.ann_file == f"{tmp_path}/test/_annotations.coco.json"
+
+
+def test_roboflow_voc_by_the_commands_of_the_readme(template, shapes, tmp_path):
+    export_voc(shapes, tmp_path)
+    readme = (ROOT / "configs/custom/README.md").read_text()
+    commands = readme.split("cd data/export && ")[1].split("&& cd -")[0]
+    subprocess.run(["bash", "-ec", commands], cwd=tmp_path, check=True)
+    variables = dict(VAL_SET="valid", IMG_DIR=".", ANN_DIR=".")
+    assert " ".join(f"{key}={value}" for key, value in variables.items()) in readme
+    cfg = template("custom-voc", DATA_ROOT=tmp_path, CLASSES=GIVEN, **variables)
+    check(cfg, shapes)
+
+
+def test_other_places_in_coco_format(template, shapes, tmp_path):
+    export_coco(shapes, tmp_path)
+    cfg = template(
+        "custom-coco",
+        DATA_ROOT=tmp_path,
+        CLASSES=GIVEN,
+        TRAIN_ANN="train/_annotations.coco.json",
+        VAL_ANN="valid/_annotations.coco.json",
+        VAL_IMG="valid",
+    )
+    check(cfg, shapes)
+
+
+def test_classes_in_another_order_than_the_file_has_are_warned_about(template, shapes, tmp_path):
+    export_coco(shapes, tmp_path)
+    cfg = template("roboflow", DATA_ROOT=tmp_path, CLASSES="car,bus,van,traffic light")
+    warnings = check_data(cfg, ("train",))
+    assert any("in another order than the categories" in warning for warning in warnings)
