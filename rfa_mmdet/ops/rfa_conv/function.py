@@ -28,6 +28,9 @@ from rfa_mmdet.ops.rfa_conv.library import compute_dtype, output_size
 
 Pair = tuple[int, int]
 
+# Statistics are kept for the backward where the input has at least so many times their elements.
+KEEP_STATISTICS_BELOW = 12
+
 
 class Norm(NamedTuple):
     """Batch norm of the C * K responses, as plain tensors and numbers.
@@ -165,9 +168,21 @@ class _RFAConv(torch.autograd.Function):
             y = ops.rfa_conv_forward(
                 x, attention, feature, scale, shift, relu, weight, bias, *window, groups, backend
             )
-        ctx.save_for_backward(
-            x, attention, feature, weight, norm_weight, norm_bias, mean, r, first, second
+        statistics = (mean, r, first, second)
+        # Of a small map, the statistics would be a large share of what is kept, and cost little.
+        again = (
+            batch and group is None and KEEP_STATISTICS_BELOW * _elements(statistics) > x.numel()
         )
+        ctx.save_for_backward(
+            x,
+            attention,
+            feature,
+            weight,
+            norm_weight,
+            norm_bias,
+            *((None,) * 4 if again else statistics),
+        )
+        ctx.again, ctx.eps = again, eps
         ctx.batch, ctx.group, ctx.relu = batch, group, relu
         ctx.total = total
         ctx.window, ctx.groups, ctx.backend = window, groups, backend
@@ -195,6 +210,10 @@ class _RFAConv(torch.autograd.Function):
         corrected = ctx.batch and (need_x or need_feature)
         need_window = need_attention or need_feature or need_a or need_b or corrected
         with no_autocast(x):
+            if ctx.again:
+                first, second = ops.rfa_conv_moments(x, *window, ctx.backend)
+                mean, var = _response_statistics(feature, first, second)
+                r = torch.rsqrt(var + ctx.eps)
             scale, shift = _scale_and_shift(attention, norm_weight, norm_bias, mean, r, dtype)
             grad_x, d_attention, d_shift, products, d_weight, d_bias = ops.rfa_conv_backward(
                 grad_y,
@@ -247,6 +266,10 @@ class _RFAConv(torch.autograd.Function):
             shaped(d_shift, norm_bias, need_b),
             *(None,) * 13,
         )
+
+
+def _elements(tensors: tuple[Tensor, ...]) -> int:
+    return sum(t.numel() for t in tensors)
 
 
 def _identity_of(attention: Tensor, dtype: torch.dtype) -> Tensor:
