@@ -6,6 +6,7 @@ so that paths, classes and evaluators are those that are shipped. Only sizes are
 
 import random
 import re
+import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -356,7 +357,8 @@ def stand_in(tmp_path_factory):
             init["checkpoint"] = str(path)
         return bool(pretrained)
 
-    return replace
+    yield replace
+    shutil.rmtree(folder)  # pytest keeps what it made, and these are large
 
 
 def batch_of(dataloader: dict) -> tuple[dict, Any]:
