@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 
 import matplotlib
@@ -14,10 +13,11 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from mmdet.structures import DetDataSample
 from mmdet.visualization import DetLocalVisualizer
+from mmengine.structures import InstanceData
 from torch import Tensor
 from torch.nn import functional as F
 
-from rfa_mmdet.engine.attention_maps import focus
+from rfa_mmdet.engine.attention_maps import Heat, focus
 
 
 def save_curves(scalars: Path, out: Path) -> None:
@@ -73,26 +73,14 @@ def save_detections(
         out (Path): PNG to write.
         score_threshold (float): Detections below are left out. Defaults to 0.4.
     """
-    visualizer = DetLocalVisualizer()
-    visualizer.dataset_meta = dict(classes=tuple(classes), palette="random")
     figure, axes = plt.subplots(
         2, len(images), figsize=(2.6 * len(images), 5.6), layout="constrained", squeeze=False
     )
     for column, (image, sample) in enumerate(zip(images, samples, strict=True)):
-        # Drawn at three times the size, so that names are legible on small images.
-        image, sample = _enlarged(image, sample, 3)
-        for row, truth in enumerate((True, False)):
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Warning: The .* is out of bounds")
-                visualizer.add_datasample(
-                    "detections",
-                    image,
-                    sample,
-                    draw_gt=truth,
-                    draw_pred=not truth,
-                    pred_score_thr=score_threshold,
-                )
-            axes[row, column].imshow(visualizer.get_image())
+        rows = ((sample.gt_instances, None), (sample.pred_instances, score_threshold))
+        for row, (instances, threshold) in enumerate(rows):
+            # Drawn at three times the size, so that names are legible on small images.
+            axes[row, column].imshow(draw_boxes(image, instances, classes, threshold, 3))
             axes[row, column].set(xticks=[], yticks=[])
     axes[0, 0].set_ylabel("ground truth", fontsize=12)
     axes[1, 0].set_ylabel(f"detections, score > {score_threshold}", fontsize=12)
@@ -100,13 +88,53 @@ def save_detections(
     plt.close(figure)
 
 
-def _enlarged(
-    image: np.ndarray, sample: DetDataSample, factor: int
-) -> tuple[np.ndarray, DetDataSample]:
-    sample = deepcopy(sample)
-    for instances in (sample.gt_instances, sample.pred_instances):
-        instances.bboxes = instances.bboxes * factor
-    return image.repeat(factor, 0).repeat(factor, 1), sample
+def draw_boxes(
+    image: np.ndarray,
+    instances: InstanceData,
+    classes: Sequence[str],
+    score_threshold: float | None = None,
+    scale: int = 1,
+) -> np.ndarray:
+    """Draw boxes with their classes over an image.
+
+    Args:
+        image (np.ndarray): (H, W, 3) uint8, RGB.
+        instances (InstanceData): With ``bboxes`` and ``labels``, and ``scores`` of detections.
+        classes (Sequence[str]): Class names.
+        score_threshold (float | None): Detections below are left out. Defaults to None: it is the
+            truth.
+        scale (int): Enlarge the image so many times, for names to be legible. Defaults to 1.
+
+    Returns:
+        np.ndarray: (H * scale, W * scale, 3) uint8, RGB.
+
+    Example:
+        >>> from torch import tensor
+        >>> box = InstanceData(bboxes=tensor([[2.0, 2.0, 9.0, 9.0]]), labels=tensor([0]))
+        >>> draw_boxes(np.zeros((12, 16, 3), np.uint8), box, ["cell"], scale=2).shape
+        (24, 32, 3)
+    """
+    visualizer = DetLocalVisualizer()
+    visualizer.dataset_meta = dict(classes=tuple(classes), palette="random")
+    truth = score_threshold is None
+    boxes = InstanceData(bboxes=instances.bboxes * scale, labels=instances.labels)
+    sample = DetDataSample()
+    if truth:
+        sample.gt_instances = boxes
+    else:
+        boxes.scores = instances.scores
+        sample.pred_instances = boxes
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning: The .* is out of bounds")
+        visualizer.add_datasample(
+            "boxes",
+            np.ascontiguousarray(image.repeat(scale, 0).repeat(scale, 1)),
+            sample,
+            draw_gt=truth,
+            draw_pred=not truth,
+            pred_score_thr=score_threshold or 0.0,
+        )
+    return visualizer.get_image()
 
 
 def save_attention(image: np.ndarray, maps: dict[str, Tensor], out: Path) -> None:
@@ -149,6 +177,91 @@ def save_attention(image: np.ndarray, maps: dict[str, Tensor], out: Path) -> Non
         for (row, col), value in np.ndenumerate(share):
             below.text(col, row, f"{value:.3f}", ha="center", va="center")
     for one in axes.flat:
+        one.set(xticks=[], yticks=[])
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+def save_heats(
+    image: np.ndarray, heats: Sequence[Heat], out: Path, seen: tuple[float, float] = (1, 1)
+) -> None:
+    """Lay the maps of layers over an image, each with a scale of its own.
+
+    Args:
+        image (np.ndarray): (H, W, 3) uint8, RGB.
+        heats (Sequence[Heat]): Where the layers act.
+        out (Path): PNG to write.
+        seen (tuple[float, float]): Share of the maps' height and width that the image takes, from
+            the top left; the rest is padding. Defaults to all.
+    """
+    height, width = image.shape[:2]
+    columns = min(4, len(heats) + 1)
+    rows = -(-(len(heats) + 1) // columns)
+    side = 3.1
+    figure, axes = plt.subplots(
+        *(rows, columns),
+        figsize=(side * columns, rows * (side * 0.8 * min(1.6, height / width) + 0.6)),
+        layout="constrained",
+        squeeze=False,
+    )
+    axes.flat[0].imshow(image)
+    axes.flat[0].set_title("image", fontsize=9)
+    for one, heat in zip(list(axes.flat)[1:], heats, strict=False):
+        over = over_image(heat.values, (height, width), seen)
+        low, high = (0.0 if heat.meaning == "focus" else over.min().item()), over.max().item()
+        # A map that is the same everywhere has no scale of its own.
+        reach = max(high - low, 1e-6)
+        one.imshow(image)
+        shown = one.imshow(over, cmap="inferno", alpha=0.65, vmin=low, vmax=low + reach)
+        one.set_title(
+            f"{heat.layer}\n{heat.kind}: {heat.meaning}, {low:.3g} to {high:.3g}", fontsize=9
+        )
+        figure.colorbar(shown, ax=one, fraction=0.046)
+    for i, one in enumerate(axes.flat):
+        one.set(xticks=[], yticks=[])
+        one.set_visible(i <= len(heats))
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+def over_image(values: Tensor, size: tuple[int, int], seen: tuple[float, float]) -> Tensor:
+    """Give every pixel of an image the value of a map's cell.
+
+    Args:
+        values (Tensor): (h, w), of the padded image.
+        size (tuple[int, int]): Height and width of the image.
+        seen (tuple[float, float]): As of :func:`save_heats`.
+
+    Returns:
+        Tensor: (height, width) of float32.
+
+    Example:
+        >>> import torch
+        >>> over_image(torch.ones(4, 4), (6, 8), (0.75, 1)).shape
+        torch.Size([6, 8])
+    """
+    whole = tuple(round(side / share) for side, share in zip(size, seen, strict=True))
+    over = F.interpolate(values[None, None].float(), whole, mode="bilinear")
+    return over[0, 0, : size[0], : size[1]]
+
+
+def save_side_by_side(pictures: dict[str, np.ndarray], out: Path) -> None:
+    """Show pictures beside each other.
+
+    Args:
+        pictures (dict[str, np.ndarray]): Title to (H, W, 3) uint8, RGB.
+        out (Path): PNG to write.
+    """
+    height, width = next(iter(pictures.values())).shape[:2]
+    figure, axes = plt.subplots(
+        *(1, len(pictures)),
+        figsize=(5 * len(pictures), 5 * height / width + 0.5),
+        layout="constrained",
+        squeeze=False,
+    )
+    for one, (title, picture) in zip(axes.flat, pictures.items(), strict=True):
+        one.imshow(picture)
+        one.set_title(title, fontsize=11)
         one.set(xticks=[], yticks=[])
     figure.savefig(out, dpi=120)
     plt.close(figure)

@@ -1,4 +1,7 @@
-"""Attention plug-ins: (B, C, H, W) in, the same shape out."""
+"""Attention plug-ins: (B, C, H, W) in, the same shape out.
+
+Each, as each convolution with attention, has ``attention_map(x)``: what it weighs its input by.
+"""
 
 from rfa_mmdet.layers.attention.cbam import CBAM
 from rfa_mmdet.layers.attention.conam import ConAM

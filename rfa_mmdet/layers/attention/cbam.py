@@ -41,9 +41,20 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Weigh the channels of (B, C, H, W)."""
+        return x * self.attention_map(x)
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """Return the weights of the channels, to be looked at.
+
+        Args:
+            x (Tensor): (B, C, H, W), the layer's input.
+
+        Returns:
+            Tensor: (B, C, 1, 1) in (0, 1).
+        """
         check_feature_map(type(self).__name__, x, self.in_channels)
         pools = channel_pools(x, self.mlp[0].weight.dtype)
-        return x * channel_gate(*pools, *self.weights()).to(x.dtype)
+        return channel_gate(*pools, *self.weights()).to(x.dtype)
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """Return the MLP's weights, (hidden, C, 1, 1) and (C, hidden, 1, 1)."""
@@ -90,6 +101,21 @@ class CBAM(nn.Module):
         Returns:
             Tensor: (B, C, H, W).
         """
+        return weigh(x, cbam_gates, *self._inputs(x))
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """Return the weights of channels and cells, multiplied, to be looked at.
+
+        Args:
+            x (Tensor): (B, C, H, W), the layer's input.
+
+        Returns:
+            Tensor: (B, C, H, W) in (0, 1).
+        """
+        channel, spatial = cbam_gates(x, *self._inputs(x))
+        return channel * spatial
+
+    def _inputs(self, x: Tensor) -> tuple[Tensor, ...]:
         check_feature_map("CBAM", x, self.in_channels)
         pools = channel_pools(x, self.spatial.weight.dtype)
-        return weigh(x, cbam_gates, *pools, *self.channel.weights(), self.spatial.weight)
+        return *pools, *self.channel.weights(), self.spatial.weight

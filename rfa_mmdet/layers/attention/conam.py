@@ -10,6 +10,8 @@ Softmax and dot products are float32 under mixed precision. The parameters keep 
 names.
 """
 
+from collections.abc import Callable
+
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
@@ -74,6 +76,23 @@ class ConAM(nn.Module):
         Raises:
             ValueError: A patch is larger than the map.
         """
+        gate, layers = self._inputs(x)
+        return x + weigh(x, gate, *layers)
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """Return every cell's confidence, by which it is strengthened, to be looked at.
+
+        Args:
+            x (Tensor): (B, C, H, W), the layer's input.
+
+        Returns:
+            Tensor: (B, 1, H, W), at least 0.
+        """
+        gate, layers = self._inputs(x)
+        return gate(x, *layers)[0]
+
+    def _inputs(self, x: Tensor) -> tuple[Callable, tuple[Tensor, ...]]:
+        """Return how and of what the gate is made."""
         check_feature_map("ConAM", x, self.in_channels)
         height, width = x.shape[2:]
         if self.patch_size > min(height, width):
@@ -86,7 +105,7 @@ class ConAM(nn.Module):
             return confidence_gate(x, self.patch_size, self.scale_by_patches, *layers)
 
         first, second = self.linear1, self.linear2
-        return x + weigh(x, gate, first.weight, first.bias, second.weight, second.bias)
+        return gate, (first.weight, first.bias, second.weight, second.bias)
 
     def extra_repr(self) -> str:
         """Show the arguments that the children's lines do not."""

@@ -64,6 +64,20 @@ class CoordAtt(nn.Module):
         convs = (self.conv1, self.conv_h, self.conv_w)
         return tuple(tensor for conv in convs for tensor in (conv.weight, conv.bias))
 
+    def attention_map(self, x: Tensor) -> Tensor:
+        """Return the weights of rows and columns, multiplied, to be looked at.
+
+        Args:
+            x (Tensor): (B, C, H, W), the layer's input.
+
+        Returns:
+            Tensor: (B, C, H, W) in (0, 1).
+        """
+        check_feature_map("CoordAtt", x, self.in_channels)
+        dtype = self.conv1.weight.dtype
+        rows, columns = self.gates(x.mean(3, dtype=dtype), x.mean(2, dtype=dtype))
+        return (rows.unsqueeze(3) * columns.unsqueeze(2)).to(x.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """Weigh rows and columns.
 

@@ -54,13 +54,23 @@ class ECA(nn.Module):
         Returns:
             Tensor: (B, C, H, W).
         """
+        return x * self.attention_map(x)
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """Return the weights of the channels, to be looked at.
+
+        Args:
+            x (Tensor): (B, C, H, W), the layer's input.
+
+        Returns:
+            Tensor: (B, C, 1, 1) in (0, 1).
+        """
         check_feature_map("ECA", x, self.in_channels)
         # The channels lie along the convolution: (B, 1, C).
         with no_autocast(x):
             means = x.mean((2, 3), dtype=self.conv.weight.dtype)
             score = self.conv(means.unsqueeze(1)).squeeze(1)
-        gate = torch.sigmoid(at_least_float32(score)).to(x.dtype)
-        return x * gate[:, :, None, None]
+        return torch.sigmoid(at_least_float32(score)).to(x.dtype)[:, :, None, None]
 
     def extra_repr(self) -> str:
         """Show the argument that the child's line does not."""

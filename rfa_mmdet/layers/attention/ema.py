@@ -8,6 +8,7 @@ pooling (the same numbers; they export with dynamic sizes); gates are float32 un
 precision. The parameters keep the published names.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 from mmengine.registry import MODELS
@@ -63,13 +64,30 @@ class EMA(nn.Module):
         Returns:
             Tensor: (B, C, H, W).
         """
+        groups, gate, weights = self._inputs(x)
+        return weigh(groups, gate, *weights).unflatten(0, (-1, self.factor)).flatten(1, 2)
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """Return the weights of the cells, to be looked at.
+
+        Args:
+            x (Tensor): (B, C, H, W), the layer's input.
+
+        Returns:
+            Tensor: (B, C, H, W) in (0, 1), the same for the channels of a group.
+        """
+        groups, gate, weights = self._inputs(x)
+        (weight,) = gate(groups, *weights)  # (B * factor, 1, H, W)
+        return weight.expand_as(groups).unflatten(0, (-1, self.factor)).flatten(1, 2)
+
+    def _inputs(self, x: Tensor) -> tuple[Tensor, Callable, tuple[Tensor, ...]]:
+        """Return the groups of channels, and how and of what their gates are made."""
         check_feature_map("EMA", x, self.in_channels)
         # (B, C, H, W) -> (B * factor, c, H, W)
         groups = x.unflatten(1, (self.factor, -1)).flatten(0, 1)
         modules = (self.conv1x1, self.conv3x3, self.gn)
-        weights = (tensor for module in modules for tensor in (module.weight, module.bias))
-        gate = partial(ema_gate, eps=self.gn.eps, size=(x.shape[2], x.shape[3]))
-        return weigh(groups, gate, *weights).unflatten(0, (-1, self.factor)).flatten(1, 2)
+        weights = tuple(tensor for module in modules for tensor in (module.weight, module.bias))
+        return groups, partial(ema_gate, eps=self.gn.eps, size=(x.shape[2], x.shape[3])), weights
 
     def extra_repr(self) -> str:
         """Show the arguments."""

@@ -76,3 +76,15 @@ class SE(nn.Module):
         """
         check_feature_map("SE", x, self.in_channels)
         return x * self.gate(x)
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """Return the weights of the channels, to be looked at.
+
+        Args:
+            x (Tensor): (B, C, H, W), the layer's input.
+
+        Returns:
+            Tensor: (B, C, 1, 1) in (0, 1).
+        """
+        check_feature_map("SE", x, self.in_channels)
+        return self.gate(x)

@@ -69,6 +69,18 @@ class AttendedConv(AttentionConv2d):
         self.check_input(x)
         return self.conv(self.attention(x))
 
+    def attention_map(self, x: Tensor) -> Tensor:
+        """Return what the input is weighed by before it is convolved, to be looked at.
+
+        Args:
+            x (Tensor): (B, in_channels, H, W), the layer's input.
+
+        Returns:
+            Tensor: (B, in_channels, H, W), or of 1 where all are alike, in (0, 1).
+        """
+        self.check_input(x)
+        return self.attention.attention_map(x)
+
 
 @MODELS.register_module()
 class CAMConv(AttendedConv):

@@ -87,6 +87,22 @@ class RFCAConv(ReceptiveFieldConv):
         Returns:
             Tensor: (B, out_channels, h, w).
         """
+        return self.convolve(*self._weighed(x))
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """Return what the features of each window are weighed by, to be looked at.
+
+        Args:
+            x (Tensor): (B, in_channels, H, W), the layer's input.
+
+        Returns:
+            Tensor: (B, in_channels, K, h, w) in (0, 1).
+        """
+        row_gate, column_gate = self._weighed(x)[1]
+        return (row_gate * column_gate).flatten(2, 3)
+
+    def _weighed(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return the features, (B, C, kh, kw, h, w), and their gates."""
         self.check_input(x)
         kh, kw = self.kernel_size
         features = self.features(x)
@@ -102,4 +118,4 @@ class RFCAConv(ReceptiveFieldConv):
         row_gate, column_gate = self.coordinate.gates(*means)  # (B, C, kh * h), (B, C, kw * w)
         row_gate = row_gate.reshape(batch, channels, kh, 1, height, 1).to(features.dtype)
         column_gate = column_gate.reshape(batch, channels, 1, kw, 1, width).to(features.dtype)
-        return self.convolve(features, (row_gate, column_gate))
+        return features, (row_gate, column_gate)

@@ -90,6 +90,22 @@ class RFCBAMConv(ReceptiveFieldConv):
         Returns:
             Tensor: (B, out_channels, h, w).
         """
+        return self.convolve(*self._weighed(x))
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """Return what the features of each window are weighed by, to be looked at.
+
+        Args:
+            x (Tensor): (B, in_channels, H, W), the layer's input.
+
+        Returns:
+            Tensor: (B, in_channels, K, h, w) in (0, 1).
+        """
+        channel, spatial = self._weighed(x)[1]
+        return channel * spatial
+
+    def _weighed(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return the features and their gates."""
         self.check_input(x)
         features = self.features(x)  # (B, C, K, h, w)
         dtype = self.spatial.weight.dtype
@@ -99,5 +115,4 @@ class RFCBAMConv(ReceptiveFieldConv):
             score = self.spatial(lay_out(windows, self.kernel_size))  # (B, 1, h * kh, w * kw)
         spatial = torch.sigmoid(at_least_float32(score)).to(features.dtype)
         channel = self.se.gate(x).unsqueeze(4).to(features.dtype)  # (B, C, 1, 1, 1)
-        gates = channel, take_apart(spatial, self.kernel_size)
-        return self.convolve(features, gates)
+        return features, (channel, take_apart(spatial, self.kernel_size))
