@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from rfa_mmdet.ops.rfa_conv import Norm, fused_rfa_conv, library, rfa_conv
+from rfa_mmdet.ops.rfa_conv import Norm, function, fused_rfa_conv, library, rfa_conv
 from tests.layers import formulas
 from tests.layers.formulas import Case, relative_error
 from tests.ops.backends import build, require, run
@@ -195,13 +195,26 @@ def saved_bytes(layer, x) -> int:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
-    ("channels", "size"), [(64, (100, 167)), (128, (50, 84)), (256, (50, 84)), (512, (25, 42))]
+    ("channels", "size"),
+    [(64, (100, 167)), (128, (50, 84)), (256, (50, 84)), (512, (25, 42)), (512, (5, 5))],
 )
 def test_no_more_is_kept_for_the_backward_than_by_a_plain_convolution(channels, size, training):
     x = torch.randn(1, channels, *size, requires_grad=True)
     layer = build(Case(channels=channels, out_channels=channels, training=training), backend="cpu")
     plain = torch.nn.Conv2d(channels, channels, 3, padding=1)
     assert saved_bytes(layer, x) <= 1.1 * saved_bytes(plain, x)
+
+
+@pytest.mark.parametrize("feature", ["conv", "unfold"])
+def test_statistics_computed_anew_give_the_gradients_of_kept_ones(feature, monkeypatch):
+    results = []
+    for below in (0, float("inf")):
+        monkeypatch.setattr(function, "KEEP_STATISTICS_BELOW", below)
+        torch.manual_seed(0)
+        layer = build(Case(channels=4, out_channels=5), backend="cpu", feature=feature)
+        results.append(run(layer, torch.randn(2, 4, 9, 8)))
+    for kept, anew in zip(*results, strict=True):
+        assert torch.equal(kept, anew)
 
 
 @pytest.mark.parametrize("frozen", ["conv", "feature", "attention", "norm", "all", "input"])

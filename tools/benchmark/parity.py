@@ -12,8 +12,8 @@ TOLERANCES = {
     torch.bfloat16: (1e-2, 4e-2),
     torch.float16: (2e-3, 1e-2),
 }
-# Of values within rounding of a ReLU's kink, some fall on its other side: of float32's some 1e-7, so
-# the gradients may differ by the root of that, as a share of their norm. Small shapes have none.
+# Of values within rounding of a ReLU's kink, some fall on its other side: of float32's some 1e-7,
+# so gradients may differ by the root of that, as a share of their norm. Small shapes have none.
 KINKS = 2e-3
 # Of a gradient that is nearly zero, such as of a bias before BN, only rounding is left: it is
 # measured by this share of the largest gradient.
