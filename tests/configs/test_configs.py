@@ -12,8 +12,9 @@ from rfa_mmdet.engine.config_check import check_config
 from rfa_mmdet.layers import EMA, ConAM, RFAConv
 
 ROOT = Path(__file__).resolve().parents[2]
+# Those of ablation say which runs to compare; tests/tools/test_ablate.py reads them.
 CONFIGS = sorted(
-    path for path in ROOT.glob("configs/*/*.py") if not path.is_relative_to(ROOT / "configs/_base_")
+    path for path in ROOT.glob("configs/*/*.py") if path.parent.name not in ("_base_", "ablation")
 )
 METHODS = {"rfaconv": RFAConv, "ema": EMA, "conam": ConAM}
 # {model}_{backbone}-{method}_{neck}_{schedule}_{data set}
