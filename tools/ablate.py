@@ -20,6 +20,7 @@ from rfa_mmdet.engine.command_line import user_errors
 from rfa_mmdet.engine.errors import ConfigError
 
 TOOLS = Path(__file__).resolve().parent
+SHOWN = ("method", "test", "difference", "p", "verdict")
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -78,14 +79,15 @@ def send(spec: Spec, work_dir: Path, args: Namespace) -> None:
 
 
 def print_rows(rows: list[Row], metric: str) -> None:
-    """Print the summary."""
+    """Print the summary, without what would not fit into a terminal's width."""
     for stage in dict.fromkeys(row.stage for row in rows):
         table = Table(title=f"{stage}: {metric}")
-        mine = [cells(row) for row in rows if row.stage == stage]
-        for title in mine[0]:
-            table.add_column(title, justify="left" if title in ("method", "verdict") else "right")
-        for one in mine:
-            table.add_row(*map(Text, one.values()))
+        for title in SHOWN:
+            justify = "left" if title in ("method", "verdict") else "right"
+            table.add_column(title, justify=justify, no_wrap=title != "method")
+        for row in rows:
+            if row.stage == stage:
+                table.add_row(*(Text(cells(row)[title]) for title in SHOWN))
         console.print(table)
 
 

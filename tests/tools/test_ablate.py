@@ -12,7 +12,9 @@ import time
 import cv2
 import pytest
 import torch
+from mmdet.registry import MODELS
 
+from rfa_mmdet.engine.ablation import load_spec, write_report
 from tests.tools.conftest import ROOT
 
 # What each training saw: the images of every batch, in order, and whether they were flipped.
@@ -133,7 +135,7 @@ def test_report_of_it(first):
     assert "tools/train.py ended with code 1" in page
     assert page.count("data:image/jpeg;base64,") == 2 * 3  # truth and both methods
     picture = cv2.imread(str(first.work_dir / "samples" / "0_truth.jpg"))
-    assert picture.shape == (320, 320, 3)
+    assert picture.shape == (512, 512, 3)
     assert not list(first.work_dir.rglob("*.part*"))
 
 
@@ -145,6 +147,7 @@ def test_all_methods_see_the_same_images_in_the_same_order(first):
     assert {flipped for _, flipped in images} == {True, False}
 
 
+@pytest.mark.slow
 def test_slurm_gets_what_is_left_and_the_report(first, ablate, tmp_path):
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(SBATCH)
@@ -175,24 +178,24 @@ def test_slurm_gets_what_is_left_and_the_report(first, ablate, tmp_path):
     assert batches(first.work_dir, "plain").count("\n") == 3
 
 
-def test_another_config_in_the_same_folder_is_refused(first, ablate):
-    done = ablate("first", TWO_AND_A_WRONG_ONE, epochs=2)
-    assert done.returncode == 1
-    assert "holds a run with another config (other: train_cfg)" in done.stdout
-    assert "started" not in done.stdout
+def test_another_config_in_the_same_folder_is_refused(first, fails, tiny_config, monkeypatch):
+    monkeypatch.syspath_prepend(first.spec.parent)
+    spec = first.spec.with_name("changed.py")
+    spec.write_text(SPEC.format(tiny=str(tiny_config), epochs=2) + TWO_AND_A_WRONG_ONE)
+    logs = [path.read_bytes() for path in sorted(first.work_dir.rglob("log.txt"))]
+    message = fails("ablate", spec, "--work-dir", first.work_dir)
+    assert "holds a run with another config (other: train_cfg)" in message
+    assert logs == [path.read_bytes() for path in sorted(first.work_dir.rglob("log.txt"))]
 
 
-def test_report_of_results_alone(first, ablate, tmp_path):
-    moved = tmp_path / "moved"
-    moved.mkdir()
-    shutil.copy(first.work_dir / "results.json", moved)
-    done = ablate("first", TWO_AND_A_WRONG_ONE, "--report-only", "--work-dir", moved)
-    assert done.returncode == 0, done.stdout
-    assert (moved / "table.csv").read_text() == (first.work_dir / "table.csv").read_text()
-    empty = ablate("first", TWO_AND_A_WRONG_ONE, "--report-only", "--work-dir", tmp_path / "no")
-    assert empty.returncode == 1
-    assert "error: " in empty.stdout
-    assert "no run of this spec has been started there" in empty.stdout
+def test_report_of_results_alone(first, fails, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(first.spec.parent)
+    message = fails("ablate", first.spec, "--report-only", "--work-dir", tmp_path / "empty")
+    assert "no run of this spec has been started there" in message
+    shutil.copy(first.work_dir / "results.json", tmp_path)
+    write_report(load_spec(first.spec), tmp_path)
+    for name in ("table.csv", "table.md"):
+        assert (tmp_path / name).read_text() == (first.work_dir / name).read_text()
 
 
 @pytest.mark.slow
@@ -258,10 +261,6 @@ def test_bad_input(fails, tiny_config, tmp_path):
 
 @pytest.mark.parametrize("name", ["shapes", "bccd"])
 def test_shipped_specs_build(name, monkeypatch):
-    from mmdet.registry import MODELS
-
-    from rfa_mmdet.engine.ablation import load_spec
-
     for variable in ("DATA_ROOT", "CLASSES"):
         monkeypatch.setenv(variable, "")  # so that it is gone again afterwards
         monkeypatch.delenv(variable)

@@ -17,15 +17,15 @@ h1 { margin: 0; font-size: 1.7rem; } h2 { margin: 2.6rem 0 .6rem; font-size: 1.2
 p { max-width: 75ch; } p.soft, figcaption { color: var(--soft); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
-  white-space: nowrap; }
-th { font-weight: 600; background: var(--shade); vertical-align: bottom; }
+th, td { padding: .4rem .45rem; border-bottom: 1px solid var(--line); text-align: right;
+  white-space: nowrap; font-size: .9rem; }
+th { font-weight: 600; background: var(--shade); vertical-align: bottom; white-space: normal; }
 th.text, td.text { text-align: left; }
 th button { all: unset; cursor: pointer; } th button:hover { color: var(--accent); }
 th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-th button::after { content: " \\2195"; color: #aab3bf; }
-th[aria-sort=ascending] button::after { content: " \\2191"; color: var(--accent); }
-th[aria-sort=descending] button::after { content: " \\2193"; color: var(--accent); }
+th button::after { content: "\\a0\\2195"; color: #aab3bf; }
+th[aria-sort=ascending] button::after { content: "\\a0\\2191"; color: var(--accent); }
+th[aria-sort=descending] button::after { content: "\\a0\\2193"; color: var(--accent); }
 tr.baseline td { background: #fbf7ea; }
 .better { color: #146c2e; font-weight: 600; } .worse { color: #a4262c; font-weight: 600; }
 img { max-width: 100%; height: auto; display: block; } figure { margin: 1rem 0; }
@@ -132,7 +132,9 @@ def _introduction(results: dict[str, Any]) -> list[str]:
     measured = ""
     if costs.get("methods"):
         height, width = costs["image_size"]
-        threads = f", {costs['threads']} threads" if costs["device"] == "CPU" else ""
+        threads = ""
+        if costs["device"] == "CPU":
+            threads = f", {costs['threads']} thread{'s' if costs['threads'] > 1 else ''}"
         measured = (
             f" GFLOPs (a multiply-add counted once) and the time an image are of {height} x "
             f"{width} pixels, one image at a time, on {costs['device']}{threads}; the time is a "

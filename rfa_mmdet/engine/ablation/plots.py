@@ -11,6 +11,7 @@ matplotlib.use("Agg")  # no screen is needed
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from rfa_mmdet.engine.ablation.summary import Row
 from rfa_mmdet.engine.files import written_whole
@@ -33,7 +34,7 @@ def colours(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_stage_curves(results: dict[str, Any], stage: str, out: Path) -> bool:
-    """Plot losses and validations of a stage: means over the seeds, and the range between them.
+    """Plot losses and validations of finished runs: means over the seeds, and their range.
 
     Args:
         results (dict): Of the comparison.
@@ -43,7 +44,7 @@ def save_stage_curves(results: dict[str, Any], stage: str, out: Path) -> bool:
     Returns:
         bool: Whether there was anything to plot.
     """
-    runs = [run for run in results["runs"] if run["stage"] == stage]
+    runs = [r for r in results["runs"] if r["stage"] == stage and r["state"] == "finished"]
     if not any(run["losses"] or run["curve"] for run in runs):
         return False
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
@@ -52,8 +53,9 @@ def save_stage_curves(results: dict[str, Any], stage: str, out: Path) -> bool:
         style = dict(color=colour, zorder=3 if method == results["baseline"] else 2)
         _plot(left, [run["losses"] for run in mine], label=method, linewidth=1.3, **style)
         _plot(right, [run["curve"] for run in mine], marker="o", markersize=3, **style)
-    left.set(xlabel="iteration", ylabel="loss", title="Training", ylim=(0, None))
+    left.set(xlabel="iteration", ylabel="loss", title="Training")
     right.set(xlabel="epoch", ylabel=results["metric"], title="Validation")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     _tidy(left, right)
     figure.legend(frameon=False, loc="outside right center")
     _save(figure, out)
@@ -102,6 +104,7 @@ def save_gains(results: dict[str, Any], rows: Sequence[Row], out: Path) -> bool:
             one.errorbar(x, row.mean, row.deviation, fmt="o", color=colour, capsize=3, label=label)
             if row.is_baseline:
                 one.axhline(row.mean, color="black", linewidth=0.8, linestyle=":")
+        one.xaxis.set_major_locator(MaxNLocator(5))
         one.set(xlabel=title, ylabel=f"{results['metric']}, mean ± deviation")
     _tidy(*axes[0])
     figure.legend(frameon=False, loc="outside right center")

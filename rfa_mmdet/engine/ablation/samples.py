@@ -20,7 +20,7 @@ from rfa_mmdet.engine.files import written_whole
 from rfa_mmdet.engine.pictures import draw_boxes
 
 SCORE = 0.3
-WIDTH = 320  # pixels that a picture has at least
+WIDTH = 480  # pixels that a picture has at least
 
 
 def draw_samples(spec: Spec, work_dir: str | os.PathLike) -> dict[str, Any]:
