@@ -17,8 +17,8 @@ h1 { margin: 0; font-size: 1.7rem; } h2 { margin: 2.6rem 0 .6rem; font-size: 1.2
 p { max-width: 75ch; } p.soft, figcaption { color: var(--soft); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .45rem; border-bottom: 1px solid var(--line); text-align: right;
-  white-space: nowrap; font-size: .9rem; }
+th, td { padding: .4rem .35rem; border-bottom: 1px solid var(--line); text-align: right;
+  white-space: nowrap; font-size: .85rem; }
 th { font-weight: 600; background: var(--shade); vertical-align: bottom; white-space: normal; }
 th.text, td.text { text-align: left; }
 th button { all: unset; cursor: pointer; } th button:hover { color: var(--accent); }
@@ -31,7 +31,7 @@ tr.baseline td { background: #fbf7ea; }
 img { max-width: 100%; height: auto; display: block; } figure { margin: 1rem 0; }
 table.samples { width: auto; table-layout: fixed; }
 table.samples td { padding: .2rem; border: 0; } table.samples th { text-align: center; }
-table.samples img { width: 230px; max-width: none; }
+table.samples img { width: 300px; max-width: none; }
 pre { background: var(--shade); padding: .8rem; overflow-x: auto; }
 """
 

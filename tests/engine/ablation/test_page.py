@@ -44,6 +44,8 @@ window.addEventListener("load", () => {
   seen.images = [...document.images].map(i => [i.alt, i.naturalWidth, i.naturalHeight]);
   seen.loaded = performance.getEntriesByType("resource").map(e => e.name.slice(0, 5));
   seen.wide = document.documentElement.scrollWidth <= window.innerWidth;
+  seen.clipped = [...document.querySelectorAll(".scroll")]
+    .filter(e => e.scrollWidth > e.clientWidth).length;
   document.body.dataset.seen = JSON.stringify(seen);
 });
 </script>
@@ -60,7 +62,9 @@ def report(tmp_path_factory):
         threads=1,
         image_size=[64, 64],
         methods={
-            name: dict(parameters=9 - i, flops=10**8 * (i + 1), image_seconds=0.01 * (i + 1))
+            name: dict(
+                parameters=37_968_692 - i, flops=10**8 * (i + 1), image_seconds=0.01 * (i + 1)
+            )
             for i, name in enumerate(VALUES)
             if name != "failed"
         },
@@ -107,6 +111,7 @@ def test_report_in_a_browser(report, tmp_path):
     assert [tuple(image[1:]) for image in seen["images"]] == sizes
     assert set(seen["loaded"]) <= {"data:"}
     assert seen["wide"]
+    assert seen["clipped"] == 0
     orders = seen["orders"]
     plain = "plain (baseline)"
     assert orders["start"] == [plain, "ours", "<b>&x", "failed", "ten"]
