@@ -132,5 +132,6 @@ setup(
         "numpy",
         "pandas",
         "rich",
+        "scipy",
     ],
 )

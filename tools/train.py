@@ -90,10 +90,13 @@ def apply_args(cfg: Config, args) -> None:
     keep_best(cfg)
     # So that a resumed run draws the same random numbers as one that was not interrupted.
     cfg.train_dataloader.persistent_workers = False
+    # Each process sees other images: with batch norm statistics of their own, ranks would validate
+    # with other models than the one that rank 0 saves.
+    own = HOOKS if cfg.launcher == "none" else (*HOOKS, "SyncBuffersHook")
     present = {hook["type"] for hook in cfg.get("custom_hooks", [])}
     cfg.custom_hooks = [
         *cfg.get("custom_hooks", []),
-        *(dict(type=h) for h in HOOKS if h not in present),
+        *(dict(type=h) for h in own if h not in present),
     ]
 
 

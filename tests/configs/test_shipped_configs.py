@@ -33,7 +33,10 @@ from rfa_mmdet.engine.shapes import make_shapes
 from tests.configs.sets import classes_of, draw_sets, leaves
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.py") if path.parent.name != "_base_")
+# Those of ablation say which runs to compare; tests/tools/test_ablate.py reads them.
+CONFIGS = sorted(
+    path for path in ROOT.glob("configs/*/*.py") if path.parent.name not in ("_base_", "ablation")
+)
 # Class of each method, by the name that files and folders have.
 METHODS = {name.lower(): getattr(layers, name) for name in layers.__all__}
 PAPER = dict.fromkeys(METHODS, "2304.03198") | dict(

@@ -177,6 +177,10 @@ class KeepWeightsHook(Hook):
     def after_train(self, runner):
         module = runner.model.module
         torch.save(module.state_dict(), os.environ["KEEP"] + f"/rank{runner.rank}.pth")
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        module = runner.model.module
+        torch.save(module.state_dict(), os.environ["KEEP"] + f"/before{runner.rank}.pth")
 """
 
 
@@ -197,14 +201,16 @@ def test_two_processes_on_cpu_end_with_equal_parameters(tiny_config, run_tool, t
     )
     assert done.returncode == 0, done.stdout
     first, second = (torch.load(tmp_path / f"rank{rank}.pth") for rank in (0, 1))
-    parameters = [name for name in first if "running_" not in name]
-    assert parameters
-    assert all(torch.equal(first[name], second[name]) for name in parameters)
-    # Each saw other images: their BN statistics differ.
+    assert first
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    saved = weights(tmp_path / "work" / "epoch_1.pth")
+    assert all(torch.equal(first[name], saved[name]) for name in first)
+    # Each saw other images: before the end of the epoch, their BN statistics differed.
+    first, second = (torch.load(tmp_path / f"before{rank}.pth") for rank in (0, 1))
     name = next(name for name in first if name.endswith("running_mean"))
     assert not torch.equal(first[name], second[name])
-    start = weights(tmp_path / "work" / "epoch_1.pth")
-    assert all(torch.equal(first[name], start[name]) for name in parameters)
+    mean = (first[name] + second[name]) / 2
+    assert torch.allclose(saved[name], mean, rtol=1e-6, atol=1e-7)
     # And the test of a checkpoint in two processes, the images shared between them.
     tested = run_tool(
         *("bash", "tools/dist_test.sh", tiny_config, tmp_path / "work" / "epoch_1.pth", 2),
@@ -212,7 +218,11 @@ def test_two_processes_on_cpu_end_with_equal_parameters(tiny_config, run_tool, t
         PORT="29518",
     )
     assert tested.returncode == 0, tested.stdout
-    assert "coco/bbox_mAP" in tested.stdout
+    # What they validated in training is what was saved.
+    (log,) = (tmp_path / "work").glob("*/vis_data/scalars.json")
+    validated = pd.read_json(log, lines=True)["coco/bbox_mAP_50"].dropna().iloc[-1]
+    metrics = json.loads(next((tmp_path / "test").glob("*/*.json")).read_text())
+    assert metrics["coco/bbox_mAP_50"] == validated
 
 
 def test_sync_bn_without_cuda(tiny_config, run_tool, tmp_path):

@@ -1,0 +1,25 @@
+# All systems on BCCD's blood cells (https://github.com/Shenggan/BCCD_Dataset, MIT licence) in
+# data/BCCD, a RetinaNet R18 from scratch.
+#   python tools/ablate.py configs/ablation/bccd.py --jobs 4
+base = "../custom/retinanet_r18-rfaconv_fpn_50e_custom-voc.py"
+environment = dict(DATA_ROOT="data/BCCD", CLASSES="RBC,WBC,Platelets")
+metric = "coco/bbox_mAP"
+seeds = (0, 1, 2)
+
+plain = {"model.backbone.rfa": None, "model.backbone.stage_with_rfa": None}
+place = dict(stages=(False, True, True, True), position="after_conv2")
+convs = ("RFAConv", "RFCBAMConv", "RFCAConv", "CAMConv", "CBAMConv", "CAConv")
+plugins = dict(
+    EMA=dict(type="EMA", factor=32),
+    ConAM=dict(type="ConAM", patch_size=4, hidden_channels=16),
+    CBAM=dict(type="CBAM"),
+    CoordAtt=dict(type="CoordAtt"),
+    SE=dict(type="SE"),
+    ECA=dict(type="ECA"),
+)
+
+methods = {"plain": plain}
+for conv in convs:
+    methods[conv] = {"model.backbone.rfa": dict(type=conv)}
+for name, cfg in plugins.items():
+    methods[name] = {**plain, "model.backbone.plugins": [dict(cfg=cfg, **place)]}

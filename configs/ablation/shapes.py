@@ -1,0 +1,44 @@
+# Five systems on the demo's shapes, from scratch, and then started from the plain detector.
+#   python tools/make_shapes.py data/shapes
+#   python tools/ablate.py configs/ablation/shapes.py
+base = "../demo/retinanet_r18-rfaconv_fpn_6e_shapes.py"
+metric = "coco/bbox_mAP"
+seeds = (0, 1, 2)
+
+plain = {"model.backbone.rfa": None, "model.backbone.stage_with_rfa": None}
+place = dict(stages=(False, True, True, True), position="after_conv2")
+ema = dict(cfg=dict(type="EMA", factor=8), **place)
+conam = dict(cfg=dict(type="ConAM", patch_size=4, hidden_channels=16), **place)
+
+methods = {
+    "plain": plain,
+    "RFAConv": {"model.backbone.rfa": dict(type="RFAConv")},
+    "RFCAConv": {"model.backbone.rfa": dict(type="RFCAConv")},
+    "EMA": {**plain, "model.backbone.plugins": [ema]},
+    "ConAM": {**plain, "model.backbone.plugins": [conam]},
+}
+
+# The warm start goes on from the plain detector of the same seed, for half as long, with less.
+max_epochs = 3
+stages = dict(
+    scratch=dict(),
+    warm_start=dict(
+        load_from="scratch",
+        options={
+            "train_cfg.max_epochs": max_epochs,
+            "optim_wrapper.optimizer.lr": 3e-4,
+            "param_scheduler": [
+                dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=50),
+                dict(
+                    type="CosineAnnealingLR",
+                    T_max=max_epochs,
+                    eta_min=1e-5,
+                    by_epoch=True,
+                    begin=0,
+                    end=max_epochs,
+                    convert_to_iter_based=True,
+                ),
+            ],
+        },
+    ),
+)
