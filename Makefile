@@ -35,7 +35,7 @@ bench: env  ## measure every op on 2 CPU threads against the formulas and the pl
 	    --table benchmarks/table.md --plot docs/images/benchmark.png
 
 test: lint  ## lint, then the tests that take seconds
-	@"$(PYTHON)" -m pytest -q
+	@"$(PYTHON)" -m pytest -q -n 2 --dist worksteal
 
 test-slow: env  ## the tests that take minutes
 	@"$(PYTHON)" -m pytest -q -m slow

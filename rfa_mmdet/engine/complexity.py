@@ -130,8 +130,9 @@ def install() -> None:
 
     Example:
         >>> from mmengine.analysis import get_model_complexity_info
+        >>> from rfa_mmdet.layers import ECA
         >>> install()
-        >>> layer = LAYERS.get("ECA")(64)
+        >>> layer = ECA(64)
         >>> get_model_complexity_info(layer, (64, 7, 9), show_table=False, show_arch=False)["flops"]
         4224
     """
