@@ -1,5 +1,6 @@
 """A drawn data set and a detector small enough to train in seconds, for real runs of the tools."""
 
+import logging
 import os
 import re
 import runpy
@@ -117,6 +118,8 @@ def fails(capsys, monkeypatch, shapes):
     def run(tool, *arguments):
         monkeypatch.chdir(ROOT)
         monkeypatch.setenv("DATA_ROOT", str(shapes))
+        # MMEngine's logger may have kept the stream of an earlier test, which is closed.
+        monkeypatch.setattr(logging, "raiseExceptions", False)
         monkeypatch.setattr(sys, "argv", [f"tools/{tool}.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(f"tools/{tool}.py", run_name="__main__")
