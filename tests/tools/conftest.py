@@ -118,6 +118,8 @@ def fails(capsys, monkeypatch, shapes):
     def run(tool, *arguments):
         monkeypatch.chdir(ROOT)
         monkeypatch.setenv("DATA_ROOT", str(shapes))
+        # MMEngine's logger may have kept the stream of an earlier test, which is closed.
+        monkeypatch.setattr(logging, "raiseExceptions", False)
         monkeypatch.setattr(sys, "argv", [f"tools/{tool}.py", *map(str, arguments)])
         # MMEngine's logger may hold the stream that pytest gave an earlier test, and has closed.
         monkeypatch.setattr(logging, "raiseExceptions", False)
