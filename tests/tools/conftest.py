@@ -121,8 +121,6 @@ def fails(capsys, monkeypatch, shapes):
         # MMEngine's logger may have kept the stream of an earlier test, which is closed.
         monkeypatch.setattr(logging, "raiseExceptions", False)
         monkeypatch.setattr(sys, "argv", [f"tools/{tool}.py", *map(str, arguments)])
-        # MMEngine's logger may hold the stream that pytest gave an earlier test, and has closed.
-        monkeypatch.setattr(logging, "raiseExceptions", False)
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(f"tools/{tool}.py", run_name="__main__")
         assert stop.value.code == 1
