@@ -79,15 +79,15 @@ def run_tool(environment):
     return run
 
 
-def save_random_checkpoint(config: Path, path: Path) -> Path:
-    """Save a model as it starts, but with classifiers that are not of one opinion everywhere."""
+def save_random_checkpoint(config: Path, path: Path, std: float = 0.1) -> Path:
+    """Save a model as it starts, but with weights of deviation ``std`` in its classifiers."""
     cfg = Config.fromfile(config)
     init_default_scope("mmdet")
     torch.manual_seed(0)
     model = MODELS.build(cfg.model).eval()
     for name, parameter in model.named_parameters():
         if re.search(r"_(cls|reg)(\.\d+)?\.(weight|bias)$", name):
-            torch.nn.init.normal_(parameter, std=0.03 if "cls" in name else 0.01)
+            torch.nn.init.normal_(parameter, std=std if "cls" in name else 0.01)
     # Batch norms that have seen something: else, maps grow from layer to layer.
     noise = torch.rand(8, 3, 1, 1) + 0.2 * torch.randn(8, 3, 128, 128)
     noise = (noise - 0.5) * 4 if "mean" in cfg.model.data_preprocessor else noise * 255

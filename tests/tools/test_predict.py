@@ -102,6 +102,8 @@ def test_interrupted_run_leaves_no_json(images, environment, tiny_config, checkp
         [*map(str, command), "--out", str(out)],
         cwd=ROOT,
         env=environment,
+        # A shell's background commands, such as these tests may be one of, ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
