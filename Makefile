@@ -30,7 +30,8 @@ demo: env  ## draw images, train a detector with RFAConv on them, evaluate and p
 	@"$(PYTHON)" tools/demo.py
 
 bench: env  ## measure every op on 2 CPU threads against the formulas and the plain convolution
-	@"$(PYTHON)" tools/benchmark/run.py --detector 256 --out benchmarks/results/cpu.json
+	@"$(PYTHON)" tools/benchmark/run.py --compile RFAConv --detector 256 \
+	    --out benchmarks/results/cpu.json
 	@"$(PYTHON)" tools/benchmark/report.py benchmarks/results/*.json \
 	    --table benchmarks/table.md --plot docs/images/benchmark.png
 

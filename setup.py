@@ -3,8 +3,8 @@
 torch and mmcv are needed but not listed: which build of them is right (CPU or CUDA, with or
 without compiled ops) is the machine's matter. ``make env`` installs tested versions of both.
 
-The C++ kernels of RFAConv are optional: they are built where torch can be imported (so with
-``--no-build-isolation``) and a C++ compiler works, and else left out with a notice.
+The C++ kernels of RFAConv are optional: they are built where the interpreter that installs has
+torch and a C++ compiler works, and else left out with a notice.
 ``RFA_MMDET_BUILD=1`` makes that an error, ``RFA_MMDET_BUILD=0`` builds none.
 """
 
@@ -12,6 +12,8 @@ import hashlib
 import os
 import platform
 import sys
+import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -55,6 +57,9 @@ class BuildKernels(build_ext):
         """Compile the bindings once for all, then one library for each capability."""
         if not sys.platform.startswith("linux"):
             raise RuntimeError(f"they are for Linux, and here is {sys.platform}")
+        if find_spec("torch") is None:
+            # pip hides what is installed from a build (PEP 517); the kernels are for that torch.
+            sys.path.append(sysconfig.get_path("purelib"))
         import torch  # an optional part of the build, and slow to import
         from torch.utils.cpp_extension import include_paths, library_paths
 

@@ -34,7 +34,7 @@ def parse_args() -> Namespace:
     add = parser.add_argument
     add("spec", help="config file that says what is compared")
     add("--work-dir", help="where to write; default: work_dirs/ablation_<spec name>")
-    add("--jobs", type=int, metavar="N", help="runs at a time, a GPU each where there are GPUs")
+    add("--jobs", type=int, metavar="N", help="runs at a time, each on the next GPU in turn")
     add("--list", action="store_true", help="list the runs, and what has become of them")
     add("--run", type=int, metavar="I", help="do only run I of --list, and write no report")
     add("--report-only", action="store_true", help="run nothing, write the report of what is there")

@@ -1,10 +1,12 @@
 # All systems on BCCD's blood cells (https://github.com/Shenggan/BCCD_Dataset, MIT licence) in
-# data/BCCD, a RetinaNet R18 from scratch.
+# data/BCCD, a RetinaNet R18 from scratch, and then started from the plain detector. The best epoch
+# on val is tested once on test.
 #   python tools/ablate.py configs/ablation/bccd.py --jobs 4
 base = "../custom/retinanet_r18-rfaconv_fpn_50e_custom-voc.py"
 environment = dict(DATA_ROOT="data/BCCD", CLASSES="RBC,WBC,Platelets")
 metric = "coco/bbox_mAP"
 seeds = (0, 1, 2)
+checkpoint = "best"
 
 plain = {"model.backbone.rfa": None, "model.backbone.stage_with_rfa": None}
 place = dict(stages=(False, True, True, True), position="after_conv2")
@@ -23,3 +25,28 @@ for conv in convs:
     methods[conv] = {"model.backbone.rfa": dict(type=conv)}
 for name, cfg in plugins.items():
     methods[name] = {**plain, "model.backbone.plugins": [dict(cfg=cfg, **place)]}
+
+# The warm start goes on from the plain detector of the same seed, with a fifth of the rate.
+max_epochs = 15
+stages = dict(
+    scratch=dict(),
+    warm_start=dict(
+        load_from="scratch",
+        options={
+            "train_cfg.max_epochs": max_epochs,
+            "optim_wrapper.optimizer.lr": 2e-4,
+            "param_scheduler": [
+                dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=50),
+                dict(
+                    type="CosineAnnealingLR",
+                    T_max=max_epochs,
+                    eta_min=1e-6,
+                    by_epoch=True,
+                    begin=0,
+                    end=max_epochs,
+                    convert_to_iter_based=True,
+                ),
+            ],
+        },
+    ),
+)

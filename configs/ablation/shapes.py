@@ -18,7 +18,8 @@ methods = {
     "ConAM": {**plain, "model.backbone.plugins": [conam]},
 }
 
-# The warm start goes on from the plain detector of the same seed, for half as long, with less.
+# The warm start goes on from the plain detector of the same seed, for half as long, at a third of
+# the rate.
 max_epochs = 3
 stages = dict(
     scratch=dict(),

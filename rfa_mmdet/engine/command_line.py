@@ -161,6 +161,8 @@ def _first_use(cfg: Config, variable: str) -> str:
 def user_errors(*errors: type[Exception]) -> Iterator[None]:
     """End the process with one message, ``error: ...``, and exit code 1 where the user is at fault.
 
+    Ctrl-C ends it with one word, and the exit code that shells give it, 130.
+
     RFA_MMDET_TRACEBACK=1 in the environment shows the traceback as well.
 
     Args:
@@ -170,6 +172,9 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
     errors = errors or (ValueError, TypeError, KeyError, FileNotFoundError)
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except errors as error:
         if os.environ.get("RFA_MMDET_TRACEBACK") == "1":
             traceback.print_exc()

@@ -115,7 +115,8 @@ _OP_COUNTS = {
     **dict.fromkeys(
         (
             *("aten::add", "aten::add_", "aten::mul", "aten::div", "aten::reciprocal"),
-            *("aten::sigmoid", "aten::softmax", "aten::hardswish"),
+            *("aten::sigmoid", "aten::softmax", "aten::hardswish", "aten::hardsigmoid_"),
+            *("aten::silu_", "aten::exp"),
             *("aten::amax", "aten::max_pool2d"),
             *("aten::im2col", "aten::ones_like", "aten::pad", "aten::unflatten"),
         )

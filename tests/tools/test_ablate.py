@@ -123,6 +123,10 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(first):
     assert 0 < plain["parameters"] < ours["parameters"]
     assert 0 < plain["flops"] < ours["flops"]
     assert 0 < plain["image_seconds"] < 60
+    assert 0 < plain["iteration_seconds"] < 60
+    assert costs["train_batch"] == 4
+    assert costs["machine"]["cores"] >= 1
+    assert costs["versions"]["torch"] == torch.__version__
 
 
 def test_report_of_it(first):
@@ -257,9 +261,8 @@ def test_bad_input(fails, tiny_config, tmp_path):
     spec = tmp_path / "spec.py"
     spec.write_text(SPEC.format(tiny=str(tiny_config), epochs=1) + "methods = dict(plain=plain)")
     assert "--run 3: there are runs 0 to 2" in fails("ablate", spec, "--run", "3")
-    jobs = str(torch.cuda.device_count() + 1) if torch.cuda.is_available() else "1"
     spec.write_text(spec.read_text() + "\nbase = 'none.py'")
-    assert "base='none.py': no such file" in fails("ablate", spec, "--jobs", jobs)
+    assert "base='none.py': no such file" in fails("ablate", spec)
 
 
 @pytest.mark.parametrize("name", ["shapes", "bccd"])

@@ -8,12 +8,10 @@ tools/benchmark/report.py makes the table and the plot.
 
 import json
 import os
-import platform
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -26,6 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from shapes import SHAPES, Shape
 from torch import Tensor, nn
+
+from rfa_mmdet.engine.machine import describe_machine
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 # Odd sizes: borders of every kind of tile. Small enough for float64.
@@ -62,8 +62,11 @@ def parse_args(argv: list[str]) -> Namespace:
     add("--channels-last", action="store_true", help="memory format of inputs and convolutions")
     add(
         "--compile",
-        action="store_true",
-        help="also the formulas under torch.compile: up to a minute more a shape",
+        nargs="*",
+        choices=OPS,
+        metavar="OP",
+        help="also the formulas of these ops (default: of all) under torch.compile: up to a minute "
+        "more a shape",
     )
     add(
         "--seconds",
@@ -94,6 +97,9 @@ def parse_args(argv: list[str]) -> Namespace:
         parser.error(f"--rounds {args.rounds} --threads {args.threads}: must be at least 1")
     if args.detector and (args.detector < 64 or args.detector % 32):
         parser.error(f"--detector {args.detector}: must be a multiple of 32, at least 64")
+    args.compile = () if args.compile is None else tuple(args.compile or args.ops)
+    if left_out := set(args.compile) - set(args.ops):
+        parser.error(f"--compile {' '.join(sorted(left_out))}: is not among --ops")
     try:
         args.device = torch.device(args.device)
     except RuntimeError:
@@ -133,7 +139,7 @@ class Case:
             for name, module in modules.items()
         }
         self.compiled = {}
-        if args.compile:
+        if op in args.compile:
             torch._dynamo.reset()  # a shape of its own, not a dynamic one
             self.compiled = {"compiled formula": torch.compile(self.modules["formula"])}
         self.x = make_input(shape, dtype, self.device).to(memory_format=layout)
@@ -222,33 +228,27 @@ def check(
     return found
 
 
-def describe_machine(device: torch.device) -> dict:
-    """Return what the numbers depend on: the processor and the versions."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("mmcv", "mmdet", "triton"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    if torch.version.cuda:
-        versions["cuda"] = torch.version.cuda
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    capability = torch.backends.cpu.get_cpu_capability()
-    machine = {"cpu": cpu, "cores": os.cpu_count(), "simd": capability, "gpu": gpu}
-    return {"machine": machine, "versions": versions}
-
-
 def main(argv: list[str]) -> int:
     """Measure what the command line asks for; 1 if an op is not what its formula says."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     shapes = [shape for name in args.shapes for shape in SHAPES[name]]
     results, failed, missing = [], [], {}
+    content = {
+        **describe_machine(args.device),
+        "device": args.device.type,
+        "dtype": args.dtype,
+        "threads": args.threads,
+        "channels_last": args.channels_last,
+        "command": shlex.join(["python", "tools/benchmark/run.py", *argv]),
+        "failed": failed,
+        "not_available": missing,
+        "results": results,
+        "detector": None,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    # Of a run that is broken off, what it had measured lies here.
+    unfinished = args.out.with_name(f"{args.out.name}.unfinished")
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -270,27 +270,15 @@ def main(argv: list[str]) -> int:
                     result = measure_case(Case(op, shape, layers, args), args)
                     results.append({"op": op, "shape": vars(shape), **result})
                 progress.advance(task)
-        detector = None
+            unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         if args.detector:
             progress.update(task, description=f"RetinaNet {args.detector} x {args.detector}")
-            detector = measure_detector(
+            content["detector"] = measure_detector(
                 args.detector, args.device, DTYPES[args.dtype], 10 * args.seconds, args.rounds
             )
             progress.advance(task)
-    content = {
-        **describe_machine(args.device),
-        "device": args.device.type,
-        "dtype": args.dtype,
-        "threads": args.threads,
-        "channels_last": args.channels_last,
-        "command": shlex.join(["python", "tools/benchmark/run.py", *argv]),
-        "failed": failed,
-        "not_available": missing,
-        "results": results,
-        "detector": detector,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(args.out)
     for name, reason in missing.items():
         print(f"not here: {name}: {reason}")
     for failure in failed:

@@ -1,4 +1,4 @@
-"""What each method costs: parameters, FLOPs, and seconds an image.
+"""What each method costs: parameters, FLOPs, seconds an image and seconds a training iteration.
 
 Measured in one process when nothing else runs, the methods in turns, so that what else the
 machine does meets all of them alike.
@@ -8,6 +8,7 @@ import copy
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope, init_default_scope
 from torch import nn
 
@@ -23,6 +25,7 @@ from rfa_mmdet.engine.ablation.folders import Folder, read_json, write_json
 from rfa_mmdet.engine.ablation.spec import Spec
 from rfa_mmdet.engine.complexity import detector_complexity
 from rfa_mmdet.engine.errors import UserError
+from rfa_mmdet.engine.machine import describe_machine
 from rfa_mmdet.engine.model_weights import load_weights, read_checkpoint
 
 IMAGES = 4
@@ -37,9 +40,10 @@ def method_costs(spec: Spec, work_dir: str | os.PathLike) -> dict[str, Any]:
         work_dir (str | os.PathLike): Of the comparison.
 
     Returns:
-        dict[str, Any]: ``device``, ``threads``, ``image_size`` (height, width as the network sees
-        it), and ``methods``: by name ``parameters``, ``flops`` (None where they cannot be
-        counted), and ``image_seconds``, a median, with post-processing and without loading.
+        dict[str, Any]: ``machine`` and ``versions``, ``threads``, ``image_size`` (height, width as
+        the network sees it), ``train_batch`` (images an iteration), and ``methods``: by name
+        ``parameters``, ``flops`` (None where they cannot be counted), and, medians without
+        loading, ``image_seconds``, with post-processing, and ``iteration_seconds``.
 
     Raises:
         UserError: A checkpoint or the test data cannot be read.
@@ -68,6 +72,9 @@ def _measure(found: dict[str, tuple[Config, Folder]], which: str) -> dict[str, A
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
     batches = [pseudo_collate([dataset[i]]) for i in range(min(IMAGES, len(dataset)))]
     seconds = _time_in_turns(models, batches, device)
+    train_batch, iteration_seconds = _train_in_turns(
+        models, {method: cfg for method, (cfg, _) in found.items()}, device
+    )
     first = next(iter(models.values()))
     shape = first.data_preprocessor(copy.deepcopy(batches[0]), False)["inputs"].shape[-2:]
     methods = {}
@@ -78,11 +85,17 @@ def _measure(found: dict[str, tuple[Config, Folder]], which: str) -> dict[str, A
             flops = None
         parameters = sum(parameter.numel() for parameter in models[method].parameters())
         methods[method] = dict(
-            parameters=parameters, flops=flops, image_seconds=statistics.median(seconds[method])
+            parameters=parameters,
+            flops=flops,
+            image_seconds=statistics.median(seconds[method]),
+            iteration_seconds=statistics.median(iteration_seconds[method]),
         )
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     return dict(
-        device=name, threads=torch.get_num_threads(), image_size=list(shape), methods=methods
+        **describe_machine(device),
+        threads=torch.get_num_threads(),
+        image_size=list(shape),
+        train_batch=train_batch,
+        methods=methods,
     )
 
 
@@ -98,20 +111,44 @@ def _model(cfg: Config, checkpoint: str) -> nn.Module:
 def _time_in_turns(
     models: dict[str, nn.Module], batches: list[dict], device: torch.device
 ) -> dict[str, list[float]]:
-    def seconds(model: nn.Module, batch: dict) -> float:
-        batch = copy.deepcopy(batch)  # the detections are written into it
+    # The detections are written into a batch.
+    runs = {m: lambda b, m=m: models[m].test_step(copy.deepcopy(b)) for m in models}
+    return _in_turns(runs, batches, device)
+
+
+def _train_in_turns(
+    models: dict[str, nn.Module], configs: dict[str, Config], device: torch.device
+) -> tuple[int, dict[str, list[float]]]:
+    cfg = next(iter(configs.values()))
+    size = cfg.train_dataloader.batch_size
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    batches = [
+        pseudo_collate([dataset[(i * size + j) % len(dataset)] for j in range(size)])
+        for i in range(IMAGES)
+    ]
+    runs = {}
+    for method, model in models.items():
+        wrapper = build_optim_wrapper(model.train(), configs[method].optim_wrapper)
+        runs[method] = lambda b, m=model, w=wrapper: m.train_step(copy.deepcopy(b), w)
+    return size, _in_turns(runs, batches, device)
+
+
+def _in_turns(
+    runs: dict[str, Callable[[dict], Any]], batches: list[dict], device: torch.device
+) -> dict[str, list[float]]:
+    def seconds(run: Callable[[dict], Any], batch: dict) -> float:
         start = time.perf_counter()
-        model.test_step(batch)
+        run(batch)
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    for model in models.values():  # to warm up
+    for run in runs.values():  # to warm up
         for batch in batches:
-            seconds(model, batch)
-    found: dict[str, list[float]] = {method: [] for method in models}
+            seconds(run, batch)
+    found: dict[str, list[float]] = {method: [] for method in runs}
     for _ in range(ROUNDS):
         for batch in batches:
-            for method, model in models.items():
-                found[method].append(seconds(model, batch))
+            for method, run in runs.items():
+                found[method].append(seconds(run, batch))
     return found

@@ -26,11 +26,12 @@ def places(jobs: int) -> list[dict[str, str]]:
         jobs (int): Runs at a time.
 
     Returns:
-        list[dict[str, str]]: One GPU each, of those that CUDA_VISIBLE_DEVICES leaves; without
-        GPUs, an equal share of the cores, unless OMP_NUM_THREADS is set.
+        list[dict[str, str]]: One GPU each, of those that CUDA_VISIBLE_DEVICES leaves; where there
+        are fewer, several share one. Without GPUs, an equal share of the cores, unless
+        OMP_NUM_THREADS is set.
 
     Raises:
-        ConfigError: There are fewer GPUs, or ``jobs`` is not positive.
+        ConfigError: ``jobs`` is not positive.
 
     Example:
         >>> len(places(1))
@@ -40,11 +41,9 @@ def places(jobs: int) -> list[dict[str, str]]:
         raise ConfigError(f"jobs={jobs}: must be at least 1")
     gpus = torch.cuda.device_count()
     if gpus:
-        if jobs > gpus:
-            raise ConfigError(f"jobs={jobs}: each run takes a GPU, and there are {gpus}")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(i) for i in range(gpus)]
-        return [{"CUDA_VISIBLE_DEVICES": name.strip()} for name in names[:jobs]]
+        return [{"CUDA_VISIBLE_DEVICES": names[i % gpus].strip()} for i in range(jobs)]
     if jobs == 1 or "OMP_NUM_THREADS" in os.environ:
         return [{} for _ in range(jobs)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -64,7 +64,7 @@ _KEYS = {
     "parameters": lambda row: row.parameters,
     "GFLOPs": lambda row: row.flops,
     "ms an image": lambda row: row.image_seconds,
-    "s an iteration": lambda row: row.iteration_seconds,
+    "ms an iteration": lambda row: row.iteration_seconds,
     "MB in training": lambda row: row.memory_mb,
 }
 _WORDS = {"method": lambda row: row.method, "verdict": lambda row: row.compared.verdict}
@@ -128,17 +128,19 @@ def _introduction(results: dict[str, Any]) -> list[str]:
     runs = results["runs"]
     done = sum(run["state"] == "finished" for run in runs)
     costs = results["costs"]
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     measured = ""
     if costs.get("methods"):
         height, width = costs["image_size"]
-        threads = ""
-        if costs["device"] == "CPU":
-            threads = f", {costs['threads']} thread{'s' if costs['threads'] > 1 else ''}"
+        where = costs["machine"]["gpu"]
+        if where is None:
+            threads = f"{costs['threads']} thread{'s' if costs['threads'] > 1 else ''}"
+            where = f"{costs['machine']['cpu']}, {costs['machine']['cores']} cores, {threads}"
+        versions = ", ".join(f"{name} {version}" for name, version in costs["versions"].items())
         measured = (
             f" GFLOPs (a multiply-add counted once) and the time an image are of {height} x "
-            f"{width} pixels, one image at a time, on {costs['device']}{threads}; the time is a "
-            "median with post-processing, without loading."
+            f"{width} pixels, one image at a time with post-processing; an iteration trains with "
+            f"{costs['train_batch']} images. The times are medians without loading, of all methods "
+            f"in turns on {where} ({versions})."
         )
     return [
         f"<p>{done} of {len(runs)} runs finished. Compared is <b>{escape(results['metric'])}</b> "
@@ -147,8 +149,8 @@ def _introduction(results: dict[str, Any]) -> list[str]:
         "by seed. Under one seed all methods see the same images in the same order.</p>",
         f"<p class=soft>“better” and “worse”: a paired t-test over the seeds gives p &lt; {LEVEL}; "
         "else the difference is within the spread. Of twenty methods that change nothing, one is "
-        f"expected to pass by chance.{escape(measured)} Time and memory in training are each run's "
-        f"own, loading included. {escape(versions)}.</p>",
+        f"expected to pass by chance.{escape(measured)} Memory in training is the most that "
+        f"a run of the method has taken.</p>",
     ]
 
 

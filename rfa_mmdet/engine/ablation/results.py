@@ -2,7 +2,6 @@
 
 import math
 import os
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ def collect(spec: Spec, work_dir: str | os.PathLike, costs: dict[str, Any]) -> d
         costs (dict): Of the methods.
 
     Returns:
-        dict[str, Any]: ``name``, ``metric``, ``baseline``, ``methods``, ``stages``, ``versions``,
-        ``costs`` and ``runs``, a list of dicts as :func:`read_run` returns them.
+        dict[str, Any]: ``name``, ``metric``, ``baseline``, ``methods``, ``stages``, ``costs``
+        and ``runs``, a list of dicts as :func:`read_run` returns them.
     """
     results = dict(
         name=spec.name,
@@ -35,7 +34,6 @@ def collect(spec: Spec, work_dir: str | os.PathLike, costs: dict[str, Any]) -> d
             dict(name=s.name, methods=list(s.methods), seeds=list(s.seeds), load_from=s.load_from)
             for s in spec.stages
         ],
-        versions={name: _version(name) for name in ("torch", "mmcv", "mmengine", "mmdet")},
         costs=costs,
         runs=[read_run(spec, run, work_dir) for run in spec.runs()],
     )
@@ -118,10 +116,3 @@ def _number(value: Any) -> float | None:
 
 def _thinned(points: list) -> list:
     return points[:: max(1, math.ceil(len(points) / POINTS))]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "?"

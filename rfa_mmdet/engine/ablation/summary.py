@@ -128,7 +128,7 @@ def summarise(results: dict[str, Any]) -> list[Row]:
                     cost.get("parameters"),
                     cost.get("flops"),
                     cost.get("image_seconds"),
-                    _spread([run["iteration_seconds"] for run in mine.values()])[0],
+                    cost.get("iteration_seconds"),
                     _most([run["memory_mb"] for run in mine.values()]),
                 )
             )

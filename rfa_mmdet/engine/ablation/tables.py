@@ -56,7 +56,7 @@ def cells(row: Row) -> dict[str, str]:
         "parameters": number(row.parameters, ",d"),
         "GFLOPs": number(row.flops, ".3f", 1e-9),
         "ms an image": number(row.image_seconds, ".1f", 1e3),
-        "s an iteration": number(row.iteration_seconds, ".3f"),
+        "ms an iteration": number(row.iteration_seconds, ".0f", 1e3),
         "MB in training": number(row.memory_mb, ",.0f"),
     }
 

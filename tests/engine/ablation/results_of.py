@@ -32,7 +32,6 @@ def results_of(values, costs=None, **more):
         checkpoint="last",
         methods=list(values),
         stages=[dict(name="all", methods=list(values), seeds=seeds, load_from=None)],
-        versions=dict(torch="2"),
         costs=costs or {},
         runs=runs,
     )

@@ -58,12 +58,17 @@ def report(tmp_path_factory):
     """A page with plots and samples, and the sizes of its pictures."""
     folder = tmp_path_factory.mktemp("report")
     costs = dict(
-        device="CPU",
+        machine=dict(cpu="Some CPU", cores=2, simd="AVX2", gpu=None),
+        versions=dict(torch="2"),
         threads=1,
         image_size=[64, 64],
+        train_batch=4,
         methods={
             name: dict(
-                parameters=37_968_692 - i, flops=10**8 * (i + 1), image_seconds=0.01 * (i + 1)
+                parameters=37_968_692 - i,
+                flops=10**8 * (i + 1),
+                image_seconds=0.01 * (i + 1),
+                iteration_seconds=0.1 * (i + 1),
             )
             for i, name in enumerate(VALUES)
             if name != "failed"
@@ -89,6 +94,8 @@ def test_page_asks_nobody_and_escapes_what_it_shows(report):
     assert "<script>alert(1)" not in text
     assert "&lt;script&gt;alert(1)" in text
     assert '<td class=text data-value="&lt;b&gt;&amp;x">&lt;b&gt;&amp;x</td>' in text
+    assert "trains with 4 images" in text
+    assert "Some CPU, 2 cores, 1 thread (torch 2)" in text
     assert "The highest mean has ours, 0.4600 ± 0.0100, +0.0400 from the baseline" in text
 
 

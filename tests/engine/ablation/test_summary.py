@@ -64,7 +64,8 @@ def test_nothing_finished_is_no_number():
 
 
 def test_tables():
-    costs = dict(methods=dict(ours=dict(parameters=1234567, flops=2_500_000, image_seconds=0.0123)))
+    cost = dict(parameters=1234567, flops=2_500_000, image_seconds=0.0123, iteration_seconds=0.4567)
+    costs = dict(methods=dict(ours=cost))
     rows = summarise(results_of(dict(plain=[0.1, 0.2, 0.3], ours=[0.4, 0.5, 0.61]), costs))
     text = markdown(rows, "coco/bbox_mAP")
     header, _, plain, ours = (
@@ -78,6 +79,7 @@ def test_tables():
     assert by_title["difference"] == "+0.3033"
     assert by_title["verdict"] == "better"
     assert by_title["parameters"] == "1,234,567"
+    assert by_title["ms an iteration"] == "457"
     assert by_title["GFLOPs"] == "0.003"
     assert by_title["ms an image"] == "12.3"
     read = list(csv.DictReader(io.StringIO(comma_separated(rows))))

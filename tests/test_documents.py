@@ -1,0 +1,67 @@
+"""Numbers in README.md and docs/ are those of the committed results."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from rfa_mmdet.engine.ablation.summary import summarise
+from rfa_mmdet.engine.ablation.tables import markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools" / "benchmark"))  # as of a script in that folder
+
+import report  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+ABLATIONS = sorted((RESULTS / "ablation").glob("*.json"))
+BENCHMARKS = sorted(RESULTS.glob("*.json"))
+PICTURE = re.compile(r"!\[[^\]]+\]\(([^)]+)\)")
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_tables_of_the_ablations(path):
+    results = read(path)
+    assert all(run["state"] == "finished" for run in results["runs"])
+    document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    tables = markdown(summarise(results), results["metric"])
+    rows = [line for line in tables.splitlines() if line.startswith("|")]
+    assert len(rows) == sum(2 + len(stage["methods"]) for stage in results["stages"])
+    for line in rows:
+        assert line in document
+
+
+def test_no_table_of_an_ablation_is_without_its_results():
+    document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    known = "".join(
+        markdown(summarise(results), results["metric"]) for results in map(read, ABLATIONS)
+    )
+    rows = [line for line in document.splitlines() if line.startswith("| ") and " ± " in line]
+    assert rows
+    for line in rows:
+        assert line in known.splitlines()
+
+
+def test_tables_of_the_benchmark():
+    runs = [read(path) for path in BENCHMARKS]
+    lines = report.targets_table(runs)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(lines) in readme
+    for run in runs:
+        lines += ["", *report.run_table(run)]
+    assert (ROOT / "benchmarks" / "table.md").read_text(encoding="utf-8") == "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_pictures_are_there(name):
+    document = ROOT / name
+    pictures = PICTURE.findall(document.read_text(encoding="utf-8"))
+    assert pictures
+    for picture in pictures:
+        assert (document.parent / picture).read_bytes().startswith(b"\x89PNG"), picture
