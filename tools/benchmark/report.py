@@ -251,7 +251,7 @@ def write_plot(run: dict, path: Path) -> None:
             for who, offset, colour in (("formula", 0.2, "#c8c8c8"), (name, -0.2, "#2c7fb8")):
                 bar = value(own, who)
                 axes.barh(len(names) - row + offset, bar, 0.38, color=colour)
-                axes.text(bar, len(names) - row + offset, f" {bar:.1f}", va="center", fontsize=7)
+                axes.text(bar, len(names) - row + offset, f" {bar:.2g}", va="center", fontsize=7)
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set(title=title, xlabel="plain 3x3 convolution = 1", xscale="log")
         axes.spines[["top", "right"]].set_visible(False)
