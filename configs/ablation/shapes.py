@@ -18,9 +18,9 @@ methods = {
     "ConAM": {**plain, "model.backbone.plugins": [conam]},
 }
 
-# The warm start goes on from the plain detector of the same seed, for half as long, at a third of
+# The warm start goes on from the plain detector of the same seed, for a third as long, at a third of
 # the rate.
-max_epochs = 3
+max_epochs = 2
 stages = dict(
     scratch=dict(),
     warm_start=dict(
