@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rfa_mmdet.ops.precision import at_least_float32, no_autocast
+from rfa_mmdet.ops.same_conv import same_conv
 
 
 def cross_spatial_gate(x1: Tensor, x2: Tensor) -> Tensor:
@@ -90,5 +91,5 @@ def ema_gate(
     """
     row_gate, column_gate = coordinate_gates(x, weight1, bias1, size)
     x1 = F.group_norm(x * row_gate * column_gate, len(scale), scale, shift, eps)
-    x2 = F.conv2d(x, weight3, bias3, padding=1)
+    x2 = same_conv(x, weight3, bias3)
     return (cross_spatial_gate(x1, x2).to(x.dtype),)
