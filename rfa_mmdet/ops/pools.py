@@ -36,6 +36,32 @@ def max_and_mean(
     return (maxima, means) if keepdim else (maxima.squeeze(dim), means.squeeze(dim))
 
 
+def mean(x: Tensor, dim: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return the mean, whose gradient autograd finds without a division of each cell.
+
+    Args:
+        x (Tensor): Any shape.
+        dim (int | tuple[int, ...]): Over which.
+        dtype (torch.dtype): Of the result.
+
+    Returns:
+        Tensor: Without those dimensions.
+
+    Example:
+        >>> mean(torch.tensor([[0., 1., 5.]]), 1, torch.float32)
+        tensor([2.])
+    """
+    if not recomputes():
+        return x.mean(dim, dtype=dtype)
+    # That of a sum is expanded from one value, and the division is behind it.
+    total = x.sum(dim, dtype=torch.promote_types(dtype, torch.float32))  # beyond half's range
+    return (total / _cells(x, dim)).to(dtype)
+
+
+def _cells(x: Tensor, dim: int | tuple[int, ...]) -> int:
+    return math.prod(x.shape[i] for i in ([dim] if isinstance(dim, int) else dim))
+
+
 def shares_of_maximum(x: Tensor, maxima: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Find where a map has its maxima, and what gradient they get there; overwrites the map.
 
@@ -66,7 +92,7 @@ class _MaxAndMean(torch.autograd.Function):
     def forward(ctx, x: Tensor, dim: int | tuple[int, ...], dtype: torch.dtype) -> tuple:
         maxima = x.amax(dim, keepdim=True)
         ctx.save_for_backward(x, maxima)
-        ctx.cells = math.prod(x.shape[i] for i in ([dim] if isinstance(dim, int) else dim))
+        ctx.cells = _cells(x, dim)
         return maxima.to(dtype), x.mean(dim, keepdim=True, dtype=dtype)
 
     @staticmethod
