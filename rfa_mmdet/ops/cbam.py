@@ -2,26 +2,13 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from rfa_mmdet.ops.gated import recomputes
+from rfa_mmdet.ops.pools import shares_of_maximum
 from rfa_mmdet.ops.precision import at_least_float32, no_autocast
-
-
-def channel_pools(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return maximum and mean of each channel.
-
-    Args:
-        x (Tensor): (B, C, H, W).
-        dtype (torch.dtype): Of the result.
-
-    Returns:
-        tuple[Tensor, Tensor]: (B, C, 1, 1) each.
-
-    Example:
-        >>> channel_pools(torch.arange(3.).reshape(1, 1, 1, 3), torch.float32)
-        (tensor([[[[2.]]]]), tensor([[[[1.]]]]))
-    """
-    return x.amax((2, 3), keepdim=True).to(dtype), x.mean((2, 3), keepdim=True, dtype=dtype)
+from rfa_mmdet.ops.same_conv import same_conv_gradients
 
 
 def channel_gate(maxima: Tensor, means: Tensor, squeeze: Tensor, excite: Tensor) -> Tensor:
@@ -36,42 +23,63 @@ def channel_gate(maxima: Tensor, means: Tensor, squeeze: Tensor, excite: Tensor)
         Tensor: (B, C, 1, 1) in (0, 1), at least float32.
 
     Example:
-        >>> pools = channel_pools(torch.rand(2, 8, 3, 5), torch.float32)
-        >>> channel_gate(*pools, torch.rand(4, 8, 1, 1), torch.zeros(8, 4, 1, 1)).unique()
+        >>> layers = torch.rand(4, 8, 1, 1), torch.zeros(8, 4, 1, 1)
+        >>> channel_gate(*torch.rand(2, 2, 8, 1, 1), *layers).unique()
         tensor([0.5000])
     """
     with no_autocast(maxima):
+        # As matrix products: convolutions of single cells take three times as long.
+        first, second = squeeze.flatten(1), excite.flatten(1)
         of_maxima, of_means = (
-            F.conv2d(torch.relu(F.conv2d(pool, squeeze)), excite) for pool in (maxima, means)
+            F.linear(torch.relu(F.linear(pool.flatten(1), first)), second)
+            for pool in (maxima, means)
         )
-        return torch.sigmoid(at_least_float32(of_maxima + of_means))
+        return torch.sigmoid(at_least_float32(of_maxima + of_means))[:, :, None, None]
 
 
-def spatial_gate(x: Tensor, weight: Tensor) -> Tensor:
-    """Weigh the cells, by a convolution of the maxima and the means over the channels.
+def spatial_pools(x: Tensor) -> Tensor:
+    """Return maxima and means over the channels.
 
     Args:
         x (Tensor): (B, C, H, W).
+
+    Returns:
+        Tensor: (B, 2, H, W), at least float32.
+
+    Example:
+        >>> spatial_pools(torch.arange(3.).reshape(1, 3, 1, 1)).flatten()
+        tensor([2., 1.])
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.cat([x.amax(1, keepdim=True).to(dtype), x.mean(1, keepdim=True, dtype=dtype)], 1)
+
+
+def spatial_gate(pools: Tensor, weight: Tensor) -> Tensor:
+    """Weigh the cells, by a convolution of the maxima and the means over the channels.
+
+    Args:
+        pools (Tensor): (B, 2, H, W), of :func:`spatial_pools`.
         weight (Tensor): (1, 2, k, k), k odd.
 
     Returns:
-        Tensor: (B, 1, H, W) in (0, 1), in x's dtype.
+        Tensor: (B, 1, H, W) in (0, 1), at least float32.
 
     Example:
-        >>> spatial_gate(torch.rand(2, 8, 3, 5), torch.rand(1, 2, 7, 7)).shape
+        >>> spatial_gate(torch.rand(2, 2, 3, 5), torch.rand(1, 2, 7, 7)).shape
         torch.Size([2, 1, 3, 5])
     """
-    with no_autocast(x):
-        maxima = x.amax(1, keepdim=True).to(weight.dtype)
-        means = x.mean(1, keepdim=True, dtype=weight.dtype)
-        score = F.conv2d(torch.cat([maxima, means], dim=1), weight, padding=weight.shape[2] // 2)
-        return torch.sigmoid(at_least_float32(score)).to(x.dtype)
+    with no_autocast(pools):
+        score = F.conv2d(pools.to(weight.dtype), weight, padding=weight.shape[2] // 2)
+    return torch.sigmoid(at_least_float32(score))
 
 
-def cbam_gates(
+def weigh_channels_and_cells(
     x: Tensor, maxima: Tensor, means: Tensor, squeeze: Tensor, excite: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Weigh the channels, and then the cells of what the channels have become.
+
+    The backward pass keeps the map, its pools and the weight of each cell. Not differentiable
+    twice, unless a graph is recorded (:func:`~rfa_mmdet.ops.gated.is_recorded`).
 
     Args:
         x (Tensor): (B, C, H, W).
@@ -80,14 +88,51 @@ def cbam_gates(
         weight (Tensor): As of :func:`spatial_gate`.
 
     Returns:
-        tuple[Tensor, Tensor]: (B, C, 1, 1) and (B, 1, H, W), in x's dtype.
+        Tensor: (B, C, H, W), in x's dtype.
 
     Example:
-        >>> x = torch.rand(4, 8, 3, 5)
-        >>> weights = torch.rand(2, 8, 1, 1), torch.rand(8, 2, 1, 1), torch.rand(1, 2, 7, 7)
-        >>> gates = cbam_gates(x, *channel_pools(x, x.dtype), *weights)
-        >>> [tuple(gate.shape) for gate in gates]
-        [(4, 8, 1, 1), (4, 1, 3, 5)]
+        >>> x, pools = torch.ones(4, 8, 3, 5), torch.ones(2, 4, 8, 1, 1)
+        >>> zeros = torch.zeros(2, 8, 1, 1), torch.zeros(8, 2, 1, 1), torch.zeros(1, 2, 7, 7)
+        >>> weigh_channels_and_cells(x, *pools, *zeros).unique()
+        tensor([0.2500])
     """
-    channel = channel_gate(maxima, means, squeeze, excite).to(x.dtype)
-    return channel, spatial_gate(x * channel, weight)
+    if recomputes():
+        return _Weigh.apply(x, maxima, means, squeeze, excite, weight)
+    x = x * channel_gate(maxima, means, squeeze, excite).to(x.dtype)
+    return x * spatial_gate(spatial_pools(x), weight).to(x.dtype)
+
+
+class _Weigh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, *given: Tensor) -> Tensor:
+        *of_channels, weight = given
+        weighed = x * channel_gate(*of_channels).to(x.dtype)
+        gate = spatial_gate(spatial_pools(weighed), weight)
+        ctx.save_for_backward(x, gate, *given)
+        return weighed.mul_(gate.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, *given, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:5]
+        given = [t.detach().requires_grad_(need) for t, need in zip(given, needed, strict=True)]
+        with torch.enable_grad():
+            learnt_channel = channel_gate(*given).to(x.dtype)
+        channel = learnt_channel.detach()
+        # Two buffers of x's size are all that is made: weighed and grad.
+        weighed = x * channel
+        grad = grad_y * weighed
+        of_score = grad.sum(1, keepdim=True, dtype=gate.dtype) * gate * (1 - gate)
+        pools = spatial_pools(weighed)
+        of_pools, of_weight, _ = same_conv_gradients(
+            of_score.to(weight.dtype), pools.to(weight.dtype), weight, (True, True, False)
+        )
+        of_maxima, of_means = of_pools.chunk(2, dim=1)
+        hits, share = shares_of_maximum(weighed, pools[:, :1].to(x.dtype), of_maxima)
+        torch.mul(grad_y, gate.to(x.dtype), out=grad)
+        grad.addcmul_(hits, share).add_((of_means / x.shape[1]).to(x.dtype))
+        of_channel = torch.mul(grad, x, out=hits).sum((2, 3), keepdim=True)
+        learnt = [tensor for tensor in given if tensor.requires_grad]
+        found = iter(torch.autograd.grad(learnt_channel, learnt, of_channel) if learnt else ())
+        return grad.mul_(channel), *(next(found) if need else None for need in needed), of_weight

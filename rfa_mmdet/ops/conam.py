@@ -30,6 +30,31 @@ def patch_means(x: Tensor, patch_size: int) -> Tensor:
     return F.avg_pool2d(F.pad(x, padding), patch_size) / F.avg_pool2d(real, patch_size)
 
 
+def map_means(local: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
+    """Means over the map, from those over its patches: the map need not be read again.
+
+    Args:
+        local (Tensor): (B, C, rows, columns), of :func:`patch_means`.
+        patch_size (int): Side s of a patch.
+        size (tuple[int, int]): (H, W) of the map.
+
+    Returns:
+        Tensor: (B, C).
+
+    Example:
+        >>> x = torch.rand(1, 2, 5, 7)
+        >>> torch.allclose(map_means(patch_means(x, 3), 3, (5, 7)), x.mean((2, 3)))
+        True
+    """
+    like = dict(device=local.device, dtype=local.dtype)
+    # What part of the map a patch is.
+    rows, columns = (
+        (n - patch_size * torch.arange(count, **like)).clamp(max=patch_size) / n
+        for n, count in zip(size, local.shape[2:], strict=True)
+    )
+    return (local * torch.outer(rows, columns)).sum((2, 3))
+
+
 def patch_confidence(local: Tensor, whole: Tensor) -> Tensor:
     """Softmax over patches of each patch's dot product with the vector of the whole map.
 
@@ -70,9 +95,7 @@ def spread_patches(value: Tensor, patch_size: int, size: tuple[int, int]) -> Ten
     return value[:, None, : size[0], : size[1]]
 
 
-def confidence_gate(
-    x: Tensor, patch_size: int, scale_by_patches: bool, *layers: Tensor
-) -> tuple[Tensor]:
+def confidence_gate(x: Tensor, patch_size: int, scale_by_patches: bool, *layers: Tensor) -> Tensor:
     """Weigh the patches of a map, each by its confidence.
 
     Args:
@@ -82,11 +105,11 @@ def confidence_gate(
         *layers (Tensor): Weight and bias of both layers of the shared MLP.
 
     Returns:
-        tuple[Tensor]: (B, 1, H, W), in x's dtype.
+        Tensor: (B, 1, H, W), in x's dtype.
 
     Example:
         >>> layers = torch.rand(4, 8), torch.rand(4), torch.rand(8, 4), torch.rand(8)
-        >>> confidence_gate(torch.ones(1, 8, 4, 4), 2, False, *layers)[0].unique()
+        >>> confidence_gate(torch.ones(1, 8, 4, 4), 2, False, *layers).unique()
         tensor([0.2500])
     """
 
@@ -99,9 +122,9 @@ def confidence_gate(
     with no_autocast(x):
         values = at_least_float32(x)
         local = patch_means(values, patch_size)  # (B, C, rows, columns)
-        whole = mlp(values.mean((2, 3)))  # (B, C)
+        whole = mlp(map_means(local, patch_size, (x.shape[2], x.shape[3])))  # (B, C)
         confidence = patch_confidence(mlp(local.flatten(2).transpose(1, 2)), whole)
         if scale_by_patches:
             confidence = confidence * confidence.shape[1]
         confidence = confidence.reshape(-1, *local.shape[2:])  # (B, rows, columns)
-    return (spread_patches(confidence, patch_size, (x.shape[2], x.shape[3])).to(x.dtype),)
+    return spread_patches(confidence, patch_size, (x.shape[2], x.shape[3])).to(x.dtype)

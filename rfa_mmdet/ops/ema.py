@@ -4,30 +4,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rfa_mmdet.ops.pools import mean
 from rfa_mmdet.ops.precision import at_least_float32, no_autocast
+from rfa_mmdet.ops.same_conv import same_conv
 
 
-def cross_spatial_gate(x1: Tensor, x2: Tensor) -> Tensor:
+def cross_spatial_gate(x1: Tensor, x2: Tensor, means1: Tensor) -> Tensor:
     """Let the channel distribution of each branch weigh the positions of the other.
 
     Args:
         x1 (Tensor): (N, c, H, W).
         x2 (Tensor): (N, c, H, W).
+        means1 (Tensor): (c,), the means of x1's channels, in each of N the same.
 
     Returns:
         Tensor: (N, 1, H, W) in (0, 1), at least float32.
 
     Example:
-        >>> gate = cross_spatial_gate(torch.zeros(2, 4, 3, 5), torch.zeros(2, 4, 3, 5))
+        >>> x = torch.zeros(2, 4, 3, 5)
+        >>> gate = cross_spatial_gate(x, x, torch.zeros(4))
         >>> gate.shape, bool((gate == 0.5).all())
         (torch.Size([2, 1, 3, 5]), True)
     """
     with no_autocast(x1):
         x1, x2 = at_least_float32(x1), at_least_float32(x2)
-        p1 = torch.softmax(x1.mean((2, 3)), dim=1)  # (N, c)
-        p2 = torch.softmax(x2.mean((2, 3)), dim=1)
-        # (N, 1, c) @ (N, c, H * W)
-        score = p1.unsqueeze(1) @ x2.flatten(2) + p2.unsqueeze(1) @ x1.flatten(2)
+        p1 = torch.softmax(means1.to(x1.dtype), dim=0).expand(len(x1), 1, -1)
+        p2 = torch.softmax(mean(x2, (2, 3), x2.dtype), dim=1).unsqueeze(1)
+        score = p1 @ x2.flatten(2) + p2 @ x1.flatten(2)  # (N, 1, c) @ (N, c, H * W)
         return torch.sigmoid(score).unflatten(2, x1.shape[2:])
 
 
@@ -51,7 +54,7 @@ def coordinate_gates(
         [(2, 4, 3, 1), (2, 4, 1, 5)]
     """
     with no_autocast(x):
-        rows, columns = x.mean(3, dtype=weight.dtype), x.mean(2, dtype=weight.dtype)
+        rows, columns = mean(x, 3, weight.dtype), mean(x, 2, weight.dtype)
         gates = F.conv2d(torch.cat([rows, columns], dim=2).unsqueeze(3), weight, bias).squeeze(3)
     gates = torch.sigmoid(at_least_float32(gates)).to(x.dtype)
     row_gate, column_gate = gates.split(list(size), dim=2)
@@ -90,5 +93,6 @@ def ema_gate(
     """
     row_gate, column_gate = coordinate_gates(x, weight1, bias1, size)
     x1 = F.group_norm(x * row_gate * column_gate, len(scale), scale, shift, eps)
-    x2 = F.conv2d(x, weight3, bias3, padding=1)
-    return (cross_spatial_gate(x1, x2).to(x.dtype),)
+    x2 = same_conv(x, weight3, bias3)
+    # The norm left each channel the mean that it adds: no map is read for it.
+    return (cross_spatial_gate(x1, x2, shift).to(x.dtype),)

@@ -9,8 +9,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import check_feature_map, positive_int
-from rfa_mmdet.ops.cbam import cbam_gates, channel_gate, channel_pools
-from rfa_mmdet.ops.gated import weigh
+from rfa_mmdet.ops.cbam import channel_gate, spatial_gate, spatial_pools, weigh_channels_and_cells
+from rfa_mmdet.ops.pools import max_and_mean
 
 
 class ChannelAttention(nn.Module):
@@ -52,13 +52,13 @@ class ChannelAttention(nn.Module):
         Returns:
             Tensor: (B, C, 1, 1) in (0, 1).
         """
-        check_feature_map(type(self).__name__, x, self.in_channels)
-        pools = channel_pools(x, self.mlp[0].weight.dtype)
-        return channel_gate(*pools, *self.weights()).to(x.dtype)
+        return channel_gate(*self.inputs(x)).to(x.dtype)
 
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """Return the MLP's weights, (hidden, C, 1, 1) and (C, hidden, 1, 1)."""
-        return self.mlp[0].weight, self.mlp[2].weight
+    def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return maxima and means of x's channels, (B, C, 1, 1), and the MLP's weights."""
+        check_feature_map(type(self).__name__, x, self.in_channels)
+        squeeze, excite = self.mlp[0].weight, self.mlp[2].weight
+        return *max_and_mean(x, (2, 3), squeeze.dtype), squeeze, excite
 
 
 @MODELS.register_module()
@@ -101,7 +101,8 @@ class CBAM(nn.Module):
         Returns:
             Tensor: (B, C, H, W).
         """
-        return weigh(x, cbam_gates, *self._inputs(x))
+        check_feature_map("CBAM", x, self.in_channels)
+        return weigh_channels_and_cells(x, *self.channel.inputs(x), self.spatial.weight)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return the weights of channels and cells, multiplied, to be looked at.
@@ -112,10 +113,6 @@ class CBAM(nn.Module):
         Returns:
             Tensor: (B, C, H, W) in (0, 1).
         """
-        channel, spatial = cbam_gates(x, *self._inputs(x))
-        return channel * spatial
-
-    def _inputs(self, x: Tensor) -> tuple[Tensor, ...]:
         check_feature_map("CBAM", x, self.in_channels)
-        pools = channel_pools(x, self.spatial.weight.dtype)
-        return *pools, *self.channel.weights(), self.spatial.weight
+        channel, weight = self.channel.attention_map(x), self.spatial.weight
+        return channel * spatial_gate(spatial_pools(x * channel), weight).to(x.dtype)

@@ -10,14 +10,11 @@ Softmax and dot products are float32 under mixed precision. The parameters keep 
 names.
 """
 
-from collections.abc import Callable
-
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import boolean, check_feature_map, positive_int
 from rfa_mmdet.ops.conam import confidence_gate
-from rfa_mmdet.ops.gated import weigh
 
 
 @MODELS.register_module()
@@ -76,8 +73,8 @@ class ConAM(nn.Module):
         Raises:
             ValueError: A patch is larger than the map.
         """
-        gate, layers = self._inputs(x)
-        return x + weigh(x, gate, *layers)
+        # Not x + x * gate, which makes one more map. Autograd keeps the input once and little else.
+        return x * (1 + self.attention_map(x))
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return every cell's confidence, by which it is strengthened, to be looked at.
@@ -88,11 +85,6 @@ class ConAM(nn.Module):
         Returns:
             Tensor: (B, 1, H, W), at least 0.
         """
-        gate, layers = self._inputs(x)
-        return gate(x, *layers)[0]
-
-    def _inputs(self, x: Tensor) -> tuple[Callable, tuple[Tensor, ...]]:
-        """Return how and of what the gate is made."""
         check_feature_map("ConAM", x, self.in_channels)
         height, width = x.shape[2:]
         if self.patch_size > min(height, width):
@@ -100,12 +92,9 @@ class ConAM(nn.Module):
                 f"ConAM: patch_size={self.patch_size} is larger than the map of {height} x {width} "
                 f"cells; valid here: 1 to {min(height, width)}"
             )
-
-        def gate(x: Tensor, *layers: Tensor) -> tuple[Tensor]:
-            return confidence_gate(x, self.patch_size, self.scale_by_patches, *layers)
-
         first, second = self.linear1, self.linear2
-        return gate, (first.weight, first.bias, second.weight, second.bias)
+        layers = first.weight, first.bias, second.weight, second.bias
+        return confidence_gate(x, self.patch_size, self.scale_by_patches, *layers)
 
     def extra_repr(self) -> str:
         """Show the arguments that the children's lines do not."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rfa_mmdet.layers.arguments import positive_int
 from rfa_mmdet.layers.attention.se import SE
 from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
+from rfa_mmdet.ops.pools import max_and_mean
 from rfa_mmdet.ops.precision import at_least_float32, no_autocast
 from rfa_mmdet.ops.windows import lay_out, take_apart
 
@@ -109,7 +110,7 @@ class RFCBAMConv(ReceptiveFieldConv):
         self.check_input(x)
         features = self.features(x)  # (B, C, K, h, w)
         dtype = self.spatial.weight.dtype
-        pooled = [features.amax(1).to(dtype), features.mean(1, dtype=dtype)]
+        pooled = max_and_mean(features, 1, dtype, keepdim=False)
         with no_autocast(x):
             windows = torch.stack(pooled, dim=1)  # (B, 2, K, h, w)
             score = self.spatial(lay_out(windows, self.kernel_size))  # (B, 1, h * kh, w * kw)
