@@ -97,6 +97,8 @@ def main() -> int:
         out = Path(args.out or Path("work_dirs", Path(args.config).stem, "data"))
         if found.images:
             print_tables(found)
+        for name in ("problems.csv", "worst.png"):  # of data that may have been mended since
+            (out / name).unlink(missing_ok=True)
         if found.problems:
             write_list(found, out / "problems.csv")
             console.print(f"all problems: {out / 'problems.csv'}")
@@ -113,7 +115,11 @@ def main() -> int:
         )
     for error in problems.errors:
         print(f"error: {error}", file=sys.stderr)
-    return 1 if problems.errors else 0
+    if problems.errors:
+        print("a run on these data would fail")
+        return 1
+    print("a run on these data can start" + (", less what is listed" if found.problems else ""))
+    return 0
 
 
 if __name__ == "__main__":

@@ -149,11 +149,15 @@ def examine() -> dict[str, dict]:
     together = "\n".join(PROBES[name] for name in LIBRARIES)
     single = [name for name in PROBES if name not in LIBRARIES]
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        libraries = pool.submit(probe, together)
-        asked = {name: pool.submit(probe, PROBES[name]) for name in single}
-        if "error" in libraries.result():
-            asked.update((name, pool.submit(probe, PROBES[name])) for name in LIBRARIES)
-        return {name: asked[name].result() if name in asked else {} for name in PROBES}
+        try:
+            libraries = pool.submit(probe, together)
+            asked = {name: pool.submit(probe, PROBES[name]) for name in single}
+            if "error" in libraries.result():
+                asked.update((name, pool.submit(probe, PROBES[name])) for name in LIBRARIES)
+            return {name: asked[name].result() if name in asked else {} for name in PROBES}
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)  # those that have not begun
+            raise
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -562,4 +566,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -5,6 +5,7 @@ Of Faster R-CNN there are two: the second, .roi.onnx, is the box head on pooled 
 appear only if the detections on images are the same through MMDetection's own post-processing.
 """
 
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -90,6 +91,10 @@ def main() -> None:
             lambda items: track(items, "comparing", console=Console(stderr=True)),
         )
     print_table(found)
+    for path, damage in found.skipped.items():
+        print(f"warning: skipped {path}: {damage}", file=sys.stderr)
+    if found.skipped:
+        console.print(f"skipped {len(found.skipped)} of {len(paths)} images")
     for file, holds in files:
         console.print(f"wrote: {file} ({holds})")
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from rfa_mmdet.engine.command_line import user_errors
 from rfa_mmdet.engine.errors import UserError
+from rfa_mmdet.engine.files import written_whole
 from rfa_mmdet.engine.shapes import CLASSES, SIZE_LIMITS, ShapesSummary, make_shapes
 
 COLOURS = ((0, 200, 255), (255, 160, 0), (80, 255, 80), (255, 80, 255))  # BGR, by class
@@ -59,7 +61,8 @@ def write_contact_sheet(root: Path, rows: int = 4, columns: int = 4) -> Path:
         sheet[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
     sheet[::CELL] = sheet[:, ::CELL] = 255  # lines between the images
     path = root / "contact_sheet.png"
-    cv2.imwrite(str(path), sheet)
+    with written_whole(path) as part:
+        cv2.imwrite(str(part), sheet)
     return path
 
 
@@ -78,7 +81,7 @@ def draw_box(picture: np.ndarray, annotation: dict, scale: float) -> None:
 def main() -> None:
     """Draw the set, or find it drawn, and say what it holds."""
     args = parse_args()
-    try:
+    with user_errors(UserError):
         summary = make_shapes(
             args.root,
             num_train=args.train,
@@ -87,11 +90,9 @@ def main() -> None:
             seed=args.seed,
             max_objects=args.max_objects,
         )
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
-    print_table(summary)
-    print(f"{'wrote' if summary.drawn else 'already there:'} {summary.root}")
-    print(f"contact sheet: {write_contact_sheet(summary.root)}")
+        print_table(summary)
+        print(f"{'wrote' if summary.drawn else 'already there:'} {summary.root}")
+        print(f"contact sheet: {write_contact_sheet(summary.root)}")
 
 
 if __name__ == "__main__":

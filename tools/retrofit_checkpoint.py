@@ -25,8 +25,10 @@ def parse_args() -> Namespace:
     """Read the command line."""
     parser = ArgumentParser(
         description=__doc__,
-        epilog="example:\n  python tools/retrofit_checkpoint.py "
-        "configs/rfaconv/retinanet_r50-rfaconv_fpn_1x_coco.py plain.pth warm.pth",
+        epilog="example, once the plain detector is trained as README.md says:\n"
+        "  python tools/retrofit_checkpoint.py "
+        "configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py work_dirs/demo_plain/epoch_6.pth "
+        "work_dirs/warm.pth",
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="config of the retrofitted detector")

@@ -535,7 +535,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Create the virtual environment with everything in it: torch, mmcv with "
         "compiled operators, mmdet, the test tools and this checkout.",
-        epilog="Example: python3 tools/setup_env.py --venv ~/envs/rfa --python python3.12",
+        epilog="example: python3 tools/setup_env.py --venv ~/envs/rfa --python python3.12",
     )
     add = parser.add_argument
     add("--venv", metavar="PATH", help="folder of the environment (default: .venv in the checkout)")

@@ -2,8 +2,12 @@
 # Run tools/test.py under Slurm.
 #   GPUS=8 GPUS_PER_NODE=8 CPUS_PER_TASK=5 bash tools/slurm_test.sh PARTITION JOB CONFIG CHECKPOINT [more arguments of tools/test.py]
 # SRUN_ARGS in the environment goes to srun.
+# Example:
+#   GPUS=4 GPUS_PER_NODE=4 bash tools/slurm_test.sh gpu demo configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py work_dirs/demo/epoch_6.pth
 set -euo pipefail
-[ $# -ge 4 ] || { sed -n '2,4p' "$0" >&2; exit 2; }
+usage() { sed -n '2,6s/^# //p' "$0"; }
+case "${1:-}" in -h | --help) usage; exit 0 ;; esac
+[ $# -ge 4 ] || { usage >&2; exit 2; }
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 gpus="${GPUS:-8}"
 # shellcheck disable=SC2086  # SRUN_ARGS is a list of words

@@ -1,23 +1,39 @@
 """Evaluate a detector."""
 
+import os
 from pathlib import Path
 
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
+from mmengine.fileio import dump
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from rfa_mmdet.engine.command_line import load_config, prepare_run, run_parser, user_errors
 from rfa_mmdet.engine.errors import ConfigError, UserError
+from rfa_mmdet.engine.files import written_whole
 from rfa_mmdet.layers.warm_start import WarmStartError
+
+
+class DumpWhole(DumpDetResults):
+    """MMDetection's dump of predictions, as a file that appears only when it is complete."""
+
+    def compute_metrics(self, results: list) -> dict:
+        """Write what all ranks have predicted."""
+        with written_whole(self.out_file_path) as part:
+            dump(results, str(part))
+        print_log(f"predictions: {self.out_file_path}", logger="current")
+        return {}
 
 
 def parse_args():
     """Read the command line."""
     parser = run_parser(
         "Evaluate a checkpoint with the config's test metrics.",
-        "python tools/test.py CONFIG work_dirs/NAME/epoch_12.pth --show-dir pictures",
+        "python tools/test.py configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py "
+        "work_dirs/demo/epoch_6.pth --show-dir work_dirs/demo/pictures",
     )
     parser.add_argument("checkpoint", help="checkpoint file or URL")
     parser.add_argument("--show-dir", help="write pictures: ground truth beside detections")
@@ -35,8 +51,16 @@ def apply_args(cfg: Config, args) -> None:
     if "://" not in args.checkpoint and not Path(args.checkpoint).is_file():
         raise ConfigError(f"checkpoint={args.checkpoint!r}: no such file")
     cfg.load_from = args.checkpoint
-    if args.out is not None and Path(args.out).suffix not in (".pkl", ".pickle"):
-        raise ConfigError(f"--out {args.out}: the file's name must end in .pkl or .pickle")
+    if args.out is not None:
+        if Path(args.out).suffix not in (".pkl", ".pickle"):
+            raise ConfigError(f"--out {args.out}: the file's name must end in .pkl or .pickle")
+        folder = Path(args.out).resolve().parent
+        try:  # now, not after the evaluation
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out {args.out}: {folder}: {error.strerror}") from error
+        if Path(args.out).is_dir() or not os.access(folder, os.W_OK):
+            raise ConfigError(f"--out {args.out}: is a folder, or in one that cannot be written")
     missing = [key for key in ("tta_model", "tta_pipeline") if key not in cfg]
     if args.tta and missing:
         raise ConfigError(
@@ -71,7 +95,7 @@ def main() -> None:
             augment(cfg)
         runner = Runner.from_cfg(cfg)
         if args.out is not None:
-            runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+            runner.test_evaluator.metrics.append(DumpWhole(out_file_path=args.out))
     with user_errors(UserError, WarmStartError):
         runner.test()
 

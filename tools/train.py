@@ -19,7 +19,7 @@ def parse_args():
     """Read the command line."""
     parser = run_parser(
         "Train a detector; progress, ETA and memory are logged, checkpoints kept in the work dir.",
-        "python tools/train.py configs/rfaconv/retinanet_r50-rfaconv_fpn_1x_coco.py --amp",
+        "python tools/train.py configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py --tensorboard",
     )
     parser.add_argument(
         "--resume",

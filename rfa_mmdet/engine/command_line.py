@@ -172,10 +172,12 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
     errors = errors or (ValueError, TypeError, KeyError, FileNotFoundError)
     try:
         yield
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except errors as error:
+    except (KeyboardInterrupt, Exception) as error:
+        if _is_interruption(error):
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+        if not isinstance(error, errors):
+            raise
         if os.environ.get("RFA_MMDET_TRACEBACK") == "1":
             traceback.print_exc()
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
@@ -186,3 +188,12 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             print(f"{who}  raised in {frame.filename}:{frame.lineno}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _is_interruption(error: BaseException | None) -> bool:
+    """Tell a Ctrl-C, also one that a library's ``except:`` took for an error of its own."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -70,6 +70,7 @@ class Comparison:
         score (float): Largest difference of a score.
         raw (dict[str, float]): Largest difference of a graph's outputs over their largest value,
             by the shape of its input: the first image's, and another batch, height and width.
+        skipped (dict[str, str]): What is wrong with images that could not be read, by path.
     """
 
     images: int = 0
@@ -78,6 +79,7 @@ class Comparison:
     box: float = 0.0
     score: float = 0.0
     raw: dict[str, float] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @property
     def agrees(self) -> bool:
@@ -212,9 +214,12 @@ def export_onnx(
     if out.suffix != ".onnx":
         raise UserError(f"--out {out}: the file's name must end in .onnx")
     _need("onnx", "onnxruntime")
-    images = [image for image in (read_image(path)[0] for path in paths) if image is not None]
+    read = {path: read_image(path) for path in paths}
+    images = [image for image, _ in read.values() if image is not None]
+    skipped = {path: damage for path, (_, damage) in read.items() if damage}
     if not images:
-        raise UserError(f"none of the {len(paths)} images can be read, such as {paths[0]}")
+        path, damage = next(iter(skipped.items()))
+        raise UserError(f"none of the {len(paths)} images can be read, such as {path}: {damage}")
     model = detector.model
     needed = parts(model)
     batches = [_batch(detector, image) for image in images]
@@ -229,7 +234,7 @@ def export_onnx(
             _describe(file, part, detector)
             sessions.append(_session(file))
             files.append((path, part.holds))
-        found = Comparison(images=len(images))
+        found = Comparison(images=len(images), skipped=skipped)
         for part, session in zip(needed, sessions, strict=True):
             _compare_raw(found, model, part, session, batches[0][0])
         for inputs, samples in progress(batches):

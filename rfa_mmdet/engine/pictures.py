@@ -195,6 +195,7 @@ def save_heats(
             the top left; the rest is padding. Defaults to all.
     """
     height, width = image.shape[:2]
+    grey = image @ np.array([0.299, 0.587, 0.114])  # colours below a map would pass for its values
     columns = min(4, len(heats) + 1)
     rows = -(-(len(heats) + 1) // columns)
     side = 3.1
@@ -211,7 +212,7 @@ def save_heats(
         low, high = (0.0 if heat.meaning == "focus" else over.min().item()), over.max().item()
         # A map that is the same everywhere has no scale of its own.
         reach = max(high - low, 1e-6)
-        one.imshow(image)
+        one.imshow(grey, cmap="gray", vmin=0, vmax=255)
         shown = one.imshow(over, cmap="inferno", alpha=0.65, vmin=low, vmax=low + reach)
         one.set_title(
             f"{heat.layer}\n{heat.kind}: {heat.meaning}, {low:.3g} to {high:.3g}", fontsize=9

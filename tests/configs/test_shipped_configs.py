@@ -303,6 +303,23 @@ def test_readme_has_the_gflops_that_the_tool_counts(method):
     assert readme_rows(method)[name][2] == f"{found.gflops:.3f}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", MAIN)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("fcos_r50-caffe-{}_fpn_gn-head_1x_coco", (800, 1333)),
+        ("rtmdet_s-{}_8xb32-300e_coco", (640, 640)),
+        ("yolox_s-{}_8xb8-300e_coco", (640, 640)),
+    ],
+)
+def test_every_operator_of_other_detectors_is_counted(name, size, method):
+    name = name.format(method)
+    found = detector_complexity(read(ROOT / "configs" / method / f"{name}.py"), size)
+    assert found.uncounted == {}
+    assert readme_rows(method)[name][2] == f"{found.gflops:.3f}"
+
+
 # --- one step ------------------------------------------------------------------------------------
 
 

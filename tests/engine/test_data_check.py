@@ -1,6 +1,7 @@
 """Every check against data that are really damaged; the data are written here."""
 
 import json
+import math
 import shlex
 import shutil
 from argparse import ArgumentParser
@@ -280,7 +281,10 @@ def test_entries_without_what_mmdet_reads(coco, name, key):
     assert f"'{key}'" in message
 
 
-@pytest.mark.parametrize("bbox", [[1, 2, 3], [1, 2, 3, "4"], "1234", [1, 2, 3, None]])
+@pytest.mark.parametrize(
+    "bbox",
+    [[1, 2, 3], [1, 2, 3, "4"], "1234", [1, 2, 3, None], [1, 2, 3, math.nan], [-math.inf, 2, 3, 4]],
+)
 def test_boxes_that_are_no_boxes(coco, bbox):
     edit_json(coco / "train.json", lambda content: content["annotations"][2].update(bbox=bbox))
     assert "bbox of annotations 2 is not [x, y, w, h]" in errors_of(config(coco_dataset(coco)))
@@ -294,7 +298,24 @@ def test_null_is_as_good_as_missing(coco):
 def test_repeated_annotation_ids(coco):
     edit_json(coco / "train.json", lambda content: content["annotations"][0].update(id=1))
     message = errors_of(config(coco_dataset(coco)))
-    assert "ids of 'annotations' must be unique, but 1 repeat" in message
+    assert "ids of 'annotations' must be unique, but more than one has: 1" in message
+
+
+def test_annotations_of_no_image(coco):
+    edit_json(coco / "train.json", lambda content: content["annotations"][1].update(image_id=77))
+    (warning,) = (w for w in check_data(config(coco_dataset(coco)), ("train",)) if "image_id" in w)
+    assert "1 annotations" in warning
+    assert "ids 1" in warning
+
+
+def test_classes_without_boxes(coco):
+    def change(content):
+        category = next(c["id"] for c in content["categories"] if c["name"] == CLASSES[0])
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] != category]
+
+    edit_json(coco / "train.json", change)
+    (warning,) = check_data(config(coco_dataset(coco)), ("train",))
+    assert f"classes '{CLASSES[0]}' have no box in" in warning
 
 
 def test_annotations_may_be_missing_for_testing(coco):
@@ -311,6 +332,14 @@ def test_truncated_xml(voc, part):
     assert "1 of the 3 XML files" in message
 
 
+def test_an_image_listed_twice(voc):
+    path = voc / "train.txt"
+    path.write_text(path.read_text() + "1\n")
+    (warning,) = check_data(config(voc_dataset(voc)), ("train",))
+    assert "names 1 images more than once" in warning
+    assert warning.endswith(": 1")
+
+
 def test_missing_xml(voc):
     (voc / "Annotations" / "2.xml").rename(voc / "Annotations" / "2_.xml")
     message = errors_of(config(voc_dataset(voc)))
@@ -323,6 +352,7 @@ def test_missing_xml(voc):
     [
         ("<xmin>5</xmin>", ""),
         ("<xmin>5</xmin>", "<xmin>five</xmin>"),
+        ("<xmin>5</xmin>", "<xmin>inf</xmin>"),
         ("<width>64</width>", "<width>64.0</width>"),
         ("<name>dog</name>", ""),
         ("<difficult>0</difficult>", "<difficult>no</difficult>"),
@@ -331,7 +361,7 @@ def test_missing_xml(voc):
 def test_xml_that_mmdet_cannot_read(voc, old, new):
     path = voc / "Annotations" / "1.xml"
     path.write_text(path.read_text().replace(old, new))
-    with pytest.raises((AttributeError, ValueError, TypeError)):
+    with pytest.raises((AttributeError, ValueError, TypeError, OverflowError)):
         DATASETS.build(voc_dataset(voc, pipeline=[]))
     assert f"{path}: <size> needs" in errors_of(config(voc_dataset(voc)))
 

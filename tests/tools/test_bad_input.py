@@ -165,6 +165,14 @@ def test_out_that_is_no_pickle(fails, tmp_path):
     assert "must end in .pkl" in fails(some, "--out", "x.json", tool="test")
 
 
+def test_out_where_nothing_can_be_written(fails, tmp_path):
+    some = tmp_path / "some.pth"
+    some.touch()
+    assert "some.pth: Not a directory" in fails(some, "--out", some / "x" / "y.pkl", tool="test")
+    (tmp_path / "folder.pkl").mkdir()
+    assert "is a folder" in fails(some, "--out", tmp_path / "folder.pkl", tool="test")
+
+
 def test_launcher_that_did_not_launch(fails, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert "--launcher pytorch: RANK" in fails("--launcher", "pytorch")

@@ -115,6 +115,30 @@ def test_data_with_every_problem(run_tool, damaged, tmp_path):
     assert not list((tmp_path / "out").glob(".*"))
 
 
+def test_mended_data_leave_no_old_results(run_tool, damaged, tmp_path):
+    out = tmp_path / "out"
+    path = damaged / "annotations" / "train.json"
+    whole = path.read_text()
+    edit(damaged, lambda content, by: by[0][0]["bbox"].__setitem__(0, -30))
+    done = check(run_tool, damaged, out)
+    assert "a run on these data can start, less what is listed" in done.stdout
+    assert {file.name for file in out.iterdir()} == {"problems.csv", "worst.png"}
+    path.write_text(whole)
+    done = check(run_tool, damaged, out)
+    assert "a run on these data can start\n" in done.stdout
+    assert list(out.iterdir()) == []
+
+
+def test_annotations_that_cannot_be_read_do_not_make_images_unnamed(run_tool, damaged, tmp_path):
+    path = damaged / "annotations" / "train.json"
+    path.write_text(path.read_text()[:-100])
+    for splits in (["train", "val"], ["val"]):
+        done = check(run_tool, damaged, tmp_path / "out", "--splits", *splits)
+        assert done.returncode == int("train" in splits), done.stdout
+        assert not (tmp_path / "out" / "problems.csv").exists()
+    assert "a run on these data can start\n" in done.stdout
+
+
 def test_problems_that_training_survives(run_tool, damaged, tmp_path):
     def change(content, by):
         by[0][0]["bbox"][0] = -30

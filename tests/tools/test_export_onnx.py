@@ -1,6 +1,7 @@
 """tools/export_onnx.py: detectors of every kind, run by ONNX Runtime at other sizes."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -112,13 +113,19 @@ def test_detectors(name, image, tmp_path):
 
 
 def test_tool(run_tool, tiny_config, checkpoint, shapes, tmp_path):
-    out = tmp_path / "tiny.onnx"
+    out, folder = tmp_path / "tiny.onnx", tmp_path / "images"
+    folder.mkdir()
+    for path in sorted(shapes.glob("JPEGImages/val_*.jpg"))[:3]:
+        shutil.copy(path, folder)
+    (folder / "text.png").write_text("no image")
     done = run_tool(
         *(sys.executable, "-W", "ignore", "tools/export_onnx.py", tiny_config, checkpoint),
-        *("--out", out, "--number", "3"),
+        *("--out", out, "--images", folder),
     )
     assert done.returncode == 0, done.stdout
-    assert list(tmp_path.iterdir()) == [out]
+    assert f"warning: skipped {folder}/text.png: not decodable" in done.stdout
+    assert "skipped 1 of 4 images" in done.stdout
+    assert sorted(tmp_path.iterdir()) == [folder, out]
     rows = {r[0]: r[1] for line in done.stdout.splitlines() if len(r := line[2:].split(" │ ")) == 2}
     boxes = next(value for name, value in rows.items() if "detections on 3 images" in name)
     assert float(boxes.split()[0]) < 0.01

@@ -56,6 +56,8 @@ def test_test_prints_metrics_draws_and_dumps(trained, tiny_config, run_tool, tmp
     assert cv2.imread(str(pictures[0])).shape == (64, 128, 3)
     predictions = pickle.loads((tmp_path / "predictions.pkl").read_bytes())
     assert len(predictions) == 4
+    assert f"predictions: {tmp_path / 'predictions.pkl'}" in done.stdout
+    assert not list(tmp_path.glob(".*"))
     assert predictions[0]["pred_instances"]["bboxes"].shape[1] == 4
     # What test finds is what training saw after the same epoch.
     tested = json.loads(next((tmp_path / "work").glob("*/*.json")).read_text())

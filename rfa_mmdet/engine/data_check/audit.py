@@ -134,11 +134,12 @@ def audit(
         :func:`~rfa_mmdet.engine.data_check.find_problems`, which says what is wrong with them.
     """
     found, work, seen = Audit(), [], set()
-    splits_of = defaultdict(set)
+    splits_of, all_read = defaultdict(set), True
     for split in (*splits, *({"train", "val", "test"} - {*splits})):
         for leaf in leaves(cfg, split):
             read = _read(leaf)
             if read is None:
+                all_read = False
                 found.skipped += [leaf.key] if split in splits else []
                 continue
             classes, records, source = read
@@ -167,7 +168,8 @@ def audit(
             if problems:
                 found.annotations[record.path] = record
                 found.problems += problems
-    found.problems += _unnamed(work, splits_of)
+    if all_read:  # else, what could not be read might name them
+        found.problems += _unnamed(work, splits_of)
     return found
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 from collections import Counter
 from typing import Any
@@ -84,17 +85,21 @@ def _check_entries(path: str, name: str, entries: list, keys: tuple[str, ...]) -
         )
     repeated = [i for i, count in Counter(e["id"] for e in entries).items() if count > 1]
     if repeated:
-        raise DataError(f"{path}: ids of {name!r} must be unique, but {some(repeated)} repeat")
+        raise DataError(
+            f"{path}: ids of {name!r} must be unique, but more than one has: {some(repeated)}"
+        )
     if name == "annotations":
         wrong = [e["id"] for e in entries if not _is_box(e["bbox"])]
         if wrong:
-            raise DataError(f"{path}: bbox of annotations {some(wrong)} is not [x, y, w, h]")
+            raise DataError(
+                f"{path}: bbox of annotations {some(wrong)} is not [x, y, w, h] in finite numbers"
+            )
 
 
 def _is_box(bbox: Any) -> bool:
     if not isinstance(bbox, list) or len(bbox) != 4:
         return False
-    return all(isinstance(value, (int, float)) for value in bbox)
+    return all(isinstance(value, (int, float)) and math.isfinite(value) for value in bbox)
 
 
 def check_coco(leaf: Leaf, dataset: CocoDataset, found: Findings) -> Loaded:
@@ -146,11 +151,15 @@ def _boxes(
     classes = dataset.metainfo["classes"]
     wanted = {c["id"] for c in content["categories"] if c["name"] in classes}
     by_id = {image["id"]: image for image in content["images"]}
-    annotated, learnt, flat = set(), Counter(), []
+    annotated, learnt, flat, lost, used = set(), Counter(), [], [], set()
     for ann in content["annotations"]:
         image = by_id.get(ann["image_id"])
-        if image is None or ann["category_id"] not in wanted:
+        if image is None:
+            lost.append(ann["id"])
             continue
+        if ann["category_id"] not in wanted:
+            continue
+        used.add(ann["category_id"])
         annotated.add(ann["image_id"])
         x, y, w, h = ann["bbox"]
         if w <= 0 or h <= 0:
@@ -169,6 +178,16 @@ def _boxes(
         found.warnings.append(
             f"{leaf.key}: {len(flat)} boxes of {dataset.ann_file} are inverted or empty "
             f"(w <= 0 or h <= 0) and will be dropped, in {some(dict.fromkeys(flat))}"
+        )
+    if lost:
+        found.warnings.append(
+            f"{leaf.key}: {len(lost)} annotations of {dataset.ann_file} have an image_id that no "
+            f"image has, and are ignored: ids {some(lost)}"
+        )
+    unused = [c["name"] for c in content["categories"] if c["id"] in wanted - used]
+    if unused and used and not dataset.test_mode:
+        found.warnings.append(
+            f"{leaf.key}: classes {some(map(repr, unused))} have no box in {dataset.ann_file}"
         )
     images = kept(
         dataset,

@@ -71,7 +71,7 @@ def read_voc(path: str, classes: Collection[str]) -> VocImage:
             f"{path} ({os.path.getsize(path):,} bytes) is cut off or not XML: {error}"
         ) from error
     # A tag that is not there is a None without .text, or int(None).
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"{path}: <size> needs width and height as whole numbers; every <object> a name, and "
             f"a bndbox of xmin, ymin, xmax, ymax ({error})"
@@ -95,7 +95,14 @@ def check_voc(leaf: Leaf, dataset: XMLDataset, found: Findings) -> Loaded:
     classes = dataset.metainfo["classes"]
     folder = os.path.join(dataset.sub_data_root, dataset.ann_subdir)
     images, problems = {}, []
-    for name in _image_names(dataset.ann_file, folder):
+    listed = _image_names(dataset.ann_file, folder)
+    twice = [name for name, count in Counter(listed).items() if count > 1]
+    if twice:
+        found.warnings.append(
+            f"{leaf.key}: {dataset.ann_file} names {len(twice)} images more than once, and each "
+            f"counts as often: {some(twice)}"
+        )
+    for name in dict.fromkeys(listed):
         try:
             images[name] = read_voc(os.path.join(folder, f"{name}.xml"), set(classes))
         except DataError as error:
