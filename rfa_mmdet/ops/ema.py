@@ -28,7 +28,7 @@ def cross_spatial_gate(x1: Tensor, x2: Tensor, means1: Tensor) -> Tensor:
     """
     with no_autocast(x1):
         x1, x2 = at_least_float32(x1), at_least_float32(x2)
-        p1 = torch.softmax(means1.to(x1.dtype), dim=0).expand(len(x1), 1, -1)
+        p1 = torch.softmax(means1.to(x1.dtype), dim=0)[None, None]  # (1, 1, c)
         p2 = torch.softmax(mean(x2, (2, 3), x2.dtype), dim=1).unsqueeze(1)
         score = p1 @ x2.flatten(2) + p2 @ x1.flatten(2)  # (N, 1, c) @ (N, c, H * W)
         return torch.sigmoid(score).unflatten(2, x1.shape[2:])
