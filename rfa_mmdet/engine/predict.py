@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mmcv
 import numpy as np
+import torch
 from mmdet.apis import DetInferencer
 from mmdet.apis.det_inferencer import IMG_EXTENSIONS
 from mmdet.registry import DATASETS
@@ -80,6 +81,29 @@ def _images_below(folder: str) -> list[str]:
     )
 
 
+def check_device(device: str | None) -> None:
+    """Refuse a device that is not here.
+
+    Raises:
+        UserError: It is no device, or none of this machine.
+
+    Example:
+        >>> check_device("cpu")
+        >>> check_device("gpu")
+        Traceback (most recent call last):
+        rfa_mmdet.engine.errors.UserError: device='gpu': is no device; cpu or cuda:0 would be
+    """
+    try:
+        wanted = torch.device(device or "cpu")
+    except RuntimeError as error:
+        raise UserError(f"device={device!r}: is no device; cpu or cuda:0 would be") from error
+    count = torch.cuda.device_count()
+    if wanted.type == "cuda" and (wanted.index or 0) >= count:
+        raise UserError(
+            f"device={device!r}: PyTorch sees {count} GPUs here; tools/doctor.py may say why"
+        )
+
+
 class Detector(DetInferencer):
     """MMDetection's inferencer, with a checkpoint that must be the model's own.
 
@@ -89,10 +113,12 @@ class Detector(DetInferencer):
         device (str | None): Defaults to None: a GPU where there is one.
 
     Raises:
-        UserError: The checkpoint is missing, damaged, or of another model.
+        UserError: The checkpoint is missing, damaged, or of another model; or there is no such
+            device.
     """
 
     def __init__(self, cfg: Config, checkpoint: str, device: str | None = None) -> None:
+        check_device(device)
         read_checkpoint(checkpoint)  # before the model is built, for its errors
         self._checkpoint = checkpoint
         super().__init__(cfg, checkpoint, device=device, show_progress=False)

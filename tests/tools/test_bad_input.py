@@ -168,7 +168,7 @@ def test_out_that_is_no_pickle(fails, tmp_path):
 def test_out_where_nothing_can_be_written(fails, tmp_path):
     some = tmp_path / "some.pth"
     some.touch()
-    assert "some.pth: Not a directory" in fails(some, "--out", some / "x" / "y.pkl", tool="test")
+    assert "Not a directory" in fails(some, "--out", some / "x" / "y.pkl", tool="test")
     (tmp_path / "folder.pkl").mkdir()
     assert "is a folder" in fails(some, "--out", tmp_path / "folder.pkl", tool="test")
 

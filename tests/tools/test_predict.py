@@ -147,6 +147,8 @@ def test_bad_inputs(fails, tiny_config, checkpoint, tmp_path):
     assert "no image in it" in error(tiny_config, checkpoint, tmp_path / "empty")
     assert "no file matches" in error(tiny_config, checkpoint, tmp_path / "*.gif")
     assert "none of the 1 images can be read" in error(tiny_config, checkpoint, image)
+    for device, message in (("gpu", "is no device"), ("cuda:99", "PyTorch sees")):
+        assert message in error(tiny_config, checkpoint, image, "--device", device)
     assert not list(tmp_path.glob("out/**/*.*"))
 
 
