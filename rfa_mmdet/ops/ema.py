@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rfa_mmdet.ops.gated import is_recorded
 from rfa_mmdet.ops.pools import mean
 from rfa_mmdet.ops.precision import at_least_float32, no_autocast
 from rfa_mmdet.ops.same_conv import same_conv
@@ -15,20 +16,20 @@ def cross_spatial_gate(x1: Tensor, x2: Tensor, means1: Tensor) -> Tensor:
     Args:
         x1 (Tensor): (N, c, H, W).
         x2 (Tensor): (N, c, H, W).
-        means1 (Tensor): (c,), the means of x1's channels, in each of N the same.
+        means1 (Tensor): (N, c), the means of x1's channels; (1, c) where those of all N are one.
 
     Returns:
         Tensor: (N, 1, H, W) in (0, 1), at least float32.
 
     Example:
         >>> x = torch.zeros(2, 4, 3, 5)
-        >>> gate = cross_spatial_gate(x, x, torch.zeros(4))
+        >>> gate = cross_spatial_gate(x, x, torch.zeros(1, 4))
         >>> gate.shape, bool((gate == 0.5).all())
         (torch.Size([2, 1, 3, 5]), True)
     """
     with no_autocast(x1):
         x1, x2 = at_least_float32(x1), at_least_float32(x2)
-        p1 = torch.softmax(means1.to(x1.dtype), dim=0)[None, None]  # (1, 1, c)
+        p1 = torch.softmax(means1.to(x1.dtype), dim=1).unsqueeze(1)
         p2 = torch.softmax(mean(x2, (2, 3), x2.dtype), dim=1).unsqueeze(1)
         score = p1 @ x2.flatten(2) + p2 @ x1.flatten(2)  # (N, 1, c) @ (N, c, H * W)
         return torch.sigmoid(score).unflatten(2, x1.shape[2:])
@@ -94,5 +95,7 @@ def ema_gate(
     row_gate, column_gate = coordinate_gates(x, weight1, bias1, size)
     x1 = F.group_norm(x * row_gate * column_gate, len(scale), scale, shift, eps)
     x2 = same_conv(x, weight3, bias3)
-    # The norm left each channel the mean that it adds: no map is read for it.
-    return (cross_spatial_gate(x1, x2, shift).to(x.dtype),)
+    # The norm left each channel the mean that it adds: no map is read for it. In a graph it is, as
+    # FLOPs are counted there by the formula.
+    means1 = at_least_float32(x1).mean((2, 3)) if is_recorded() else shift[None]
+    return (cross_spatial_gate(x1, x2, means1).to(x.dtype),)
