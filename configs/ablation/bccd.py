@@ -35,18 +35,8 @@ stages = dict(
         options={
             "train_cfg.max_epochs": max_epochs,
             "optim_wrapper.optimizer.lr": 2e-4,
-            "param_scheduler": [
-                dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=50),
-                dict(
-                    type="CosineAnnealingLR",
-                    T_max=max_epochs,
-                    eta_min=1e-6,
-                    by_epoch=True,
-                    begin=0,
-                    end=max_epochs,
-                    convert_to_iter_based=True,
-                ),
-            ],
+            "param_scheduler.1.T_max": max_epochs,  # the cosine, behind the warm-up
+            "param_scheduler.1.end": max_epochs,
         },
     ),
 )
