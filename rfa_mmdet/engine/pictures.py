@@ -11,6 +11,7 @@ matplotlib.use("Agg")  # no screen is needed
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
+from matplotlib.image import AxesImage
 from mmdet.structures import DetDataSample
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
@@ -150,7 +151,7 @@ def save_attention(image: np.ndarray, maps: dict[str, Tensor], out: Path) -> Non
     """
     height, width = image.shape[:2]
     figure, axes = plt.subplots(
-        2, len(maps) + 1, figsize=(2.9 * (len(maps) + 1), 6), layout="constrained"
+        2, len(maps) + 1, figsize=(2.9 * (len(maps) + 1), 5.3), layout="constrained"
     )
     axes[0, 0].imshow(image)
     axes[0, 0].set_title("image", fontsize=10)
@@ -165,8 +166,7 @@ def save_attention(image: np.ndarray, maps: dict[str, Tensor], out: Path) -> Non
         strength = focus(attention)[None]  # (1, 1, h, w)
         over = F.interpolate(strength, (height, width), mode="bilinear")[0, 0]
         above, below = axes[:, column]
-        above.imshow(image)
-        heat = above.imshow(over, cmap="inferno", alpha=0.65, vmin=0)
+        heat = lay_over(above, image, over)
         above.set_title(f"{name}\nfocus, 0 to {strength.max():.2f}", fontsize=10)
         figure.colorbar(heat, ax=above, fraction=0.046)
         side = round(attention.shape[2] ** 0.5)
@@ -195,7 +195,6 @@ def save_heats(
             the top left; the rest is padding. Defaults to all.
     """
     height, width = image.shape[:2]
-    grey = image @ np.array([0.299, 0.587, 0.114])  # colours below a map would pass for its values
     columns = min(4, len(heats) + 1)
     rows = -(-(len(heats) + 1) // columns)
     side = 3.1
@@ -212,8 +211,7 @@ def save_heats(
         low, high = (0.0 if heat.meaning == "focus" else over.min().item()), over.max().item()
         # A map that is the same everywhere has no scale of its own.
         reach = max(high - low, 1e-6)
-        one.imshow(grey, cmap="gray", vmin=0, vmax=255)
-        shown = one.imshow(over, cmap="inferno", alpha=0.65, vmin=low, vmax=low + reach)
+        shown = lay_over(one, image, over, low, low + reach)
         one.set_title(
             f"{heat.layer}\n{heat.kind}: {heat.meaning}, {low:.3g} to {high:.3g}", fontsize=9
         )
@@ -223,6 +221,32 @@ def save_heats(
         one.set_visible(i <= len(heats))
     figure.savefig(out, dpi=120)
     plt.close(figure)
+
+
+def lay_over(
+    axes: plt.Axes, image: np.ndarray, over: Tensor, low: float = 0, high: float | None = None
+) -> AxesImage:
+    """Show values over an image, which is grey: colours below them would pass for values.
+
+    Args:
+        axes (Axes): Where to draw.
+        image (np.ndarray): (H, W, 3) uint8, RGB.
+        over (Tensor): (H, W).
+        low (float): Value of the darkest colour. Defaults to 0.
+        high (float | None): Value of the brightest colour. Defaults to None: the largest.
+
+    Returns:
+        AxesImage: What a colour bar is made from.
+
+    Example:
+        >>> import torch
+        >>> image = np.zeros((6, 8, 3), np.uint8)
+        >>> lay_over(plt.subplots()[1], image, torch.ones(6, 8)).get_clim()
+        (0.0, 1.0)
+    """
+    grey = image @ np.array([0.299, 0.587, 0.114])
+    axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
+    return axes.imshow(over, cmap="inferno", alpha=0.65, vmin=low, vmax=high)
 
 
 def over_image(values: Tensor, size: tuple[int, int], seen: tuple[float, float]) -> Tensor:
