@@ -14,9 +14,6 @@ PYTHON := $(VENV)/bin/python
 SETUP := $(shell command -v python3 || echo python) tools/setup_env.py --venv "$(VENV)"
 endif
 
-# MMEngine's import of it is not the user's to mend.
-export PYTHONWARNINGS := ignore:pkg_resources is deprecated as an API:UserWarning
-
 .DEFAULT_GOAL := help
 .PHONY: help env demo bench test test-slow test-all lint format clean
 

@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rfa_mmdet.engine.attention_maps import attention_maps
+from rfa_mmdet.engine.command_line import user_errors
+from rfa_mmdet.engine.errors import UserError
 from rfa_mmdet.engine.pictures import save_attention, save_curves, save_detections
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,4 +133,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors(UserError):
+        main()

@@ -4,6 +4,7 @@ import inspect
 import os
 import sys
 import traceback
+import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -170,6 +171,8 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
             raises for a wrong one, with the place that raised it.
     """
     errors = errors or (ValueError, TypeError, KeyError, FileNotFoundError)
+    # MMEngine's import of it, which is not the user's to mend.
+    warnings.filterwarnings("ignore", "pkg_resources is deprecated as an API", UserWarning)
     try:
         yield
     except (KeyboardInterrupt, Exception) as error:

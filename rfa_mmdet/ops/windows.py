@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from rfa_mmdet.ops.gated import gradients_of_gates, recomputes
+from rfa_mmdet.ops.gated import gradients_of_gates, is_recorded, recomputes
 from rfa_mmdet.ops.precision import no_autocast
 
 Pair = tuple[int, int]
@@ -85,7 +85,12 @@ def convolve_windows(windows: Tensor, weight: Tensor, bias: Tensor | None, group
 
 
 def convolve_weighed_windows(
-    windows: Tensor, gates: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor | None, groups: int
+    windows: Tensor,
+    gates: tuple[Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    overwrite: bool = False,
 ) -> Tensor:
     """Convolve windows, each value weighed by two gates; the product is not kept for backward.
 
@@ -97,6 +102,8 @@ def convolve_weighed_windows(
         weight (Tensor): (O, C / groups, kh, kw).
         bias (Tensor | None): (O,).
         groups (int): Groups of the convolution.
+        overwrite (bool): Whether ``windows`` may be overwritten, which is done where no gradient is
+            asked for. Defaults to False.
 
     Returns:
         Tensor: (B, O, h, w).
@@ -109,7 +116,10 @@ def convolve_weighed_windows(
     """
     first, second = gates
     if not recomputes():
-        weighed = (windows * first) * second
+        if overwrite and not is_recorded():
+            weighed = windows.mul_(first).mul_(second)
+        else:
+            weighed = (windows * first) * second
         return convolve_windows(weighed.flatten(2, -3), weight, bias, groups)
     device = windows.device.type
     if torch.is_autocast_enabled(device):  # as it would do for a convolution

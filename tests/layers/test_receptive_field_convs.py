@@ -117,6 +117,28 @@ def test_input_is_left_as_it_was_and_may_be_a_view(name, training):
     assert torch.equal(view, kept)
 
 
+@pytest.mark.parametrize("name", ["RFCBAMConv", "RFCAConv"])
+@pytest.mark.parametrize("watched", ["feature", "norm", "act"])
+@torch.no_grad()
+def test_hooks_in_inference_see_what_they_would_in_training(name, watched):
+    layer = build(name, Case(training=False))
+    layer.norm.running_mean.normal_()
+    layer.norm.running_var.uniform_(0.5, 2)
+    x, seen = Case().input(), []
+    expected = layer(x)
+    handle = getattr(layer, watched).register_forward_hook(lambda *call: seen.append(call[-1]))
+    found = layer(x)
+    handle.remove()
+    torch.testing.assert_close(found, expected)
+    value = layer.feature(x)
+    if watched != "feature":
+        value = layer.norm(value)
+    if watched == "act":
+        value = layer.act(value)
+    (out,) = seen
+    torch.testing.assert_close(out, value)
+
+
 def shapes(layer: nn.Module, *without: str) -> dict[str, tuple[int, ...]]:
     parameters = layer.named_parameters()
     return {k: tuple(p.shape) for k, p in parameters if not k.startswith(without)}

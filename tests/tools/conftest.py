@@ -66,7 +66,7 @@ def run_tool(environment):
     """Run a command as its own process in the checkout; the output is in the answer."""
 
     def run(*command, **variables) -> subprocess.CompletedProcess:
-        return subprocess.run(
+        done = subprocess.run(
             [str(part) for part in command],
             cwd=ROOT,
             env={**environment, **variables},
@@ -75,6 +75,8 @@ def run_tool(environment):
             stderr=subprocess.STDOUT,
             timeout=600,
         )
+        assert "pkg_resources is deprecated" not in done.stdout  # not the user's to mend
+        return done
 
     return run
 

@@ -25,6 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from shapes import SHAPES, Shape
 from torch import Tensor, nn
 
+from rfa_mmdet.engine.command_line import user_errors
+from rfa_mmdet.engine.errors import UserError
 from rfa_mmdet.engine.machine import describe_machine
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
@@ -290,4 +292,5 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, os.getcwd())  # a --candidate may lie in the folder one works in
-    raise SystemExit(main(sys.argv[1:]))
+    with user_errors(UserError):
+        raise SystemExit(main(sys.argv[1:]))

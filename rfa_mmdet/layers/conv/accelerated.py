@@ -6,8 +6,8 @@ hooks, which must be called to be seen, run in the reference.
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from rfa_mmdet.layers.conv.norms import has_hooks, is_batch_norm
 from rfa_mmdet.ops.dispatch import check_backend, choose_backend
 from rfa_mmdet.ops.rfa_conv import Norm, fused_rfa_conv
 from rfa_mmdet.ops.rfa_conv.library import output_size
@@ -108,25 +108,12 @@ def _window(stride, padding, dilation, groups) -> tuple:
     return stride, padding, dilation
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 def _knows_norm(norm: nn.Module) -> bool:
-    if type(norm) is nn.Identity:
-        return not _has_hooks(norm)
-    # Subclasses that check their input otherwise are known; those that compute otherwise are not.
-    known = type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    return known and not _has_hooks(norm)
+    return is_batch_norm(norm) or (type(norm) is nn.Identity and not has_hooks(norm))
 
 
 def _knows_act(act: nn.Module) -> bool:
-    return type(act) in (nn.ReLU, nn.Identity) and not _has_hooks(act)
+    return type(act) in (nn.ReLU, nn.Identity) and not has_hooks(act)
 
 
 def _plain_norm(norm: nn.Module) -> Norm | None:

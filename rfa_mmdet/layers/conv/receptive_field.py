@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import boolean
 from rfa_mmdet.layers.conv.base import AttentionConv2d
+from rfa_mmdet.layers.conv.norms import fold_norm, has_hooks
 from rfa_mmdet.layers.warm_start import identity_features, identity_norm, norm_obstacle
 from rfa_mmdet.ops.windows import convolve_weighed_windows
 
@@ -126,7 +127,12 @@ class ReceptiveFieldConv(AttentionConv2d):
 
     def features(self, x: Tensor) -> Tensor:
         """Return the receptive-field features, (B, C, K, h, w), of a map (B, C, H, W)."""
-        features = self.act(self.norm(self.feature(x)))  # (B, C * K, h, w)
+        folded = fold_norm(self.feature, self.norm)
+        if folded is None:
+            features = self.norm(self.feature(x))
+        else:
+            features = self.feature._conv_forward(x, *folded)
+        features = self.act(features)  # (B, C * K, h, w)
         batch, wide, height, width = features.shape
         # No -1 for K: an empty batch could not tell it.
         positions = wide // self.in_channels
@@ -134,6 +140,8 @@ class ReceptiveFieldConv(AttentionConv2d):
 
     def convolve(self, windows: Tensor, gates: tuple[Tensor, Tensor]) -> Tensor:
         """Sum up weighed features: (B, C, K, h, w), or (B, C, kh, kw, h, w), to (B, O, h, w)."""
+        # A hook may have kept the features for itself.
+        overwrite = not any(map(has_hooks, (self.feature, self.norm, self.act)))
         return convolve_weighed_windows(
-            windows, gates, self.conv.weight, self.conv.bias, self.groups
+            windows, gates, self.conv.weight, self.conv.bias, self.groups, overwrite
         )

@@ -1,0 +1,70 @@
+"""Which norms and activations may be computed without calling their module, and how."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rfa_mmdet.ops.gated import is_recorded
+from rfa_mmdet.ops.precision import at_least_float32
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module must be called for its hooks to see it.
+
+    Example:
+        >>> has_hooks(nn.ReLU())
+        False
+    """
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def is_batch_norm(norm: nn.Module) -> bool:
+    """Whether a module computes what batch norm does, and nothing looks on.
+
+    Subclasses that check their input otherwise do; those that compute otherwise do not.
+
+    Example:
+        >>> is_batch_norm(nn.BatchNorm2d(4)), is_batch_norm(nn.GroupNorm(2, 4))
+        (True, False)
+    """
+    known = type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return known and not has_hooks(norm)
+
+
+def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Return weight and bias under which ``conv`` computes its norm as well.
+
+    Args:
+        conv (nn.Conv2d): Without bias.
+        norm (nn.Module): What follows.
+
+    Returns:
+        tuple[Tensor, Tensor] | None: Of the convolution's dtype. None: the modules are to be
+        called, as the norm is none on fixed statistics, either has hooks, or a graph is recorded.
+
+    Example:
+        >>> conv, norm = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4).eval()
+        >>> x = torch.rand(1, 2, 5, 5)
+        >>> both = nn.functional.conv2d(x, *fold_norm(conv, norm))
+        >>> torch.allclose(both, norm(conv(x)), atol=1e-6)
+        True
+        >>> fold_norm(conv, norm.train()) is None
+        True
+    """
+    if is_recorded() or type(conv) is not nn.Conv2d or has_hooks(conv) or not is_batch_norm(norm):
+        return None
+    if norm.training or norm.running_mean is None:
+        return None
+    scale = torch.rsqrt(at_least_float32(norm.running_var) + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -scale * norm.running_mean
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    weight = conv.weight * scale.view(-1, 1, 1, 1)
+    return weight.to(conv.weight.dtype), shift.to(conv.weight.dtype)
