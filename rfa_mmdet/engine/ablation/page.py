@@ -20,7 +20,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .4rem .35rem; border-bottom: 1px solid var(--line); text-align: right;
   white-space: nowrap; font-size: .85rem; }
 th { font-weight: 600; background: var(--shade); vertical-align: bottom; white-space: normal; }
-th.text, td.text { text-align: left; }
+th.text, td.text { text-align: left; white-space: normal; }
 th button { all: unset; cursor: pointer; } th button:hover { color: var(--accent); }
 th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 th button::after { content: "\\a0\\2195"; color: #aab3bf; }
