@@ -29,6 +29,8 @@ demo: env  ## draw images, train a detector with RFAConv on them, evaluate and p
 bench: env  ## measure every op on 2 CPU threads against the formulas and the plain convolution
 	@"$(PYTHON)" tools/benchmark/run.py --compile RFAConv --detector 256 \
 	    --out benchmarks/results/cpu.json
+	@"$(PYTHON)" tools/benchmark/run.py --ops RFAConv --dtype bfloat16 \
+	    --out benchmarks/results/cpu_bfloat16.json
 	@"$(PYTHON)" tools/benchmark/report.py benchmarks/results/*.json \
 	    --table benchmarks/table.md --plot docs/images/benchmark.png
 
