@@ -20,7 +20,7 @@ def parse_args() -> Namespace:
     """Read the command line."""
     parser = ArgumentParser(
         description=__doc__,
-        epilog="example:\n"
+        epilog="published.pth being a file with published names, for example:\n"
         "  python tools/convert_checkpoint.py published.pth converted.pth --overwrite",
         formatter_class=RawDescriptionHelpFormatter,
     )
