@@ -24,6 +24,7 @@ from rich.table import Table
 from rfa_mmdet.engine.attention_maps import attention_maps
 from rfa_mmdet.engine.command_line import user_errors
 from rfa_mmdet.engine.errors import UserError
+from rfa_mmdet.engine.files import written_whole
 from rfa_mmdet.engine.pictures import save_attention, save_curves, save_detections
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,12 +85,15 @@ def draw(work_dir: Path, checkpoint: Path, scalars: Path) -> None:
             bboxes=sample.pred_instances.bboxes.new_tensor(boxes),
             labels=sample.pred_instances.labels.new_tensor(labels),
         )
-    save_detections(images, samples, dataset.metainfo["classes"], work_dir / "detections.png")
-    save_curves(scalars, work_dir / "curves.png")
+    with written_whole(work_dir / "detections.png") as part:
+        save_detections(images, samples, dataset.metainfo["classes"], part)
+    with written_whole(work_dir / "curves.png") as part:
+        save_curves(scalars, part)
     last_blocks = r"layer[2-4]\.1\.conv1$"
     path = infos[0]["img_path"]
     maps, _ = attention_maps(model, lambda: inference_detector(model, path), last_blocks)
-    save_attention(images[0], maps, work_dir / "attention.png")
+    with written_whole(work_dir / "attention.png") as part:
+        save_attention(images[0], maps, part)
 
 
 def main() -> None:

@@ -17,14 +17,15 @@ def is_recorded() -> bool:
     """Whether a graph is recorded instead of computed.
 
     A tracer must see a formula that holds for every size, a compiler recomputes by itself, and
-    transforms of torch.func differentiate the formula.
+    transforms of torch.func and forward-mode differentiation take the formula apart.
 
     Example:
         >>> is_recorded()
         False
     """
     recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    return recorded or torch._C._are_functorch_transforms_active()
+    transformed = torch._C._are_functorch_transforms_active()
+    return recorded or transformed or torch.autograd.forward_ad._current_level >= 0
 
 
 def recomputes() -> bool:

@@ -139,6 +139,52 @@ def test_hooks_in_inference_see_what_they_would_in_training(name, watched):
     torch.testing.assert_close(out, value)
 
 
+@pytest.mark.parametrize("name", ["RFCBAMConv", "RFCAConv"])
+def test_who_looks_on_in_inference_sees_every_module(name):
+    layer, x = build(name, Case(training=False)), Case().input()
+    layer.norm.running_var.uniform_(0.5, 2)
+    with torch.inference_mode():
+        expected = layer(x)
+    seen = {}
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, _, out: seen.update({module: (out, out.clone())})
+    )
+    try:
+        with torch.no_grad():
+            found = layer(x)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(found, expected)
+    for module in (layer.feature, layer.norm, layer.act):
+        assert torch.equal(*seen[module])
+
+    # Nor is a forward of somebody else's, or a bias, passed over.
+    layer.norm.forward = lambda features: torch.zeros_like(features)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer.conv.bias[:, None, None].expand_as(found))
+    del layer.norm.forward
+    layer.feature.bias = nn.Parameter(torch.randn(layer.feature.out_channels))
+    with torch.no_grad():
+        folded = layer(x)
+    torch.testing.assert_close(folded, layer(x.requires_grad_()))
+    assert not torch.equal(folded, found)
+
+
+@pytest.mark.parametrize("name", ["RFCBAMConv", "RFCAConv"])
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_mode_differentiation(name, training):
+    layer = build(name, Case(training=training)).double()
+    x = Case().input().double()
+    tangent = torch.randn_like(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        _, found = torch.autograd.forward_ad.unpack_dual(layer(dual))
+    weights = torch.randn_like(found)
+    x.requires_grad_()
+    (slope,) = torch.autograd.grad((layer(x) * weights).sum(), x)
+    torch.testing.assert_close((found * weights).sum(), (slope * tangent).sum())
+
+
 def shapes(layer: nn.Module, *without: str) -> dict[str, tuple[int, ...]]:
     parameters = layer.named_parameters()
     return {k: tuple(p.shape) for k, p in parameters if not k.startswith(without)}

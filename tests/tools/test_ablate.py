@@ -265,20 +265,22 @@ def test_bad_input(fails, tiny_config, tmp_path):
     assert "base='none.py': no such file" in fails("ablate", spec)
 
 
-@pytest.mark.parametrize("name", ["shapes", "bccd"])
-def test_shipped_specs_build(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "methods", "classes"), [("shapes", 5, 4), ("bccd", 13, 3), ("bccd_small", 2, 3)]
+)
+def test_shipped_specs_build(name, methods, classes, monkeypatch):
     for variable in ("DATA_ROOT", "CLASSES"):
         monkeypatch.setenv(variable, "")  # so that it is gone again afterwards
         monkeypatch.delenv(variable)
     spec = load_spec(ROOT / "configs" / "ablation" / f"{name}.py")
     assert spec.baseline == "plain"
-    assert len(spec.methods) == dict(shapes=5, bccd=13)[name]
+    assert len(spec.methods) == methods
     kinds = {}
     for run in spec.runs(spec.stages[0])[: len(spec.methods)]:
         cfg = spec.config(run)
         with torch.device("meta"):
             model = MODELS.build(cfg.model)
-        assert model.bbox_head.num_classes == dict(shapes=4, bccd=3)[name]
+        assert model.bbox_head.num_classes == classes
         layers = [type(m).__name__ for m in model.modules() if hasattr(m, "attention_map")]
         kinds[run.method] = set(layers)
     assert kinds.pop("plain") == set()

@@ -5,6 +5,7 @@ Ratios are geometric means over the shapes of a file. What no file holds is 'not
 
 import json
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,10 @@ import matplotlib
 matplotlib.use("Agg")  # no screen is needed
 
 from matplotlib import pyplot as plt
+
+from rfa_mmdet.engine.command_line import user_errors
+from rfa_mmdet.engine.errors import UserError
+from rfa_mmdet.engine.files import written_whole
 
 NOT_MEASURED = "not measured"
 
@@ -192,9 +197,12 @@ def run_table(run: dict) -> list[str]:
     machine = run["machine"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
     shapes = {tuple(result["shape"].values()) for result in run["results"]}
+    counts = Counter(result["op"] for result in run["results"])
+    fewest = min(counts.values(), default=0)
+    of_plugins = "" if fewest == len(shapes) else f" ({fewest} for plug-ins, which have no stride)"
     lines = [
         f"**{where}; {run['dtype']}; {run['threads']} threads; torch {run['versions']['torch']}; "
-        f"{len(shapes)} shapes.** `{run['command']}`",
+        f"{len(shapes)} shapes{of_plugins}.** `{run['command']}`",
         "",
         "| | inference: faster than the formula | than it compiled | time / plain's "
         "| forward + backward: faster than the formula | than it compiled | time / plain's "
@@ -261,8 +269,8 @@ def write_plot(run: dict, path: Path) -> None:
     all_axes[0].set_yticks([len(names) - row for row in range(len(names))], names)
     handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in ("#c8c8c8", "#2c7fb8")]
     figure.legend(handles, ["authors' formula, eager", "here"], loc="outside lower right", ncols=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with written_whole(path) as part:
+        figure.savefig(part, dpi=120)
     plt.close(figure)
 
 
@@ -283,8 +291,8 @@ def main() -> None:
         lines += ["", *run_table(run)]
     text = "\n".join(lines) + "\n"
     if args.table:
-        args.table.parent.mkdir(parents=True, exist_ok=True)
-        args.table.write_text(text, encoding="utf-8")
+        with written_whole(args.table) as part:
+            part.write_text(text, encoding="utf-8")
         print(f"wrote: {args.table}")
     else:
         print(text, end="")
@@ -296,4 +304,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors(UserError):
+        main()

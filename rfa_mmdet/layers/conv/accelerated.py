@@ -7,7 +7,7 @@ hooks, which must be called to be seen, run in the reference.
 import torch
 from torch import Tensor, nn
 
-from rfa_mmdet.layers.conv.norms import has_hooks, is_batch_norm
+from rfa_mmdet.layers.conv.norms import is_batch_norm, must_be_called
 from rfa_mmdet.ops.dispatch import check_backend, choose_backend
 from rfa_mmdet.ops.rfa_conv import Norm, fused_rfa_conv
 from rfa_mmdet.ops.rfa_conv.library import output_size
@@ -109,11 +109,11 @@ def _window(stride, padding, dilation, groups) -> tuple:
 
 
 def _knows_norm(norm: nn.Module) -> bool:
-    return is_batch_norm(norm) or (type(norm) is nn.Identity and not has_hooks(norm))
+    return is_batch_norm(norm) or (type(norm) is nn.Identity and not must_be_called(norm))
 
 
 def _knows_act(act: nn.Module) -> bool:
-    return type(act) in (nn.ReLU, nn.Identity) and not has_hooks(act)
+    return type(act) in (nn.ReLU, nn.Identity) and not must_be_called(act)
 
 
 def _plain_norm(norm: nn.Module) -> Norm | None:

@@ -3,20 +3,23 @@
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 
 from rfa_mmdet.ops.gated import is_recorded
 from rfa_mmdet.ops.precision import at_least_float32
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a module must be called for its hooks to see it.
+def must_be_called(module: nn.Module) -> bool:
+    """Whether somebody looks on, by a hook on the module or on all, or has put another forward in.
 
     Example:
-        >>> has_hooks(nn.ReLU())
+        >>> must_be_called(nn.ReLU())
         False
     """
     return bool(
-        module._forward_hooks
+        _has_any_global_hook()
+        or "forward" in vars(module)
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -33,19 +36,20 @@ def is_batch_norm(norm: nn.Module) -> bool:
         (True, False)
     """
     known = type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    return known and not has_hooks(norm)
+    return known and not must_be_called(norm)
 
 
 def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Return weight and bias under which ``conv`` computes its norm as well.
 
     Args:
-        conv (nn.Conv2d): Without bias.
+        conv (nn.Conv2d): The convolution.
         norm (nn.Module): What follows.
 
     Returns:
         tuple[Tensor, Tensor] | None: Of the convolution's dtype. None: the modules are to be
-        called, as the norm is none on fixed statistics, either has hooks, or a graph is recorded.
+        called, as the norm is none on fixed statistics, the convolution has a bias, somebody
+        looks on at either, or a graph is recorded.
 
     Example:
         >>> conv, norm = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4).eval()
@@ -56,9 +60,9 @@ def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor] | None:
         >>> fold_norm(conv, norm.train()) is None
         True
     """
-    if is_recorded() or type(conv) is not nn.Conv2d or has_hooks(conv) or not is_batch_norm(norm):
+    if type(conv) is not nn.Conv2d or conv.bias is not None or must_be_called(conv):
         return None
-    if norm.training or norm.running_mean is None:
+    if is_recorded() or not is_batch_norm(norm) or norm.training or norm.running_mean is None:
         return None
     scale = torch.rsqrt(at_least_float32(norm.running_var) + norm.eps)
     if norm.weight is not None:

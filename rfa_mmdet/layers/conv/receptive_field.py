@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import boolean
 from rfa_mmdet.layers.conv.base import AttentionConv2d
-from rfa_mmdet.layers.conv.norms import fold_norm, has_hooks
+from rfa_mmdet.layers.conv.norms import fold_norm, must_be_called
 from rfa_mmdet.layers.warm_start import identity_features, identity_norm, norm_obstacle
 from rfa_mmdet.ops.windows import convolve_weighed_windows
 
@@ -139,9 +139,12 @@ class ReceptiveFieldConv(AttentionConv2d):
         return features.reshape(batch, self.in_channels, positions, height, width)
 
     def convolve(self, windows: Tensor, gates: tuple[Tensor, Tensor]) -> Tensor:
-        """Sum up weighed features: (B, C, K, h, w), or (B, C, kh, kw, h, w), to (B, O, h, w)."""
-        # A hook may have kept the features for itself.
-        overwrite = not any(map(has_hooks, (self.feature, self.norm, self.act)))
+        """Sum up weighed features: (B, C, K, h, w), or (B, C, kh, kw, h, w), to (B, O, h, w).
+
+        They are overwritten where no gradient is asked for.
+        """
+        # Unless a hook may have kept them for itself.
+        overwrite = not any(map(must_be_called, (self.feature, self.norm, self.act)))
         return convolve_weighed_windows(
             windows, gates, self.conv.weight, self.conv.bias, self.groups, overwrite
         )

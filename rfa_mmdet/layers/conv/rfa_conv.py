@@ -46,9 +46,9 @@ class RFAConv(ReceptiveFieldConv):
             needs ``bias=True``. Defaults to 0.
         backend (str): 'reference': plain torch. 'cpu', 'triton': kernels that keep no more for the
             backward than a plain convolution, for batch norm or none and ReLU or none, float32 and
-            bfloat16 (Triton float16 as well, the CPU float64). 'auto': what is fastest of those
-            that can compute this, else the reference. Traces and exports always hold the
-            reference. Defaults to 'auto'.
+            bfloat16 (Triton float16 as well, the CPU float64). 'auto': those of x's device where
+            they can compute this, else the reference. Traces and exports always hold the reference.
+            Defaults to 'auto'.
 
     Raises:
         TypeError, ValueError: An argument or the input is not as above, or the backend asked for by
