@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rfa_mmdet.ops.dispatch import reference_only
+
 Gates = Callable[..., tuple[Tensor, ...]]
 
 
@@ -23,9 +25,7 @@ def is_recorded() -> bool:
         >>> is_recorded()
         False
     """
-    recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    transformed = torch._C._are_functorch_transforms_active()
-    return recorded or transformed or torch.autograd.forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() or reference_only()
 
 
 def recomputes() -> bool:

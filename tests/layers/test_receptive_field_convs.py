@@ -165,9 +165,9 @@ def test_who_looks_on_in_inference_sees_every_module(name):
     del layer.norm.forward
     layer.feature.bias = nn.Parameter(torch.randn(layer.feature.out_channels))
     with torch.no_grad():
-        folded = layer(x)
-    torch.testing.assert_close(folded, layer(x.requires_grad_()))
-    assert not torch.equal(folded, found)
+        biased = layer(x)
+    torch.testing.assert_close(biased, layer(x.requires_grad_()))
+    assert not torch.equal(biased, found)
 
 
 @pytest.mark.parametrize("name", ["RFCBAMConv", "RFCAConv"])
