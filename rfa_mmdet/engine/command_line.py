@@ -1,6 +1,7 @@
 """What tools/train.py and tools/test.py have in common: arguments, config, errors."""
 
 import inspect
+import multiprocessing
 import os
 import sys
 import traceback
@@ -173,6 +174,7 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
     errors = errors or (ValueError, TypeError, KeyError, FileNotFoundError)
     # MMEngine's import of it, which is not the user's to mend.
     warnings.filterwarnings("ignore", "pkg_resources is deprecated as an API", UserWarning)
+    sys.excepthook = _show_uncaught
     try:
         yield
     except (KeyboardInterrupt, Exception) as error:
@@ -191,6 +193,17 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             print(f"{who}  raised in {frame.filename}:{frame.lineno}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _show_uncaught(kind, error, trace) -> None:
+    """Show an error, but for that of a loader's worker whose reader went away.
+
+    It inherits this hook. Its thread that hands tensors over fails where Ctrl-C ends the main
+    process in the middle of one, and would print its traceback after that one's last word.
+    """
+    in_worker = multiprocessing.parent_process() is not None
+    if not (in_worker and isinstance(error, (ConnectionError, EOFError))):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _is_interruption(error: BaseException | None) -> bool:

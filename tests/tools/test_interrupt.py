@@ -1,12 +1,15 @@
 """Ctrl-C ends a tool, its workers too, with one word and the exit code of shells."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 
 import pytest
@@ -101,6 +104,41 @@ def test_doctor(environment):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert printed == "interrupted\n"
+
+
+def hand_over(connection):
+    """As a loader's worker hands over the memory of a tensor: a thread waits for its reader."""
+    connection.send(DupFd(connection.fileno()))
+    connection.recv()
+
+
+def test_a_worker_is_silent_where_its_reader_goes_away(capfd, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back afterwards
+    ours, theirs = multiprocessing.Pipe()
+    with user_errors():
+        worker = multiprocessing.get_context("fork").Process(target=hand_over, args=(theirs,))
+        worker.start()
+    handle = ours.recv()
+    with socket.socket(socket.AF_UNIX) as reader:
+        reader.connect(handle._id[0])
+    # The thread goes on, so that it is done with the first reader once it has served another.
+    os.close(handle.detach())
+    ours.send("end")
+    worker.join()
+    assert worker.exitcode == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_other_uncaught_errors_are_shown(run_tool, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from rfa_mmdet.engine.command_line import user_errors\n"
+        "with user_errors():\n    raise ConnectionResetError('of the main process')\n"
+    )
+    done = run_tool(sys.executable, script)
+    assert done.returncode == 1
+    assert "Traceback" in done.stdout
+    assert done.stdout.endswith("ConnectionResetError: of the main process\n")
 
 
 def misread():
