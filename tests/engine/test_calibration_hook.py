@@ -16,6 +16,7 @@ from rfa_mmdet.engine.errors import ConfigError
 from rfa_mmdet.layers import RFAConv, RFCAConv, RFCBAMConv
 from tests.engine.test_new_layers_hook import save_plain_detector
 from tests.engine.toy import Recorder, Toy, make_runner, pictures, plain_backbone, plain_file
+from tests.ports import free_port
 
 HOOKS_OF_A_RUN = (dict(type="NewLayersHook"), dict(type="CalibrationHook", batches=2))
 
@@ -314,7 +315,7 @@ def test_train_calibrates_two_processes_alike(tiny_config, run_tool, tmp_path):
         *("bash", "tools/dist_train.sh", config, 2, "--work-dir", tmp_path / "work"),
         PYTHONPATH=f"{tmp_path}:{sys.path[0]}",
         KEEP=str(tmp_path),
-        PORT="29533",
+        PORT=free_port(),
     )
     assert done.returncode == 0, done.stdout
     assert "Calibrated the batch norms of 6 warm-started layers on 2 batches" in done.stdout

@@ -13,6 +13,7 @@ from rfa_mmdet.engine.new_layers_hook import new_layers
 from rfa_mmdet.engine.plain_config import plain_base
 from tests.engine.toy import Recorder, Toy, make_runner, plain_file
 from tests.models.zoo import stir
+from tests.ports import free_port
 
 HOOK = dict(type="NewLayersHook")
 META = "rfa_mmdet_filled"
@@ -166,13 +167,13 @@ def two_processes(tiny_config, run_tool, tmp_path_factory):
         "train_cfg = dict(max_epochs=2, val_interval=9)\n"
     )
 
-    def run(name, *arguments, port):
+    def run(name, *arguments):
         (root / name).mkdir()
         done = run_tool(
             *("bash", "tools/dist_train.sh", config, 2, "--work-dir", root / name, *arguments),
             PYTHONPATH=f"{root}:{sys.path[0]}",
             KEEP=str(root / name),
-            PORT=port,
+            PORT=free_port(),
         )
         assert done.returncode == 0, done.stdout
         load = [
@@ -187,7 +188,7 @@ def two_processes(tiny_config, run_tool, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(two_processes):
-    return two_processes("whole", port="29531")
+    return two_processes("whole")
 
 
 def test_ddp_knows_what_a_checkpoint_froze(whole):
@@ -214,7 +215,7 @@ def test_ddp_knows_what_a_checkpoint_froze(whole):
 
 def test_a_resume_in_two_processes_trains_the_same(whole, two_processes):
     _, work_dir, (start, _, end, _) = whole
-    _, _, resumed = two_processes("resumed", "--resume", work_dir / "epoch_1.pth", port="29532")
+    _, _, resumed = two_processes("resumed", "--resume", work_dir / "epoch_1.pth")
     assert resumed[0]["trained"] == start["trained"]
     assert not all(torch.equal(resumed[0]["state"][n], end["state"][n]) for n in end["state"])
     for kept in resumed[2:]:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from tests.ports import free_port
 from tests.tools.conftest import ROOT
 
 # Ends the second rank in the middle of the second epoch, in the way that it is told.
@@ -80,7 +81,7 @@ def test_evaluation_by_two_ranks_equals_that_by_one(
     two = run_tool(
         *("bash", "tools/dist_test.sh", tiny_config, checkpoint, 2),
         *("--work-dir", tmp_path / "2", "--out", tmp_path / "2.pkl"),
-        PORT="29531",
+        PORT=free_port(),
         DATA_ROOT=str(root),
     )
     assert two.returncode == 0, two.stdout
@@ -110,21 +111,19 @@ def dying(tmp_path_factory, tiny_config):
 
 
 @pytest.mark.parametrize(
-    ("way", "message", "port"),
+    ("way", "message"),
     [
-        ("raises", "OSError: the disk of rank 1 is gone", "29533"),
-        pytest.param("is killed", "Signal 9 (SIGKILL)", "29534", marks=pytest.mark.slow),
+        ("raises", "OSError: the disk of rank 1 is gone"),
+        pytest.param("is killed", "Signal 9 (SIGKILL)", marks=pytest.mark.slow),
     ],
 )
-def test_a_rank_that_dies_ends_the_job_with_its_error(
-    run_tool, dying, tmp_path, way, message, port
-):
+def test_a_rank_that_dies_ends_the_job_with_its_error(run_tool, dying, tmp_path, way, message):
     begin = time.monotonic()
     done = run_tool(
         *("bash", "tools/dist_train.sh", dying, 2, "--work-dir", tmp_path),
         PYTHONPATH=f"{dying.parent}:{ROOT}",
         DIES=way,
-        PORT=port,
+        PORT=free_port(),
     )
     assert done.returncode != 0
     assert message in done.stdout
@@ -153,15 +152,15 @@ def test_training_by_two_ranks_goes_on_from_the_last_checkpoint(
         *(*train, dying, 2, "--work-dir", broken),
         PYTHONPATH=f"{dying.parent}:{ROOT}",
         DIES="raises",
-        PORT="29535",
+        PORT=free_port(),
     )
     assert died.returncode != 0
     config = tmp_path / "whole.py"
-    again = run_tool(*train, config, 2, "--work-dir", broken, "--resume", PORT="29536")
+    again = run_tool(*train, config, 2, "--work-dir", broken, "--resume", PORT=free_port())
     assert again.returncode == 0, again.stdout
     assert "resumed epoch: 1" in again.stdout
     assert "Epoch(train) [1]" not in again.stdout
-    once = run_tool(*train, config, 2, "--work-dir", whole, PORT="29537")
+    once = run_tool(*train, config, 2, "--work-dir", whole, PORT=free_port())
     assert once.returncode == 0, once.stdout
     ours, theirs = (
         torch.load(folder / "epoch_2.pth", weights_only=False)["state_dict"]
@@ -173,7 +172,7 @@ def test_training_by_two_ranks_goes_on_from_the_last_checkpoint(
 
 @pytest.mark.slow
 def test_two_nodes_find_each_other(environment, tiny_config, tmp_path):
-    variables = dict(NNODES="2", MASTER_ADDR="127.0.0.1", PORT="29538")
+    variables = dict(NNODES="2", MASTER_ADDR="127.0.0.1", PORT=free_port())
     nodes = [
         subprocess.Popen(
             [

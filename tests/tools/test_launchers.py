@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.ports import free_port
 from tests.tools.conftest import ROOT
 
 # Starts its command as two tasks of one node, with what Slurm tells each.
@@ -41,7 +42,7 @@ def test_slurm_scripts(tiny_config, run_tool, tmp_path):
         *("bash", "tools/slurm_train.sh", "part", "job", tiny_config),
         *("--work-dir", tmp_path / "work", "--cfg-options", "train_cfg.max_epochs=1"),
         **variables,
-        MASTER_PORT="29521",
+        MASTER_PORT=free_port(),
     )
     assert trained.returncode == 0, trained.stdout
     checkpoint = tmp_path / "work" / "epoch_1.pth"
@@ -51,7 +52,7 @@ def test_slurm_scripts(tiny_config, run_tool, tmp_path):
         *("bash", "tools/slurm_test.sh", "part", "job", tiny_config, checkpoint),
         *("--work-dir", tmp_path / "test"),
         **variables,
-        MASTER_PORT="29522",
+        MASTER_PORT=free_port(),
     )
     assert tested.returncode == 0, tested.stdout
     assert "coco/bbox_mAP" in tested.stdout
@@ -66,6 +67,7 @@ def test_mpi_launcher(tiny_config, environment, tmp_path):
         *(sys.executable, "tools/train.py", str(tiny_config), "--launcher", "mpi"),
         *("--work-dir", str(tmp_path), "--cfg-options", "train_cfg.max_epochs=1"),
     )
+    port = free_port()
     processes = [
         subprocess.Popen(
             command,
@@ -78,7 +80,7 @@ def test_mpi_launcher(tiny_config, environment, tmp_path):
                 "OMPI_COMM_WORLD_RANK": str(rank),
                 "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
                 "OMPI_COMM_WORLD_SIZE": "2",
-                "MASTER_PORT": "29523",
+                "MASTER_PORT": port,
             },
         )
         for rank in (0, 1)

@@ -17,6 +17,7 @@ import torch
 from mmengine.config import Config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.ports import free_port
 from tests.tools.conftest import ROOT
 
 
@@ -199,7 +200,7 @@ def test_two_processes_on_cpu_end_with_equal_parameters(tiny_config, run_tool, t
         *("bash", "tools/dist_train.sh", config, 2, "--work-dir", tmp_path / "work"),
         PYTHONPATH=f"{tmp_path}",
         KEEP=str(tmp_path),
-        PORT="29517",
+        PORT=free_port(),
     )
     assert done.returncode == 0, done.stdout
     first, second = (torch.load(tmp_path / f"rank{rank}.pth") for rank in (0, 1))
@@ -217,7 +218,7 @@ def test_two_processes_on_cpu_end_with_equal_parameters(tiny_config, run_tool, t
     tested = run_tool(
         *("bash", "tools/dist_test.sh", tiny_config, tmp_path / "work" / "epoch_1.pth", 2),
         *("--work-dir", tmp_path / "test"),
-        PORT="29518",
+        PORT=free_port(),
     )
     assert tested.returncode == 0, tested.stdout
     # What they validated in training is what was saved.
@@ -240,7 +241,7 @@ def test_sync_bn_without_cuda(tiny_config, run_tool, tmp_path):
     assert "reverted to BatchNorm" in one.stdout
     two = run_tool(
         *("bash", "tools/dist_train.sh", tiny_config, 2, "--work-dir", tmp_path / "2", *options),
-        PORT="29519",
+        PORT=free_port(),
     )
     assert two.returncode != 0
     assert "SyncBN over several processes needs CUDA" in two.stdout
