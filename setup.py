@@ -78,15 +78,16 @@ class BuildKernels(build_ext):
         if all(t.exists() for t in targets) and stamp.exists() and stamp.read_text() == state:
             return
         jobs = [(csrc / "bindings.cpp", "bindings", [])]
+        objects = {"bindings": []}
         for name, options in CAPABILITIES.items():
             upper = name.upper()
             options = [*options, f"-DCPU_CAPABILITY={upper}", f"-DCPU_CAPABILITY_{upper}"]
-            jobs.append((csrc / "kernels.cpp", name, options))
-        objects = {}
+            jobs += [(csrc / file, name, options) for file in ("kernels.cpp", "gated.cpp")]
+            objects[name] = []
 
         def compile_one(job):
             source, name, options = job
-            (objects[name],) = self.compiler.compile(
+            objects[name] += self.compiler.compile(
                 [str(source)],
                 output_dir=str(Path(self.build_temp) / name),
                 include_dirs=include_paths(),
@@ -100,7 +101,7 @@ class BuildKernels(build_ext):
         for ext, target in zip(self.extensions, targets, strict=True):
             target.parent.mkdir(parents=True, exist_ok=True)
             self.compiler.link_shared_object(
-                [objects["bindings"], objects[ext.name.rpartition("_")[2]]],
+                [*objects["bindings"], *objects[ext.name.rpartition("_")[2]]],
                 str(target),
                 libraries=["c10", "torch", "torch_cpu"],
                 library_dirs=library_paths(),

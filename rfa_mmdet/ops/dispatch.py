@@ -189,7 +189,9 @@ def _notice(name: str) -> None:
     if name not in _noticed:
         _noticed.add(name)
         warnings.warn(
-            f"RFAConv runs in plain torch, several times slower: {missing(name)}", stacklevel=2
+            "the receptive-field convolutions run in plain torch, several times slower: "
+            f"{missing(name)}",
+            stacklevel=2,
         )
 
 

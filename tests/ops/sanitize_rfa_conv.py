@@ -46,7 +46,15 @@ def main(library: str) -> None:
         first, second = ops.moments(x, *window)
         grad_x = torch.zeros(x.shape, dtype=compute)
         ops.correct_input_gradient(grad_x, x, second, first, *window)
-        assert all(t.isfinite().all() for t in (y, *found, first, second, grad_x))
+        found = [y, *found, first, second, grad_x]
+        if feature is not None:
+            response = (x, feature, shift, runs % 3 > 0)
+            pooled = ops.pool_channels(*response, *window)
+            rows, columns = ops.pool_coordinates(*response, *window)
+            for gates in ((x.mean((2, 3)), pooled[:, 0]), (rows, columns)):
+                y = ops.forward_gated(*response, *gates, weight, bias, *window, groups)
+                found += [y, *gates]
+        assert all(t.isfinite().all() for t in found)
         runs += 1
     print(f"{library.rpartition('/')[2]}: {runs} shapes, nothing out of bounds")
 

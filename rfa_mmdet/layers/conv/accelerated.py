@@ -7,7 +7,7 @@ hooks, which must be called to be seen, run in the reference.
 import torch
 from torch import Tensor, nn
 
-from rfa_mmdet.layers.conv.norms import is_batch_norm, must_be_called
+from rfa_mmdet.layers.conv.norms import is_batch_norm, is_no_norm, is_plain_act
 from rfa_mmdet.ops.dispatch import check_backend, choose_backend
 from rfa_mmdet.ops.rfa_conv import Norm, fused_rfa_conv
 from rfa_mmdet.ops.rfa_conv.library import output_size
@@ -38,7 +38,7 @@ def check_choice(backend: str, norm: nn.Module, act: nn.Module) -> str:
 
 
 def _check_modules(backend: str, norm: nn.Module, act: nn.Module) -> None:
-    for module, known in ((norm, _knows_norm(norm)), (act, _knows_act(act))):
+    for module, known in ((norm, _knows_norm(norm)), (act, is_plain_act(act))):
         if not known:
             raise ValueError(
                 f"backend={backend!r}: computes batch norm or none and ReLU or none, without "
@@ -76,7 +76,7 @@ def accelerated_rfa_conv(
     chosen = choose_backend(backend, x, weight)
     if chosen == "reference":
         return None
-    if not (_knows_norm(norm) and _knows_act(act)):
+    if not (_knows_norm(norm) and is_plain_act(act)):
         if backend != "auto":
             _check_modules(backend, norm, act)
         return None
@@ -109,11 +109,7 @@ def _window(stride, padding, dilation, groups) -> tuple:
 
 
 def _knows_norm(norm: nn.Module) -> bool:
-    return is_batch_norm(norm) or (type(norm) is nn.Identity and not must_be_called(norm))
-
-
-def _knows_act(act: nn.Module) -> bool:
-    return type(act) in (nn.ReLU, nn.Identity) and not must_be_called(act)
+    return is_batch_norm(norm) or is_no_norm(norm)
 
 
 def _plain_norm(norm: nn.Module) -> Norm | None:

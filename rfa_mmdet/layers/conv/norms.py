@@ -39,7 +39,27 @@ def is_batch_norm(norm: nn.Module) -> bool:
     return known and not must_be_called(norm)
 
 
-def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor] | None:
+def is_no_norm(norm: nn.Module) -> bool:
+    """Whether a module stands in for a norm that is not there, and nothing looks on.
+
+    Example:
+        >>> is_no_norm(nn.Identity()), is_no_norm(nn.BatchNorm2d(4))
+        (True, False)
+    """
+    return type(norm) is nn.Identity and not must_be_called(norm)
+
+
+def is_plain_act(act: nn.Module) -> bool:
+    """Whether an activation is ReLU or none, and nothing looks on.
+
+    Example:
+        >>> is_plain_act(nn.ReLU()), is_plain_act(nn.Identity()), is_plain_act(nn.SiLU())
+        (True, True, False)
+    """
+    return type(act) in (nn.ReLU, nn.Identity) and not must_be_called(act)
+
+
+def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Return weight and bias under which ``conv`` computes its norm as well.
 
     Args:
@@ -47,7 +67,7 @@ def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor] | None:
         norm (nn.Module): What follows.
 
     Returns:
-        tuple[Tensor, Tensor] | None: Of the convolution's dtype. None: the modules are to be
+        tuple[Tensor, Tensor | None] | None: Of the convolution's dtype. None: the modules are to be
         called, as the norm is none on fixed statistics, the convolution has a bias, somebody
         looks on at either, or a graph is recorded.
 
@@ -62,7 +82,11 @@ def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor] | None:
     """
     if type(conv) is not nn.Conv2d or conv.bias is not None or must_be_called(conv):
         return None
-    if is_recorded() or not is_batch_norm(norm) or norm.training or norm.running_mean is None:
+    if is_recorded():
+        return None
+    if is_no_norm(norm):
+        return conv.weight, None
+    if not is_batch_norm(norm) or norm.training or norm.running_mean is None:
         return None
     scale = torch.rsqrt(at_least_float32(norm.running_var) + norm.eps)
     if norm.weight is not None:

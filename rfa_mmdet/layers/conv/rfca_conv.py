@@ -87,7 +87,12 @@ class RFCAConv(ReceptiveFieldConv):
         Returns:
             Tensor: (B, out_channels, h, w).
         """
-        return self.convolve(*self._weighed(x))
+        self.check_input(x)
+        lazy = self.lazy_features(x)
+        if lazy is None:
+            return self.convolve(*self._weighed(x))
+        gates = self._gates(*lazy.coordinate_means())
+        return lazy.convolve(gates, self.conv.weight, self.conv.bias, self.groups)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return what the features of each window are weighed by, to be looked at.
@@ -98,24 +103,29 @@ class RFCAConv(ReceptiveFieldConv):
         Returns:
             Tensor: (B, in_channels, K, h, w) in (0, 1).
         """
+        self.check_input(x)
         row_gate, column_gate = self._weighed(x)[1]
         return (row_gate * column_gate).flatten(2, 3)
 
     def _weighed(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the features, (B, C, kh, kw, h, w), and their gates."""
-        self.check_input(x)
         kh, kw = self.kernel_size
         features = self.features(x)
         batch, channels, _, height, width = features.shape
         features = features.reshape(batch, channels, kh, kw, height, width)
         dtype = self.coordinate.conv1.weight.dtype
-        # Row y * kh + i of the layout holds position i of row y of windows; the attention treats
-        # every row alike, so that their order does not matter.
-        rows = features.mean((3, 5), dtype=dtype)  # (B, C, kh, h)
-        columns = features.mean((2, 4), dtype=dtype)  # (B, C, kw, w)
+        rows, columns = features.mean((3, 5), dtype=dtype), features.mean((2, 4), dtype=dtype)
+        row_gate, column_gate = (gate.to(features.dtype) for gate in self._gates(rows, columns))
+        return features, (row_gate[:, :, :, None, :, None], column_gate[:, :, None, :, None, :])
+
+    def _gates(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gates of rows and columns, (B, C, kh, h) and (B, C, kw, w), from their means.
+
+        Row y * kh + i of the layout holds position i of row y of windows; the attention treats
+        every row alike, so that their order does not matter.
+        """
+        means = (side.to(self.coordinate.conv1.weight.dtype) for side in (rows, columns))
         # Concatenated, as flattening them does not export with dynamic sizes.
-        means = (torch.cat(side.unbind(2), dim=2) for side in (rows, columns))
+        means = (torch.cat(side.unbind(2), dim=2) for side in means)
         row_gate, column_gate = self.coordinate.gates(*means)  # (B, C, kh * h), (B, C, kw * w)
-        row_gate = row_gate.reshape(batch, channels, kh, 1, height, 1).to(features.dtype)
-        column_gate = column_gate.reshape(batch, channels, 1, kw, 1, width).to(features.dtype)
-        return features, (row_gate, column_gate)
+        return row_gate.reshape(rows.shape), column_gate.reshape(columns.shape)

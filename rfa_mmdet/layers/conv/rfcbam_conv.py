@@ -91,7 +91,13 @@ class RFCBAMConv(ReceptiveFieldConv):
         Returns:
             Tensor: (B, out_channels, h, w).
         """
-        return self.convolve(*self._weighed(x))
+        self.check_input(x)
+        lazy = self.lazy_features(x)
+        if lazy is None:
+            return self.convolve(*self._weighed(x))
+        channel, spatial = self._gates(x, lazy.max_and_mean())
+        gates = channel.flatten(1), spatial.flatten(1, 2)
+        return lazy.convolve(gates, self.conv.weight, self.conv.bias, self.groups)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return what the features of each window are weighed by, to be looked at.
@@ -102,18 +108,24 @@ class RFCBAMConv(ReceptiveFieldConv):
         Returns:
             Tensor: (B, in_channels, K, h, w) in (0, 1).
         """
+        self.check_input(x)
         channel, spatial = self._weighed(x)[1]
         return channel * spatial
 
     def _weighed(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return the features and their gates."""
-        self.check_input(x)
-        features = self.features(x)  # (B, C, K, h, w)
-        dtype = self.spatial.weight.dtype
-        pooled = max_and_mean(features, 1, dtype, keepdim=False)
+        """Return the features, (B, C, K, h, w), and their gates."""
+        features = self.features(x)
+        pooled = max_and_mean(features, 1, self.spatial.weight.dtype, keepdim=False)
+        channel, spatial = self._gates(x, torch.stack(pooled, dim=1))
+        return features, (channel.to(features.dtype), spatial.to(features.dtype))
+
+    def _gates(self, x: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gates of channels and positions, (B, C, 1, 1, 1) and (B, 1, K, h, w).
+
+        ``pooled`` is (B, 2, K, h, w): maximum and mean of the features over the channels.
+        """
         with no_autocast(x):
-            windows = torch.stack(pooled, dim=1)  # (B, 2, K, h, w)
-            score = self.spatial(lay_out(windows, self.kernel_size))  # (B, 1, h * kh, w * kw)
-        spatial = torch.sigmoid(at_least_float32(score)).to(features.dtype)
-        channel = self.se.gate(x).unsqueeze(4).to(features.dtype)  # (B, C, 1, 1, 1)
-        return features, (channel, take_apart(spatial, self.kernel_size))
+            laid_out = lay_out(pooled.to(self.spatial.weight.dtype), self.kernel_size)
+            score = self.spatial(laid_out)  # (B, 1, h * kh, w * kw)
+        spatial = torch.sigmoid(at_least_float32(score))
+        return self.se.gate(x).unsqueeze(4), take_apart(spatial, self.kernel_size)

@@ -1,7 +1,7 @@
 """The CPU backend: C++ in ``csrc/``, built by ``pip install`` where a C++ compiler and torch are.
 
 One build for each set of vector instructions; the one that torch itself uses here is loaded. The
-four functions take the tensors of ``function.py`` on the CPU in float32, float64 or bfloat16, and
+functions take the tensors of ``function.py`` on the CPU in float32, float64 or bfloat16, and
 compute in float32 or float64. Shapes: ``x`` is (B, C, H, W), not empty; K = kh * kw; (h, w) is the
 size of the output. ``kernel_size``, ``stride``, ``padding`` and ``dilation`` are pairs.
 
@@ -22,6 +22,19 @@ padding, dilation, groups)``
     computed in.
 ``correct_input_gradient(grad_x, x, Q, constant, kernel_size, stride, padding, dilation)``
     Subtracts fold(constant + Q @ window) from ``grad_x``, in place; Q (C, K, K) is symmetric.
+
+Three more, for inference, have no function here; ``rfa_mmdet/ops/lazy_windows.py`` calls the
+operators. With features act(feature @ window + shift), in the type computed in:
+
+``pool_channels(x, feature, shift, relu, kernel_size, stride, padding, dilation)``
+    (B, 2, K, h, w): their maximum and mean over the channels.
+``pool_coordinates(x, feature, shift, relu, kernel_size, stride, padding, dilation)``
+    Their means over the rows of the windows laid side by side, (B, C, kh, h), and the columns,
+    (B, C, kw, w).
+``forward_gated(x, feature, shift, relu, first, second, weight, bias, kernel_size, stride, padding,
+dilation, groups)``
+    The convolution of the features times two gates: of channels (B, C) and positions (B, K, h, w),
+    or of rows (B, C, kh, h) and columns (B, C, kw, w).
 
 No thread adds to what another one writes: results do not depend on the number of threads.
 """

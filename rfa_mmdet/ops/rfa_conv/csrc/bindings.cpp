@@ -1,5 +1,5 @@
-// The kernels as operators on tensors: rfa_mmdet_cpu::moments, forward, backward and
-// correct_input_gradient. Shapes, and what each computes, stand in ../cpu.py.
+// The kernels as operators on tensors, rfa_mmdet_cpu::forward and its like. Shapes, and what each
+// computes, stand in ../cpu.py.
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
@@ -204,6 +204,96 @@ void correct_input_gradient(Tensor& grad_x, const Tensor& x_, const Tensor& Q_,
   });
 }
 
+// The parameters of features without an attention; they hold the memory that `view` points to.
+struct Features {
+  Tensor feature, shift;
+  bool relu;
+
+  Features(const Geometry& g, const Tensor& x, const Tensor& feature_, const Tensor& shift_,
+           bool relu_)
+      : relu(relu_) {
+    check_size("feature", feature_, {g.C, g.K(), g.K()});
+    check_size("shift", shift_, {g.C, g.K()});
+    feature = feature_.to(compute_type(x)).contiguous();
+    shift = shift_.to(compute_type(x)).contiguous();
+  }
+  template <typename T>
+  rfa::Response<T> view() const {
+    return {feature.const_data_ptr<T>(), shift.const_data_ptr<T>(), relu};
+  }
+};
+
+Tensor pool_channels(const Tensor& x_, const Tensor& feature, const Tensor& shift, bool relu,
+                     IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
+                     IntArrayRef dilation) {
+  const Geometry g = geometry_of(x_, kernel, stride, padding, dilation);
+  const Tensor x = x_.contiguous();
+  const Features features(g, x, feature, shift, relu);
+  Tensor pooled = at::empty({g.B, 2, g.K(), g.h, g.w}, x.options().dtype(compute_type(x)));
+  dispatch(x, [&](auto e) {
+    using E = decltype(e);
+    using T = Compute<E>;
+    rfa::pool_channels<E>(g, features.view<T>(), x.const_data_ptr<E>(), pooled.data_ptr<T>());
+  });
+  return pooled;
+}
+
+std::tuple<Tensor, Tensor> pool_coordinates(const Tensor& x_, const Tensor& feature,
+                                            const Tensor& shift, bool relu, IntArrayRef kernel,
+                                            IntArrayRef stride, IntArrayRef padding,
+                                            IntArrayRef dilation) {
+  const Geometry g = geometry_of(x_, kernel, stride, padding, dilation);
+  const Tensor x = x_.contiguous();
+  const Features features(g, x, feature, shift, relu);
+  const auto options = x.options().dtype(compute_type(x));
+  Tensor rows = at::empty({g.B, g.C, g.kh, g.h}, options);
+  Tensor columns = at::empty({g.B, g.C, g.kw, g.w}, options);
+  dispatch(x, [&](auto e) {
+    using E = decltype(e);
+    using T = Compute<E>;
+    rfa::pool_coordinates<E>(g, features.view<T>(), x.const_data_ptr<E>(), rows.data_ptr<T>(),
+                             columns.data_ptr<T>());
+  });
+  return {rows, columns};
+}
+
+Tensor forward_gated(const Tensor& x_, const Tensor& feature, const Tensor& shift, bool relu,
+                     const Tensor& first_, const Tensor& second_, const Tensor& weight_,
+                     const std::optional<Tensor>& bias_, IntArrayRef kernel, IntArrayRef stride,
+                     IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+  const Geometry g =
+      geometry_of(x_, kernel, stride, padding, dilation, weight_.size(0), groups);
+  check_weight(g, x_, weight_, groups);
+  const bool of_coordinates = first_.dim() == 4;
+  if (of_coordinates) {
+    check_size("first", first_, {g.B, g.C, g.kh, g.h});
+    check_size("second", second_, {g.B, g.C, g.kw, g.w});
+  } else {
+    check_size("first", first_, {g.B, g.C});
+    check_size("second", second_, {g.B, g.K(), g.h, g.w});
+  }
+  const Tensor x = x_.contiguous(), weight = weight_.contiguous();
+  const Tensor first = first_.to(compute_type(x)).contiguous();
+  const Tensor second = second_.to(compute_type(x)).contiguous();
+  const Features features(g, x, feature, shift, relu);
+  Tensor bias;
+  if (bias_) {
+    check_size("bias", *bias_, {g.O});
+    bias = bias_->to(x.scalar_type()).contiguous();
+  }
+  Tensor y = at::empty({g.B, g.O, g.h, g.w}, x.options());
+  dispatch(x, [&](auto e) {
+    using E = decltype(e);
+    using T = Compute<E>;
+    const rfa::Gates<T> gates{first.const_data_ptr<T>(), second.const_data_ptr<T>(),
+                              of_coordinates};
+    rfa::forward_gated<E>(g, features.view<T>(), gates, x.const_data_ptr<E>(),
+                          weight.const_data_ptr<E>(),
+                          bias_ ? bias.const_data_ptr<E>() : nullptr, y.data_ptr<E>());
+  });
+  return y;
+}
+
 } // namespace
 
 TORCH_LIBRARY(rfa_mmdet_cpu, m) {
@@ -218,6 +308,13 @@ TORCH_LIBRARY(rfa_mmdet_cpu, m) {
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("correct_input_gradient(Tensor(a!) grad_x, Tensor x, Tensor Q, Tensor constant, "
         "int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> ()");
+  m.def("pool_channels(Tensor x, Tensor feature, Tensor shift, bool relu, int[] kernel_size, "
+        "int[] stride, int[] padding, int[] dilation) -> Tensor");
+  m.def("pool_coordinates(Tensor x, Tensor feature, Tensor shift, bool relu, int[] kernel_size, "
+        "int[] stride, int[] padding, int[] dilation) -> (Tensor, Tensor)");
+  m.def("forward_gated(Tensor x, Tensor feature, Tensor shift, bool relu, Tensor first, "
+        "Tensor second, Tensor weight, Tensor? bias, int[] kernel_size, int[] stride, "
+        "int[] padding, int[] dilation, int groups) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(rfa_mmdet_cpu, CPU, m) {
@@ -225,4 +322,7 @@ TORCH_LIBRARY_IMPL(rfa_mmdet_cpu, CPU, m) {
   m.impl("forward", &forward);
   m.impl("backward", &backward);
   m.impl("correct_input_gradient", &correct_input_gradient);
+  m.impl("pool_channels", &pool_channels);
+  m.impl("pool_coordinates", &pool_coordinates);
+  m.impl("forward_gated", &forward_gated);
 }

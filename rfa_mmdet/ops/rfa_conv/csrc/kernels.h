@@ -1,4 +1,5 @@
-// The CPU kernels of RFAConv: pointers in, pointers out. Compiled once for each CPU capability.
+// The CPU kernels of RFAConv, and of inference with RFCBAMConv and RFCAConv (gated.cpp): pointers in,
+// pointers out. Compiled once for each CPU capability.
 #pragma once
 
 #include <cstdint>
@@ -69,5 +70,39 @@ void moments(const Geometry& geometry, const E* x, double* first, double* second
 template <typename E>
 void correct_input_gradient(const Geometry& geometry, const E* x, const Compute<E>* Q,
                             const Compute<E>* constant, Compute<E>* grad_x);
+
+// Features of the windows, act(feature window + shift): feature (C, K, K), shift (C, K).
+template <typename T>
+struct Response {
+  const T* feature;
+  const T* shift;
+  bool relu;
+};
+
+// pooled (B, 2, K, h, w): the maximum and the mean of the features over the channels.
+template <typename E>
+void pool_channels(const Geometry& geometry, const Response<Compute<E>>& response, const E* x,
+                   Compute<E>* pooled);
+
+// Means of the features over rows, (B, C, kh, h), and columns, (B, C, kw, w), of the windows laid
+// side by side.
+template <typename E>
+void pool_coordinates(const Geometry& geometry, const Response<Compute<E>>& response, const E* x,
+                      Compute<E>* rows, Compute<E>* columns);
+
+// Two gates by which features are multiplied: of each channel (B, C) and of each position
+// (B, K, h, w), or, of coordinates, of each row (B, C, kh, h) and column (B, C, kw, w).
+template <typename T>
+struct Gates {
+  const T* first;
+  const T* second;
+  bool of_coordinates;
+};
+
+// As forward, with these gates.
+template <typename E>
+void forward_gated(const Geometry& geometry, const Response<Compute<E>>& response,
+                   const Gates<Compute<E>>& gates, const E* x, const E* weight, const E* bias,
+                   E* y);
 
 } // namespace rfa
