@@ -1,36 +1,42 @@
-"""Features of windows that are never in memory as a whole: for inference on the CPU.
+"""Features of windows that are never in memory as a whole, on the CPU.
 
-Gates that depend on sums over all features need them twice. The C++ kernels make them twice, tile
-by tile, which costs less than to write and to read K times the input. What they compute stands in
-``rfa_conv/cpu.py``.
+Gates that depend on sums over all features need these twice, and their gradients once more. The C++
+kernels make the features anew, tile by tile, each time: that costs less than to write and to read K
+times the input, and what is kept for the backward pass is the input. What the kernels compute
+stands in ``rfa_conv/cpu.py``.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from rfa_mmdet.ops.dispatch import autocast_dtype, choose_backend
+from rfa_mmdet.ops.dispatch import choose_backend
 from rfa_mmdet.ops.gated import is_recorded
+from rfa_mmdet.ops.precision import no_autocast
+from rfa_mmdet.ops.rfa_conv.library import compute_dtype
 
 Pair = tuple[int, int]
+
+# Statistics are kept for the backward where the input has at least so many times their elements.
+KEEP_STATISTICS_BELOW = 12
 
 
 def can_be_lazy(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels can stand in for the formula here and now.
 
-    They compute in inference only; what records a graph, counts operators or makes up tensors must
-    see the formula.
+    What records a graph, counts operators or makes up tensors must see the formula.
 
     Args:
         x (Tensor): (B, C, H, W).
         weight (Tensor): Of the convolution of the features.
 
     Example:
-        >>> can_be_lazy(torch.rand(1, 2, 5, 5), torch.rand(3, 2, 3, 3))  # a gradient may be wanted
+        >>> can_be_lazy(torch.rand(1, 2, 5, 5).double(), torch.rand(3, 2, 3, 3).double())
         False
     """
-    if torch.is_grad_enabled() or is_recorded() or torch._C._len_torch_dispatch_stack():
+    if is_recorded() or torch._C._len_torch_dispatch_stack():
         return False
     if x.device.type != "cpu" or x.numel() == 0:
         return False
@@ -39,34 +45,41 @@ def can_be_lazy(x: Tensor, weight: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class LazyFeatures:
-    """Features act(feature window + shift), (B, C, K, h, w), K = kh * kw, of the windows of a map.
+    """Features of the windows of a map: act(feature @ window + shift), (B, C, K, h, w).
+
+    With K = kh * kw. All that is made from them is differentiable once, in reverse mode.
 
     Attributes:
-        x (Tensor): (B, C, H, W) on the CPU, not empty.
-        feature (Tensor): (C * K, 1, kh, kw), of a depthwise convolution.
-        shift (Tensor | None): (C * K,).
+        x (Tensor): (B, C, H, W) on the CPU, not empty, in the type to compute in.
+        feature (Tensor): (C, K, K).
+        shift (Tensor): (C, K).
         relu (bool): Whether ReLU is the activation; else there is none.
-        stride, padding, dilation (tuple[int, int]): Of the windows; zero padding.
+        kernel_size, stride, padding, dilation (tuple[int, int]): Of the windows; zero padding.
 
     Example:
-        >>> x, feature = torch.rand(2, 4, 8, 9), torch.rand(36, 1, 3, 3)
-        >>> features = LazyFeatures(x, feature, None, True, (1, 1), (1, 1), (1, 1))
-        >>> with torch.no_grad():
-        ...     if can_be_lazy(x, feature):
-        ...         assert features.max_and_mean().shape == (2, 2, 9, 8, 9)
+        >>> x, feature, shift = torch.rand(2, 4, 8, 9), torch.rand(4, 9, 9), torch.rand(4, 9)
+        >>> features = LazyFeatures(x, feature, shift, True, (3, 3), (1, 1), (1, 1), (1, 1))
+        >>> if can_be_lazy(x, feature):
+        ...     assert features.max_and_mean().shape == (2, 2, 9, 8, 9)
     """
 
     x: Tensor
     feature: Tensor
-    shift: Tensor | None
+    shift: Tensor
     relu: bool
+    kernel_size: Pair
     stride: Pair
     padding: Pair
     dilation: Pair
 
     def max_and_mean(self) -> Tensor:
-        """Return the maximum and the mean over the channels, (B, 2, K, h, w)."""
-        return torch.ops.rfa_mmdet_cpu.pool_channels(*self._features(), *self._window())
+        """Return the maximum and the mean over the channels, (B, 2, K, h, w).
+
+        The gradient of the maximum is that of the first channel that has it.
+        """
+        if torch.is_grad_enabled():
+            return _PoolChannels.apply(*self._features(), self._window())
+        return _ops().pool_channels(*self._features(), False, *self._window())[0]
 
     def coordinate_means(self) -> tuple[Tensor, Tensor]:
         """Return the means of the rows and columns of the windows laid side by side.
@@ -75,7 +88,7 @@ class LazyFeatures:
             tuple[Tensor, Tensor]: (B, C, kh, h), of row y * kh + i at [..., i, y], and
             (B, C, kw, w).
         """
-        return torch.ops.rfa_mmdet_cpu.pool_coordinates(*self._features(), *self._window())
+        return _PoolCoordinates.apply(*self._features(), self._window())
 
     def convolve(
         self, gates: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor | None, groups: int
@@ -90,23 +103,188 @@ class LazyFeatures:
             groups (int): Groups of the convolution.
 
         Returns:
-            Tensor: (B, O, h, w), in the type that a convolution computes in here.
+            Tensor: (B, O, h, w), in x's type.
         """
-        features = self._features()
-        weight = weight.flatten(2).to(features[0].dtype)
-        return torch.ops.rfa_mmdet_cpu.forward_gated(
-            *features, *gates, weight, bias, *self._window(), groups
-        )
+        dtype = self.x.dtype
+        weight, bias = weight.flatten(2).to(dtype), None if bias is None else bias.to(dtype)
+        return _Convolve.apply(*self._features(), *gates, weight, bias, self._window(), groups)
 
     def _features(self) -> tuple[Tensor, Tensor, Tensor, bool]:
-        channels, positions = self.x.shape[1], self.feature.shape[2:].numel()
-        shift = self.feature.new_zeros(len(self.feature)) if self.shift is None else self.shift
-        return (
-            self.x.to(autocast_dtype(self.x)),
-            self.feature.reshape(channels, positions, positions),
-            shift.reshape(channels, positions),
-            self.relu,
-        )
+        return self.x, self.feature, self.shift, self.relu
 
     def _window(self) -> tuple[Pair, ...]:
-        return tuple(self.feature.shape[2:]), self.stride, self.padding, self.dilation
+        return self.kernel_size, self.stride, self.padding, self.dilation
+
+
+def fold_batch_norm(
+    x: Tensor,
+    feature: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    window: tuple[Pair, ...],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fold batch norm, on the statistics of the batch, into the features that it follows.
+
+    They follow from the means and the covariance of the windows' values: see
+    ``rfa_conv/function.py``.
+
+    Args:
+        x (Tensor): (B, C, H, W), as of :class:`LazyFeatures`.
+        feature (Tensor): (C, K, K), before the norm.
+        weight, bias (Tensor | None): Of the norm, (C * K,). None: ones, zeros.
+        eps (float): Added to the variance.
+        window (tuple): kernel_size, stride, padding and dilation.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor, Tensor]: Feature and shift for :class:`LazyFeatures`; mean and
+        biased variance, (C, K) each, which carry no gradient.
+    """
+    dtype = compute_dtype(x)
+    tensors = (t if t is None else t.to(dtype) for t in (feature, weight, bias))
+    return _FoldBatchNorm.apply(x, *tensors, eps, window)
+
+
+def _ops():
+    return torch.ops.rfa_mmdet_cpu
+
+
+def _fold(
+    feature: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    first: Tensor,
+    second: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean = (feature * first.unsqueeze(1)).sum(2)
+    # Rounding may leave a variance of zero a little below it.
+    var = (torch.matmul(feature, second) * feature).sum(2).clamp_min(0)
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight.view_as(scale)
+    shift = -scale * mean
+    if bias is not None:
+        shift = shift + bias.view_as(scale)
+    return feature * scale.unsqueeze(2), shift, mean, var
+
+
+class _FoldBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, feature, weight, bias, eps, window):
+        statistics = _ops().moments(x, *window)
+        with no_autocast(x):
+            folded, shift, mean, var = _fold(feature, weight, bias, *statistics, eps)
+        # Of a small map, the statistics would be a large share of what is kept, and cost little.
+        again = KEEP_STATISTICS_BELOW * sum(s.numel() for s in statistics) > x.numel()
+        statistics = (None, None) if again else statistics
+        ctx.save_for_backward(x, feature, weight, bias, *statistics)
+        ctx.eps, ctx.window = eps, window
+        ctx.mark_non_differentiable(mean, var)
+        return folded, shift, mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_feature, grad_shift, *_):
+        x, *parameters, first, second = ctx.saved_tensors
+        if first is None:
+            first, second = _ops().moments(x, *ctx.window)
+        inputs = [*parameters, first, second]
+        inputs = [t if t is None else t.detach().requires_grad_() for t in inputs]
+        given = [t for t in inputs if t is not None]
+        with torch.enable_grad(), no_autocast(x):
+            folded = _fold(*inputs, ctx.eps)[:2]
+        found = iter(torch.autograd.grad(folded, given, (grad_feature, grad_shift)))
+        *gradients, of_first, of_second = (t if t is None else next(found) for t in inputs)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            with no_autocast(x):
+                grad_x = _through_moments(x, first, of_first, of_second, ctx.window).to(x.dtype)
+        return grad_x, *gradients, None, None
+
+
+def _through_moments(
+    x: Tensor, first: Tensor, of_first: Tensor, of_second: Tensor, window: tuple[Pair, ...]
+) -> Tensor:
+    """Return the gradient of x from those of the windows' means and covariance."""
+    height, width = (
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(x.shape[2:], *window, strict=True)
+    )
+    count = x.shape[0] * height * width
+    Q = (of_second + of_second.mT) / count
+    constant = of_first / count - torch.matmul(Q, first.unsqueeze(2)).squeeze(2)
+    grad_x = torch.zeros_like(x, dtype=Q.dtype, memory_format=torch.contiguous_format)
+    _ops().correct_input_gradient(grad_x, x, -Q, -constant, *window)
+    return grad_x
+
+
+def _wanted(found: tuple[Tensor, ...], needs: tuple[bool, ...], like: tuple) -> list:
+    """Return gradients in the types of their tensors; None for those that are not needed."""
+    triples = zip(found, needs, like, strict=True)
+    return [gradient.to(of.dtype) if need else None for gradient, need, of in triples]
+
+
+class _PoolChannels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, feature, shift, relu, window):
+        pooled, largest = _ops().pool_channels(x, feature, shift, relu, True, *window)
+        ctx.save_for_backward(x, feature, shift, largest)
+        ctx.relu, ctx.window = relu, window
+        return pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, feature, shift, largest = ctx.saved_tensors
+        need_x, need_feature, need_shift = ctx.needs_input_grad[:3]
+        of_x, of_shift, products = _ops().pool_channels_backward(
+            *(grad, x, feature, shift, ctx.relu, largest),
+            *((need_x, need_feature or need_shift), *ctx.window),
+        )
+        needs = (need_x, need_feature, need_shift)
+        return *_wanted((of_x, products, of_shift), needs, (x, feature, shift)), None, None
+
+
+class _PoolCoordinates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, feature, shift, relu, window):
+        ctx.save_for_backward(x, feature, shift)
+        ctx.relu, ctx.window = relu, window
+        return _ops().pool_coordinates(x, feature, shift, relu, *window)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_rows, grad_columns):
+        x, feature, shift = ctx.saved_tensors
+        need_x, need_feature, need_shift = ctx.needs_input_grad[:3]
+        of_x, of_shift, products = _ops().pool_coordinates_backward(
+            *(grad_rows, grad_columns, x, feature, shift, ctx.relu),
+            *((need_x, need_feature or need_shift), *ctx.window),
+        )
+        needs = (need_x, need_feature, need_shift)
+        return *_wanted((of_x, products, of_shift), needs, (x, feature, shift)), None, None
+
+
+class _Convolve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, feature, shift, relu, first, second, weight, bias, window, groups):
+        ctx.save_for_backward(x, feature, shift, first, second, weight, bias)
+        ctx.relu, ctx.window, ctx.groups = relu, window, groups
+        return _ops().forward_gated(
+            x, feature, shift, relu, first, second, weight, bias, *window, groups
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        x, feature, shift, first, second, weight, bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        of_x, of_shift, products, *others = _ops().backward_gated(
+            *(grad_y, x, feature, shift, ctx.relu, first, second, weight),
+            *((needs[0], needs[1] or needs[2], needs[6], needs[7]), *ctx.window, ctx.groups),
+        )
+        needs = (*needs[:3], *needs[4:8])
+        like = (x, feature, shift, first, second, weight, bias)
+        found = _wanted((of_x, products, of_shift, *others), needs, like)
+        return *found[:3], None, *found[3:], None, None

@@ -4,6 +4,8 @@ They know batch norm and ReLU. What else a config may name (GroupNorm, SiLU, ...
 hooks, which must be called to be seen, run in the reference.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -100,7 +102,7 @@ def accelerated_rfa_conv(
         **window,
     )
     if mean is not None:
-        _update_running(norm, mean, var)
+        update_running(norm, mean, var)
     return y
 
 
@@ -117,12 +119,16 @@ def _plain_norm(norm: nn.Module) -> Norm | None:
         return None
     of_batch = norm.training or norm.running_mean is None
     mean, var = (None, None) if of_batch else (norm.running_mean, norm.running_var)
-    group = _group(norm) if of_batch else None
+    group = reduces_over(norm) if of_batch else None
     return Norm(norm.weight, norm.bias, mean, var, norm.eps, group)
 
 
-def _group(norm: nn.Module):
-    """Return the process group that SyncBatchNorm reduces over, if it does now."""
+def reduces_over(norm: nn.Module) -> Any:
+    """Return the process group that SyncBatchNorm reduces over, if it does now.
+
+    Example:
+        >>> reduces_over(nn.SyncBatchNorm(4))
+    """
     if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
         return None
     distributed = torch.distributed
@@ -133,7 +139,19 @@ def _group(norm: nn.Module):
 
 
 @torch.no_grad()
-def _update_running(norm: nn.Module, mean: Tensor, var: Tensor) -> None:
+def update_running(norm: nn.Module, mean: Tensor, var: Tensor) -> None:
+    """Update batch norm's running statistics, where it keeps any, as its own call would.
+
+    Args:
+        norm (nn.Module): Batch norm of N channels.
+        mean, var (Tensor): (N,), of the batch; the variance is unbiased.
+
+    Example:
+        >>> norm = nn.BatchNorm2d(1)
+        >>> update_running(norm, torch.ones(1), torch.ones(1))
+        >>> norm.running_mean.item(), norm.num_batches_tracked.item()
+        (0.10000000149011612, 1)
+    """
     if not (norm.training and norm.track_running_stats):
         return
     if norm.num_batches_tracked is not None:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import boolean
 from rfa_mmdet.layers.conv.base import AttentionConv2d
-from rfa_mmdet.layers.conv.norms import fold_norm, is_plain_act, must_be_called
+from rfa_mmdet.layers.conv.lazy import lazy_features
+from rfa_mmdet.layers.conv.norms import fold_norm, must_be_called
 from rfa_mmdet.layers.warm_start import identity_features, identity_norm, norm_obstacle
-from rfa_mmdet.ops.lazy_windows import LazyFeatures, can_be_lazy
+from rfa_mmdet.ops.lazy_windows import LazyFeatures
 from rfa_mmdet.ops.windows import convolve_weighed_windows
 
 
@@ -141,14 +142,8 @@ class ReceptiveFieldConv(AttentionConv2d):
 
     def lazy_features(self, x: Tensor) -> LazyFeatures | None:
         """Return the features of a map (B, C, H, W), unmade. None: they must be made."""
-        if not (is_plain_act(self.act) and can_be_lazy(x, self.conv.weight)):
-            return None
-        folded = fold_norm(self.feature, self.norm)
-        if folded is None:
-            return None
-        x, padding = self.pad(x)
-        relu = isinstance(self.act, nn.ReLU)
-        return LazyFeatures(x, *folded, relu, self.stride, padding, self.dilation)
+        padded, padding = self.pad(x)
+        return lazy_features(padded, self.feature, self.norm, self.act, self.conv.weight, padding)
 
     def convolve(self, windows: Tensor, gates: tuple[Tensor, Tensor]) -> Tensor:
         """Sum up weighed features: (B, C, K, h, w), or (B, C, kh, kw, h, w), to (B, O, h, w).

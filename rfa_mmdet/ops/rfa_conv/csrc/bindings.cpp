@@ -102,6 +102,35 @@ void check_weight(const Geometry& g, const Tensor& x, const Tensor& weight, int6
                    " as x is, not ", weight.scalar_type());
 }
 
+// The gradient of the weight as the kernels write it, transposed and padded, and as it is given.
+struct WeightGradient {
+  int64_t columns;
+  Tensor transposed; // empty: not wanted
+
+  WeightGradient(const Geometry& g, const Tensor& x, bool wanted) {
+    const int64_t outputs = g.O / g.groups;
+    columns = x.scalar_type() == at::kDouble ? rfa::weight_columns<double>(outputs)
+                                             : rfa::weight_columns<float>(outputs);
+    const auto options = x.options().dtype(compute_type(x));
+    transposed = wanted ? at::zeros({g.groups, g.C / g.groups * g.K(), columns}, options)
+                        : at::empty({0}, options);
+  }
+  template <typename T>
+  T* pointer() const {
+    return transposed.numel() ? transposed.data_ptr<T>() : nullptr;
+  }
+  Tensor finish(const Geometry& g, const Tensor& x) const {
+    if (!transposed.numel()) {
+      return transposed;
+    }
+    return transposed.narrow(2, 0, g.O / g.groups)
+        .transpose(1, 2)
+        .to(x.scalar_type())
+        .reshape({g.O, g.C / g.groups, g.K()})
+        .contiguous();
+  }
+};
+
 std::tuple<Tensor, Tensor> moments(const Tensor& x_, IntArrayRef kernel, IntArrayRef stride,
                                    IntArrayRef padding, IntArrayRef dilation) {
   const Geometry g = geometry_of(x_, kernel, stride, padding, dilation);
@@ -153,33 +182,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Parameters parameters(g, x, attention, feature, scale, shift, relu);
   const auto options = x.options().dtype(compute_type(x));
   const Tensor none = at::empty({0}, options);
-  const int64_t K = g.K(), in_group = g.C / groups, outputs = g.O / groups;
   Tensor dx = needs[0] ? at::zeros(x.sizes(), options) : none;
-  Tensor d_attention = needs[1] ? at::empty({g.C, K}, options) : none;
-  Tensor d_shift = needs[1] ? at::empty({g.C, K}, options) : none;
-  Tensor products = needs[1] ? at::empty({g.C, K, K}, options) : none;
-  Tensor d_weight = none;
+  Tensor d_attention = needs[1] ? at::empty({g.C, g.K()}, options) : none;
+  Tensor d_shift = needs[1] ? at::empty({g.C, g.K()}, options) : none;
+  Tensor products = needs[1] ? at::empty({g.C, g.K(), g.K()}, options) : none;
+  const WeightGradient of_weight(g, x, needs[2]);
   dispatch(x, [&](auto e) {
     using E = decltype(e);
     using T = Compute<E>;
     const auto pointer = [](const Tensor& t, bool wanted) {
       return wanted ? t.data_ptr<T>() : nullptr;
     };
-    const int64_t columns = rfa::weight_columns<T>(outputs);
-    Tensor transposed = needs[2] ? at::zeros({groups, in_group * K, columns}, options) : none;
     const rfa::Gradients<T> gradients{pointer(dx, needs[0]), pointer(d_attention, needs[1]),
                                       pointer(d_shift, needs[1]), pointer(products, needs[1]),
-                                      pointer(transposed, needs[2]), columns};
+                                      of_weight.pointer<T>(), of_weight.columns};
     rfa::backward<E>(g, parameters.view<T>(), grad_y.const_data_ptr<E>(), x.const_data_ptr<E>(),
                      weight.const_data_ptr<E>(), gradients);
-    if (needs[2]) {
-      d_weight = transposed.narrow(2, 0, outputs)
-                     .transpose(1, 2)
-                     .to(x.scalar_type())
-                     .reshape({g.O, in_group, K})
-                     .contiguous();
-    }
   });
+  const Tensor d_weight = of_weight.finish(g, x);
   Tensor d_bias = needs[3] ? grad_y.sum({0, 2, 3}) : none;
   return {dx, d_attention, d_shift, products, d_weight, d_bias};
 }
@@ -223,19 +243,62 @@ struct Features {
   }
 };
 
-Tensor pool_channels(const Tensor& x_, const Tensor& feature, const Tensor& shift, bool relu,
-                     IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
-                     IntArrayRef dilation) {
+// Gradients of the features' parameters and the input, where they are wanted; else empty.
+struct FeatureGradients {
+  Tensor x, shift, products;
+
+  FeatureGradients(const Geometry& g, const Tensor& like, bool need_x, bool need_window) {
+    const auto options = like.options().dtype(compute_type(like));
+    const Tensor none = at::empty({0}, options);
+    x = need_x ? at::zeros(like.sizes(), options) : none;
+    shift = need_window ? at::empty({g.C, g.K()}, options) : none;
+    products = need_window ? at::empty({g.C, g.K(), g.K()}, options) : none;
+  }
+  template <typename T>
+  rfa::Gradients<T> view() const {
+    const auto pointer = [](const Tensor& t) { return t.numel() ? t.data_ptr<T>() : nullptr; };
+    return {pointer(x), nullptr, pointer(shift), pointer(products), nullptr, 0};
+  }
+};
+
+std::tuple<Tensor, Tensor> pool_channels(const Tensor& x_, const Tensor& feature,
+                                         const Tensor& shift, bool relu, bool indexed,
+                                         IntArrayRef kernel, IntArrayRef stride,
+                                         IntArrayRef padding, IntArrayRef dilation) {
   const Geometry g = geometry_of(x_, kernel, stride, padding, dilation);
   const Tensor x = x_.contiguous();
   const Features features(g, x, feature, shift, relu);
-  Tensor pooled = at::empty({g.B, 2, g.K(), g.h, g.w}, x.options().dtype(compute_type(x)));
+  const auto options = x.options().dtype(compute_type(x));
+  Tensor pooled = at::empty({g.B, 2, g.K(), g.h, g.w}, options);
+  Tensor largest = indexed ? at::empty({g.B, g.K(), g.h, g.w}, options) : at::empty({0}, options);
   dispatch(x, [&](auto e) {
     using E = decltype(e);
     using T = Compute<E>;
-    rfa::pool_channels<E>(g, features.view<T>(), x.const_data_ptr<E>(), pooled.data_ptr<T>());
+    rfa::pool_channels<E>(g, features.view<T>(), x.const_data_ptr<E>(), pooled.data_ptr<T>(),
+                          indexed ? largest.data_ptr<T>() : nullptr);
   });
-  return pooled;
+  return {pooled, largest};
+}
+
+std::tuple<Tensor, Tensor, Tensor> pool_channels_backward(
+    const Tensor& grad_, const Tensor& x_, const Tensor& feature, const Tensor& shift, bool relu,
+    const Tensor& largest_, std::array<bool, 2> needs, IntArrayRef kernel, IntArrayRef stride,
+    IntArrayRef padding, IntArrayRef dilation) {
+  const Geometry g = geometry_of(x_, kernel, stride, padding, dilation);
+  check_size("grad", grad_, {g.B, 2, g.K(), g.h, g.w});
+  check_size("largest", largest_, {g.B, g.K(), g.h, g.w});
+  const Tensor x = x_.contiguous(), grad = grad_.to(compute_type(x)).contiguous();
+  const Tensor largest = largest_.to(compute_type(x)).contiguous();
+  const Features features(g, x, feature, shift, relu);
+  const FeatureGradients found(g, x, needs[0], needs[1]);
+  dispatch(x, [&](auto e) {
+    using E = decltype(e);
+    using T = Compute<E>;
+    rfa::pool_channels_backward<E>(g, features.view<T>(), x.const_data_ptr<E>(),
+                                   grad.const_data_ptr<T>(), largest.const_data_ptr<T>(),
+                                   found.view<T>());
+  });
+  return {found.x, found.shift, found.products};
 }
 
 std::tuple<Tensor, Tensor> pool_coordinates(const Tensor& x_, const Tensor& feature,
@@ -257,6 +320,49 @@ std::tuple<Tensor, Tensor> pool_coordinates(const Tensor& x_, const Tensor& feat
   return {rows, columns};
 }
 
+std::tuple<Tensor, Tensor, Tensor> pool_coordinates_backward(
+    const Tensor& grad_rows_, const Tensor& grad_columns_, const Tensor& x_, const Tensor& feature,
+    const Tensor& shift, bool relu, std::array<bool, 2> needs, IntArrayRef kernel,
+    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
+  const Geometry g = geometry_of(x_, kernel, stride, padding, dilation);
+  check_size("grad_rows", grad_rows_, {g.B, g.C, g.kh, g.h});
+  check_size("grad_columns", grad_columns_, {g.B, g.C, g.kw, g.w});
+  const Tensor x = x_.contiguous();
+  const Tensor grad_rows = grad_rows_.to(compute_type(x)).contiguous();
+  const Tensor grad_columns = grad_columns_.to(compute_type(x)).contiguous();
+  const Features features(g, x, feature, shift, relu);
+  const FeatureGradients found(g, x, needs[0], needs[1]);
+  dispatch(x, [&](auto e) {
+    using E = decltype(e);
+    using T = Compute<E>;
+    rfa::pool_coordinates_backward<E>(g, features.view<T>(), x.const_data_ptr<E>(),
+                                      grad_rows.const_data_ptr<T>(),
+                                      grad_columns.const_data_ptr<T>(), found.view<T>());
+  });
+  return {found.x, found.shift, found.products};
+}
+
+// The gates as the kernels want them; they hold the memory that `view` points to.
+struct GatePair {
+  Tensor first, second;
+
+  GatePair(const Geometry& g, const Tensor& x, const Tensor& first_, const Tensor& second_) {
+    if (first_.dim() == 4) {
+      check_size("first", first_, {g.B, g.C, g.kh, g.h});
+      check_size("second", second_, {g.B, g.C, g.kw, g.w});
+    } else {
+      check_size("first", first_, {g.B, g.C});
+      check_size("second", second_, {g.B, g.K(), g.h, g.w});
+    }
+    first = first_.to(compute_type(x)).contiguous();
+    second = second_.to(compute_type(x)).contiguous();
+  }
+  template <typename T>
+  rfa::Gates<T> view() const {
+    return {first.const_data_ptr<T>(), second.const_data_ptr<T>(), first.dim() == 4};
+  }
+};
+
 Tensor forward_gated(const Tensor& x_, const Tensor& feature, const Tensor& shift, bool relu,
                      const Tensor& first_, const Tensor& second_, const Tensor& weight_,
                      const std::optional<Tensor>& bias_, IntArrayRef kernel, IntArrayRef stride,
@@ -264,17 +370,8 @@ Tensor forward_gated(const Tensor& x_, const Tensor& feature, const Tensor& shif
   const Geometry g =
       geometry_of(x_, kernel, stride, padding, dilation, weight_.size(0), groups);
   check_weight(g, x_, weight_, groups);
-  const bool of_coordinates = first_.dim() == 4;
-  if (of_coordinates) {
-    check_size("first", first_, {g.B, g.C, g.kh, g.h});
-    check_size("second", second_, {g.B, g.C, g.kw, g.w});
-  } else {
-    check_size("first", first_, {g.B, g.C});
-    check_size("second", second_, {g.B, g.K(), g.h, g.w});
-  }
   const Tensor x = x_.contiguous(), weight = weight_.contiguous();
-  const Tensor first = first_.to(compute_type(x)).contiguous();
-  const Tensor second = second_.to(compute_type(x)).contiguous();
+  const GatePair gates(g, x, first_, second_);
   const Features features(g, x, feature, shift, relu);
   Tensor bias;
   if (bias_) {
@@ -285,13 +382,42 @@ Tensor forward_gated(const Tensor& x_, const Tensor& feature, const Tensor& shif
   dispatch(x, [&](auto e) {
     using E = decltype(e);
     using T = Compute<E>;
-    const rfa::Gates<T> gates{first.const_data_ptr<T>(), second.const_data_ptr<T>(),
-                              of_coordinates};
-    rfa::forward_gated<E>(g, features.view<T>(), gates, x.const_data_ptr<E>(),
+    rfa::forward_gated<E>(g, features.view<T>(), gates.view<T>(), x.const_data_ptr<E>(),
                           weight.const_data_ptr<E>(),
                           bias_ ? bias.const_data_ptr<E>() : nullptr, y.data_ptr<E>());
   });
   return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_gated(
+    const Tensor& grad_y_, const Tensor& x_, const Tensor& feature, const Tensor& shift, bool relu,
+    const Tensor& first_, const Tensor& second_, const Tensor& weight_, std::array<bool, 4> needs,
+    IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+    int64_t groups) {
+  const Geometry g =
+      geometry_of(x_, kernel, stride, padding, dilation, weight_.size(0), groups);
+  check_weight(g, x_, weight_, groups);
+  check_size("grad_y", grad_y_, {g.B, g.O, g.h, g.w});
+  const Tensor x = x_.contiguous(), weight = weight_.contiguous();
+  const Tensor grad_y = grad_y_.to(x.scalar_type()).contiguous();
+  const GatePair gates(g, x, first_, second_);
+  const Features features(g, x, feature, shift, relu);
+  const FeatureGradients found(g, x, needs[0], needs[1]);
+  Tensor grad_first = at::zeros_like(gates.first), grad_second = at::zeros_like(gates.second);
+  const WeightGradient of_weight(g, x, needs[2]);
+  dispatch(x, [&](auto e) {
+    using E = decltype(e);
+    using T = Compute<E>;
+    auto gradients = found.view<T>();
+    gradients.weight = of_weight.pointer<T>();
+    gradients.weight_stride = of_weight.columns;
+    rfa::backward_gated<E>(g, features.view<T>(), gates.view<T>(), grad_y.const_data_ptr<E>(),
+                           x.const_data_ptr<E>(), weight.const_data_ptr<E>(), gradients,
+                           grad_first.data_ptr<T>(), grad_second.data_ptr<T>());
+  });
+  const Tensor d_weight = of_weight.finish(g, x);
+  Tensor d_bias = needs[3] ? grad_y.sum({0, 2, 3}) : at::empty({0}, x.options());
+  return {found.x, found.shift, found.products, grad_first, grad_second, d_weight, d_bias};
 }
 
 } // namespace
@@ -308,13 +434,23 @@ TORCH_LIBRARY(rfa_mmdet_cpu, m) {
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("correct_input_gradient(Tensor(a!) grad_x, Tensor x, Tensor Q, Tensor constant, "
         "int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> ()");
-  m.def("pool_channels(Tensor x, Tensor feature, Tensor shift, bool relu, int[] kernel_size, "
-        "int[] stride, int[] padding, int[] dilation) -> Tensor");
+  m.def("pool_channels(Tensor x, Tensor feature, Tensor shift, bool relu, bool indexed, "
+        "int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> (Tensor, Tensor)");
+  m.def("pool_channels_backward(Tensor grad, Tensor x, Tensor feature, Tensor shift, bool relu, "
+        "Tensor largest, bool[2] needs, int[] kernel_size, int[] stride, int[] padding, "
+        "int[] dilation) -> (Tensor, Tensor, Tensor)");
   m.def("pool_coordinates(Tensor x, Tensor feature, Tensor shift, bool relu, int[] kernel_size, "
         "int[] stride, int[] padding, int[] dilation) -> (Tensor, Tensor)");
+  m.def("pool_coordinates_backward(Tensor grad_rows, Tensor grad_columns, Tensor x, "
+        "Tensor feature, Tensor shift, bool relu, bool[2] needs, int[] kernel_size, int[] stride, "
+        "int[] padding, int[] dilation) -> (Tensor, Tensor, Tensor)");
   m.def("forward_gated(Tensor x, Tensor feature, Tensor shift, bool relu, Tensor first, "
         "Tensor second, Tensor weight, Tensor? bias, int[] kernel_size, int[] stride, "
         "int[] padding, int[] dilation, int groups) -> Tensor");
+  m.def("backward_gated(Tensor grad_y, Tensor x, Tensor feature, Tensor shift, bool relu, "
+        "Tensor first, Tensor second, Tensor weight, bool[4] needs, int[] kernel_size, "
+        "int[] stride, int[] padding, int[] dilation, int groups) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(rfa_mmdet_cpu, CPU, m) {
@@ -323,6 +459,9 @@ TORCH_LIBRARY_IMPL(rfa_mmdet_cpu, CPU, m) {
   m.impl("backward", &backward);
   m.impl("correct_input_gradient", &correct_input_gradient);
   m.impl("pool_channels", &pool_channels);
+  m.impl("pool_channels_backward", &pool_channels_backward);
   m.impl("pool_coordinates", &pool_coordinates);
+  m.impl("pool_coordinates_backward", &pool_coordinates_backward);
   m.impl("forward_gated", &forward_gated);
+  m.impl("backward_gated", &backward_gated);
 }

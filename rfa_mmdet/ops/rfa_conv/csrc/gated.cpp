@@ -1,14 +1,16 @@
-// Inference with gates that depend on sums over all features, as of RFCBAMConv and RFCAConv.
+// Gates that depend on sums over all features, as of RFCBAMConv and RFCAConv.
 //
-// The features of the windows are made twice, tile by tile: for the sums, and, when the gates are
-// known, for the convolution of the weighed features. That costs less than to write them all to
-// memory, K times the input, and to read them again.
+// The features of the windows are made again, tile by tile, wherever they are needed: for the sums,
+// for the convolution of the weighed features when the gates are known, and for the gradients of
+// either. That costs less than to write them all to memory, K times the input, and to read them.
 
 #include "kernels.h"
 
 #include <limits>
 
 #include "convolve.h"
+#include "convolve_backward.h"
+#include "products.h"
 
 namespace rfa {
 namespace {
@@ -56,113 +58,238 @@ RFA_INLINE inline void respond(const T* patch, int64_t pitch, int64_t vectors,
   }
 }
 
+// Turns the gradient of features, in `grad`, into that before the activation: `value` is a feature.
 template <typename T>
-T sum_of(const T* values, int64_t n) {
-  Vec<T> sum(T(0));
-  int64_t q = 0;
-  for (; q + Vec<T>::size() <= n; q += Vec<T>::size()) {
-    sum = sum + Vec<T>::loadu(values + q);
-  }
-  T total = horizontal_sum<T>(sum);
-  for (; q < n; ++q) {
-    total += values[q];
-  }
-  return total;
+RFA_INLINE inline Vec<T> through_act(const Response<T>& response, const Vec<T>& grad,
+                                     const Vec<T>& value) {
+  const Vec<T> zero(T(0));
+  return response.relu ? Vec<T>::blendv(zero, grad, value > zero) : grad;
 }
 
-// A gate of each channel times one of each position of each window.
 template <typename T>
-class ByChannelAndPosition {
- public:
-  ByChannelAndPosition(const Geometry& g, const Response<T>& response, const T* channel,
-                       const T* position, int64_t positions)
-      : g(g), response(response), channel(channel), position(position), pitch(positions),
-        gates(g.K() * positions) {}
-  void enter(int64_t b, const Tile& tile) {
-    of_channel = channel + b * g.C;
-    const int64_t area = g.h * g.w;
-    for (int64_t i = 0; i < g.K(); ++i) {
-      const T* from = position + (b * g.K() + i) * area + tile.start(g);
-      std::copy(from, from + tile.positions(), gates.get() + i * pitch);
-    }
+void add_sums(const T* grad, int64_t pitch, int64_t n, int64_t K, double* sums) {
+  for (int64_t i = 0; i < K; ++i) {
+    sums[i] += sum_of(grad + i * pitch, n);
   }
-  void enter_channel(int64_t c) {
-    this->c = c;
-  }
-  void write(const T* patch, int64_t patch_pitch, int64_t start, int64_t vectors, T* out,
-             int64_t out_pitch) {
-    const Vec<T> all(of_channel[c]);
-    const T* const from = gates.get() + start;
-    respond(patch, patch_pitch, vectors, response, g.K(), c,
-            [&](auto i, int64_t q, const Vec<T>& z) RFA_INLINE {
-              (z * all * Vec<T>::loadu(from + i * pitch + q)).store(out + i * out_pitch + q);
-            });
-  }
+}
 
- private:
+// Values of each row and each column of a tile's windows, laid side by side, at every position.
+template <typename T>
+struct Coordinates {
   const Geometry& g;
-  const Response<T>& response;
-  const T *channel, *position, *of_channel = nullptr;
   const int64_t pitch;
-  Buffer<T> gates;
-  int64_t c = 0;
-};
+  Buffer<T> rows, columns; // (kh, positions), (kw, positions)
 
-// For each channel, a gate of each row of the windows laid side by side times one of each column.
-template <typename T>
-class ByRowAndColumn {
- public:
-  ByRowAndColumn(const Geometry& g, const Response<T>& response, const T* row, const T* column,
-                 int64_t positions)
-      : g(g), response(response), row(row), column(column), pitch(positions),
-        rows(g.kh * positions), columns(g.kw * positions) {}
-  void enter(int64_t b, const Tile& tile) {
-    this->b = b;
-    this->tile = tile;
-  }
-  void enter_channel(int64_t c) {
-    this->c = c;
+  Coordinates(const Geometry& g, int64_t positions)
+      : g(g), pitch(positions), rows(g.kh * positions), columns(g.kw * positions) {}
+  // row (B * C, kh, h), column (B * C, kw, w)
+  void spread(const Tile& tile, int64_t plane, const T* row, const T* column) {
     for (int64_t i = 0; i < g.kh; ++i) {
-      const T* from = row + ((b * g.C + c) * g.kh + i) * g.h + tile.row;
+      const T* from = row + (plane * g.kh + i) * g.h + tile.row;
       T* to = rows.get() + i * pitch;
       for (int64_t r = 0; r < tile.rows; ++r, to += tile.columns) {
         std::fill(to, to + tile.columns, from[r]);
       }
     }
     for (int64_t j = 0; j < g.kw; ++j) {
-      const T* from = column + ((b * g.C + c) * g.kw + j) * g.w + tile.column;
+      const T* from = column + (plane * g.kw + j) * g.w + tile.column;
       T* to = columns.get() + j * pitch;
       for (int64_t r = 0; r < tile.rows; ++r, to += tile.columns) {
         std::copy(from, from + tile.columns, to);
       }
     }
   }
-  void write(const T* patch, int64_t patch_pitch, int64_t start, int64_t vectors, T* out,
-             int64_t out_pitch) {
-    const T *const r = rows.get() + start, *const s = columns.get() + start;
+  const T* row(int64_t i) const {
+    return rows.get() + i / g.kw * pitch;
+  }
+  const T* column(int64_t i) const {
+    return columns.get() + i % g.kw * pitch;
+  }
+};
+
+// Gradients of the two gates; `partial` holds those of positions, (tasks, B, K, h, w).
+template <typename T>
+struct GateGradients {
+  T* first = nullptr;
+  T* second = nullptr;
+  T* partial = nullptr;
+};
+
+// What both kinds of gates have in common, as convolve.h and convolve_backward.h ask for it.
+template <typename T>
+class Gated {
+ public:
+  Gated(const Geometry& g, const Response<T>& response, const Gates<T>& gates,
+        const GateGradients<T>& grads, int64_t positions)
+      : g(g), response(response), gates(gates), grads(grads), pitch(positions),
+        weighed(grads.first ? g.K() * positions : 0), none(positions) {}
+  void enter_task(int64_t task) {
+    this->task = task;
+  }
+  const T* feature() const {
+    return response.feature + c * g.K() * g.K();
+  }
+  const T* constant() const {
+    return none.get();
+  }
+  void leave(int64_t) {}
+
+ protected:
+  // `gate_of(i, q)` is the product of both gates; `weighed` gets dU times the features.
+  template <typename F>
+  RFA_INLINE inline void differentiate(const T* patch, int64_t patch_pitch, int64_t vectors, T* u,
+                                       T* grad, int64_t grad_pitch, double* shift, F&& gate_of) {
+    T* const to = weighed.get();
     respond(patch, patch_pitch, vectors, response, g.K(), c,
             [&](auto i, int64_t q, const Vec<T>& z) RFA_INLINE {
-              const Vec<T> gate = Vec<T>::loadu(r + i / g.kw * pitch + q) *
-                  Vec<T>::loadu(s + i % g.kw * pitch + q);
-              (z * gate).store(out + i * out_pitch + q);
+              const Vec<T> gate = gate_of(i, q);
+              T* const at = grad + i * grad_pitch + q;
+              const Vec<T> du = Vec<T>::loadu(at);
+              (z * gate).store(u + i * grad_pitch + q);
+              (z * du).store(to + i * pitch + q);
+              through_act(response, du * gate, z).store(at);
             });
+    add_sums(grad, grad_pitch, tile.positions(), g.K(), shift);
+  }
+
+  const Geometry& g;
+  const Response<T>& response;
+  const Gates<T> gates;
+  const GateGradients<T> grads;
+  const int64_t pitch;
+  Buffer<T> weighed, none;
+  Tile tile{};
+  int64_t b = 0, c = 0, task = 0;
+};
+
+// A gate of each channel, (B, C), times one of each position of each window, (B, K, h, w).
+template <typename T>
+class ByChannelAndPosition : public Gated<T> {
+ public:
+  ByChannelAndPosition(const Geometry& g, const Response<T>& response, const Gates<T>& gates,
+                       const GateGradients<T>& grads, int64_t positions)
+      : Gated<T>(g, response, gates, grads, positions), of_positions(g.K() * positions) {}
+  void enter(int64_t b, const Tile& tile) {
+    this->b = b;
+    this->tile = tile;
+    for (int64_t i = 0; i < g.K(); ++i) {
+      const T* from = gates.second + (b * g.K() + i) * g.h * g.w + tile.start(g);
+      std::copy(from, from + tile.positions(), of_positions.get() + i * pitch);
+    }
+  }
+  void enter_channel(int64_t c) {
+    this->c = c;
+    of_channel = gates.first[b * g.C + c];
+  }
+  void write(const T* patch, int64_t patch_pitch, int64_t start, int64_t vectors, T* out,
+             int64_t out_pitch) {
+    const Vec<T> all(of_channel);
+    const T* const from = of_positions.get() + start;
+    respond(patch, patch_pitch, vectors, response, g.K(), c,
+            [&](auto i, int64_t q, const Vec<T>& z) RFA_INLINE {
+              (z * all * Vec<T>::loadu(from + i * pitch + q)).store(out + i * out_pitch + q);
+            });
+  }
+  void backward(const T* patch, int64_t patch_pitch, int64_t vectors, T* u, T* grad,
+                int64_t grad_pitch, double* shift) {
+    const Vec<T> all(of_channel);
+    const T* const from = of_positions.get();
+    this->differentiate(patch, patch_pitch, vectors, u, grad, grad_pitch, shift,
+                        [&](auto i, int64_t q) RFA_INLINE {
+                          return all * Vec<T>::loadu(from + i * pitch + q);
+                        });
+    const int64_t n = tile.positions(), area = g.h * g.w;
+    T* const to = grads.partial + (task * g.B + b) * g.K() * area + tile.start(g);
+    T sum(0);
+    for (int64_t i = 0; i < g.K(); ++i) {
+      const T* const w = weighed.get() + i * pitch;
+      sum += dot(w, from + i * pitch, n);
+      for (int64_t q = 0; q < n; ++q) {
+        to[i * area + q] += of_channel * w[q];
+      }
+    }
+    grads.first[b * g.C + c] += sum;
   }
 
  private:
-  const Geometry& g;
-  const Response<T>& response;
-  const T *row, *column;
-  const int64_t pitch;
-  Buffer<T> rows, columns;
-  Tile tile{};
-  int64_t b = 0, c = 0;
+  using Gated<T>::g;
+  using Gated<T>::response;
+  using Gated<T>::gates;
+  using Gated<T>::grads;
+  using Gated<T>::pitch;
+  using Gated<T>::weighed;
+  using Gated<T>::tile;
+  using Gated<T>::b;
+  using Gated<T>::c;
+  using Gated<T>::task;
+  Buffer<T> of_positions;
+  T of_channel = 0;
+};
+
+// For each channel, a gate of each row of the windows laid side by side, (B, C, kh, h), times one
+// of each column, (B, C, kw, w).
+template <typename T>
+class ByRowAndColumn : public Gated<T> {
+ public:
+  ByRowAndColumn(const Geometry& g, const Response<T>& response, const Gates<T>& gates,
+                 const GateGradients<T>& grads, int64_t positions)
+      : Gated<T>(g, response, gates, grads, positions), values(g, positions) {}
+  void enter(int64_t b, const Tile& tile) {
+    this->b = b;
+    this->tile = tile;
+  }
+  void enter_channel(int64_t c) {
+    this->c = c;
+    values.spread(tile, b * g.C + c, gates.first, gates.second);
+  }
+  void write(const T* patch, int64_t patch_pitch, int64_t start, int64_t vectors, T* out,
+             int64_t out_pitch) {
+    respond(patch, patch_pitch, vectors, response, g.K(), c,
+            [&](auto i, int64_t q, const Vec<T>& z) RFA_INLINE {
+              (z * gate(i, start + q)).store(out + i * out_pitch + q);
+            });
+  }
+  void backward(const T* patch, int64_t patch_pitch, int64_t vectors, T* u, T* grad,
+                int64_t grad_pitch, double* shift) {
+    this->differentiate(patch, patch_pitch, vectors, u, grad, grad_pitch, shift,
+                        [&](auto i, int64_t q) RFA_INLINE { return gate(i, q); });
+    const int64_t plane = b * g.C + c;
+    for (int64_t i = 0; i < g.K(); ++i) {
+      T* const row = grads.first + (plane * g.kh + i / g.kw) * g.h + tile.row;
+      T* const column = grads.second + (plane * g.kw + i % g.kw) * g.w + tile.column;
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        const T* const w = weighed.get() + i * pitch + r * tile.columns;
+        const T of_row = values.row(i)[r * tile.columns];
+        row[r] += dot(w, values.column(i), tile.columns);
+        for (int64_t q = 0; q < tile.columns; ++q) {
+          column[q] += of_row * w[q];
+        }
+      }
+    }
+  }
+
+ private:
+  RFA_INLINE inline Vec<T> gate(int64_t i, int64_t q) const {
+    return Vec<T>::loadu(values.row(i) + q) * Vec<T>::loadu(values.column(i) + q);
+  }
+
+  using Gated<T>::g;
+  using Gated<T>::response;
+  using Gated<T>::gates;
+  using Gated<T>::grads;
+  using Gated<T>::pitch;
+  using Gated<T>::weighed;
+  using Gated<T>::tile;
+  using Gated<T>::b;
+  using Gated<T>::c;
+  Coordinates<T> values;
 };
 
 } // namespace
 
 template <typename E>
 void pool_channels(const Geometry& g, const Response<Compute<E>>& response, const E* x,
-                   Compute<E>* pooled) {
+                   Compute<E>* pooled, Compute<E>* largest) {
   using T = Compute<E>;
   const int64_t K = g.K(), area = g.h * g.w;
   const int64_t threads = at::get_num_threads();
@@ -170,27 +297,44 @@ void pool_channels(const Geometry& g, const Response<Compute<E>>& response, cons
   const int64_t count = tiles.size(), pitch = largest_tile<T>(tiles);
   at::parallel_for(0, g.B * count, 1, [&](int64_t begin, int64_t end) {
     Windows<E> windows(g, tiles);
-    Buffer<T> most(K * pitch), sum(K * pitch);
+    Buffer<T> most(K * pitch), sum(K * pitch), index(largest ? K * pitch : 0);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / count;
       const Tile& tile = tiles[task % count];
+      const int64_t n = tile.positions(), vectors = ceil_div(n, Vec<T>::size());
       std::fill(most.get(), most.get() + K * pitch, -std::numeric_limits<T>::infinity());
       std::fill(sum.get(), sum.get() + K * pitch, T(0));
       for (int64_t c = 0; c < g.C; ++c) {
         windows.load(tile, x + (b * g.C + c) * g.H * g.W);
-        respond(windows.patches(), windows.pitch(), ceil_div(tile.positions(), Vec<T>::size()),
-                response, K, c, [&](auto i, int64_t q, const Vec<T>& z) RFA_INLINE {
-                  T *const m = most.get() + i * pitch + q, *const s = sum.get() + i * pitch + q;
-                  at::vec::maximum(Vec<T>::loadu(m), z).store(m); // lets NaN through
-                  (Vec<T>::loadu(s) + z).store(s);
+        const auto add = [&](auto i, int64_t q, const Vec<T>& z) RFA_INLINE {
+          T *const m = most.get() + i * pitch + q, *const s = sum.get() + i * pitch + q;
+          at::vec::maximum(Vec<T>::loadu(m), z).store(m); // lets NaN through
+          (Vec<T>::loadu(s) + z).store(s);
+        };
+        if (!largest) {
+          respond(windows.patches(), windows.pitch(), vectors, response, K, c, add);
+          continue;
+        }
+        const Vec<T> here(static_cast<T>(c));
+        respond(windows.patches(), windows.pitch(), vectors, response, K, c,
+                [&](auto i, int64_t q, const Vec<T>& z) RFA_INLINE {
+                  T* const at = index.get() + i * pitch + q;
+                  const Vec<T> before = Vec<T>::loadu(most.get() + i * pitch + q);
+                  Vec<T>::blendv(Vec<T>::loadu(at), here, z > before).store(at);
+                  add(i, q, z);
                 });
       }
-      T* const to = pooled + b * 2 * K * area + tile.start(g);
+      const int64_t start = tile.start(g);
       for (int64_t i = 0; i < K; ++i) {
         const T *m = most.get() + i * pitch, *s = sum.get() + i * pitch;
-        for (int64_t q = 0; q < tile.positions(); ++q) {
-          to[i * area + q] = m[q];
-          to[(K + i) * area + q] = s[q] / static_cast<T>(g.C);
+        T* const to = pooled + (b * 2 * K + i) * area + start;
+        std::copy(m, m + n, to);
+        for (int64_t q = 0; q < n; ++q) {
+          to[K * area + q] = s[q] / static_cast<T>(g.C);
+        }
+        if (largest) {
+          const T* from = index.get() + i * pitch;
+          std::copy(from, from + n, largest + (b * K + i) * area + start);
         }
       }
     }
@@ -238,6 +382,136 @@ void pool_coordinates(const Geometry& g, const Response<Compute<E>>& response, c
   });
 }
 
+namespace {
+
+// From the gradients of pools to those of the input. `make_source(positions)` gives each thread an object that is told of tiles and channels, and then
+// asked for the gradient `at(i, q)` of a vector of features.
+template <typename E, typename MakeSource>
+void pool_backward(const Geometry& g, const Response<Compute<E>>& response, const E* x,
+                   const Gradients<Compute<E>>& grads, const MakeSource& make_source) {
+  using T = Compute<E>;
+  const int64_t K = g.K();
+  const auto tiles = split_map(g, 640, 1);
+  const int64_t pitch = largest_tile<T>(tiles);
+  at::parallel_for(0, g.C, 1, [&](int64_t begin, int64_t end) {
+    Windows<E> windows(g, tiles);
+    Buffer<T> grad(K * pitch), mixed(K * windows.pitch()), none(pitch);
+    auto source = make_source(pitch);
+    const int64_t per_channel = K + K * K;
+    Buffer<double> sums((end - begin) * per_channel);
+    for (int64_t b = 0; b < g.B; ++b) {
+      for (const auto& tile : tiles) {
+        const int64_t n = tile.positions(), vectors = ceil_div(n, Vec<T>::size());
+        source.enter(b, tile);
+        for (int64_t c = begin; c < end; ++c) {
+          const int64_t plane = (b * g.C + c) * g.H * g.W;
+          double* const sum = sums.get() + (c - begin) * per_channel;
+          windows.load(tile, x + plane);
+          source.enter_channel(c);
+          respond(windows.patches(), windows.pitch(), vectors, response, K, c,
+                  [&](auto i, int64_t q, const Vec<T>& z) RFA_INLINE {
+                    through_act(response, source.at(i, q), z).store(grad.get() + i * pitch + q);
+                  });
+          for (int64_t i = 0; i < K; ++i) {
+            T* const row = grad.get() + i * pitch;
+            std::fill(row + n, row + vectors * Vec<T>::size(), T(0));
+          }
+          add_sums(grad.get(), pitch, n, K, sum);
+          absorb<E>(tile, windows, K, grad.get(), pitch, response.feature + c * K * K, none.get(),
+                    grads.products ? sum + K : nullptr, mixed.get(),
+                    grads.x ? grads.x + plane : nullptr);
+        }
+      }
+    }
+    for (int64_t c = begin; grads.products && c < end; ++c) {
+      const double* sum = sums.get() + (c - begin) * per_channel;
+      std::copy(sum, sum + K, grads.shift + c * K);
+      std::copy(sum + K, sum + per_channel, grads.products + c * K * K);
+    }
+  });
+}
+
+template <typename T>
+class OfChannels {
+ public:
+  OfChannels(const Geometry& g, const T* grad, const T* largest, int64_t positions)
+      : g(g), grad(grad), largest(largest), pitch(positions), most(g.K() * positions),
+        mean(g.K() * positions), index(g.K() * positions) {}
+  void enter(int64_t b, const Tile& tile) {
+    const int64_t K = g.K(), area = g.h * g.w, n = tile.positions(), start = tile.start(g);
+    for (int64_t i = 0; i < K; ++i) {
+      const T* from = grad + (b * 2 * K + i) * area + start;
+      std::copy(from, from + n, most.get() + i * pitch);
+      for (int64_t q = 0; q < n; ++q) {
+        mean.get()[i * pitch + q] = from[K * area + q] / static_cast<T>(g.C);
+      }
+      from = largest + (b * K + i) * area + start;
+      std::copy(from, from + n, index.get() + i * pitch);
+    }
+  }
+  void enter_channel(int64_t c) {
+    here = static_cast<T>(c);
+  }
+  RFA_INLINE inline Vec<T> at(int64_t i, int64_t q) const {
+    const int64_t k = i * pitch + q;
+    const Vec<T> of_mean = Vec<T>::loadu(mean.get() + k);
+    return Vec<T>::blendv(of_mean, of_mean + Vec<T>::loadu(most.get() + k),
+                          Vec<T>::loadu(index.get() + k) == Vec<T>(here));
+  }
+
+ private:
+  const Geometry& g;
+  const T *grad, *largest;
+  const int64_t pitch;
+  Buffer<T> most, mean, index;
+  T here = 0;
+};
+
+template <typename T>
+class OfCoordinates {
+ public:
+  OfCoordinates(const Geometry& g, const T* rows, const T* columns, int64_t positions)
+      : g(g), rows(rows), columns(columns), values(g, positions) {}
+  void enter(int64_t b, const Tile& tile) {
+    this->b = b;
+    this->tile = tile;
+  }
+  void enter_channel(int64_t c) {
+    values.spread(tile, b * g.C + c, rows, columns);
+  }
+  RFA_INLINE inline Vec<T> at(int64_t i, int64_t q) const {
+    return Vec<T>::loadu(values.row(i) + q) * Vec<T>(T(1) / static_cast<T>(g.kw * g.w)) +
+        Vec<T>::loadu(values.column(i) + q) * Vec<T>(T(1) / static_cast<T>(g.kh * g.h));
+  }
+
+ private:
+  const Geometry& g;
+  const T *rows, *columns;
+  Coordinates<T> values;
+  Tile tile{};
+  int64_t b = 0;
+};
+
+} // namespace
+
+template <typename E>
+void pool_channels_backward(const Geometry& g, const Response<Compute<E>>& response, const E* x,
+                            const Compute<E>* grad, const Compute<E>* largest,
+                            const Gradients<Compute<E>>& grads) {
+  pool_backward(g, response, x, grads, [&](int64_t positions) {
+    return OfChannels<Compute<E>>(g, grad, largest, positions);
+  });
+}
+
+template <typename E>
+void pool_coordinates_backward(const Geometry& g, const Response<Compute<E>>& response, const E* x,
+                               const Compute<E>* grad_rows, const Compute<E>* grad_columns,
+                               const Gradients<Compute<E>>& grads) {
+  pool_backward(g, response, x, grads, [&](int64_t positions) {
+    return OfCoordinates<Compute<E>>(g, grad_rows, grad_columns, positions);
+  });
+}
+
 template <typename E>
 void forward_gated(const Geometry& g, const Response<Compute<E>>& response,
                    const Gates<Compute<E>>& gates, const E* x, const E* weight, const E* bias,
@@ -245,22 +519,63 @@ void forward_gated(const Geometry& g, const Response<Compute<E>>& response,
   using T = Compute<E>;
   if (gates.of_coordinates) {
     convolve(g, x, weight, bias, y, [&](int64_t positions) {
-      return ByRowAndColumn<T>(g, response, gates.first, gates.second, positions);
+      return ByRowAndColumn<T>(g, response, gates, {}, positions);
     });
   } else {
     convolve(g, x, weight, bias, y, [&](int64_t positions) {
-      return ByChannelAndPosition<T>(g, response, gates.first, gates.second, positions);
+      return ByChannelAndPosition<T>(g, response, gates, {}, positions);
     });
   }
 }
 
+template <typename E>
+void backward_gated(const Geometry& g, const Response<Compute<E>>& response,
+                    const Gates<Compute<E>>& gates, const E* grad_y, const E* x, const E* weight,
+                    const Gradients<Compute<E>>& grads, Compute<E>* grad_first,
+                    Compute<E>* grad_second) {
+  using T = Compute<E>;
+  if (gates.of_coordinates) {
+    convolve_backward(g, grad_y, x, weight, grads, at::get_num_threads(), [&](int64_t positions) {
+      return ByRowAndColumn<T>(
+          g, response, gates, {grad_first, grad_second, nullptr}, positions);
+    });
+    return;
+  }
+  // All channels add to the gradients of positions: each task for itself, then all in one order.
+  constexpr int64_t least = 8;
+  const int64_t tasks = Blocks<T>(g, least).tasks, size = g.B * g.K() * g.h * g.w;
+  Buffer<T> partial(tasks * size);
+  convolve_backward(g, grad_y, x, weight, grads, least, [&](int64_t positions) {
+    return ByChannelAndPosition<T>(
+        g, response, gates, {grad_first, grad_second, partial.get()}, positions);
+  });
+  at::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
+    std::copy(partial.get() + begin, partial.get() + end, grad_second + begin);
+    for (int64_t task = 1; task < tasks; ++task) {
+      const T* from = partial.get() + task * size;
+      for (int64_t q = begin; q < end; ++q) {
+        grad_second[q] += from[q];
+      }
+    }
+  });
+}
+
 #define RFA_INSTANTIATE(E)                                                                       \
   template void pool_channels<E>(                                                                \
-      const Geometry&, const Response<Compute<E>>&, const E*, Compute<E>*);                      \
+      const Geometry&, const Response<Compute<E>>&, const E*, Compute<E>*, Compute<E>*);         \
   template void pool_coordinates<E>(                                                             \
       const Geometry&, const Response<Compute<E>>&, const E*, Compute<E>*, Compute<E>*);         \
+  template void pool_channels_backward<E>(                                                       \
+      const Geometry&, const Response<Compute<E>>&, const E*, const Compute<E>*,                 \
+      const Compute<E>*, const Gradients<Compute<E>>&);                                          \
+  template void pool_coordinates_backward<E>(                                                    \
+      const Geometry&, const Response<Compute<E>>&, const E*, const Compute<E>*,                 \
+      const Compute<E>*, const Gradients<Compute<E>>&);                                          \
   template void forward_gated<E>(const Geometry&, const Response<Compute<E>>&,                   \
-                                 const Gates<Compute<E>>&, const E*, const E*, const E*, E*);
+                                 const Gates<Compute<E>>&, const E*, const E*, const E*, E*);    \
+  template void backward_gated<E>(const Geometry&, const Response<Compute<E>>&,                  \
+                                  const Gates<Compute<E>>&, const E*, const E*, const E*,        \
+                                  const Gradients<Compute<E>>&, Compute<E>*, Compute<E>*);
 
 RFA_INSTANTIATE(float)
 RFA_INSTANTIATE(double)

@@ -1,11 +1,10 @@
-// Forward, backward, moments and the correction of the input gradient.
-//
-// The backward pass gives each thread channels of its own: no sum crosses threads, so that results
-// do not depend on their number, and what each tile of grad_y needs is packed once.
+// RFAConv: forward, backward, moments and the correction of the input gradient.
 
 #include "kernels.h"
 
 #include "convolve.h"
+#include "convolve_backward.h"
+#include "products.h"
 
 namespace rfa {
 namespace {
@@ -137,67 +136,6 @@ void respond(const T* patch, int64_t pitch, int64_t vectors, const Channel<T>& c
   }
 }
 
-// As pack_rows, for the transposed weight: [group][block][block of rows of it][output][row].
-template <typename E>
-void pack_columns(const Geometry& g, int64_t block, const E* weight, Compute<E>* out) {
-  const int64_t depth = g.C / g.groups * g.K(), rows = g.O / g.groups;
-  const int64_t blocks = ceil_div(depth, block);
-  at::parallel_for(0, g.groups * blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t group = i / blocks, start = i % blocks * block;
-      const int64_t size = std::min(block, depth - start);
-      const E* from = weight + group * rows * depth + start;
-      Compute<E>* to = out + group * rows * depth + start * rows;
-      for (int64_t k = 0; k < size; k += kRows) {
-        const int64_t count = std::min<int64_t>(kRows, size - k);
-        for (int64_t o = 0; o < rows; ++o) {
-          for (int64_t r = 0; r < count; ++r) {
-            to[k * rows + o * count + r] = static_cast<Compute<E>>(from[o * depth + k + r]);
-          }
-        }
-      }
-    }
-  });
-}
-
-} // namespace
-
-namespace {
-
-// Weighs by the softmax attention.
-template <typename T>
-struct Attention {
-  const Channels<T>& channels;
-  const int64_t K;
-  const bool relu;
-  Buffer<T> scratch;
-  Channel<T> channel{};
-
-  Attention(const Channels<T>& channels, int64_t K, bool relu, int64_t positions)
-      : channels(channels), K(K), relu(relu), scratch(K == 9 ? 0 : (K + 1) * positions) {}
-  void enter(int64_t, const Tile&) {}
-  void enter_channel(int64_t c) {
-    channel = channels[c];
-  }
-  void write(const T* patch, int64_t pitch, int64_t, int64_t vectors, T* out, int64_t out_pitch) {
-    respond(patch, pitch, vectors, channel, K, relu, out, out_pitch, scratch.get());
-  }
-};
-
-} // namespace
-
-template <typename E>
-void forward(const Geometry& g, const Window<Compute<E>>& window, const E* x, const E* weight,
-             const E* bias, E* y) {
-  using T = Compute<E>;
-  const Channels<T> channels(g, window);
-  convolve(g, x, weight, bias, y, [&](int64_t positions) {
-    return Attention<T>(channels, g.K(), window.relu, positions);
-  });
-}
-
-namespace {
-
 // From dU in `grad` and the patches: u, and dF in place of dU; the sums of the attention and shift
 // gradients are added to. `means` gets dA / K for each position.
 template <typename T, int KK, bool relu>
@@ -303,150 +241,86 @@ void respond_backward_any(const T* patch, int64_t pitch, int64_t vectors, int64_
   }
 }
 
-// out[j] = add + sum_i matrix[i * K + j] * in[i], all (K, positions); out may not be in.
-template <typename T, int KK>
-void mix_fixed(const T* in, int64_t in_pitch, int64_t vectors, const T* matrix, const T* add,
-               T* out, int64_t out_pitch) {
-  for (int64_t v = 0; v < vectors; ++v) {
-    const int64_t q = v * Vec<T>::size();
-    Vec<T> sum[KK];
-    const Vec<T> start = Vec<T>::loadu(add + q);
-    unroll<KK>([&](auto j) RFA_INLINE { sum[j] = start; });
-    unroll<KK>([&](auto i) RFA_INLINE {
-      const Vec<T> value = Vec<T>::loadu(in + i * in_pitch + q);
-      unroll<KK>([&](auto j) RFA_INLINE {
-        sum[j] = at::vec::fmadd(Vec<T>(matrix[i * KK + j]), value, sum[j]);
-      });
-    });
-    unroll<KK>([&](auto j) RFA_INLINE { sum[j].store(out + j * out_pitch + q); });
-  }
-}
-
+// Weighs by the softmax attention, as convolve.h asks for it.
 template <typename T>
-void mix(const T* in, int64_t in_pitch, int64_t vectors, int64_t K, const T* matrix, const T* add,
-         T* out, int64_t out_pitch) {
-  if (K == 9) {
-    mix_fixed<T, 9>(in, in_pitch, vectors, matrix, add, out, out_pitch);
-    return;
-  }
-  for (int64_t q = 0; q < vectors * Vec<T>::size(); q += Vec<T>::size()) {
-    for (int64_t j = 0; j < K; ++j) {
-      Vec<T> sum = Vec<T>::loadu(add + q);
-      for (int64_t i = 0; i < K; ++i) {
-        sum = at::vec::fmadd(
-            Vec<T>(matrix[i * K + j]), Vec<T>::loadu(in + i * in_pitch + q), sum);
-      }
-      sum.store(out + j * out_pitch + q);
-    }
-  }
-}
+struct Attention {
+  const Channels<T>& channels;
+  const int64_t K;
+  const bool relu;
+  Buffer<T> scratch;
+  Channel<T> channel{};
 
-// sums[(i0 + i) * stride + j0 + j] += sum over positions of a[i0 + i] * b[j0 + j]
-template <typename T, int I, int J>
-void multiply_block(const T* a, int64_t a_pitch, const T* b, int64_t b_pitch, int64_t vectors,
-                    double* sums, int64_t stride) {
-  Vec<T> sum[I][J];
-  unroll<I>([&](auto i) RFA_INLINE {
-    unroll<J>([&](auto j) RFA_INLINE { sum[i][j] = Vec<T>(T(0)); });
-  });
-  for (int64_t v = 0; v < vectors; ++v) {
-    const int64_t q = v * Vec<T>::size();
-    Vec<T> left[I];
-    unroll<I>([&](auto i) RFA_INLINE { left[i] = Vec<T>::loadu(a + i * a_pitch + q); });
-    unroll<J>([&](auto j) RFA_INLINE {
-      const Vec<T> right = Vec<T>::loadu(b + j * b_pitch + q);
-      unroll<I>([&](auto i) RFA_INLINE {
-        sum[i][j] = at::vec::fmadd(left[i], right, sum[i][j]);
-      });
-    });
+  Attention(const Channels<T>& channels, int64_t K, bool relu, int64_t positions)
+      : channels(channels), K(K), relu(relu), scratch(K == 9 ? 0 : (K + 1) * positions) {}
+  void enter(int64_t, const Tile&) {}
+  void enter_channel(int64_t c) {
+    channel = channels[c];
   }
-  unroll<I>([&](auto i) RFA_INLINE {
-    unroll<J>([&](auto j) RFA_INLINE { sums[i * stride + j] += horizontal_sum<T>(sum[i][j]); });
-  });
-}
+  void write(const T* patch, int64_t pitch, int64_t, int64_t vectors, T* out, int64_t out_pitch) {
+    respond(patch, pitch, vectors, channel, K, relu, out, out_pitch, scratch.get());
+  }
+};
 
-// sums (K, K) += a b', of (K, positions) each; of a symmetric result the upper blocks only.
+// The same for convolve_backward.h.
 template <typename T>
-void multiply(const T* a, int64_t a_pitch, const T* b, int64_t b_pitch, int64_t vectors, int64_t K,
-              double* sums, bool symmetric) {
-  if (K == 9) {
-#if defined(CPU_CAPABILITY_AVX512)
-    constexpr int J = 9; // 27 accumulators; 9 elsewhere
-#else
-    constexpr int J = 3;
-#endif
-    for (int i = 0; i < 9; i += 3) {
-      const T* left = a + i * a_pitch;
-      int j = 0;
-      if (symmetric && i == 3) {
-        multiply_block<T, 3, 6>(left, a_pitch, b + 3 * b_pitch, b_pitch, vectors,
-                                sums + i * 9 + 3, 9);
-        continue;
-      }
-      if (symmetric && i == 6) {
-        multiply_block<T, 3, 3>(left, a_pitch, b + 6 * b_pitch, b_pitch, vectors,
-                                sums + i * 9 + 6, 9);
-        continue;
-      }
-      for (; j < 9; j += J) {
-        multiply_block<T, 3, J>(left, a_pitch, b + j * b_pitch, b_pitch, vectors,
-                                sums + i * 9 + j, 9);
-      }
-    }
-    return;
+class AttentionBackward {
+ public:
+  AttentionBackward(const Geometry& g, const Channels<T>& channels, const Window<T>& window,
+                    T* gradient, int64_t positions)
+      : K(g.K()), channels(channels), window(window), gradient(gradient), means(positions),
+        scratch(K == 9 ? 0 : (K + 1) * positions + 2 * K * Vec<T>::size()), sums(g.C * K) {}
+  void enter(int64_t, const Tile&) {}
+  void enter_task(int64_t) {}
+  void enter_channel(int64_t c) {
+    this->c = c;
   }
-  for (int64_t i = 0; i < K; ++i) {
-    for (int64_t j = symmetric ? i : 0; j < K; ++j) {
-      multiply_block<T, 1, 1>(
-          a + i * a_pitch, a_pitch, b + j * b_pitch, b_pitch, vectors, sums + i * K + j, K);
+  void backward(const T* patch, int64_t pitch, int64_t vectors, T* u, T* grad, int64_t grad_pitch,
+                double* shift) {
+    const T* const attention = window.attention + c * K;
+    double* const sum = sums.get() + c * K;
+    if (K == 9) {
+      auto* fixed = window.relu ? &respond_backward_fixed<T, 9, true>
+                                : &respond_backward_fixed<T, 9, false>;
+      fixed(patch, pitch, vectors, channels[c], attention, u, grad, grad_pitch, means.get(), sum,
+            shift);
+    } else {
+      respond_backward_any(patch, pitch, vectors, K, window.relu, channels[c], attention, u, grad,
+                           grad_pitch, means.get(), sum, shift, scratch.get());
     }
   }
-}
+  const T* feature() const {
+    return channels[c].feature;
+  }
+  const T* constant() const {
+    return means.get();
+  }
+  void leave(int64_t c) {
+    if (gradient) {
+      std::copy(sums.get() + c * K, sums.get() + (c + 1) * K, gradient + c * K);
+    }
+  }
 
-// grad_y's rows of a tile, (outputs, positions), as panels along positions and along outputs.
-template <typename E>
-void pack_gradient(const E* from, int64_t row_stride, int64_t outputs,
-                   const Panels<Compute<E>>& positions, Compute<E>* along,
-                   const Panels<Compute<E>>* across, Compute<E>* transposed) {
-  using T = Compute<E>;
-  for (int64_t panel = 0; panel < positions.count; ++panel) {
-    const int64_t width = positions.width_of(panel), start = positions.start(panel);
-    const int64_t real = std::min(width, positions.columns - start);
-    T* to = along + start * outputs;
-    for (int64_t o = 0; o < outputs; ++o, to += width) {
-      const E* row = from + o * row_stride + start;
-      for (int64_t q = 0; q < real; ++q) {
-        to[q] = static_cast<T>(row[q]);
-      }
-      std::fill(to + real, to + width, T(0));
-    }
-  }
-  if (!across) {
-    return;
-  }
-  for (int64_t panel = 0; panel < across->count; ++panel) {
-    const int64_t width = across->width_of(panel), start = across->start(panel);
-    T* to = transposed + start * positions.columns;
-    constexpr int64_t step = 16;
-    for (int64_t q = 0; q < positions.columns; q += step) {
-      const int64_t many = std::min(step, positions.columns - q);
-      for (int64_t o = 0; o < width; ++o) {
-        if (start + o < outputs) {
-          const E* row = from + (start + o) * row_stride + q;
-          for (int64_t i = 0; i < many; ++i) {
-            to[(q + i) * width + o] = static_cast<T>(row[i]);
-          }
-        } else {
-          for (int64_t i = 0; i < many; ++i) {
-            to[(q + i) * width + o] = T(0);
-          }
-        }
-      }
-    }
-  }
-}
+ private:
+  const int64_t K;
+  const Channels<T>& channels;
+  const Window<T>& window;
+  T* const gradient;
+  Buffer<T> means, scratch;
+  Buffer<double> sums;
+  int64_t c = 0;
+};
 
 } // namespace
+
+template <typename E>
+void forward(const Geometry& g, const Window<Compute<E>>& window, const E* x, const E* weight,
+             const E* bias, E* y) {
+  using T = Compute<E>;
+  const Channels<T> channels(g, window);
+  convolve(g, x, weight, bias, y, [&](int64_t positions) {
+    return Attention<T>(channels, g.K(), window.relu, positions);
+  });
+}
 
 template <typename T>
 int64_t weight_columns(int64_t outputs) {
@@ -457,109 +331,13 @@ template <typename E>
 void backward(const Geometry& g, const Window<Compute<E>>& window, const E* grad_y, const E* x,
               const E* weight, const Gradients<Compute<E>>& grads) {
   using T = Compute<E>;
-  const int64_t K = g.K(), in_group = g.C / g.groups, outputs = g.O / g.groups;
-  const int64_t area = g.h * g.w, size = sizeof(T);
-  const int64_t wanted = std::clamp<int64_t>(2 * kOutputBytes / (2 * outputs * size), 96, 640);
-  const auto tiles = split_map(g, wanted, 1);
-  const int64_t positions = largest_tile<T>(tiles);
-  const int64_t block =
-      channel_block<T>(g, wanted, kBufferBytes, at::get_num_threads());
-  const int64_t blocks = ceil_div(in_group, block); // a group
   const Channels<T> channels(g, window);
-  Buffer<T> packed(g.O * in_group * K);
-  pack_columns(g, block * K, weight, packed.get());
-  const Panels<T> across(outputs);
-
-  at::parallel_for(0, g.groups * blocks, 1, [&](int64_t begin, int64_t end) {
-    Windows<E> windows(g, tiles);
-    Buffer<T> along(outputs * positions), transposed(across.padded() * positions);
-    Buffer<T> u(block * K * positions), grad(block * K * positions);
-    Buffer<T> means(positions), mixed(K * windows.pitch());
-    Buffer<T> scratch(K == 9 ? 0 : (K + 1) * positions + 2 * K * Vec<T>::size());
-    const int64_t per_channel = 2 * K + K * K;
-    Buffer<double> sums((end - begin) * block * per_channel);
-    for (int64_t b = 0; b < g.B; ++b) {
-      for (const auto& tile : tiles) {
-        const Panels<T> panels(tile.positions());
-        int64_t packed_group = -1;
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t group = task / blocks, first = task % blocks * block;
-          const int64_t count = std::min(block, in_group - first);
-          if (group != packed_group) {
-            const E* from = grad_y + (b * g.O + group * outputs) * area + tile.start(g);
-            pack_gradient<E>(from, area, outputs, panels, along.get(),
-                             grads.weight ? &across : nullptr, transposed.get());
-            packed_group = group;
-          }
-          const T* a = packed.get() + (group * in_group + first) * K * outputs;
-          gemm<T>(count * K, outputs, {a, 0}, along.get(), panels, grad.get(), positions, false,
-                  nullptr, true);
-          for (int64_t i = 0; i < count; ++i) {
-            const int64_t c = group * in_group + first + i;
-            const int64_t plane = (b * g.C + c) * g.H * g.W;
-            windows.load(tile, x + plane);
-            const T* patch = windows.patches();
-            const T* attention = window.attention + c * K;
-            const Channel<T> channel = channels[c];
-            T* const uc = u.get() + i * K * positions;
-            T* const gc = grad.get() + i * K * positions;
-            double* const sum = sums.get() + ((task - begin) * block + i) * per_channel;
-            if (K == 9) {
-              auto* fixed = window.relu ? &respond_backward_fixed<T, 9, true>
-                                        : &respond_backward_fixed<T, 9, false>;
-              fixed(patch, windows.pitch(), panels.vectors, channel, attention, uc, gc, positions,
-                    means.get(), sum, sum + K);
-            } else {
-              respond_backward_any(patch, windows.pitch(), panels.vectors, K, window.relu, channel,
-                                   attention, uc, gc, positions, means.get(), sum, sum + K,
-                                   scratch.get());
-            }
-            if (grads.products) {
-              multiply(gc, positions, patch, windows.pitch(), panels.vectors, K, sum + 2 * K,
-                       false);
-            }
-            if (grads.x) {
-              mix(gc, positions, panels.vectors, K, channel.feature, means.get(), mixed.get(),
-                  windows.pitch());
-              windows.add(tile, mixed.get(), grads.x + plane);
-            }
-          }
-          if (grads.weight) {
-            T* out = grads.weight + (group * in_group + first) * K * grads.weight_stride;
-            gemm<T>(count * K, tile.positions(), {u.get(), positions}, transposed.get(), across,
-                    out, grads.weight_stride, true, nullptr, true);
-          }
-        }
-      }
-    }
-    for (int64_t task = begin; grads.products && task < end; ++task) {
-      const int64_t group = task / blocks, first = task % blocks * block;
-      for (int64_t i = 0; i < std::min(block, in_group - first); ++i) {
-        const int64_t c = group * in_group + first + i;
-        const double* sum = sums.get() + ((task - begin) * block + i) * per_channel;
-        std::copy(sum, sum + K, grads.attention + c * K);
-        std::copy(sum + K, sum + 2 * K, grads.shift + c * K);
-        std::copy(sum + 2 * K, sum + per_channel, grads.products + c * K * K);
-      }
-    }
+  convolve_backward(g, grad_y, x, weight, grads, at::get_num_threads(), [&](int64_t positions) {
+    return AttentionBackward<T>(g, channels, window, grads.attention, positions);
   });
 }
 
 namespace {
-
-template <typename T>
-T sum_of(const T* values, int64_t n) {
-  const int64_t whole = n - n % Vec<T>::size();
-  Vec<T> sum(T(0));
-  for (int64_t q = 0; q < whole; q += Vec<T>::size()) {
-    sum = sum + Vec<T>::loadu(values + q);
-  }
-  T total = horizontal_sum<T>(sum);
-  for (int64_t q = whole; q < n; ++q) {
-    total += values[q];
-  }
-  return total;
-}
 
 // Subtracts the mean of n values from them, up to rounding, and returns it.
 template <typename T>
@@ -673,3 +451,4 @@ template int64_t weight_columns<float>(int64_t);
 template int64_t weight_columns<double>(int64_t);
 
 } // namespace rfa
+

@@ -1,4 +1,4 @@
-// The CPU kernels of RFAConv, and of inference with RFCBAMConv and RFCAConv (gated.cpp): pointers in,
+// The CPU kernels of RFAConv (kernels.cpp), and of RFCBAMConv and RFCAConv (gated.cpp): pointers in,
 // pointers out. Compiled once for each CPU capability.
 #pragma once
 
@@ -43,12 +43,12 @@ template <typename E>
 void forward(const Geometry& geometry, const Window<Compute<E>>& window, const E* x,
              const E* weight, const E* bias, E* y);
 
-// What the backward pass writes; a null pointer is not wanted. All in the compute type.
+// What backward passes write; a null pointer is not wanted. All in the compute type.
 template <typename T>
 struct Gradients {
   T* x; // (B, C, H, W), zero on entry
-  T* attention; // (C, K); with shift (C, K) and products (C, K, K), or all three null
-  T* shift;
+  T* attention; // (C, K), where there is one
+  T* shift; // (C, K), with products (C, K, K), or both null
   T* products;
   T* weight; // (C * K, stride of a row), zero on entry: transposed in each group
   int64_t weight_stride; // at least weight_columns(O / groups)
@@ -79,16 +79,30 @@ struct Response {
   bool relu;
 };
 
-// pooled (B, 2, K, h, w): the maximum and the mean of the features over the channels.
+// pooled (B, 2, K, h, w): the maximum and the mean of the features over the channels. largest
+// (B, K, h, w), unless it is null: the first channel that has the maximum.
 template <typename E>
 void pool_channels(const Geometry& geometry, const Response<Compute<E>>& response, const E* x,
-                   Compute<E>* pooled);
+                   Compute<E>* pooled, Compute<E>* largest);
+
+// grad (B, 2, K, h, w): of pooled. Of the gradients, x, shift and products are written.
+template <typename E>
+void pool_channels_backward(const Geometry& geometry, const Response<Compute<E>>& response,
+                            const E* x, const Compute<E>* grad, const Compute<E>* largest,
+                            const Gradients<Compute<E>>& gradients);
 
 // Means of the features over rows, (B, C, kh, h), and columns, (B, C, kw, w), of the windows laid
 // side by side.
 template <typename E>
 void pool_coordinates(const Geometry& geometry, const Response<Compute<E>>& response, const E* x,
                       Compute<E>* rows, Compute<E>* columns);
+
+// grad_rows, grad_columns: of these. Of the gradients, x, shift and products are written.
+template <typename E>
+void pool_coordinates_backward(const Geometry& geometry, const Response<Compute<E>>& response,
+                               const E* x, const Compute<E>* grad_rows,
+                               const Compute<E>* grad_columns,
+                               const Gradients<Compute<E>>& gradients);
 
 // Two gates by which features are multiplied: of each channel (B, C) and of each position
 // (B, K, h, w), or, of coordinates, of each row (B, C, kh, h) and column (B, C, kw, w).
@@ -104,5 +118,12 @@ template <typename E>
 void forward_gated(const Geometry& geometry, const Response<Compute<E>>& response,
                    const Gates<Compute<E>>& gates, const E* x, const E* weight, const E* bias,
                    E* y);
+
+// As backward; grad_first and grad_second: of the gates, zero on entry.
+template <typename E>
+void backward_gated(const Geometry& geometry, const Response<Compute<E>>& response,
+                    const Gates<Compute<E>>& gates, const E* grad_y, const E* x, const E* weight,
+                    const Gradients<Compute<E>>& gradients, Compute<E>* grad_first,
+                    Compute<E>* grad_second);
 
 } // namespace rfa
