@@ -64,6 +64,23 @@ def keep_best(cfg: Config) -> None:
         hook.update(save_best="auto", rule="greater")
 
 
+def check_last_checkpoint(work_dir: str) -> None:
+    """Refuse to go on from a name of nothing, before MMEngine fails over it.
+
+    MMEngine writes that name straight into its file, which a kill may have left empty, and removes
+    checkpoints beyond ``max_keep_ckpts`` before it has written the next one.
+    """
+    path = Path(work_dir, "last_checkpoint")
+    name = path.read_text().strip() if path.is_file() else None
+    if name is None or "://" in name or (name and Path(name).exists()):
+        return
+    found = ", ".join(sorted(p.name for p in Path(work_dir).glob("[!.]*.pth"))) or "no checkpoint"
+    raise ConfigError(
+        f"--resume auto: {path} names {name!r}, which is no checkpoint; name another by "
+        f"--resume PATH; in {work_dir}: {found}"
+    )
+
+
 def apply_args(cfg: Config, args) -> None:
     """Lay train's own arguments over the config."""
     if args.amp:
@@ -83,6 +100,8 @@ def apply_args(cfg: Config, args) -> None:
     if args.resume is not None:
         if args.resume != "auto" and not Path(args.resume).is_file():
             raise ConfigError(f"--resume {args.resume}: no such file")
+        if args.resume == "auto":
+            check_last_checkpoint(cfg.work_dir)
         cfg.resume = True
         cfg.load_from = None if args.resume == "auto" else args.resume
     if args.tensorboard:

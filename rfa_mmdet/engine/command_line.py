@@ -21,6 +21,7 @@ from rfa_mmdet.engine.config_check import check_config
 from rfa_mmdet.engine.data_check import check_data
 from rfa_mmdet.engine.distributed import launched_rank, prepare_cpu_group
 from rfa_mmdet.engine.errors import ConfigError, UserError
+from rfa_mmdet.engine.whole_files import install as install_whole_files
 from rfa_mmdet.layers.warm_start import WarmStartError
 
 # Keys of a config that a run reads besides the arguments of Runner itself.
@@ -127,6 +128,7 @@ def prepare_run(cfg: Config, *splits: str) -> None:
         for warning in check_data(cfg, splits):
             print(f"warning: {warning}", file=sys.stderr)
     prepare_cpu_group(cfg)
+    install_whole_files()
 
 
 def _check_options(cfg: Config, options: dict) -> None:

@@ -1,6 +1,6 @@
 """The papers' formulas once more, in float64 and on their own: unfold, loops, laid-out windows.
 
-Nothing here imports the package. ``compare`` holds a layer against one of them.
+Nothing here imports the package but its tolerances. ``compare`` holds a layer against one of them.
 """
 
 import copy
@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rfa_mmdet.ops.tolerances import TOLERANCES
+
 NUMPY_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 ACTIVATIONS = {"ReLU": torch.relu, "SiLU": F.silu, None: lambda z: z}
-# bfloat16 has 8 bits: upstream gradient and result are rounded to them, what is between is not.
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2**-7}
 
 # --------------------------------------------------------------------------- cases
 
@@ -300,17 +300,18 @@ def compare(
     draws = [torch.autograd.grad(terms, inputs, u, retain_graph=True) for u in (upstream, *others)]
     scales = [max(float(g.abs().max()) for g in of_one) for of_one in zip(*draws, strict=True)]
     for dtype in dtypes:
+        tolerance = TOLERANCES[dtype]
         copied, given_x = copy.deepcopy(layer).to(dtype), x.to(dtype).requires_grad_()
         out = copied(given_x)
         assert out.dtype == dtype
-        assert relative_error(out.detach(), expected.detach()) <= TOLERANCE[dtype]
+        assert relative_error(out.detach(), expected.detach()) <= tolerance.output
         if dtype != torch.float64 and exact.margin < 1e-5:
             continue
         found = torch.autograd.grad(out, [given_x, *copied.parameters()], upstream.to(dtype))
         # A gradient far below all others carries the rounding of what passes between layers.
         least = 1e-3 * max(scales) if dtype != torch.float64 else 0.0
         for name, f, e, scale in zip(["x", *names], found, expected_gradients, scales, strict=True):
-            assert relative_error(f, e, max(scale, least)) <= TOLERANCE[dtype], (name, dtype)
+            assert relative_error(f, e, max(scale, least)) <= tolerance.gradient, (name, dtype)
     return exact.margin
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rfa_mmdet.layers
+from rfa_mmdet.ops.tolerances import TOLERANCES
 
 CHANNELS = 32
 # For arguments without a default, by their name.
@@ -229,7 +230,7 @@ def test_autocast_is_near_float32(name, dtype, magnitude, training):
         out = layer(x)
     # The rounding of weights, features and result, half an eps at most each, adds up as squares.
     factor = FACTOR_OF_LARGE_INPUTS.get(name, 1) if magnitude > 1 else 1
-    assert relative_error(out, expected) < factor * torch.finfo(dtype).eps
+    assert relative_error(out, expected) < factor * TOLERANCES[dtype].output
     if magnitude > 1:  # gradients beyond float16 are a loss scaler's to see
         return
     upstream = torch.randn_like(out)
@@ -244,7 +245,7 @@ def test_converted_layer_runs_in_its_dtype(name, dtype):
     expected = layer(x.float())
     layer = layer.to(dtype)
     # Half an eps each of weights, features and result; against float64, the error of float32.
-    tolerance = max(torch.finfo(dtype).eps, 1e-6)
+    tolerance = max(TOLERANCES[dtype].output, 1e-6)
     out = layer(x)
     assert out.dtype == dtype
     assert relative_error(out, expected) < tolerance

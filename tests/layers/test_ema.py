@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rfa_mmdet.layers import EMA
+from rfa_mmdet.ops.tolerances import TOLERANCES
 
 
 def formula(x: Tensor, weights: dict[str, Tensor], factor: int) -> Tensor:
@@ -80,15 +81,16 @@ def test_forward_and_every_gradient_are_the_formula(factor, c, batch, size, seed
     expected_gradients = torch.autograd.grad(expected, inputs, upstream)
     # All parameters on one scale: that of conv3x3.bias, say, is 0 in exact arithmetic for c = 1.
     scale = max(float(g.abs().max()) for g in expected_gradients[1:])
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+    for dtype in (torch.float32, torch.float64):
+        tolerance = TOLERANCES[dtype]
         copied = copy.deepcopy(layer).to(dtype)
         given_x = x.to(dtype).requires_grad_()
         out = copied(given_x)
-        assert relative_error(out.detach(), expected.detach()) <= tolerance
+        assert relative_error(out.detach(), expected.detach()) <= tolerance.output
         found = torch.autograd.grad(out, [given_x, *copied.parameters()], upstream.to(dtype))
-        assert relative_error(found[0], expected_gradients[0]) <= tolerance
+        assert relative_error(found[0], expected_gradients[0]) <= tolerance.gradient
         for name, f, e in zip(names, found[1:], expected_gradients[1:], strict=True):
-            assert float((f.double() - e).abs().max()) <= tolerance * scale, name
+            assert float((f.double() - e).abs().max()) <= tolerance.gradient * scale, name
 
 
 def test_gradcheck():
@@ -123,8 +125,7 @@ def test_autocast_is_finite_and_near_float32(dtype):
         out = layer(given_x)
     gradients = torch.autograd.grad(out, [given_x, *layer.parameters()], torch.randn_like(out))
     assert all(g.isfinite().all() for g in gradients)
-    tolerance = {torch.bfloat16: 0.03, torch.float16: 0.004}[dtype]
-    assert relative_error(out.detach(), expected) < tolerance
+    assert relative_error(out.detach(), expected) < TOLERANCES[dtype].output
 
 
 def test_large_scores_do_not_overflow_in_float16():
@@ -133,7 +134,7 @@ def test_large_scores_do_not_overflow_in_float16():
     with torch.autocast("cpu", dtype=torch.float16):
         out = layer(x)
     assert out.isfinite().all()
-    assert relative_error(out.detach(), layer(x).detach()) < 0.01
+    assert relative_error(out.detach(), layer(x).detach()) < TOLERANCES[torch.float16].output
 
 
 def test_float32_and_half_modules_keep_their_dtype():

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rfa_mmdet.layers import RFAConv
 from rfa_mmdet.ops.dispatch import missing
+from rfa_mmdet.ops.tolerances import TOLERANCES
 from tests.layers.formulas import Case, relative_error
 from tests.ops.backends import build, require, run
 
@@ -141,7 +142,8 @@ def test_autocast_computes_in_bfloat16_as_a_convolution_does(training, calls):
     assert found[0].dtype == plain.dtype == torch.bfloat16
     assert len(calls) == 1
     for f, e in zip(found, exact, strict=True):
-        assert relative_error(f, e) < 0.03  # eight bits of input, weight, upstream gradient
+        # Twice: input, weight and upstream gradient are rounded, and the result.
+        assert relative_error(f, e) < 2 * TOLERANCES[torch.bfloat16].output
     assert all(g.dtype == torch.float32 for g in found[1:])
 
 

@@ -151,6 +151,17 @@ def test_resume_from_a_missing_file(fails):
     assert "--resume nowhere.pth: no such file" in fails("--resume", "nowhere.pth")
 
 
+@pytest.mark.parametrize("name", ["", "{work_dir}/epoch_3.pth"])
+def test_resume_where_the_name_of_the_last_checkpoint_leads_nowhere(fails, tmp_path, name):
+    name = name.format(work_dir=tmp_path)
+    (tmp_path / "last_checkpoint").write_text(name)
+    for file in ("epoch_1.pth", "epoch_2.pth", ".epoch_3.17.part.pth"):
+        (tmp_path / file).touch()
+    error = fails("--resume")
+    assert f"last_checkpoint names {name!r}, which is no checkpoint; name another" in error
+    assert error.strip().endswith(": epoch_1.pth, epoch_2.pth")
+
+
 def test_checkpoint_that_is_missing_or_no_checkpoint(fails, tmp_path):
     missing = tmp_path / "nowhere.pth"
     assert f"checkpoint={str(missing)!r}: no such file" in fails(missing, tool="test")

@@ -128,6 +128,48 @@ def test_killed_and_resumed_run_equals_one_that_was_not(
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
+DIES = """
+import resource
+import signal
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class DiesHook(Hook):
+    priority = "HIGHEST"
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        if checkpoint["meta"]["epoch"] == 2:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+"""
+
+
+def test_killed_while_it_wrote_a_checkpoint_and_resumed(trained, tiny_config, run_tool, tmp_path):
+    (tmp_path / "dies.py").write_text(DIES)
+    config, work = tmp_path / "dying.py", tmp_path / "work"
+    config.write_text(
+        f'_base_ = "{tiny_config}"\n'
+        'custom_imports = dict(imports=["rfa_mmdet", "dies"])\n'
+        'custom_hooks = [dict(type="DiesHook")]\n'
+        "default_hooks = dict(checkpoint=dict(max_keep_ckpts=2))\n"
+    )
+    command = (sys.executable, "tools/train.py")
+    done = run_tool(*command, config, "--work-dir", work, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == -signal.SIGXFSZ, done.stdout
+    assert len(list(work.glob(".epoch_2.*.part.pth"))) == 1
+    assert not (work / "epoch_2.pth").exists()
+    assert weights(work / "epoch_1.pth").keys() == weights(trained / "epoch_1.pth").keys()
+
+    done = run_tool(*command, tiny_config, "--work-dir", work, "--resume")
+    assert done.returncode == 0, done.stdout
+    assert "resumed epoch: 1" in done.stdout
+    resumed, whole = weights(work / "epoch_3.pth"), weights(trained / "epoch_3.pth")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
 VOC = """
 data = dict(
     _delete_=True,

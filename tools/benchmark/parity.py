@@ -5,16 +5,8 @@ from baselines import Formula
 from shapes import Shape
 from torch import Tensor, nn
 
-# Error as a share of the norm of the formula's values: of outputs, of gradients.
-TOLERANCES = {
-    torch.float64: (1e-12, 1e-10),
-    torch.float32: (1e-5, 1e-4),
-    torch.bfloat16: (1e-2, 4e-2),
-    torch.float16: (2e-3, 1e-2),
-}
-# Of values within rounding of a ReLU's kink, some fall on its other side: of float32's some 1e-7,
-# so gradients may differ by the root of that, as a share of their norm. Small shapes have none.
-KINKS = 2e-3
+from rfa_mmdet.ops.tolerances import KINKS, TOLERANCES
+
 # Of a gradient that is nearly zero, such as of a bias before BN, only rounding is left: it is
 # measured by this share of the largest gradient.
 LEAST = 1e-2
@@ -68,8 +60,8 @@ def differences(
 ) -> list[str]:
     """Compare a layer with its op's formula, in both modes.
 
-    The formula is computed in float64. In lower precision it may itself be further from that than
-    the tolerance; then the layer may be half as far again.
+    Errors are shares of the norm of what the formula gives in float64. In lower precision it may
+    itself be further from that than the tolerance; then the layer may be half as far again.
 
     Args:
         op (str): Name of the op.
@@ -77,7 +69,7 @@ def differences(
         shape (Shape): Of the input.
         dtype (torch.dtype): The layer's precision; half ones by autocast over float32.
         large (bool): Whether the shape is one to be measured: then the gradients of evaluation are
-            left out, to save time, and those of training may differ by :data:`KINKS`.
+            left out, to save time, and those of training may differ by ``KINKS``.
 
     Returns:
         list[str]: What differs by more than the tolerance of ``dtype``; empty if nothing does.
@@ -104,7 +96,8 @@ def differences(
             if not value.any():
                 found.append(f"{key}, {shape}: all zero, which would prove nothing")
             is_gradient = key.startswith("gradient of")
-            tolerance = TOLERANCES[dtype][is_gradient]
+            allowed = TOLERANCES[dtype]
+            tolerance = allowed.layer_gradient if is_gradient else allowed.output
             least = LEAST * largest if is_gradient else 0.0
             if is_gradient and large:
                 tolerance = max(tolerance, KINKS)
