@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from rfa_mmdet.layers.conv import lazy
 from rfa_mmdet.ops import dispatch
 from rfa_mmdet.ops.lazy_windows import LazyFeatures
+from rfa_mmdet.ops.tolerances import TOLERANCES
 from tests.layers import formulas
-from tests.layers.formulas import TOLERANCE, Case, Exact, relative_error
+from tests.layers.formulas import Case, Exact, relative_error
 from tests.layers.test_receptive_field_convs import LAYERS
 from tests.ops.backends import require, run
 
@@ -67,7 +68,7 @@ def compare(name: str, case: Case, dtypes=(torch.float64, torch.float32)) -> Non
                 with torch.no_grad():
                     found = copy.deepcopy(layer).to(dtype)(x.to(dtype))
                 assert found.dtype == dtype
-                assert relative_error(found, expected) <= TOLERANCE[dtype]
+                assert relative_error(found, expected) <= TOLERANCES[dtype].output
 
 
 @each
@@ -119,7 +120,7 @@ def test_bfloat16(name, act, training):
         # By norm: another channel may have the maximum after rounding, and all of its gradient.
         scale = max(float(expected.norm()), least)
         error, own = (float((y.double() - expected).norm()) / scale for y in (found, made))
-        assert error <= max(2 * TOLERANCE[torch.bfloat16], 1.5 * own)
+        assert error <= max(2 * TOLERANCES[torch.bfloat16].output, 1.5 * own)
 
 
 @each
@@ -144,7 +145,7 @@ def test_autocast(name, training):
     assert all(p.grad.isfinite().all() for p in layer.parameters())
     # Of input and weights too, which `test_bfloat16` rounds before.
     expected = formula(name, layer, case, x)
-    assert relative_error(found.detach(), expected) <= 2 * TOLERANCE[torch.bfloat16]
+    assert relative_error(found.detach(), expected) <= 2 * TOLERANCES[torch.bfloat16].output
 
 
 @each
