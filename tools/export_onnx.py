@@ -94,6 +94,12 @@ def main() -> None:
             lambda items: track(items, "comparing", console=Console(stderr=True)),
         )
     print_table(found)
+    if not found.detections:
+        print(
+            "warning: no detection on these images, so that only raw outputs were compared; see "
+            "--images",
+            file=sys.stderr,
+        )
     for path, damage in found.skipped.items():
         print(f"warning: skipped {path}: {damage}", file=sys.stderr)
     if found.skipped:

@@ -190,6 +190,17 @@ def test_tool_names_every_graph_and_compares_masks(run_tool, image, tmp_path):
     assert [dim.dim_param or dim.dim_value for dim in regions] == ["regions", 32, 14, 14]
 
 
+def test_tool_says_where_there_was_nothing_to_compare(run_tool, tiny_config, checkpoint, tmp_path):
+    done = run_tool(
+        *(sys.executable, "-W", "ignore", "tools/export_onnx.py", tiny_config, checkpoint),
+        *("--out", tmp_path / "a.onnx", "--number", 1),
+        *("--cfg-options", "model.test_cfg.score_thr=1.1"),
+    )
+    assert done.returncode == 0, done.stdout
+    assert "boxes of 0 detections on 1 images" in done.stdout
+    assert "warning: no detection on these images" in done.stdout
+
+
 def test_graph_that_computes_something_else_is_not_written(image, tmp_path, monkeypatch):
     detector = make(RETINANET, DETECTORS[RETINANET][0], tmp_path)
     run = Graph.run
