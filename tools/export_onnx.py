@@ -1,7 +1,8 @@
 """Export a detector's backbone, neck and head as ONNX, and compare it with ONNX Runtime.
 
 The graph maps normalised, padded images of any batch, height and width to the heads' raw outputs.
-Of Faster R-CNN there are two: the second, .roi.onnx, is the box head on pooled regions. The files
+Of Faster, Mask and Cascade R-CNN there are more: the box head on pooled regions is .roi.onnx, or
+.roi_0.onnx, .roi_1.onnx, ... for the stages of a cascade, and the mask head .mask.onnx. The files
 appear only if the detections on images are the same through MMDetection's own post-processing.
 """
 
@@ -69,6 +70,8 @@ def print_table(found: Comparison) -> None:
     what = f"{found.detections:,} detections on {found.images} images"
     table.add_row(f"boxes of {what}", f"{found.box:.2g} pixels")
     table.add_row("their scores", f"{found.score:.2g}")
+    if found.masks:
+        table.add_row("their masks", f"{found.mask:.2g} of the masks' pixels")
     table.add_row("detections not in both", f"{found.unmatched}")
     console.print(table)
 
@@ -91,6 +94,12 @@ def main() -> None:
             lambda items: track(items, "comparing", console=Console(stderr=True)),
         )
     print_table(found)
+    if not found.detections:
+        print(
+            "warning: no detection on these images, so that only raw outputs were compared; see "
+            "--images",
+            file=sys.stderr,
+        )
     for path, damage in found.skipped.items():
         print(f"warning: skipped {path}: {damage}", file=sys.stderr)
     if found.skipped:

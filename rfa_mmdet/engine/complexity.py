@@ -206,25 +206,22 @@ def classifier_complexity(depth: int, conv: str | None) -> Complexity:
 
 
 class _TwoStages(nn.Module):
-    """A two-stage detector whose second stage sees as many proposals as the config allows.
+    """A two-stage detector whose heads see as many regions as the config allows.
 
-    MMDetection's own raw forward runs it on those that random weights happen to propose.
+    MMDetection's own raw forward runs them on those that random weights happen to propose.
     """
 
-    def __init__(self, detector: nn.Module) -> None:
+    def __init__(self, detector: nn.Module, heads: list) -> None:
         super().__init__()
-        self.detector = detector
+        self.detector, self.heads = detector, heads
 
     def forward(self, images: Tensor) -> tuple:
         detector = self.detector
-        maps = detector.extract_feat(images)
-        extractor = detector.roi_head.bbox_roi_extractor
-        regions = images.new_zeros(
-            detector.test_cfg.rpn.max_per_img,
-            extractor.out_channels,
-            *extractor.roi_layers[0].output_size,
+        cfg = detector.test_cfg
+        most = dict(box=cfg.rpn.max_per_img, mask=cfg.rcnn.max_per_img)
+        return detector.rpn_head(detector.extract_feat(images)), *(
+            head.module(images.new_zeros(most[head.kind], *head.region)) for head in self.heads
         )
-        return detector.rpn_head(maps), detector.roi_head.bbox_head(regions)
 
 
 def detector_complexity(cfg: Config, image_size: tuple[int, int] = (800, 1333)) -> Complexity:
@@ -234,12 +231,14 @@ def detector_complexity(cfg: Config, image_size: tuple[int, int] = (800, 1333)) 
     know. RoI pooling and what follows the heads, such as NMS, count as nothing.
 
     Args:
-        cfg (Config): Of a single-stage detector such as RetinaNet, or of Faster R-CNN.
+        cfg (Config): Of a single-stage detector such as RetinaNet, or of Faster, Mask or Cascade
+            R-CNN.
         image_size (tuple[int, int]): Height and width; padded to the multiple that the config's
             ``data_preprocessor`` asks for, as in a run.
 
     Returns:
-        Complexity: For one image; a second stage with ``test_cfg.rpn.max_per_img`` proposals.
+        Complexity: For one image; box heads with ``test_cfg.rpn.max_per_img`` proposals, each stage
+        of a cascade, and mask heads with ``test_cfg.rcnn.max_per_img`` detections.
 
     Raises:
         ConfigError: The image size is not positive, or the detector is of another kind.
@@ -252,29 +251,26 @@ def detector_complexity(cfg: Config, image_size: tuple[int, int] = (800, 1333)) 
         (21410100, 0.759052288)
     """
     # Imported here: these bring all of mmdet's models, which `import rfa_mmdet.engine` need not.
-    from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
+    from mmdet.models.detectors import SingleStageDetector
+
+    from rfa_mmdet.engine.region_heads import region_heads
 
     install()
     if min(image_size) < 1:
         raise ConfigError(f"image_size={tuple(image_size)}: must be positive")
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
-        detector = revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
-    if isinstance(detector, TwoStageDetector) and _is_faster_rcnn(detector):
-        detector = _TwoStages(detector)
+        detector = revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model))).eval()
+    if heads := region_heads(detector):
+        detector = _TwoStages(detector, heads)
     elif not isinstance(detector, SingleStageDetector):
         raise ConfigError(
-            f"model.type={detector_config(cfg).type!r}: only single-stage detectors and Faster "
-            "R-CNN can be counted; for others see tools/analysis_tools/get_flops.py of "
-            "MMDetection, which needs the data and counts this package's layers as well"
+            f"model.type={detector_config(cfg).type!r}: only single-stage detectors and Faster, "
+            "Mask and Cascade R-CNN with an RPN and without a shared head can be counted; for "
+            "others see tools/analysis_tools/get_flops.py of MMDetection, which needs the data and "
+            "counts this package's layers as well"
         )
     divisor = (detector_config(cfg).get("data_preprocessor") or {}).get("pad_size_divisor", 1)
     return _count(detector, (1, 3, *(-(-side // divisor) * divisor for side in image_size)))
-
-
-def _is_faster_rcnn(detector: nn.Module) -> bool:
-    head = detector.roi_head
-    one_stage = head.with_bbox and not isinstance(head.bbox_head, nn.ModuleList)
-    return detector.with_rpn and one_stage and not head.with_mask and not head.with_shared_head
 
 
 # --- all systems in one detector -----------------------------------------------------------------

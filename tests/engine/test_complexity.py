@@ -229,11 +229,35 @@ def test_faster_rcnn_with_all_its_proposals():
     assert found.parameters == sum(p.numel() for p in build(cfg.model).parameters())
 
 
+@pytest.mark.parametrize(("name", "masks"), [("mask", 1), ("cascade", 0), ("cascade-mask", 3)])
+def test_heads_on_regions_by_hand(name, masks):
+    folder = "mask_rcnn" if name == "mask" else "cascade_rcnn"
+    cfg = get_config(f"mmdet::{folder}/{name}-rcnn_r50_fpn_1x_coco.py")
+    # Few, and another number of each: they would hide in the backbone otherwise.
+    found = {}
+    for proposals, detections in ((0, 0), (7, 0), (0, 3)):
+        cfg.model.backbone.update(depth=18, init_cfg=None)
+        cfg.model.neck.in_channels = [64, 128, 256, 512]
+        cfg.model.test_cfg.rpn.max_per_img = proposals
+        cfg.model.test_cfg.rcnn.max_per_img = detections
+        found[proposals, detections] = detector_complexity(cfg, (64, 64))
+    rest = found[0, 0].flops
+    stages, boxes = (1, 80) if name == "mask" else (3, 1)
+    box_head = 256 * 7 * 7 * 1024 + 1024 * 1024 + 1024 * (81 + 4 * boxes)
+    assert found[7, 0].flops - rest == 7 * stages * box_head
+    # Four 3x3, a 2x2 that doubles the side and starts from 14 x 14, and the classes.
+    mask_head = 14**2 * (4 * 9 + 4) * 256**2 + 28**2 * 256 * 80
+    assert found[0, 3].flops - rest == 3 * masks * mask_head
+    parameters = sum(p.numel() for p in build(cfg.model).parameters())
+    assert {one.parameters for one in found.values()} == {parameters}
+    assert not any(one.uncounted for one in found.values())
+
+
 @pytest.mark.parametrize(
-    "name", ["mask_rcnn/mask-rcnn_r50_fpn_1x_coco", "cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco"]
+    "name", ["htc/htc-without-semantic_r50_fpn_1x_coco", "mask_rcnn/mask-rcnn_r50-caffe-c4_1x_coco"]
 )
 def test_other_detectors_are_refused(name):
-    with pytest.raises(ConfigError, match="only single-stage detectors and Faster R-CNN"):
+    with pytest.raises(ConfigError, match="only single-stage detectors and Faster, Mask and"):
         detector_complexity(get_config(f"mmdet::{name}.py"), (64, 64))
 
 

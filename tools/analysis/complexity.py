@@ -35,7 +35,11 @@ def parse_args() -> Namespace:
         formatter_class=RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("config", nargs="?", help="config of a single-stage detector or a Faster R-CNN")
+    add(
+        "config",
+        nargs="?",
+        help="config of a single-stage detector, or Faster, Mask or Cascade R-CNN",
+    )
     add("--table", action="store_true", help="check the paper's classifiers; 1 where one deviates")
     add("--systems", action="store_true", help="what each system adds; takes a minute or two")
     add(

@@ -1,0 +1,90 @@
+"""The heads of a two-stage detector that see regions pooled from its maps."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from mmdet.models.detectors import TwoStageDetector
+from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
+from torch import Tensor, nn
+
+# Subclasses that override one of these give their heads something else, or do more with them.
+_DETECTOR_METHODS = ("predict",)
+_ROI_HEAD_METHODS = (
+    *("predict", "predict_bbox", "predict_mask"),
+    *("_bbox_forward", "_mask_forward", "_refine_roi"),
+)
+
+
+@dataclass(frozen=True)
+class RegionHead:
+    """A head that maps pooled regions to its raw outputs.
+
+    Attributes:
+        kind (str): 'box' or 'mask'.
+        stage (int | None): Of a cascade, from 0. None: there is only one.
+        module (nn.Module): The head.
+        region (tuple[int, int, int]): Channels, height and width of a pooled region.
+        outputs (tuple[str, ...]): What it returns: a tuple of tensors, or the only one.
+    """
+
+    kind: str
+    stage: int | None
+    module: nn.Module
+    region: tuple[int, int, int]
+    outputs: tuple[str, ...]
+
+
+def region_heads(detector: nn.Module) -> list[RegionHead]:
+    """Return what runs between RoIAlign and the post-processing.
+
+    Args:
+        detector (nn.Module): In eval mode.
+
+    Returns:
+        list[RegionHead]: In the order in which they run. None at all: the detector has no RPN, a
+        shared head, or predicts in another way than Faster, Mask and Cascade R-CNN.
+
+    Example:
+        >>> region_heads(nn.Identity())
+        []
+    """
+    if not _predicts_as(detector, TwoStageDetector, _DETECTOR_METHODS) or not detector.with_rpn:
+        return []
+    head = detector.roi_head
+    bases = (StandardRoIHead, CascadeRoIHead)
+    known = any(_predicts_as(head, base, _ROI_HEAD_METHODS) for base in bases)
+    if not known or head.with_shared_head or not head.with_bbox:
+        return []
+    found = _stages("box", head.bbox_head, head.bbox_roi_extractor, ("cls_score", "bbox_pred"))
+    if head.with_mask:
+        found += _stages("mask", head.mask_head, head.mask_roi_extractor, ("mask_preds",))
+    return found if all(map(_returns_its_outputs, found)) else []
+
+
+def _predicts_as(module: nn.Module, base: type, methods: Iterable[str]) -> bool:
+    return isinstance(module, base) and all(
+        getattr(type(module), name, None) is getattr(base, name, None) for name in methods
+    )
+
+
+def _stages(
+    kind: str, heads: nn.Module, extractors: nn.Module, outputs: tuple[str, ...]
+) -> list[RegionHead]:
+    cascade = isinstance(heads, nn.ModuleList)
+    found = []
+    for stage, head in enumerate(heads if cascade else [heads]):
+        extractor = extractors[stage] if cascade else extractors
+        region = (extractor.out_channels, *extractor.roi_layers[0].output_size)
+        found.append(RegionHead(kind, stage if cascade else None, head, region, outputs))
+    return found
+
+
+@torch.no_grad()
+def _returns_its_outputs(head: RegionHead) -> bool:
+    """Whether it returns what a plain head does; SABL's, for one, returns tuples of tuples."""
+    device = next(head.module.parameters()).device
+    found = head.module(torch.zeros(1, *head.region, device=device))
+    if isinstance(found, Tensor):
+        return len(head.outputs) == 1
+    return len(found) == len(head.outputs) > 1 and all(isinstance(x, Tensor) for x in found)
