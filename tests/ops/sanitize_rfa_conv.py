@@ -49,10 +49,14 @@ def main(library: str) -> None:
         found = [y, *found, first, second, grad_x]
         if feature is not None:
             response = (x, feature, shift, runs % 3 > 0)
-            pooled = ops.pool_channels(*response, *window)
+            pooled, largest = ops.pool_channels(*response, True, *window)
             rows, columns = ops.pool_coordinates(*response, *window)
+            both = (True, runs % 5 > 0)
+            found += ops.pool_channels_backward(pooled, *response, largest, both, *window)
+            found += ops.pool_coordinates_backward(rows, columns, *response, both, *window)
             for gates in ((x.mean((2, 3)), pooled[:, 0]), (rows, columns)):
                 y = ops.forward_gated(*response, *gates, weight, bias, *window, groups)
+                found += ops.backward_gated(y, *response, *gates, weight, needs, *window, groups)
                 found += [y, *gates]
         assert all(t.isfinite().all() for t in found)
         runs += 1
