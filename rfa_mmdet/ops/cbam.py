@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from rfa_mmdet.ops.gated import recomputes
+from rfa_mmdet.ops.gated import is_recorded, recomputes
 from rfa_mmdet.ops.pools import shares_of_maximum
 from rfa_mmdet.ops.precision import at_least_float32, no_autocast
 from rfa_mmdet.ops.same_conv import same_conv_gradients
@@ -54,6 +54,25 @@ def spatial_pools(x: Tensor) -> Tensor:
     return torch.cat([x.amax(1, keepdim=True).to(dtype), x.mean(1, keepdim=True, dtype=dtype)], 1)
 
 
+def in_fast_layout(pools: Tensor) -> Tensor:
+    """Lay maps of two channels out as a CPU convolves them fastest to one: channels last.
+
+    Args:
+        pools (Tensor): (B, 2, H, W).
+
+    Returns:
+        Tensor: The same, maybe in other memory.
+
+    Example:
+        >>> in_fast_layout(torch.rand(1, 2, 3, 5)).stride()
+        (30, 1, 10, 2)
+    """
+    if is_recorded() or pools.device.type != "cpu":
+        return pools
+    # Up to ten times as fast as of planes, forward and backward, bit for bit the same.
+    return pools.contiguous(memory_format=torch.channels_last)
+
+
 def spatial_gate(pools: Tensor, weight: Tensor) -> Tensor:
     """Weigh the cells, by a convolution of the maxima and the means over the channels.
 
@@ -69,7 +88,8 @@ def spatial_gate(pools: Tensor, weight: Tensor) -> Tensor:
         torch.Size([2, 1, 3, 5])
     """
     with no_autocast(pools):
-        score = F.conv2d(pools.to(weight.dtype), weight, padding=weight.shape[2] // 2)
+        pools = in_fast_layout(pools.to(weight.dtype))
+        score = F.conv2d(pools, weight, padding=weight.shape[2] // 2)
     return torch.sigmoid(at_least_float32(score))
 
 

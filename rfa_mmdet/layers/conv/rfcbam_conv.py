@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rfa_mmdet.layers.arguments import positive_int
 from rfa_mmdet.layers.attention.se import SE
 from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
+from rfa_mmdet.ops.cbam import in_fast_layout
 from rfa_mmdet.ops.pools import max_and_mean
 from rfa_mmdet.ops.precision import at_least_float32, no_autocast
 from rfa_mmdet.ops.windows import lay_out, take_apart
@@ -126,6 +127,6 @@ class RFCBAMConv(ReceptiveFieldConv):
         """
         with no_autocast(x):
             laid_out = lay_out(pooled.to(self.spatial.weight.dtype), self.kernel_size)
-            score = self.spatial(laid_out)  # (B, 1, h * kh, w * kw)
+            score = self.spatial(in_fast_layout(laid_out))  # (B, 1, h * kh, w * kw)
         spatial = torch.sigmoid(at_least_float32(score))
         return self.se.gate(x).unsqueeze(4), take_apart(spatial, self.kernel_size)
