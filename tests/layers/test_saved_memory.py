@@ -19,6 +19,8 @@ from parity import make_input  # noqa: E402
 from shapes import Shape  # noqa: E402
 
 from rfa_mmdet.layers import CoordAtt, RFCAConv, RFCBAMConv  # noqa: E402
+from rfa_mmdet.layers.conv import lazy  # noqa: E402
+from tests.ops.backends import require  # noqa: E402
 
 SHAPES = [
     Shape(2, 64, 32, 40),
@@ -37,7 +39,8 @@ def kept(module: torch.nn.Module, shape: Shape) -> int:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op", ["RFCBAMConv", "RFCAConv", "CBAM", "CoordAtt", "EMA"])
-def test_at_most_half_of_the_formulas(op, shape, training):
+def test_at_most_half_of_the_formulas(op, shape, training, monkeypatch):
+    monkeypatch.setattr(lazy, "can_be_lazy", lambda *_: False)  # as on other devices
     layer = build(op, shape).train(training)
     formula = Formula(op, layer).train(training)
     ours, theirs = kept(layer, shape), kept(formula, shape)
@@ -48,6 +51,16 @@ def test_at_most_half_of_the_formulas(op, shape, training):
         assert ours <= 0.3 * theirs  # without the norm's input
     if is_plugin(op):
         assert ours < 1.3 * x  # of means of rows and columns on the smallest maps, 2 / 7
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("op", ["RFCBAMConv", "RFCAConv"])
+def test_where_the_kernels_are_an_eighth_of_the_formulas(op, shape, training):
+    require("cpu")
+    layer = build(op, shape).train(training)
+    ours, theirs = kept(layer, shape), kept(Formula(op, layer).train(training), shape)
+    assert 4 * shape.batch * shape.channels * shape.height * shape.width <= ours <= theirs / 8
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -7,6 +7,9 @@ side for the two-channel map of the spatial attention alone, not for the feature
 numbers). As there, the channel weights come from the input, through a hidden width of 16 (the
 published argument is named ``ratio``), and the spatial ones from the features before they are
 weighed.
+
+On a CPU, with batch norm or none and ReLU or none, C++ kernels compute the same without making the
+features (``lazy.py``); traces and exports always hold the formula.
 """
 
 import torch
