@@ -3,7 +3,7 @@
 torch and mmcv are needed but not listed: which build of them is right (CPU or CUDA, with or
 without compiled ops) is the machine's matter. ``make env`` installs tested versions of both.
 
-The C++ kernels of RFAConv are optional: they are built where the interpreter that installs has
+The C++ kernels (csrc) are optional: they are built where the interpreter that installs has
 torch and a C++ compiler works, and else left out with a notice.
 ``RFA_MMDET_BUILD=1`` makes that an error, ``RFA_MMDET_BUILD=0`` builds none.
 """
@@ -20,6 +20,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 FOLDER = Path("rfa_mmdet/ops/rfa_conv")
+KERNELS = ("kernels.cpp", "gated.cpp")
 # The names are those of torch.backends.cpu.get_cpu_capability(): torch's headers give the vectors
 # of the capability that they are compiled for.
 X86_FLAGS = {
@@ -37,12 +38,20 @@ class BuildKernels(build_ext):
     """Compile the kernels for each capability, and link each with the bindings."""
 
     def run(self):
-        """Build what can be built."""
+        """Build what can be built; in place, what is not there already."""
         wish = os.environ.get("RFA_MMDET_BUILD")
         if wish == "0":
             return
+        stamp = FOLDER / "_cpu.stamp"
         try:
+            state = self.inplace and self.state()
+            built = all(any(FOLDER.glob(f"_cpu_{name}.*so")) for name in CAPABILITIES)
+            if state and built and stamp.exists() and stamp.read_text() == state:
+                return
+            stamp.unlink(missing_ok=True)
             super().run()
+            if state:
+                stamp.write_text(state)
         except Exception as error:
             if wish == "1":
                 raise
@@ -53,36 +62,49 @@ class BuildKernels(build_ext):
                 for file in FOLDER.glob(f"_cpu_{name}.*so"):
                     file.unlink()
 
+    @classmethod
+    def state(cls):
+        """Return what the libraries are made from, as a hash."""
+        torch = cls.find_torch()
+        parts = [torch.__version__, str(cls.flags()), str(CAPABILITIES), sys.executable]
+        files = [file.read_bytes() for file in sorted((FOLDER / "csrc").iterdir())]
+        return hashlib.sha256(b"\0".join([*files, *(p.encode() for p in parts)])).hexdigest()
+
+    @staticmethod
+    def find_torch():
+        """Return the torch that the libraries are for; an optional part, and slow to import."""
+        if find_spec("torch") is None:
+            # pip hides what is installed from a build (PEP 517); the kernels are for that torch.
+            sys.path.append(sysconfig.get_path("purelib"))
+        import torch
+
+        return torch
+
+    @classmethod
+    def flags(cls):
+        """Return the compiler's flags for every file."""
+        # OpenMP's library is not linked: torch has loaded one, maybe under another name, and a
+        # second one would have threads of its own.
+        return [*("-std=c++20", "-O3", "-g0", "-fopenmp", "-fno-math-errno"),
+                *("-fno-trapping-math", "-fvisibility=hidden", "-w"),
+                f"-D_GLIBCXX_USE_CXX11_ABI={int(cls.find_torch().compiled_with_cxx11_abi())}",
+                *cls.extra_flags()]  # fmt: skip
+
     def build_extensions(self):
         """Compile the bindings once for all, then one library for each capability."""
         if not sys.platform.startswith("linux"):
             raise RuntimeError(f"they are for Linux, and here is {sys.platform}")
-        if find_spec("torch") is None:
-            # pip hides what is installed from a build (PEP 517); the kernels are for that torch.
-            sys.path.append(sysconfig.get_path("purelib"))
-        import torch  # an optional part of the build, and slow to import
+        self.find_torch()
         from torch.utils.cpp_extension import include_paths, library_paths
 
-        csrc = FOLDER / "csrc"
-        # OpenMP's library is not linked: torch has loaded one, maybe under another name, and a
-        # second one would have threads of its own.
-        flags = [*("-std=c++20", "-O3", "-g0", "-fopenmp", "-fno-math-errno"),
-                 *("-fno-trapping-math", "-fvisibility=hidden", "-w"),
-                 f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-                 *self.extra_flags()]  # fmt: skip
-        parts = [torch.__version__, str(flags), str(CAPABILITIES), sys.executable]
-        files = sorted(csrc.iterdir())
-        state = b"\0".join([*(file.read_bytes() for file in files), *(p.encode() for p in parts)])
-        stamp, state = FOLDER / "_cpu.stamp", hashlib.sha256(state).hexdigest()
+        csrc, flags = FOLDER / "csrc", self.flags()
         targets = [Path(self.get_ext_fullpath(ext.name)) for ext in self.extensions]
-        if all(t.exists() for t in targets) and stamp.exists() and stamp.read_text() == state:
-            return
         jobs = [(csrc / "bindings.cpp", "bindings", [])]
         objects = {"bindings": []}
         for name, options in CAPABILITIES.items():
             upper = name.upper()
             options = [*options, f"-DCPU_CAPABILITY={upper}", f"-DCPU_CAPABILITY_{upper}"]
-            jobs += [(csrc / file, name, options) for file in ("kernels.cpp", "gated.cpp")]
+            jobs += [(csrc / file, name, options) for file in KERNELS]
             objects[name] = []
 
         def compile_one(job):
@@ -107,8 +129,6 @@ class BuildKernels(build_ext):
                 library_dirs=library_paths(),
                 extra_postargs=self.extra_flags(),
             )
-        if self.inplace:
-            stamp.write_text(state)
 
     @staticmethod
     def extra_flags():
@@ -127,7 +147,9 @@ setup(
     packages=find_packages(include=["rfa_mmdet", "rfa_mmdet.*"]),
     package_data={"rfa_mmdet.ops.rfa_conv": ["csrc/*"]},
     ext_modules=[
-        Extension(f"rfa_mmdet.ops.rfa_conv._cpu_{name}", [str(FOLDER / "csrc" / "kernels.cpp")])
+        Extension(
+            f"rfa_mmdet.ops.rfa_conv._cpu_{name}", [str(FOLDER / "csrc" / file) for file in KERNELS]
+        )
         for name in CAPABILITIES
     ],
     cmdclass={"build_ext": BuildKernels},

@@ -1,4 +1,4 @@
-"""Run the operators of one built library over odd shapes; sanitize_rfa_conv.sh starts it."""
+"""Run the operators of one built library over odd shapes; sanitize_kernels.sh starts it."""
 
 import itertools
 import sys

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Build RFAConv's C++ kernels with AddressSanitizer and run them once over odd shapes.
+# Build the C++ kernels with AddressSanitizer and run them once over odd shapes.
 #
-# tests/ops/sanitize_rfa_conv.sh [PYTHON]     takes some minutes; g++ on Linux; exits 0 if clean
+# tests/ops/sanitize_kernels.sh [PYTHON]     takes some minutes; g++ on Linux; exits 0 if clean
 #
 # Every read or write beyond a tensor or a buffer ends the run with a report of where it was.
 set -euo pipefail
@@ -21,5 +21,5 @@ for capability in $capabilities; do
   # Python itself leaks by design, and its own allocator would hide what lies next to what.
   LD_PRELOAD="$asan $(g++ -print-file-name=libstdc++.so)" PYTHONMALLOC=malloc \
     ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 OMP_NUM_THREADS=2 PYTHONPATH=. \
-    "$python" tests/ops/sanitize_rfa_conv.py "$work"/rfa_mmdet/ops/rfa_conv/_cpu_"$capability".*so
+    "$python" tests/ops/sanitize_kernels.py "$work"/rfa_mmdet/ops/rfa_conv/_cpu_"$capability".*so
 done
