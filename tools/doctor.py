@@ -439,7 +439,8 @@ class Doctor:
             if not self.own:
                 checkout = shlex.quote(str(ROOT))
                 mend = f"{self.pip} install --no-deps --no-build-isolation -e {checkout}"
-            yield Trouble(f"RFAConv runs its slow reference on the CPU: {reason}", mend, False)
+            slow = "the receptive-field convolutions run in slow, plain torch on the CPU"
+            yield Trouble(f"{slow}: {reason}", mend, False)
 
     def check_requirements(self):
         """What installed packages say they need of others, and of Python."""

@@ -7,7 +7,7 @@ import sys
 import traceback
 import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -176,7 +176,7 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
     errors = errors or (ValueError, TypeError, KeyError, FileNotFoundError)
     # MMEngine's import of it, which is not the user's to mend.
     warnings.filterwarnings("ignore", "pkg_resources is deprecated as an API", UserWarning)
-    sys.excepthook = _show_uncaught
+    shown, sys.excepthook = sys.excepthook, _hide_lost_readers(sys.excepthook)
     try:
         yield
     except (KeyboardInterrupt, Exception) as error:
@@ -195,17 +195,24 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             print(f"{who}  raised in {frame.filename}:{frame.lineno}", file=sys.stderr)
         raise SystemExit(1) from None
+    finally:
+        sys.excepthook = shown
 
 
-def _show_uncaught(kind, error, trace) -> None:
-    """Show an error, but for that of a loader's worker whose reader went away.
+def _hide_lost_readers(hook: Callable) -> Callable:
+    """Return a hook for uncaught errors: ``hook``, but for a worker whose reader went away.
 
-    It inherits this hook. Its thread that hands tensors over fails where Ctrl-C ends the main
-    process in the middle of one, and would print its traceback after that one's last word.
+    A data loader's worker inherits it. The thread there that hands tensors over fails where Ctrl-C
+    ends the main process in the middle of one, and would print its traceback after that one's last
+    word.
     """
-    in_worker = multiprocessing.parent_process() is not None
-    if not (in_worker and isinstance(error, (ConnectionError, EOFError))):
-        sys.__excepthook__(kind, error, trace)
+
+    def show(kind, error, trace) -> None:
+        in_worker = multiprocessing.parent_process() is not None
+        if not (in_worker and isinstance(error, (ConnectionError, EOFError))):
+            hook(kind, error, trace)
+
+    return show
 
 
 def _is_interruption(error: BaseException | None) -> bool:

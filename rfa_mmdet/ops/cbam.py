@@ -69,7 +69,7 @@ def in_fast_layout(pools: Tensor) -> Tensor:
     """
     if is_recorded() or pools.device.type != "cpu":
         return pools
-    # Up to ten times as fast as of planes, forward and backward, bit for bit the same.
+    # Up to ten times as fast as of planes, forward and backward.
     return pools.contiguous(memory_format=torch.channels_last)
 
 

@@ -2,8 +2,8 @@
 
 Gates that depend on sums over all features need these twice, and their gradients once more. The C++
 kernels make the features anew, tile by tile, each time: that costs less than to write and to read K
-times the input, and what is kept for the backward pass is the input. What the kernels compute
-stands in ``rfa_conv/cpu.py``.
+times the input, and little more than the input is kept for the backward pass. What the kernels
+compute stands in ``rfa_conv/cpu.py``.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,9 @@ from torch.autograd.function import once_differentiable
 from rfa_mmdet.ops.dispatch import choose_backend
 from rfa_mmdet.ops.gated import is_recorded
 from rfa_mmdet.ops.precision import no_autocast
-from rfa_mmdet.ops.rfa_conv.library import compute_dtype
+from rfa_mmdet.ops.rfa_conv.library import are_worth_keeping, compute_dtype, output_size
 
 Pair = tuple[int, int]
-
-# Statistics are kept for the backward where the input has at least so many times their elements.
-KEEP_STATISTICS_BELOW = 12
 
 
 def can_be_lazy(x: Tensor, weight: Tensor) -> bool:
@@ -36,11 +33,16 @@ def can_be_lazy(x: Tensor, weight: Tensor) -> bool:
         >>> can_be_lazy(torch.rand(1, 2, 5, 5).double(), torch.rand(3, 2, 3, 3).double())
         False
     """
-    if is_recorded() or torch._C._len_torch_dispatch_stack():
+    if is_recorded() or torch._C._len_torch_dispatch_stack() or any(map(_is_made_up, (x, weight))):
         return False
     if x.device.type != "cpu" or x.numel() == 0:
         return False
     return choose_backend("auto", x, weight) == "cpu"
+
+
+def _is_made_up(tensor: Tensor) -> bool:
+    """Whether it has rules of its own for operators: fake, or distributed, for example."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 @dataclass(frozen=True)
@@ -175,9 +177,7 @@ class _FoldBatchNorm(torch.autograd.Function):
         statistics = _ops().moments(x, *window)
         with no_autocast(x):
             folded, shift, mean, var = _fold(feature, weight, bias, *statistics, eps)
-        # Of a small map, the statistics would be a large share of what is kept, and cost little.
-        again = KEEP_STATISTICS_BELOW * sum(s.numel() for s in statistics) > x.numel()
-        statistics = (None, None) if again else statistics
+        statistics = statistics if are_worth_keeping(statistics, x) else (None, None)
         ctx.save_for_backward(x, feature, weight, bias, *statistics)
         ctx.eps, ctx.window = eps, window
         ctx.mark_non_differentiable(mean, var)
@@ -207,10 +207,7 @@ def _through_moments(
     x: Tensor, first: Tensor, of_first: Tensor, of_second: Tensor, window: tuple[Pair, ...]
 ) -> Tensor:
     """Return the gradient of x from those of the windows' means and covariance."""
-    height, width = (
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(x.shape[2:], *window, strict=True)
-    )
+    height, width = output_size(x, *window)
     count = x.shape[0] * height * width
     Q = (of_second + of_second.mT) / count
     constant = of_first / count - torch.matmul(Q, first.unsqueeze(2)).squeeze(2)

@@ -13,12 +13,14 @@ import pytest
 import torch
 from hypothesis import example, given
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from rfa_mmdet.layers.conv import lazy
 from rfa_mmdet.ops import dispatch
 from rfa_mmdet.ops.lazy_windows import LazyFeatures
+from rfa_mmdet.ops.rfa_conv import library
 from rfa_mmdet.ops.tolerances import TOLERANCES
 from tests.layers import formulas
 from tests.layers.formulas import Case, Exact, relative_error
@@ -26,6 +28,12 @@ from tests.layers.test_receptive_field_convs import LAYERS
 from tests.ops.backends import require, run
 
 NAMES = ("RFCBAMConv", "RFCAConv")
+
+
+class Plain(Tensor):
+    """A subclass without rules of its own."""
+
+
 each = pytest.mark.parametrize("name", NAMES)
 
 
@@ -41,6 +49,7 @@ def build(name: str, case: Case, **kwargs) -> nn.Module:
 @contextmanager
 def kernels():
     """Have them in float64 too, for which they are not chosen."""
+    require("cpu")
     with mock.patch.object(lazy, "can_be_lazy", return_value=True):
         yield
 
@@ -134,11 +143,13 @@ def test_gradcheck(name, training):
 
 @each
 @pytest.mark.parametrize("training", [True, False])
-def test_autocast(name, training):
+@pytest.mark.parametrize("made", [True, False])
+def test_autocast(name, training, made, monkeypatch):
     case = Case(channels=16, out_channels=24, size=(12, 19), training=training)
     layer, x = build(name, case), case.input()
+    if made:  # as on other devices
+        monkeypatch.setattr(lazy, "can_be_lazy", lambda *_: False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer.lazy_features(x) is not None
         found = layer(x)
     assert found.dtype == torch.bfloat16
     found.sum().backward()
@@ -227,8 +238,13 @@ def test_input_is_not_read_past_its_ends_and_may_be_a_view(name):
     layer, x = build(name, case), case.input()
     expected = run(layer, x)
     wide = torch.full((x.numel() + 128,), torch.nan)
-    inner = wide[64:-64].view_as(x).copy_(x)
-    assert torch.equal(layer(inner), expected[0])
+    inner = wide[64:-64].view_as(x).copy_(x).detach().requires_grad_()
+    y = layer(inner)
+    assert torch.equal(y, expected[0])
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    around = torch.full((y.numel() + 128,), torch.nan)
+    upstream = around[64:-64].view_as(y).copy_(upstream)
+    assert torch.equal(torch.autograd.grad(y, inner, upstream)[0], expected[1])
     view = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     kept = view.clone()
     assert all(torch.equal(a, b) for a, b in zip(run(layer, view), expected, strict=True))
@@ -236,7 +252,7 @@ def test_input_is_not_read_past_its_ends_and_may_be_a_view(name):
 
 
 @each
-def test_what_is_kept_for_the_backward_is_the_input(name):
+def test_little_more_than_the_input_is_kept_for_the_backward(name):
     case = Case(batch=2, channels=64, out_channels=64, size=(40, 40))
     layer, x = build(name, case), case.input().requires_grad_()
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
@@ -252,6 +268,15 @@ def test_what_is_kept_for_the_backward_is_the_input(name):
         layer(x)
     # Beside it, RFCBAMConv keeps some maps of K positions, of one channel or two.
     assert sum(kept.values()) < {"RFCBAMConv": 2.2, "RFCAConv": 1.6}[name] * 4 * x.numel()
+
+
+@each
+def test_statistics_computed_anew_give_the_gradients_of_kept_ones(name, monkeypatch):
+    results = []
+    for least in (0, math.inf):
+        monkeypatch.setattr(library, "KEEP_FROM", least)
+        results.append(run(build(name, Case()), Case().input()))
+    assert all(torch.equal(kept, anew) for kept, anew in zip(*results, strict=True))
 
 
 @each
@@ -283,10 +308,12 @@ def test_features_are_made_where_somebody_needs_them(name, training):
     assert layer.lazy_features(x.double()) is None
     assert layer.lazy_features(x[:0]) is None
     assert layer.lazy_features(x.to("meta")) is None
-    with FlopCounterMode(display=False) as counter:
-        layer(x)
-    of_convolution = 2 * 2 * 4 * 27 * 35
-    assert counter.get_total_flops() > of_convolution
+    with TorchDispatchMode():
+        assert layer.lazy_features(x) is None  # somebody counts operators
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+    assert layer.lazy_features(fake) is None
+    assert layer.lazy_features(x.as_subclass(Plain)) is not None
     for watched in (layer.feature, layer.norm, layer.act):
         handle = watched.register_forward_hook(lambda *_: None)
         assert layer.lazy_features(x) is None

@@ -135,6 +135,15 @@ except RuntimeError as error:
     assert "backend='cpu'" in error
 
 
+def test_a_library_of_older_sources_is_not_used(monkeypatch):
+    from rfa_mmdet.ops.rfa_conv import cpu
+
+    require("cpu")
+    assert cpu.load() is None
+    monkeypatch.setattr(cpu, "OPERATORS", (*cpu.OPERATORS, "of_tomorrow"))
+    assert cpu.load() == "the C++ extension was built from older sources than these"
+
+
 def test_a_library_of_another_torch_is_named(tmp_path, monkeypatch):
     from rfa_mmdet.ops.rfa_conv import cpu
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from rfa_mmdet.ops.rfa_conv import Norm, function, fused_rfa_conv, library, rfa_conv
+from rfa_mmdet.ops.rfa_conv import Norm, fused_rfa_conv, library, rfa_conv
 from rfa_mmdet.ops.tolerances import TOLERANCES
 from tests.layers import formulas
 from tests.layers.formulas import Case, relative_error
@@ -210,8 +210,8 @@ def test_no_more_is_kept_for_the_backward_than_by_a_plain_convolution(channels, 
 @pytest.mark.parametrize("feature", ["conv", "unfold"])
 def test_statistics_computed_anew_give_the_gradients_of_kept_ones(feature, monkeypatch):
     results = []
-    for below in (0, float("inf")):
-        monkeypatch.setattr(function, "KEEP_STATISTICS_BELOW", below)
+    for least in (0, float("inf")):
+        monkeypatch.setattr(library, "KEEP_FROM", least)
         torch.manual_seed(0)
         layer = build(Case(channels=4, out_channels=5), backend="cpu", feature=feature)
         results.append(run(layer, torch.randn(2, 4, 9, 8)))

@@ -358,7 +358,7 @@ def test_backends_of_this_package(sick):
     code, out = sick.examine()
     assert code == 0
     assert "backend: triton on a GPU, reference else" in out
-    assert "warning: RFAConv runs its slow reference on the CPU: no compiler" in out
+    assert "convolutions run in slow, plain torch on the CPU: no compiler" in out
     assert mends(out)[0].endswith(f"-e {ROOT}")
 
 

@@ -112,8 +112,8 @@ def hand_over(connection):
     connection.recv()
 
 
-def test_a_worker_is_silent_where_its_reader_goes_away(capfd, monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back afterwards
+def test_a_worker_is_silent_where_its_reader_goes_away(capfd):
+    before = sys.excepthook
     ours, theirs = multiprocessing.Pipe()
     with user_errors():
         worker = multiprocessing.get_context("fork").Process(target=hand_over, args=(theirs,))
@@ -126,6 +126,7 @@ def test_a_worker_is_silent_where_its_reader_goes_away(capfd, monkeypatch):
     ours.send("end")
     worker.join()
     assert worker.exitcode == 0
+    assert sys.excepthook is before
     assert capfd.readouterr().err == ""
 
 

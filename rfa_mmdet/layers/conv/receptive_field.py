@@ -141,9 +141,11 @@ class ReceptiveFieldConv(AttentionConv2d):
         return features.reshape(batch, self.in_channels, positions, height, width)
 
     def lazy_features(self, x: Tensor) -> LazyFeatures | None:
-        """Return the features of a map (B, C, H, W), unmade. None: they must be made."""
-        padded, padding = self.pad(x)
-        return lazy_features(padded, self.feature, self.norm, self.act, self.conv.weight, padding)
+        """Return the features of a map (B, C, H, W), unmade. None: they must be made.
+
+        If they are returned, the norm's running statistics are updated.
+        """
+        return lazy_features(x, self.feature, self.norm, self.act, self.conv.weight, self.pad)
 
     def convolve(self, windows: Tensor, gates: tuple[Tensor, Tensor]) -> Tensor:
         """Sum up weighed features: (B, C, K, h, w), or (B, C, kh, kw, h, w), to (B, O, h, w).

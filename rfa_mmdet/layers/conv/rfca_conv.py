@@ -6,8 +6,9 @@ What differs from the published code: every argument of Conv2d works; the window
 side by side, as the means of the rows and columns of that layout are means over windows (the same
 numbers).
 
-On a CPU, with batch norm or none and ReLU or none, C++ kernels compute the same without making the
-features (``lazy.py``); traces and exports always hold the formula.
+On a CPU, in float32 and bfloat16, with batch norm or none and ReLU or none, C++ kernels compute the
+same without making the features (``lazy.py``). Traces, exports and modules with hooks, which must
+be called to be seen, always take the formula.
 """
 
 import torch

@@ -8,8 +8,10 @@ numbers). As there, the channel weights come from the input, through a hidden wi
 published argument is named ``ratio``), and the spatial ones from the features before they are
 weighed.
 
-On a CPU, with batch norm or none and ReLU or none, C++ kernels compute the same without making the
-features (``lazy.py``); traces and exports always hold the formula.
+On a CPU, in float32 and bfloat16, with batch norm or none and ReLU or none, C++ kernels compute the
+same without making the features (``lazy.py``). Traces, exports and modules with hooks, which must
+be called to be seen, always take the formula.
+Of equal maxima over the channels, the kernels give the gradient to the first, the formula to all.
 """
 
 import torch

@@ -23,18 +23,25 @@ padding, dilation, groups)``
 ``correct_input_gradient(grad_x, x, Q, constant, kernel_size, stride, padding, dilation)``
     Subtracts fold(constant + Q @ window) from ``grad_x``, in place; Q (C, K, K) is symmetric.
 
-Three more, for inference, have no function here; ``rfa_mmdet/ops/lazy_windows.py`` calls the
-operators. With features act(feature @ window + shift), in the type computed in:
+Six more, of RFCBAMConv and RFCAConv, have no function here: ``rfa_mmdet/ops/lazy_windows.py``
+calls the operators. Of features act(feature @ window + shift), results in the type computed in:
 
-``pool_channels(x, feature, shift, relu, kernel_size, stride, padding, dilation)``
-    (B, 2, K, h, w): their maximum and mean over the channels.
+``pool_channels(x, feature, shift, relu, indexed, kernel_size, stride, padding, dilation)``
+    Their maximum and mean over the channels, (B, 2, K, h, w); and, if ``indexed``, the first
+    channel that has the maximum, (B, K, h, w).
 ``pool_coordinates(x, feature, shift, relu, kernel_size, stride, padding, dilation)``
     Their means over the rows of the windows laid side by side, (B, C, kh, h), and the columns,
     (B, C, kw, w).
+``pool_channels_backward(grad, x, feature, shift, relu, largest, needs, ...)``,
+``pool_coordinates_backward(grad_rows, grad_columns, x, feature, shift, relu, needs, ...)``
+    Gradients of x, shift and, as above, the products, from which that of feature follows.
+    ``needs``: whether that of x, and those of the other two, are wanted.
 ``forward_gated(x, feature, shift, relu, first, second, weight, bias, kernel_size, stride, padding,
 dilation, groups)``
     The convolution of the features times two gates: of channels (B, C) and positions (B, K, h, w),
     or of rows (B, C, kh, h) and columns (B, C, kw, w).
+``backward_gated(grad_y, x, feature, shift, relu, first, second, weight, needs, ..., groups)``
+    Gradients of x, shift, products, both gates, weight and bias; ``needs`` as of ``backward``.
 
 No thread adds to what another one writes: results do not depend on the number of threads.
 """
@@ -43,6 +50,11 @@ from pathlib import Path
 
 import torch
 
+OPERATORS = (
+    *("moments", "forward", "backward", "correct_input_gradient"),
+    *("pool_channels", "pool_channels_backward", "pool_coordinates", "pool_coordinates_backward"),
+    *("forward_gated", "backward_gated"),
+)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -58,7 +70,7 @@ def load() -> str | None:
         True
     """
     if hasattr(torch.ops.rfa_mmdet_cpu, "forward"):
-        return None
+        return _other_sources()
     capability = torch.backends.cpu.get_cpu_capability().lower()
     folder = Path(__file__).parent
     for name in dict.fromkeys((capability, "default")):
@@ -67,8 +79,14 @@ def load() -> str | None:
                 torch.ops.load_library(file)
             except OSError as error:
                 return f"{file.name} does not load, as it was built for another torch: {error}"
-            return None
+            return _other_sources()
     return "the C++ extension is not built"
+
+
+def _other_sources() -> str | None:
+    if all(hasattr(torch.ops.rfa_mmdet_cpu, name) for name in OPERATORS):
+        return None
+    return "the C++ extension was built from older sources than these"
 
 
 def moments(*args):

@@ -24,12 +24,9 @@ from torch import Tensor
 
 from rfa_mmdet.ops.dispatch import autocast_dtype
 from rfa_mmdet.ops.precision import no_autocast
-from rfa_mmdet.ops.rfa_conv.library import compute_dtype, output_size
+from rfa_mmdet.ops.rfa_conv.library import are_worth_keeping, compute_dtype, output_size
 
 Pair = tuple[int, int]
-
-# Statistics are kept for the backward where the input has at least so many times their elements.
-KEEP_STATISTICS_BELOW = 12
 
 
 class Norm(NamedTuple):
@@ -169,10 +166,7 @@ class _RFAConv(torch.autograd.Function):
                 x, attention, feature, scale, shift, relu, weight, bias, *window, groups, backend
             )
         statistics = (mean, r, first, second)
-        # Of a small map, the statistics would be a large share of what is kept, and cost little.
-        again = (
-            batch and group is None and KEEP_STATISTICS_BELOW * _elements(statistics) > x.numel()
-        )
+        again = batch and group is None and not are_worth_keeping(statistics, x)
         ctx.save_for_backward(
             x,
             attention,
@@ -266,10 +260,6 @@ class _RFAConv(torch.autograd.Function):
             shaped(d_shift, norm_bias, need_b),
             *(None,) * 13,
         )
-
-
-def _elements(tensors: tuple[Tensor, ...]) -> int:
-    return sum(t.numel() for t in tensors)
 
 
 def _identity_of(attention: Tensor, dtype: torch.dtype) -> Tensor:

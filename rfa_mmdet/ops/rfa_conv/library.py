@@ -5,10 +5,15 @@ shapes only. What they compute stands in ``cpu.py``; the autograd function over 
 ``function.py``.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from rfa_mmdet.ops import dispatch
+
+# Statistics are kept where the input has at least so many times their elements.
+KEEP_FROM = 12
 
 _WINDOW = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation"
 _PARAMETERS = (
@@ -49,6 +54,18 @@ def output_size(x: Tensor, kernel_size, stride, padding, dilation) -> tuple[int,
         )
     )
     return height, width
+
+
+def are_worth_keeping(statistics: Iterable[Tensor | None], x: Tensor) -> bool:
+    """Whether to keep statistics of the windows of a map for the backward pass.
+
+    Of a small map they would be a large share of what is kept, and cost little to compute again.
+
+    Example:
+        >>> are_worth_keeping([torch.ones(4, 9)], torch.ones(1, 4, 9, 9))
+        False
+    """
+    return KEEP_FROM * sum(s.numel() for s in statistics) <= x.numel()
 
 
 def _layout(x: Tensor, backend: str) -> torch.memory_format:

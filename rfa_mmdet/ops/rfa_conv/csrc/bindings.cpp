@@ -29,7 +29,8 @@ Geometry geometry_of(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, In
                         dilation[0] > 0 && dilation[1] > 0,
                     "kernel_size=", kernel, ", stride=", stride, ", dilation=", dilation,
                     ": must be at least 1");
-  TORCH_CHECK_VALUE(padding[0] >= 0 && padding[1] >= 0, "padding=", padding, ": must be at least 0");
+  TORCH_CHECK_VALUE(padding[0] >= 0 && padding[1] >= 0, "padding=", padding,
+                    ": must be at least 0");
   Geometry g{x.size(0), x.size(1), x.size(2), x.size(3), outputs, groups,
              kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1],
              dilation[0], dilation[1], 0, 0};
@@ -37,7 +38,6 @@ Geometry geometry_of(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, In
   const int64_t wide = g.W + 2 * g.pw - g.dw * (g.kw - 1) - 1;
   TORCH_CHECK_VALUE(high >= 0 && wide >= 0, "x of shape ", x.sizes(), " with padding=", padding,
                     " is smaller than the window: kernel_size=", kernel, ", dilation=", dilation);
-  
   g.h = high / g.sh + 1;
   g.w = wide / g.sw + 1;
   return g;

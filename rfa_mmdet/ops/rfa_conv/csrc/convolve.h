@@ -51,8 +51,8 @@ int64_t channel_block(const Geometry& g, int64_t positions, int64_t bytes, int64
 }
 
 // `make_weigher(positions)` gives each thread an object that writes the weighed features. For tiles
-// of up to `positions`, it is told of each one by `enter(b, tile)`, and of each channel of that, with
-// the windows it may read, by `enter_channel(c)`; then asked, for runs of the tile's positions, to
+// of up to `positions`, it is told of each one by `enter(b, tile)`, and of each channel of that by
+// `enter_channel(c)`; then asked, for runs of the tile's positions, to
 // `write(patch, pitch, start, vectors, out, out_pitch)` from (K, vectors) of the window to as many
 // of the features.
 template <typename E, typename MakeWeigher>

@@ -100,7 +100,7 @@ void absorb(const Tile& tile, Windows<E>& windows, int64_t K, const Compute<E>* 
   }
 }
 
-// How the channels are divided into tasks; at least `least` of them if possible.
+// How the channels are divided into tasks, blocks of them; at least `least` if possible.
 template <typename T>
 struct Blocks {
   int64_t wanted, block, blocks, tasks; // positions a tile; channels a block; blocks a group
@@ -115,26 +115,34 @@ struct Blocks {
 };
 
 // `make_weigher(positions)` gives each thread an object that knows how the features were weighed.
-// It is told of tiles and channels as in convolve.h, and of the block by `enter_task(task)`; then
+// It is told of tiles and channels as in convolve.h, and of the slot by `enter_slot(slot)`; then
 // asked, for a tile, to turn the gradient of the weighed features in `grad`, (K, positions), into
 // that of the features before the activation, to write the weighed features to `u`, and to add the
 // sums of the gradient to `shift` (K): `backward(patch, pitch, vectors, u, grad, grad_pitch,
 // shift)`. `feature()` and `constant()` are what `absorb` takes; `leave(c)` ends a channel.
+//
+// A slot is a fixed part of the channels, which one thread goes through: there are `slots`, or, if
+// that is 0, as many as there are tasks for the threads.
 template <typename E, typename MakeWeigher>
 void convolve_backward(const Geometry& g, const E* grad_y, const E* x, const E* weight,
-                       const Gradients<Compute<E>>& grads, int64_t least,
+                       const Gradients<Compute<E>>& grads, int64_t slots,
                        const MakeWeigher& make_weigher) {
   using T = Compute<E>;
   const int64_t K = g.K(), in_group = g.C / g.groups, outputs = g.O / g.groups;
   const int64_t area = g.h * g.w;
-  const Blocks<T> plan(g, least);
+  const Blocks<T> plan(g, slots ? slots : at::get_num_threads());
+  const int64_t tasks = plan.tasks, parts = slots ? slots : tasks;
   const auto tiles = split_map(g, plan.wanted, 1);
   const int64_t positions = largest_tile<T>(tiles), block = plan.block, blocks = plan.blocks;
   Buffer<T> packed(g.O * in_group * K);
   pack_columns(g, block * K, weight, packed.get());
   const Panels<T> across(outputs);
 
-  at::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, parts, 1, [&](int64_t first_part, int64_t end_part) {
+    const int64_t begin = first_part * tasks / parts, end = end_part * tasks / parts;
+    if (begin == end) {
+      return;
+    }
     Windows<E> windows(g, tiles);
     Buffer<T> along(outputs * positions), transposed(across.padded() * positions);
     Buffer<T> u(block * K * positions), grad(block * K * positions), mixed(K * windows.pitch());
@@ -155,7 +163,7 @@ void convolve_backward(const Geometry& g, const E* grad_y, const E* x, const E* 
                              grads.weight ? &across : nullptr, transposed.get());
             packed_group = group;
           }
-          weigher.enter_task(task);
+          weigher.enter_slot(((task + 1) * parts - 1) / tasks);
           const T* a = packed.get() + (group * in_group + first) * K * outputs;
           gemm<T>(count * K, outputs, {a, 0}, along.get(), panels, grad.get(), positions, false,
                   nullptr, true);

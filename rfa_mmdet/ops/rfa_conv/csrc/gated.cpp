@@ -15,8 +15,8 @@
 namespace rfa {
 namespace {
 
-// Calls use(i, q, value) with act(feature patch + shift) of each position i of the windows, a vector
-// of outputs from q on at a time.
+// Calls use(i, q, value) with act(feature patch + shift) of each position i of the windows, for a
+// vector of outputs from q on at a time.
 template <typename T, int KK, bool relu, typename F>
 RFA_INLINE inline void respond_fixed(const T* patch, int64_t pitch, int64_t vectors,
                                      const T* feature, const T* shift, F&& use) {
@@ -107,7 +107,7 @@ struct Coordinates {
   }
 };
 
-// Gradients of the two gates; `partial` holds those of positions, (tasks, B, K, h, w).
+// Gradients of the two gates; `partial` holds those of positions, (slots, B, K, h, w).
 template <typename T>
 struct GateGradients {
   T* first = nullptr;
@@ -123,8 +123,8 @@ class Gated {
         const GateGradients<T>& grads, int64_t positions)
       : g(g), response(response), gates(gates), grads(grads), pitch(positions),
         weighed(grads.first ? g.K() * positions : 0), none(positions) {}
-  void enter_task(int64_t task) {
-    this->task = task;
+  void enter_slot(int64_t slot) {
+    this->slot = slot;
   }
   const T* feature() const {
     return response.feature + c * g.K() * g.K();
@@ -159,7 +159,7 @@ class Gated {
   const int64_t pitch;
   Buffer<T> weighed, none;
   Tile tile{};
-  int64_t b = 0, c = 0, task = 0;
+  int64_t b = 0, c = 0, slot = 0;
 };
 
 // A gate of each channel, (B, C), times one of each position of each window, (B, K, h, w).
@@ -199,7 +199,7 @@ class ByChannelAndPosition : public Gated<T> {
                           return all * Vec<T>::loadu(from + i * pitch + q);
                         });
     const int64_t n = tile.positions(), area = g.h * g.w;
-    T* const to = grads.partial + (task * g.B + b) * g.K() * area + tile.start(g);
+    T* const to = grads.partial + (slot * g.B + b) * g.K() * area + tile.start(g);
     T sum(0);
     for (int64_t i = 0; i < g.K(); ++i) {
       const T* const w = weighed.get() + i * pitch;
@@ -221,7 +221,7 @@ class ByChannelAndPosition : public Gated<T> {
   using Gated<T>::tile;
   using Gated<T>::b;
   using Gated<T>::c;
-  using Gated<T>::task;
+  using Gated<T>::slot;
   Buffer<T> of_positions;
   T of_channel = 0;
 };
@@ -304,6 +304,9 @@ void pool_channels(const Geometry& g, const Response<Compute<E>>& response, cons
       const int64_t n = tile.positions(), vectors = ceil_div(n, Vec<T>::size());
       std::fill(most.get(), most.get() + K * pitch, -std::numeric_limits<T>::infinity());
       std::fill(sum.get(), sum.get() + K * pitch, T(0));
+      if (largest) { // where the first channel's is NaN, none is larger
+        std::fill(index.get(), index.get() + K * pitch, T(0));
+      }
       for (int64_t c = 0; c < g.C; ++c) {
         windows.load(tile, x + (b * g.C + c) * g.H * g.W);
         const auto add = [&](auto i, int64_t q, const Vec<T>& z) RFA_INLINE {
@@ -384,8 +387,9 @@ void pool_coordinates(const Geometry& g, const Response<Compute<E>>& response, c
 
 namespace {
 
-// From the gradients of pools to those of the input. `make_source(positions)` gives each thread an object that is told of tiles and channels, and then
-// asked for the gradient `at(i, q)` of a vector of features.
+// From the gradients of pools to those of the input. `make_source(positions)` gives each thread an
+// object that is told of tiles and channels, and then asked for the gradient `at(i, q)` of a vector
+// of features.
 template <typename E, typename MakeSource>
 void pool_backward(const Geometry& g, const Response<Compute<E>>& response, const E* x,
                    const Gradients<Compute<E>>& grads, const MakeSource& make_source) {
@@ -535,24 +539,24 @@ void backward_gated(const Geometry& g, const Response<Compute<E>>& response,
                     Compute<E>* grad_second) {
   using T = Compute<E>;
   if (gates.of_coordinates) {
-    convolve_backward(g, grad_y, x, weight, grads, at::get_num_threads(), [&](int64_t positions) {
+    convolve_backward(g, grad_y, x, weight, grads, 0, [&](int64_t positions) {
       return ByRowAndColumn<T>(
           g, response, gates, {grad_first, grad_second, nullptr}, positions);
     });
     return;
   }
-  // All channels add to the gradients of positions: each task for itself, then all in one order.
-  constexpr int64_t least = 8;
-  const int64_t tasks = Blocks<T>(g, least).tasks, size = g.B * g.K() * g.h * g.w;
-  Buffer<T> partial(tasks * size);
-  convolve_backward(g, grad_y, x, weight, grads, least, [&](int64_t positions) {
+  // All channels add to the gradients of positions: a slot of them for itself, then all in one
+  // order. No more slots, and so threads, than an eighth of the features' memory allows.
+  const int64_t slots = std::clamp<int64_t>(g.C / 8, 1, 8), size = g.B * g.K() * g.h * g.w;
+  Buffer<T> partial(slots * size);
+  convolve_backward(g, grad_y, x, weight, grads, slots, [&](int64_t positions) {
     return ByChannelAndPosition<T>(
         g, response, gates, {grad_first, grad_second, partial.get()}, positions);
   });
   at::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
     std::copy(partial.get() + begin, partial.get() + end, grad_second + begin);
-    for (int64_t task = 1; task < tasks; ++task) {
-      const T* from = partial.get() + task * size;
+    for (int64_t slot = 1; slot < slots; ++slot) {
+      const T* from = partial.get() + slot * size;
       for (int64_t q = begin; q < end; ++q) {
         grad_second[q] += from[q];
       }

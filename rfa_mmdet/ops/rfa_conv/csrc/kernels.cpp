@@ -270,7 +270,7 @@ class AttentionBackward {
       : K(g.K()), channels(channels), window(window), gradient(gradient), means(positions),
         scratch(K == 9 ? 0 : (K + 1) * positions + 2 * K * Vec<T>::size()), sums(g.C * K) {}
   void enter(int64_t, const Tile&) {}
-  void enter_task(int64_t) {}
+  void enter_slot(int64_t) {}
   void enter_channel(int64_t c) {
     this->c = c;
   }
@@ -332,7 +332,7 @@ void backward(const Geometry& g, const Window<Compute<E>>& window, const E* grad
               const E* weight, const Gradients<Compute<E>>& grads) {
   using T = Compute<E>;
   const Channels<T> channels(g, window);
-  convolve_backward(g, grad_y, x, weight, grads, at::get_num_threads(), [&](int64_t positions) {
+  convolve_backward(g, grad_y, x, weight, grads, 0, [&](int64_t positions) {
     return AttentionBackward<T>(g, channels, window, grads.attention, positions);
   });
 }

@@ -1,5 +1,5 @@
-// The CPU kernels of RFAConv (kernels.cpp), and of RFCBAMConv and RFCAConv (gated.cpp): pointers in,
-// pointers out. Compiled once for each CPU capability.
+// The CPU kernels of RFAConv (kernels.cpp), and of RFCBAMConv and RFCAConv (gated.cpp): pointers
+// in, pointers out. Compiled once for each CPU capability.
 #pragma once
 
 #include <cstdint>
