@@ -6,6 +6,7 @@ times the input, and little more than the input is kept for the backward pass. W
 compute stands in ``rfa_conv/cpu.py``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from rfa_mmdet.ops.dispatch import choose_backend
 from rfa_mmdet.ops.gated import is_recorded
 from rfa_mmdet.ops.precision import no_autocast
+from rfa_mmdet.ops.rfa_conv.function import response_statistics, scale_and_shift
 from rfa_mmdet.ops.rfa_conv.library import are_worth_keeping, compute_dtype, output_size
 
 Pair = tuple[int, int]
@@ -159,15 +161,9 @@ def _fold(
     second: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mean = (feature * first.unsqueeze(1)).sum(2)
-    # Rounding may leave a variance of zero a little below it.
-    var = (torch.matmul(feature, second) * feature).sum(2).clamp_min(0)
-    scale = torch.rsqrt(var + eps)
-    if weight is not None:
-        scale = scale * weight.view_as(scale)
-    shift = -scale * mean
-    if bias is not None:
-        shift = shift + bias.view_as(scale)
+    mean, var = response_statistics(feature, first, second)
+    r = torch.rsqrt(var + eps)
+    scale, shift = scale_and_shift(mean, weight, bias, mean, r, mean.dtype)
     return feature * scale.unsqueeze(2), shift, mean, var
 
 
@@ -216,10 +212,19 @@ def _through_moments(
     return grad_x
 
 
-def _wanted(found: tuple[Tensor, ...], needs: tuple[bool, ...], like: tuple) -> list:
+def _wanted(found: tuple[Tensor, ...], needs: Sequence[bool], like: Sequence) -> list:
     """Return gradients in the types of their tensors; None for those that are not needed."""
     triples = zip(found, needs, like, strict=True)
     return [gradient.to(of.dtype) if need else None for gradient, need, of in triples]
+
+
+def _through_pool(ctx, operator, grads: tuple, inputs: Sequence[Tensor], *largest: Tensor) -> tuple:
+    """Return the gradients of a pool's inputs: x, feature, shift, and two that are no tensors."""
+    needs = ctx.needs_input_grad[:3]
+    of_x, of_shift, products = operator(
+        *(*grads, *inputs, ctx.relu, *largest, (needs[0], needs[1] or needs[2])), *ctx.window
+    )
+    return *_wanted((of_x, products, of_shift), needs, inputs), None, None
 
 
 class _PoolChannels(torch.autograd.Function):
@@ -233,14 +238,8 @@ class _PoolChannels(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, feature, shift, largest = ctx.saved_tensors
-        need_x, need_feature, need_shift = ctx.needs_input_grad[:3]
-        of_x, of_shift, products = _ops().pool_channels_backward(
-            *(grad, x, feature, shift, ctx.relu, largest),
-            *((need_x, need_feature or need_shift), *ctx.window),
-        )
-        needs = (need_x, need_feature, need_shift)
-        return *_wanted((of_x, products, of_shift), needs, (x, feature, shift)), None, None
+        *inputs, largest = ctx.saved_tensors
+        return _through_pool(ctx, _ops().pool_channels_backward, (grad,), inputs, largest)
 
 
 class _PoolCoordinates(torch.autograd.Function):
@@ -253,14 +252,8 @@ class _PoolCoordinates(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_rows, grad_columns):
-        x, feature, shift = ctx.saved_tensors
-        need_x, need_feature, need_shift = ctx.needs_input_grad[:3]
-        of_x, of_shift, products = _ops().pool_coordinates_backward(
-            *(grad_rows, grad_columns, x, feature, shift, ctx.relu),
-            *((need_x, need_feature or need_shift), *ctx.window),
-        )
-        needs = (need_x, need_feature, need_shift)
-        return *_wanted((of_x, products, of_shift), needs, (x, feature, shift)), None, None
+        grads = grad_rows, grad_columns
+        return _through_pool(ctx, _ops().pool_coordinates_backward, grads, ctx.saved_tensors)
 
 
 class _Convolve(torch.autograd.Function):

@@ -88,26 +88,8 @@ def test_output_and_every_gradient_are_the_formula(name, case):
     compare(name, dataclasses.replace(case, act=case.act and "ReLU"))
 
 
-# Vectors have 4 to 16 lanes, panels 3 vectors, products blocks of 4 or 8 rows; tiles, hundreds of
-# positions: sizes about each of these.
-ODD = [
-    Case(batch=1, channels=1, out_channels=1, size=(1, 1)),
-    Case(batch=1, channels=1, out_channels=1, size=(2, 1)),
-    Case(channels=13, out_channels=17, size=(1, 47)),
-    Case(channels=7, out_channels=49, size=(47, 1)),
-    *(Case(batch=1, out_channels=7, channels=9, size=(3, w)) for w in (15, 16, 17, 48, 49)),
-    Case(batch=1, channels=2, out_channels=3, size=(3, 641)),
-    Case(batch=1, channels=2, out_channels=3, size=(2, 1931), stride=(1, 2)),
-    Case(batch=1, channels=4, out_channels=5, size=(97, 89), stride=(2, 2)),
-    Case(batch=3, channels=66, out_channels=33, size=(29, 31), groups=3),
-    Case(batch=2, channels=9, out_channels=9, size=(19, 23), groups=9),
-    Case(batch=1, channels=2, out_channels=3, size=(41, 43), dilation=(12, 12), padding=(12, 12)),
-    Case(batch=1, channels=2, out_channels=3, size=(13, 17), kernel=(9, 1), padding=(4, 0)),
-]
-
-
 @each
-@pytest.mark.parametrize("case", ODD, ids=str)
+@pytest.mark.parametrize("case", formulas.ODD_SIZES, ids=str)
 def test_odd_sizes(name, case):
     compare(name, case)
 
@@ -168,7 +150,8 @@ def test_magnitude_of_the_input(name, magnitude, training):
     exact = run(copy.deepcopy(layer).double(), x.double())
     least = 1e-2 * max(float(e.abs().max()) for e in exact[2:])  # of a bias before BN: rounding
     for i, (found, expected) in enumerate(zip(run(layer, x), exact, strict=True)):
-        assert relative_error(found, expected, least if i > 1 else 0) <= 1e-4
+        limit = TOLERANCES[torch.float32].layer_gradient
+        assert relative_error(found, expected, least if i > 1 else 0) <= limit
 
 
 @each
@@ -182,6 +165,7 @@ def test_statistics_of_the_batch_are_those_of_torch(name, dtype):
         layer(x)
     made.norm(made.feature(x.double()))
     assert layer.norm.num_batches_tracked == made.norm.num_batches_tracked == 1
+    # Such values themselves are rounded by 1e-4 of a deviation; a variance, by ten times that.
     for key, of_sum in (("running_mean", 1e-5), ("running_var", 1e-3)):
         limit = of_sum if dtype == torch.float32 else 1e-9
         assert relative_error(getattr(layer.norm, key), getattr(made.norm, key)) <= limit
@@ -249,25 +233,6 @@ def test_input_is_not_read_past_its_ends_and_may_be_a_view(name):
     kept = view.clone()
     assert all(torch.equal(a, b) for a, b in zip(run(layer, view), expected, strict=True))
     assert torch.equal(view, kept)
-
-
-@each
-def test_little_more_than_the_input_is_kept_for_the_backward(name):
-    case = Case(batch=2, channels=64, out_channels=64, size=(40, 40))
-    layer, x = build(name, case), case.input().requires_grad_()
-    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    kept = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(x)
-    # Beside it, RFCBAMConv keeps some maps of K positions, of one channel or two.
-    assert sum(kept.values()) < {"RFCBAMConv": 2.2, "RFCAConv": 1.6}[name] * 4 * x.numel()
 
 
 @each

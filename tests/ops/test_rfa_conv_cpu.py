@@ -53,27 +53,7 @@ def test_bfloat16_in_training(training):
     )
 
 
-# Vectors have 4 to 16 lanes, panels 3 vectors, products blocks of 4 or 8 rows; tiles, hundreds of
-# positions: sizes about each of these.
-ODD = [
-    Case(batch=1, channels=1, out_channels=1, size=(1, 1), training=False),
-    Case(batch=1, channels=1, out_channels=1, size=(2, 1)),
-    Case(channels=13, out_channels=17, size=(1, 47)),
-    Case(channels=7, out_channels=49, size=(47, 1)),
-    *(Case(batch=1, out_channels=7, channels=9, size=(3, w)) for w in (15, 16, 17, 48, 49)),
-    Case(batch=1, channels=2, out_channels=3, size=(3, 641)),
-    Case(batch=1, channels=2, out_channels=3, size=(2, 1931), stride=(1, 2)),
-    Case(batch=1, channels=4, out_channels=5, size=(97, 89), stride=(2, 2)),
-    Case(batch=1, channels=31, out_channels=67, size=(29, 31)),
-    Case(batch=2, channels=66, out_channels=33, size=(9, 11), groups=3),
-    Case(batch=2, channels=9, out_channels=9, size=(19, 23), groups=9),
-    Case(batch=1, channels=2, out_channels=3, size=(23, 29), stride=(5, 4), kernel=(3, 3)),
-    Case(batch=1, channels=2, out_channels=3, size=(41, 43), dilation=(12, 12), padding=(12, 12)),
-    Case(batch=1, channels=2, out_channels=3, size=(13, 17), kernel=(9, 1), padding=(4, 0)),
-]
-
-
-@pytest.mark.parametrize("case", ODD, ids=str)
+@pytest.mark.parametrize("case", formulas.ODD_SIZES, ids=str)
 def test_odd_sizes(case):
     compare(case)
 

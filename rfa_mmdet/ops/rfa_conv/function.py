@@ -154,14 +154,14 @@ class _RFAConv(torch.autograd.Function):
                 first, second = ops.rfa_conv_moments(x, *window, backend)
                 height, width = output_size(x, *window)
                 count = x.shape[0] * height * width
-                mean, var = _response_statistics(feature, first, second)
+                mean, var = response_statistics(feature, first, second)
                 total, mean, var = _over_ranks(count, mean, var, group)
                 unbiased = var * (total / (total - 1))
             elif normed:
                 mean, var = (s.to(dtype).view_as(attention) for s in (mean, var))
             if normed:
                 r = torch.rsqrt(var + eps)
-            scale, shift = _scale_and_shift(attention, norm_weight, norm_bias, mean, r, dtype)
+            scale, shift = scale_and_shift(attention, norm_weight, norm_bias, mean, r, dtype)
             y = ops.rfa_conv_forward(
                 x, attention, feature, scale, shift, relu, weight, bias, *window, groups, backend
             )
@@ -206,9 +206,9 @@ class _RFAConv(torch.autograd.Function):
         with no_autocast(x):
             if ctx.again:
                 first, second = ops.rfa_conv_moments(x, *window, ctx.backend)
-                mean, var = _response_statistics(feature, first, second)
+                mean, var = response_statistics(feature, first, second)
                 r = torch.rsqrt(var + ctx.eps)
-            scale, shift = _scale_and_shift(attention, norm_weight, norm_bias, mean, r, dtype)
+            scale, shift = scale_and_shift(attention, norm_weight, norm_bias, mean, r, dtype)
             grad_x, d_attention, d_shift, products, d_weight, d_bias = ops.rfa_conv_backward(
                 grad_y,
                 x,
@@ -269,10 +269,23 @@ def _identity_of(attention: Tensor, dtype: torch.dtype) -> Tensor:
     return eye.expand(attention.shape[0], positions, positions)
 
 
-def _response_statistics(
+def response_statistics(
     feature: Tensor | None, first: Tensor, second: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each response, (C, K), from those of the windows."""
+    """Return mean and biased variance of each response from those of the windows.
+
+    Args:
+        feature (Tensor | None): (C, K, K). None: the responses are the window's values.
+        first, second (Tensor): (C, K) and (C, K, K), mean and covariance of these.
+
+    Returns:
+        tuple[Tensor, Tensor]: (C, K) each.
+
+    Example:
+        >>> first, second = torch.ones(2, 4), torch.eye(4).expand(2, 4, 4)
+        >>> [s.unique().item() for s in response_statistics(None, first, second)]
+        [1.0, 1.0]
+    """
     if feature is None:
         return first, torch.diagonal(second, dim1=1, dim2=2).clamp_min(0).contiguous()
     w = feature.to(first.dtype)
@@ -281,7 +294,7 @@ def _response_statistics(
     return mean, (torch.matmul(w, second) * w).sum(2).clamp_min(0)
 
 
-def _scale_and_shift(
+def scale_and_shift(
     attention: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -289,7 +302,22 @@ def _scale_and_shift(
     r: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Return norm as scale * z + shift, (C, K) each."""
+    """Return a norm as scale * z + shift.
+
+    Args:
+        attention (Tensor): Of the shape (C, K) of both.
+        weight, bias (Tensor | None): Of the norm, (C * K,).
+        mean, r (Tensor | None): Its mean and one over its deviation, (C, K). None: there is none.
+        dtype (torch.dtype): Of both.
+
+    Returns:
+        tuple[Tensor, Tensor]: (C, K) each.
+
+    Example:
+        >>> one = torch.ones(2, 4)
+        >>> [t.unique().item() for t in scale_and_shift(one, None, None, one, one, one.dtype)]
+        [1.0, -1.0]
+    """
     if r is None:
         return torch.ones_like(attention, dtype=dtype), torch.zeros_like(attention, dtype=dtype)
     scale = r if weight is None else r * weight.to(dtype).view_as(r)
