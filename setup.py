@@ -19,7 +19,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-FOLDER = Path("rfa_mmdet/ops/rfa_conv")
+FOLDER = Path("rfa_mmdet/ops/receptive_field")
 KERNELS = ("kernels.cpp", "gated.cpp")
 # The names are those of torch.backends.cpu.get_cpu_capability(): torch's headers give the vectors
 # of the capability that they are compiled for.
@@ -145,10 +145,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["rfa_mmdet", "rfa_mmdet.*"]),
-    package_data={"rfa_mmdet.ops.rfa_conv": ["csrc/*"]},
+    package_data={"rfa_mmdet.ops.receptive_field": ["csrc/*"]},
     ext_modules=[
         Extension(
-            f"rfa_mmdet.ops.rfa_conv._cpu_{name}", [str(FOLDER / "csrc" / file) for file in KERNELS]
+            f"rfa_mmdet.ops.receptive_field._cpu_{name}", [str(FOLDER / "csrc" / file) for file in KERNELS]
         )
         for name in CAPABILITIES
     ],

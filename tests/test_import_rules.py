@@ -133,7 +133,7 @@ for name in ("mmengine", "mmcv", "mmdet"):
 
 import torch
 import rfa_mmdet.ops.conam, rfa_mmdet.ops.ema
-from rfa_mmdet.ops.rfa_conv import rfa_conv
+from rfa_mmdet.ops.receptive_field import rfa_conv
 
 y = rfa_conv(torch.rand(2, 4, 8, 8), torch.rand(36, 1, 1, 1), torch.rand(36, 1, 3, 3),
              torch.rand(6, 4, 3, 3), norm=lambda f: f, act=torch.relu, padding=(1, 1))
@@ -196,6 +196,6 @@ print(sorted(m for m in sys.modules if m.split(".")[0] in ("mmengine", "mmcv", "
 print(sorted(m for m in sys.modules if m.startswith("rfa_mmdet.") and ".ops" not in m))
 """
     *modules, openmmlab, others = run(code, blocked=False).split("\n")
-    assert {"rfa_mmdet.ops.ema", "rfa_mmdet.ops.rfa_conv.reference"} <= set(modules)
+    assert {"rfa_mmdet.ops.ema", "rfa_mmdet.ops.receptive_field.reference"} <= set(modules)
     assert openmmlab == "[]"
     assert others == "[]"

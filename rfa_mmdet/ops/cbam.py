@@ -5,10 +5,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from rfa_mmdet.ops.gated import is_recorded, recomputes
-from rfa_mmdet.ops.pools import shares_of_maximum
-from rfa_mmdet.ops.precision import at_least_float32, no_autocast
-from rfa_mmdet.ops.same_conv import same_conv_gradients
+from rfa_mmdet.ops.common.recompute import is_recorded, recomputes
+from rfa_mmdet.ops.common.reductions import shares_of_maximum
+from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
+from rfa_mmdet.ops.common.convolution import same_conv_gradients
 
 
 def channel_gate(maxima: Tensor, means: Tensor, squeeze: Tensor, excite: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def weigh_channels_and_cells(
     """Weigh the channels, and then the cells of what the channels have become.
 
     The backward pass keeps the map, its pools and the weight of each cell. Not differentiable
-    twice, unless a graph is recorded (:func:`~rfa_mmdet.ops.gated.is_recorded`).
+    twice, unless a graph is recorded (:func:`~rfa_mmdet.ops.common.recompute.is_recorded`).
 
     Args:
         x (Tensor): (B, C, H, W).

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rfa_mmdet.ops.precision import at_least_float32, no_autocast
+from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
 
 
 def coordinate_gates(

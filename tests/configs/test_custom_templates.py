@@ -10,8 +10,8 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from rfa_mmdet.engine.data_check import check_data
-from rfa_mmdet.engine.shapes import CLASSES, make_shapes
+from rfa_mmdet.data.check import check_data
+from rfa_mmdet.data.shapes import CLASSES, make_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 # As Roboflow's web site may have them: one with a space.

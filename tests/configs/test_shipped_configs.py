@@ -26,11 +26,11 @@ from mmengine.runner import Runner
 from torch import nn
 
 from rfa_mmdet import layers
-from rfa_mmdet.engine.complexity import detector_complexity
-from rfa_mmdet.engine.config_check import check_config
-from rfa_mmdet.engine.plain_config import plain_base
-from rfa_mmdet.engine.shapes import make_shapes
-from tests.configs.sets import classes_of, draw_sets, leaves
+from rfa_mmdet.analysis.complexity import detector_complexity
+from rfa_mmdet.config.check import check_config
+from rfa_mmdet.config.plain import plain_base
+from rfa_mmdet.data.shapes import make_shapes
+from tests.helpers.sets import classes_of, draw_sets, leaves
 
 ROOT = Path(__file__).resolve().parents[2]
 # Those of ablation say which runs to compare; tests/tools/test_ablate.py reads them.

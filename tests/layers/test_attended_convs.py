@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rfa_mmdet.layers import CAConv, CAMConv, CBAMConv
-from tests.layers import formulas
-from tests.layers.formulas import Case, Exact, sigmoid
+from tests.helpers import formulas
+from tests.helpers.formulas import Case, Exact, sigmoid
 
 
 def channel_attention(exact: Exact, x: Tensor, name: str) -> Tensor:

@@ -15,13 +15,13 @@ from mmengine.runner.checkpoint import load_checkpoint
 from torch import Tensor, nn
 
 import rfa_mmdet.models
-from rfa_mmdet.layers.checkpoint_keys import (
+from rfa_mmdet.layers.warm_start.published_names import (
     PUBLISHED,
     find_published,
     published_weights,
     rename_published,
 )
-from rfa_mmdet.layers.warm_start import WarmStartError
+from rfa_mmdet.layers.warm_start.start import WarmStartError
 
 # --------------------------------------------------------------------------- the published layers
 

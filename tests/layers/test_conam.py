@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rfa_mmdet.layers import ConAM
-from rfa_mmdet.ops.tolerances import TOLERANCES
+from tests.helpers.tolerances import TOLERANCES
 
 
 def patches(height: int, width: int, s: int) -> list[tuple[slice, slice]]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rfa_mmdet.layers
-from rfa_mmdet.ops.tolerances import TOLERANCES
+from tests.helpers.tolerances import TOLERANCES
 
 CHANNELS = 32
 # For arguments without a default, by their name.

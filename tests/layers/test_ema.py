@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rfa_mmdet.layers import EMA
-from rfa_mmdet.ops.tolerances import TOLERANCES
+from tests.helpers.tolerances import TOLERANCES
 
 
 def formula(x: Tensor, weights: dict[str, Tensor], factor: int) -> Tensor:

@@ -19,13 +19,13 @@ from torch.utils.checkpoint import checkpoint
 
 from rfa_mmdet.layers.conv import lazy
 from rfa_mmdet.ops import dispatch
-from rfa_mmdet.ops.lazy_windows import LazyFeatures
-from rfa_mmdet.ops.rfa_conv import library
-from rfa_mmdet.ops.tolerances import TOLERANCES
-from tests.layers import formulas
-from tests.layers.formulas import Case, Exact, relative_error
+from rfa_mmdet.ops.receptive_field.lazy_windows import LazyFeatures
+from rfa_mmdet.ops.receptive_field import library
+from tests.helpers.tolerances import TOLERANCES
+from tests.helpers import formulas
+from tests.helpers.formulas import Case, Exact, relative_error
 from tests.layers.test_receptive_field_convs import LAYERS
-from tests.ops.backends import require, run
+from tests.helpers.backends import require, run
 
 NAMES = ("RFCBAMConv", "RFCAConv")
 

@@ -21,8 +21,8 @@ from rfa_mmdet.layers import (
     RFCBAMConv,
 )
 from rfa_mmdet.layers.attention.cbam import ChannelAttention
-from tests.layers import formulas
-from tests.layers.formulas import Exact, sigmoid
+from tests.helpers import formulas
+from tests.helpers.formulas import Exact, sigmoid
 
 # --------------------------------------------------------------------------- the formulas
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rfa_mmdet.layers import RFAConv, RFCAConv, RFCBAMConv
-from tests.layers import formulas
-from tests.layers.formulas import Case, Exact, sigmoid
+from tests.helpers import formulas
+from tests.helpers.formulas import Case, Exact, sigmoid
 
 
 def rfcbam_conv(exact: Exact, case: Case, x: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rfa_mmdet.layers import RFAConv
-from rfa_mmdet.ops.dispatch import missing
-from rfa_mmdet.ops.tolerances import TOLERANCES
-from tests.layers.formulas import Case, relative_error
-from tests.ops.backends import build, require, run
+from rfa_mmdet.ops.receptive_field.dispatch import missing
+from tests.helpers.tolerances import TOLERANCES
+from tests.helpers.formulas import Case, relative_error
+from tests.helpers.backends import build, require, run
 
 ROOT = Path(__file__).resolve().parents[2]
 CASE = Case(batch=2, channels=6, out_channels=5, size=(9, 11))
@@ -42,7 +42,7 @@ def pair(case=CASE, **kwargs):
 @pytest.fixture
 def calls(monkeypatch):
     """Count the calls of the kernels."""
-    from rfa_mmdet.ops.rfa_conv import cpu
+    from rfa_mmdet.ops.receptive_field import cpu
 
     counts = []
     forward = cpu.forward

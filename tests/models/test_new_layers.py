@@ -12,10 +12,10 @@ from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 
 from rfa_mmdet.layers import RFAConv
-from rfa_mmdet.layers.checkpoint_keys import PUBLISHED
-from rfa_mmdet.layers.warm_start import WarmStartError
+from rfa_mmdet.layers.warm_start.published_names import PUBLISHED
+from rfa_mmdet.layers.warm_start.start import WarmStartError
 from rfa_mmdet.models import RFAResNet, new_layers, retrofit
-from tests.models.zoo import CASES, flat, inputs_of, stir
+from tests.helpers.zoo import CASES, flat, inputs_of, stir
 
 RFA = dict(type="RFAConv")
 COORD = dict(type="CoordAtt")  # a plug-in with a BN in it

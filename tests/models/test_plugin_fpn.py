@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rfa_mmdet.layers import EMA, SE, RFAConv
-from rfa_mmdet.layers.warm_start import WarmStartError
+from rfa_mmdet.layers.warm_start.start import WarmStartError
 from rfa_mmdet.models.necks.plugin_fpn import PluginFPN
 
 CHANNELS = [8, 16, 32]

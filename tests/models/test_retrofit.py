@@ -13,7 +13,7 @@ from torch import nn
 from rfa_mmdet.layers import EMA, RFAConv
 from rfa_mmdet.layers.conv.base import AttentionConv2d
 from rfa_mmdet.models import retrofit
-from tests.models.zoo import CASES, Case, flat, inputs_of, stir
+from tests.helpers.zoo import CASES, Case, flat, inputs_of, stir
 
 CONVS = ("RFAConv", "RFCBAMConv", "RFCAConv", "CAMConv", "CBAMConv", "CAConv")
 RECEPTIVE = CONVS[:3]

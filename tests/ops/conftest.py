@@ -1,3 +1,3 @@
-"""New memory is full of NaN, as for the layers."""
+"""New memory is full of NaN: what a layer forgets to fill shows."""
 
-from tests.layers.conftest import nan_filled_memory  # noqa: F401
+from tests.helpers.memory import nan_filled_memory  # noqa: F401

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import check_feature_map, positive_int
 from rfa_mmdet.ops.cbam import channel_gate, spatial_gate, spatial_pools, weigh_channels_and_cells
-from rfa_mmdet.ops.pools import max_and_mean
+from rfa_mmdet.ops.common.reductions import max_and_mean
 
 
 class ChannelAttention(nn.Module):

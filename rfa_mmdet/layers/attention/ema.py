@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import check_feature_map, positive_int
 from rfa_mmdet.ops.ema import ema_gate
-from rfa_mmdet.ops.gated import weigh
+from rfa_mmdet.ops.common.recompute import weigh
 
 
 @MODELS.register_module()

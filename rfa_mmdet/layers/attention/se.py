@@ -9,7 +9,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import check_feature_map, positive_int
-from rfa_mmdet.ops.precision import at_least_float32, no_autocast
+from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
 
 
 @MODELS.register_module()

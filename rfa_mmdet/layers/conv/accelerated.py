@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from rfa_mmdet.layers.conv.norms import is_batch_norm, is_no_norm, is_plain_act
-from rfa_mmdet.ops.dispatch import check_backend, choose_backend
-from rfa_mmdet.ops.rfa_conv import Norm, fused_rfa_conv
-from rfa_mmdet.ops.rfa_conv.library import output_size
+from rfa_mmdet.ops.receptive_field.dispatch import check_backend, choose_backend
+from rfa_mmdet.ops.receptive_field import Norm, fused_rfa_conv
+from rfa_mmdet.ops.receptive_field.schema import output_size
 
 
 def check_choice(backend: str, norm: nn.Module, act: nn.Module) -> str:
@@ -65,7 +65,7 @@ def accelerated_rfa_conv(
     Args:
         backend (str): The user's choice.
         x, attention_weight, feature_weight, weight, bias: As of
-            :func:`~rfa_mmdet.ops.rfa_conv.rfa_conv`.
+            :func:`~rfa_mmdet.ops.receptive_field.rfa_conv`.
         norm, act (nn.Module): Of the features. It is the norm's own ``training`` that counts.
         **window: stride, padding, dilation and groups, as of the same.
 

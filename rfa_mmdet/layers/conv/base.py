@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rfa_mmdet.layers.arguments import check_feature_map, int_pair, positive_int
-from rfa_mmdet.layers.checkpoint_keys import PUBLISHED, rename_published
-from rfa_mmdet.layers.warm_start import Start, WarmStartError, matching
+from rfa_mmdet.layers.warm_start.published_names import PUBLISHED, rename_published
+from rfa_mmdet.layers.warm_start.start import Start, WarmStartError, matching
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -22,7 +22,7 @@ class AttentionConv2d(nn.Module):
     symmetric padding that does, and must be told.
 
     A state dict with a plain convolution's ``weight`` in this layer's place warm-starts it: see
-    :mod:`rfa_mmdet.layers.warm_start`. ``start`` says where the values come from.
+    :mod:`rfa_mmdet.layers.warm_start.start`. ``start`` says where the values come from.
 
     Args:
         in_channels (int): C of the input (B, C, H, W).

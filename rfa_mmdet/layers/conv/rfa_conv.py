@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rfa_mmdet.layers.conv.accelerated import accelerated_rfa_conv, check_choice
 from rfa_mmdet.layers.conv.base import AttentionConv2d
 from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
-from rfa_mmdet.ops.rfa_conv import receptive_field_attention, receptive_field_mean, rfa_conv
+from rfa_mmdet.ops.receptive_field import receptive_field_attention, receptive_field_mean, rfa_conv
 
 
 @MODELS.register_module()

@@ -12,8 +12,8 @@ from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from rfa_mmdet.models.edits import apply_edits, plan_edits
-from rfa_mmdet.models.new_layers import NewLayers
+from rfa_mmdet.models.retrofit.edits import apply_edits, plan_edits
+from rfa_mmdet.models.retrofit.new_layers import NewLayers
 
 
 class PluginBasicBlock(BasicBlock):

@@ -6,8 +6,8 @@ from typing import Any
 from mmdet.models.necks import FPN
 from mmdet.registry import MODELS
 
-from rfa_mmdet.models.edits import apply_edits, plan_edits
-from rfa_mmdet.models.new_layers import NewLayers
+from rfa_mmdet.models.retrofit.edits import apply_edits, plan_edits
+from rfa_mmdet.models.retrofit.new_layers import NewLayers
 
 POSITIONS = {"after_lateral": "lateral_convs", "after_output": "fpn_convs"}
 

@@ -1,0 +1,316 @@
+"""Parameters and FLOPs: of a detector's config, and of the RFAConv paper's classifiers.
+
+A FLOP is a multiply-add counted once, as in MMEngine's analyzer, which does the counting by tracing
+a forward on the CPU. It does not know the operators that attention is made of; :func:`install`
+tells it, for MMDetection's own tools as well.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from mmdet.registry import MODELS
+from mmengine.analysis import FlopAnalyzer, complexity_analysis
+from mmengine.analysis.jit_handles import elementwise_flop_counter
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DefaultScope
+from torch import Tensor, nn
+
+from rfa_mmdet.errors import ConfigError
+from rfa_mmdet.config.plain import detector_config
+
+CONVS = ("RFAConv", "RFCBAMConv", "RFCAConv", "CAMConv", "CBAMConv", "CAConv")
+# With the arguments under which they are compared.
+PLUGINS = {
+    "EMA": dict(factor=32),
+    "ConAM": dict(patch_size=4, hidden_channels=16),
+    "CBAM": {},
+    "CoordAtt": {},
+    "SE": {},
+    "ECA": {},
+}
+
+
+class Published(NamedTuple):
+    """One cell of the paper's table; GFLOPs None where none are published."""
+
+    parameters: int
+    gflops: float | None
+
+
+# arXiv 2304.03198, comparison on ImageNet-1k: ResNet with the layer in place of the first 3x3 of
+# every BasicBlock, its inner convolution with bias, 1000 classes, 224 x 224. None: plain ResNet.
+PUBLISHED = {
+    (18, None): Published(11_689_512, 1.824),
+    (18, "CAMConv"): Published(11_746_216, 1.825),
+    (18, "CBAMConv"): Published(11_747_000, 1.826),
+    (18, "CAConv"): Published(11_742_208, 1.827),
+    (18, "RFAConv"): Published(11_850_408, 1.908),
+    (18, "RFCAConv"): Published(11_887_936, 1.917),
+    (18, "RFCBAMConv"): Published(11_884_408, 1.904),
+    (34, None): Published(21_797_672, 3.679),
+    (34, "CAMConv"): Published(21_926_376, 3.681),
+    (34, "CBAMConv"): Published(21_927_944, 3.682),
+    (34, "CAConv"): Published(21_912_984, 3.684),
+    (34, "RFAConv"): Published(22_160_872, 3.843),
+    (34, "RFCAConv"): Published(22_242_456, None),
+    (34, "RFCBAMConv"): Published(22_237_704, None),
+}
+# Published to the third decimal; what is counted of the smallest terms is nowhere said.
+GFLOPS_TOLERANCE = 0.002
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """What a network costs.
+
+    Args:
+        parameters (int): Frozen ones included.
+        flops (int): Multiply-adds of one image.
+        uncounted (dict[str, int]): Operators that nobody knows how to count, and how often they
+            ran; they are missing in ``flops``.
+    """
+
+    parameters: int
+    flops: int
+    uncounted: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def gflops(self) -> float:
+        """``flops`` in units of 10^9."""
+        return self.flops / 1e9
+
+    def agrees(self, published: Published) -> bool:
+        """Whether the parameters are equal to the unit, and the GFLOPs but for their rounding.
+
+        Example:
+            >>> Complexity(11_689_512, 1_824_000_000).agrees(PUBLISHED[18, None])
+            True
+        """
+        return self.parameters == published.parameters and (
+            published.gflops is None or abs(self.gflops - published.gflops) <= GFLOPS_TOLERANCE
+        )
+
+
+# --- how operators count -------------------------------------------------------------------------
+
+
+def _mean(inputs: list[Any], outputs: list[Any]) -> int:
+    """Count a mean: one an input element, as MMEngine's adaptive pooling; over channels nothing."""
+    # Traced as mean(x, [dim, ...], keepdim, dtype); without a list it goes over everything.
+    dims = [dim.toIValue() for dim in inputs[1].node().inputs()]
+    rank = len(inputs[0].type().sizes())
+    if 1 in [dim % rank for dim in dims]:
+        return 0
+    return elementwise_flop_counter(1, 0)(inputs, outputs)
+
+
+# The rule of the published numbers. None: counts as nothing, which MMEngine says of ReLU and max.
+_OP_COUNTS = {
+    "aten::mean": _mean,
+    "aten::avg_pool2d": elementwise_flop_counter(0, 1),
+    **dict.fromkeys(
+        (
+            *("aten::add", "aten::add_", "aten::mul", "aten::div", "aten::reciprocal"),
+            *("aten::sigmoid", "aten::softmax", "aten::hardswish", "aten::hardsigmoid_"),
+            *("aten::silu_", "aten::exp"),
+            *("aten::amax", "aten::max_pool2d"),
+            *("aten::im2col", "aten::ones_like", "aten::pad", "aten::unflatten"),
+        )
+    ),
+}
+
+
+def install() -> None:
+    """Tell every analyzer of MMEngine how the operators of this package's layers count.
+
+    Handles that somebody else has set for them stay. Calling it again changes nothing.
+
+    Example:
+        >>> from mmengine.analysis import get_model_complexity_info
+        >>> from rfa_mmdet.layers import ECA
+        >>> install()
+        >>> layer = ECA(64)
+        >>> get_model_complexity_info(layer, (64, 7, 9), show_table=False, show_arch=False)["flops"]
+        4224
+    """
+    # Private tables, because get_model_complexity_info, which mmdet's tools call, makes its
+    # analyzers itself: a caller has no chance of set_op_handle, the public way. It counts
+    # activations as well, those of convolutions and matrix products, and warns about all the rest.
+    for op, handle in _OP_COUNTS.items():
+        complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.setdefault(op, handle)
+    for op in (*_OP_COUNTS, "aten::batch_norm", "aten::group_norm"):
+        complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS.setdefault(op, None)
+
+
+def _count(network: nn.Module, shape: tuple[int, ...], **handles: Any) -> Complexity:
+    network.eval()
+    analyzer = FlopAnalyzer(network, (torch.zeros(shape),)).set_op_handle(**handles)
+    # Which are returned; and the functional forwards of our layers call no child.
+    analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    with torch.no_grad():
+        flops = int(analyzer.total())
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return Complexity(parameters, flops, dict(analyzer.unsupported_ops()))
+
+
+# --- the paper's classifiers ---------------------------------------------------------------------
+
+
+class _Classifier(nn.Module):
+    def __init__(self, depth: int, conv: str | None) -> None:
+        super().__init__()
+        rfa = None if conv is None else dict(type=conv, bias=True)
+        self.backbone = MODELS.build(dict(type="RFAResNet", depth=depth, rfa=rfa, out_indices=(3,)))
+        self.fc = nn.Linear(512, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.backbone(x)[0].mean((2, 3)))
+
+
+def classifier_complexity(depth: int, conv: str | None) -> Complexity:
+    """Count a classifier of the paper's table, by the table's rule.
+
+    A multiply-add counts once, batch norm 4 an element, average pooling over windows 1 an output,
+    means over rows, columns or the map 1 an input element, everything else nothing: means over
+    channels, maxima, activations, softmax, products and biases.
+
+    Args:
+        depth (int): 18 or 34.
+        conv (str | None): Of :data:`CONVS`, for the first 3x3 of every block. None: plain.
+
+    Returns:
+        Complexity: At 224 x 224.
+
+    Raises:
+        ValueError: The table has no such classifier.
+
+    Example:
+        >>> found = classifier_complexity(18, "RFAConv")
+        >>> found.parameters, found.agrees(PUBLISHED[18, "RFAConv"])
+        (11850408, True)
+    """
+    if (depth, conv) not in PUBLISHED:
+        raise ValueError(
+            f"depth={depth!r}, conv={conv!r}: the table has depth 18 and 34, with conv=None or "
+            f"one of {CONVS}"
+        )
+    handles = {**_OP_COUNTS, "aten::batch_norm": elementwise_flop_counter(4, 0)}
+    return _count(_Classifier(depth, conv), (1, 3, 224, 224), **handles)
+
+
+# --- detectors -----------------------------------------------------------------------------------
+
+
+class _TwoStages(nn.Module):
+    """A two-stage detector whose heads see as many regions as the config allows.
+
+    MMDetection's own raw forward runs them on those that random weights happen to propose.
+    """
+
+    def __init__(self, detector: nn.Module, heads: list) -> None:
+        super().__init__()
+        self.detector, self.heads = detector, heads
+
+    def forward(self, images: Tensor) -> tuple:
+        detector = self.detector
+        cfg = detector.test_cfg
+        most = dict(box=cfg.rpn.max_per_img, mask=cfg.rcnn.max_per_img)
+        return detector.rpn_head(detector.extract_feat(images)), *(
+            head.module(images.new_zeros(most[head.kind], *head.region)) for head in self.heads
+        )
+
+
+def detector_complexity(cfg: Config, image_size: tuple[int, int] = (800, 1333)) -> Complexity:
+    """Count a detector, from the image to the raw outputs of its heads.
+
+    By MMEngine's rule, batch norm being 2 an element, with :func:`install` for what it does not
+    know. RoI pooling and what follows the heads, such as NMS, count as nothing.
+
+    Args:
+        cfg (Config): Of a single-stage detector such as RetinaNet, or of Faster, Mask or Cascade
+            R-CNN.
+        image_size (tuple[int, int]): Height and width; padded to the multiple that the config's
+            ``data_preprocessor`` asks for, as in a run.
+
+    Returns:
+        Complexity: For one image; box heads with ``test_cfg.rpn.max_per_img`` proposals, each stage
+        of a cascade, and mask heads with ``test_cfg.rcnn.max_per_img`` detections.
+
+    Raises:
+        ConfigError: The image size is not positive, or the detector is of another kind.
+
+    Example:
+        >>> from mmengine.hub import get_config
+        >>> cfg = get_config("mmdet::retinanet/retinanet_r18_fpn_1x_coco.py")
+        >>> found = detector_complexity(cfg, (64, 60))
+        >>> found.parameters, found.gflops
+        (21410100, 0.759052288)
+    """
+    # Imported here: these bring all of mmdet's models, which `import rfa_mmdet.engine` need not.
+    from mmdet.models.detectors import SingleStageDetector
+
+    from rfa_mmdet.inference.region_heads import region_heads
+
+    install()
+    if min(image_size) < 1:
+        raise ConfigError(f"image_size={tuple(image_size)}: must be positive")
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
+        detector = revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model))).eval()
+    if heads := region_heads(detector):
+        detector = _TwoStages(detector, heads)
+    elif not isinstance(detector, SingleStageDetector):
+        raise ConfigError(
+            f"model.type={detector_config(cfg).type!r}: only single-stage detectors and Faster, "
+            "Mask and Cascade R-CNN with an RPN and without a shared head can be counted; for "
+            "others see tools/analysis_tools/get_flops.py of MMDetection, which needs the data and "
+            "counts this package's layers as well"
+        )
+    divisor = (detector_config(cfg).get("data_preprocessor") or {}).get("pad_size_divisor", 1)
+    return _count(detector, (1, 3, *(-(-side // divisor) * divisor for side in image_size)))
+
+
+# --- all systems in one detector -----------------------------------------------------------------
+
+
+def system_backbone(name: str | None) -> dict:
+    """Return the config of a ResNet-50 with a system in stages 2 to 4.
+
+    Args:
+        name (str | None): Of :data:`CONVS`, then in place of every 3x3 and without bias, or of
+            :data:`PLUGINS`, then behind the last convolution of every block. None: plain.
+
+    Example:
+        >>> system_backbone("RFAConv")["rfa"]
+        {'type': 'RFAConv'}
+    """
+    stages = (False, True, True, True)
+    backbone = dict(type="RFAResNet", depth=50)
+    if name in CONVS:
+        return dict(**backbone, rfa=dict(type=name), stage_with_rfa=stages)
+    if name is not None:
+        plugin = dict(type=name, **PLUGINS[name])
+        return dict(**backbone, plugins=[dict(cfg=plugin, stages=stages, position="after_conv3")])
+    return backbone
+
+
+def system_extras(image_size: tuple[int, int] = (800, 1333)) -> Iterator[tuple[str, Complexity]]:
+    """Yield what each system adds to a detector with a ResNet-50.
+
+    Neck and heads see maps of the same shape with and without it, so the backbones are compared.
+
+    Args:
+        image_size (tuple[int, int]): Height and width; padded to multiples of 32.
+
+    Yields:
+        tuple[str, Complexity]: The system's name, and the differences from the plain backbone.
+    """
+    install()
+    shape = (1, 3, *(-(-side // 32) * 32 for side in image_size))
+    plain = _count(MODELS.build(system_backbone(None)), shape)
+    for name in (*CONVS, *PLUGINS):
+        found = _count(MODELS.build(system_backbone(name)), shape)
+        yield name, Complexity(found.parameters - plain.parameters, found.flops - plain.flops)

@@ -1,0 +1,78 @@
+"""Weights that must be a model's own."""
+
+from mmengine.runner.checkpoint import CheckpointLoader
+from torch import nn
+
+from rfa_mmdet.errors import UserError
+
+
+def read_checkpoint(path: str) -> dict:
+    """Read a checkpoint.
+
+    Args:
+        path (str): File or URL, of what MMEngine loads.
+
+    Returns:
+        dict: Its content.
+
+    Raises:
+        UserError: It is missing, damaged, or no checkpoint.
+
+    Example:
+        >>> read_checkpoint("/no/such.pth")
+        Traceback (most recent call last):
+        rfa_mmdet.errors.UserError: checkpoint='/no/such.pth': no such file
+    """
+    try:
+        content = CheckpointLoader.load_checkpoint(str(path), "cpu", logger="silent")
+    except FileNotFoundError as error:
+        raise UserError(f"checkpoint={str(path)!r}: no such file") from error
+    except OSError as error:
+        raise UserError(f"checkpoint={str(path)!r}: {error.strerror or error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"checkpoint={str(path)!r}: holds a {type(content).__name__}, no dict")
+    return content
+
+
+def load_weights(model: nn.Module, checkpoint: dict, name: str) -> None:
+    """Load a checkpoint into the model that it was saved from.
+
+    MMEngine only logs what does not fit, and goes on with random weights there.
+
+    Args:
+        model (nn.Module): Takes the weights.
+        checkpoint (dict): As :func:`read_checkpoint` returns it.
+        name (str): Of the file, for the error.
+
+    Raises:
+        UserError: It has other parameters than the model.
+
+    Example:
+        >>> load_weights(nn.Linear(2, 3), nn.Linear(2, 4).state_dict(), "a.pth")
+        Traceback (most recent call last):
+        rfa_mmdet.errors.UserError: checkpoint='a.pth' is of another model...
+    """
+    state = checkpoint.get("state_dict", checkpoint)
+    try:
+        result = model.load_state_dict(state, strict=False)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        first, more = lines[min(1, len(lines) - 1)], len(lines) - 2
+        raise UserError(
+            f"checkpoint={name!r} is of another model than the config: {first}"
+            f"{f' (and {more} more)' if more > 0 else ''}"
+        ) from error
+    # Old checkpoints do not count batches.
+    missing = [k for k in result.missing_keys if not k.endswith("num_batches_tracked")]
+    if missing or result.unexpected_keys:
+        parts = [
+            f"{len(keys)} parameters {what}, such as {keys[0]}"
+            for keys, what in (
+                (missing, "of the config's model are not in it"),
+                (result.unexpected_keys, "in it are not the model's"),
+            )
+            if keys
+        ]
+        raise UserError(
+            f"checkpoint={name!r} is of another model than the config: {'; '.join(parts)}"
+        )

@@ -1,0 +1,1 @@
+"""The tools: parsing, printing, exit codes; one module a tool."""

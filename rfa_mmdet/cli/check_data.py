@@ -1,0 +1,122 @@
+"""Look at every image and box that a config would load, and say what is wrong with them.
+
+Prints a table, and writes the list of all problems and a contact sheet of the worst. The exit code
+is 1 if training or evaluation would fail.
+"""
+
+import csv
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from rfa_mmdet.cli.command_line import config_parser, load_config, user_errors
+from rfa_mmdet.data.check import find_problems
+from rfa_mmdet.data.check.audit import FATAL, KINDS, Audit, audit
+from rfa_mmdet.data.check.contact_sheet import save_contact_sheet
+from rfa_mmdet.data.check.images import NOT_DECODABLE
+from rfa_mmdet.data.check.report import some
+from rfa_mmdet.errors import ConfigError
+from rfa_mmdet.files import written_whole
+
+SPLITS = ("train", "val", "test")
+console = Console(highlight=False, soft_wrap=True)
+
+
+def parse_args() -> Namespace:
+    """Read the command line."""
+    parser = config_parser(
+        __doc__,
+        "python tools/check_data.py configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py",
+    )
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, help="default: those of the config")
+    parser.add_argument(
+        "--out", help="folder for problems.csv and worst.png; default: work_dirs/<config>/data"
+    )
+    parser.add_argument("--threads", type=int, help="images decoded at a time; default: processors")
+    args = parser.parse_args()
+    if args.threads is not None and args.threads < 1:
+        parser.error(f"--threads {args.threads}: must be at least 1")
+    return args
+
+
+def print_tables(found: Audit) -> None:
+    """Print problems by kind and split, and boxes by class and split."""
+    splits = list(found.images)
+    table = Table("", *splits, title="images, boxes and problems")
+    table.add_row("images", *(f"{found.images[split]:,}" for split in splits))
+    table.add_row("boxes", *(f"{found.boxes[split].total():,}" for split in splits))
+    table.add_section()
+    for kind in KINDS:
+        counts = [found.count(kind, split) for split in splits]
+        colour = "red" if kind in FATAL else "yellow"
+        cells = (f"[{colour}]{count:,}[/]" if count else "0" for count in counts)
+        table.add_row(kind, *cells)
+    classes = Table("class", *splits, title="boxes by class")
+    for name in dict.fromkeys(name for counts in found.boxes.values() for name in counts):
+        counts = [found.boxes[split].get(name) for split in splits]
+        cells = ("-" if n is None else f"{n:,}" if n else "[yellow]0[/]" for n in counts)
+        classes.add_row(name.replace("[", "\\["), *cells)
+    for one in (table, classes):
+        for column in one.columns[1:]:
+            column.justify = "right"
+        console.print(one)
+
+
+def write_list(found: Audit, path: Path) -> None:
+    """Write all problems as CSV, the worst kinds first."""
+    with written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("kind", "split", "image", "what"))
+        for problem in sorted(found.problems, key=lambda p: KINDS.index(p.kind)):
+            writer.writerow((problem.kind, problem.split, problem.path, problem.text))
+
+
+def main() -> int:
+    """Look, print and write; return the exit code."""
+    args = parse_args()
+    with user_errors():
+        cfg = load_config(args)
+        splits = args.splits or [s for s in SPLITS if cfg.get(f"{s}_dataloader")]
+        absent = [split for split in splits if not cfg.get(f"{split}_dataloader")]
+        if absent or not splits:
+            absent = ", ".join(f"{split}_dataloader" for split in absent or SPLITS)
+            raise ConfigError(f"config={args.config!r}: has no {absent}")
+        problems = find_problems(cfg, splits)
+        found = audit(
+            cfg,
+            splits,
+            args.threads,
+            lambda items, total: track(
+                items, "decoding images", total=total, console=Console(stderr=True)
+            ),
+        )
+        out = Path(args.out or Path("work_dirs", Path(args.config).stem, "data"))
+        if found.images:
+            print_tables(found)
+        for name in ("problems.csv", "worst.png"):  # of data that may have been mended since
+            (out / name).unlink(missing_ok=True)
+        if found.problems:
+            write_list(found, out / "problems.csv")
+            console.print(f"all problems: {out / 'problems.csv'}")
+        if save_contact_sheet(found, out / "worst.png"):
+            console.print(f"the worst:    {out / 'worst.png'}")
+    for key in found.skipped:
+        print(f"warning: {key}: images not looked at one by one", file=sys.stderr)
+    for warning in problems.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    bad = [p for p in found.problems if p.kind == NOT_DECODABLE and p.path in problems.read]
+    if bad:
+        problems.errors.append(
+            f"{len(bad)} images cannot be decoded: {some(problem.path for problem in bad)}"
+        )
+    for error in problems.errors:
+        print(f"error: {error}", file=sys.stderr)
+    if problems.errors:
+        print("a run on these data would fail")
+        return 1
+    print("a run on these data can start" + (", less what is listed" if found.problems else ""))
+    return 0

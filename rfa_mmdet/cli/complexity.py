@@ -1,0 +1,151 @@
+"""Count a config's parameters and GFLOPs, beside the same detector without this package's layers.
+
+Or check the counts against those that the RFAConv paper publishes (--table), or print what each
+system adds to a RetinaNet R50-FPN, as markdown (--systems). A multiply-add counts once.
+"""
+
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+
+from mmengine.config import DictAction
+from mmengine.hub import get_config
+from rich.console import Console
+from rich.table import Table
+
+from rfa_mmdet.cli.command_line import load_config, user_errors
+from rfa_mmdet.analysis.complexity import (
+    PUBLISHED,
+    Complexity,
+    classifier_complexity,
+    detector_complexity,
+    system_extras,
+)
+from rfa_mmdet.config.check import check_config
+from rfa_mmdet.errors import ConfigError
+from rfa_mmdet.config.plain import plain_base
+
+DETECTOR = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
+
+
+def parse_args() -> Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(
+        description=__doc__,
+        epilog="example:\n  python tools/analysis/complexity.py "
+        "configs/rfaconv/retinanet_r50-rfaconv_fpn_1x_coco.py",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "config",
+        nargs="?",
+        help="config of a single-stage detector, or Faster, Mask or Cascade R-CNN",
+    )
+    add("--table", action="store_true", help="check the paper's classifiers; 1 where one deviates")
+    add("--systems", action="store_true", help="what each system adds; takes a minute or two")
+    add(
+        "--image-size",
+        nargs=2,
+        type=int,
+        metavar=("H", "W"),
+        default=(800, 1333),
+        help="padded as the config's data_preprocessor does (default: 800 1333)",
+    )
+    add(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        default={},
+        metavar="KEY=VALUE",
+        help="override entries of the config",
+    )
+    args = parser.parse_args()
+    if (args.config is not None) + args.table + args.systems != 1:
+        parser.error("give one of CONFIG, --table and --systems")
+    if min(args.image_size) < 1:
+        parser.error(f"--image-size {' '.join(map(str, args.image_size))}: must be positive")
+    return args
+
+
+def print_config(args: Namespace) -> None:
+    """Print what a config costs, and its plain base."""
+    cfg = load_config(
+        Namespace(config=args.config, cfg_options=args.cfg_options, launcher="none", work_dir=None)
+    )
+    check_config(cfg)
+    if cfg.get("model") is None:
+        raise ConfigError(f"config={args.config!r}: has no model")
+    base = plain_base(cfg)
+    found = detector_complexity(cfg, args.image_size)
+    plain = base and detector_complexity(base, args.image_size)
+    table = Table("")
+    table.add_column("parameters", justify="right")
+    table.add_column("GFLOPs", justify="right")
+    table.add_row("config", f"{found.parameters:,}", f"{found.gflops:.3f}")
+    if plain:
+        parameters, gflops = found.parameters - plain.parameters, found.gflops - plain.gflops
+        table.add_row("plain base", f"{plain.parameters:,}", f"{plain.gflops:.3f}")
+        table.add_row("difference", f"{parameters:+,}", f"{gflops:+.3f}")
+        table.add_row(
+            "",
+            f"{parameters / plain.parameters:+.2%}",
+            f"{gflops / plain.gflops:+.2%}",
+        )
+    print(f"{args.config}, {args.image_size[0]} x {args.image_size[1]}")
+    Console().print(table)
+    if not plain:
+        print("No layer of this package stands in the model: there is no plainer base.")
+    _print_uncounted(found)
+
+
+def _print_uncounted(found: Complexity) -> None:
+    if found.uncounted:
+        ops = ", ".join(f"{op} ({times} times)" for op, times in found.uncounted.items())
+        print(f"Not counted, because MMEngine does not know how: {ops}")
+
+
+def print_table() -> bool:
+    """Print ours beside the published numbers; return whether all agree."""
+    table = Table(title="ResNet with the layer in every BasicBlock, ImageNet, 224 x 224")
+    table.add_column("depth")
+    table.add_column("conv")
+    for title in ("parameters", "published", "GFLOPs", "published"):
+        table.add_column(title, justify="right")
+    table.add_column("")
+    deviating = 0
+    for (depth, conv), published in PUBLISHED.items():
+        found = classifier_complexity(depth, conv)
+        agrees = found.agrees(published)
+        deviating += not agrees
+        table.add_row(
+            str(depth),
+            conv or "plain",
+            f"{found.parameters:,}",
+            f"{published.parameters:,}",
+            f"{found.gflops:.3f}",
+            "-" if published.gflops is None else f"{published.gflops:.3f}",
+            "agrees" if agrees else "DEVIATES",
+        )
+    Console().print(table)
+    print(f"{len(PUBLISHED) - deviating} of {len(PUBLISHED)} agree with arXiv 2304.03198")
+    return not deviating
+
+
+def print_systems(image_size: tuple[int, int]) -> None:
+    """Print what each system adds to a RetinaNet R50-FPN, as rows of a markdown table."""
+    plain = detector_complexity(get_config(DETECTOR), image_size)
+    print("| RetinaNet R50-FPN with | parameters | GFLOPs |\n|---|---:|---:|")
+    print(f"| nothing | {plain.parameters:,} | {plain.gflops:.2f} |", flush=True)
+    for name, extra in system_extras(image_size):
+        print(f"| `{name}` | {extra.parameters:+,} | {extra.gflops:+.2f} |", flush=True)
+
+
+def main() -> None:
+    """Do the one thing asked for."""
+    args = parse_args()
+    with user_errors():
+        if args.table:
+            raise SystemExit(0 if print_table() else 1)
+        if args.systems:
+            print_systems(args.image_size)
+        else:
+            print_config(args)

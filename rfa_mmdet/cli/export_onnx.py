@@ -1,0 +1,108 @@
+"""Export a detector's backbone, neck and head as ONNX, and compare it with ONNX Runtime.
+
+The graph maps normalised, padded images of any batch, height and width to the heads' raw outputs.
+Of Faster, Mask and Cascade R-CNN there are more: the box head on pooled regions is .roi.onnx, or
+.roi_0.onnx, .roi_1.onnx, ... for the stages of a cascade, and the mask head .mask.onnx. The files
+appear only if the detections on images are the same through MMDetection's own post-processing.
+"""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from mmengine.config import Config
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from rfa_mmdet.cli.command_line import config_parser, load_config, user_errors
+from rfa_mmdet.config.check import check_config
+from rfa_mmdet.data.check.audit import dataset_images
+from rfa_mmdet.errors import ConfigError
+from rfa_mmdet.export import Comparison, export_onnx
+from rfa_mmdet.inference.predict import Detector, find_images
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def parse_args() -> Namespace:
+    """Read the command line."""
+    parser = config_parser(
+        __doc__,
+        "python tools/export_onnx.py configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py "
+        "work_dirs/demo/epoch_6.pth --out work_dirs/demo/detector.onnx",
+    )
+    add = parser.add_argument
+    add("checkpoint", help="checkpoint file or URL")
+    add("--out", help="file to write; default: the checkpoint's name in work_dirs/<config name>")
+    add(
+        "--images",
+        nargs="+",
+        metavar="INPUT",
+        help="images, folders or patterns to compare on; default: of the config's test data",
+    )
+    add("--number", type=int, default=8, metavar="N", help="compare on so many (%(default)s)")
+    add("--opset", type=int, default=17, help="ONNX operator set (%(default)s)")
+    args = parser.parse_args()
+    if args.number < 1:
+        parser.error(f"--number {args.number}: must be at least 1")
+    return args
+
+
+def images_to_compare(cfg: Config, args: Namespace) -> list[str]:
+    """Return the images of the command line, or those of the test data."""
+    if args.images:
+        return find_images(args.images)[: args.number]
+    paths = dataset_images(cfg, "test", args.number)
+    if not paths:
+        raise ConfigError(
+            f"config={args.config!r}: its test data cannot be read here; name images to compare "
+            "on by --images"
+        )
+    return paths
+
+
+def print_table(found: Comparison) -> None:
+    """Print how far ONNX Runtime is from PyTorch."""
+    table = Table("compared", "largest difference", title="ONNX Runtime beside PyTorch")
+    for name, difference in found.raw.items():
+        table.add_row(f"outputs on {name}", f"{difference:.2g} of the largest value")
+    what = f"{found.detections:,} detections on {found.images} images"
+    table.add_row(f"boxes of {what}", f"{found.box:.2g} pixels")
+    table.add_row("their scores", f"{found.score:.2g}")
+    if found.masks:
+        table.add_row("their masks", f"{found.mask:.2g} of the masks' pixels")
+    table.add_row("detections not in both", f"{found.unmatched}")
+    console.print(table)
+
+
+def main() -> None:
+    """Export, compare, and say how far apart they are."""
+    args = parse_args()
+    name = f"{Path(args.checkpoint).stem}.onnx"
+    out = Path(args.out or Path("work_dirs", Path(args.config).stem, name))
+    with user_errors():
+        cfg = load_config(args)
+        check_config(cfg)
+        paths = images_to_compare(cfg, args)
+        detector = Detector(cfg, args.checkpoint, "cpu")
+        files, found = export_onnx(
+            detector,
+            paths,
+            out,
+            args.opset,
+            lambda items: track(items, "comparing", console=Console(stderr=True)),
+        )
+    print_table(found)
+    if not found.detections:
+        print(
+            "warning: no detection on these images, so that only raw outputs were compared; see "
+            "--images",
+            file=sys.stderr,
+        )
+    for path, damage in found.skipped.items():
+        print(f"warning: skipped {path}: {damage}", file=sys.stderr)
+    if found.skipped:
+        console.print(f"skipped {len(found.skipped)} of {len(paths)} images")
+    for file, holds in files:
+        console.print(f"wrote: {file} ({holds})")

@@ -1,0 +1,81 @@
+"""Write a warm-started checkpoint of a retrofitted detector, from one of the plain detector.
+
+Both detectors are run on an image and have to agree before anything is written. Without this tool,
+``load_from`` of the plain checkpoint starts a training in the same way.
+"""
+
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+
+import mmcv
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rfa_mmdet.cli.command_line import load_config, user_errors
+from rfa_mmdet.config.check import check_config
+from rfa_mmdet.errors import UserError
+from rfa_mmdet.checkpoints.retrofit import retrofit_checkpoint
+
+LONGEST_SIDE = 640
+
+
+def parse_args() -> Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(
+        description=__doc__,
+        epilog="example, once the plain detector is trained as README.md says:\n"
+        "  python tools/retrofit_checkpoint.py "
+        "configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py work_dirs/demo_plain/epoch_6.pth "
+        "work_dirs/warm.pth",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="config of the retrofitted detector")
+    parser.add_argument("source", metavar="PLAIN", help="checkpoint of the plain detector")
+    parser.add_argument("target", metavar="OUT", help="file to write; its folder is made")
+    parser.add_argument("--image", help="image to compare on (default: noise)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-3,
+        help="largest relative difference of raw outputs to accept (default: %(default)s)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="write OUT also if it exists")
+    args = parser.parse_args()
+    return Namespace(**vars(args), cfg_options={}, work_dir=None, launcher="none")
+
+
+def read_image(path: str) -> torch.Tensor:
+    """Read an image as (3, H, W), no larger than needed to compare."""
+    try:
+        image = mmcv.imread(path) if Path(path).is_file() else None
+    except OSError as error:
+        raise UserError(f"--image {path}: {error}") from error
+    if image is None:
+        raise UserError(f"--image {path}: no image that can be read")
+    image = mmcv.imrescale(image, (LONGEST_SIDE, LONGEST_SIDE))
+    return torch.from_numpy(image.transpose(2, 0, 1).copy())
+
+
+def main() -> None:
+    """Write the checkpoint, and print how equal the two detectors are."""
+    args = parse_args()
+    with user_errors():
+        cfg = load_config(args)
+        check_config(cfg)
+        image = None if args.image is None else read_image(args.image)
+        found = retrofit_checkpoint(
+            cfg, args.source, args.target, image, args.tolerance, args.overwrite
+        )
+    table = Table("raw outputs of", "largest relative difference from the plain detector")
+    for part, difference in found.outputs.items():
+        table.add_row(part, f"{difference:.1e}")
+    Console().print(table)
+    if found.plugins:
+        print(
+            f"warning: {len(found.plugins)} plug-ins, such as {found.plugins[0]}, have no warm "
+            "start: they change what is computed until they are trained",
+            file=sys.stderr,
+        )
+    print(f"wrote: {args.target}")

@@ -1,0 +1,100 @@
+"""Evaluate a detector."""
+
+import os
+from pathlib import Path
+
+from mmdet.engine.hooks.utils import trigger_visualization_hook
+from mmdet.evaluation import DumpDetResults
+from mmdet.utils import setup_cache_size_limit_of_dynamo
+from mmengine.config import Config
+from mmengine.fileio import dump
+from mmengine.logging import print_log
+from mmengine.runner import Runner
+
+from rfa_mmdet.cli.command_line import load_config, prepare_run, run_parser, user_errors
+from rfa_mmdet.errors import ConfigError, UserError
+from rfa_mmdet.files import written_whole
+from rfa_mmdet.layers.warm_start.start import WarmStartError
+
+
+class DumpWhole(DumpDetResults):
+    """MMDetection's dump of predictions, as a file that appears only when it is complete."""
+
+    def compute_metrics(self, results: list) -> dict:
+        """Write what all ranks have predicted."""
+        with written_whole(self.out_file_path) as part:
+            dump(results, str(part))
+        print_log(f"predictions: {self.out_file_path}", logger="current")
+        return {}
+
+
+def parse_args():
+    """Read the command line."""
+    parser = run_parser(
+        "Evaluate a checkpoint with the config's test metrics.",
+        "python tools/test.py configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py "
+        "work_dirs/demo/epoch_6.pth --show-dir work_dirs/demo/pictures",
+    )
+    parser.add_argument("checkpoint", help="checkpoint file or URL")
+    parser.add_argument("--show-dir", help="write pictures: ground truth beside detections")
+    parser.add_argument("--out", help="write the predictions, as a .pkl file")
+    parser.add_argument(
+        "--tta",
+        action="store_true",
+        help="test-time augmentation, by tta_model and tta_pipeline of the config",
+    )
+    return parser.parse_args()
+
+
+def apply_args(cfg: Config, args) -> None:
+    """Lay test's own arguments over the config."""
+    if "://" not in args.checkpoint and not Path(args.checkpoint).is_file():
+        raise ConfigError(f"checkpoint={args.checkpoint!r}: no such file")
+    cfg.load_from = args.checkpoint
+    if args.out is not None:
+        if Path(args.out).suffix not in (".pkl", ".pickle"):
+            raise ConfigError(f"--out {args.out}: the file's name must end in .pkl or .pickle")
+        folder = Path(args.out).resolve().parent
+        try:  # now, not after the evaluation
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out {args.out}: {folder}: {error.strerror}") from error
+        if Path(args.out).is_dir() or not os.access(folder, os.W_OK):
+            raise ConfigError(f"--out {args.out}: is a folder, or in one that cannot be written")
+    missing = [key for key in ("tta_model", "tta_pipeline") if key not in cfg]
+    if args.tta and missing:
+        raise ConfigError(
+            f"--tta: the config has no {' and no '.join(missing)}; mmdet's "
+            "configs/retinanet/retinanet_tta.py is an example to put into _base_"
+        )
+    if args.show_dir is not None:
+        args.show, args.wait_time = False, 0
+        # MMDetection would put a relative folder below <work dir>/<time>.
+        args.show_dir = str(Path(args.show_dir).resolve())
+        trigger_visualization_hook(cfg, args)
+
+
+def augment(cfg: Config) -> None:
+    """Put the detector, and the images, into test-time augmentation."""
+    dataset = cfg.test_dataloader.dataset
+    while "dataset" in dataset:  # that is wrapped in others
+        dataset = dataset.dataset
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.model = dict(**cfg.tta_model, module=cfg.model)
+
+
+def main() -> None:
+    """Check everything that can be known, then evaluate."""
+    args = parse_args()
+    setup_cache_size_limit_of_dynamo()
+    with user_errors():
+        cfg = load_config(args)
+        apply_args(cfg, args)
+        prepare_run(cfg, "test")
+        if args.tta:
+            augment(cfg)
+        runner = Runner.from_cfg(cfg)
+        if args.out is not None:
+            runner.test_evaluator.metrics.append(DumpWhole(out_file_path=args.out))
+    with user_errors(UserError, WarmStartError):
+        runner.test()

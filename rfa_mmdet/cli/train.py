@@ -1,0 +1,132 @@
+"""Train a detector."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from mmdet.utils import setup_cache_size_limit_of_dynamo
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from rfa_mmdet.cli.command_line import load_config, prepare_run, run_parser, user_errors
+from rfa_mmdet.errors import ConfigError, UserError
+from rfa_mmdet.layers.warm_start.start import WarmStartError
+
+# Of this package; those that the config names itself, with arguments, stay.
+HOOKS = ("EpochSeedHook", "NewLayersHook", "CalibrationHook")
+
+
+def parse_args():
+    """Read the command line."""
+    parser = run_parser(
+        "Train a detector; progress, ETA and memory are logged, checkpoints kept in the work dir.",
+        "python tools/train.py configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py --tensorboard",
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="PATH|auto",
+        help="go on from a checkpoint; auto (also without a value): the latest in the work dir",
+    )
+    parser.add_argument("--amp", action="store_true", help="automatic mixed precision")
+    parser.add_argument(
+        "--auto-scale-lr",
+        action="store_true",
+        help="scale the learning rate by batch size over the config's auto_scale_lr",
+    )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also log for TensorBoard: tensorboard --logdir <work dir>",
+    )
+    return parser.parse_args()
+
+
+def add_tensorboard(cfg: Config) -> None:
+    """Have the visualizer write what is logged for TensorBoard as well."""
+    if find_spec("tensorboard") is None:
+        raise ConfigError("--tensorboard: tensorboard is not installed: pip install tensorboard")
+    if cfg.get("visualizer") is None:
+        cfg.visualizer = dict(type="DetLocalVisualizer", name="visualizer")
+    backends = cfg.visualizer.get("vis_backends") or [dict(type="LocalVisBackend")]
+    if not any(str(backend["type"]).endswith("TensorboardVisBackend") for backend in backends):
+        cfg.visualizer.vis_backends = [*backends, dict(type="TensorboardVisBackend")]
+
+
+def keep_best(cfg: Config) -> None:
+    """Keep the best checkpoint, by the first metric, unless the config says what to do about it."""
+    if cfg.get("val_evaluator") is None:
+        return
+    hooks = cfg.setdefault("default_hooks", {})
+    hook = hooks.setdefault("checkpoint", dict(type="CheckpointHook", interval=1))
+    if hook is not None and "save_best" not in hook:
+        # Of some, such as LVIS's bbox_AP, MMEngine does not know that more is better.
+        hook.update(save_best="auto", rule="greater")
+
+
+def check_last_checkpoint(work_dir: str) -> None:
+    """Refuse to go on from a name of nothing, before MMEngine fails over it.
+
+    MMEngine writes that name straight into its file, which a kill may have left empty, and removes
+    checkpoints beyond ``max_keep_ckpts`` before it has written the next one.
+    """
+    path = Path(work_dir, "last_checkpoint")
+    name = path.read_text().strip() if path.is_file() else None
+    if name is None or "://" in name or (name and Path(name).exists()):
+        return
+    found = ", ".join(sorted(p.name for p in Path(work_dir).glob("[!.]*.pth"))) or "no checkpoint"
+    raise ConfigError(
+        f"--resume auto: {path} names {name!r}, which is no checkpoint; name another by "
+        f"--resume PATH; in {work_dir}: {found}"
+    )
+
+
+def apply_args(cfg: Config, args) -> None:
+    """Lay train's own arguments over the config."""
+    if args.amp:
+        if cfg.optim_wrapper.get("type", "OptimWrapper") not in ("OptimWrapper", "AmpOptimWrapper"):
+            raise ConfigError(
+                f"--amp: cannot replace optim_wrapper.type={cfg.optim_wrapper.type!r}"
+            )
+        cfg.optim_wrapper.type = "AmpOptimWrapper"
+        cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+    if args.auto_scale_lr:
+        if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
+            raise ConfigError(
+                "--auto-scale-lr: the config does not say for which batch size its learning rate "
+                "is meant; add auto_scale_lr = dict(base_batch_size=16)"
+            )
+        cfg.auto_scale_lr.enable = True
+    if args.resume is not None:
+        if args.resume != "auto" and not Path(args.resume).is_file():
+            raise ConfigError(f"--resume {args.resume}: no such file")
+        if args.resume == "auto":
+            check_last_checkpoint(cfg.work_dir)
+        cfg.resume = True
+        cfg.load_from = None if args.resume == "auto" else args.resume
+    if args.tensorboard:
+        add_tensorboard(cfg)
+    keep_best(cfg)
+    # So that a resumed run draws the same random numbers as one that was not interrupted.
+    cfg.train_dataloader.persistent_workers = False
+    # Each process sees other images: with batch norm statistics of their own, ranks would validate
+    # with other models than the one that rank 0 saves.
+    own = HOOKS if cfg.launcher == "none" else (*HOOKS, "SyncBuffersHook")
+    present = {hook["type"] for hook in cfg.get("custom_hooks", [])}
+    cfg.custom_hooks = [
+        *cfg.get("custom_hooks", []),
+        *(dict(type=h) for h in own if h not in present),
+    ]
+
+
+def main() -> None:
+    """Check everything that can be known, then train."""
+    args = parse_args()
+    setup_cache_size_limit_of_dynamo()
+    with user_errors():
+        cfg = load_config(args)
+        apply_args(cfg, args)
+        prepare_run(cfg, "train", "val")
+        runner = Runner.from_cfg(cfg)
+    with user_errors(UserError, WarmStartError):
+        runner.train()

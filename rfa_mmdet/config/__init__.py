@@ -1,0 +1,1 @@
+"""Reading a config, and checking it before anything is built."""

@@ -1,0 +1,1 @@
+"""Data sets, the checks before a run, generated shapes, converters."""

@@ -1,0 +1,320 @@
+"""Every image and box of a config's data, looked at one by one.
+
+The checks before a run stop at what would make it fail. This goes on: it decodes every image as
+training would, and compares it with its annotations.
+"""
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing.pool import ThreadPool
+from typing import NamedTuple
+
+import mmengine
+from mmdet.datasets import CocoDataset, XMLDataset
+from mmengine.config import Config
+
+from rfa_mmdet.data.check.coco import read_coco
+from rfa_mmdet.data.check.find import Leaf, is_local, leaves
+from rfa_mmdet.data.check.images import MISSING, NOT_DECODABLE, read_image
+from rfa_mmdet.data.check.report import DataError
+from rfa_mmdet.data.check.voc import read_voc
+
+# What can be wrong with an image, the worst first; a run that reads one of the first three ends.
+FATAL = (MISSING, "damaged", NOT_DECODABLE)
+KINDS = (
+    *FATAL,
+    "other size than annotated",
+    "box inverted or empty",
+    "box outside",
+    "box below 1 pixel",
+    "box twice",
+    "unknown class",
+    "in two splits",
+    "without boxes",
+    "not annotated",
+)
+# Of a box over the image's edge, in pixels: tools that round do that.
+TOLERANCE = 1.0
+_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+
+class Box(NamedTuple):
+    """A box as annotated.
+
+    Attributes:
+        name (str): Of its class.
+        xyxy (tuple[float, float, float, float]): Corners in pixels, counted from 0.
+    """
+
+    name: str
+    xyxy: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """An image and what its annotations say.
+
+    Attributes:
+        path (str): The image file.
+        size (tuple[int, int] | None): Width and height, if the annotations give them.
+        boxes (tuple[Box, ...]): Those to learn from.
+        unknown (tuple[str, ...]): Names or ids of classes that the dataset does not have.
+    """
+
+    path: str
+    size: tuple[int, int] | None
+    boxes: tuple[Box, ...]
+    unknown: tuple[str, ...] = ()
+
+
+class Problem(NamedTuple):
+    """Something wrong with an image.
+
+    Attributes:
+        kind (str): Of :data:`KINDS`.
+        split (str): 'train', 'val' or 'test'.
+        path (str): The image file.
+        text (str): What it is.
+        weight (float): How bad it is beside others of its kind.
+        box (Box | None): The box, if it is one.
+    """
+
+    kind: str
+    split: str
+    path: str
+    text: str
+    weight: float = 0.0
+    box: Box | None = None
+
+
+@dataclass
+class Audit:
+    """What was found.
+
+    Attributes:
+        problems (list[Problem]): All of them.
+        images (dict[str, int]): Images by split.
+        boxes (dict[str, Counter]): Boxes by split and class, classes without boxes included.
+        annotations (dict[str, Annotated]): By path, of images that have a problem.
+        skipped (list[str]): Config keys of datasets that are neither COCO nor VOC, or not local.
+    """
+
+    problems: list[Problem] = field(default_factory=list)
+    images: dict[str, int] = field(default_factory=dict)
+    boxes: dict[str, Counter] = field(default_factory=dict)
+    annotations: dict[str, Annotated] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+
+    def count(self, kind: str, split: str) -> int:
+        """Return how many problems of a kind a split has."""
+        return sum(p.kind == kind and p.split == split for p in self.problems)
+
+
+def audit(
+    cfg: Config,
+    splits: Sequence[str] = ("train", "val", "test"),
+    threads: int | None = None,
+    progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+) -> Audit:
+    """Look at every image that a config's datasets name, and at those that they do not.
+
+    Args:
+        cfg (Config): Of a detector.
+        splits (Sequence[str]): Of 'train', 'val' and 'test'; the same files under a second name
+            are looked at once.
+        threads (int | None): How many images to decode at a time. Defaults to None: one for each
+            processor.
+        progress (Callable): Given the results as they come and their number; yields them.
+
+    Returns:
+        Audit: Annotation files that cannot be read are left out: see
+        :func:`~rfa_mmdet.data.check.find_problems`, which says what is wrong with them.
+    """
+    found, work, seen = Audit(), [], set()
+    splits_of, all_read = defaultdict(set), True
+    for split in (*splits, *({"train", "val", "test"} - {*splits})):
+        for leaf in leaves(cfg, split):
+            read = _read(leaf)
+            if read is None:
+                all_read = False
+                found.skipped += [leaf.key] if split in splits else []
+                continue
+            classes, records, source = read
+            if split not in splits:  # its images are annotated, if not looked at
+                for record in records:
+                    splits_of[os.path.realpath(record.path)].add(None)
+                continue
+            if source in seen:  # as 'test' is often another name of 'val'
+                continue
+            seen.add(source)
+            found.images[split] = found.images.get(split, 0) + len(records)
+            counts = found.boxes.setdefault(split, Counter(dict.fromkeys(classes, 0)))
+            for record in records:
+                splits_of[os.path.realpath(record.path)].add(split)
+                counts.update(box.name for box in record.boxes)
+                work.append((split, record))
+    pool = ThreadPool(threads or len(os.sched_getaffinity(0)))
+    with pool:
+        sizes = pool.imap(_look, [record.path for _, record in work], chunksize=4)
+        for (split, record), (size, damage) in zip(work, progress(sizes, len(work)), strict=True):
+            problems = [*_image_problems(split, record, size, damage)]
+            both = splits_of[os.path.realpath(record.path)] - {None}
+            if len(both) > 1:
+                both = " and ".join(sorted(both))
+                problems.append(Problem("in two splits", split, record.path, f"in {both}"))
+            if problems:
+                found.annotations[record.path] = record
+                found.problems += problems
+    if all_read:  # else, what could not be read might name them
+        found.problems += _unnamed(work, splits_of)
+    return found
+
+
+def dataset_images(cfg: Config, split: str, number: int) -> list[str]:
+    """Return the first image files of a split, or none where its data cannot be read.
+
+    Args:
+        cfg (Config): Of a detector.
+        split (str): 'train', 'val' or 'test'.
+        number (int): At most so many.
+    """
+    read = [found for leaf in leaves(cfg, split) if (found := _read(leaf))]
+    paths = (record.path for _, records, _ in read for record in records)
+    return list(islice(paths, number))
+
+
+def _read(leaf: Leaf) -> tuple[tuple[str, ...], list[Annotated], tuple] | None:
+    """Return classes, images and what identifies the dataset's files, or None."""
+    try:
+        dataset = leaf.build()
+        if not is_local(dataset.ann_file, getattr(dataset, "backend_args", None)):
+            return None
+        if isinstance(dataset, CocoDataset):
+            records = list(_coco(dataset))
+        elif isinstance(dataset, XMLDataset):
+            records = list(_voc(dataset))
+        else:
+            return None
+    # Whatever is wrong with the config or the file is told by the checks before a run.
+    except (DataError, KeyError, TypeError, OSError, RuntimeError, UnicodeDecodeError):
+        return None
+    source = (os.path.realpath(dataset.ann_file), tuple(sorted(dataset.data_prefix.items())))
+    return tuple(dataset.metainfo["classes"]), records, source
+
+
+def _coco(dataset: CocoDataset) -> Iterator[Annotated]:
+    content = read_coco(dataset.ann_file, annotated=not dataset.test_mode)
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    classes = set(dataset.metainfo["classes"])
+    boxes, unknown = defaultdict(list), defaultdict(list)
+    for annotation in content["annotations"]:
+        if annotation.get("iscrowd") or annotation.get("ignore"):
+            continue  # regions, from which nothing is learnt
+        x, y, width, height = annotation["bbox"]
+        name = names.get(annotation["category_id"])
+        image = annotation["image_id"]
+        if name in classes:
+            boxes[image].append(Box(name, (x, y, x + width, y + height)))
+        else:
+            unknown[image].append(name or f"category_id {annotation['category_id']}")
+    for image in content["images"]:
+        yield Annotated(
+            os.path.join(dataset.data_prefix["img"], image["file_name"]),
+            (image["width"], image["height"]),
+            tuple(boxes[image["id"]]),
+            tuple(unknown[image["id"]]),
+        )
+
+
+def _voc(dataset: XMLDataset) -> Iterator[Annotated]:
+    classes = set(dataset.metainfo.get("classes") or ())
+    root = dataset.sub_data_root
+    for name in mmengine.list_from_file(dataset.ann_file):
+        try:
+            image = read_voc(os.path.join(root, dataset.ann_subdir, f"{name}.xml"), classes)
+        except DataError:
+            continue
+        yield Annotated(
+            os.path.join(root, dataset.img_subdir, f"{name}.jpg"),
+            image.size if image.size and min(image.size) > 0 else None,
+            # VOC counts pixels from 1.
+            tuple(Box(b.name, tuple(float(v - 1) for v in b.xyxy)) for b in image.boxes),
+            tuple(n for n in image.names if n not in classes),
+        )
+
+
+def _look(path: str) -> tuple[tuple[int, int] | None, str | None]:
+    """Return width and height of an image, or what is wrong with the file."""
+    image, damage = read_image(path)
+    return (None, damage) if image is None else ((image.shape[1], image.shape[0]), None)
+
+
+def _image_problems(
+    split: str,
+    record: Annotated,
+    size: tuple[int, int] | None,
+    damage: str | None,
+) -> Iterator[Problem]:
+    if damage:
+        kinds = (kind for kind in (MISSING, NOT_DECODABLE) if damage.startswith(kind))
+        yield Problem(next(kinds, "damaged"), split, record.path, damage)
+    if size and record.size and size != record.size:
+        turned = " (turned)" if size == record.size[::-1] else ""
+        text = "{} x {}, is {} x {}".format(*record.size, *size) + turned
+        yield Problem("other size than annotated", split, record.path, text, 1 + bool(turned))
+    for name, count in Counter(record.unknown).items():
+        yield Problem("unknown class", split, record.path, f"{name} ({count})", count)
+    for box, count in Counter(record.boxes).items():
+        problem = box_problem(box, size or record.size)
+        if problem:
+            kind, weight = problem
+            numbers = ", ".join(f"{value:g}" for value in box.xyxy)
+            yield Problem(kind, split, record.path, f"{box.name}: {numbers}", weight, box)
+        elif count > 1:
+            yield Problem("box twice", split, record.path, f"{box.name} ({count})", count, box)
+    if not record.boxes and not record.unknown:
+        yield Problem("without boxes", split, record.path, "no box of the dataset's classes")
+
+
+def box_problem(box: Box, size: tuple[int, int] | None) -> tuple[str, float] | None:
+    """Return what is wrong with a box, and how badly, or None.
+
+    Args:
+        box (Box): As annotated.
+        size (tuple[int, int] | None): Width and height of the image, if they are known.
+
+    Returns:
+        tuple[str, float] | None: Of :data:`KINDS`, and a weight; the furthest outside weighs most.
+
+    Example:
+        >>> box_problem(Box("cat", (5, 5, 3, 9)), (64, 48))
+        ('box inverted or empty', 2)
+        >>> box_problem(Box("cat", (50, 5, 70, 9)), (64, 48))
+        ('box outside', 6)
+        >>> box_problem(Box("cat", (50, 5, 64, 9)), (64, 48))
+    """
+    x1, y1, x2, y2 = box.xyxy
+    side = min(x2 - x1, y2 - y1)
+    if side <= 0:
+        return "box inverted or empty", -side
+    if size:
+        over = max(-x1, -y1, x2 - size[0], y2 - size[1])
+        if over > TOLERANCE:
+            return "box outside", over
+    return ("box below 1 pixel", 1 - side) if side < 1 else None
+
+
+def _unnamed(work: list, splits_of: dict) -> Iterator[Problem]:
+    """Yield the image files that no split names, beside those that one names."""
+    folders: dict[str, str] = {}
+    for split, record in work:
+        folders.setdefault(os.path.dirname(record.path), split)
+    for folder, split in folders.items():
+        entries = sorted(os.listdir(folder)) if os.path.isdir(folder) else ()
+        for name in entries:
+            path = os.path.join(folder, name)
+            if name.lower().endswith(_ENDINGS) and os.path.realpath(path) not in splits_of:
+                yield Problem("not annotated", split, path, "no annotation file names it")

@@ -1,0 +1,125 @@
+"""Do the classes of the datasets fit each other, and the model's heads?"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from rfa_mmdet.data.check.find import Leaf
+from rfa_mmdet.data.check.report import DataError, Findings, some
+
+# Heads that count something else than the dataset's classes.
+_OTHER_HEADS = ("rpn_head", "semantic_head", "panoptic_head", "panoptic_fusion_head")
+
+
+def heads(model: dict) -> Iterator[tuple[str, int]]:
+    """Yield config key and ``num_classes`` of the heads that classify boxes or masks.
+
+    Args:
+        model (dict): ``cfg.model``; heads may be in lists (cascades), and below wrappers.
+
+    Example:
+        >>> roi_head = dict(bbox_head=[dict(num_classes=80), dict(num_classes=3)])
+        >>> list(heads(dict(rpn_head=dict(num_classes=1), roi_head=roi_head)))
+        [('model.roi_head.bbox_head.0', 80), ('model.roi_head.bbox_head.1', 3)]
+        >>> list(heads(dict(bbox_head=dict(type="Retrofit", module=dict(num_classes=3)))))
+        [('model.bbox_head.module', 3)]
+    """
+
+    def walk(node: Any, key: str, name: str) -> Iterator[tuple[str, int]]:
+        if isinstance(node, dict) and node.get("type") == "Retrofit":
+            yield from walk(node.get("module"), f"{key}.module", name)
+        elif isinstance(node, dict) and name not in _OTHER_HEADS:
+            # A mask head without classes of its own ignores the number.
+            if name.endswith(("_head", "_heads")) and not node.get("class_agnostic"):
+                count = node.get("num_classes")
+                if isinstance(count, int):
+                    yield key, count
+            for child, value in node.items():
+                yield from walk(value, f"{key}.{child}", child)
+        elif isinstance(node, (list, tuple)):
+            for i, value in enumerate(node):
+                yield from walk(value, f"{key}.{i}", name)
+
+    yield from walk(model, "model", "model")
+
+
+def check_heads(model: dict, leaf: Leaf, labels: tuple[str, ...], found: Findings) -> None:
+    """Report heads whose ``num_classes`` is not the number of the dataset's classes.
+
+    Args:
+        model (dict): ``cfg.model``.
+        leaf (Leaf): The dataset that is trained, or tested, on.
+        labels (tuple[str, ...]): Its classes.
+        found (Findings): Takes the error.
+    """
+    # Models that are told the classes as text have as many outputs as the text may be long.
+    if model.get("language_model"):
+        return
+    wrong = [(key, count) for key, count in heads(model) if count != len(labels)]
+    if not wrong:
+        return
+    have = ", ".join(f"{key}.num_classes={count}" for key, count in wrong)
+    mend = " ".join(f"{key}.num_classes={len(labels)}" for key, _ in wrong)
+    in_list = any(part.isdigit() for key, _ in wrong for part in key.split("."))
+    limit = (
+        " (list elements by index work on the command line only; a config file has to write the "
+        "whole list)"
+        if in_list
+        else ""
+    )
+    found.errors.append(
+        f"{have}, but {leaf.key} has {len(labels)} classes: {some(map(repr, labels), 80)} "
+        f"({class_source(leaf)}). Right would be --cfg-options {mend}{limit}, or other classes"
+    )
+
+
+def check_same_labels(labelled: list[tuple[Leaf, tuple[str, ...]]], found: Findings) -> None:
+    """Report datasets in which a label means another class than in the first.
+
+    Args:
+        labelled (list): Datasets with their class names by label.
+        found (Findings): Takes the errors.
+    """
+    for leaf, labels in labelled[1:]:
+        first, expected = labelled[0]
+        if labels != expected:
+            found.errors.append(
+                f"{leaf.key} numbers its classes {some(map(repr, labels), 80)}, but {first.key} "
+                f"{some(map(repr, expected), 80)}: the same label would mean different classes. "
+                "For COCO files the order of their 'categories' counts"
+            )
+
+
+def check_given(leaf: Leaf) -> None:
+    """Check ``metainfo.classes`` as written, before MMDetection takes a string apart.
+
+    Raises:
+        DataError: It is a bare string that is not the name of a file of classes.
+    """
+    classes = (leaf.cfg.get("metainfo") or {}).get("classes")
+    if isinstance(classes, str) and "://" not in classes and not os.path.isfile(classes):
+        raise DataError(
+            f"{leaf.key}.metainfo.classes={classes!r} is a string, of which every letter would be "
+            f"a class, and no file of that name exists. For one class, mind the comma: "
+            f"metainfo=dict(classes=({classes!r},))"
+        )
+
+
+def class_source(leaf: Leaf) -> str:
+    """Say where a dataset has its classes from."""
+    metainfo = leaf.cfg.get("metainfo") or {}
+    if "classes" in metainfo:
+        return "from metainfo.classes"
+    other = next((key for key in metainfo if key.lower() in ("classes", "class")), None)
+    reason = f"metainfo has {other!r} instead of 'classes'" if other else "no metainfo.classes"
+    return f"the defaults of {getattr(leaf.cfg['type'], '__name__', leaf.cfg['type'])}: {reason}"
+
+
+def metainfo_fix(leaf: Leaf, names: tuple[str, ...]) -> str:
+    """Say how to pass ``names`` as classes."""
+    text = f"To use the file's own, write metainfo=dict(classes={names!r}) into the dataset"
+    # MMEngine's parser of the command line drops blanks and takes digits for numbers.
+    if names and all(name.replace("-", "").replace("_", "").isalpha() for name in names):
+        listed = "".join(f"{name}," for name in names)
+        text += f', or --cfg-options {leaf.key}.metainfo.classes="({listed})"'
+    return f"{text}, and as many num_classes into the heads"

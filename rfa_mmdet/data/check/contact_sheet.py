@@ -1,0 +1,113 @@
+"""The worst of a data set as one picture."""
+
+import os
+from collections import defaultdict
+from itertools import chain, zip_longest
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen is needed
+
+from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
+
+from rfa_mmdet.data.check.audit import KINDS, Audit, Problem
+from rfa_mmdet.data.check.images import read_image
+from rfa_mmdet.files import written_whole
+
+_BAD, _GOOD = "#e8112d", "#3ddc84"
+# Of what has no place in a picture, nothing is shown.
+_SHOWN = tuple(kind for kind in KINDS if kind != "not annotated")
+
+
+def worst(found: Audit, number: int) -> list[tuple[str, list[Problem]]]:
+    """Return the images to look at first.
+
+    Of each kind of problem the worst comes first, then the second worst of each, and so on, so
+    that a frequent problem does not hide a rare one.
+
+    Args:
+        found (Audit): What was found.
+        number (int): How many images.
+
+    Returns:
+        list: (path, its problems), the worst first; every image once.
+    """
+    of_path, of_kind = defaultdict(list), defaultdict(list)
+    for problem in found.problems:
+        of_path[problem.path].append(problem)
+        of_kind[problem.kind].append(problem)
+    ranked = [sorted(of_kind[kind], key=lambda p: -p.weight) for kind in _SHOWN]
+    paths = dict.fromkeys(p.path for p in chain(*zip_longest(*ranked)) if p is not None)
+    return [(path, of_path[path]) for path in list(paths)[:number]]
+
+
+def save_contact_sheet(
+    found: Audit, out: str | os.PathLike, columns: int = 4, rows: int = 4
+) -> Path | None:
+    """Draw the worst images with their boxes; what is wrong is red, the rest green.
+
+    Args:
+        found (Audit): What was found.
+        out (str | os.PathLike): PNG to write.
+        columns, rows (int): Of images. Default to 4.
+
+    Returns:
+        Path | None: The file; None where there is nothing to show, and none is written.
+    """
+    shown = worst(found, columns * rows)
+    if not shown:
+        return None
+    rows = -(-len(shown) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.6 * columns, 3.7 * rows), layout="constrained", squeeze=False
+    )
+    for one in axes.flat:
+        one.axis("off")
+    for one, (path, problems) in zip(axes.flat, shown, strict=False):
+        _draw(one, path, problems, found)
+    with written_whole(out) as part:
+        figure.savefig(part, dpi=100)
+    plt.close(figure)
+    return Path(out)
+
+
+def _draw(axes, path: str, problems: list[Problem], found: Audit) -> None:
+    bad = {problem.box for problem in problems if problem.box}
+    boxes = [box for box in found.annotations[path].boxes if box not in bad]
+    image, _ = read_image(path)
+    if image is None:
+        axes.text(0.5, 0.5, "no picture", ha="center", va="center", transform=axes.transAxes)
+        axes.add_patch(Rectangle((0, 0), 1, 1, fill=False, ec="0.7", transform=axes.transAxes))
+    else:
+        height, width = image.shape[:2]
+        axes.imshow(image[..., ::-1])
+        _frame(axes, width, height, [box.xyxy for box in bad])
+        for colour, group, line in ((_GOOD, boxes, 1.0), (_BAD, bad, 2.2)):
+            for box in group:
+                x1, y1, x2, y2 = box.xyxy
+                axes.add_patch(
+                    Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=line)
+                )
+                if colour == _BAD:  # a box without extent would not be seen
+                    axes.plot((x1 + x2) / 2, (y1 + y2) / 2, "+", color=_BAD, ms=10, mew=2)
+    texts = (p.text if p.text.startswith(p.kind) else f"{p.kind}: {p.text}" for p in problems)
+    texts = list(dict.fromkeys(texts))
+    lines = [f"{os.path.basename(path)} ({problems[0].split})", *texts[:2]]
+    if len(texts) > 2:
+        lines.append(f"and {len(texts) - 2} more")
+    axes.set_title("\n".join(map(_short, lines)), fontsize=8, loc="left")
+
+
+def _frame(axes, width: int, height: int, boxes: list) -> None:
+    """Show the image, and what of a box is outside, up to half an image on each side."""
+    xs = [0, width, *(value for box in boxes for value in box[::2])]
+    ys = [0, height, *(value for box in boxes for value in box[1::2])]
+    margin = 0.02 * max(width, height)
+    axes.set_xlim(max(min(xs), -width / 2) - margin, min(max(xs), 1.5 * width) + margin)
+    axes.set_ylim(min(max(ys), 1.5 * height) + margin, max(min(ys), -height / 2) - margin)
+
+
+def _short(text: str, length: int = 52) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."

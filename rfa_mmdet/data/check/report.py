@@ -1,0 +1,71 @@
+"""How findings about data are collected and worded."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+from rfa_mmdet.errors import UserError
+
+
+class DataError(UserError):
+    """The data cannot be trained on, or tested on, as they are."""
+
+
+@dataclass
+class Findings:
+    """What was found so far; later checks go on after an error, so that one run names them all.
+
+    Attributes:
+        errors (list[str]): A run would fail, or silently learn nothing or the wrong thing.
+        warnings (list[str]): A run is possible.
+        read (set[str]): The image files that a run would read.
+    """
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    read: set[str] = field(default_factory=set)
+
+    def raise_errors(self) -> None:
+        """Raise one :class:`DataError` with all errors, if there are any."""
+        if len(self.errors) == 1:
+            raise DataError(self.errors[0])
+        if self.errors:
+            lines = "".join(f"\n  - {error}" for error in self.errors)
+            raise DataError(f"{len(self.errors)} problems with the data:{lines}")
+
+
+def some(items: Iterable, limit: int = 5) -> str:
+    """Return the first few items as text, and how many more there are.
+
+    Example:
+        >>> some(["a", "b", "c"], limit=2)
+        'a, b, ... (3 in all)'
+    """
+    items = [str(item) for item in items]
+    more = f", ... ({len(items)} in all)" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+def missing_path(path: str) -> str:
+    """Say that ``path`` is not there, and what is there instead.
+
+    Example:
+        >>> missing_path("/no/such/file.json")
+        "/no/such/file.json does not exist; neither does its folder, from '/no' on"
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        # The first part that is missing is where the user went wrong.
+        while not os.path.isdir(os.path.dirname(folder)):
+            folder = os.path.dirname(folder)
+        near = _near(os.path.basename(folder), os.path.dirname(folder))
+        return f"{path} does not exist; neither does its folder, from {folder!r} on{near}"
+    if os.path.exists(path):
+        return f"{path} is not a file"
+    return f"{path} does not exist{_near(name, folder) or f'; nothing like it in {folder!r}'}"
+
+
+def _near(name: str, folder: str) -> str:
+    near = get_close_matches(name, os.listdir(folder), n=3, cutoff=0.5)
+    return f"; nearest in {folder!r}: {', '.join(near)}" if near else ""

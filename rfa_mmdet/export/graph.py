@@ -1,0 +1,81 @@
+"""One part of a detector as a file, run by ONNX Runtime."""
+
+import inspect
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rfa_mmdet.errors import UserError
+from rfa_mmdet.export.parts import Part
+
+
+class Graph:
+    """A part as ONNX.
+
+    Args:
+        part (Part): In eval mode, on the CPU.
+        file (Path): To write.
+        opset (int): ONNX operator set.
+        classes (Sequence[str]): Of the detector, for whoever finds the file.
+
+    Raises:
+        UserError: PyTorch cannot export it.
+    """
+
+    def __init__(self, part: Part, file: Path, opset: int, classes: Sequence[str]) -> None:
+        self.part = part
+        _write(part, file, opset)
+        _describe(file, dict(holds=part.holds, classes=json.dumps(classes), **part.facts))
+        self._session = _session(file)
+
+    def run(self, inputs: Tensor) -> list[Tensor]:
+        """Return ONNX Runtime's outputs."""
+        arrays = self._session.run(None, {self.part.input_name: inputs.numpy()})
+        return [torch.from_numpy(array) for array in arrays]
+
+
+def _write(part: Part, file: Path, opset: int) -> None:
+    # The other exporter needs onnxscript, and before PyTorch 2.5 there is no choice.
+    known = inspect.signature(torch.onnx.export).parameters
+    chosen = {"dynamo": False} if "dynamo" in known else {}
+    with warnings.catch_warnings():
+        # Of tracing: sizes that Python compares. Whether they matter, the comparison tells.
+        warnings.simplefilter("ignore")
+        try:
+            torch.onnx.export(
+                part.eval(),
+                (part.example,),
+                str(file),
+                input_names=[part.input_name],
+                output_names=list(part.outputs),
+                dynamic_axes={part.input_name: part.axes, **part.outputs},
+                opset_version=opset,
+                **chosen,
+            )
+        except (RuntimeError, ValueError) as error:  # the exporter's own are among them
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"opset {opset}: PyTorch cannot export the model: {reason}") from error
+
+
+def _describe(file: Path, facts: dict[str, str]) -> None:
+    """Write facts into the file, and check it."""
+    import onnx
+
+    model = onnx.load(str(file))
+    onnx.checker.check_model(model)
+    onnx.helper.set_model_props(model, facts)
+    onnx.save(model, str(file))
+
+
+def _session(file: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,81 @@
+"""Which layers are new: told to DDP before the first step, and remembered by checkpoints."""
+
+from collections.abc import Iterator
+
+from mmengine.dist import is_distributed
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+
+from rfa_mmdet.layers.warm_start.start import Start
+
+_META = "rfa_mmdet_filled"
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return the model that a wrapper such as DDP holds, or the model itself."""
+    return model.module if is_model_wrapper(model) else model
+
+
+@HOOKS.register_module()
+class NewLayersHook(Hook):
+    """Keeps two promises that a module cannot keep by itself.
+
+    A run that is resumed holds and freezes what the run before did, although its checkpoint fills
+    everything: which of the new layers' names a checkpoint had filled is written into it.
+
+    DDP takes the parameters that train when the model is wrapped, before any checkpoint is loaded.
+    Where loading one freezes more, in ``frozen_stages``, the model is wrapped anew.
+
+    ``tools/train.py`` adds it to every run. Without new layers it does nothing.
+
+    Example:
+        >>> custom_hooks = [dict(type="NewLayersHook")]
+    """
+
+    priority = "VERY_HIGH"
+
+    def __init__(self) -> None:
+        self._resumed: dict[str, list[str]] | None = None
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Remember what the run before had found filled, if this is a resume."""
+        if runner._resume:
+            self._resumed = checkpoint.get("meta", {}).get(_META)
+
+    def before_train(self, runner: Runner) -> None:
+        """Settle what trains."""
+        model = bare(runner.model)
+        for name, layer in new_layers(model):
+            filled = None if self._resumed is None else self._resumed.get(name)
+            if filled is not None:
+                layer.start = Start(frozenset(filled))
+        self._resumed = None
+        before = [p.requires_grad for p in model.parameters()]
+        model.train()
+        changed = before != [p.requires_grad for p in model.parameters()]
+        if changed and is_distributed() and is_model_wrapper(runner.model):
+            runner.model = runner.wrap_model(runner.cfg.get("model_wrapper_cfg"), model)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Write down what a checkpoint had filled before this run trained it."""
+        starts = {
+            name: sorted(getattr(layer, "start", Start()).filled)
+            for name, layer in new_layers(bare(runner.model))
+        }
+        if starts:
+            checkpoint["meta"][_META] = starts
+
+
+def new_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the full name and the layer, for each that Retrofit and its kin put into a model.
+
+    Example:
+        >>> list(new_layers(nn.Conv2d(3, 3, 3)))
+        []
+    """
+    for prefix, module in model.named_modules():
+        for name, layer in getattr(getattr(module, "new_layers", None), "layers", {}).items():
+            yield f"{prefix}.{name}" if prefix else name, layer

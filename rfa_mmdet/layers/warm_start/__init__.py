@@ -1,0 +1,1 @@
+"""Warm start: pretrained weights in layers that replace plain convolutions."""

@@ -1,0 +1,88 @@
+r"""Retrofit: any module of a detector, with other convolutions and plug-ins in chosen places.
+
+    model = dict(backbone=dict(
+        _delete_=True, type='Retrofit', module={{_base_.model.backbone}},
+        edits=[dict(where=r'layer[234]\..*\.conv2', conv=dict(type='RFAConv')),
+               dict(after=r'layer4\.\d+', plugin=dict(type='EMA'))]))
+
+What comes out is the module itself: its type, and the names and checkpoint keys outside the edits,
+are those of the plain one, so that plain checkpoints load, and mmdet's tools see what they know.
+"""
+
+from collections.abc import Sequence
+
+from mmdet.registry import MODELS
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from rfa_mmdet.models.retrofit.edits import apply_edits, plan_edits, plan_table
+from rfa_mmdet.models.retrofit.new_layers import NewLayers
+
+
+@MODELS.register_module(name="Retrofit")
+def retrofit(
+    module: dict | nn.Module,
+    edits: Sequence[dict],
+    dry_run: bool = False,
+    strict_start: bool | str = False,
+    **kwargs,
+) -> nn.Module:
+    r"""Build a module and edit it.
+
+    A replaced convolution hands on its channels, kernel, stride, padding, dilation, groups and
+    whether it has a bias. The plain model's checkpoint warm-starts it, and a report of that is
+    logged; ``frozen_stages`` and ``norm_eval`` hold for what a checkpoint filled.
+
+    Args:
+        module (dict | nn.Module): Config of a backbone, neck, head or detector, or one that is
+            built; that one's weights count as loaded, and are warm-started from.
+        edits (Sequence[dict]): ``dict(where=PATTERN, conv=CFG)`` replaces the convolutions,
+            ``dict(after=PATTERN, plugin=CFG)`` puts a plug-in behind the modules, whose whole name
+            matches the regular expression. A ConvModule stands for the convolution in it. The
+            plug-in gets the channels of the module before it as ``in_channels``, unless given.
+        dry_run (bool): Print what would be done, as a table, and do nothing. Defaults to False.
+        strict_start (bool | str): Whether keys of a checkpoint that go nowhere are an error; as a
+            regular expression, which keys may. Defaults to False.
+        **kwargs: What mmdet's detectors hand on to their parts, such as ``train_cfg`` of a head:
+            goes into the module's config.
+
+    Returns:
+        nn.Module: The module, edited.
+
+    Raises:
+        ValueError, TypeError: An argument is not as above, or an edit matches nothing, or what
+            cannot be replaced.
+
+    Example:
+        >>> edits = [dict(where=r"layer4\..*\.conv1", conv=dict(type="RFAConv"))]
+        >>> net = retrofit(dict(type="ResNet", depth=18), edits)
+        >>> type(net).__name__, type(net.layer4[0].conv1).__name__, net.layer4[0].conv1.stride
+        ('ResNet', 'RFAConv', (2, 2))
+    """
+    loaded = isinstance(module, nn.Module)
+    if loaded and kwargs:
+        raise ValueError(f"{', '.join(kwargs)}: go into a config, but module is built already")
+    if not loaded:
+        if not isinstance(module, dict) or "type" not in module:
+            raise TypeError(f"module={module!r}: must be a config with a 'type', or a module")
+        module = MODELS.build({**module, **kwargs})
+    steps = plan_edits(module, edits)
+    if dry_run:
+        _print(type(module).__name__, plan_table(steps))
+        return module
+    new_layers = NewLayers(module, {}, strict_start)
+    new_layers.layers.update(apply_edits(module, steps, loaded))
+    if loaded:
+        module.train(module.training)
+    return module
+
+
+def _print(name: str, rows: list[tuple[str, ...]]) -> None:
+    table = Table("module", "is", "becomes", title=f"Retrofit of {name}, dry run: not done")
+    table.columns[0].overflow = "fold"
+    table.add_column("parameters", justify="right")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console().print(table)

@@ -1,0 +1,103 @@
+"""Maximum and mean of a map, and their gradient in a fraction of autograd's time."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rfa_mmdet.ops.common.recompute import recomputes
+
+
+def max_and_mean(
+    x: Tensor, dim: int | tuple[int, ...], dtype: torch.dtype, keepdim: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return maximum and mean; equal maxima share the gradient evenly.
+
+    Not differentiable twice, unless a graph is recorded (:func:`~rfa_mmdet.ops.common.recompute.is_recorded`).
+
+    Args:
+        x (Tensor): Any shape.
+        dim (int | tuple[int, ...]): Over which.
+        dtype (torch.dtype): Of the result.
+        keepdim (bool): Whether those have size 1 in the result, and not none.
+
+    Returns:
+        tuple[Tensor, Tensor]: Maximum and mean.
+
+    Example:
+        >>> max_and_mean(torch.tensor([[0., 1., 5.]]), 1, torch.float32)
+        (tensor([[5.]]), tensor([[2.]]))
+    """
+    if recomputes():
+        maxima, means = _MaxAndMean.apply(x, dim, dtype)
+    else:
+        maxima, means = x.amax(dim, keepdim=True).to(dtype), x.mean(dim, keepdim=True, dtype=dtype)
+    return (maxima, means) if keepdim else (maxima.squeeze(dim), means.squeeze(dim))
+
+
+def mean(x: Tensor, dim: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return the mean, whose gradient autograd finds without a division of each cell.
+
+    Args:
+        x (Tensor): Any shape.
+        dim (int | tuple[int, ...]): Over which.
+        dtype (torch.dtype): Of the result.
+
+    Returns:
+        Tensor: Without those dimensions.
+
+    Example:
+        >>> mean(torch.tensor([[0., 1., 5.]]), 1, torch.float32)
+        tensor([2.])
+    """
+    if not recomputes():
+        return x.mean(dim, dtype=dtype)
+    # That of a sum is expanded from one value, and the division is behind it.
+    total = x.sum(dim, dtype=torch.promote_types(dtype, torch.float32))  # beyond half's range
+    return (total / _cells(x, dim)).to(dtype)
+
+
+def _cells(x: Tensor, dim: int | tuple[int, ...]) -> int:
+    return math.prod(x.shape[i] for i in ([dim] if isinstance(dim, int) else dim))
+
+
+def shares_of_maximum(x: Tensor, maxima: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Find where a map has its maxima, and what gradient they get there; overwrites the map.
+
+    Args:
+        x (Tensor): The map.
+        maxima (Tensor): Its maxima, of its dtype and to be broadcast to it.
+        gradient (Tensor): Of the maxima, of their shape.
+
+    Returns:
+        tuple[Tensor, Tensor]: 1 at the maxima and 0 elsewhere; the gradient of each maximum,
+        divided by the number of cells that have it. Of x's dtype; their product is x's gradient.
+
+    Example:
+        >>> x = torch.tensor([[1., 2., 2.]])
+        >>> shares_of_maximum(x, torch.tensor([[2.]]), torch.tensor([[3.]]))
+        (tensor([[0., 1., 1.]]), tensor([[1.5000]]))
+    """
+    # Not a mask of bools: on a CPU, to make and to count one takes ten times as long.
+    hits = x.eq_(maxima)
+    dims = [i for i, size in enumerate(maxima.shape) if size != x.shape[i]]
+    dtype = torch.promote_types(x.dtype, torch.float32)  # half counts no further than 2048
+    count = hits.sum(dims, keepdim=True, dtype=dtype) if dims else hits
+    return hits, (gradient / count).to(x.dtype)
+
+
+class _MaxAndMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, dim: int | tuple[int, ...], dtype: torch.dtype) -> tuple:
+        maxima = x.amax(dim, keepdim=True)
+        ctx.save_for_backward(x, maxima)
+        ctx.cells = _cells(x, dim)
+        return maxima.to(dtype), x.mean(dim, keepdim=True, dtype=dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_maxima: Tensor, of_means: Tensor) -> tuple:
+        x, maxima = ctx.saved_tensors
+        hits, share = shares_of_maximum(x.clone(), maxima, of_maxima)
+        return hits.mul_(share).add_((of_means / ctx.cells).to(x.dtype)), None, None

@@ -1,0 +1,162 @@
+"""Receptive fields as windows: (B, C, K, h, w), K = kh * kw positions for each output cell.
+
+The papers lay the windows side by side, (B, C, h * kh, w * kw), and convolve them with stride k.
+A 1x1 convolution over the C * K channels with the same weights is the same sum, and moves nothing.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from rfa_mmdet.ops.common.recompute import gradients_of_gates, is_recorded, recomputes
+from rfa_mmdet.ops.common.precision import no_autocast
+
+Pair = tuple[int, int]
+
+
+def lay_out(windows: Tensor, kernel_size: Pair) -> Tensor:
+    """Lay windows side by side.
+
+    Args:
+        windows (Tensor): (B, C, K, h, w).
+        kernel_size (tuple[int, int]): (kh, kw), with kh * kw = K.
+
+    Returns:
+        Tensor: (B, C, h * kh, w * kw).
+
+    Example:
+        >>> import torch
+        >>> windows = torch.arange(8.).reshape(1, 1, 4, 1, 2)
+        >>> lay_out(windows, (2, 2))[0, 0]
+        tensor([[0., 2., 1., 3.],
+                [4., 6., 5., 7.]])
+    """
+    kh, kw = kernel_size
+    batch, channels, _, height, width = windows.shape
+    # Each side in a step of its own, at the end of the shape: one reshape of both does not export
+    # with dynamic sizes.
+    windows = windows.reshape(batch, channels, kh, kw, height, width).permute(0, 1, 2, 4, 5, 3)
+    windows = windows.reshape(batch, channels, kh, height, width * kw).permute(0, 1, 4, 3, 2)
+    return windows.reshape(batch, channels, width * kw, height * kh).transpose(2, 3)
+
+
+def take_apart(laid_out: Tensor, kernel_size: Pair) -> Tensor:
+    """Undo :func:`lay_out`.
+
+    Args:
+        laid_out (Tensor): (B, C, h * kh, w * kw).
+        kernel_size (tuple[int, int]): (kh, kw).
+
+    Returns:
+        Tensor: (B, C, kh * kw, h, w).
+
+    Example:
+        >>> import torch
+        >>> windows = torch.rand(2, 3, 6, 4, 5)
+        >>> torch.equal(take_apart(lay_out(windows, (2, 3)), (2, 3)), windows)
+        True
+    """
+    kh, kw = kernel_size
+    # Slices, as a reshape here does not export with dynamic sizes.
+    parts = [laid_out[:, :, i::kh, j::kw] for i in range(kh) for j in range(kw)]
+    return torch.stack(parts, dim=2)
+
+
+def convolve_windows(windows: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """Convolve each window with the kernel: the k x k convolution with stride k, laid out.
+
+    Args:
+        windows (Tensor): (B, C, K, h, w).
+        weight (Tensor): (O, C / groups, kh, kw).
+        bias (Tensor | None): (O,).
+        groups (int): Groups of the convolution.
+
+    Returns:
+        Tensor: (B, O, h, w).
+
+    Example:
+        >>> import torch
+        >>> convolve_windows(torch.rand(2, 3, 9, 4, 5), torch.rand(7, 3, 3, 3), None, 1).shape
+        torch.Size([2, 7, 4, 5])
+    """
+    # Channel c * K + i holds position i of channel c, as the flattened kernel does.
+    return F.conv2d(windows.flatten(1, 2), weight.flatten(1)[:, :, None, None], bias, groups=groups)
+
+
+def convolve_weighed_windows(
+    windows: Tensor,
+    gates: tuple[Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    overwrite: bool = False,
+) -> Tensor:
+    """Convolve windows, each value weighed by two gates; the product is not kept for backward.
+
+    Not differentiable twice, unless a graph is recorded (:func:`~rfa_mmdet.ops.common.recompute.is_recorded`).
+
+    Args:
+        windows (Tensor): (B, C, K, h, w), or (B, C, kh, kw, h, w).
+        gates (tuple[Tensor, Tensor]): Each to be broadcast to ``windows``, and of its dtype.
+        weight (Tensor): (O, C / groups, kh, kw).
+        bias (Tensor | None): (O,).
+        groups (int): Groups of the convolution.
+        overwrite (bool): Whether ``windows`` may be overwritten, which is done where no gradient is
+            asked for. Defaults to False.
+
+    Returns:
+        Tensor: (B, O, h, w).
+
+    Example:
+        >>> gates = torch.rand(2, 3, 1, 1, 1), torch.rand(2, 1, 9, 4, 5)
+        >>> windows, weight = torch.rand(2, 3, 9, 4, 5), torch.rand(7, 3, 3, 3)
+        >>> convolve_weighed_windows(windows, gates, weight, None, 1).shape
+        torch.Size([2, 7, 4, 5])
+    """
+    first, second = gates
+    if not recomputes():
+        if overwrite and not is_recorded():
+            weighed = windows.mul_(first).mul_(second)
+        else:
+            weighed = (windows * first) * second
+        return convolve_windows(weighed.flatten(2, -3), weight, bias, groups)
+    device = windows.device.type
+    if torch.is_autocast_enabled(device):  # as it would do for a convolution
+        dtype = torch.get_autocast_dtype(device)
+        windows, first, second, weight = (t.to(dtype) for t in (windows, first, second, weight))
+        bias = None if bias is None else bias.to(dtype)
+    return _ConvolveWeighed.apply(windows, first, second, weight, bias, groups)
+
+
+class _ConvolveWeighed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, windows, first, second, weight, bias, groups):
+        ctx.save_for_backward(windows, first, second, weight)
+        ctx.bias_shape, ctx.groups = None if bias is None else bias.shape, groups
+        weighed = (windows * first).mul_(second)
+        with no_autocast(windows):
+            return convolve_windows(weighed.flatten(2, -3), weight, bias, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        windows, first, second, weight = ctx.saved_tensors
+        needs_values = any(ctx.needs_input_grad[:3])
+        weighed = (windows * first).mul_(second)
+        grad, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad_y,
+            weighed.flatten(2, -3).flatten(1, 2),
+            weight.flatten(1)[:, :, None, None],
+            ctx.bias_shape,
+            *((1, 1), (0, 0), (1, 1), False, (0, 0), ctx.groups),
+            (needs_values, ctx.needs_input_grad[3], ctx.bias_shape is not None),
+        )
+        del weighed
+        if grad_weight is not None:
+            grad_weight = grad_weight.reshape(weight.shape)
+        if not needs_values:
+            return None, None, None, grad_weight, grad_bias, None
+        grad = grad.reshape(windows.shape)
+        of_gates = gradients_of_gates(grad * windows, first, second)
+        return grad.mul_(first).mul_(second), *of_gates, grad_weight, grad_bias, None

@@ -1,0 +1,288 @@
+"""tools/ablate.py with real trainings: a failure does not stop the rest, nothing is done twice."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import pytest
+import torch
+from mmdet.registry import MODELS
+
+from rfa_mmdet.studies import load_spec, write_report
+from rfa_mmdet.errors import UserError
+from tests.helpers.paths import ROOT
+
+# What each training saw: the images of every batch, in order, and whether they were flipped.
+WATCH = """
+import json
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class WatchBatchesHook(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        seen = [[s.img_id, bool(s.flip)] for s in data_batch["data_samples"]]
+        with open(runner.work_dir + "/batches.txt", "a") as file:
+            file.write(json.dumps(seen) + chr(10))
+"""
+SPEC = """
+base = {tiny!r}
+metric = "coco/bbox_mAP_50"
+options = {{
+    "train_cfg.max_epochs": {epochs},
+    "custom_imports": dict(imports=["rfa_mmdet", "watch_batches"]),
+    "custom_hooks": [dict(type="WatchBatchesHook")],
+    "test_cfg.type": "TestLoop",
+}}
+samples = 2
+plain = {{"model.backbone.rfa": None, "model.backbone.stage_with_rfa": None}}
+"""
+TWO_AND_A_WRONG_ONE = """
+methods = dict(plain=plain, rfaconv={}, wrong={"model.bbox_head.num_classes": 9})
+seeds = (0,)
+"""
+THREE_SEEDS = """
+methods = dict(plain=plain, rfaconv={})
+seeds = (0, 1, 2)
+stages = dict(scratch=dict(), warm_start=dict(load_from="scratch", methods=["rfaconv"], seeds=[2]))
+"""
+# Runs each element of an array here and now.
+SBATCH = """#!/usr/bin/env bash
+echo "$*" >> "$SBATCH_LOG"
+script="${@: -1}"
+ids="$(sed -n 's/^#SBATCH --array=//p' "$script")"
+for id in $(echo "${ids%%%*}" | tr , ' ') ${ids:-none}; do
+  case "$id" in *[,%]*) continue ;; esac
+  SLURM_ARRAY_TASK_ID="$id" bash "$script" >> "$SBATCH_LOG.out" 2>&1
+  [ -n "$ids" ] && [ "$id" = "$ids" ] && break
+done
+echo "4$(wc -l < "$SBATCH_LOG");cluster"
+"""
+
+
+@pytest.fixture(scope="module")
+def ablate(run_tool, tiny_config, tmp_path_factory):
+    """Write a spec, run the tool on it; the answer has its work dir."""
+    folder = tmp_path_factory.mktemp("ablation")
+    (folder / "watch_batches.py").write_text(WATCH)
+
+    def run(name, text, *arguments, epochs=1, **variables):
+        spec = folder / f"{name}.py"
+        spec.write_text(SPEC.format(tiny=str(tiny_config), epochs=epochs) + text)
+        done = run_tool(
+            *(sys.executable, "tools/ablate.py", spec, "--work-dir", folder / name, *arguments),
+            **{"PYTHONPATH": f"{folder}:{ROOT}", **variables},
+        )
+        done.work_dir = folder / name
+        done.spec = spec
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def first(ablate):
+    """Two methods that train, and one that cannot."""
+    return ablate("first", TWO_AND_A_WRONG_ONE, "--jobs", "2")
+
+
+def batches(work_dir, method, seed=0):
+    return (work_dir / f"runs/all/{method}/seed{seed}/train/batches.txt").read_text()
+
+
+def test_a_failed_run_is_reported_and_the_rest_goes_on(first):
+    assert first.returncode == 1, first.stdout
+    assert "1 of 3 runs failed" in first.stdout
+    assert "all/wrong/seed0: tools/train.py ended with code 1: error: model.bbox_head" in (
+        first.stdout
+    )
+    results = json.loads((first.work_dir / "results.json").read_text())
+    runs = {run["method"]: run for run in results["runs"]}
+    assert {m: run["state"] for m, run in runs.items()} == dict(
+        plain="finished", rfaconv="finished", wrong="failed"
+    )
+    for method in ("plain", "rfaconv"):
+        run, folder = runs[method], first.work_dir / f"runs/all/{method}/seed0"
+        # What tools/test.py says of the last checkpoint is what the last validation said.
+        tested = json.loads(next((folder / "test").glob("*/*.json")).read_text())
+        assert run["test"] == tested["coco/bbox_mAP_50"] == run["val"]
+        assert run["curve"] == [[1, run["val"]]]
+        assert len(run["losses"]) == 3
+        assert 100 < run["memory_mb"] < 5000
+        assert 0.001 < run["iteration_seconds"] < 60
+    costs = results["costs"]
+    assert costs["image_size"] == [160, 160]
+    plain, ours = (costs["methods"][m] for m in ("plain", "rfaconv"))
+    assert 0 < plain["parameters"] < ours["parameters"]
+    assert 0 < plain["flops"] < ours["flops"]
+    assert 0 < plain["image_seconds"] < 60
+    assert 0 < plain["iteration_seconds"] < 60
+    assert costs["train_batch"] == 4
+    assert costs["machine"]["cores"] >= 1
+    assert costs["versions"]["torch"] == torch.__version__
+
+
+def test_report_of_it(first):
+    names = ("table.md", "table.csv", "curves_all.png", "gains_all.png", "report.html")
+    for name in names:
+        assert (first.work_dir / name).stat().st_size > 100
+    rows = list(csv.DictReader((first.work_dir / "table.csv").open()))
+    assert [row["method"] for row in rows] == ["plain", "rfaconv", "wrong"]
+    assert rows[1]["verdict"] == "cannot be tested"
+    page = (first.work_dir / "report.html").read_text()
+    assert "tools/train.py ended with code 1" in page
+    assert page.count("data:image/jpeg;base64,") == 2 * 3  # truth and both methods
+    picture = cv2.imread(str(first.work_dir / "samples" / "0_truth.jpg"))
+    assert picture.shape == (512, 512, 3)
+    assert not list(first.work_dir.rglob("*.part*"))
+
+
+def test_all_methods_see_the_same_images_in_the_same_order(first):
+    seen = batches(first.work_dir, "plain")
+    assert seen == batches(first.work_dir, "rfaconv")
+    images = [one for line in seen.splitlines() for one in json.loads(line)]
+    assert len({number for number, _ in images}) == 12
+    assert {flipped for _, flipped in images} == {True, False}
+
+
+@pytest.mark.slow
+def test_slurm_gets_what_is_left_and_the_report(first, ablate, tmp_path):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(SBATCH)
+    sbatch.chmod(0o755)
+    (first.work_dir / "report.html").unlink()
+    records = [path.read_bytes() for path in sorted(first.work_dir.rglob("record.json"))]
+    done = ablate(
+        *("first", TWO_AND_A_WRONG_ONE, "--slurm", "gpus", "--slurm-args", "gres=gpu:1"),
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        SBATCH_LOG=str(tmp_path / "log"),
+    )
+    assert done.returncode == 0, done.stdout
+    assert "submitted as 41, 42" in done.stdout
+    calls = (tmp_path / "log").read_text().splitlines()
+    assert [call.split()[:-1] for call in calls] == [
+        ["--parsable"],
+        ["--parsable", "--dependency=afterany:41"],
+    ]
+    script = (first.work_dir / "slurm" / "1_all.sh").read_text()
+    # Number 2 is the one that failed; the others are finished.
+    for line in ("--partition=gpus", "--array=2", "--gres=gpu:1"):
+        assert f"#SBATCH {line}\n" in script
+    printed = (tmp_path / "log.out").read_text()
+    assert "error: all/wrong/seed0: tools/train.py ended with code 1" in printed
+    assert (first.work_dir / "report.html").is_file()
+    # Nothing that was finished was done again.
+    assert records == [path.read_bytes() for path in sorted(first.work_dir.rglob("record.json"))]
+    assert batches(first.work_dir, "plain").count("\n") == 3
+
+
+def test_another_config_in_the_same_folder_is_refused(first, fails, tiny_config, monkeypatch):
+    monkeypatch.syspath_prepend(first.spec.parent)
+    spec = first.spec.with_name("changed.py")
+    spec.write_text(SPEC.format(tiny=str(tiny_config), epochs=2) + TWO_AND_A_WRONG_ONE)
+    logs = [path.read_bytes() for path in sorted(first.work_dir.rglob("log.txt"))]
+    message = fails("ablate", spec, "--work-dir", first.work_dir)
+    assert "holds a run with another config (other: train_cfg)" in message
+    assert logs == [path.read_bytes() for path in sorted(first.work_dir.rglob("log.txt"))]
+
+
+def test_report_of_results_alone(first, shapes, tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_ROOT", str(shapes))
+    spec = load_spec(first.spec)
+    with pytest.raises(UserError, match="no run of this spec has been started there"):
+        write_report(spec, tmp_path)
+    shutil.copy(first.work_dir / "results.json", tmp_path)
+    write_report(spec, tmp_path)
+    for name in ("table.csv", "table.md"):
+        assert (tmp_path / name).read_text() == (first.work_dir / name).read_text()
+
+
+@pytest.mark.slow
+def test_interrupted_and_continued_equals_one_that_was_not(ablate, environment, run_tool):
+    arguments = ("--jobs", "1")
+    listed = ablate("broken", THREE_SEEDS, "--list", epochs=2)
+    work_dir = listed.work_dir
+    command = [sys.executable, "tools/ablate.py", listed.spec, "--work-dir", work_dir, *arguments]
+    variables = {**environment, "PYTHONPATH": f"{listed.spec.parent}:{ROOT}"}
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=variables)
+    train = work_dir / "runs/scratch/rfaconv/seed0/train"
+    until = time.monotonic() + 400
+    while not (train / "last_checkpoint").exists():
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) != 0
+    assert not (work_dir / "runs/scratch/rfaconv/seed0/failed.json").exists()
+    plain = work_dir / "runs/scratch/plain/seed0/record.json"
+    before = plain.stat().st_mtime_ns
+    # The training that was ended is not at work any more: its lock is free.
+    done = ablate("broken", THREE_SEEDS, "--jobs", "2", epochs=2)
+    assert done.returncode == 0, done.stdout
+    assert "scratch/plain/seed0: was finished before" in done.stdout
+    assert plain.stat().st_mtime_ns == before
+    log = (work_dir / "runs/scratch/rfaconv/seed0/log.txt").read_text()
+    assert "--resume auto" in log
+    # Number 1 is the run that was broken off.
+    whole = ablate("whole", THREE_SEEDS, "--run", "1", epochs=2)
+    assert whole.returncode == 0, whole.stdout
+    ours, theirs = (
+        torch.load(folder / "runs/scratch/rfaconv/seed0/train/epoch_2.pth", weights_only=False)[
+            "state_dict"
+        ]
+        for folder in (work_dir, whole.work_dir)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    results = json.loads((work_dir / "results.json").read_text())
+    assert all(run["state"] == "finished" for run in results["runs"])
+    rows = list(csv.DictReader((work_dir / "table.csv").open()))
+    assert rows[1]["verdict"] in ("better", "worse", "within the spread")
+    assert 0 <= float(rows[1]["p"]) <= 1
+    # Seeds differ, and the warm start began with the plain detector of its own.
+    seeds = [
+        (work_dir / f"runs/scratch/plain/seed{seed}/train/batches.txt").read_text()
+        for seed in (0, 1, 2)
+    ]
+    assert len(set(seeds)) == 3
+    warm = (work_dir / "runs/warm_start/rfaconv/seed2/config.py").read_text()
+    assert "runs/scratch/plain/seed2/train/epoch_2.pth" in warm
+
+
+def test_bad_input(fails, tiny_config, tmp_path):
+    assert "no such file; near it: shapes.py" in fails("ablate", "configs/ablation/shape.py")
+    spec = tmp_path / "spec.py"
+    spec.write_text(SPEC.format(tiny=str(tiny_config), epochs=1) + "methods = dict(plain=plain)")
+    assert "--run 3: there are runs 0 to 2" in fails("ablate", spec, "--run", "3")
+    spec.write_text(spec.read_text() + "\nbase = 'none.py'")
+    assert "base='none.py': no such file" in fails("ablate", spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "methods", "classes"), [("shapes", 5, 4), ("bccd", 13, 3), ("bccd_small", 2, 3)]
+)
+def test_shipped_specs_build(name, methods, classes, monkeypatch):
+    for variable in ("DATA_ROOT", "CLASSES"):
+        monkeypatch.setenv(variable, "")  # so that it is gone again afterwards
+        monkeypatch.delenv(variable)
+    spec = load_spec(ROOT / "configs" / "ablation" / f"{name}.py")
+    assert spec.baseline == "plain"
+    assert len(spec.methods) == methods
+    kinds = {}
+    for run in spec.runs(spec.stages[0])[: len(spec.methods)]:
+        cfg = spec.config(run)
+        with torch.device("meta"):
+            model = MODELS.build(cfg.model)
+        assert model.bbox_head.num_classes == classes
+        layers = [type(m).__name__ for m in model.modules() if hasattr(m, "attention_map")]
+        kinds[run.method] = set(layers)
+    assert kinds.pop("plain") == set()
+    for method, found in kinds.items():
+        assert method in found

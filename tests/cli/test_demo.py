@@ -1,0 +1,24 @@
+"""The demo, whole."""
+
+import sys
+
+import cv2
+import pytest
+
+from tests.helpers.paths import ROOT
+
+
+@pytest.mark.slow
+def test_demo(run_tool):
+    # OMP_NUM_THREADS as a user has it, or the training takes twice the time.
+    done = run_tool(
+        "env", "-u", "OMP_NUM_THREADS", "-u", "DATA_ROOT", sys.executable, "tools/demo.py"
+    )
+    # It fails by itself where AP50 stays below 0.50.
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert "AP50" in done.stdout
+    assert "next, try" in done.stdout
+    for name in ("detections.png", "curves.png", "attention.png"):
+        picture = cv2.imread(str(ROOT / "work_dirs" / "demo" / name))
+        assert picture is not None
+        assert picture.std() > 10

@@ -1,0 +1,201 @@
+"""Two ranks on a CPU: the same results as one, no hang when one dies, and going on afterwards."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.helpers.ports import free_port
+from tests.helpers.paths import ROOT
+
+# Ends the second rank in the middle of the second epoch, in the way that it is told.
+DIES = """
+import os
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class DyingHook(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if (runner.rank, runner.epoch, batch_idx) == (1, 1, 1):
+            if os.environ["DIES"] == "raises":
+                raise OSError("the disk of rank 1 is gone")
+            os.kill(os.getpid(), 9)
+"""
+
+
+def metrics(work_dir):
+    """What a test has logged, without times."""
+    found = json.loads(next(work_dir.glob("*/*.json")).read_text())
+    return {k: v for k, v in found.items() if k not in ("time", "data_time")}
+
+
+def predictions(path):
+    """Detections by image."""
+    return {one["img_id"]: one["pred_instances"] for one in pickle.loads(path.read_bytes())}
+
+
+def processes_with(text):
+    """Processes in whose command line ``text`` stands."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if any(text in part for part in process.cmdline()):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_evaluation_by_two_ranks_equals_that_by_one(
+    run_tool, tiny_config, checkpoint, shapes, tmp_path
+):
+    # Five images, of which two ranks get three each: one of them twice, which must not count.
+    root = tmp_path / "shapes"
+    root.mkdir()
+    for name in ("JPEGImages", "Annotations", "ImageSets"):
+        (root / name).symlink_to(shapes / name)
+    (root / "annotations").mkdir()
+    train = json.loads((shapes / "annotations" / "train.json").read_text())
+    images = train["images"][:5]
+    kept = {image["id"] for image in images}
+    found = [a for a in train["annotations"] if a["image_id"] in kept]
+    (root / "annotations" / "val.json").write_text(
+        json.dumps(dict(train, images=images, annotations=found))
+    )
+    (root / "annotations" / "train.json").symlink_to(shapes / "annotations" / "train.json")
+    one = run_tool(
+        *("bash", "-c", '"$PYTHON" "$@"', "-", "tools/test.py", tiny_config, checkpoint),
+        *("--work-dir", tmp_path / "1", "--out", tmp_path / "1.pkl"),
+        DATA_ROOT=str(root),
+    )
+    assert one.returncode == 0, one.stdout
+    two = run_tool(
+        *("bash", "tools/dist_test.sh", tiny_config, checkpoint, 2),
+        *("--work-dir", tmp_path / "2", "--out", tmp_path / "2.pkl"),
+        PORT=free_port(),
+        DATA_ROOT=str(root),
+    )
+    assert two.returncode == 0, two.stdout
+    assert "[3/3]" in two.stdout
+    assert metrics(tmp_path / "1") == metrics(tmp_path / "2")
+    ours, theirs = predictions(tmp_path / "2.pkl"), predictions(tmp_path / "1.pkl")
+    assert ours.keys() == theirs.keys() == kept
+    for image, instances in theirs.items():
+        assert len(instances["scores"]) > 5
+        for name, value in instances.items():
+            assert torch.equal(ours[image][name], value)
+
+
+@pytest.fixture(scope="module")
+def dying(tmp_path_factory, tiny_config):
+    """A config whose second rank dies."""
+    folder = tmp_path_factory.mktemp("dying")
+    (folder / "dying_hook.py").write_text(DIES)
+    config = folder / "dying.py"
+    config.write_text(
+        f'_base_ = "{tiny_config}"\n'
+        'custom_imports = dict(imports=["rfa_mmdet", "dying_hook"])\n'
+        'custom_hooks = [dict(type="DyingHook")]\n'
+        "train_cfg = dict(max_epochs=2)\n"
+    )
+    return config
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("raises", "OSError: the disk of rank 1 is gone"),
+        pytest.param("is killed", "Signal 9 (SIGKILL)", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_dies_ends_the_job_with_its_error(run_tool, dying, tmp_path, way, message):
+    begin = time.monotonic()
+    done = run_tool(
+        *("bash", "tools/dist_train.sh", dying, 2, "--work-dir", tmp_path),
+        PYTHONPATH=f"{dying.parent}:{ROOT}",
+        DIES=way,
+        PORT=free_port(),
+    )
+    assert done.returncode != 0
+    assert message in done.stdout
+    assert "rank      : 1 (local_rank: 1)" in done.stdout
+    # Neither by gloo's time limit of half an hour, nor by this test's.
+    assert time.monotonic() - begin < 300
+    # No process is left: not the other rank, no worker of a data loader.
+    until = time.monotonic() + 10
+    while left := processes_with(str(tmp_path)):
+        assert time.monotonic() < until, left
+        time.sleep(0.1)
+    assert (tmp_path / "epoch_1.pth").is_file()
+    assert not (tmp_path / "epoch_2.pth").exists()
+
+
+@pytest.mark.slow
+def test_training_by_two_ranks_goes_on_from_the_last_checkpoint(
+    run_tool, dying, tiny_config, tmp_path
+):
+    (tmp_path / "whole.py").write_text(
+        f'_base_ = "{tiny_config}"\ntrain_cfg = dict(max_epochs=2)\n'
+    )
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    train = ("bash", "tools/dist_train.sh")
+    died = run_tool(
+        *(*train, dying, 2, "--work-dir", broken),
+        PYTHONPATH=f"{dying.parent}:{ROOT}",
+        DIES="raises",
+        PORT=free_port(),
+    )
+    assert died.returncode != 0
+    config = tmp_path / "whole.py"
+    again = run_tool(*train, config, 2, "--work-dir", broken, "--resume", PORT=free_port())
+    assert again.returncode == 0, again.stdout
+    assert "resumed epoch: 1" in again.stdout
+    assert "Epoch(train) [1]" not in again.stdout
+    once = run_tool(*train, config, 2, "--work-dir", whole, PORT=free_port())
+    assert once.returncode == 0, once.stdout
+    ours, theirs = (
+        torch.load(folder / "epoch_2.pth", weights_only=False)["state_dict"]
+        for folder in (broken, whole)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+def test_two_nodes_find_each_other(environment, tiny_config, tmp_path):
+    variables = dict(NNODES="2", MASTER_ADDR="127.0.0.1", PORT=free_port())
+    nodes = [
+        subprocess.Popen(
+            [
+                *("bash", "tools/dist_train.sh", str(tiny_config), "1"),
+                *("--work-dir", str(tmp_path / "work")),
+                *("--cfg-options", "train_cfg.max_epochs=1"),
+            ],
+            cwd=ROOT,
+            env={**environment, **variables, "NODE_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        printed = [node.communicate(timeout=400)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            if node.poll() is None:
+                os.killpg(node.pid, signal.SIGKILL)
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    # 12 images, batches of 4, two processes.
+    assert "[1][2/2]" in printed[0]
+    assert Path(tmp_path / "work" / "epoch_1.pth").is_file()

@@ -1,0 +1,369 @@
+"""tools/doctor.py: each known trouble in an environment of small fake packages that has it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+
+import pytest
+
+from tests.helpers.paths import ROOT
+
+# Module -> (version, what its files hold). As much of each as the doctor asks for.
+HEALTHY = {
+    "torch": (
+        "2.13.0",
+        {
+            "__init__": """
+class version: cuda = None
+class cuda:
+    is_available = staticmethod(lambda: bool(version.cuda))
+    device_count = staticmethod(lambda: 1)
+    get_device_name = staticmethod(lambda i: "NVIDIA H200")
+from_numpy = tensor = ones = lambda *args: args
+version = version()
+"""
+        },
+    ),
+    "mmengine": ("0.10.7", {"runner": "", "hub": "def get_config(name): import pkg_resources"}),
+    "mmcv": (
+        "2.1.0",
+        {
+            "ops": "import mmcv._ext\nnms = lambda *args: args\n"
+            "get_compiling_cuda_version = lambda: mmcv._ext.cuda",
+            "_ext": "cuda = 'not available'",
+        },
+    ),
+    "mmdet": (
+        "3.3.0",
+        {
+            "__init__": "import mmcv\n"
+            "assert mmcv.__version__ < '2.2', f'MMCV=={mmcv.__version__} is incompatible'",
+            "models": "",
+            "registry": "class MODELS: get = print",
+        },
+    ),
+    "rfa_mmdet": ("0.1.0", {}),
+    "numpy": ("2.4.6", {"__init__": "zeros = print"}),
+    "cv2": ("5.0.0", {}),
+    "pycocotools": ("2.0.11", {"mask": ""}),
+    **dict.fromkeys(("matplotlib", "scipy", "shapely", "pandas", "rich"), ("1.0", {})),
+    "pkg_resources": ("80.10.2", {}),
+}
+NAMES = {"cv2": "opencv-python", "pkg_resources": "setuptools"}
+
+
+class Environment:
+    """A virtual environment with fake packages in it."""
+
+    def __init__(self, root):
+        venv.create(root, with_pip=False, symlinks=True)
+        self.python = root / "bin" / "python"
+        (self.site,) = root.glob("lib/python3*/site-packages")
+        for module in HEALTHY:
+            self.add(module)
+
+    def add(self, module, version=None, files=None, name=None, site=None, requires=()):
+        site = site or self.site
+        healthy_version, healthy_files = HEALTHY[module]
+        version = version or healthy_version
+        files = {"__init__": "", **healthy_files, **(files or {})}
+        (site / module).mkdir(exist_ok=True, parents=True)
+        for file, code in files.items():
+            head = f"__version__ = {version!r}\n" if file == "__init__" else ""
+            (site / module / f"{file}.py").write_text(head + code)
+        self.add_metadata(site, name or NAMES.get(module, module), version, requires)
+
+    def add_metadata(self, site, name, version, requires=()):
+        for old in site.glob(f"{name.replace('-', '_')}-[0-9]*.dist-info"):
+            shutil.rmtree(old)
+        folder = site / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        lines = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {r}" for r in requires)]
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\n" + "\n".join(lines) + "\n")
+
+    def remove(self, module):
+        shutil.rmtree(self.site / module)
+        name = NAMES.get(module, module)
+        (found,) = self.site.glob(f"{name.replace('-', '_')}-[0-9]*.dist-info")
+        shutil.rmtree(found)
+
+    def examine(self, **variables):
+        """Run the doctor there; return its exit code and what it printed."""
+        variables = {"PATH": f"{self.python.parent}:/usr/bin:/bin", **variables}
+        done = subprocess.run(
+            [self.python, "-B", ROOT / "tools" / "doctor.py"],
+            env=variables,
+            text=True,
+            capture_output=True,
+            timeout=60,
+        )
+        assert done.stderr == ""
+        print(done.stdout)  # shown where a test fails
+        return done.returncode, done.stdout
+
+
+@pytest.fixture
+def sick(tmp_path):
+    """An environment in which all is well so far."""
+    return Environment(tmp_path / "venv")
+
+
+def mends(out):
+    """The commands of a screen; each must be one that a shell can read."""
+    found = [line.split("mend:  ")[1] for line in out.splitlines() if "  mend:  " in line]
+    for command in found:
+        assert subprocess.run(["bash", "-n", "-c", command]).returncode == 0, command
+    return found
+
+
+def test_nothing_is_wrong(sick):
+    code, out = sick.examine()
+    assert code == 0
+    assert out.endswith("training can start, on the CPU\n")
+    assert "error" not in out
+    assert "warning" not in out
+    assert "operators compiled for the CPU" in out
+    assert "backend: " in out
+
+
+def test_here(run_tool):
+    """In the environment of the tests, which trains."""
+    done = run_tool(sys.executable, "tools/doctor.py")
+    assert done.returncode == 0, done.stdout
+    assert "training can start" in done.stdout
+
+
+def test_mmcv_2_2_beside_the_real_mmdet(run_tool, sick, tmp_path):
+    """Real mmdet refuses to be imported, and so does this package with it."""
+    fake = tmp_path / "fake"
+    sick.add("mmcv", "2.2.0", site=fake)
+    path = os.pathsep.join([str(fake), str(ROOT)])
+    done = run_tool(sys.executable, "tools/doctor.py", PYTHONPATH=path)
+    assert done.returncode == 1
+    assert re.search(r"mmdet +3\.3\.0 +FAILS: AssertionError: MMCV==2\.2\.0", done.stdout)
+    assert "error: mmcv 2.2.0 with mmdet 3.3.0, which refuses" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+@pytest.mark.parametrize("name", ["mmcv", "mmcv-lite"])
+def test_mmcv_without_operators(sick, name):
+    sick.remove("mmcv")
+    sick.add("mmcv", name=name)
+    (sick.site / "mmcv" / "_ext.py").unlink()
+    code, out = sick.examine()
+    assert code == 1
+    assert f"error: {name} 2.1.0 has no compiled operators" in out
+    (mend,) = mends(out)
+    assert "MMCV_WITH_OPS=1" in mend
+    assert "--no-build-isolation" in mend
+    assert "mmcv==2.1.0" in mend
+    assert ("uninstall -y mmcv mmcv-lite &&" in mend) == (name == "mmcv-lite")
+
+
+def test_mmcv_of_another_torch(sick):
+    sick.add("mmcv", files={"_ext": "raise ImportError('_ext.so: undefined symbol: _ZN2at')"})
+    code, out = sick.examine()
+    assert code == 1
+    assert "compiled for another torch than 2.13.0: ImportError: _ext.so: undefined symbol" in out
+
+
+def test_mmcv_2_2_with_mmdet_3_3(sick):
+    sick.add("mmcv", "2.2.0")
+    code, out = sick.examine()
+    assert code == 1
+    assert "error: mmcv 2.2.0 with mmdet 3.3.0, which refuses mmcv from 2.2 on" in out
+    (mend,) = mends(out)
+    assert "mmcv==2.1.0" in mend
+
+
+def test_setuptools_without_pkg_resources(sick):
+    sick.remove("pkg_resources")
+    sick.add_metadata(sick.site, "setuptools", "82.0.1")
+    code, out = sick.examine()
+    assert code == 1
+    assert "error: setuptools 82.0.1 has no pkg_resources" in out
+    assert mends(out) == [f"{sick.python} -m pip install 'setuptools>=77,<81'"]
+
+
+@pytest.mark.parametrize(
+    ("module", "files"),
+    [
+        ("torch", {"__init__": "def from_numpy(x): raise RuntimeError('Numpy is not available')"}),
+        (
+            "pycocotools",
+            {"mask": "raise ValueError('numpy.dtype size changed, may indicate')"},
+        ),
+        ("cv2", {"__init__": "raise ImportError('numpy.core.multiarray failed to import')"}),
+    ],
+)
+def test_numpy_too_new_for_a_package(sick, module, files):
+    if module == "torch":
+        files = {"__init__": HEALTHY["torch"][1]["__init__"] + files["__init__"]}
+    sick.add(module, files=files)
+    code, out = sick.examine()
+    assert code == 1
+    assert f"error: numpy 2.4.6 is too new for {NAMES.get(module, module)}" in out
+    assert mends(out)[0].startswith(f"{sick.python} -m pip install 'numpy<2'")
+    # The others were looked at one by one, and work.
+    assert out.count("FAILS") == 1
+
+
+def test_numpy_too_old_for_a_package(sick):
+    sick.add("numpy", "1.26.4")
+    sick.add("shapely", files={"__init__": "raise ValueError('numpy.dtype size changed')"})
+    code, out = sick.examine()
+    assert code == 1
+    assert "shapely was compiled for another numpy than 1.26.4" in out
+
+
+@pytest.mark.parametrize(("version", "word"), [((3, 14), "new"), ((3, 9), "old")])
+def test_python_of_another_version(sick, version, word):
+    # There is no such Python here: the interpreter is told that it is one.
+    (sick.site / "sitecustomize.py").write_text(
+        f"import sys\nsys.version_info = type('Version', (tuple,), {{}})({(*version, 0)})"
+    )
+    code, out = sick.examine()
+    assert code == (1 if word == "old" else 0)
+    assert f"Python 3.{version[1]} is too {word}" in out
+    assert "python3 tools/setup_env.py --venv .venv-3.12 --python python3.12" in mends(out)
+    if word == "new":  # which is to blame as soon as something fails
+        sick.add("torch", files={"__init__": "raise ImportError('no ABI of that name')"})
+        code, out = sick.examine()
+        assert code == 1
+        assert "error: Python 3.14 is too new" in out
+
+
+def with_gpu(sick):
+    script = sick.python.parent / "nvidia-smi"
+    script.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-1)'\n")
+    script.chmod(0o755)
+
+
+def with_cuda(sick):
+    code = HEALTHY["torch"][1]["__init__"].replace("cuda = None", "cuda = '13.0'")
+    sick.add("torch", files={"__init__": code})
+
+
+def test_cpu_build_of_torch_beside_a_gpu(sick):
+    with_gpu(sick)
+    code, out = sick.examine()
+    assert code == 0  # training can start, if slowly
+    assert "warning: torch 2.13.0 is a CPU build, so NVIDIA H200 stays unused" in out
+    (mend,) = mends(out)
+    assert "pip uninstall -y torch mmcv && " in mend
+
+
+def test_cpu_operators_beside_a_torch_that_uses_the_gpu(sick):
+    with_gpu(sick)
+    with_cuda(sick)
+    code, out = sick.examine()
+    assert code == 1
+    assert "mmcv's operators were compiled for the CPU only" in out
+    assert "FORCE_CUDA=1" in mends(out)[0]
+    sick.add("mmcv", files={"_ext": "cuda = '13.0'"})
+    code, out = sick.examine()
+    assert code == 0
+    assert "training can start, on the GPU" in out
+
+
+def test_gpu_that_a_variable_hides(sick):
+    with_gpu(sick)
+    with_cuda(sick)
+    code = (sick.site / "torch" / "__init__.py").read_text()
+    (sick.site / "torch" / "__init__.py").write_text(code.replace("bool(version.cuda)", "False"))
+    code, out = sick.examine(CUDA_VISIBLE_DEVICES="")
+    assert code == 0
+    assert mends(out) == ["unset CUDA_VISIBLE_DEVICES"]
+    assert "driver" in sick.examine()[1]
+
+
+def test_two_mmdets_on_the_path(sick, tmp_path):
+    sick.add("mmdet", "3.2.0", site=tmp_path / "checkout")
+    code, out = sick.examine(PYTHONPATH=str(tmp_path / "checkout"))
+    assert code == 0
+    assert "warning: 2 mmdets are on the path" in out
+    assert f"{tmp_path}/checkout/mmdet is used and hides {sick.site.resolve()}/mmdet" in out
+    assert "unset PYTHONPATH" in mends(out)
+    assert "warning: mmdet 3.2.0: right is 3.3 or later, below 3.4" in out
+    (sick.site / "more.pth").write_text(str(tmp_path / "checkout"))
+    assert "pip uninstall -y mmdet" in mends(sick.examine()[1])[0]
+
+
+def test_forks_beside_the_originals(sick):
+    sick.add_metadata(sick.site, "onedl-mmcv", "2.3.0")
+    sick.add_metadata(sick.site, "onedl-mmdetection", "3.4.0")
+    code, out = sick.examine()
+    assert code == 1
+    assert "onedl-mmcv 2.3.0, onedl-mmdetection 3.4.0 beside mmcv 2.1.0, mmdet 3.3.0" in out
+    (mend,) = mends(out)
+    assert "uninstall -y onedl-mmcv onedl-mmdetection mmcv mmdet && " in mend
+    assert "mmdet==3.3.0" in mend
+    assert "MMCV_WITH_OPS=1" in mend
+
+
+def test_forks_alone(sick):
+    for module, name, version in (
+        ("mmcv", "onedl-mmcv", "2.3.0"),
+        ("mmdet", "onedl-mmdetection", "3.4.0"),
+    ):
+        sick.remove(module)
+        sick.add(module, version, name=name, files={"__init__": ""})
+    code, out = sick.examine()
+    assert code == 0
+    assert "warning: onedl-mmcv 2.3.0, onedl-mmdetection 3.4.0: forks" in out
+
+
+def test_packages_that_are_missing(sick):
+    sick.remove("mmdet")
+    sick.remove("rfa_mmdet")
+    code, out = sick.examine()
+    assert code == 1
+    assert re.search(r"mmdet +- +not installed", out)
+    install, ours = mends(out)
+    assert install.endswith("mmdet==3.3.0")
+    assert str(ROOT) in ours
+    for module in ("torch", "mmcv", "mmengine", "numpy"):
+        sick.remove(module)
+    assert mends(sick.examine()[1])[0] == "make env"
+
+
+def test_package_that_crashes_python(sick):
+    sick.add("mmcv", files={"ops": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"})
+    code, out = sick.examine()
+    assert code == 1
+    assert "error: mmcv does not work: the process died (SIGSEGV)" in out
+
+
+def test_system_library_that_is_missing(sick):
+    text = "raise ImportError('libGL.so.1: cannot open shared object file')"
+    sick.add("cv2", files={"__init__": text})
+    code, out = sick.examine()
+    assert code == 1
+    assert mends(out) == ["apt install libgl1 libglib2.0-0"]
+
+
+def test_backends_of_this_package(sick):
+    """With a dispatcher, as the package has one where its operators are compiled."""
+    (sick.site / "rfa_mmdet" / "ops").mkdir()
+    dispatch = sick.site / "rfa_mmdet" / "ops" / "dispatch.py"
+    dispatch.write_text("missing = {'cpu': None, 'triton': 'not installed'}.get")
+    code, out = sick.examine()
+    assert code == 0
+    assert "backend: reference on a GPU, cpu else" in out
+    assert "warning" not in out
+    dispatch.write_text("missing = {'cpu': 'no compiler', 'triton': None}.get")
+    code, out = sick.examine()
+    assert code == 0
+    assert "backend: triton on a GPU, reference else" in out
+    assert "convolutions run in slow, plain torch on the CPU: no compiler" in out
+    assert mends(out)[0].endswith(f"-e {ROOT}")
+
+
+def test_error_of_this_package_is_shown(sick):
+    sick.add("rfa_mmdet", files={"__init__": "raise SyntaxError('a slip')"})
+    code, out = sick.examine()
+    assert code == 1
+    assert "error: rfa_mmdet does not work: SyntaxError: a slip" in out

@@ -1,0 +1,259 @@
+"""tools/retrofit_checkpoint.py end to end, on a one-stage and a two-stage detector."""
+
+import copy
+import logging
+import re
+import runpy
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from rfa_mmdet.config.plain import detector_config, plain_base
+from rfa_mmdet.checkpoints.retrofit import Equality, compare
+from rfa_mmdet.layers import RFAConv
+from tests.helpers.paths import ROOT
+from tests.helpers.retrofitted import (
+    FASTER_RCNN,
+    RETINANET,
+    build_plain,
+    save_plain,
+    write_configs,
+)
+
+
+@pytest.fixture(scope="module")
+def detectors(tiny_config, tmp_path_factory):
+    """Name to plain config, retrofitted config and plain checkpoint."""
+    folder = tmp_path_factory.mktemp("detectors")
+    texts = dict(retinanet=RETINANET.format(tiny=tiny_config), faster_rcnn=FASTER_RCNN)
+    found = {}
+    for name, text in texts.items():
+        plain, config = write_configs(folder, name, text)
+        found[name] = (plain, config, save_plain(plain, folder / f"{name}.pth"))
+    return found
+
+
+@pytest.fixture
+def tool(capsys, monkeypatch):
+    """Run the tool in this process; return exit code, output and errors."""
+
+    def run(*arguments):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["tools/retrofit_checkpoint.py", *map(str, arguments)])
+        # MMEngine's logger may have kept the stream of an earlier test, which is closed.
+        monkeypatch.setattr(logging, "raiseExceptions", False)
+        code = 0
+        try:
+            runpy.run_path("tools/retrofit_checkpoint.py", run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return run
+
+
+@pytest.fixture
+def fails(tool, tmp_path):
+    """Run the tool, which must refuse in one line and leave nothing; return that line."""
+
+    def run(*arguments, target=None):
+        target = tmp_path / "out" / "warm.pth" if target is None else target
+        before = target.read_bytes() if target.is_file() else None
+        config, source, *rest = arguments
+        code, _, errors = tool(config, source, target, *rest)
+        lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert code == 1, errors
+        assert len(lines) == 1, errors
+        assert "Traceback" not in errors
+        assert (target.read_bytes() if target.is_file() else None) == before
+        if target.parent.is_dir():
+            assert not list(target.parent.glob("*.part"))
+        return lines[0]
+
+    return run
+
+
+# --------------------------------------------------------------------------- what it writes
+
+
+@pytest.mark.parametrize("name", ["retinanet", "faster_rcnn"])
+def test_it_writes_a_checkpoint_that_computes_the_same(name, detectors, tool, tmp_path):
+    plain_config, config, source = detectors[name]
+    target = tmp_path / "new" / "folder" / "warm.pth"
+    code, output, errors = tool(config, source, target)
+    assert code == 0, errors
+    parts = dict(re.findall(r"│ (\w+) +│ ([\d.e+-]+)", output))
+    expected = {"maps", "bbox_head"} if name == "retinanet" else {"maps", "rpn_head", "roi_head"}
+    assert parts.keys() == expected
+    assert all(float(value) <= 1e-4 for value in parts.values())
+    assert f"wrote: {target}" in output
+    assert "warning" not in errors
+    written = torch.load(target, weights_only=True)
+    # Only what belongs to the weights: this is no checkpoint of a training.
+    assert written["meta"] == {
+        "dataset_meta": {"classes": ("circle", "square", "triangle", "star")}
+    }
+    init_default_scope("mmdet")
+    net = MODELS.build(Config.fromfile(config).model)
+    assert sum(isinstance(m, RFAConv) for m in net.modules()) == 6
+    net.load_state_dict(written["state_dict"], strict=True)
+    assert not any(m.start.plain for m in net.modules() if isinstance(m, RFAConv))
+    image = torch.randint(0, 256, (3, 192, 256), generator=torch.Generator().manual_seed(3))
+    plain = build_plain(plain_config)
+    assert compare(plain, net, image.float()).largest <= 1e-4
+    # It is the convolutions that make it so, in every part.
+    torch.nn.init.normal_(net.backbone.layer3[0].conv1.conv.weight)
+    assert all(value > 1e-3 for value in compare(plain, net, image.float()).outputs.values())
+
+
+def test_an_image_overwrite_and_a_state_dict_alone(detectors, tool, tmp_path):
+    _, config, source = detectors["retinanet"]
+    image, target = tmp_path / "image.png", tmp_path / "warm.pth"
+    cv2.imwrite(str(image), np.random.default_rng(0).integers(0, 255, (700, 400, 3), np.uint8))
+    bare = tmp_path / "bare.pth"
+    torch.save(torch.load(source)["state_dict"], bare)
+    target.write_bytes(b"old")
+    code, output, errors = tool(config, bare, target, "--image", image, "--overwrite")
+    assert code == 0, errors
+    assert f"wrote: {target}" in output
+    assert torch.load(target, weights_only=True)["meta"] == {}
+
+
+def test_plugins_are_warned_of(tiny_config, detectors, tool, tmp_path):
+    source = detectors["retinanet"][2]
+    more = ', dict(after=r"layer4\\.\\d", plugin=dict(type="EMA", factor=8))'
+    _, config = write_configs(tmp_path, "ema", RETINANET.format(tiny=tiny_config), more=more)
+    code, output, errors = tool(config, source, tmp_path / "warm.pth")
+    assert code == 0, errors
+    assert errors.count("warning: ") == 1
+    assert (
+        "warning: 2 plug-ins, such as backbone.layer4.0.ema, have no warm start: they change what "
+        "is computed until they are trained"
+    ) in errors
+    values = [float(value) for value in re.findall(r"│ \w+ +│ ([\d.e+-]+)", output)]
+    assert max(values) > 1e-3
+    assert (tmp_path / "warm.pth").is_file()
+
+
+# --------------------------------------------------------------------------- what it refuses
+
+
+def test_files_that_are_not_there_or_in_the_way(detectors, fails, tmp_path):
+    _, config, source = detectors["retinanet"]
+    assert fails(config, tmp_path / "no.pth") == f"error: {tmp_path}/no.pth: no such file"
+    there = tmp_path / "there.pth"
+    there.write_bytes(b"kept")
+    error = fails(config, source, target=there)
+    assert error == f"error: {there}: exists already; --overwrite replaces it"
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert fails(config, source, target=folder).endswith(": is a folder; name the file to write")
+    assert "no such file" in fails(tmp_path / "no.py", source)
+    assert fails(config, source, "--image", tmp_path / "no.png").endswith(
+        "no.png: no image that can be read"
+    )
+    assert fails(config, source, "--image", config).endswith(": no image that can be read")
+
+
+def test_files_that_hold_something_else(detectors, fails, tmp_path):
+    _, config, source = detectors["retinanet"]
+    other = detectors["faster_rcnn"][2]
+    error = fails(config, other)
+    assert re.search(
+        r"faster_rcnn\.pth: is no checkpoint of the plain detector, as \d+ of its keys are "
+        r"missing, such as neck\.\w+",
+        error,
+    )
+    text = tmp_path / "text.pth"
+    text.write_text("no checkpoint")
+    assert str(text) in fails(config, text)
+    numbers = tmp_path / "numbers.pth"
+    for value in ([1, 2], dict(state_dict=[1]), dict(a=1)):
+        torch.save(value, numbers)
+        assert fails(config, numbers) == f"error: {numbers}: holds no state dict"
+    shapes = torch.load(source)
+    shapes["state_dict"]["backbone.layer3.0.conv1.weight"] = torch.zeros(9, 9, 3, 3)
+    torch.save(shapes, numbers)
+    error = fails(config, numbers)
+    assert "as 1 of its keys have other shapes" in error
+    assert (
+        "backbone.layer3.0.conv1.weight has the shape (9, 9, 3, 3) there, and (32, 16, 3, 3) here"
+    ) in error
+
+
+def test_configs_without_layers_of_this_package(detectors, fails):
+    plain, _, source = detectors["retinanet"]
+    assert fails(plain, source) == (
+        "error: the config has no layers of this package: there is nothing to start"
+    )
+
+
+@pytest.mark.parametrize("where", ["bbox_head.retina_reg.bias", "backbone.bn1.weight"])
+def test_values_that_are_no_numbers_are_refused(where, detectors, fails, tmp_path):
+    _, config, source = detectors["retinanet"]
+    checkpoint = torch.load(source)
+    checkpoint["state_dict"][where] *= float("nan")
+    torch.save(checkpoint, tmp_path / "nan.pth")
+    assert "differs from the plain one by nan" in fails(config, tmp_path / "nan.pth")
+
+
+def test_a_detector_that_computes_something_else_is_refused(
+    tiny_config, detectors, fails, tmp_path
+):
+    _, config, source = detectors["retinanet"]
+    error = fails(config, source, "--tolerance", "1e-12")
+    assert re.match(
+        r"error: the retrofitted detector differs from the plain one by \d\.\de-\d+ > "
+        r"tolerance=1\.0e-12, relative, in (maps|bbox_head); nothing written",
+        error,
+    )
+    # The neck's convolutions see values below 0, for which this layer starts only with a floor.
+    below = tmp_path / "below.py"
+    below.write_text(
+        f'_base_ = "{detectors["retinanet"][0]}"\n'
+        "model = dict(neck=dict(_delete_=True, type='Retrofit', module={{_base_.model.neck}},\n"
+        "    edits=[dict(where=r'fpn_convs\\.0', conv=dict(type='RFAConv'))]))\n"
+    )
+    error = fails(below, source)
+    assert error.endswith("Inputs below 0 need input_floor, see RFAConv")
+
+
+def test_wrong_arguments(tool, tmp_path):
+    for arguments in ([], ["config.py", "plain.pth"], ["a", "b", "c", "--tolerance", "small"]):
+        code, _, errors = tool(*arguments)
+        assert code == 2
+        assert "usage: " in errors
+
+
+# --------------------------------------------------------------------------- the parts of it
+
+
+def test_the_plain_config_of_nested_and_scoped_retrofits():
+    inner = dict(
+        type="mmdet.Retrofit",
+        module=dict(type="ResNet", depth=18),
+        edits=[dict(where="x", conv=dict(type="RFAConv"))],
+    )
+    outer = dict(type="Retrofit", module=inner, edits=[], strict_start=True, frozen_stages=1)
+    cfg = Config(dict(model=dict(type="RetinaNet", backbone=outer)))
+    kept = copy.deepcopy(cfg.model)
+    expected = dict(type="ResNet", depth=18, frozen_stages=1)
+    assert plain_base(cfg).model.backbone == expected
+    assert cfg.model == kept
+    whole = Config(dict(model=dict(type="mmdet.Retrofit", module=cfg.model, edits=[])))
+    assert plain_base(whole).model == dict(type="RetinaNet", backbone=expected)
+    assert detector_config(whole)["type"] == "RetinaNet"
+
+
+def test_the_largest_difference_is_nan_wherever_one_is():
+    for values in ((0.1, float("nan")), (float("nan"), 0.1)):
+        largest = Equality(dict(zip("ab", values, strict=True)), ()).largest
+        assert largest != largest
+    assert Equality(dict(a=0.1, b=0.2), ()).largest == 0.2

@@ -1,0 +1,289 @@
+"""tools/train.py and tools/test.py as a user runs them: real processes, real files."""
+
+import json
+import os
+import pickle
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import pandas as pd
+import pytest
+import torch
+from mmengine.config import Config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.helpers.ports import free_port
+from tests.helpers.paths import ROOT
+
+
+def weights(path):
+    return torch.load(path, weights_only=False)["state_dict"]
+
+
+def losses(work_dir):
+    """Training loss by iteration, over all runs in a work dir; the last run counts."""
+    logs = [
+        pd.read_json(path, lines=True) for path in sorted(work_dir.glob("2*/vis_data/scalars.json"))
+    ]
+    log = pd.concat([one.dropna(subset=["loss"]) for one in logs])
+    return log.groupby("step")["loss"].last()
+
+
+def test_train_leaves_checkpoints_config_and_metrics(trained):
+    for name in ("epoch_1.pth", "epoch_3.pth", "last_checkpoint", "tiny.py"):
+        assert (trained / name).is_file()
+    assert list(trained.glob("best_coco_bbox_mAP_epoch_*.pth"))
+    log = pd.read_json(next(trained.glob("*/vis_data/scalars.json")), lines=True)
+    assert log["coco/bbox_mAP_50"].notna().sum() == 3
+    assert len(losses(trained)) == 9
+
+
+def test_test_prints_metrics_draws_and_dumps(trained, tiny_config, run_tool, tmp_path):
+    done = run_tool(
+        *(sys.executable, "tools/test.py", tiny_config, trained / "epoch_3.pth"),
+        *("--work-dir", tmp_path / "work", "--show-dir", tmp_path / "shown"),
+        *("--out", tmp_path / "predictions.pkl"),
+    )
+    assert done.returncode == 0, done.stdout
+    assert "coco/bbox_mAP_50" in done.stdout
+    pictures = list((tmp_path / "shown").rglob("*.jpg"))
+    assert len(pictures) == 4
+    # Ground truth and detections side by side.
+    assert cv2.imread(str(pictures[0])).shape == (64, 128, 3)
+    predictions = pickle.loads((tmp_path / "predictions.pkl").read_bytes())
+    assert len(predictions) == 4
+    assert f"predictions: {tmp_path / 'predictions.pkl'}" in done.stdout
+    assert not list(tmp_path.glob(".*"))
+    assert predictions[0]["pred_instances"]["bboxes"].shape[1] == 4
+    # What test finds is what training saw after the same epoch.
+    tested = json.loads(next((tmp_path / "work").glob("*/*.json")).read_text())
+    log = pd.read_json(next(trained.glob("*/vis_data/scalars.json")), lines=True)
+    assert tested["coco/bbox_mAP"] == log["coco/bbox_mAP"].dropna().iloc[-1]
+
+
+@pytest.mark.parametrize(
+    ("hook", "expected"),
+    [
+        (dict(interval=2), ("auto", "greater")),
+        (dict(save_best="coco/bbox_mAP_50"), ("coco/bbox_mAP_50", None)),
+        (dict(save_best=None), (None, None)),
+    ],
+)
+def test_a_config_that_says_which_checkpoint_is_best_keeps_its_word(hook, expected):
+    tool = runpy.run_path(f"{ROOT}/tools/train.py")
+    cfg = Config(dict(val_evaluator=dict(type="CocoMetric"), default_hooks=dict(checkpoint=hook)))
+    tool["keep_best"](cfg)
+    found = cfg.default_hooks.checkpoint
+    assert (found.get("save_best"), found.get("rule")) == expected
+
+
+def test_without_validation_no_checkpoint_is_the_best():
+    tool = runpy.run_path(f"{ROOT}/tools/train.py")
+    cfg = Config(dict(val_evaluator=None))
+    tool["keep_best"](cfg)
+    assert "default_hooks" not in cfg
+
+
+def test_tensorboard_is_added_once_beside_what_the_config_has():
+    tool = runpy.run_path(f"{ROOT}/tools/train.py")
+    cfg = Config(dict())
+    for _ in range(2):
+        tool["add_tensorboard"](cfg)
+        types = [backend.type for backend in cfg.visualizer.vis_backends]
+        assert types == ["LocalVisBackend", "TensorboardVisBackend"]
+    cfg = Config(dict(visualizer=dict(type="X", vis_backends=[dict(type="WandbVisBackend")])))
+    tool["add_tensorboard"](cfg)
+    types = [backend.type for backend in cfg.visualizer.vis_backends]
+    assert types == ["WandbVisBackend", "TensorboardVisBackend"]
+
+
+def test_killed_and_resumed_run_equals_one_that_was_not(
+    trained, tiny_config, environment, run_tool, tmp_path
+):
+    command = (sys.executable, "tools/train.py", str(tiny_config), "--work-dir", str(tmp_path))
+    with open(tmp_path / "killed.log", "w") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    until = time.monotonic() + 300
+    while not re.search(r"Epoch\(train\) +\[2\]\[1/3\]", (tmp_path / "killed.log").read_text()):
+        assert time.monotonic() < until, (tmp_path / "killed.log").read_text()
+        assert process.poll() is None, (tmp_path / "killed.log").read_text()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "epoch_3.pth").exists()
+
+    done = run_tool(*command, "--resume")
+    assert done.returncode == 0, done.stdout
+    assert "resumed epoch: 1" in done.stdout
+    pd.testing.assert_series_equal(losses(tmp_path), losses(trained), check_exact=True)
+    resumed, whole = weights(tmp_path / "epoch_3.pth"), weights(trained / "epoch_3.pth")
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+DIES = """
+import resource
+import signal
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class DiesHook(Hook):
+    priority = "HIGHEST"
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        if checkpoint["meta"]["epoch"] == 2:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+"""
+
+
+def test_killed_while_it_wrote_a_checkpoint_and_resumed(trained, tiny_config, run_tool, tmp_path):
+    (tmp_path / "dies.py").write_text(DIES)
+    config, work = tmp_path / "dying.py", tmp_path / "work"
+    config.write_text(
+        f'_base_ = "{tiny_config}"\n'
+        'custom_imports = dict(imports=["rfa_mmdet", "dies"])\n'
+        'custom_hooks = [dict(type="DiesHook")]\n'
+        "default_hooks = dict(checkpoint=dict(max_keep_ckpts=2))\n"
+    )
+    command = (sys.executable, "tools/train.py")
+    done = run_tool(*command, config, "--work-dir", work, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == -signal.SIGXFSZ, done.stdout
+    assert len(list(work.glob(".epoch_2.*.part.pth"))) == 1
+    assert not (work / "epoch_2.pth").exists()
+    assert weights(work / "epoch_1.pth").keys() == weights(trained / "epoch_1.pth").keys()
+
+    done = run_tool(*command, tiny_config, "--work-dir", work, "--resume")
+    assert done.returncode == 0, done.stdout
+    assert "resumed epoch: 1" in done.stdout
+    resumed, whole = weights(work / "epoch_3.pth"), weights(trained / "epoch_3.pth")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+VOC = """
+data = dict(
+    _delete_=True,
+    type="XMLDataset",
+    data_root="{{$DATA_ROOT:none}}/",
+    data_prefix=dict(sub_data_root=""),
+    ann_file="ImageSets/Main/val.txt",
+    metainfo=dict(classes=("circle", "square", "triangle", "star")),
+    test_mode=True,
+    pipeline={{_base_.test_pipeline}},
+)
+val_dataloader = dict(dataset=data)
+val_evaluator = dict(_delete_=True, type="VOCMetric", metric="mAP")
+train_cfg = dict(max_epochs=2)
+# As in MMDetection's own configs, of which none says that the best is kept.
+default_hooks = dict(checkpoint=dict(_delete_=True, type="CheckpointHook", interval=1))
+"""
+
+
+def test_tensorboard_by_a_flag_and_the_best_checkpoint_kept(tiny_config, run_tool, tmp_path):
+    config = tmp_path / "voc.py"
+    config.write_text(f'_base_ = "{tiny_config}"\n{VOC}')
+    done = run_tool(
+        *(sys.executable, "tools/train.py", config, "--work-dir", tmp_path / "work"),
+        "--tensorboard",
+    )
+    assert done.returncode == 0, done.stdout
+    (folder,) = (tmp_path / "work").glob("*/vis_data")
+    events = EventAccumulator(str(folder)).Reload()
+    # The same numbers as in the log that is always written.
+    log = pd.read_json(folder / "scalars.json", lines=True)
+    for name, number in (("loss", 6), ("pascal_voc/mAP", 2)):
+        written = [event.value for event in events.Scalars(name)]
+        assert len(written) == number
+        assert written == pytest.approx(log[name].dropna().tolist(), rel=1e-5)
+    best = log["pascal_voc/mAP"].dropna().argmax() + 1
+    (kept,) = (tmp_path / "work").glob("best_*.pth")
+    assert kept.name == f"best_pascal_voc_mAP_epoch_{best}.pth"
+
+
+KEEP_WEIGHTS = """
+import os
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class KeepWeightsHook(Hook):
+    def after_train(self, runner):
+        module = runner.model.module
+        torch.save(module.state_dict(), os.environ["KEEP"] + f"/rank{runner.rank}.pth")
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        module = runner.model.module
+        torch.save(module.state_dict(), os.environ["KEEP"] + f"/before{runner.rank}.pth")
+"""
+
+
+def test_two_processes_on_cpu_end_with_equal_parameters(tiny_config, run_tool, tmp_path):
+    (tmp_path / "keep_weights.py").write_text(KEEP_WEIGHTS)
+    config = tmp_path / "two.py"
+    config.write_text(
+        f'_base_ = "{tiny_config}"\n'
+        'custom_imports = dict(imports=["rfa_mmdet", "keep_weights"])\n'
+        'custom_hooks = [dict(type="KeepWeightsHook")]\n'
+        "train_cfg = dict(max_epochs=1)\n"
+    )
+    done = run_tool(
+        *("bash", "tools/dist_train.sh", config, 2, "--work-dir", tmp_path / "work"),
+        PYTHONPATH=f"{tmp_path}",
+        KEEP=str(tmp_path),
+        PORT=free_port(),
+    )
+    assert done.returncode == 0, done.stdout
+    first, second = (torch.load(tmp_path / f"rank{rank}.pth") for rank in (0, 1))
+    assert first
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    saved = weights(tmp_path / "work" / "epoch_1.pth")
+    assert all(torch.equal(first[name], saved[name]) for name in first)
+    # Each saw other images: before the end of the epoch, their BN statistics differed.
+    first, second = (torch.load(tmp_path / f"before{rank}.pth") for rank in (0, 1))
+    name = next(name for name in first if name.endswith("running_mean"))
+    assert not torch.equal(first[name], second[name])
+    mean = (first[name] + second[name]) / 2
+    assert torch.allclose(saved[name], mean, rtol=1e-6, atol=1e-7)
+    # And the test of a checkpoint in two processes, the images shared between them.
+    tested = run_tool(
+        *("bash", "tools/dist_test.sh", tiny_config, tmp_path / "work" / "epoch_1.pth", 2),
+        *("--work-dir", tmp_path / "test"),
+        PORT=free_port(),
+    )
+    assert tested.returncode == 0, tested.stdout
+    # What they validated in training is what was saved.
+    (log,) = (tmp_path / "work").glob("*/vis_data/scalars.json")
+    validated = pd.read_json(log, lines=True)["coco/bbox_mAP_50"].dropna().iloc[-1]
+    metrics = json.loads(next((tmp_path / "test").glob("*/*.json")).read_text())
+    assert metrics["coco/bbox_mAP_50"] == validated
+
+
+def test_sync_bn_without_cuda(tiny_config, run_tool, tmp_path):
+    options = (
+        "--cfg-options",
+        "model.backbone.norm_cfg.type=SyncBN",
+        "train_cfg.max_epochs=1",
+    )
+    one = run_tool(
+        *(sys.executable, "tools/train.py", tiny_config, "--work-dir", tmp_path / "1", *options)
+    )
+    assert one.returncode == 0, one.stdout
+    assert "reverted to BatchNorm" in one.stdout
+    two = run_tool(
+        *("bash", "tools/dist_train.sh", tiny_config, 2, "--work-dir", tmp_path / "2", *options),
+        PORT=free_port(),
+    )
+    assert two.returncode != 0
+    assert "SyncBN over several processes needs CUDA" in two.stdout

@@ -1,0 +1,48 @@
+"""A trained plain detector, retrofitted from its checkpoint: as good at once, and trainable."""
+
+import re
+import sys
+
+import pytest
+
+from rfa_mmdet.data.shapes import make_shapes
+
+CONFIG = "configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py"
+PLAIN = ("model.backbone.rfa=None", "model.backbone.stage_with_rfa=None")
+
+
+def accuracies(output: str) -> list[float]:
+    return [float(ap) for ap in re.findall(r"coco/bbox_mAP: ([\d.]+)", output)]
+
+
+@pytest.mark.slow
+def test_a_retrofitted_detector_is_as_good_at_once_and_better_after_training(run_tool, tmp_path):
+    data, plain, fine_tuned = (tmp_path / name for name in ("shapes", "plain", "fine_tuned"))
+    make_shapes(data)
+
+    def run(tool: str, *arguments) -> str:
+        # Threads as a user has them, or the training takes twice the time.
+        command = ("env", "-u", "OMP_NUM_THREADS", sys.executable, f"tools/{tool}.py", CONFIG)
+        done = run_tool(*command, *arguments, DATA_ROOT=str(data))
+        assert done.returncode == 0, done.stdout[-5000:]
+        return done.stdout
+
+    options = ("--cfg-options", "train_cfg.max_epochs=2")
+    run("train", "--work-dir", plain, *options, *PLAIN)
+    checkpoint, warm = plain / "epoch_2.pth", tmp_path / "warm.pth"
+    run("retrofit_checkpoint", checkpoint, warm)
+    found = [
+        accuracies(run("test", path, "--work-dir", tmp_path / "test", *more))[-1]
+        for path, more in (
+            (checkpoint, ("--cfg-options", *PLAIN)),
+            (checkpoint, ()),
+            (warm, ()),
+        )
+    ]
+    assert found[0] > 0.05, "the plain detector has learnt nothing to compare"
+    assert found[1] == found[2] == found[0]  # printed to three decimals
+    options = (f"load_from={checkpoint}", "train_cfg.max_epochs=1")
+    rate = "optim_wrapper.optimizer.lr=0.0002"
+    log = run("train", "--work-dir", fine_tuned, "--cfg-options", *options, rate)
+    assert "Calibrated the batch norms of 6 warm-started layers" in log
+    assert accuracies(log)[-1] >= found[0]

@@ -1,0 +1,37 @@
+"""What tests of the accelerated backends share."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rfa_mmdet.layers import RFAConv
+from rfa_mmdet.ops.receptive_field.dispatch import missing
+from tests.helpers.formulas import Case
+
+
+def require(backend: str) -> None:
+    """Skip where the backend cannot be; a CPU backend that could be built must be there."""
+    reason = missing(backend)
+    if not reason:
+        return
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    if backend == "cpu" and compiler and os.environ.get("RFA_MMDET_BUILD") != "0":
+        pytest.fail(f"{reason}; or in place, `python setup.py build_ext --inplace`")
+    pytest.skip(reason)
+
+
+def build(case: Case, **kwargs) -> RFAConv:
+    return case.build(RFAConv, act_cfg=case.act and dict(type=case.act), **kwargs)
+
+
+def run(layer: nn.Module, x: Tensor, seed: int = 0) -> list[Tensor]:
+    """Output, and gradients of the input and the parameters for a random upstream gradient."""
+    x = x.detach().clone().requires_grad_()
+    y = layer(x)
+    generator = torch.Generator().manual_seed(seed)
+    upstream = torch.randn(y.shape, generator=generator).to(y.dtype)
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y, [x, *parameters], upstream)]

@@ -1,0 +1,111 @@
+"""A drawn data set and a detector small enough to train in seconds, for real runs of the tools."""
+
+import logging
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rfa_mmdet.data.shapes import make_shapes
+from tests.helpers.paths import ROOT
+from tests.helpers.random_checkpoint import save_random_checkpoint
+
+TINY = f"""
+_base_ = "{ROOT}/configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py"
+model = dict(
+    backbone=dict(base_channels=8),
+    neck=dict(in_channels=[8, 16, 32, 64], out_channels=16),
+    bbox_head=dict(in_channels=16, feat_channels=16, stacked_convs=1),
+    # After nine iterations no score is high, and without detections there are no metrics.
+    test_cfg=dict(score_thr=0.0),
+)
+train_dataloader = dict(batch_size=4)
+train_cfg = dict(max_epochs=3)
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=-1), logger=dict(interval=1))
+randomness = dict(seed=0, deterministic=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """12 training and 4 validation images of 64 x 64."""
+    root = tmp_path_factory.mktemp("shapes")
+    make_shapes(root, num_train=12, num_val=4, image_size=(64, 64), seed=0, max_objects=3)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory) -> Path:
+    """The demo's config, thinner."""
+    path = tmp_path_factory.mktemp("configs") / "tiny.py"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def environment(shapes) -> dict[str, str]:
+    """Of the tools' processes: the data set, and one thread each."""
+    return {
+        **os.environ,
+        "DATA_ROOT": str(shapes),
+        "OMP_NUM_THREADS": "1",
+        "PYTHON": sys.executable,
+    }
+
+
+@pytest.fixture(scope="session")
+def run_tool(environment):
+    """Run a command as its own process in the checkout; the output is in the answer."""
+
+    def run(*command, **variables) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env={**environment, **variables},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=600,
+        )
+        assert "pkg_resources is deprecated" not in done.stdout  # not the user's to mend
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_config, shapes, tmp_path_factory) -> Path:
+    """Of the thin detector, not trained, with scores from near 0 to near 1."""
+    return save_random_checkpoint(tiny_config, tmp_path_factory.mktemp("weights") / "random.pth")
+
+
+@pytest.fixture
+def fails(capsys, monkeypatch, shapes):
+    """Run a tool in this process; return the one error that it ends with."""
+
+    def run(tool, *arguments):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setenv("DATA_ROOT", str(shapes))
+        # MMEngine's logger may have kept the stream of an earlier test, which is closed.
+        monkeypatch.setattr(logging, "raiseExceptions", False)
+        monkeypatch.setattr(sys, "argv", [f"tools/{tool}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(f"tools/{tool}.py", run_name="__main__")
+        assert stop.value.code == 1
+        errors = capsys.readouterr().err
+        assert errors.count("error: ") == 1
+        assert "Traceback" not in errors
+        return errors[errors.index("error: ") :]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(run_tool, tiny_config, tmp_path_factory) -> Path:
+    """Work dir of a training of three epochs that nothing interrupted."""
+    work_dir = tmp_path_factory.mktemp("trained")
+    done = run_tool(sys.executable, "tools/train.py", tiny_config, "--work-dir", work_dir)
+    assert done.returncode == 0, done.stdout
+    return work_dir

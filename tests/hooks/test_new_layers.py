@@ -1,0 +1,222 @@
+"""What trains under DDP and after a resume: real Runners, real processes, real files."""
+
+import sys
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from torch import nn
+
+from rfa_mmdet.hooks.new_layers import new_layers
+from rfa_mmdet.config.plain import plain_base
+from tests.helpers.toy import Recorder, Toy, make_runner, plain_file
+from tests.helpers.zoo import stir
+from tests.helpers.ports import free_port
+
+HOOK = dict(type="NewLayersHook")
+META = "rfa_mmdet_filled"
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train(work_dir, hooks=(HOOK,), epochs=1, **kwargs):
+    """Train the toy; return its Runner, and what trained and what ran on batches at the start."""
+    seen = {}
+
+    def look(runner):
+        seen["trained"] = trained(runner.model)
+        seen["modes"] = {name: m.training for name, m in runner.model.named_modules()}
+
+    model = kwargs.pop("model", None) or Toy(frozen_stages=1, norm_eval=True)
+    runner = make_runner(model, work_dir, [*hooks, Recorder(look)], epochs=epochs, **kwargs)
+    runner.train()
+    return runner, seen
+
+
+@pytest.fixture
+def plain(tmp_path) -> str:
+    return plain_file(tmp_path / "plain.pth")
+
+
+# --------------------------------------------------------------------------- resume
+
+
+def test_a_resumed_run_trains_what_the_first_did_and_ends_at_the_same_weights(tmp_path, plain):
+    whole, first = train(tmp_path / "whole", epochs=3, load_from=plain)
+    train(tmp_path / "broken", epochs=1, load_from=plain)
+    resumed, second = train(tmp_path / "broken", epochs=3, resume=True)
+    conv = "backbone.layer1.0.conv1"
+    assert f"{conv}.attention.weight" in first["trained"]  # new
+    assert f"{conv}.conv.weight" not in first["trained"]  # from the checkpoint, in stage 1
+    assert not first["modes"][f"{conv}.norm"]
+    assert second == first
+    a, b = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    # Without the hook the checkpoint counts as what has filled everything.
+    train(tmp_path / "again", epochs=1, load_from=plain)
+    without, _ = train(tmp_path / "again", hooks=(), epochs=2, resume=True)
+    assert f"{conv}.attention.weight" in trained(whole.model)
+    assert f"{conv}.attention.weight" not in trained(without.model)
+
+
+def test_a_run_from_scratch_resumes_with_its_norms_on_batches(tmp_path):
+    whole, first = train(tmp_path / "whole", epochs=2)
+    train(tmp_path / "broken", epochs=1)
+    resumed, second = train(tmp_path / "broken", epochs=2, resume=True)
+    assert first["modes"]["backbone.layer1.0.conv1.norm"]
+    assert second == first
+    a, b = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_checkpoints_name_what_was_filled(tmp_path, plain):
+    train(tmp_path / "run", load_from=plain)
+    meta = torch.load(tmp_path / "run" / "epoch_1.pth", weights_only=False)["meta"]
+    places = [f"backbone.layer{s}.{i}.conv1" for s in (1, 2) for i in (0, 1)]
+    filled = ["conv.weight", "norm.running_mean", "norm.running_var"]
+    assert meta[META] == dict.fromkeys(places, filled)
+    # Without new layers there is nothing to say.
+    train(tmp_path / "plain", model=Toy(retrofitted=False))
+    meta = torch.load(tmp_path / "plain" / "epoch_1.pth", weights_only=False)["meta"]
+    assert META not in meta
+
+
+def test_a_finished_run_that_is_fine_tuned_is_pretrained_as_a_whole(tmp_path, plain):
+    train(tmp_path / "run", load_from=plain)
+    _, seen = train(tmp_path / "tuned", load_from=str(tmp_path / "run" / "epoch_1.pth"))
+    frozen = ("backbone.conv1.", "backbone.bn1.", "backbone.layer1.")
+    assert seen["trained"] == {
+        name for name, _ in Toy().named_parameters() if not name.startswith(frozen)
+    }
+
+
+def test_a_checkpoint_without_the_record_resumes(tmp_path, plain):
+    train(tmp_path / "run", load_from=plain)
+    path = tmp_path / "run" / "epoch_1.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    del checkpoint["meta"][META]
+    torch.save(checkpoint, path)
+    runner, seen = train(tmp_path / "run", epochs=2, resume=True)
+    assert runner.epoch == 2
+    assert not any(name.startswith("backbone.layer1.") for name in seen["trained"])
+
+
+def test_new_layers_have_full_names():
+    net = nn.ModuleDict(dict(a=Toy(), b=nn.Conv2d(3, 3, 3)))
+    found = dict(new_layers(net))
+    assert list(found) == [f"a.backbone.layer{s}.{i}.conv1" for s in (1, 2) for i in (0, 1)]
+    assert all(net.get_submodule(name) is layer for name, layer in found.items())
+    assert next(iter(dict(new_layers(net["a"].backbone)))) == "layer1.0.conv1"
+
+
+# --------------------------------------------------------------------------- two processes
+
+KEEP_WEIGHTS = """
+import os
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class KeepWeightsHook(Hook):
+    priority = "LOWEST"
+
+    def keep(self, runner, when):
+        module = runner.model.module
+        names = [n for n, p in module.named_parameters() if p.requires_grad]
+        kept = dict(state=module.state_dict(), trained=names)
+        torch.save(kept, os.environ["KEEP"] + f"/{when}{runner.rank}.pth")
+
+    def before_train(self, runner):
+        self.keep(runner, "start")
+
+    def after_train(self, runner):
+        self.keep(runner, "end")
+"""
+
+
+def save_plain_detector(config, path) -> None:
+    """Save the thin detector without this package's layers, as it is before any training."""
+    init_default_scope("mmdet")
+    torch.manual_seed(0)
+    plain = MODELS.build(plain_base(Config.fromfile(config)).model)
+    plain.init_weights()
+    stir(plain)  # ResNet starts its last norms at 0, behind which nothing would be trained
+    torch.save(dict(state_dict=plain.state_dict(), meta={}), path)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tiny_config, run_tool, tmp_path_factory):
+    """Train the thin detector in two processes, from a plain checkpoint; return what each kept."""
+    root = tmp_path_factory.mktemp("two")
+    (root / "keep_weights.py").write_text(KEEP_WEIGHTS)
+    save_plain_detector(tiny_config, root / "plain.pth")
+    config = root / "two.py"
+    config.write_text(
+        f'_base_ = "{tiny_config}"\n'
+        'custom_imports = dict(imports=["rfa_mmdet", "keep_weights"])\n'
+        'custom_hooks = [dict(type="KeepWeightsHook")]\n'
+        f'load_from = "{root}/plain.pth"\n'
+        "model = dict(backbone=dict(\n"
+        "    frozen_stages=2, norm_eval=True, stage_with_rfa=(True, True, False, False)))\n"
+        "train_cfg = dict(max_epochs=2, val_interval=9)\n"
+    )
+
+    def run(name, *arguments):
+        (root / name).mkdir()
+        done = run_tool(
+            *("bash", "tools/dist_train.sh", config, 2, "--work-dir", root / name, *arguments),
+            PYTHONPATH=f"{root}:{sys.path[0]}",
+            KEEP=str(root / name),
+            PORT=free_port(),
+        )
+        assert done.returncode == 0, done.stdout
+        load = [
+            torch.load(root / name / f"{when}{rank}.pth")
+            for when in ("start", "end")
+            for rank in (0, 1)
+        ]
+        return done.stdout, root / name, load
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(two_processes):
+    return two_processes("whole")
+
+
+def test_ddp_knows_what_a_checkpoint_froze(whole):
+    output, _, (start, start_1, end, end_1) = whole
+    assert "[2][2/2]" in output  # the second step is where DDP would miss gradients
+    assert start["trained"] == start_1["trained"] == end["trained"]
+    parameters = [name for name in end["state"] if "running_" not in name]
+    assert all(torch.equal(end["state"][n], end_1["state"][n]) for n in parameters)
+    assert all(torch.equal(start["state"][n], start_1["state"][n]) for n in start["state"])
+    changed = {n for n in start["state"] if not torch.equal(start["state"][n], end["state"][n])}
+    conv = "backbone.layer1.0.conv1"
+    new = {f"{conv}.{n}" for n in ("attention.weight", "feature.weight", "norm.weight")}
+    assert new <= changed
+    assert {n for n in changed if "running_" not in n and "num_batches" not in n} == set(
+        start["trained"]
+    )
+    held = ("backbone.conv1.", "backbone.bn1.", "backbone.layer1.", "backbone.layer2.")
+    in_frozen = {n for n in changed if n.startswith(held)}
+    own = ("attention.weight", "feature.weight", "norm.weight", "norm.bias")
+    assert in_frozen == {
+        f"backbone.layer{s}.{i}.conv1.{n}" for s in (1, 2) for i in (0, 1) for n in own
+    }
+
+
+def test_a_resume_in_two_processes_trains_the_same(whole, two_processes):
+    _, work_dir, (start, _, end, _) = whole
+    _, _, resumed = two_processes("resumed", "--resume", work_dir / "epoch_1.pth")
+    assert resumed[0]["trained"] == start["trained"]
+    assert not all(torch.equal(resumed[0]["state"][n], end["state"][n]) for n in end["state"])
+    for kept in resumed[2:]:
+        assert all(torch.equal(kept["state"][n], end["state"][n]) for n in end["state"])

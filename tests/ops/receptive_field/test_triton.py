@@ -1,0 +1,429 @@
+"""The Triton backend's functions against formulas in float64.
+
+On a GPU if there is one; else once more in Triton's interpreter, in a process of its own, since
+Triton looks for TRITON_INTERPRET when it is imported, and torch may import it early.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.helpers.tolerances import TOLERANCES
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None
+runs = pytest.mark.skipif(
+    DEVICE is None, reason="no CUDA device; test_in_the_interpreter runs this without one"
+)
+on_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Of the table's tolerances: the interpreter's float32 products are no TF32 ones; half precision
+# rounds the units and their gradients, besides what the table has, so twice as much.
+SHARE = {
+    torch.float32: 0.2 if INTERPRETED else 1,
+    torch.float16: 2,
+    torch.bfloat16: 2,
+}
+
+
+@pytest.mark.skipif(DEVICE is not None, reason="the other tests run in this process")
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 20, done.stdout
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int = 2
+    channels: int = 3
+    outputs: int = 4
+    size: tuple = (6, 5)
+    kernel: tuple = (3, 3)
+    stride: tuple = (1, 1)
+    padding: tuple = (1, 1)
+    dilation: tuple = (1, 1)
+    groups: int = 1
+    learnt: bool = True
+    relu: bool = True
+    bias: bool = True
+    channels_last: bool = False
+    dtype: torch.dtype = torch.float32
+    magnitude: float = 1.0
+
+    @property
+    def window(self) -> tuple:
+        return self.kernel, self.stride, self.padding, self.dilation
+
+    def make(self) -> dict[str, Tensor | None]:
+        """Inputs; x lies in a larger map full of NaN, which a read outside of x would show."""
+        random = torch.Generator().manual_seed(0)
+        c, k = self.channels, self.kernel[0] * self.kernel[1]
+
+        def normal(*shape):
+            return torch.randn(shape, generator=random)
+
+        height, width = self.size
+        if self.channels_last:  # dense, as the layout is told by that; NaN before and after
+            whole = torch.full((self.batch + 2, height, width, c), torch.nan)
+            x = whole[1:-1].permute(0, 3, 1, 2)
+        else:
+            whole = torch.full((self.batch + 1, c + 1, height + 2, width + 3), torch.nan)
+            x = whole[1:, :c, 1:-1, 1:-2]
+        whole = whole.to(self.dtype).to(DEVICE)
+        x = whole.as_strided(x.shape, x.stride(), x.storage_offset())
+        x.copy_(normal(*x.shape) * self.magnitude)
+        return dict(
+            x=x,
+            # Logits of all sizes whatever the magnitude.
+            attention=(normal(c, k) / self.magnitude).to(DEVICE),
+            feature=normal(c, k, k).to(DEVICE) if self.learnt else None,
+            scale=(normal(c, k) / self.magnitude).to(DEVICE),
+            shift=normal(c, k).to(DEVICE),
+            weight=normal(self.outputs, c // self.groups, k).to(self.dtype).to(DEVICE),
+            bias=normal(self.outputs).to(self.dtype).to(DEVICE) if self.bias else None,
+        )
+
+    def forward(self, x, attention, feature, scale, shift, weight, bias) -> Tensor:
+        """The formula, on any dtype."""
+        u = windows(x, self)  # (B, C, K, P)
+        logits = attention[..., None] * u.mean(2, keepdim=True)
+        z = u if feature is None else torch.einsum("cij,bcjp->bcip", feature, u)
+        f = scale[..., None] * z + shift[..., None]
+        f = torch.where(f > 0, f, 0.0) if self.relu else f
+        u = (f * torch.softmax(logits, 2)).unflatten(1, (self.groups, -1))
+        w = weight.unflatten(0, (self.groups, -1))
+        y = torch.einsum("goci,bgcip->bgop", w, u).flatten(1, 2)
+        y = y if bias is None else y + bias[:, None]
+        return y.unflatten(2, out_size(self))
+
+
+def out_size(case: Case) -> tuple[int, int]:
+    one = torch.empty(1, 1, *case.size, device="meta")
+    kernel = torch.empty(1, 1, *case.kernel, device="meta")
+    out = F.conv2d(one, kernel, None, case.stride, case.padding, case.dilation)
+    return tuple(out.shape[2:])
+
+
+def windows(x: Tensor, case: Case) -> Tensor:
+    u = F.unfold(x, case.kernel, case.dilation, case.padding, case.stride)
+    return u.unflatten(1, (x.shape[1], -1))
+
+
+def exact(inputs: dict) -> dict:
+    """The same in float64 on the CPU, to be differentiated."""
+    return {
+        name: None if t is None else t.detach().cpu().double().requires_grad_()
+        for name, t in inputs.items()
+    }
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    assert found.isfinite().all()
+    expected = expected.detach()
+    largest = expected.abs().max().clamp_min(1e-30)
+    return float((found.cpu().double() - expected).abs().max() / largest)
+
+
+CASES = [
+    Case(batch=1, channels=1, outputs=1, size=(1, 1)),
+    Case(),
+    Case(channels_last=True),
+    Case(channels=17, outputs=17, size=(7, 11), batch=1),  # one more than a block of channels
+    Case(channels=17, outputs=19, size=(5, 13), batch=1, channels_last=True),
+    Case(batch=1, channels=2, size=(8, 8)),  # 64 positions, then one more, then one less
+    Case(batch=1, channels=2, size=(5, 13)),
+    Case(batch=1, channels=2, size=(7, 9), channels_last=True),
+    Case(stride=(2, 2), channels=4, outputs=6, groups=2, size=(7, 8), bias=False),
+    Case(stride=(2, 3), dilation=(2, 1), padding=(2, 0), size=(9, 11), channels_last=True),
+    Case(channels=4, outputs=8, groups=4, relu=False, channels_last=True),
+    Case(kernel=(1, 1), padding=(0, 0)),
+    Case(kernel=(2, 4), padding=(0, 3), learnt=False),
+    Case(kernel=(1, 5), padding=(3, 2), stride=(3, 1), channels_last=True),
+    Case(kernel=(2, 5), padding=(1, 2), channels=2, dilation=(1, 2), size=(4, 7), batch=1),
+    Case(kernel=(4, 3), channels=2, stride=(2, 1), size=(6, 5), batch=1, channels_last=True),
+    Case(
+        kernel=(5, 2), padding=(2, 1), channels=2, groups=2, learnt=False, relu=False, size=(4, 3)
+    ),
+    Case(magnitude=1e4),
+    Case(magnitude=1e-4),
+    Case(dtype=torch.float16),
+    Case(dtype=torch.bfloat16, channels_last=True),
+    Case(dtype=torch.bfloat16, kernel=(2, 5), padding=(1, 2), channels=2, size=(4, 5)),
+]
+LARGE = [  # more than one tile in each direction, which takes the interpreter too long
+    Case(channels=40, outputs=200, size=(37, 53)),
+    Case(channels=48, outputs=72, groups=3, size=(64, 31), stride=(2, 1)),
+    Case(channels=24, outputs=40, size=(33, 35), kernel=(5, 5), padding=(2, 2)),
+]
+
+
+def names(case: Case) -> str:
+    changed = (f"{k}={v}" for k, v in vars(case).items() if v != getattr(Case(), k))
+    return " ".join(changed).replace("torch.", "") or "plain"
+
+
+def compare_forward(case: Case) -> None:
+    from rfa_mmdet.ops.receptive_field import triton_backend as backend
+
+    inputs = case.make()
+    order = ("x", "attention", "feature", "scale", "shift")
+    y = backend.forward(
+        *(inputs[name] for name in order),
+        case.relu,
+        inputs["weight"],
+        inputs["bias"],
+        *case.window,
+        case.groups,
+    )
+    assert y.dtype == case.dtype
+    if case.channels_last and case.channels > 1:
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    else:
+        assert y.is_contiguous()
+    tolerance = SHARE[case.dtype] * TOLERANCES[case.dtype].output
+    assert error(y, case.forward(**exact(inputs))) < tolerance
+
+
+def compare_backward(case: Case, needs=(True,) * 4) -> list[Tensor | None]:
+    from rfa_mmdet.ops.receptive_field import triton_backend as backend
+
+    inputs = case.make()
+    truth = exact(inputs)
+    expected = case.forward(**truth)
+    grad_y = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    grad_y = grad_y.to(case.dtype).to(DEVICE)
+    expected.backward(grad_y.cpu().double())
+    found = backend.backward(
+        grad_y,
+        *(inputs[name] for name in ("x", "attention", "feature", "scale", "shift")),
+        case.relu,
+        inputs["weight"],
+        needs,
+        *case.window,
+        case.groups,
+    )
+    grad_x, d_attention, d_shift, products, d_weight, d_bias = found
+    pairs = [(needs[0], grad_x, truth["x"])]
+    pairs += [(needs[1], d_attention, truth["attention"]), (needs[1], d_shift, truth["shift"])]
+    pairs += [(needs[2], d_weight, truth["weight"])]
+    if case.bias:
+        pairs += [(needs[3], d_bias, truth["bias"])]
+    if needs[1]:
+        # By the chain rule through f = scale * (feature @ window) + shift.
+        if case.learnt:
+            products_of_scale = (inputs["feature"] * products).sum(2)
+            d_feature = inputs["scale"][..., None] * products
+            pairs += [(True, d_feature, truth["feature"])]
+        else:
+            products_of_scale = products.diagonal(dim1=1, dim2=2)
+        pairs += [(True, products_of_scale, truth["scale"])]
+    tolerance = SHARE[case.dtype] * TOLERANCES[case.dtype].gradient
+    for needed, gradient, of in pairs:
+        if needed:
+            assert gradient.dtype == torch.float32
+            assert error(gradient, of.grad) < tolerance
+        else:
+            assert gradient is None
+    return found
+
+
+@runs
+@pytest.mark.parametrize("case", CASES, ids=names)
+def test_forward_is_the_formula(case):
+    compare_forward(case)
+
+
+@runs
+@pytest.mark.parametrize("case", CASES, ids=names)
+def test_gradients_are_those_of_the_formula(case):
+    compare_backward(case)
+
+
+@runs
+@pytest.mark.parametrize("case", [Case(), Case(kernel=(2, 5), channels=2, size=(4, 5))], ids=names)
+@pytest.mark.parametrize("needed", range(4))
+def test_only_what_is_needed_is_computed(case, needed):
+    compare_backward(case, tuple(i == needed for i in range(4)))
+
+
+@runs
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(batch=1, channels=2, size=(5, 4)),
+        Case(size=(7, 3), stride=(2, 2), dilation=(2, 2), channels=2, channels_last=True),
+        Case(size=(9, 4), stride=(3, 1), kernel=(2, 1), padding=(3, 0), channels=2),
+        Case(kernel=(5, 2), padding=(2, 1), channels=1, size=(3, 2), batch=1),
+    ],
+    ids=names,
+)
+@pytest.mark.parametrize("rows", [2])
+def test_chunks_add_up(case, rows, monkeypatch):
+    from rfa_mmdet.ops.receptive_field import triton_backend as backend
+
+    whole = compare_backward(case)
+    k, width = case.kernel[0] * case.kernel[1], out_size(case)[1]
+    row = 2 * k * case.channels * width * case.dtype.itemsize
+    monkeypatch.setattr(backend, "SCRATCH_BYTES", rows * row)
+    for found, expected in zip(compare_backward(case), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@runs
+def test_gradient_of_any_strides():
+    from rfa_mmdet.ops.receptive_field import triton_backend as backend
+
+    case = Case()
+    inputs = case.make()
+    inputs = [inputs[n] for n in ("x", "attention", "feature", "scale", "shift", "weight")]
+    *parameters, weight = inputs
+    # As the gradient of a sum has: one value, and strides of zero.
+    one = torch.ones(1, dtype=case.dtype, device=DEVICE).expand(2, 4, 6, 5)
+    arguments = (True, weight, (True,) * 4, *case.window, 1)
+    for a, b in zip(
+        backend.backward(one, *parameters, *arguments),
+        backend.backward(one.contiguous(), *parameters, *arguments),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+@runs
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case(channels=17, batch=1, size=(9, 8), channels_last=True),
+        Case(stride=(2, 1), dilation=(2, 1), padding=(1, 3)),
+        Case(kernel=(2, 5), padding=(1, 2), channels=2, size=(3, 7)),
+        Case(kernel=(1, 1), padding=(0, 0)),
+        Case(dtype=torch.bfloat16),
+    ],
+    ids=names,
+)
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_moments_are_those_of_the_windows(case, offset):
+    from rfa_mmdet.ops.receptive_field import triton_backend as backend
+
+    case = replace(case, padding=(0, 0)) if offset else case  # zeros would be the deviation
+    x = case.make()["x"]
+    x += offset
+    first, second = backend.moments(x, *case.window)
+    u = windows(x.cpu().double(), case).transpose(0, 1).transpose(1, 2).flatten(2)  # (C, K, N)
+    mean = u.mean(2)
+    centred = u - mean[..., None]
+    covariance = centred @ centred.mT / u.shape[2]
+    assert first.dtype == second.dtype == torch.float32
+    tolerance = TOLERANCES[case.dtype].statistics
+    assert error(first, mean) < tolerance
+    # A value near 1000 has 14 bits left for its deviation; the mean of a few is exact.
+    assert error(second, covariance) < 10 * tolerance
+
+
+@runs
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case(channels=17, batch=1, channels_last=True),
+        Case(stride=(2, 3), padding=(1, 2), size=(7, 9)),
+        Case(stride=(1, 2), dilation=(2, 1), padding=(0, 1), size=(6, 7)),
+        Case(kernel=(2, 5), padding=(1, 2), channels=2, size=(3, 4)),
+        Case(dtype=torch.bfloat16),
+    ],
+    ids=names,
+)
+def test_correction_is_the_fold_of_the_windows(case):
+    from rfa_mmdet.ops.receptive_field import triton_backend as backend
+
+    x = case.make()["x"]
+    c, k = case.channels, case.kernel[0] * case.kernel[1]
+    Q, constant = torch.randn(c, k, k, device=DEVICE), torch.randn(c, k, device=DEVICE)
+    Q = Q + Q.mT
+    grad_x = torch.randn(x.shape, device=DEVICE)
+    u = windows(x.cpu().double(), case)
+    v = torch.einsum("cij,bcjp->bcip", Q.cpu().double(), u) + constant.cpu().double()[..., None]
+    fold = F.fold(v.flatten(1, 2), case.size, case.kernel, case.dilation, case.padding, case.stride)
+    expected = grad_x.cpu().double() - fold
+    backend.correct_input_gradient(grad_x, x, Q, constant, *case.window)
+    assert error(grad_x, expected) < TOLERANCES[case.dtype].statistics
+
+
+@runs
+def test_nan_and_infinity_come_through():
+    from rfa_mmdet.ops.receptive_field import triton_backend as backend
+
+    case = Case(batch=1, channels=1, outputs=1, size=(7, 7), bias=False)
+    for value in (torch.nan, torch.inf):
+        inputs = case.make()
+        inputs["x"][0, 0, 3, 3] = value
+        order = ("x", "attention", "feature", "scale", "shift")
+        y = backend.forward(
+            *(inputs[n] for n in order), True, inputs["weight"], None, *case.window, 1
+        )
+        expected = torch.ones(7, 7, dtype=torch.bool)
+        expected[2:5, 2:5] = False  # the windows that see it
+        assert torch.equal(y[0, 0].isfinite().cpu(), expected)
+
+
+@runs
+def test_what_it_does_not_take_is_named():
+    from rfa_mmdet.ops.receptive_field import triton_backend as backend
+
+    x = torch.ones(1, 1, 3, 3, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(TypeError, match=r"x is torch\.float64: .* float32, float16 and bfloat16"):
+        backend.moments(x, *Case().window)
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("case", LARGE, ids=names)
+def test_many_tiles_on_a_gpu(case, channels_last, dtype):
+    case = replace(case, channels_last=channels_last, dtype=dtype)
+    compare_forward(case)
+    first, second = compare_backward(case), compare_backward(case)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b), "two runs must give the same bits"
+
+
+@runs
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_layer_is_the_reference(channels_last, training):
+    """The whole of RFAConv: batch norm and its gradient are in function.py."""
+    layers = pytest.importorskip("rfa_mmdet.layers", reason="needs OpenMMLab's packages")
+    torch.manual_seed(0)
+    fast = layers.RFAConv(3, 4, 3, backend="triton").to(DEVICE).train(training)
+    slow = layers.RFAConv(3, 4, 3, backend="reference").double().train(training)
+    slow.load_state_dict(fast.state_dict())
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(2, 3, 6, 5).contiguous(memory_format=layout)
+    b = x.double().requires_grad_()
+    a = x.to(DEVICE).requires_grad_()
+    y, expected = fast(a), slow(b)
+    grad_y = torch.randn(expected.shape)
+    y.backward(grad_y.to(DEVICE))
+    expected.backward(grad_y.double())
+    assert y.is_contiguous(memory_format=layout)
+    tolerance = SHARE[torch.float32] * TOLERANCES[torch.float32].layer_gradient
+    assert error(y.detach(), expected) < tolerance
+    assert error(a.grad, b.grad) < tolerance
+    for (name, p), q in zip(fast.named_parameters(), slow.parameters(), strict=True):
+        assert error(p.grad, q.grad) < tolerance, name
+    for (name, p), q in zip(fast.named_buffers(), slow.buffers(), strict=True):
+        assert error(p.float(), q.double()) < tolerance, name

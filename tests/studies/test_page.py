@@ -1,0 +1,130 @@
+"""The report in a browser: without network, sorted by a click, with its pictures."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import cv2
+import numpy as np
+import pytest
+
+from rfa_mmdet.studies.page import page
+from rfa_mmdet.studies.plots import save_gains, save_stage_curves
+from rfa_mmdet.studies.summary import summarise
+from tests.helpers.results_of import results_of
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+VALUES = {
+    "plain": [0.41, 0.43, 0.42],
+    "ours": [0.45, 0.46, 0.47],
+    "<b>&x": [0.30, 0.31, 0.33],
+    "failed": [None, None, None],
+    "ten": [0.10, 0.09, 0.11],
+}
+# What a reader would see and do, told in an attribute.
+LOOK = """
+<script>
+const seen = {errors: window.failures, orders: {}};
+const names = () => [...document.querySelectorAll("table.sortable tbody tr")]
+  .map(row => row.cells[0].textContent);
+seen.orders.start = names();
+const buttons = Object.fromEntries(
+  [...document.querySelectorAll("table.sortable th button")].map(b => [b.textContent, b]));
+for (const title of ["test", "test", "method", "parameters"]) {
+  buttons[title].click();
+  const sort = buttons[title].closest("th").getAttribute("aria-sort");
+  seen.orders[title + " " + sort] = names();
+}
+seen.sorted = document.querySelectorAll("th[aria-sort]").length;
+window.addEventListener("load", () => {
+  seen.images = [...document.images].map(i => [i.alt, i.naturalWidth, i.naturalHeight]);
+  seen.loaded = performance.getEntriesByType("resource").map(e => e.name.slice(0, 5));
+  seen.wide = document.documentElement.scrollWidth <= window.innerWidth;
+  seen.clipped = [...document.querySelectorAll(".scroll")]
+    .filter(e => e.scrollWidth > e.clientWidth).length;
+  document.body.dataset.seen = JSON.stringify(seen);
+});
+</script>
+"""
+WATCH = "<script>window.failures = []; window.onerror = m => window.failures.push(m)</script>"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A page with plots and samples, and the sizes of its pictures."""
+    folder = tmp_path_factory.mktemp("report")
+    costs = dict(
+        machine=dict(cpu="Some CPU", cores=2, simd="AVX2", gpu=None),
+        versions=dict(torch="2"),
+        threads=1,
+        image_size=[64, 64],
+        train_batch=4,
+        methods={
+            name: dict(
+                parameters=37_968_692 - i,
+                flops=10**8 * (i + 1),
+                image_seconds=0.01 * (i + 1),
+                iteration_seconds=0.1 * (i + 1),
+            )
+            for i, name in enumerate(VALUES)
+            if name != "failed"
+        },
+    )
+    results = results_of(VALUES, costs)
+    results["runs"][9].update(state="failed", error="error: <script>alert(1)</script>")
+    rows = summarise(results)
+    curves, gains = folder / "curves.png", folder / "gains.png"
+    assert save_stage_curves(results, "all", curves)
+    assert save_gains(results, rows, gains)
+    sample = folder / "0_truth.jpg"
+    cv2.imwrite(str(sample), np.full((48, 64, 3), 90, np.uint8))
+    pictures = {"all": [curves, gains]}
+    text = page(results, rows, pictures, ["truth", "plain"], [[sample, sample]], "seed 0")
+    sizes = [cv2.imread(str(path)).shape[1::-1] for path in (curves, gains, sample, sample)]
+    return text, sizes
+
+
+def test_page_asks_nobody_and_escapes_what_it_shows(report):
+    text, _ = report
+    assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?(?!data:)[^"'\s>]*[:/]""", text)
+    assert "<script>alert(1)" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert '<td class=text data-value="&lt;b&gt;&amp;x">&lt;b&gt;&amp;x</td>' in text
+    assert "trains with 4 images" in text
+    assert "Some CPU, 2 cores, 1 thread (torch 2)" in text
+    assert "The highest mean has ours, 0.4600 ± 0.0100, +0.0400 from the baseline" in text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium (apt-get install chromium)")
+def test_report_in_a_browser(report, tmp_path):
+    text, sizes = report
+    file = tmp_path / "report.html"
+    file.write_text(text.replace("<head>", f"<head>{WATCH}").replace("</body>", f"{LOOK}</body>"))
+    command = [
+        *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+        # Every name that is looked up is not found.
+        *("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"),
+        *("--window-size=1300,900", "--virtual-time-budget=5000", "--dump-dom", f"file://{file}"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    found = re.search(r'data-seen="([^"]*)"', done.stdout)
+    assert found, done.stderr[-2000:]
+    seen = json.loads(html.unescape(found[1]))
+    assert seen["errors"] == []
+    assert [tuple(image[1:]) for image in seen["images"]] == sizes
+    assert set(seen["loaded"]) <= {"data:"}
+    assert seen["wide"]
+    assert seen["clipped"] == 0
+    orders = seen["orders"]
+    plain = "plain (baseline)"
+    assert orders["start"] == [plain, "ours", "<b>&x", "failed", "ten"]
+    # As numbers, what is not known last both ways.
+    assert orders["test ascending"] == ["ten", "<b>&x", plain, "ours", "failed"]
+    assert orders["test descending"] == ["ours", plain, "<b>&x", "ten", "failed"]
+    assert orders["method ascending"] == ["<b>&x", "failed", "ours", plain, "ten"]
+    assert orders["parameters ascending"] == ["ten", "<b>&x", "ours", plain, "failed"]
+    assert seen["sorted"] == 1

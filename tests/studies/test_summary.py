@@ -1,0 +1,94 @@
+"""Means, deviations and the paired test, by formulas of their own."""
+
+import csv
+import io
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import t
+
+from rfa_mmdet.studies.summary import compare, summarise
+from rfa_mmdet.studies.tables import comma_separated, markdown
+from tests.helpers.results_of import results_of
+
+values = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=3, max_size=8)
+
+
+@given(values)
+def test_p_is_that_of_the_paired_t_statistic(pairs):
+    differences = [a - b for a, b in pairs]
+    n = len(pairs)
+    mean = math.fsum(differences) / n
+    variance = math.fsum((d - mean) ** 2 for d in differences) / (n - 1)
+    found = compare(*zip(*pairs, strict=True))
+    assert found.difference == pytest.approx(mean, abs=1e-12)
+    # That of a difference of two numbers, each off by up to 0.0005 with equal chance.
+    variance = max(variance, 2 * 0.001**2 / 12)
+    expected = 2 * t.sf(abs(mean) / math.sqrt(variance / n), n - 1)
+    assert found.p == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    wanted = "within the spread" if expected >= 0.05 else "better" if mean > 0 else "worse"
+    assert found.verdict == wanted
+
+
+def test_equal_results_are_within_the_spread():
+    found = compare([0.5, 0.4, 0.3], [0.5, 0.4, 0.3])
+    assert (found.difference, found.p, found.verdict) == (0, 1, "within the spread")
+
+
+def test_differences_of_one_rounding_step_are_within_the_spread():
+    found = compare([0.501, 0.444, 0.496], [0.500, 0.443, 0.495])
+    assert found.difference == pytest.approx(0.001)
+    assert found.verdict == "within the spread"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_fewer_than_three_seeds_cannot_be_tested(n):
+    found = compare([0.9] * n, [0.1] * n)
+    assert found.difference == pytest.approx(0.8)
+    assert (found.p, found.verdict) == (None, "cannot be tested")
+
+
+def test_only_seeds_that_both_have_are_compared():
+    results = results_of(dict(plain=[0.2, 0.9, 0.4, 0.3], ours=[0.3, None, 0.52, 0.41]))
+    plain, ours = summarise(results)
+    assert plain.is_baseline
+    assert plain.compared.verdict == ""
+    assert plain.mean == pytest.approx(0.45)
+    assert (ours.finished, ours.wanted) == (3, 4)
+    assert ours.mean == pytest.approx(0.41)
+    assert ours.deviation == pytest.approx(0.11)
+    # Not with the 0.9, which ours lacks.
+    assert ours.compared.difference == pytest.approx(0.11)
+    assert ours.compared.verdict == "better"
+
+
+def test_nothing_finished_is_no_number():
+    row = summarise(results_of(dict(plain=[None, None])))[0]
+    assert (row.mean, row.deviation, row.finished) == (None, None, 0)
+
+
+def test_tables():
+    cost = dict(parameters=1234567, flops=2_500_000, image_seconds=0.0123, iteration_seconds=0.4567)
+    costs = dict(methods=dict(ours=cost))
+    rows = summarise(results_of(dict(plain=[0.1, 0.2, 0.3], ours=[0.4, 0.5, 0.61]), costs))
+    text = markdown(rows, "coco/bbox_mAP")
+    header, _, plain, ours = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("|")
+    )
+    by_title = dict(zip(header, ours, strict=True))
+    assert plain[0] == "plain (baseline)"
+    assert by_title["test"] == "0.5033 ± 0.1050"
+    assert by_title["difference"] == "+0.3033"
+    assert by_title["verdict"] == "better"
+    assert by_title["parameters"] == "1,234,567"
+    assert by_title["ms an iteration"] == "457"
+    assert by_title["GFLOPs"] == "0.003"
+    assert by_title["ms an image"] == "12.3"
+    read = list(csv.DictReader(io.StringIO(comma_separated(rows))))
+    assert float(read[1]["mean"]) == pytest.approx(1.51 / 3)
+    assert float(read[1]["difference"]) == pytest.approx(0.91 / 3)
+    assert read[0]["flops"] == ""

@@ -1,0 +1,40 @@
+"""Nothing is left under a file's name unless it was written to its end."""
+
+import pytest
+
+from rfa_mmdet.errors import UserError
+from rfa_mmdet.files import written_whole
+
+
+def test_file_appears_at_the_end_only(tmp_path):
+    path = tmp_path / "new" / "a.csv"
+    with written_whole(path) as part:
+        part.write_text("some")
+        assert not path.exists()
+        assert part.suffix == ".csv"
+    assert path.read_text() == "some"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("stop", [ZeroDivisionError, KeyboardInterrupt])
+def test_what_was_there_stays_where_writing_breaks_off(tmp_path, stop):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def write():
+        with written_whole(path) as part:
+            part.write_text("half")
+            raise stop
+
+    with pytest.raises(stop):
+        write()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_paths_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a folder"), written_whole(tmp_path):
+        pass
+    with pytest.raises(UserError, match="cannot be written"), written_whole(tmp_path / "file/a"):
+        pass
