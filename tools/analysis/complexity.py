@@ -1,0 +1,8 @@
+"""Count a config's parameters and GFLOPs, beside the same detector without this package's layers."""
+
+import sys
+
+from rfa_mmdet.cli.complexity import main
+
+if __name__ == "__main__":
+    sys.exit(main())

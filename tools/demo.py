@@ -1,0 +1,8 @@
+"""Draw a data set, train a small RetinaNet with RFAConv on it, evaluate it and show it."""
+
+import sys
+
+from rfa_mmdet.cli.demo import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""Train a detector."""
+
+import sys
+
+from rfa_mmdet.cli.train import main
+
+if __name__ == "__main__":
+    sys.exit(main())
