@@ -27,11 +27,11 @@ demo: env  ## draw images, train a detector with RFAConv on them, evaluate and p
 	@"$(PYTHON)" tools/demo.py
 
 bench: env  ## measure every op on 2 CPU threads against the formulas and the plain convolution
-	@"$(PYTHON)" tools/benchmark/run.py --compile RFAConv --detector 256 \
+	@"$(PYTHON)" -m benchmarks.run --compile RFAConv --detector 256 \
 	    --out benchmarks/results/cpu.json
-	@"$(PYTHON)" tools/benchmark/run.py --ops RFAConv --dtype bfloat16 \
+	@"$(PYTHON)" -m benchmarks.run --ops RFAConv --dtype bfloat16 \
 	    --out benchmarks/results/cpu_bfloat16.json
-	@"$(PYTHON)" tools/benchmark/report.py benchmarks/results/*.json \
+	@"$(PYTHON)" -m benchmarks.report benchmarks/results/*.json \
 	    --table benchmarks/table.md --plot docs/images/benchmark.png
 
 test: lint  ## lint, then the tests that take seconds

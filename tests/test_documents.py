@@ -2,18 +2,15 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from rfa_mmdet.engine.ablation.summary import summarise
-from rfa_mmdet.engine.ablation.tables import markdown
+from rfa_mmdet.studies.summary import summarise
+from rfa_mmdet.studies.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools" / "benchmark"))  # as of a script in that folder
-
-import report  # noqa: E402
+from benchmarks import report
 
 RESULTS = ROOT / "benchmarks" / "results"
 ABLATIONS = sorted((RESULTS / "ablation").glob("*.json"))

@@ -9,18 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARK = Path(__file__).resolve().parents[2] / "tools" / "benchmark"
-sys.path.insert(0, str(BENCHMARK))  # as of a script in that folder
+from benchmarks.baselines import Formula
+from benchmarks.candidates import build, is_plugin
+from benchmarks.measure import saved_bytes
+from benchmarks.parity import make_input
+from benchmarks.shapes import Shape
 
-from baselines import Formula  # noqa: E402
-from candidates import build, is_plugin  # noqa: E402
-from measure import saved_bytes  # noqa: E402
-from parity import make_input  # noqa: E402
-from shapes import Shape  # noqa: E402
-
-from rfa_mmdet.layers import CoordAtt, RFCAConv, RFCBAMConv  # noqa: E402
-from rfa_mmdet.layers.conv import lazy  # noqa: E402
-from tests.ops.backends import require  # noqa: E402
+from rfa_mmdet.layers import CoordAtt, RFCAConv, RFCBAMConv
+from rfa_mmdet.layers.conv import lazy
+from tests.helpers.backends import require
 
 SHAPES = [
     Shape(2, 64, 32, 40),

@@ -1,0 +1,1 @@
+"""Time and memory of every op, against its formula and the plain convolution."""

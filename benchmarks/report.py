@@ -1,0 +1,308 @@
+"""Make a Markdown table and a plot from the JSON files of benchmarks/run.py.
+
+Ratios are geometric means over the shapes of a file. What no file holds is 'not measured'.
+"""
+
+import json
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import geometric_mean
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen is needed
+
+from matplotlib import pyplot as plt
+
+from rfa_mmdet.cli.command_line import user_errors
+from rfa_mmdet.errors import UserError
+from rfa_mmdet.files import written_whole
+
+NOT_MEASURED = "not measured"
+
+
+def parse_args() -> Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(
+        description=__doc__,
+        epilog="example:\n  python -m benchmarks.report benchmarks/results/*.json "
+        "--table benchmarks/table.md --plot docs/images/benchmark.png",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("results", nargs="+", type=Path, metavar="JSON", help="of run.py")
+    parser.add_argument("--table", type=Path, help="Markdown to write; default: print it")
+    parser.add_argument("--plot", type=Path, help="PNG to write, of the first file")
+    return parser.parse_args()
+
+
+def mean_ratio(run: dict, candidate: str, mode: str, baseline: str) -> float | None:
+    """Geometric mean, over the shapes, of a candidate's time as a multiple of a baseline's."""
+    found = [
+        result[mode]["ratios"][candidate][baseline]["median"]
+        for result in run["results"]
+        if baseline in result[mode]["ratios"].get(candidate, {})
+        and result["op"] == op_of(candidate, result)
+    ]
+    return geometric_mean(found) if found else None
+
+
+def op_of(candidate: str, result: dict) -> str:
+    """Return the op that a candidate computes; a baseline is of every op."""
+    return result["op"] if candidate in ("formula", "compiled formula") else candidate.split("[")[0]
+
+
+def mean_bytes(
+    run: dict, candidate: str, kind: Callable[[dict], dict], baseline: str
+) -> float | None:
+    """Geometric mean of a candidate's bytes as a multiple of a baseline's."""
+    pairs = [
+        (kind(result)[candidate], kind(result)[baseline])
+        for result in run["results"]
+        if result["op"] == op_of(candidate, result) and candidate in kind(result)
+    ]
+    return geometric_mean([a / b for a, b in pairs]) if pairs else None
+
+
+def saved(result: dict) -> dict:
+    """Bytes kept for the backward pass."""
+    return result["saved_bytes"]
+
+
+def training_peak(result: dict) -> dict:
+    """Most bytes held during forward + backward."""
+    return result["training"]["peak_bytes"]
+
+
+def of_op(run: dict, op: str) -> dict:
+    """Return a run with the results of one op alone."""
+    return {**run, "results": [result for result in run["results"] if result["op"] == op]}
+
+
+def candidates(run: dict) -> list[str]:
+    """Names of what was measured, in order, the baselines left out."""
+    names = {n: None for result in run["results"] for n in result["saved_bytes"]}
+    return [name for name in names if name not in ("plain", "formula")]
+
+
+# --------------------------------------------------------------------------- targets
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row: what is asked of RFAConv on the CPU and on a GPU, and where it is found."""
+
+    text: str
+    unit: str
+    cpu: float
+    gpu: float
+    value: Callable[[dict, str], float | None]
+    faster: bool = False  # more is better
+
+    def met(self, value: float, device: str) -> bool:
+        """Whether a measured value reaches the target."""
+        limit = self.cpu if device == "cpu" else self.gpu
+        return value >= limit if self.faster else value <= limit
+
+    def limit(self, device: str) -> str:
+        """Write the target."""
+        value = self.cpu if device == "cpu" else self.gpu
+        return f"{'>=' if self.faster else '<='} {value:g}x{self.unit}"
+
+
+def _speed(mode: str, baseline: str) -> Callable[[dict, str], float | None]:
+    def value(run: dict, candidate: str) -> float | None:
+        ratio = mean_ratio(run, candidate, mode, baseline)
+        return ratio and 1 / ratio
+
+    return value
+
+
+def _of_detector(key: Callable[[dict], float]) -> Callable[[dict, str], float | None]:
+    return lambda run, candidate: key(run["detector"]) if run.get("detector") else None
+
+
+TARGETS = (
+    Target("inference, against the authors' formula eager", " faster", 8, 5,
+           _speed("inference", "formula"), True),
+    Target("inference, against it under torch.compile", " faster", 5, 2,
+           _speed("inference", "compiled formula"), True),
+    Target("inference, against the plain convolution", " its time", 1.7, 2.0,
+           lambda run, c: mean_ratio(run, c, "inference", "plain")),
+    Target("forward + backward, against the authors' formula eager", " faster", 2.5, 4,
+           _speed("training", "formula"), True),
+    Target("forward + backward, against the plain convolution", " its time", 2.0, 2.5,
+           lambda run, c: mean_ratio(run, c, "training", "plain")),
+    Target("bytes kept for backward, against the plain convolution", "", 1.1, 1.1,
+           lambda run, c: mean_bytes(run, c, saved, "plain")),
+    Target("RetinaNet R50-FPN training iteration, time against plain", "", 1.3, 1.2,
+           _of_detector(lambda d: d["time_ratio"]["median"])),
+    Target("RetinaNet R50-FPN training iteration, peak memory against plain", "", 1.1, 1.1,
+           _of_detector(lambda d: d["peak_ratio"])),
+)  # fmt: skip
+
+
+def best_rfaconv(run: dict) -> str | None:
+    """Return the fastest of RFAConv's backends in inference: what 'auto' stands for."""
+    own = of_op(run, "RFAConv")
+    names = [n for n in candidates(own) if ":" not in n]
+    return min(names, key=lambda n: mean_ratio(own, n, "inference", "plain"), default=None)
+
+
+def targets_table(runs: list[dict]) -> list[str]:
+    """Write the targets for RFAConv beside what was measured; the first file with a value counts.
+
+    Args:
+        runs (list[dict]): Of run.py.
+
+    Returns:
+        list[str]: Lines of Markdown.
+    """
+    titles = ("RFAConv", "CPU: target", "CPU: measured", "GPU: target", "GPU: measured")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for target in TARGETS:
+        cells = [target.text]
+        for device in ("cpu", "cuda"):
+            texts = []
+            for run in runs:
+                if run["device"] != device:
+                    continue
+                value = target.value(of_op(run, "RFAConv"), best_rfaconv(run) or "")
+                if value is not None:
+                    verdict = "" if target.met(value, device) else ", missed"
+                    texts.append(f"{value:.2f}x ({run['dtype']}{verdict})")
+            cells += [target.limit(device), "<br>".join(texts) or NOT_MEASURED]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+# --------------------------------------------------------------------------- one run
+
+
+def _times(value: float | None, digits: int = 2) -> str:
+    return NOT_MEASURED if value is None else f"{value:.{digits}f}x"
+
+
+def run_table(run: dict) -> list[str]:
+    """Write one run: a row a candidate, ratios first.
+
+    Args:
+        run (dict): Of run.py.
+
+    Returns:
+        list[str]: Lines of Markdown.
+    """
+    machine = run["machine"]
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
+    shapes = {tuple(result["shape"].values()) for result in run["results"]}
+    counts = Counter(result["op"] for result in run["results"])
+    fewest = min(counts.values(), default=0)
+    of_plugins = "" if fewest == len(shapes) else f" ({fewest} for plug-ins, which have no stride)"
+    lines = [
+        f"**{where}; {run['dtype']}; {run['threads']} threads; torch {run['versions']['torch']}; "
+        f"{len(shapes)} shapes{of_plugins}.** `{run['command']}`",
+        "",
+        "| | inference: faster than the formula | than it compiled | time / plain's "
+        "| forward + backward: faster than the formula | than it compiled | time / plain's "
+        "| kept bytes / plain's (the formula's) | kept bytes / the formula's "
+        "| peak bytes / plain's (the formula's) |",
+        "|---|" + "---:|" * 9,
+    ]
+    for name in candidates(run):
+        own = of_op(run, name.split("[")[0])
+        cells = [f"`{name}`"]
+        for mode in ("inference", "training"):
+            for baseline in ("formula", "compiled formula"):
+                cells.append(_times(_speed(mode, baseline)(own, name)))
+            cells.append(_times(mean_ratio(own, name, mode, "plain")))
+        for kind in (saved, training_peak):
+            ours, theirs = (mean_bytes(own, who, kind, "plain") for who in (name, "formula"))
+            cells.append(f"{_times(ours)} ({_times(theirs)})")
+            if kind is saved:
+                cells.append(_times(mean_bytes(own, name, kind, "formula")))
+        lines.append(f"| {' | '.join(cells)} |")
+    for failure in run["failed"]:
+        lines.append(f"| `{failure['candidate']}` | differs from the formula: no numbers |")
+    if detector := run.get("detector"):
+        seconds = detector["seconds"]
+        lines += [
+            "",
+            f"{detector['model']}, one training iteration, batch {detector['batch']}, "
+            f"{detector['size']} x {detector['size']}: {detector['time_ratio']['median']:.2f}x the "
+            f"time (quartiles {detector['time_ratio']['q25']:.2f} to "
+            f"{detector['time_ratio']['q75']:.2f}; {seconds['RFAConv']['median']:.2f} s against "
+            f"{seconds['plain']['median']:.2f} s), {detector['peak_ratio']:.2f}x the peak memory.",
+        ]
+    return lines
+
+
+def write_plot(run: dict, path: Path) -> None:
+    """Draw time and kept bytes of each op beside its formula's, as multiples of plain's.
+
+    Args:
+        run (dict): Of run.py.
+        path (Path): PNG to write.
+    """
+    names = candidates(run)
+    columns = (
+        ("inference, time", lambda own, name: mean_ratio(own, name, "inference", "plain")),
+        ("forward + backward, time", lambda own, name: mean_ratio(own, name, "training", "plain")),
+        ("bytes kept for the backward", lambda own, name: mean_bytes(own, name, saved, "plain")),
+    )
+    size = (12, 1.2 + 0.42 * len(names))
+    figure, all_axes = plt.subplots(1, 3, figsize=size, sharey=True, layout="constrained")
+    for axes, (title, value) in zip(all_axes, columns, strict=True):
+        for row, name in enumerate(names):
+            own = of_op(run, name.split("[")[0])
+            for who, offset, colour in (("formula", 0.2, "#c8c8c8"), (name, -0.2, "#2c7fb8")):
+                bar = value(own, who)
+                axes.barh(len(names) - row + offset, bar, 0.38, color=colour)
+                axes.text(bar, len(names) - row + offset, f" {bar:.2g}", va="center", fontsize=7)
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set(title=title, xlabel="plain 3x3 convolution = 1", xscale="log")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.15)
+        axes.set_xticks([0.25, 0.5, 1, 2, 4, 8, 16, 32], ["1/4", "1/2", *"1248", "16", "32"])
+        axes.minorticks_off()
+    all_axes[0].set_yticks([len(names) - row for row in range(len(names))], names)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in ("#c8c8c8", "#2c7fb8")]
+    figure.legend(handles, ["authors' formula, eager", "here"], loc="outside lower right", ncols=2)
+    with written_whole(path) as part:
+        figure.savefig(part, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Write what the command line asks for."""
+    args = parse_args()
+    runs = []
+    for path in args.results:
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"error: {path}: cannot be read as JSON of run.py: {error}") from None
+        if not isinstance(run, dict) or not {"results", "machine", "device"} <= run.keys():
+            raise SystemExit(f"error: {path}: holds no results of run.py")
+        runs.append(run)
+    lines = targets_table(runs)
+    for run in runs:
+        lines += ["", *run_table(run)]
+    text = "\n".join(lines) + "\n"
+    if args.table:
+        with written_whole(args.table) as part:
+            part.write_text(text, encoding="utf-8")
+        print(f"wrote: {args.table}")
+    else:
+        print(text, end="")
+    if args.plot:
+        if not candidates(runs[0]):
+            raise SystemExit(f"error: {args.results[0]}: holds no op to draw")
+        write_plot(runs[0], args.plot)
+        print(f"wrote: {args.plot}")
+
+
+if __name__ == "__main__":
+    with user_errors(UserError):
+        main()

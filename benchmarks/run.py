@@ -1,0 +1,295 @@
+"""Measure the ops of this package against the authors' formulas and the plain convolution.
+
+Time of inference and of forward + backward, bytes kept for the backward pass, peak memory: all in
+one process, in turns. Before an op is timed, its outputs and gradients must be those of the
+formula; one that fails is named, gets no numbers, and the exit code is 1. Writes JSON, from which
+benchmarks/report.py makes the table and the plot.
+"""
+
+import json
+import os
+import shlex
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from benchmarks.baselines import Formula, plain_conv
+from benchmarks.candidates import OPS, builders, is_plugin
+from benchmarks.detector import measure_detector
+from benchmarks.measure import interleaved, peak_bytes, ratio, saved_bytes, spread
+from benchmarks.parity import differences, make_input
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from benchmarks.shapes import SHAPES, Shape
+from torch import Tensor, nn
+
+from rfa_mmdet.cli.command_line import user_errors
+from rfa_mmdet.errors import UserError
+from rfa_mmdet.analysis.machine import describe_machine
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+# Odd sizes: borders of every kind of tile. Small enough for float64.
+PARITY_SHAPES = (Shape(2, 64, 9, 7), Shape(2, 64, 13, 10, 2))
+
+
+def parse_args(argv: list[str]) -> Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(
+        description=__doc__,
+        epilog="example:\n  python -m benchmarks.run --ops RFAConv SE --shapes small "
+        "--device cpu --dtype float32 --threads 2 --out benchmarks/results/cpu.json",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--ops",
+        nargs="*",
+        choices=OPS,
+        default=list(OPS),
+        metavar="OP",
+        help=f"of: {', '.join(OPS)} (default: all); nothing after it: only the detector",
+    )
+    add(
+        "--shapes",
+        nargs="+",
+        choices=SHAPES,
+        default=["r50-800x1333", "r50-512x512", "small"],
+        help="lists of shapes (default: all but tiny)",
+    )
+    add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help="half ones run under autocast")
+    add("--threads", type=int, default=2, help="on the CPU (default: %(default)s)")
+    add("--channels-last", action="store_true", help="memory format of inputs and convolutions")
+    add(
+        "--compile",
+        nargs="*",
+        choices=OPS,
+        metavar="OP",
+        help="also the formulas of these ops (default: of all) under torch.compile: up to a minute "
+        "more a shape",
+    )
+    add(
+        "--seconds",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="to spend on each mode of each shape (default: %(default)s)",
+    )
+    add("--rounds", type=int, default=3, help="at least so many, whatever they take (%(default)s)")
+    add(
+        "--candidate",
+        action="append",
+        default=[],
+        metavar="OP=MODULE:CLASS",
+        help="time another class with the arguments of OP as well",
+    )
+    add(
+        "--detector",
+        type=int,
+        default=0,
+        metavar="SIZE",
+        help="also a training iteration of RetinaNet R50-FPN on images of SIZE x SIZE, plain and "
+        "with RFAConv",
+    )
+    add("--out", type=Path, required=True, help="JSON to write; its folder is made")
+    args = parser.parse_args(argv)
+    if args.rounds < 1 or args.threads < 1:
+        parser.error(f"--rounds {args.rounds} --threads {args.threads}: must be at least 1")
+    if args.detector and (args.detector < 64 or args.detector % 32):
+        parser.error(f"--detector {args.detector}: must be a multiple of 32, at least 64")
+    args.compile = () if args.compile is None else tuple(args.compile or args.ops)
+    if left_out := set(args.compile) - set(args.ops):
+        parser.error(f"--compile {' '.join(sorted(left_out))}: is not among --ops")
+    try:
+        args.device = torch.device(args.device)
+    except RuntimeError:
+        parser.error(f"--device {args.device}: must be cpu or cuda")
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch finds no CUDA device here")
+    others = [c.partition("=") for c in args.candidate]
+    for op, _, name in others:
+        if op not in args.ops or ":" not in name:
+            parser.error(f"--candidate {op}={name}: must be OP=MODULE:CLASS with OP in --ops")
+    args.candidate = {op: name for op, _, name in others}
+    return args
+
+
+class Case:
+    """One op on one shape: everything that is timed in turns, and its input.
+
+    Args:
+        op (str): Name of the op.
+        shape (Shape): Of the input.
+        layers (dict[str, nn.Module]): The candidates, on their device.
+        args (Namespace): Of the command line.
+    """
+
+    def __init__(
+        self, op: str, shape: Shape, layers: dict[str, nn.Module], args: Namespace
+    ) -> None:
+        self.device, dtype = args.device, DTYPES[args.dtype]
+        self.half = dtype if dtype in (torch.bfloat16, torch.float16) else None
+        layout = torch.channels_last if args.channels_last else torch.contiguous_format
+        formula = Formula(op, next(iter(layers.values())))
+        plain = plain_conv(shape.channels, shape.stride)
+        modules = {"plain": plain, "formula": formula, **layers}
+        weights = torch.float32 if self.half else dtype
+        self.modules = {
+            name: module.to(self.device, weights).to(memory_format=layout)
+            for name, module in modules.items()
+        }
+        self.compiled = {}
+        if op in args.compile:
+            torch._dynamo.reset()  # a shape of its own, not a dynamic one
+            self.compiled = {"compiled formula": torch.compile(self.modules["formula"])}
+        self.x = make_input(shape, dtype, self.device).to(memory_format=layout)
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Run a module, under autocast for half precision."""
+        with torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None):
+            return module(x)
+
+    def runs(self, training: bool) -> dict[str, Callable[[], object]]:
+        """Return what to time in a mode, by name."""
+        runs = {}
+        for name, module in {**self.modules, **self.compiled}.items():
+            module.train(training)
+            runs[name] = self._step(module) if training else self._inference(module)
+        return runs
+
+    def _inference(self, module: nn.Module) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with torch.no_grad():
+                return self.forward(module, self.x)
+
+        return run
+
+    def _step(self, module: nn.Module) -> Callable[[], tuple]:
+        x = self.x.detach().requires_grad_()
+        with torch.no_grad():
+            upstream = torch.randn_like(self.forward(module, self.x))
+        inputs = [x, *module.parameters()]
+        return lambda: torch.autograd.grad(self.forward(module, x), inputs, upstream)
+
+    def saved(self) -> dict[str, int]:
+        """Count the bytes that each keeps for the backward pass."""
+        x = self.x.detach().requires_grad_()
+        return {
+            name: saved_bytes(lambda module=module: self.forward(module.train(), x), module)
+            for name, module in self.modules.items()
+        }
+
+
+def measure_case(case: Case, args: Namespace) -> dict:
+    """Measure one op on one shape in both modes.
+
+    Returns:
+        dict: By mode the times, the ratios to the baselines and the peak bytes; the saved bytes.
+    """
+    result: dict = {"saved_bytes": case.saved()}
+    for mode in ("inference", "training"):
+        runs = case.runs(mode == "training")
+        times = interleaved(runs, args.seconds, args.rounds, case.device)
+        result[mode] = {
+            "ratios": {
+                name: {
+                    baseline: ratio(times[name], times[baseline])
+                    for baseline in ("plain", "formula", "compiled formula")
+                    if baseline in times and baseline != name
+                }
+                for name in times
+                if name != "plain"
+            },
+            "seconds": {name: {**spread(t), "rounds": len(t)} for name, t in times.items()},
+            "peak_bytes": {name: peak_bytes(runs[name], case.device) for name in case.modules},
+        }
+    return result
+
+
+def check(
+    op: str, make: Callable[[Shape], nn.Module], shapes: list[Shape], args: Namespace
+) -> list:
+    """Hold a candidate against the formula: in float64 on small shapes, then on the measured ones.
+
+    Returns:
+        list[str]: What differs, or the error that stopped it; empty if the candidate is right.
+    """
+    dtype = DTYPES[args.dtype]
+    try:
+        found = []
+        for shape in PARITY_SHAPES:
+            layer = make(shape).to(args.device, torch.promote_types(dtype, torch.float32))
+            found += differences(op, layer, shape, dtype)
+        for shape in () if found else shapes:
+            layer = make(shape).to(args.device, torch.promote_types(dtype, torch.float32))
+            found += differences(op, layer, shape, dtype, large=True)
+    except Exception as error:  # of someone's candidate: whatever it raises is a failure of it
+        found = [f"{type(error).__name__}: {error}"]
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """Measure what the command line asks for; 1 if an op is not what its formula says."""
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    shapes = [shape for name in args.shapes for shape in SHAPES[name]]
+    results, failed, missing = [], [], {}
+    content = {
+        **describe_machine(args.device),
+        "device": args.device.type,
+        "dtype": args.dtype,
+        "threads": args.threads,
+        "channels_last": args.channels_last,
+        "command": shlex.join(["python", "-m", "benchmarks.run", *argv]),
+        "failed": failed,
+        "not_available": missing,
+        "results": results,
+        "detector": None,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    # Of a run that is broken off, what it had measured lies here.
+    unfinished = args.out.with_name(f"{args.out.name}.unfinished")
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        own = {op: [s for s in shapes if s.stride == 1 or not is_plugin(op)] for op in args.ops}
+        total = sum(map(len, own.values())) + bool(args.detector)
+        task = progress.add_task("", total=total)
+        for op in args.ops:
+            progress.update(task, description=f"{op}: parity")
+            makers, not_here = builders(op, args.candidate, args.device)
+            missing |= not_here
+            for name in list(makers):
+                if reasons := check(op, makers[name], own[op], args):
+                    del makers[name]
+                    failed.append({"op": op, "candidate": name, "reasons": reasons})
+            for shape in own[op]:
+                progress.update(task, description=f"{op} {shape}")
+                if makers:
+                    layers = {name: make(shape) for name, make in makers.items()}
+                    result = measure_case(Case(op, shape, layers, args), args)
+                    results.append({"op": op, "shape": vars(shape), **result})
+                progress.advance(task)
+            unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        if args.detector:
+            progress.update(task, description=f"RetinaNet {args.detector} x {args.detector}")
+            content["detector"] = measure_detector(
+                args.detector, args.device, DTYPES[args.dtype], 10 * args.seconds, args.rounds
+            )
+            progress.advance(task)
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(args.out)
+    for name, reason in missing.items():
+        print(f"not here: {name}: {reason}")
+    for failure in failed:
+        print(f"error: {failure['candidate']} is not the formula of {failure['op']}; no numbers:")
+        print("".join(f"  {reason}\n" for reason in failure["reasons"][:6]), end="")
+    print(f"wrote: {args.out}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    with user_errors(UserError):
+        raise SystemExit(main(sys.argv[1:]))
