@@ -148,7 +148,8 @@ setup(
     package_data={"rfa_mmdet.ops.receptive_field": ["csrc/*"]},
     ext_modules=[
         Extension(
-            f"rfa_mmdet.ops.receptive_field._cpu_{name}", [str(FOLDER / "csrc" / file) for file in KERNELS]
+            f"rfa_mmdet.ops.receptive_field._cpu_{name}",
+            [str(FOLDER / "csrc" / file) for file in KERNELS],
         )
         for name in CAPABILITIES
     ],

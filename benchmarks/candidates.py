@@ -5,12 +5,12 @@ import inspect
 from collections.abc import Callable
 
 import torch
-from benchmarks.baselines import FORMULAS
 from mmengine.registry import MODELS
-from benchmarks.shapes import Shape
 from torch import nn
 
 import rfa_mmdet.layers
+from benchmarks.baselines import FORMULAS
+from benchmarks.shapes import Shape
 
 OPS = tuple(FORMULAS)
 CONVS = tuple(name for name in OPS if name.endswith("Conv"))

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 
 import torch
-from benchmarks.measure import interleaved, peak_bytes, ratio, spread
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 from torch import nn
+
+from benchmarks.measure import interleaved, peak_bytes, ratio, spread
 
 BASE = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
 RFA = dict(

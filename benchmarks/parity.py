@@ -1,10 +1,10 @@
 """No numbers for an op that computes something else: its outputs and gradients come first."""
 
 import torch
-from benchmarks.baselines import Formula
-from benchmarks.shapes import Shape
 from torch import Tensor, nn
 
+from benchmarks.baselines import Formula
+from benchmarks.shapes import Shape
 from tests.helpers.tolerances import KINKS, TOLERANCES
 
 # Of a gradient that is nearly zero, such as of a bias before BN, only rounding is left: it is

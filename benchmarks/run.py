@@ -7,7 +7,6 @@ benchmarks/report.py makes the table and the plot.
 """
 
 import json
-import os
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -15,19 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
 from benchmarks.baselines import Formula, plain_conv
 from benchmarks.candidates import OPS, builders, is_plugin
 from benchmarks.detector import measure_detector
 from benchmarks.measure import interleaved, peak_bytes, ratio, saved_bytes, spread
 from benchmarks.parity import differences, make_input
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from benchmarks.shapes import SHAPES, Shape
-from torch import Tensor, nn
-
+from rfa_mmdet.analysis.machine import describe_machine
 from rfa_mmdet.cli.command_line import user_errors
 from rfa_mmdet.errors import UserError
-from rfa_mmdet.analysis.machine import describe_machine
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 # Odd sizes: borders of every kind of tile. Small enough for float64.

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[2]
 from benchmarks import report
 from benchmarks.baselines import FORMULAS, Formula
 from benchmarks.candidates import OPS, build, builders
@@ -25,6 +24,8 @@ QUICK = ("--shapes", "tiny", "--seconds", "0.01", "--rounds", "2", "--threads", 
 
 WRONG = """
 from rfa_mmdet.layers import SE, RFAConv
+
+ROOT = Path(__file__).resolve().parents[1]
 
 class WrongOutput(SE):
     def forward(self, x):
@@ -87,7 +88,9 @@ def test_kept_bytes_of_rfaconvs_formula_and_of_the_plain_convolution(tiny):
 
 def test_the_table_and_the_plot_are_made_from_it(run_tool, tiny, tmp_path):
     table, plot = tmp_path / "new" / "table.md", tmp_path / "plots" / "plot.png"
-    done = run_tool(sys.executable, "-m", "benchmarks.report", tiny, "--table", table, "--plot", plot)
+    done = run_tool(
+        sys.executable, "-m", "benchmarks.report", tiny, "--table", table, "--plot", plot
+    )
     assert done.returncode == 0, done.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
     lines = table.read_text().splitlines()
@@ -130,14 +133,15 @@ def test_an_op_that_is_not_its_formula_gets_no_numbers(run_tool, tmp_path):
     (tmp_path / "someones.py").write_text(WRONG)
     out, name = tmp_path / "out.json", "SE[someones:WrongOutput]"
     command = (
-        "-m", "benchmarks.run",
+        "-m",
+        "benchmarks.run",
         *QUICK,
         "--ops",
         "SE",
         "--candidate",
         "SE=someones:WrongOutput",
     )
-    path = f"{tmp_path}:{ROOT}"
+    path = f"{tmp_path}:{Path(__file__).parents[1]}"
     done = run_tool(sys.executable, *command, "--out", out, PYTHONPATH=path)
     assert done.returncode == 1
     assert f"error: {name} is not the formula of SE; no numbers:" in done.stdout

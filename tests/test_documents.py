@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import report
 from rfa_mmdet.studies.summary import summarise
 from rfa_mmdet.studies.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
-from benchmarks import report
 
 RESULTS = ROOT / "benchmarks" / "results"
 ABLATIONS = sorted((RESULTS / "ablation").glob("*.json"))

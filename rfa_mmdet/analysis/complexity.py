@@ -19,8 +19,8 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from rfa_mmdet.errors import ConfigError
 from rfa_mmdet.config.plain import detector_config
+from rfa_mmdet.errors import ConfigError
 
 CONVS = ("RFAConv", "RFCBAMConv", "RFCAConv", "CAMConv", "CBAMConv", "CAConv")
 # With the arguments under which they are compared.

@@ -15,9 +15,9 @@ from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 
 from rfa_mmdet.checkpoints.files import read_checkpoint, writable, write_checkpoint
+from rfa_mmdet.config.plain import plain_base
 from rfa_mmdet.errors import ConfigError, UserError
 from rfa_mmdet.hooks.new_layers import new_layers
-from rfa_mmdet.config.plain import plain_base
 from rfa_mmdet.layers.conv.base import AttentionConv2d
 
 

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rfa_mmdet.cli.command_line import user_errors
+from rfa_mmdet.errors import ConfigError
 from rfa_mmdet.studies import Run, Spec, execute, load_spec, run_all, submit, write_report
 from rfa_mmdet.studies.execute import RunFailed
 from rfa_mmdet.studies.summary import Row
 from rfa_mmdet.studies.tables import cells
-from rfa_mmdet.cli.command_line import user_errors
-from rfa_mmdet.errors import ConfigError
 
 TOOLS = Path(__file__).resolve().parent
 SHOWN = ("method", "test", "difference", "p", "verdict")

@@ -17,11 +17,11 @@ from mmengine.config.utils import ConfigParsingError
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
+from rfa_mmdet.cli.distributed import launched_rank, prepare_cpu_group
+from rfa_mmdet.compat.whole_files import install as install_whole_files
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.data.check import check_data
-from rfa_mmdet.cli.distributed import launched_rank, prepare_cpu_group
 from rfa_mmdet.errors import ConfigError, UserError
-from rfa_mmdet.compat.whole_files import install as install_whole_files
 from rfa_mmdet.layers.warm_start.start import WarmStartError
 
 # Keys of a config that a run reads besides the arguments of Runner itself.

@@ -11,7 +11,6 @@ from mmengine.hub import get_config
 from rich.console import Console
 from rich.table import Table
 
-from rfa_mmdet.cli.command_line import load_config, user_errors
 from rfa_mmdet.analysis.complexity import (
     PUBLISHED,
     Complexity,
@@ -19,9 +18,10 @@ from rfa_mmdet.analysis.complexity import (
     detector_complexity,
     system_extras,
 )
+from rfa_mmdet.cli.command_line import load_config, user_errors
 from rfa_mmdet.config.check import check_config
-from rfa_mmdet.errors import ConfigError
 from rfa_mmdet.config.plain import plain_base
+from rfa_mmdet.errors import ConfigError
 
 DETECTOR = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rfa_mmdet.cli.command_line import user_errors
 from rfa_mmdet.checkpoints.convert import Conversion, convert_checkpoint
+from rfa_mmdet.cli.command_line import user_errors
 from rfa_mmdet.errors import UserError
 
 

@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from rfa_mmdet.analysis.attention_maps import attention_maps
+from rfa_mmdet.analysis.pictures import save_attention, save_curves, save_detections
 from rfa_mmdet.cli.command_line import user_errors
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
-from rfa_mmdet.analysis.pictures import save_attention, save_curves, save_detections
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py"

@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 
 from rfa_mmdet.cli.command_line import user_errors
+from rfa_mmdet.data.shapes import CLASSES, SIZE_LIMITS, ShapesSummary, make_shapes
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
-from rfa_mmdet.data.shapes import CLASSES, SIZE_LIMITS, ShapesSummary, make_shapes
 
 COLOURS = ((0, 200, 255), (255, 160, 0), (80, 255, 80), (255, 80, 255))  # BGR, by class
 CELL = 320  # of the contact sheet, in pixels

@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from rfa_mmdet.checkpoints.retrofit import retrofit_checkpoint
 from rfa_mmdet.cli.command_line import load_config, user_errors
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.errors import UserError
-from rfa_mmdet.checkpoints.retrofit import retrofit_checkpoint
 
 LONGEST_SIDE = 640
 

@@ -14,8 +14,8 @@ from rich.progress import track
 from rich.table import Table
 
 from rfa_mmdet.cli.command_line import user_errors
-from rfa_mmdet.errors import UserError
 from rfa_mmdet.data.converters.visdrone import CLASSES, IGNORED, SPLITS, Summary, convert
+from rfa_mmdet.errors import UserError
 
 console = Console(highlight=False, soft_wrap=True)
 

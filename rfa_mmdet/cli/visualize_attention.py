@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.progress import track
 
 from rfa_mmdet.analysis.attention_maps import attention_layers, heat_maps
+from rfa_mmdet.analysis.pictures import draw_boxes, save_heats, save_side_by_side
 from rfa_mmdet.cli.command_line import config_parser, load_config, user_errors
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.data.check.images import read_image
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
-from rfa_mmdet.analysis.pictures import draw_boxes, save_heats, save_side_by_side
 from rfa_mmdet.inference.predict import Detector, find_images
 
 WIDTH = 320  # pixels that a picture of detections has at least

@@ -17,10 +17,10 @@ from mmdet.registry import DATASETS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 
+from rfa_mmdet.checkpoints.weights import load_weights, read_checkpoint
 from rfa_mmdet.data.check.images import read_image
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
-from rfa_mmdet.checkpoints.weights import load_weights, read_checkpoint
 
 
 def find_images(inputs: Sequence[str], without: str | os.PathLike | None = None) -> list[str]:

@@ -5,10 +5,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from rfa_mmdet.ops.common.convolution import same_conv_gradients
+from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
 from rfa_mmdet.ops.common.recompute import is_recorded, recomputes
 from rfa_mmdet.ops.common.reductions import shares_of_maximum
-from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
-from rfa_mmdet.ops.common.convolution import same_conv_gradients
 
 
 def channel_gate(maxima: Tensor, means: Tensor, squeeze: Tensor, excite: Tensor) -> Tensor:

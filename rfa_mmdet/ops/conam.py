@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rfa_mmdet.ops.common.recompute import is_recorded
 from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
+from rfa_mmdet.ops.common.recompute import is_recorded
 
 
 def patch_means(x: Tensor, patch_size: int) -> Tensor:

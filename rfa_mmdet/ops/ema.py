@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rfa_mmdet.ops.common.convolution import same_conv
+from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
 from rfa_mmdet.ops.common.recompute import is_recorded
 from rfa_mmdet.ops.common.reductions import mean
-from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
-from rfa_mmdet.ops.common.convolution import same_conv
 
 
 def cross_spatial_gate(x1: Tensor, x2: Tensor, means1: Tensor) -> Tensor:

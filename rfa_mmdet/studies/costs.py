@@ -21,12 +21,12 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope, init_default_scope
 from torch import nn
 
-from rfa_mmdet.studies.folders import Folder, read_json, write_json
-from rfa_mmdet.studies.spec import Spec
 from rfa_mmdet.analysis.complexity import detector_complexity
-from rfa_mmdet.errors import UserError
 from rfa_mmdet.analysis.machine import describe_machine
 from rfa_mmdet.checkpoints.weights import load_weights, read_checkpoint
+from rfa_mmdet.errors import UserError
+from rfa_mmdet.studies.folders import Folder, read_json, write_json
+from rfa_mmdet.studies.spec import Spec
 
 IMAGES = 4
 ROUNDS = 5

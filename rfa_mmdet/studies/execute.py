@@ -14,9 +14,9 @@ from typing import Any
 
 from mmengine.config import Config
 
+from rfa_mmdet.errors import ConfigError
 from rfa_mmdet.studies.folders import Folder
 from rfa_mmdet.studies.spec import Run, Spec
-from rfa_mmdet.errors import ConfigError
 
 
 class RunFailed(Exception):

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rfa_mmdet.studies.spec import Run
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
+from rfa_mmdet.studies.spec import Run
 
 
 class Folder:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
+from rfa_mmdet.errors import ConfigError, UserError
 from rfa_mmdet.studies.execute import Interrupted, Processes, RunFailed, execute, prepare
 from rfa_mmdet.studies.folders import Folder
 from rfa_mmdet.studies.spec import Run, Spec
-from rfa_mmdet.errors import ConfigError, UserError
 
 Say = Callable[[Run, str], None]
 

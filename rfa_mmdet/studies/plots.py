@@ -13,8 +13,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from rfa_mmdet.studies.summary import Row
 from rfa_mmdet.files import written_whole
+from rfa_mmdet.studies.summary import Row
 
 _COLOURS = plt.get_cmap("tab20").colors
 COLOURS = (*_COLOURS[::2], *_COLOURS[1::2])  # the strong ones first

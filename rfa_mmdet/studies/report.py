@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+from rfa_mmdet.errors import UserError
+from rfa_mmdet.files import written_whole
 from rfa_mmdet.studies.costs import method_costs
 from rfa_mmdet.studies.folders import Folder
 from rfa_mmdet.studies.page import page
@@ -13,8 +15,6 @@ from rfa_mmdet.studies.samples import draw_samples, stored_samples
 from rfa_mmdet.studies.spec import Spec
 from rfa_mmdet.studies.summary import Row, summarise
 from rfa_mmdet.studies.tables import comma_separated, markdown
-from rfa_mmdet.errors import UserError
-from rfa_mmdet.files import written_whole
 
 
 def write_report(spec: Spec, work_dir: str | os.PathLike) -> list[Row]:

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rfa_mmdet.errors import UserError
 from rfa_mmdet.studies.folders import Folder, read_json, write_json
 from rfa_mmdet.studies.spec import Run, Spec
-from rfa_mmdet.errors import UserError
 
 POINTS = 200  # of a curve of losses
 

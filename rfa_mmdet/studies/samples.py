@@ -14,10 +14,10 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
+from rfa_mmdet.analysis.pictures import draw_boxes
+from rfa_mmdet.files import written_whole
 from rfa_mmdet.studies.folders import Folder, write_json
 from rfa_mmdet.studies.spec import Run, Spec
-from rfa_mmdet.files import written_whole
-from rfa_mmdet.analysis.pictures import draw_boxes
 
 SCORE = 0.3
 WIDTH = 480  # pixels that a picture has at least

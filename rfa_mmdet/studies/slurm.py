@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rfa_mmdet.studies.folders import Folder
-from rfa_mmdet.studies.spec import Spec
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
+from rfa_mmdet.studies.folders import Folder
+from rfa_mmdet.studies.spec import Spec
 
 
 def submit(

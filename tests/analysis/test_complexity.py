@@ -15,7 +15,7 @@ from mmengine.hub import get_config
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from rfa_mmdet.engine import complexity
+from rfa_mmdet.analysis import complexity
 from rfa_mmdet.analysis.complexity import (
     CONVS,
     PLUGINS,
@@ -27,8 +27,8 @@ from rfa_mmdet.analysis.complexity import (
     system_backbone,
     system_extras,
 )
-from rfa_mmdet.errors import ConfigError
 from rfa_mmdet.config.plain import plain_base
+from rfa_mmdet.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = "tools/analysis/complexity.py"

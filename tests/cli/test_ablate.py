@@ -14,8 +14,8 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
-from rfa_mmdet.studies import load_spec, write_report
 from rfa_mmdet.errors import UserError
+from rfa_mmdet.studies import load_spec, write_report
 from tests.helpers.paths import ROOT
 
 # What each training saw: the images of every batch, in order, and whether they were flipped.

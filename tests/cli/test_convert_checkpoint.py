@@ -16,6 +16,7 @@ from torch import nn
 from rfa_mmdet.checkpoints.convert import convert_checkpoint
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.layers.warm_start.published_names import PUBLISHED
+from tests.helpers.paths import ROOT
 from tests.layers.test_checkpoint_keys import (
     THEIRS,
     Detector,
@@ -24,7 +25,6 @@ from tests.layers.test_checkpoint_keys import (
     published_detector,
     randomise,
 )
-from tests.helpers.paths import ROOT
 
 TOOL = "tools/convert_checkpoint.py"
 

@@ -12,8 +12,8 @@ import psutil
 import pytest
 import torch
 
-from tests.helpers.ports import free_port
 from tests.helpers.paths import ROOT
+from tests.helpers.ports import free_port
 
 # Ends the second rank in the middle of the second epoch, in the way that it is told.
 DIES = """

@@ -19,13 +19,13 @@ from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
-from rfa_mmdet.engine import export_onnx as engine
+from rfa_mmdet import export as engine
+from rfa_mmdet.data.shapes import CLASSES
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.export.comparison import Comparison
 from rfa_mmdet.export.graph import Graph
 from rfa_mmdet.export.parts import RegionPart
 from rfa_mmdet.inference.predict import Detector
-from rfa_mmdet.data.shapes import CLASSES
 from tests.helpers.random_checkpoint import save_random_checkpoint
 
 RESNET = """

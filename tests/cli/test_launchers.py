@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from tests.helpers.ports import free_port
 from tests.helpers.paths import ROOT
+from tests.helpers.ports import free_port
 
 # Starts its command as two tasks of one node, with what Slurm tells each.
 SRUN = """#!/usr/bin/env bash

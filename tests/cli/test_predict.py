@@ -15,9 +15,9 @@ from mmdet.apis import inference_detector, init_detector
 from pycocotools.coco import COCO
 from scipy.optimize import linear_sum_assignment
 
+from rfa_mmdet.data.shapes import CLASSES
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.inference.predict import find_images
-from rfa_mmdet.data.shapes import CLASSES
 from tests.helpers.paths import ROOT
 
 

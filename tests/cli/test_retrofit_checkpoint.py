@@ -14,8 +14,8 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from rfa_mmdet.config.plain import detector_config, plain_base
 from rfa_mmdet.checkpoints.retrofit import Equality, compare
+from rfa_mmdet.config.plain import detector_config, plain_base
 from rfa_mmdet.layers import RFAConv
 from tests.helpers.paths import ROOT
 from tests.helpers.retrofitted import (

@@ -17,8 +17,8 @@ import torch
 from mmengine.config import Config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.helpers.ports import free_port
 from tests.helpers.paths import ROOT
+from tests.helpers.ports import free_port
 
 
 def weights(path):

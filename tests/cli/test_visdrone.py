@@ -15,8 +15,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from rfa_mmdet.data.check import find_problems
-from rfa_mmdet.errors import UserError
 from rfa_mmdet.data.converters.visdrone import CLASSES, FIELDS, convert, read_lines
+from rfa_mmdet.errors import UserError
 from tests.helpers.paths import ROOT
 
 TOOL = "tools/dataset_converters/visdrone.py"

@@ -11,8 +11,8 @@ from mmengine.fileio import LocalBackend, dump, get_file_backend, load
 from mmengine.fileio.backends import backends, prefix_to_backends
 from mmengine.runner import save_checkpoint
 
-from rfa_mmdet.errors import UserError
 from rfa_mmdet.compat.whole_files import WholeFileBackend, install
+from rfa_mmdet.errors import UserError
 
 # The kernel ends it, as SIGKILL would, in the middle of the write that passes the limit.
 DIES = """

@@ -10,9 +10,9 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
 
+from rfa_mmdet.checkpoints.retrofit import compare
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.config.plain import plain_base
-from rfa_mmdet.checkpoints.retrofit import compare
 from rfa_mmdet.layers import RFAConv
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ import pytest
 from mmdet.datasets import CocoDataset, XMLDataset
 from pycocotools import mask as coco_mask
 
-from rfa_mmdet.engine import shapes
+from rfa_mmdet.data import shapes
 from rfa_mmdet.data.shapes import CLASSES, MIN_CONTRAST, MIN_VISIBLE, make_shapes
 
 CHECKOUT = Path(__file__).parents[2]

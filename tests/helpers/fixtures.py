@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from rfa_mmdet.data.shapes import make_shapes
 from tests.helpers.paths import ROOT
 from tests.helpers.random_checkpoint import save_random_checkpoint

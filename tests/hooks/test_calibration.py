@@ -10,13 +10,13 @@ from mmengine.registry import HOOKS
 from torch import multiprocessing as mp
 from torch import nn
 
-from rfa_mmdet.engine import calibration_hook
-from rfa_mmdet.hooks.calibration import CalibrationHook, calibrate, uncalibrated
 from rfa_mmdet.errors import ConfigError
+from rfa_mmdet.hooks import calibration as calibration_hook
+from rfa_mmdet.hooks.calibration import CalibrationHook, calibrate, uncalibrated
 from rfa_mmdet.layers import RFAConv, RFCAConv, RFCBAMConv
-from tests.hooks.test_new_layers import save_plain_detector
-from tests.helpers.toy import Recorder, Toy, make_runner, pictures, plain_backbone, plain_file
 from tests.helpers.ports import free_port
+from tests.helpers.toy import Recorder, Toy, make_runner, pictures, plain_backbone, plain_file
+from tests.hooks.test_new_layers import save_plain_detector
 
 HOOKS_OF_A_RUN = (dict(type="NewLayersHook"), dict(type="CalibrationHook", batches=2))
 

@@ -9,11 +9,11 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from rfa_mmdet.hooks.new_layers import new_layers
 from rfa_mmdet.config.plain import plain_base
+from rfa_mmdet.hooks.new_layers import new_layers
+from tests.helpers.ports import free_port
 from tests.helpers.toy import Recorder, Toy, make_runner, plain_file
 from tests.helpers.zoo import stir
-from tests.helpers.ports import free_port
 
 HOOK = dict(type="NewLayersHook")
 META = "rfa_mmdet_filled"

@@ -18,14 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from rfa_mmdet.layers.conv import lazy
-from rfa_mmdet.ops import dispatch
+from rfa_mmdet.ops.receptive_field import dispatch
 from rfa_mmdet.ops.receptive_field.lazy_windows import LazyFeatures
-from rfa_mmdet.ops.receptive_field import library
-from tests.helpers.tolerances import TOLERANCES
 from tests.helpers import formulas
-from tests.helpers.formulas import Case, Exact, relative_error
-from tests.layers.test_receptive_field_convs import LAYERS
 from tests.helpers.backends import require, run
+from tests.helpers.formulas import Case, Exact, relative_error
+from tests.helpers.tolerances import TOLERANCES
+from tests.layers.test_receptive_field_convs import LAYERS
 
 NAMES = ("RFCBAMConv", "RFCAConv")
 

@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rfa_mmdet.layers import RFAConv
 from rfa_mmdet.ops.receptive_field.dispatch import missing
-from tests.helpers.tolerances import TOLERANCES
-from tests.helpers.formulas import Case, relative_error
 from tests.helpers.backends import build, require, run
+from tests.helpers.formulas import Case, relative_error
+from tests.helpers.tolerances import TOLERANCES
 
 ROOT = Path(__file__).resolve().parents[2]
 CASE = Case(batch=2, channels=6, out_channels=5, size=(9, 11))

@@ -3,9 +3,6 @@
 The formulas are those of the benchmark, which its parity test holds against the layers.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,7 +11,6 @@ from benchmarks.candidates import build, is_plugin
 from benchmarks.measure import saved_bytes
 from benchmarks.parity import make_input
 from benchmarks.shapes import Shape
-
 from rfa_mmdet.layers import CoordAtt, RFCAConv, RFCBAMConv
 from rfa_mmdet.layers.conv import lazy
 from tests.helpers.backends import require

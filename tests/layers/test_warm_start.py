@@ -19,8 +19,8 @@ from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 
 from rfa_mmdet.layers import RFAConv
-from rfa_mmdet.layers.warm_start.published_names import PUBLISHED
 from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
+from rfa_mmdet.layers.warm_start.published_names import PUBLISHED
 from rfa_mmdet.layers.warm_start.start import (
     Start,
     WarmStartError,

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from rfa_mmdet.layers import RFAConv
 from rfa_mmdet.layers.warm_start.published_names import PUBLISHED
 from rfa_mmdet.layers.warm_start.start import WarmStartError
-from rfa_mmdet.models import RFAResNet, new_layers, retrofit
+from rfa_mmdet.models import RFAResNet, retrofit
+from rfa_mmdet.models.retrofit import new_layers
 from tests.helpers.zoo import CASES, flat, inputs_of, stir
 
 RFA = dict(type="RFAConv")

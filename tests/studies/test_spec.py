@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from rfa_mmdet.errors import ConfigError, UserError
 from rfa_mmdet.studies.folders import Folder
 from rfa_mmdet.studies.spec import Run, load_spec
-from rfa_mmdet.errors import ConfigError, UserError
 
 BASE = """
 model = dict(type="A", backbone=dict(depth=18, rfa=dict(type="RFAConv")), plugins=[1, 2])

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rfa_mmdet.layers.arguments import check_feature_map, positive_int
-from rfa_mmdet.ops.coord_att import coordinate_gates
 from rfa_mmdet.ops.common.recompute import weigh
+from rfa_mmdet.ops.coord_att import coordinate_gates
 
 MIN_HIDDEN = 8
 

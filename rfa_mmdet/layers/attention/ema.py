@@ -15,8 +15,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import check_feature_map, positive_int
-from rfa_mmdet.ops.ema import ema_gate
 from rfa_mmdet.ops.common.recompute import weigh
+from rfa_mmdet.ops.ema import ema_gate
 
 
 @MODELS.register_module()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rfa_mmdet.layers.conv.norms import is_batch_norm, is_no_norm, is_plain_act
-from rfa_mmdet.ops.receptive_field.dispatch import check_backend, choose_backend
 from rfa_mmdet.ops.receptive_field import Norm, fused_rfa_conv
+from rfa_mmdet.ops.receptive_field.dispatch import check_backend, choose_backend
 from rfa_mmdet.ops.receptive_field.schema import output_size
 
 

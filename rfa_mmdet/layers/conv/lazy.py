@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rfa_mmdet.layers.conv.accelerated import reduces_over, update_running
 from rfa_mmdet.layers.conv.norms import fold_norm, is_batch_norm, is_plain_act, must_be_called
-from rfa_mmdet.ops.receptive_field.dispatch import autocast_dtype
+from rfa_mmdet.ops.common.precision import autocast_dtype
 from rfa_mmdet.ops.receptive_field.lazy_windows import LazyFeatures, can_be_lazy, fold_batch_norm
 from rfa_mmdet.ops.receptive_field.schema import output_size
 

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
-from rfa_mmdet.ops.common.recompute import is_recorded
 from rfa_mmdet.ops.common.precision import at_least_float32
+from rfa_mmdet.ops.common.recompute import is_recorded
 
 
 def must_be_called(module: nn.Module) -> bool:

@@ -22,8 +22,8 @@ from rfa_mmdet.layers.arguments import positive_int
 from rfa_mmdet.layers.attention.se import SE
 from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
 from rfa_mmdet.ops.cbam import in_fast_layout
-from rfa_mmdet.ops.common.reductions import max_and_mean
 from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
+from rfa_mmdet.ops.common.reductions import max_and_mean
 from rfa_mmdet.ops.common.windows import lay_out, take_apart
 
 

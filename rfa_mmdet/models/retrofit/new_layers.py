@@ -14,8 +14,8 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import nn
 
-from rfa_mmdet.layers.warm_start.published_names import PUBLISHED
 from rfa_mmdet.layers.conv.base import AttentionConv2d
+from rfa_mmdet.layers.warm_start.published_names import PUBLISHED
 from rfa_mmdet.layers.warm_start.start import Start, WarmStartError, matching
 
 

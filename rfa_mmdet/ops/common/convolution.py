@@ -5,15 +5,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from rfa_mmdet.ops.common.recompute import recomputes
 from rfa_mmdet.ops.common.precision import no_autocast
+from rfa_mmdet.ops.common.recompute import recomputes
 
 
 def same_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Convolve with an odd square kernel, keeping the size.
 
     Not differentiable twice on a CPU, unless a graph is recorded
-    (:func:`~rfa_mmdet.ops.common.recompute.is_recorded`).
+    (see :mod:`~rfa_mmdet.ops.common.recompute`).
 
     Args:
         x (Tensor): (B, C, H, W).

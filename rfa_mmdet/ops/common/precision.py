@@ -1,5 +1,6 @@
 """Where half precision would overflow or lose the sum, the formulas compute in float32."""
 
+import torch
 from torch import Tensor, autocast, bfloat16, float16
 
 
@@ -33,3 +34,21 @@ def no_autocast(x: Tensor) -> autocast:
         torch.float32
     """
     return autocast(x.device.type, enabled=False)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return the type that a convolution of ``x`` computes in here, which autocast may lower.
+
+    Args:
+        x (Tensor): Any.
+
+    Example:
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+        ...     autocast_dtype(torch.ones(1)), autocast_dtype(torch.ones(1).double())
+        (torch.bfloat16, torch.float64)
+    """
+    kind = x.device.type
+    known = torch.amp.is_autocast_available(kind)  # not to meta tensors, for one
+    if known and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype

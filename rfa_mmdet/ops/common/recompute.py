@@ -10,9 +10,28 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rfa_mmdet.ops.receptive_field.dispatch import reference_only
-
 Gates = Callable[..., tuple[Tensor, ...]]
+
+
+def reference_only() -> bool:
+    """Tell whether what runs now can take in plain operators only.
+
+    So do tracers (``torch.jit.trace``, MMEngine's complexity analysis, exports to ONNX), whose
+    product must not depend on this package, and the transforms of ``torch.func`` and forward-mode
+    differentiation, for which the autograd function has no rule.
+
+    Example:
+        >>> reference_only()
+        False
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False
+    return (
+        torch.jit.is_tracing()
+        or torch.onnx.is_in_onnx_export()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def is_recorded() -> bool:

@@ -14,7 +14,7 @@ def max_and_mean(
 ) -> tuple[Tensor, Tensor]:
     """Return maximum and mean; equal maxima share the gradient evenly.
 
-    Not differentiable twice, unless a graph is recorded (:func:`~rfa_mmdet.ops.common.recompute.is_recorded`).
+    Not differentiable twice, unless a graph is recorded (see recompute.py).
 
     Args:
         x (Tensor): Any shape.

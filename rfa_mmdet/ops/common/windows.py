@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from rfa_mmdet.ops.common.recompute import gradients_of_gates, is_recorded, recomputes
 from rfa_mmdet.ops.common.precision import no_autocast
+from rfa_mmdet.ops.common.recompute import gradients_of_gates, is_recorded, recomputes
 
 Pair = tuple[int, int]
 
@@ -94,7 +94,7 @@ def convolve_weighed_windows(
 ) -> Tensor:
     """Convolve windows, each value weighed by two gates; the product is not kept for backward.
 
-    Not differentiable twice, unless a graph is recorded (:func:`~rfa_mmdet.ops.common.recompute.is_recorded`).
+    Not differentiable twice, unless a graph is recorded (see recompute.py).
 
     Args:
         windows (Tensor): (B, C, K, h, w), or (B, C, kh, kw, h, w).

@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rfa_mmdet.ops.receptive_field.dispatch import autocast_dtype
-from rfa_mmdet.ops.common.precision import no_autocast
+from rfa_mmdet.ops.common.precision import autocast_dtype, no_autocast
 from rfa_mmdet.ops.receptive_field.schema import are_worth_keeping, compute_dtype, output_size
 
 Pair = tuple[int, int]

@@ -10,6 +10,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from rfa_mmdet.ops.common.precision import autocast_dtype
+from rfa_mmdet.ops.common.recompute import reference_only
+
 BACKENDS = ("auto", "reference", "cpu", "triton")
 _MODULES = {
     "cpu": "rfa_mmdet.ops.receptive_field.cpu",
@@ -94,45 +97,6 @@ def check_backend(name: str) -> str:
     if reason:
         raise RuntimeError(f"backend={name!r}: {reason}")
     return name
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Return the type that a convolution of ``x`` computes in here, which autocast may lower.
-
-    Args:
-        x (Tensor): Any.
-
-    Example:
-        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
-        ...     autocast_dtype(torch.ones(1)), autocast_dtype(torch.ones(1).double())
-        (torch.bfloat16, torch.float64)
-    """
-    kind = x.device.type
-    known = torch.amp.is_autocast_available(kind)  # not to meta tensors, for one
-    if known and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
-
-
-def reference_only() -> bool:
-    """Tell whether what runs now can take in plain operators only.
-
-    So do tracers (``torch.jit.trace``, MMEngine's complexity analysis, exports to ONNX), whose
-    product must not depend on this package, and the transforms of ``torch.func`` and forward-mode
-    differentiation, for which the autograd function has no rule.
-
-    Example:
-        >>> reference_only()
-        False
-    """
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False
-    return (
-        torch.jit.is_tracing()
-        or torch.onnx.is_in_onnx_export()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
 
 
 def choose_backend(name: str, x: Tensor, weight: Tensor) -> str:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rfa_mmdet.ops.receptive_field.dispatch import choose_backend
-from rfa_mmdet.ops.common.recompute import is_recorded
 from rfa_mmdet.ops.common.precision import no_autocast
+from rfa_mmdet.ops.common.recompute import is_recorded
 from rfa_mmdet.ops.receptive_field.autograd import response_statistics, scale_and_shift
+from rfa_mmdet.ops.receptive_field.dispatch import choose_backend
 from rfa_mmdet.ops.receptive_field.schema import are_worth_keeping, compute_dtype, output_size
 
 Pair = tuple[int, int]

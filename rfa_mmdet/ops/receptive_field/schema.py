@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from rfa_mmdet.ops import dispatch
+from rfa_mmdet.ops.receptive_field import dispatch
 
 # Statistics are kept where the input has at least so many times their elements.
 KEEP_FROM = 12

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from rfa_mmdet.ops.receptive_field import Norm, fused_rfa_conv, library, rfa_conv
-from tests.helpers.tolerances import TOLERANCES
+from rfa_mmdet.ops.receptive_field import Norm, fused_rfa_conv, rfa_conv, schema
 from tests.helpers import formulas
-from tests.helpers.formulas import Case, relative_error
 from tests.helpers.backends import build, require, run
+from tests.helpers.formulas import Case, relative_error
+from tests.helpers.tolerances import TOLERANCES
 
 DTYPES = (torch.float64, torch.float32)
 cases = partial(formulas.cases, pointwise=False)
@@ -191,7 +191,7 @@ def test_no_more_is_kept_for_the_backward_than_by_a_plain_convolution(channels, 
 def test_statistics_computed_anew_give_the_gradients_of_kept_ones(feature, monkeypatch):
     results = []
     for least in (0, float("inf")):
-        monkeypatch.setattr(library, "KEEP_FROM", least)
+        monkeypatch.setattr(schema, "KEEP_FROM", least)
         torch.manual_seed(0)
         layer = build(Case(channels=4, out_channels=5), backend="cpu", feature=feature)
         results.append(run(layer, torch.randn(2, 4, 9, 8)))
@@ -336,4 +336,4 @@ def test_function_is_the_reference():
 
 
 def test_compute_dtype_of_half_precision_is_float32():
-    assert library.compute_dtype(torch.ones(1).half()) == torch.float32
+    assert schema.compute_dtype(torch.ones(1).half()) == torch.float32

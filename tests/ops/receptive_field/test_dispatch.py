@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rfa_mmdet.ops import dispatch
+from rfa_mmdet.ops.receptive_field import dispatch
 from rfa_mmdet.ops.receptive_field.dispatch import check_backend, choose_backend
 from tests.helpers.backends import require
 

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from rfa_mmdet.layers import RFAConv
 from rfa_mmdet.ops.receptive_field import receptive_field_mean
-from tests.helpers.tolerances import TOLERANCES
 from tests.helpers import formulas
 from tests.helpers.formulas import Case
+from tests.helpers.tolerances import TOLERANCES
 
 cases = partial(formulas.cases, pointwise=False)
 

@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from rfa_mmdet.ops.receptive_field import triton_backend as backend  # noqa: E402
+from rfa_mmdet.ops.receptive_field.triton import launch as backend  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     backend.INTERPRETED, reason="in Triton's interpreter there is nothing to compile"

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from rfa_mmdet.ops.receptive_field import triton_kernels as kernels
+from rfa_mmdet.ops.receptive_field.triton import kernels
 
 Pair = tuple[int, int]
 
