@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from rfa_mmdet.layers.conv import lazy
-from rfa_mmdet.ops.receptive_field import dispatch
+from rfa_mmdet.ops.receptive_field import dispatch, schema
 from rfa_mmdet.ops.receptive_field.lazy_windows import LazyFeatures
 from tests.helpers import formulas
 from tests.helpers.backends import require, run
@@ -238,7 +238,7 @@ def test_input_is_not_read_past_its_ends_and_may_be_a_view(name):
 def test_statistics_computed_anew_give_the_gradients_of_kept_ones(name, monkeypatch):
     results = []
     for least in (0, math.inf):
-        monkeypatch.setattr(library, "KEEP_FROM", least)
+        monkeypatch.setattr(schema, "KEEP_FROM", least)
         results.append(run(build(name, Case()), Case().input()))
     assert all(torch.equal(kept, anew) for kept, anew in zip(*results, strict=True))
 
