@@ -73,7 +73,7 @@ facts.update(version=rfa_mmdet.__version__, folder=rfa_mmdet.__path__[0], backen
 from mmdet.registry import MODELS
 MODELS.get("RFAResNet")
 try:
-    from rfa_mmdet.ops.receptive_field.dispatch import missing
+    from rfa_mmdet.ops.receptive_field.backends import missing
 except ImportError:
     pass  # there is but one
 else:

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from rfa_mmdet.ops.common.precision import no_autocast
 from rfa_mmdet.ops.common.recompute import recomputes
+from rfa_mmdet.ops.common.torch_versions import autocast_dtype_on
 
 
 def same_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -29,8 +30,7 @@ def same_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     device = x.device.type
     if device == "cpu" and recomputes():
-        if torch.is_autocast_enabled(device):  # as it would do for a convolution
-            dtype = torch.get_autocast_dtype(device)
+        if (dtype := autocast_dtype_on(device)) is not None:  # as it would do for a convolution
             x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
         return _SameConv.apply(x, weight, bias)
     return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)

@@ -10,22 +10,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rfa_mmdet.ops.common.torch_versions import autocast_dtype_on, is_exporting
+
 Gates = Callable[..., tuple[Tensor, ...]]
 
 
-def reference_only() -> bool:
-    """Tell whether what runs now can take in plain operators only.
+def needs_plain_operators() -> bool:
+    """Whether what runs now understands PyTorch's own operators only.
 
-    So do tracers (``torch.jit.trace``, MMEngine's complexity analysis, exports to ONNX), whose
-    product must not depend on this package, and the transforms of ``torch.func`` and forward-mode
-    differentiation, for which the autograd function has no rule.
+    Tracers (``torch.jit.trace``, MMEngine's complexity analysis, exports to ONNX) do, since their
+    product must not depend on this package; so do the transforms of ``torch.func`` and forward-mode
+    differentiation, for which an autograd function has no rule.
 
     Example:
-        >>> reference_only()
+        >>> needs_plain_operators()
         False
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False
+        return is_exporting()
     return (
         torch.jit.is_tracing()
         or torch.onnx.is_in_onnx_export()
@@ -44,7 +46,7 @@ def is_recorded() -> bool:
         >>> is_recorded()
         False
     """
-    return torch.compiler.is_compiling() or reference_only()
+    return torch.compiler.is_compiling() or needs_plain_operators()
 
 
 def recomputes() -> bool:
@@ -112,11 +114,8 @@ class _Weigh(torch.autograd.Function):
         ctx.gates_of = gates_of
         ctx.save_for_backward(x, *tensors)
         device = x.device.type
-        ctx.autocast = dict(
-            device_type=device,
-            dtype=torch.get_autocast_dtype(device),
-            enabled=torch.is_autocast_enabled(device),
-        )
+        lowered = autocast_dtype_on(device)
+        ctx.autocast = dict(device_type=device, dtype=lowered, enabled=lowered is not None)
         gates = (first or gates_of)(x, *tensors)
         y = x * gates[0]
         return y if len(gates) == 1 else y.mul_(gates[1])
