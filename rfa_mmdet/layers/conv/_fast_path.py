@@ -107,14 +107,16 @@ def window_features(
     else:
         responses = feature.weight.view(channels, positions, positions).to(dtype)
     shape = (channels, positions)
-    if of_batch:
-        parameters = (t if t is None else t.view(shape).to(dtype) for t in (norm.weight, norm.bias))
+    if not isinstance(norm, _BatchNorm):
+        shift = responses.new_zeros(shape)
+    elif of_batch:
+        scale, offset = (
+            None if t is None else t.view(shape).to(dtype) for t in (norm.weight, norm.bias)
+        )
         responses, shift, mean, var = fold_batch_norm(
-            x, responses, *parameters, norm.eps, window, group
+            x, responses, scale, offset, norm.eps, window, group
         )
         update_running(norm, mean.flatten(), var.flatten())
-    elif isinstance(norm, nn.Identity):
-        shift = responses.new_zeros(shape)
     else:
         scale, shift = (t.view(shape).to(dtype) for t in fixed_scale_and_shift(norm))
         responses = responses * scale.unsqueeze(2)
@@ -203,12 +205,15 @@ def fixed_scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
         >>> scale.tolist(), shift.tolist()
         ([1.0], [0.0])
     """
-    scale = torch.rsqrt(at_least_float32(norm.running_var) + norm.eps)
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert var is not None
+    scale = torch.rsqrt(at_least_float32(var) + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
     if norm.bias is None:
-        return scale, -scale * norm.running_mean
-    return scale, torch.addcmul(norm.bias.to(scale.dtype), scale, norm.running_mean, value=-1)
+        return scale, -scale * mean
+    return scale, torch.addcmul(norm.bias.to(scale.dtype), scale, mean.to(scale.dtype), value=-1)
 
 
 def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor | None] | None:
@@ -236,7 +241,7 @@ def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor | None] 
         return None
     if is_no_norm(norm):
         return conv.weight, None
-    if not is_batch_norm(norm) or uses_batch_statistics(norm):
+    if not (isinstance(norm, _BatchNorm) and is_batch_norm(norm)) or uses_batch_statistics(norm):
         return None
     scale, shift = fixed_scale_and_shift(norm)
     weight = conv.weight * scale.view(-1, 1, 1, 1)
@@ -259,7 +264,7 @@ def reduces_over(norm: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def update_running(norm: nn.Module, mean: Tensor, var: Tensor) -> None:
+def update_running(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
     """Update batch norm's running statistics, where it keeps any, as its own call would.
 
     Args:
@@ -274,12 +279,13 @@ def update_running(norm: nn.Module, mean: Tensor, var: Tensor) -> None:
     """
     if not (norm.training and norm.track_running_stats):
         return
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    if norm.running_mean is None:
+    count = norm.num_batches_tracked
+    if count is not None:
+        count.add_(1)
+    if norm.running_mean is None or norm.running_var is None:
         return
-    factor = norm.momentum
+    factor: float | Tensor | None = norm.momentum
     if factor is None:  # cumulative average
-        factor = 1 / norm.num_batches_tracked.to(mean.dtype)
+        factor = 1 / count.to(mean.dtype) if count is not None else 0.0
     for running, new in ((norm.running_mean, mean), (norm.running_var, var)):
         running.copy_(running * (1 - factor) + new * factor)

@@ -24,7 +24,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (float16, bfloat16) else x
 
 
-def no_autocast(x: Tensor) -> AbstractContextManager:
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Return a context in which autocast leaves the dtypes on ``x``'s device as they are.
 
     Args:

@@ -5,6 +5,7 @@ gates are made of. They are cheap to make again: a few means, maxima and small p
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,8 @@ def weigh(x: Tensor, gates_of: Gates, *tensors: Tensor, first: Gates | None = No
         True
     """
     if recomputes():
-        return _Weigh.apply(gates_of, first, x, *tensors)
+        weighed: Tensor = _WeighByGates.apply(gates_of, first, x, *tensors)
+        return weighed
     for gate in (first or gates_of)(x, *tensors):
         x = x * gate
     return x
@@ -108,9 +110,11 @@ def gradients_of_gates(products: Tensor, first: Tensor, second: Tensor) -> tuple
     return of_first, products.mul_(first).sum_to_size(second.shape)
 
 
-class _Weigh(torch.autograd.Function):
+class _WeighByGates(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gates_of: Gates, first: Gates | None, x: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, gates_of: Gates, first: Gates | None, x: Tensor, *tensors: Tensor
+    ) -> Tensor:
         ctx.gates_of = gates_of
         ctx.save_for_backward(x, *tensors)
         device = x.device.type
@@ -122,7 +126,7 @@ class _Weigh(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y: Tensor) -> tuple:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[2:]
         inputs = [
             tensor.detach().requires_grad_(need)
@@ -132,8 +136,9 @@ class _Weigh(torch.autograd.Function):
             gates = ctx.gates_of(*inputs)
         x, values = inputs[0].detach(), [gate.detach() for gate in gates]
         products = grad_y * x
+        of_gates: tuple[Tensor, ...]
         if len(gates) == 1:
-            of_gates = [products.sum_to_size(values[0].shape)]
+            of_gates = (products.sum_to_size(values[0].shape),)
         else:
             of_gates = gradients_of_gates(products, *values)
         del products

@@ -4,7 +4,8 @@ The papers lay the windows side by side, (B, C, h * kh, w * kw), and convolve th
 A 1x1 convolution over the C * K channels with the same weights is the same sum, and moves nothing.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Window(NamedTuple):
         """K = kh * kw."""
         return self.kernel_size[0] * self.kernel_size[1]
 
-    def output_size(self, size: Pair) -> Pair:
+    def output_size(self, size: Sequence[int]) -> Pair:
         """Return (h, w), the number of windows on each side of a map of (H, W)."""
         height, width = (
             (n + 2 * p - d * (k - 1) - 1) // s + 1
@@ -47,7 +48,7 @@ class Window(NamedTuple):
 
     def count(self, x: Tensor) -> int:
         """Return the number of windows over a map (B, C, H, W): B * h * w."""
-        height, width = self.output_size((x.shape[2], x.shape[3]))
+        height, width = self.output_size(x.shape[2:])
         return x.shape[0] * height * width
 
 
@@ -161,12 +162,21 @@ def convolve_weighed_windows(
     if dtype is not None:  # as it would do for a convolution
         windows, first, second, weight = (t.to(dtype) for t in (windows, first, second, weight))
         bias = None if bias is None else bias.to(dtype)
-    return _ConvolveWeighed.apply(windows, first, second, weight, bias, groups)
+    out: Tensor = _ConvolveWeighed.apply(windows, first, second, weight, bias, groups)
+    return out
 
 
 class _ConvolveWeighed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, windows, first, second, weight, bias, groups):
+    def forward(
+        ctx: Any,
+        windows: Tensor,
+        first: Tensor,
+        second: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        groups: int,
+    ) -> Tensor:
         ctx.save_for_backward(windows, first, second, weight)
         ctx.bias_shape, ctx.groups = None if bias is None else bias.shape, groups
         weighed = (windows * first).mul_(second)
@@ -175,7 +185,7 @@ class _ConvolveWeighed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y):
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         windows, first, second, weight = ctx.saved_tensors
         needs_values = any(ctx.needs_input_grad[:3])
         weighed = (windows * first).mul_(second)

@@ -65,9 +65,10 @@ class RFAConv(Function):
         ctx.save_for_backward(x, attention, feature, shift, weight)
         ctx.relu, ctx.window_and_groups = relu, window_and_groups
         with torch._C._AutoDispatchBelowAutograd():
-            return _ops.rfa_conv(
+            y: Tensor = _ops.rfa_conv(
                 x, attention, feature, shift, relu, weight, bias, *window_and_groups
             )
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -108,9 +109,10 @@ class GatedConv(Function):
         ctx.save_for_backward(x, feature, shift, first, second, weight)
         ctx.relu, ctx.window_and_groups = relu, window_and_groups
         with torch._C._AutoDispatchBelowAutograd():
-            return _ops.gated_conv(
+            y: Tensor = _ops.gated_conv(
                 x, feature, shift, relu, first, second, weight, bias, *window_and_groups
             )
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -175,7 +177,8 @@ class PoolCoordinates(Function):
         ctx.save_for_backward(x, feature, shift)
         ctx.relu, ctx.window = relu, window
         with torch._C._AutoDispatchBelowAutograd():
-            return _ops.pool_coordinates(x, feature, shift, relu, *window)
+            rows, columns = _ops.pool_coordinates(x, feature, shift, relu, *window)
+        return rows, columns
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor) -> tuple[Tensor | None, ...]:
@@ -250,25 +253,25 @@ class FoldBatchNorm(Function):
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, feature, weight and bias."""
         _refuse_second_derivative()
-        x, feature, weight, *kept = ctx.saved_tensors
+        x, feature, weight, first, second, mean, r = ctx.saved_tensors
         need_x, need_feature, need_weight, need_bias = ctx.needs_input_grad[:4]
         count = ctx.window.count(x)
         if ctx.again:
-            kept = _fold(x, feature, weight, None, ctx.eps, ctx.window)[1]
-        first, second, mean, r = kept
+            first, second, mean, r = _fold(x, feature, weight, None, ctx.eps, ctx.window)[1]
         with no_autocast(x):
             scale = r if weight is None else r * weight
             of_scale = (of_folded * feature).sum(2) - of_shift * mean
             of_r = of_scale if weight is None else of_scale * weight
             of_mean, of_var = -scale * of_shift, -0.5 * r**3 * of_r
             if ctx.group is not None:
-                own, _ = _response_moments(feature, first, second)
+                own = _response_moments(feature, first, second)[0]
                 of_mean, of_var = _sum_over_ranks(of_mean, of_var, ctx.group)
                 # This rank's statistics count by its share of the windows.
                 share = count / ctx.total
                 of_mean, of_var = share * (of_mean + 2 * of_var * (own - mean)), share * of_var
             of_mean, of_var = of_mean.unsqueeze(2), of_var.unsqueeze(2)
-            of_feature = of_x = None
+            of_feature: Tensor | None = None
+            of_x: Tensor | None = None
             if need_feature:
                 of_feature = scale.unsqueeze(2) * of_folded + of_mean * first.unsqueeze(1)
                 of_feature = of_feature + 2 * of_var * torch.matmul(feature, second)

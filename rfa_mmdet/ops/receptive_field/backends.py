@@ -37,7 +37,7 @@ def has_kernel(operator: str, backend: str) -> bool:
         False
     """
     key = _DEVICES[backend].upper()
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operator}", key)
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operator}", key))
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls it, and looks no further
@@ -173,7 +173,8 @@ def use_kernels(backend: str, operators: tuple[str, ...], x: Tensor, weight: Ten
     if missing(chosen):
         _notice(chosen)
         return False
-    return _has_kernels(operators, chosen)
+    usable: bool = _has_kernels(operators, chosen)
+    return usable
 
 
 @torch.compiler.assume_constant_result
@@ -190,7 +191,8 @@ def _is_watched(*tensors: Tensor) -> bool:
     """Whether a mode or a tensor subclass has rules of its own for operators."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._len_torch_dispatch_stack() > 0 or any(
+    modes: int = torch._C._len_torch_dispatch_stack()
+    return modes > 0 or any(
         type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in tensors
     )
 

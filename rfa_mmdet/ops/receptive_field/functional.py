@@ -57,10 +57,11 @@ class WindowFeatures(NamedTuple):
             Tensor: (B, O, h, w), in x's type.
         """
         attention = attention_weight.view(self.shift.shape)
-        return _ops.rfa_conv(
+        y: Tensor = _ops.rfa_conv(
             *(self.x, attention, self.feature, self.shift, self.relu),
             *(*self._in_type(weight, bias), *self.window, groups),
         )
+        return y
 
     def max_and_mean(self) -> Tensor:
         """Return the maximum and the mean over the channels, (B, 2, K, h, w).
@@ -68,7 +69,8 @@ class WindowFeatures(NamedTuple):
         The gradient of the maximum is that of the first channel that has it.
         """
         indexed = torch.is_grad_enabled()
-        return _ops.pool_channels(*self[:4], indexed, *self.window)[0]
+        pooled: Tensor = _ops.pool_channels(*self[:4], indexed, *self.window)[0]
+        return pooled
 
     def coordinate_means(self) -> tuple[Tensor, Tensor]:
         """Return the means of the rows and columns of the windows laid side by side.
@@ -77,7 +79,8 @@ class WindowFeatures(NamedTuple):
             tuple[Tensor, Tensor]: (B, C, kh, h), of row y * kh + i at [..., i, y], and
             (B, C, kw, w).
         """
-        return _ops.pool_coordinates(*self[:4], *self.window)
+        rows, columns = _ops.pool_coordinates(*self[:4], *self.window)
+        return rows, columns
 
     def convolve(
         self, gates: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor | None, groups: int
@@ -94,9 +97,10 @@ class WindowFeatures(NamedTuple):
         Returns:
             Tensor: (B, O, h, w), in x's type.
         """
-        return _ops.gated_conv(
+        y: Tensor = _ops.gated_conv(
             *(*self[:4], *gates, *self._in_type(weight, bias), *self.window, groups)
         )
+        return y
 
     def _in_type(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         dtype = self.x.dtype
@@ -129,6 +133,9 @@ def fold_batch_norm(
         tuple[Tensor, Tensor, Tensor, Tensor]: Feature and shift for :class:`WindowFeatures`; mean
         and unbiased variance, (C, K) each, which carry no gradient.
     """
+    folded: tuple[Tensor, Tensor, Tensor, Tensor]
     if group is not None:
-        return FoldBatchNorm.apply(x, feature, weight, bias, eps, *window, group)
-    return _ops.fold_batch_norm(x, feature, weight, bias, eps, *window)
+        folded = FoldBatchNorm.apply(x, feature, weight, bias, eps, *window, group)
+    else:
+        folded = _ops.fold_batch_norm(x, feature, weight, bias, eps, *window)
+    return folded

@@ -7,6 +7,7 @@ output's size is (h, w).
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +23,13 @@ _WINDOW = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation"
 _FEATURES = "Tensor x, Tensor feature, Tensor shift, bool relu"
 
 
-def _define(arguments: str, returns: str) -> Callable[[Callable], Callable]:
+_Meta = TypeVar("_Meta", bound=Callable[..., Any])
+
+
+def _define(arguments: str, returns: str) -> Callable[[_Meta], _Meta]:
     """Define an operator of the name and with the Meta kernel of the function below."""
 
-    def register(meta: Callable) -> Callable:
+    def register(meta: _Meta) -> _Meta:
         name = meta.__name__
         LIBRARY.define(f"{name}({arguments}) -> {returns}")
         LIBRARY.impl(name, meta, "Meta")
@@ -62,9 +66,7 @@ def empty_output(
         >>> empty_output(torch.ones(1, 4, 9, 12), torch.ones(6, 4, 9), *Window((3, 3))).shape
         torch.Size([1, 6, 7, 10])
     """
-    height, width = Window(kernel_size, stride, padding, dilation).output_size(
-        (x.shape[2], x.shape[3])
-    )
+    height, width = Window(kernel_size, stride, padding, dilation).output_size(x.shape[2:])
     # Of one channel, both formats hold.
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     layout = torch.contiguous_format
@@ -185,7 +187,7 @@ def pool_channels(
     And, if indexed, the first channel that has the maximum, (B, K, h, w), as floating point.
     """
     window = Window(kernel_size, stride, padding, dilation)
-    size = window.output_size((x.shape[2], x.shape[3]))
+    size = window.output_size(x.shape[2:])
     maps, dtype = (window.positions, *size), compute_dtype(x.dtype)
     return (
         _empty(x, (x.shape[0], 2, *maps), dtype),
@@ -230,7 +232,7 @@ def pool_coordinates(
     Of the windows laid side by side: row y * kh + i is [..., i, y].
     """
     window = Window(kernel_size, stride, padding, dilation)
-    height, width = window.output_size((x.shape[2], x.shape[3]))
+    height, width = window.output_size(x.shape[2:])
     dtype = compute_dtype(x.dtype)
     return (
         _empty(x, (x.shape[0], x.shape[1], kernel_size[0], height), dtype),

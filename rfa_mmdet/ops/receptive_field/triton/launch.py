@@ -5,6 +5,7 @@ the CPU, where Triton's interpreter runs them.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -78,7 +79,13 @@ def unit_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.transpose(1, 2).to(dtype).contiguous()
 
 
-def launch(kernel, grid: tuple, x: Tensor, arguments: tuple, constants: dict) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    x: Tensor,
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+) -> None:
     """Run a kernel on the device of ``x``."""
     if x.is_cuda:
         with torch.cuda.device(x.device):
@@ -143,7 +150,8 @@ def splits(x: Tensor, tiles: int, blocks: int) -> int:
     processors = 132
     if x.is_cuda:
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return max(1, min(tiles, triton.cdiv(8 * processors, blocks)))
+    wanted: int = triton.cdiv(8 * processors, blocks)
+    return max(1, min(tiles, wanted))
 
 
 def constants_of(window: Window) -> dict[str, int]:
@@ -169,8 +177,8 @@ def window_moments(
     window = Window(kernel_size, stride, padding, dilation)
     channels, k = x.shape[1], window.positions
     if x.numel() == 0:  # of a rank without data
-        like = dict(dtype=torch.float32, device=x.device)
-        return torch.zeros(channels, k, **like), torch.zeros(channels, k, k, **like)
+        of_none = x.new_zeros((channels, k, k), dtype=torch.float32)
+        return of_none[..., 0].clone(), of_none
     height, width = window.output_size(x.shape[2:])
     count = x.shape[0] * height * width
     axis, small = position_axis(x), k <= SMALL_WINDOW
@@ -345,7 +353,7 @@ def rfa_conv_backward(
     if need_x or need_sums or need_weight:
         for chunk in pass_.chunks():
             pass_.add(grad_y, *chunk)
-    of_bias = grad_y.sum((0, 2, 3), dtype=torch.float32) if need_bias else None
+    of_bias = grad_y.sum((0, 2, 3), dtype=torch.float32) if need_bias else grad_y.new_empty(0)
     return tuple(
         like.new_empty(0) if not want else gradient.to(like.dtype)
         for want, gradient, like in zip(wanted, (*pass_.results(), of_bias), likes, strict=True)
@@ -387,13 +395,14 @@ class _Backward:
             POSITION_AXIS=self.axis,
         )
         self.large = is_large(x)
-        self.grad_x = None
+        # What is not wanted is empty.
+        self.grad_x = x.new_empty(0)
         if self.need_x:
             layout = torch.contiguous_format if self.axis else torch.channels_last
             self.grad_x = x.new_zeros(x.shape, dtype=torch.float32).contiguous(memory_format=layout)
         rows = 2 * self.k + self.k**2
         self.sums = x.new_zeros((rows, self.channels), dtype=torch.float64)
-        self.d_weight = None
+        self.d_weight = x.new_empty(0)
 
     def chunks(self) -> Iterator[tuple[int, int, int, int]]:
         """Divide the output: whole images, or rows of one, as many as the scratch holds.
@@ -424,7 +433,8 @@ class _Backward:
 
     def strides(self, matrix: Tensor) -> Pair:
         """Return the strides of a matrix along units and along positions."""
-        return matrix.stride() if self.axis else matrix.stride()[::-1]
+        rows, columns = matrix.stride()
+        return (rows, columns) if self.axis else (columns, rows)
 
     def add(self, grad_y: Tensor, image: int, images: int, row: int, rows: int) -> None:
         """Add one chunk's part to every gradient."""
@@ -440,7 +450,7 @@ class _Backward:
         else:
             grad = grad_y.permute(0, 2, 3, 1).reshape(-1, self.outputs).to(dtype).contiguous()
         units = self.matrix(self.k * self.channels, dtype)
-        taps = None
+        taps = units.new_empty(0)
         if self.need_x or self.need_sums:
             self.unit_gradient(grad, units)
             if self.need_x or not self.small:
@@ -501,7 +511,7 @@ class _Backward:
         of_group = self.outputs // self.groups
         wide = self.k * self.channels // self.groups
         config = product_config(self.x.dtype)
-        add = self.d_weight is not None
+        add = self.d_weight.numel() > 0
         if not add:
             tiles = triton.cdiv(of_group, config["BLOCK_M"]) * triton.cdiv(wide, config["BLOCK_N"])
             parts = splits(self.x, triton.cdiv(self.count, config["BLOCK_K"]), tiles * self.groups)
@@ -520,11 +530,11 @@ class _Backward:
             add,
         )
 
-    def x_arguments(self) -> tuple:
+    def x_arguments(self) -> tuple[int, ...]:
         """Return sizes and strides as the kernels take them."""
         return (*self.x.shape[2:], self.w, *self.x.stride())
 
-    def small_windows(self, units: Tensor, taps: Tensor | None) -> None:
+    def small_windows(self, units: Tensor, taps: Tensor) -> None:
         """Turn the units' gradient into units and the taps' gradient, and add up the sums."""
         config = window_gradient_config(self.axis)
         tiles = triton.cdiv(self.count, config["PARTS"] * config["BLOCK_P"])
@@ -552,17 +562,15 @@ class _Backward:
         if self.need_sums:
             self.sums += sums.sum(0, dtype=torch.float64)
 
-    def large_windows(self, units: Tensor, features: Tensor | None) -> None:
+    def large_windows(self, units: Tensor, features: Tensor) -> None:
         """Do the same where a window does not fit into registers, but for the taps' gradient."""
         config = large_window_config(self.axis)
         tiles = triton.cdiv(self.count, config["BLOCK_P"])
         blocks = triton.cdiv(self.channels, config["BLOCK_C"])
         need = self.need_x or self.need_sums
-        self.means = self.matrix(self.channels, torch.float32) if need else None
-        sums = None
-        if need:
-            shape = (tiles, self.k, self.channels)
-            sums = self.x.new_empty(shape, dtype=torch.float32)
+        self.means = self.matrix(self.channels if need else 0, torch.float32)
+        shape = (tiles if need else 0, self.k, self.channels)
+        sums = self.x.new_empty(shape, dtype=torch.float32)
         launch(
             kernels.large_window_gradient_kernel,
             (tiles * blocks,),
@@ -570,7 +578,7 @@ class _Backward:
             (
                 *(self.x, self.table, units, features, self.means, sums),
                 *(*self.place, self.count, *self.x_arguments(), *self.strides(units)),
-                *(self.strides(self.means) if need else (0, 0)),
+                *self.strides(self.means),
             ),
             dict(
                 **self.constants,
@@ -644,9 +652,9 @@ class _Backward:
             dict(**self.constants, ADD=not self.whole, LARGE=is_large(self.grad_x), **config),
         )
 
-    def results(self) -> tuple[Tensor | None, ...]:
+    def results(self) -> tuple[Tensor, ...]:
         """Return the gradients of x, attention, feature, shift and weight."""
-        d_attention = d_shift = products = d_weight = None
+        d_attention = d_shift = products = d_weight = self.x.new_empty(0)
         if self.need_sums:
             sums = self.sums.float().t()
             d_attention, d_shift, products = sums.split([self.k, self.k, self.k**2], 1)
