@@ -113,6 +113,7 @@ def check(functions, capability, folder, monkeypatch, spills_allowed=False) -> s
     return names
 
 
+@pytest.mark.slow
 def test_bfloat16_forward_and_moments_compile_without_spills(tmp_path, monkeypatch):
     functions = layer(torch.bfloat16, channels_last=True)
     functions = [functions[name] for name in ("forward", "moments")]
