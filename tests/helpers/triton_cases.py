@@ -53,21 +53,22 @@ class Case:
         return dict(
             x=x,
             # Logits of all sizes whatever the magnitude.
-            attention=(normal(c, k) / self.magnitude).to(DEVICE),
-            feature=(normal(c, k, k) / self.magnitude).to(DEVICE),
-            shift=normal(c, k).to(DEVICE),
-            weight=normal(self.outputs, c // self.groups, k).to(self.dtype).to(DEVICE),
+            attention=(normal(c * k, 1, 1, 1) / self.magnitude).to(DEVICE),
+            feature=(normal(c * k, 1, *self.kernel) / self.magnitude).to(DEVICE),
+            shift=normal(c * k).to(DEVICE),
+            weight=normal(self.outputs, c // self.groups, *self.kernel).to(self.dtype).to(DEVICE),
             bias=normal(self.outputs).to(self.dtype).to(DEVICE) if self.bias else None,
         )
 
     def forward(self, x, attention, feature, shift, weight, bias) -> Tensor:
         """The formula, on any dtype."""
         u = windows(x, self)  # (B, C, K, P)
-        logits = attention[..., None] * u.mean(2, keepdim=True)
-        f = torch.einsum("cij,bcjp->bcip", feature, u) + shift[..., None]
+        c, k = self.channels, u.shape[2]
+        logits = attention.view(c, k, 1) * u.mean(2, keepdim=True)
+        f = torch.einsum("cij,bcjp->bcip", feature.view(c, k, k), u) + shift.view(c, k, 1)
         f = torch.where(f > 0, f, 0.0) if self.relu else f
         u = (f * torch.softmax(logits, 2)).unflatten(1, (self.groups, -1))
-        w = weight.unflatten(0, (self.groups, -1))
+        w = weight.flatten(2).unflatten(0, (self.groups, -1))
         y = torch.einsum("goci,bgcip->bgop", w, u).flatten(1, 2)
         y = y if bias is None else y + bias[:, None]
         return y.unflatten(2, out_size(self))

@@ -293,7 +293,7 @@ def test_without_the_kernels_the_formula_runs(name, training, monkeypatch):
 def features(x: Tensor, **changes) -> WindowFeatures:
     channels = x.shape[1]
     torch.manual_seed(0)
-    feature, shift = torch.randn(channels, 9, 9), torch.randn(channels, 9)
+    feature, shift = torch.randn(channels * 9, 1, 3, 3), torch.randn(channels * 9)
     given = dict(kernel_size=(3, 3), stride=(2, 1), padding=(1, 1), dilation=(1, 1))
     return WindowFeatures(x, feature, shift, True, Window(**{**given, **changes}))
 
@@ -326,8 +326,8 @@ def test_features_are_checked():
 def test_of_equal_maxima_the_first_channel_gets_the_gradient():
     one = torch.rand(1, 1, 5, 5, dtype=torch.float64)
     x = one.repeat(1, 3, 1, 1).requires_grad_()
-    identity = torch.eye(9, dtype=torch.float64).repeat(3, 1, 1)
-    shift = torch.zeros(3, 9, dtype=torch.float64)
+    identity = torch.eye(9, dtype=torch.float64).view(9, 1, 3, 3).repeat(3, 1, 1, 1)
+    shift = torch.zeros(27, dtype=torch.float64)
     pooled = WindowFeatures(x, identity, shift, False, Window((3, 3))).max_and_mean()
     pooled[:, 0].sum().backward()
     seen = nn.functional.fold(torch.ones(1, 9, 9), (5, 5), (3, 3))  # windows that see each cell

@@ -98,29 +98,31 @@ def window_features(
         return None
     x, padding = pad(x)
     window = window._replace(padding=padding)
-    x = x.to(autocast_dtype(x))
-    channels, positions = x.shape[1], window.positions
+    dtype = autocast_dtype(x)
+    x = x if x.dtype == dtype else x.to(dtype)
     dtype = compute_dtype(x.dtype)
-    if feature is None:
-        identity = torch.eye(positions, dtype=dtype, device=x.device)
-        responses = identity.expand(channels, positions, positions)
-    else:
-        responses = feature.weight.view(channels, positions, positions).to(dtype)
-    shape = (channels, positions)
+    kernels = _window_values(x, window) if feature is None else feature.weight
+    kernels = kernels if kernels.dtype == dtype else kernels.to(dtype)
     if not isinstance(norm, _BatchNorm):
-        shift = responses.new_zeros(shape)
+        shift = kernels.new_zeros(len(kernels))
     elif of_batch:
-        scale, offset = (
-            None if t is None else t.view(shape).to(dtype) for t in (norm.weight, norm.bias)
+        scale, offset = (None if t is None else t.to(dtype) for t in (norm.weight, norm.bias))
+        kernels, shift, mean, var = fold_batch_norm(
+            x, kernels, scale, offset, norm.eps, window, group
         )
-        responses, shift, mean, var = fold_batch_norm(
-            x, responses, scale, offset, norm.eps, window, group
-        )
-        update_running(norm, mean.flatten(), var.flatten())
+        update_running(norm, mean, var)
     else:
-        scale, shift = (t.view(shape).to(dtype) for t in fixed_scale_and_shift(norm))
-        responses = responses * scale.unsqueeze(2)
-    return WindowFeatures(x, responses, shift, type(act) is nn.ReLU, window)
+        scale, shift = fixed_scale_and_shift(norm)
+        if scale.dtype != dtype:
+            scale, shift = scale.to(dtype), shift.to(dtype)
+        kernels = kernels * scale.view(-1, 1, 1, 1)
+    return WindowFeatures(x, kernels, shift, type(act) is nn.ReLU, window)
+
+
+def _window_values(x: Tensor, window: Window) -> Tensor:
+    """Return depthwise kernels (C * K, 1, kh, kw) whose features are the window's own values."""
+    identity = torch.eye(window.positions, device=x.device).view(-1, 1, *window.kernel_size)
+    return identity.repeat(x.shape[1], 1, 1, 1)
 
 
 def must_be_called(module: nn.Module) -> bool:
@@ -130,13 +132,14 @@ def must_be_called(module: nn.Module) -> bool:
         >>> must_be_called(nn.ReLU())
         False
     """
+    own = module.__dict__
     return bool(
         has_global_hooks()
-        or "forward" in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        or "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
     )
 
 
@@ -213,7 +216,7 @@ def fixed_scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
         scale = scale * norm.weight
     if norm.bias is None:
         return scale, -scale * mean
-    return scale, torch.addcmul(norm.bias.to(scale.dtype), scale, mean.to(scale.dtype), value=-1)
+    return scale, torch.addcmul(at_least_float32(norm.bias), scale, mean, value=-1)
 
 
 def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor | None] | None:

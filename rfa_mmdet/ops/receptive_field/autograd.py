@@ -216,7 +216,7 @@ def _fold(
         shift = -scale * mean
         shift = shift if bias is None else shift + bias
         unbiased = var * (total / (total - 1))
-        folded = feature * scale.unsqueeze(2), shift, mean, unbiased
+        folded = feature * scale.view(-1, 1, 1, 1), shift, mean, unbiased
     return folded, (first, second, mean, r), total
 
 
@@ -260,7 +260,7 @@ class FoldBatchNorm(Function):
             first, second, mean, r = _fold(x, feature, weight, None, ctx.eps, ctx.window)[1]
         with no_autocast(x):
             scale = r if weight is None else r * weight
-            of_scale = (of_folded * feature).sum(2) - of_shift * mean
+            of_scale = (of_folded * feature).sum((1, 2, 3)) - of_shift * mean
             of_r = of_scale if weight is None else of_scale * weight
             of_mean, of_var = -scale * of_shift, -0.5 * r**3 * of_r
             if ctx.group is not None:
@@ -269,15 +269,18 @@ class FoldBatchNorm(Function):
                 # This rank's statistics count by its share of the windows.
                 share = count / ctx.total
                 of_mean, of_var = share * (of_mean + 2 * of_var * (own - mean)), share * of_var
-            of_mean, of_var = of_mean.unsqueeze(2), of_var.unsqueeze(2)
+            channels, positions = first.shape
+            of_mean, of_var = (t.view(channels, positions, 1) for t in (of_mean, of_var))
+            kernels = feature.view(channels, positions, positions)
             of_feature: Tensor | None = None
             of_x: Tensor | None = None
             if need_feature:
-                of_feature = scale.unsqueeze(2) * of_folded + of_mean * first.unsqueeze(1)
-                of_feature = of_feature + 2 * of_var * torch.matmul(feature, second)
+                of_moments = of_mean * first.unsqueeze(1)
+                of_moments = of_moments + 2 * of_var * torch.matmul(kernels, second)
+                of_feature = scale.view(-1, 1, 1, 1) * of_folded + of_moments.view_as(feature)
             if need_x and count:
-                slope = torch.matmul(feature.mT, 2 * of_var * feature) / count
-                constant = (of_mean * feature).sum(1) / count
+                slope = torch.matmul(kernels.mT, 2 * of_var * kernels) / count
+                constant = (of_mean * kernels).sum(1) / count
                 constant = constant - torch.matmul(slope, first.unsqueeze(2)).squeeze(2)
                 of_x = _ops.window_moments_backward(x, slope, constant, *ctx.window)
         of_weight = of_scale * r if need_weight else None
@@ -285,10 +288,12 @@ class FoldBatchNorm(Function):
 
 
 def _response_moments(feature: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance (C, K) of each response from those of the windows."""
-    mean = (feature * first.unsqueeze(1)).sum(2)
+    """Return mean and biased variance (C * K,) of each response from those of the windows."""
+    kernels = feature.view(second.shape)
+    mean = (kernels * first.unsqueeze(1)).sum(2)
     # Rounding may leave a variance of zero a little below it.
-    return mean, (torch.matmul(feature, second) * feature).sum(2).clamp_min(0)
+    var = (torch.matmul(kernels, second) * kernels).sum(2).clamp_min(0)
+    return mean.flatten(), var.flatten()
 
 
 def _over_ranks(
@@ -297,12 +302,12 @@ def _over_ranks(
     """Combine count, mean and biased variance of all ranks; a rank may have no data."""
     if group is None:
         return count, mean, var
-    own = torch.cat([mean.flatten(), var.flatten(), mean.new_full((1,), count)])
+    own = torch.cat([mean, var, mean.new_full((1,), count)])
     ranks = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(ranks, own, group=group)
     everyone = torch.stack(ranks)
-    counts = everyone[:, -1:, None]  # (ranks, 1, 1)
-    means, variances = everyone[:, :-1].unflatten(1, (2, *mean.shape)).unbind(1)
+    counts = everyone[:, -1:]  # (ranks, 1)
+    means, variances = everyone[:, :-1].unflatten(1, (2, -1)).unbind(1)
     total = counts.sum()
     mean = (counts * means).sum(0) / total
     var = (counts * (variances + (means - mean).square())).sum(0) / total

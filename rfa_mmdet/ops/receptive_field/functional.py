@@ -23,14 +23,14 @@ class WindowFeatures(NamedTuple):
 
     Attributes:
         x (Tensor): (B, C, H, W), in the type to compute in.
-        feature (Tensor): (C, K, K).
-        shift (Tensor): (C, K).
+        feature (Tensor): (C * K, 1, kh, kw), depthwise kernels.
+        shift (Tensor): (C * K,).
         relu (bool): Whether ReLU is the activation; else there is none.
         window (Window): With K positions.
 
     Example:
         >>> from rfa_mmdet.ops.receptive_field.backends import missing
-        >>> x, feature, shift = torch.rand(2, 4, 8, 9), torch.rand(4, 9, 9), torch.rand(4, 9)
+        >>> x, feature, shift = torch.rand(2, 4, 8, 9), torch.rand(36, 1, 3, 3), torch.rand(36)
         >>> features = WindowFeatures(x, feature, shift, True, Window((3, 3), padding=(1, 1)))
         >>> if missing("cpu") is None:
         ...     assert features.max_and_mean().shape == (2, 2, 9, 8, 9)
@@ -56,10 +56,10 @@ class WindowFeatures(NamedTuple):
         Returns:
             Tensor: (B, O, h, w), in x's type.
         """
-        attention = attention_weight.view(self.shift.shape)
+        x, feature, shift, relu, window = self
+        weight, bias = self._in_type(weight, bias)
         y: Tensor = _ops.rfa_conv(
-            *(self.x, attention, self.feature, self.shift, self.relu),
-            *(*self._in_type(weight, bias), *self.window, groups),
+            x, attention_weight, feature, shift, relu, weight, bias, *window, groups
         )
         return y
 
@@ -104,7 +104,9 @@ class WindowFeatures(NamedTuple):
 
     def _in_type(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         dtype = self.x.dtype
-        return weight.flatten(2).to(dtype), None if bias is None else bias.to(dtype)
+        if weight.dtype == dtype and (bias is None or bias.dtype == dtype):
+            return weight, bias
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def fold_batch_norm(
@@ -122,16 +124,16 @@ def fold_batch_norm(
 
     Args:
         x (Tensor): (B, C, H, W), as of :class:`WindowFeatures`.
-        feature (Tensor): (C, K, K), before the norm, as all that follows in the type that
+        feature (Tensor): (C * K, 1, kh, kw), before the norm, as all that follows in the type that
             statistics are computed in.
-        weight, bias (Tensor | None): Of the norm, (C, K). None: ones, zeros.
+        weight, bias (Tensor | None): Of the norm, (C * K,). None: ones, zeros.
         eps (float): Added to the variance.
         window (Window): Of the features.
         group (Any): Process group over which the statistics are taken. None: this process alone.
 
     Returns:
         tuple[Tensor, Tensor, Tensor, Tensor]: Feature and shift for :class:`WindowFeatures`; mean
-        and unbiased variance, (C, K) each, which carry no gradient.
+        and unbiased variance, (C * K,) each, which carry no gradient.
     """
     folded: tuple[Tensor, Tensor, Tensor, Tensor]
     if group is not None:

@@ -63,7 +63,7 @@ def empty_output(
         through the channels one by one.
 
     Example:
-        >>> empty_output(torch.ones(1, 4, 9, 12), torch.ones(6, 4, 9), *Window((3, 3))).shape
+        >>> empty_output(torch.ones(1, 4, 9, 12), torch.ones(6, 4, 3, 3), *Window((3, 3))).shape
         torch.Size([1, 6, 7, 10])
     """
     height, width = Window(kernel_size, stride, padding, dilation).output_size(x.shape[2:])
@@ -130,9 +130,10 @@ def rfa_conv(
 ) -> Tensor:
     """Return the convolution (B, O, h, w) of the features, weighed by RFAConv's attention.
 
-    Features (B, C, K, h, w) are act(feature @ window + shift), with feature (C, K, K), shift (C, K)
-    and act ReLU or nothing. Attention (C, K): the weights are softmax(attention * mean of window).
-    weight (O, C / groups, K), bias (O,).
+    Features (B, C, K, h, w) are act(feature @ window + shift), act being ReLU or nothing.
+    Parameters have the shapes of convolutions: feature (C * K, 1, kh, kw), shift (C * K,),
+    attention (C * K, 1, 1, 1), weight (O, C / groups, kh, kw), bias (O,). The features are weighed
+    by softmax(attention * mean of window).
     """
     return empty_output(x, weight, kernel_size, stride, padding, dilation)
 

@@ -100,8 +100,8 @@ struct Features {
   Features(const Geometry& g, const Tensor& x, const Tensor& feature_, const Tensor& shift_,
            bool relu_)
       : relu(relu_) {
-    check_size("feature", feature_, {g.C, g.K(), g.K()});
-    check_size("shift", shift_, {g.C, g.K()});
+    check_size("feature", feature_, {g.C * g.K(), 1, g.kh, g.kw});
+    check_size("shift", shift_, {g.C * g.K()});
     feature = converted(feature_, x);
     shift = converted(shift_, x);
   }
@@ -117,7 +117,7 @@ struct AttendedFeatures : Features {
   AttendedFeatures(const Geometry& g, const Tensor& x, const Tensor& attention_,
                    const Tensor& feature_, const Tensor& shift_, bool relu_)
       : Features(g, x, feature_, shift_, relu_) {
-    check_size("attention", attention_, {g.C, g.K()});
+    check_size("attention", attention_, {g.C * g.K(), 1, 1, 1});
     attention = converted(attention_, x);
   }
   template <typename T>
@@ -155,7 +155,7 @@ struct Convolution {
               const optional<Tensor>& bias_ = {}) {
     TORCH_CHECK_VALUE(g.groups > 0 && g.C % g.groups == 0 && g.O % g.groups == 0, "groups=",
                       g.groups, ": must divide the channels ", g.C, " and ", g.O);
-    check_size("weight", weight_, {g.O, g.C / g.groups, g.K()});
+    check_size("weight", weight_, {g.O, g.C / g.groups, g.kh, g.kw});
     TORCH_CHECK_TYPE(weight_.scalar_type() == x.scalar_type(), "weight: must be ",
                      x.scalar_type(), " as x is, not ", weight_.scalar_type());
     weight = weight_.contiguous();
@@ -189,11 +189,11 @@ struct Results {
       x = at::zeros(x_like.sizes(), options);
     }
     if (need_features) {
-      shift = at::zeros({g.C, g.K()}, options);
-      feature = at::zeros({g.C, g.K(), g.K()}, options);
+      shift = at::zeros({g.C * g.K()}, options);
+      feature = at::zeros({g.C * g.K(), 1, g.kh, g.kw}, options);
     }
     if (need_attention) {
-      attention = at::zeros({g.C, g.K()}, options);
+      attention = at::zeros({g.C * g.K(), 1, 1, 1}, options);
     }
     return *this;
   }
@@ -220,7 +220,7 @@ struct Results {
     return weight.narrow(2, 0, g.O / g.groups)
         .transpose(1, 2)
         .to(x_like.scalar_type())
-        .reshape({g.O, g.C / g.groups, g.K()})
+        .reshape({g.O, g.C / g.groups, g.kh, g.kw})
         .contiguous();
   }
 };

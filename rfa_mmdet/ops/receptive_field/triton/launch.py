@@ -63,20 +63,22 @@ def coefficients(attention: Tensor, feature: Tensor, shift: Tensor) -> Tensor:
     """Gather the parameters of a channel into one table.
 
     Args:
-        attention (Tensor): (C, K).
-        feature (Tensor): (C, K, K).
-        shift (Tensor): (C, K).
+        attention (Tensor): (C * K, 1, 1, 1).
+        feature (Tensor): (C * K, 1, kh, kw).
+        shift (Tensor): (C * K,).
 
     Returns:
         Tensor: (rows, C) float32: K rows of attention, K of shift, then K * K of features.
     """
-    table = [attention.float(), shift.float(), feature.float().flatten(1)]
+    positions = feature[0].numel()
+    table = [t.float().reshape(-1, positions) for t in (attention, shift)]
+    table.append(feature.float().reshape(-1, positions**2))
     return torch.cat(table, 1).t().contiguous()
 
 
 def unit_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the (O, C / g, K) weight as (O, K, C / g), so that channels are neighbours."""
-    return weight.transpose(1, 2).to(dtype).contiguous()
+    """Return the (O, C / g, kh, kw) weight as (O, K, C / g), so that channels are neighbours."""
+    return weight.flatten(2).transpose(1, 2).to(dtype).contiguous()
 
 
 def launch(
@@ -335,15 +337,15 @@ def rfa_conv_backward(
         groups (int): Of the final convolution.
 
     Returns:
-        tuple[Tensor, ...]: Of x (B, C, H, W), attention (C, K), feature (C, K, K), shift (C, K),
-            weight (O, C / groups, K) and bias (O,), in the types of these. Empty where not wanted.
+        tuple[Tensor, ...]: Of x, attention, feature, shift, weight and bias, in their shapes and
+            types. Empty where not wanted.
     """
     check("x", x)
     check("grad_y", grad_y)
     need_x, need_sums, need_weight, need_bias = needs
     window = Window(kernel_size, stride, padding, dilation)
     wanted = (need_x, *(need_sums,) * 3, need_weight, need_bias)
-    likes = (x, attention, feature, shift, weight, weight[:, 0, 0])
+    likes = (x, attention, feature, shift, weight, weight[:, 0, 0, 0])
     if grad_y.numel() == 0:  # of a rank without data
         return tuple(
             torch.zeros_like(like) if want else like.new_empty(0)
@@ -355,7 +357,7 @@ def rfa_conv_backward(
             pass_.add(grad_y, *chunk)
     of_bias = grad_y.sum((0, 2, 3), dtype=torch.float32) if need_bias else grad_y.new_empty(0)
     return tuple(
-        like.new_empty(0) if not want else gradient.to(like.dtype)
+        gradient.to(like.dtype).view(like.shape) if want else like.new_empty(0)
         for want, gradient, like in zip(wanted, (*pass_.results(), of_bias), likes, strict=True)
     )
 
