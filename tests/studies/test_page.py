@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 import pytest
 
-from rfa_mmdet.studies.page import page
 from rfa_mmdet.studies.plots import save_gains, save_stage_curves
+from rfa_mmdet.studies.report import page
 from rfa_mmdet.studies.summary import summarise
 from tests.helpers.results_of import results_of
 
@@ -76,15 +76,17 @@ def report(tmp_path_factory):
     )
     results = results_of(VALUES, costs)
     results["runs"][9].update(state="failed", error="error: <script>alert(1)</script>")
-    rows = summarise(results)
+    rows = [["0_truth.jpg", "0_plain.jpg"]]
+    results["samples"] = dict(stage="all", seed=0, score=0.3, columns=["truth", "plain"], rows=rows)
+    summary = summarise(results)
     curves, gains = folder / "curves.png", folder / "gains.png"
     assert save_stage_curves(results, "all", curves)
-    assert save_gains(results, rows, gains)
-    sample = folder / "0_truth.jpg"
-    cv2.imwrite(str(sample), np.full((48, 64, 3), 90, np.uint8))
-    pictures = {"all": [curves, gains]}
-    text = page(results, rows, pictures, ["truth", "plain"], [[sample, sample]], "seed 0")
-    sizes = [cv2.imread(str(path)).shape[1::-1] for path in (curves, gains, sample, sample)]
+    assert save_gains(results, summary, gains)
+    samples = [folder / name for name in rows[0]]
+    for sample in samples:
+        cv2.imwrite(str(sample), np.full((48, 64, 3), 90, np.uint8))
+    text = page(results, summary, {"all": [curves, gains]}, folder)
+    sizes = [cv2.imread(str(path)).shape[1::-1] for path in (curves, gains, *samples)]
     return text, sizes
 
 
@@ -93,10 +95,11 @@ def test_page_asks_nobody_and_escapes_what_it_shows(report):
     assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?(?!data:)[^"'\s>]*[:/]""", text)
     assert "<script>alert(1)" not in text
     assert "&lt;script&gt;alert(1)" in text
-    assert '<td class=text data-value="&lt;b&gt;&amp;x">&lt;b&gt;&amp;x</td>' in text
-    assert "trains with 4 images" in text
-    assert "Some CPU, 2 cores, 1 thread (torch 2)" in text
-    assert "The highest mean has ours, 0.4600 ± 0.0100, +0.0400 from the baseline" in text
+    assert 'data-value="&lt;b&gt;&amp;x">&lt;b&gt;&amp;x</td>' in text
+    words = " ".join(text.split())
+    assert "a training iteration has 4 images" in words
+    assert "Some CPU, 2 cores, 1 thread (torch 2)" in words
+    assert "ours has the highest mean, 0.4600 ± 0.0100, +0.0400 from the baseline" in words
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium (apt-get install chromium)")
