@@ -52,7 +52,6 @@ def parse_args() -> Namespace:
 def main() -> None:
     """Do what the arguments say."""
     args = parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs, as Ctrl-C does
     with user_errors():
         study = load_study(args.spec, args.work_dir)
         if args.list:
@@ -77,6 +76,7 @@ def run_one(study: Study, number: int) -> None:
     runs = study.runs()
     if not 0 <= number < len(runs):
         raise ConfigError(f"--run {number}: must be one of 0 to {len(runs) - 1}, see --list")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the process too
     try:
         execute(study, runs[number])
     except RunFailed as error:
@@ -89,6 +89,7 @@ def run_the_rest(study: Study, jobs: int) -> dict[Run, str]:
     def tell(run: Run, state: str) -> None:
         console.print(Text(f"{run}: {state}"), style="red" if state.startswith("failed") else None)
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the processes too
     try:
         return run_all(study, jobs, tell)
     except KeyboardInterrupt:

@@ -3,7 +3,7 @@
 import os
 import queue
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -20,9 +20,8 @@ def worker_environments(jobs: int) -> list[dict[str, str]]:
         jobs (int): Runs at a time, at least 1.
 
     Returns:
-        list[dict[str, str]]: Each has one of the GPUs in CUDA_VISIBLE_DEVICES; several share one if
-        there are too few. Without GPUs, each has an equal share of the cores, unless
-        OMP_NUM_THREADS is set.
+        list[dict[str, str]]: One GPU each, which several share if there are too few. Without GPUs,
+        an equal share of the cores, unless OMP_NUM_THREADS is set.
 
     Example:
         >>> len(worker_environments(2))
@@ -67,6 +66,9 @@ def run_all(
     processes = Processes()
 
     def one(run: Run) -> None:
+        if run.finished:
+            report(run, "already finished")
+            return
         variables = free.get()
         try:
             report(run, "started")
@@ -83,17 +85,8 @@ def run_all(
     with ThreadPoolExecutor(jobs) as pool:
         try:
             for stage in study.stages:
-                waiting = set()
-                for run in study.runs(stage):
-                    if run.finished:
-                        report(run, "already finished")
-                    else:
-                        waiting.add(pool.submit(one, run))
-                while waiting:
-                    # The timeout lets Python handle signals now and then.
-                    done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        future.result()
+                for future in [pool.submit(one, run) for run in study.runs(stage)]:
+                    future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             processes.end()

@@ -21,12 +21,7 @@ _COLOURS = [_TAB20(i) for i in (*range(0, 20, 2), *range(1, 20, 2))]  # the stro
 
 
 def save_stage_curves(results: dict[str, Any], stage: str, out: Path) -> bool:
-    """Plot training losses and validations of the finished runs: mean and range over the seeds.
-
-    Args:
-        results (dict): From :func:`~rfa_mmdet.studies.results.collect`.
-        stage (str): Name.
-        out (Path): PNG to write.
+    """Plot losses and validations of a stage's finished runs: mean and range over the seeds.
 
     Returns:
         bool: Whether there was anything to plot.
@@ -49,9 +44,8 @@ def save_stage_curves(results: dict[str, Any], stage: str, out: Path) -> bool:
                 band = bands.loc[method]
                 over = 3 if method == results["baseline"] else 2
                 axes.plot(band["mean"], color=colour, zorder=over, label=method, **style)
-                axes.fill_between(
-                    band.index, band["min"], band["max"], color=colour, alpha=0.12, linewidth=0
-                )
+                area = dict(color=colour, alpha=0.12, linewidth=0)
+                axes.fill_between(band.index, band["min"], band["max"], **area)
     left.set(xlabel="iteration", ylabel="loss", title="Training")
     right.set(xlabel="epoch", ylabel=results["metric"], title="Validation")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -60,12 +54,7 @@ def save_stage_curves(results: dict[str, Any], stage: str, out: Path) -> bool:
 
 
 def save_gains(results: dict[str, Any], summary: pd.DataFrame, out: Path) -> bool:
-    """Plot the metric over time and over GFLOPs per image.
-
-    Args:
-        results (dict): From :func:`~rfa_mmdet.studies.results.collect`.
-        summary (pd.DataFrame): Rows of one stage.
-        out (Path): PNG to write.
+    """Plot the metric over time and over GFLOPs per image, from a stage's rows of the summary.
 
     Returns:
         bool: Whether there was anything to plot.

@@ -25,7 +25,6 @@ _TEMPLATES = Environment(
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,
-    lstrip_blocks=True,
 )
 
 
@@ -82,13 +81,14 @@ def page(
     Args:
         results (dict): From :func:`~rfa_mmdet.studies.results.collect`.
         summary (pd.DataFrame): From :func:`~rfa_mmdet.studies.summary.summarise`.
-        plots (Mapping[str, Sequence[Path]]): PNG files of each stage.
+        plots (Mapping[str, Sequence[Path]]): PNG files by stage.
         samples (Path): Folder of the files that ``results["samples"]`` names.
     """
     runs = pd.DataFrame(results["runs"])
-    known = (runs["state"] == "finished") & runs["test"].notna()
-    tests = runs["test"].astype(float).map("{:.4f}".format).where(known, runs["state"])
-    methods = runs.set_index(["stage", "method"]).index.unique()
+    finished = runs["state"] == "finished"
+    texts = runs["test"].astype(float).map("{:.4f}".format)
+    runs["text"] = texts.where(finished & runs["test"].notna(), runs["state"])
+    tests = runs.pivot(index=["stage", "method"], columns="seed", values="text").fillna("")
     return _TEMPLATES.get_template("report.html").render(
         results=results,
         columns=COLUMNS,
@@ -96,12 +96,9 @@ def page(
         plots=plots,
         samples=results.get("samples", {}) if samples.is_dir() else {},
         folder=samples,
-        finished=(runs["state"] == "finished").sum(),
+        finished=finished.sum(),
         failed=records(runs[runs["state"] == "failed"]),
-        tests=runs.assign(test=tests)
-        .pivot(index=["stage", "method"], columns="seed", values="test")
-        .reindex(methods)
-        .fillna(""),
+        tests=tests.reindex(summary.set_index(["stage", "method"]).index),
         level=LEVEL,
         min_pairs=MIN_PAIRS,
         spread=spread,

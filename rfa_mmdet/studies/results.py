@@ -13,14 +13,9 @@ POINTS = 200  # of a loss curve
 def collect(study: Study, costs: dict[str, Any], samples: dict[str, Any]) -> dict[str, Any]:
     """Gather the records of all runs, and write results.json.
 
-    Args:
-        study (Study): What to compare.
-        costs, samples (dict): From :func:`~rfa_mmdet.studies.costs.method_costs` and
-            :func:`~rfa_mmdet.studies.samples.draw_samples`.
-
     Returns:
         dict[str, Any]: The study's ``name``, ``metric``, ``baseline``, ``checkpoint``, ``methods``
-        and ``stages``; ``costs``; ``samples``; and ``runs``, each as :func:`read_run` returns it.
+        and ``stages``; ``costs`` and ``samples``; and ``runs``, see :func:`read_run`.
     """
     results = dict(
         name=study.name,

@@ -47,19 +47,19 @@ def draw_samples(study: Study) -> dict[str, Any]:
         image = mmcv.imread(info["img_path"], channel_order="rgb")
         scale = -(-MIN_WIDTH // image.shape[1])
         truth = InstanceData(
-            bboxes=torch.tensor([one["bbox"] for one in info["instances"]]).reshape(-1, 4),
-            labels=torch.tensor([one["bbox_label"] for one in info["instances"]], dtype=torch.long),
+            bboxes=torch.Tensor([one["bbox"] for one in info["instances"]]).reshape(-1, 4),
+            labels=torch.LongTensor([one["bbox_label"] for one in info["instances"]]),
         )
-        columns = {"truth": truth, **{m: own[info["img_path"]] for m, own in found.items()}}
-        for name, instances in columns.items():
+        shown = {"truth": truth, **{m: own[info["img_path"]] for m, own in found.items()}}
+        for name, instances in shown.items():
             score = None if instances is truth else SCORE
             drawn = draw_boxes(image, instances, dataset.metainfo["classes"], score, scale)
             with written_whole(study.work_dir / "samples" / f"{i}_{name}.jpg") as part:
                 mmcv.imwrite(drawn[..., ::-1], str(part))
-        rows.append([f"{i}_{name}.jpg" for name in columns])
-    return dict(
-        stage=runs[0].stage, seed=runs[0].seed, score=SCORE, columns=["truth", *found], rows=rows
-    )
+        rows.append([f"{i}_{name}.jpg" for name in shown])
+    first = runs[0]
+    columns = ["truth", *found]
+    return dict(stage=first.stage, seed=first.seed, score=SCORE, columns=columns, rows=rows)
 
 
 def _finished(study: Study) -> list[Run]:

@@ -24,7 +24,7 @@ else from that of its first seed. A stage may have ``methods`` and ``seeds`` of 
 import copy
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -44,25 +44,18 @@ _NAME = re.compile(r"(?!\.)[\w.+-]+")
 
 @dataclass(frozen=True)
 class Stage:
-    """Runs that may be done in any order.
-
-    Attributes:
-        name (str): Also of its folder.
-        methods, seeds (tuple): What to train.
-        options (dict): Changes for every run, applied before the method's.
-        load_from (str | None): An earlier stage; the runs start from its baseline.
-    """
+    """Runs that may be done in any order."""
 
     name: str
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
-    options: dict = field(default_factory=dict)
-    load_from: str | None = None
+    options: dict  # changes for every run, applied before the method's
+    load_from: str | None  # an earlier stage; the runs start from its baseline
 
 
 @dataclass(frozen=True)
 class Study:
-    """What to compare, see the module, and where.
+    """What to compare, as the module describes it, and where to write.
 
     Attributes:
         name (str): Stem of the spec.
@@ -120,7 +113,7 @@ def load_study(spec: str | os.PathLike, work_dir: str | os.PathLike | None = Non
     """Read and check a spec.
 
     Args:
-        spec (str | os.PathLike): The config file, see the module.
+        spec (str | os.PathLike): The config file that the module describes.
         work_dir (str | os.PathLike | None): Defaults to work_dirs/ablation_<name of the spec>.
 
     Returns:

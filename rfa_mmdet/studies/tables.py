@@ -7,18 +7,11 @@ import pandas as pd
 
 
 class Column(NamedTuple):
-    """A column to show.
-
-    Attributes:
-        title (str): Its header.
-        key (str): The column of the summary to sort by.
-        text (Callable): From a row, see :func:`records`, to its cell.
-        is_text (bool): Whether it holds words, not numbers.
-    """
+    """A column to show."""
 
     title: str
-    key: str
-    text: Callable[[dict[str, Any]], str]
+    key: str  # the column of the summary to sort by
+    text: Callable[[dict[str, Any]], str]  # from a row, see records(), to its cell
     is_text: bool = False
 
 
@@ -62,12 +55,7 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def markdown(summary: pd.DataFrame, metric: str) -> str:
-    """Return the summary as Markdown, one table per stage.
-
-    Args:
-        summary (pd.DataFrame): From :func:`~rfa_mmdet.studies.summary.summarise`.
-        metric (str): Name of the metric, for the headings.
-    """
+    """Return the summary as Markdown, a table per stage, with the metric in their headings."""
     titles = [column.title for column in COLUMNS]
     rules = ["---" if column.is_text else "---:" for column in COLUMNS]
     parts = []

@@ -13,7 +13,7 @@ import pytest
 from rfa_mmdet.studies.plots import save_gains, save_stage_curves
 from rfa_mmdet.studies.report import page
 from rfa_mmdet.studies.summary import summarise
-from tests.helpers.results_of import results_of
+from tests.helpers.results_of import results_of, run_result
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -100,6 +100,34 @@ def test_page_asks_nobody_and_escapes_what_it_shows(report):
     assert "a training iteration has 4 images" in words
     assert "Some CPU, 2 cores, 1 thread (torch 2)" in words
     assert "ours has the highest mean, 0.4600 ± 0.0100, +0.0400 from the baseline" in words
+
+
+def test_page_of_what_is_not_finished(tmp_path):
+    results = results_of(dict(plain=[None, None], ours=[0.2, 0.3]))
+    results["stages"].append(
+        dict(name="later", methods=["ours"], seeds=[0], options={}, load_from="all")
+    )
+    results["runs"].append(run_result("ours", 0, None, stage="later"))
+    words = " ".join(page(results, summarise(results), dict(all=[], later=[]), tmp_path).split())
+    assert "2 of 5 runs finished" in words
+    assert "ours has the highest mean, 0.2500 ± 0.0707; the baseline is not finished." in words
+    assert "Stage later: started from plain of stage all" in words
+    assert "No run of this stage is finished." in words
+    assert '<td class="text">later</td><td class="text">ours</td><td>missing</td><td></td>' in words
+    assert "GFLOPs (" not in words
+    assert "<img" not in words
+
+
+@pytest.mark.parametrize(
+    ("ours", "sentence"),
+    [
+        ([0.3, 0.1], "plain has the highest mean, 0.3500 ± 0.0707: it is the baseline."),
+        ([0.4, 0.6], "+0.1500 from the baseline, which cannot be tested with fewer than 3 seeds."),
+    ],
+)
+def test_sentence_about_the_best_method(ours, sentence, tmp_path):
+    results = results_of(dict(plain=[0.3, 0.4], ours=ours))
+    assert sentence in " ".join(page(results, summarise(results), dict(all=[]), tmp_path).split())
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium (apt-get install chromium)")
