@@ -145,7 +145,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["rfa_mmdet", "rfa_mmdet.*"]),
-    package_data={"rfa_mmdet.ops.receptive_field": ["csrc/*"]},
+    package_data={
+        "rfa_mmdet.ops.receptive_field": ["csrc/*"],
+        "rfa_mmdet.studies": ["report.html"],
+    },
     ext_modules=[
         Extension(
             f"rfa_mmdet.ops.receptive_field._cpu_{name}",
@@ -157,6 +160,7 @@ setup(
     install_requires=[
         "mmengine>=0.10.5,<0.11",
         "mmdet>=3.3,<3.4",
+        "jinja2",
         "matplotlib",
         "numpy",
         "pandas",
