@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rfa_mmdet.errors import ConfigError
 from rfa_mmdet.hooks.new_layers import bare
 from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
-from rfa_mmdet.layers.warm_start.start import calibrate_norm, is_uncalibrated
+from rfa_mmdet.layers.warm_start.identity import calibrate_norm, is_uncalibrated
 
 
 @HOOKS.register_module()

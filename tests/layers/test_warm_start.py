@@ -20,15 +20,14 @@ from torch import Tensor, nn
 
 from rfa_mmdet.layers import RFAConv
 from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
-from rfa_mmdet.layers.warm_start.published_names import PUBLISHED
-from rfa_mmdet.layers.warm_start.start import (
-    Start,
-    WarmStartError,
+from rfa_mmdet.layers.warm_start.identity import (
     calibrate_norm,
     identity_norm,
     is_uncalibrated,
     norm_obstacle,
 )
+from rfa_mmdet.layers.warm_start.published_names import PUBLISHED
+from rfa_mmdet.layers.warm_start.start import Start, WarmStartError
 
 CONVS = ("RFAConv", "RFCBAMConv", "RFCAConv", "CAMConv", "CBAMConv", "CAConv")
 RECEPTIVE = CONVS[:3]

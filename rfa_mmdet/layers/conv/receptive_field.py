@@ -15,7 +15,7 @@ from rfa_mmdet.layers.arguments import boolean
 from rfa_mmdet.layers.conv.base import AttentionConv2d
 from rfa_mmdet.layers.conv.lazy import lazy_features
 from rfa_mmdet.layers.conv.norms import fold_norm, must_be_called
-from rfa_mmdet.layers.warm_start.start import identity_features, identity_norm, norm_obstacle
+from rfa_mmdet.layers.warm_start.identity import identity_features, identity_norm, norm_obstacle
 from rfa_mmdet.ops.common.windows import convolve_weighed_windows
 from rfa_mmdet.ops.receptive_field.lazy_windows import LazyFeatures
 
