@@ -73,7 +73,8 @@ class Case(NamedTuple):
 @st.composite
 def cases(draw, cfg: dict) -> Case:
     pairs = st.tuples(st.integers(1, 4), st.integers(1, 4))
-    kernel = draw(pairs)
+    # A 1x1 RFAConv is a plain convolution, with nothing to start.
+    kernel = draw(pairs.filter(lambda k: k != (1, 1) or cfg["type"] != "RFAConv"))
     stride = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
     padding = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
     dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
@@ -187,10 +188,6 @@ def test_a_1x1_rfaconv_takes_any_plain_one(bias, more):
     plain = nn.Conv2d(4, 6, 1, bias=bias).double()
     layer = build(dict(type="RFAConv"), 4, 6, 1, bias=bias, **more).double()
     layer.load_state_dict(plain.state_dict(), strict=True)
-    assert layer.start == Start(
-        frozenset({"conv.weight", "conv.bias"} if bias else {"conv.weight"}),
-        ("weight", "bias") if bias else ("weight",),
-    )
     x = torch.randn(2, 4, 5, 5).double()
     torch.testing.assert_close(layer(x), plain(x), rtol=1e-12, atol=1e-12)
 

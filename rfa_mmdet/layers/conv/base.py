@@ -1,15 +1,16 @@
 """The Conv2d contract: what mmcv and MMDetection expect of anything they build as a convolution."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from mmengine.model import kaiming_init
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rfa_mmdet.layers.arguments import check_feature_map, int_pair, positive_int
+from rfa_mmdet.layers.arguments import boolean, check_feature_map, int_pair, positive_int
 from rfa_mmdet.layers.warm_start.start import WarmStarted
 
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+PADDING_MODES = get_args(PaddingMode)
 
 
 class AttentionConv2d(WarmStarted):
@@ -22,6 +23,8 @@ class AttentionConv2d(WarmStarted):
     A state dict with a plain convolution's ``weight`` in this layer's place warm-starts it: see
     :mod:`rfa_mmdet.layers.warm_start.start`.
 
+    Subclasses build the final convolution as ``conv``.
+
     Args:
         in_channels (int): C of the input (B, C, H, W).
         out_channels (int): O of the output (B, O, h, w).
@@ -31,6 +34,7 @@ class AttentionConv2d(WarmStarted):
             (kernel_size - 1) / 2.
         dilation (int | tuple[int, int]): Distance of neighbours in a window.
         groups (int): Groups of the final convolution; divides both channel numbers.
+        bias (bool): Whether the final convolution has one.
         padding_mode (str): 'zeros', 'reflect', 'replicate' or 'circular'.
 
     Raises:
@@ -50,7 +54,8 @@ class AttentionConv2d(WarmStarted):
         padding: int | tuple[int, int] | None = None,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
-        padding_mode: str = "zeros",
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
     ) -> None:
         super().__init__()
         self.in_channels = positive_int("in_channels", in_channels)
@@ -65,6 +70,7 @@ class AttentionConv2d(WarmStarted):
                 f"groups={groups}: must divide in_channels={in_channels} "
                 f"and out_channels={out_channels}"
             )
+        self.with_bias = boolean("bias", bias)
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"padding_mode={padding_mode!r}: must be one of {PADDING_MODES}")
         self.padding_mode = padding_mode
@@ -77,7 +83,24 @@ class AttentionConv2d(WarmStarted):
                 f"padding=None with the even kernel_size={self.kernel_size}: no padding of both "
                 "sides keeps the size; pass padding, or an odd kernel_size"
             )
-        return tuple(d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        vertical, horizontal = (
+            d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel_size, strict=True)
+        )
+        return vertical, horizontal
+
+    def plain_conv(self) -> nn.Conv2d:
+        """Return a new plain convolution with this layer's arguments."""
+        return nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.with_bias,
+            self.padding_mode,
+        )
 
     def check_input(self, x: Tensor) -> None:
         """Check a map before anything is computed from it.
@@ -137,8 +160,9 @@ class AttentionConv2d(WarmStarted):
         which it sees the fan of the whole, far too small.
         """
         for module in self.modules():
-            if module is not self.conv and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self.conv and reset is not None:
+                reset()
 
     def extra_repr(self) -> str:
         """Show Conv2d's arguments; the rest stands in the children's own lines."""
