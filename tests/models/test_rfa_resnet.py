@@ -422,7 +422,7 @@ def test_unknown_arguments_and_types_are_refused():
         RFAResNet(18, no_such_argument=1)
     with pytest.raises(TypeError, match="no_such_argument"):
         RFAResNet(18, rfa=dict(RFA, no_such_argument=1))
-    with pytest.raises(ValueError, match="'NoSuchConv' is registered nowhere"):
+    with pytest.raises(ValueError, match=r"^rfa\.type='NoSuchConv' is registered nowhere"):
         RFAResNet(18, rfa=dict(type="NoSuchConv"))
 
 
