@@ -1,45 +1,20 @@
 """RFCBAMConv, RFCAConv and RFAConv on unfolded windows, against the papers' formulas.
 
-RFAConv on learnt features: tests/ops/test_rfa_conv.py. What mmcv and MMDetection expect of each of
-them, wrong inputs among it: test_contracts.py.
+RFAConv on learnt features: tests/ops/receptive_field/test_reference.py. What mmcv and MMDetection
+expect of each of them: tests/layers/test_every_layer.py.
 """
-
-from functools import partial
 
 import pytest
 import torch
 from hypothesis import example, given
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from rfa_mmdet.layers import RFAConv, RFCAConv, RFCBAMConv
 from tests.helpers import formulas
-from tests.helpers.formulas import Case, Exact, sigmoid
+from tests.helpers.formulas import Case
+from tests.helpers.receptive_field import LAYERS
 
-
-def rfcbam_conv(exact: Exact, case: Case, x: Tensor) -> Tensor:
-    wide = formulas.side_by_side(formulas.features(exact, case, x), case.kernel)  # G
-    hidden = exact.relu(x.flatten(2).mean(2) @ exact["se.fc.0.weight"].T)
-    channel = sigmoid(hidden @ exact["se.fc.2.weight"].T)[:, :, None, None]
-    pooled = torch.stack([exact.largest(wide, 1), wide.sum(1) / case.channels], 1)
-    spatial = sigmoid(F.conv2d(pooled, exact["spatial.weight"], padding=1))
-    return formulas.step_over(exact, case, wide * channel * spatial)
-
-
-def rfca_conv(exact: Exact, case: Case, x: Tensor) -> Tensor:
-    wide = formulas.side_by_side(formulas.features(exact, case, x), case.kernel)  # G
-    weighed = formulas.coordinate_attention(exact, wide, "coordinate")
-    return formulas.step_over(exact, case, weighed)
-
-
-LAYERS = {
-    "RFCBAMConv": (RFCBAMConv, rfcbam_conv),
-    "RFCAConv": (RFCAConv, rfca_conv),
-    "unfold": (
-        partial(RFAConv, feature="unfold"),
-        partial(formulas.rfa_conv, learnt=False),
-    ),
-}
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
@@ -261,7 +236,7 @@ def test_a_1x1_window_is_answered_by_a_plain_convolution(feature, kernel_size):
 def test_arguments_of_a_1x1_window_are_checked_too(kwargs, error, message):
     with pytest.raises(error, match=f"^{message}$"):
         RFAConv(**{**dict(in_channels=4, out_channels=6, kernel_size=1), **kwargs})
-    with pytest.raises(ValueError, match="^backend='x': must be one of"):
+    with pytest.raises(ValueError, match=r"^backend='x': must be one of"):
         RFAConv(4, 6, 1, backend="x")
     with pytest.raises(TypeError, match="no_such_argument"):
         RFAConv(4, 6, 1, no_such_argument=1)
