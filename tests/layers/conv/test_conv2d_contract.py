@@ -1,5 +1,7 @@
 """What mmcv expects of a convolution: Conv2d's arguments and attributes, within ConvModule too."""
 
+import inspect
+
 import pytest
 import torch
 from mmcv.cnn import ConvModule
@@ -23,6 +25,41 @@ GRID = [
     dict(padding=2, padding_mode="circular", stride=2),
     dict(padding=2, padding_mode="replicate", dilation=2),
 ]
+
+
+OWN = {
+    "RFAConv": ["norm_cfg", "act_cfg", "input_floor", "feature", "backend"],
+    "RFCBAMConv": ["norm_cfg", "act_cfg", "input_floor", "hidden_channels"],
+    "RFCAConv": ["norm_cfg", "act_cfg", "input_floor", "reduction"],
+    "CAMConv": ["reduction"],
+    "CBAMConv": ["reduction", "spatial_kernel_size"],
+    "CAConv": ["reduction"],
+}
+
+
+@pytest.mark.parametrize("layer_name", CONVS)
+def test_signature_lists_every_argument_in_conv2ds_order(layer_name):
+    kind = MODELS.get(layer_name)
+    plain = list(inspect.signature(nn.Conv2d).parameters)[:9]
+    for cls in (kind, type("Derived", (kind,), {})):
+        shown = inspect.signature(cls).parameters
+        assert list(shown) == [*plain, *OWN[layer_name]]
+        assert all(p.annotation is not p.empty for p in shown.values())
+        required = [name for name, p in shown.items() if p.default is p.empty]
+        assert required == ["in_channels", "out_channels", "kernel_size"]
+        assert [n for n, p in shown.items() if p.kind is p.KEYWORD_ONLY] == OWN[layer_name]
+    # The defaults shown are those that hold.
+    defaults = {n: p.default for n, p in shown.items() if n not in required}
+    torch.manual_seed(0)
+    given = kind(CHANNELS, 16, 3, **defaults).state_dict()
+    torch.manual_seed(0)
+    left_out = kind(CHANNELS, 16, 3).state_dict()
+    assert all(torch.equal(given[key], value) for key, value in left_out.items())
+    by_position = kind(CHANNELS, 16, 3, 2, 3, 4, 2, False, "reflect")
+    for name, value in dict(stride=2, padding=3, dilation=4).items():
+        assert getattr(by_position, name) == (value, value)
+    assert (by_position.groups, by_position.padding_mode) == (2, "reflect")
+    assert by_position.conv.bias is None
 
 
 @pytest.mark.parametrize("layer_name", CONVS)

@@ -8,6 +8,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import nn
 
+from rfa_mmdet.layers import RFAConv
 from tests.helpers.registered import CONVS, assert_gradients, conv, ones_in_last_norm
 
 
@@ -81,3 +82,24 @@ def test_resnet_takes_a_conv_as_dcn(layer_name):
     upstream = [torch.randn_like(y) for y in out]
     convs = [b.conv2 for s in (2, 3, 4) for b in getattr(net, f"layer{s}")]
     assert_gradients(out, convs, upstream)
+
+
+def test_conv_cfg_of_a_whole_resnet_leaves_the_1x1s_plain():
+    torch.manual_seed(0)
+    kwargs = dict(base_channels=8, zero_init_residual=False)
+    net, plain = ResNet(50, conv_cfg=dict(type="RFAConv"), **kwargs), ResNet(50, **kwargs)
+    for name, old in plain.named_modules():
+        if isinstance(old, nn.Conv2d):
+            expected = nn.Conv2d if old.kernel_size == (1, 1) else RFAConv
+            assert type(net.get_submodule(name)) is expected, name
+    # Its checkpoint fits as it is, and starts the others.
+    net.load_state_dict(plain.state_dict(), strict=True)
+    assert torch.equal(net.layer1[0].conv1.weight, plain.layer1[0].conv1.weight)
+    net.eval()
+    plain.eval()
+    maps = plain.maxpool(plain.relu(plain.bn1(plain.conv1(torch.randn(1, 3, 64, 64)))))
+    for layer in ("layer1", "layer2", "layer3", "layer4"):  # behind the stem, nothing is below 0
+        torch.testing.assert_close(
+            getattr(net, layer)(maps), getattr(plain, layer)(maps), rtol=1e-3, atol=1e-4
+        )
+        maps = getattr(plain, layer)(maps)

@@ -208,3 +208,8 @@ def test_unknown_arguments_and_types_are_refused():
         RFAResNet(18, rfa=dict(RFA, no_such_argument=1))
     with pytest.raises(ValueError, match=r"^rfa\.type='NoSuchConv' is registered nowhere"):
         RFAResNet(18, rfa=dict(type="NoSuchConv"))
+    with pytest.raises(TypeError, match=r"^rfa='RFAConv': must be a dict with a 'type'"):
+        RFAResNet(18, rfa="RFAConv")
+    message = r"^rfa=.*: cannot replace layer1\.0\.conv1, which is a CAMConv already"
+    with pytest.raises(ValueError, match=message):
+        RFAResNet(18, rfa=RFA, conv_cfg=dict(type="CAMConv"))

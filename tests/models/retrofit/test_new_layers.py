@@ -4,14 +4,17 @@ import copy
 
 import pytest
 import torch
+from mmdet.registry import MODELS
 from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
 from rfa_mmdet.layers import RFAConv
+from rfa_mmdet.layers.warm_start.start import Start, WarmStartError
 from rfa_mmdet.models import retrofit
 from rfa_mmdet.models.retrofit import new_layers
 from tests.helpers.edited import (
+    COORD,
     KINDS,
     RFA,
     edited_resnet,
@@ -157,6 +160,52 @@ def test_around_a_loaded_module_the_same_is_frozen_as_after_its_checkpoint():
     assert around.layer1[0].conv1.start == loaded.layer1[0].conv1.start
     modes = [{n: m.training for n, m in net.named_modules()} for net in (around, loaded)]
     assert modes[0] == modes[1]
+
+
+def test_a_second_edit_is_kept_track_of_as_the_first_is(reports):
+    cfg = dict(type="ResNet", depth=18, base_channels=8, frozen_stages=4)
+    net = retrofit(cfg, [dict(where=r"layer1\.\d\.conv1", conv=RFA)])
+    first = net.new_layers
+    retrofit(net, [dict(after=r"layer2\.\d", plugin=COORD)], strict_start=True)
+    assert net.new_layers is first
+    assert list(first.layers) == [
+        *("layer1.0.conv1", "layer1.1.conv1"),
+        *("layer2.0.coord_att", "layer2.1.coord_att"),
+    ]
+    load_state_dict(net, plain_net(18).state_dict())
+    assert len(reports) == 1
+    assert "warm-started  2 keys, for 2 layers" in reports[0]
+    net.train()
+    trained = {n.rpartition(".coord_att.")[0] for n, p in net.named_parameters() if p.requires_grad}
+    assert {"layer2.0", "layer2.1"} <= trained
+    state = {**plain_net(18).state_dict(), "fc.weight": torch.zeros(1)}
+    with pytest.raises(WarmStartError, match=r"fc\.weight"):  # the second edit's strict_start
+        load_state_dict(net, state)
+
+
+def test_start_of_any_layer_whoever_wrote_it():
+    @MODELS.register_module(name="ForeignConv", force=True)
+    class ForeignConv(nn.Conv2d):
+        pass
+
+    edits = [dict(where="0", conv=dict(type="ForeignConv")), dict(where="1", conv=RFA)]
+    net = retrofit(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), edits)
+    foreign, own = net[0], net[1]
+    kept = net.new_layers
+    assert kept.start_of("0") == Start()
+    assert kept.start_of("1") == own.start != Start()  # from the convolution that stood there
+    attributes = set(vars(foreign))
+    net.load_state_dict({"0.weight": torch.zeros(4, 3, 3, 3)}, strict=False)
+    net.load_state_dict({"0.bias": torch.zeros(4), "1.conv.bias": torch.zeros(4)}, strict=False)
+    assert kept.start_of("0") == Start(frozenset({"weight", "bias"}))
+    assert set(vars(foreign)) == attributes
+    # A copy's record is its own.
+    twin = copy.deepcopy(net)
+    twin.new_layers.restore_start("0", ["bias"])
+    twin.new_layers.restore_start("1", ["conv.weight"])
+    assert twin.new_layers.start_of("0") == Start(frozenset({"bias"}))
+    assert twin.new_layers.start_of("1") == twin[1].start == Start(frozenset({"conv.weight"}))
+    assert kept.start_of("0") == Start(frozenset({"weight", "bias"}))
 
 
 def test_around_a_loaded_module_plugins_have_its_precision():
