@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rfa_mmdet.layers.arguments import boolean, check_feature_map, int_pair, positive_int
-from rfa_mmdet.layers.warm_start.start import WarmStarted
+from rfa_mmdet.layers.warm_start.start import WarmStartable
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 PADDING_MODES = get_args(PaddingMode)
 
 
-class AttentionConv2d(WarmStarted):
+class AttentionConv2d(WarmStartable):
     """Base of the convolutions with attention: Conv2d's arguments, checked, under its names.
 
     One difference from Conv2d: ``padding`` may be left out. A window with attention has a centre,

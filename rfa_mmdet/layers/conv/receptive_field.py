@@ -34,7 +34,7 @@ class ReceptiveFieldConv(AttentionConv2d):
             Defaults to 0.
     """
 
-    feature: nn.Conv2d
+    feature: nn.Conv2d  # None where RFAConv takes the window's own values
 
     @with_arguments_of(AttentionConv2d)
     def __init__(

@@ -66,7 +66,7 @@ class RFAConv(ReceptiveFieldConv):
             raise ValueError(f"feature={feature!r}: must be 'conv' or 'unfold'")
         super().__init__(*args, **kwargs)
         if feature == "unfold":
-            self.register_module("feature", None)
+            self.register_module("feature", None)  # which rfa_conv takes for the bare windows
         self.backend = check_choice(backend, self.norm, self.act)
         wide = self.in_channels * self.kernel_size[0] * self.kernel_size[1]  # C * K
         self.attention = nn.Conv2d(self.in_channels, wide, 1, groups=self.in_channels, bias=False)
@@ -83,7 +83,8 @@ class RFAConv(ReceptiveFieldConv):
     ) -> Any:
         """Return the layer, or a plain convolution for a 1x1 window, with nothing to weigh."""
         layer = super().__new__(cls)
-        if kernel_size not in (1, (1, 1), [1, 1]):
+        known = isinstance(kernel_size, (int, tuple, list))  # else __init__ refuses it
+        if not known or kernel_size not in (1, (1, 1), [1, 1]):
             return layer
         cls.__init__(layer, in_channels, out_channels, kernel_size, *args, **kwargs)  # checks all
         return layer.plain_conv()

@@ -6,7 +6,7 @@ under which its attention weighs everything alike, by a constant that the final 
 the receptive-field ones also have values under which their features are the window's own
 (``identity.py``), on inputs that are nowhere below ``input_floor``.
 
-:class:`Start` is the record of what a checkpoint did. :class:`WarmStarted` is the base of the
+:class:`Start` is the record of what a checkpoint did. :class:`WarmStartable` is the base of the
 layers: first what a layer says of itself, then what loading does with it.
 """
 
@@ -54,8 +54,8 @@ def matching(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> froz
     )
 
 
-class WarmStarted(nn.Module):
-    """Base of layers that a plain convolution's checkpoint can start.
+class WarmStartable(nn.Module):
+    """Base of the layers that a plain convolution's checkpoint can start.
 
     Attributes:
         conv (nn.Conv2d): The final convolution, of the shape of the plain one.
@@ -96,7 +96,7 @@ class WarmStarted(nn.Module):
 
     @classmethod
     def published_name(cls) -> str:
-        """Return the first base that a paper names: a subclass reads what it reads; '': none."""
+        """Return the class in the bases whose published names this layer reads; '': none."""
         return next((base.__name__ for base in cls.__mro__ if base.__name__ in PUBLISHED), "")
 
     def _zeros(self, *names: str) -> dict[str, Tensor]:

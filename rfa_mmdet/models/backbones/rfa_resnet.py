@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import torch.utils.checkpoint as cp
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmdet.registry import MODELS
+from mmdet.utils import ConfigType, OptConfigType
 from torch import Tensor, nn
 
-from rfa_mmdet.models.retrofit.edits import Config, apply_edits, plan_at
+from rfa_mmdet.models.retrofit.edits import apply_edits, plan_at
 from rfa_mmdet.models.retrofit.new_layers import keep_new
 
 
@@ -43,7 +44,7 @@ class PluginBasicBlock(BasicBlock):
     forward_plugin = Bottleneck.forward_plugin
 
     def __init__(
-        self, inplanes: int, planes: int, plugins: list[Config] | None = None, **kwargs: Any
+        self, inplanes: int, planes: int, plugins: list[ConfigType] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(inplanes, planes, **kwargs)
         for plugin in plugins or []:
@@ -70,7 +71,7 @@ class PluginBasicBlock(BasicBlock):
         return y
 
 
-def _check_position(plugin: Config, positions: tuple[str, ...]) -> None:
+def _check_position(plugin: ConfigType, positions: tuple[str, ...]) -> None:
     if plugin.get("position") not in positions:
         raise ValueError(
             f"plugins: position={plugin.get('position')!r} of {plugin.get('cfg')}: "
@@ -116,9 +117,9 @@ class RFAResNet(ResNet):
     def __init__(
         self,
         depth: int,
-        rfa: Config | None = None,
+        rfa: OptConfigType = None,
         stage_with_rfa: Sequence[bool] | None = None,
-        plugins: list[Config] | None = None,
+        plugins: list[ConfigType] | None = None,
         strict_start: bool | str = False,
         **kwargs: Any,
     ) -> None:
@@ -173,7 +174,7 @@ class RFAResNet(ResNet):
             for plugin in getattr(block, f"after_conv{position}_plugin_names", ())
         }
 
-    def make_stage_plugins(self, plugins: list[Config], stage_idx: int) -> list[Config]:
+    def make_stage_plugins(self, plugins: list[ConfigType], stage_idx: int) -> list[ConfigType]:
         """Return the plug-ins of a stage, checked in words before MMDetection asserts."""
         positions = getattr(self.block, "positions", ("after_conv1", "after_conv2", "after_conv3"))
         for plugin in plugins:
@@ -184,11 +185,11 @@ class RFAResNet(ResNet):
                     f"plugins: stages={stages} of {plugin.get('cfg')}: must have "
                     f"num_stages={self.num_stages} entries"
                 )
-        chosen: list[Config] = super().make_stage_plugins(plugins, stage_idx)
+        chosen: list[ConfigType] = super().make_stage_plugins(plugins, stage_idx)
         return chosen
 
     def make_res_layer(
-        self, block: type, init_cfg: Config | None = None, **kwargs: Any
+        self, block: type, init_cfg: OptConfigType = None, **kwargs: Any
     ) -> nn.Module:
         """Build a stage; MMDetection's ``zero_init_residual`` knows only its own BasicBlock."""
         if block is PluginBasicBlock and self._zero_last_norm:

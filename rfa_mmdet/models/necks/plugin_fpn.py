@@ -5,8 +5,9 @@ from typing import Any
 
 from mmdet.models.necks import FPN
 from mmdet.registry import MODELS
+from mmdet.utils import ConfigType, OptConfigType
 
-from rfa_mmdet.models.retrofit.edits import Config, Step, apply_edits, plan_at
+from rfa_mmdet.models.retrofit.edits import Step, apply_edits, plan_at
 from rfa_mmdet.models.retrofit.new_layers import keep_new
 
 POSITIONS = {"after_lateral": "lateral_convs", "after_output": "fpn_convs"}
@@ -48,8 +49,8 @@ class PluginFPN(FPN):
         in_channels: list[int],
         out_channels: int,
         num_outs: int,
-        plugins: Sequence[Config] = (),
-        conv_cfg: Config | None = None,
+        plugins: Sequence[ConfigType] = (),
+        conv_cfg: OptConfigType = None,
         strict_start: bool | str = False,
         **kwargs: Any,
     ) -> None:
@@ -64,7 +65,7 @@ class PluginFPN(FPN):
             steps += self._plan_plugin(i, plugin)
         keep_new(self, apply_edits(self, steps, loaded=False), strict_start)
 
-    def _plan_plugin(self, i: int, plugin: Config) -> list[Step]:
+    def _plan_plugin(self, i: int, plugin: ConfigType) -> list[Step]:
         if not isinstance(plugin, dict) or not {"cfg", "position"} <= set(plugin):
             raise TypeError(
                 f"plugins[{i}]={plugin!r}: must be dict(cfg=..., position=..., levels=...)"

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from mmcv.cnn import build_conv_layer, build_plugin_layer
 from mmcv.cnn.bricks.wrappers import Conv2d as MMCVConv2d
+from mmdet.utils import ConfigType
 from mmengine.registry import MODELS as LAYERS
 from torch import Tensor, nn
 
 from rfa_mmdet.layers.conv.base import AttentionConv2d
-
-Config = dict[str, Any]
 
 # What each kind of edit puts in; nn.Conv2d's subclasses with a forward of their own, such as those
 # that pad by themselves, cannot be replaced: nobody takes that over.
@@ -39,7 +38,7 @@ class Step:
 
     names: tuple[str, ...]
     module: nn.Module
-    cfg: Config
+    cfg: ConfigType
     inserts: bool
 
     def build(self) -> tuple[str, nn.Module]:
@@ -58,7 +57,7 @@ class Step:
             raise kind(f"{self.names[0]}: {self.cfg} does not fit there: {error}") from error
 
 
-def plan_edits(module: nn.Module, edits: Sequence[Config]) -> list[Step]:
+def plan_edits(module: nn.Module, edits: Sequence[ConfigType]) -> list[Step]:
     """Find what a list of edits means for a module.
 
     Args:
@@ -103,7 +102,7 @@ def plan_edits(module: nn.Module, edits: Sequence[Config]) -> list[Step]:
 
 
 def plan_at(
-    module: nn.Module, names: Iterable[str], cfg: Config, argument: str, inserts: bool = False
+    module: nn.Module, names: Iterable[str], cfg: ConfigType, argument: str, inserts: bool = False
 ) -> list[Step]:
     """Plan one edit of modules that the caller knows by name.
 
@@ -239,7 +238,7 @@ def output_channels(module: nn.Module) -> int | None:
     return None
 
 
-def _check_config(argument: str, cfg: Any) -> Config:
+def _check_config(argument: str, cfg: Any) -> ConfigType:
     if not isinstance(cfg, dict) or "type" not in cfg:
         raise TypeError(f"{argument}={cfg!r}: must be a dict with a 'type'")
     with LAYERS.switch_scope_and_registry(None) as registry:  # as mmcv looks it up
@@ -248,7 +247,7 @@ def _check_config(argument: str, cfg: Any) -> Config:
     return dict(cfg)
 
 
-def _check_edit(i: int, edit: Any) -> tuple[str, re.Pattern[str], Config]:
+def _check_edit(i: int, edit: Any) -> tuple[str, re.Pattern[str], ConfigType]:
     valid = "dict(where=PATTERN, conv=CFG) or dict(after=PATTERN, plugin=CFG)"
     if not isinstance(edit, dict):
         raise TypeError(f"edits[{i}]={edit!r}: must be {valid}")

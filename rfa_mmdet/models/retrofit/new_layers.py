@@ -1,8 +1,8 @@
-"""The layers of a module that its plain checkpoint knows nothing of: trained, and reported.
+"""The layers of a module that its plain checkpoint does not know: kept trainable, and reported.
 
-MMDetection's ``frozen_stages`` and ``norm_eval`` go by position. What stands there anew must not be
-held at values that nobody trained: parameters that no checkpoint filled stay trainable, and norms
-without statistics from one use those of the batch.
+MMDetection's ``frozen_stages`` and ``norm_eval`` go by position. A new layer in such a place must
+not be frozen at values that nobody trained: parameters that no checkpoint filled stay trainable,
+and norms whose statistics no checkpoint filled use those of the batch.
 """
 
 import re
@@ -14,14 +14,14 @@ from mmengine.logging import print_log
 from torch import nn
 
 from rfa_mmdet.layers.conv.base import AttentionConv2d
-from rfa_mmdet.layers.warm_start.start import Start, WarmStarted, WarmStartError, matching
+from rfa_mmdet.layers.warm_start.start import Start, WarmStartable, WarmStartError, matching
 from rfa_mmdet.models.retrofit.report import StartReport
 
 
 def keep_new(
     module: nn.Module, layers: dict[str, nn.Module], strict_start: bool | str = False
 ) -> "NewLayers":
-    """Keep track of new layers of a module, together with those of an earlier edit.
+    """Keep track of a module's new layers, together with those of an earlier edit.
 
     Args:
         module (nn.Module): That holds the layers.
@@ -81,10 +81,10 @@ class NewLayers:
     def __init__(
         self, module: nn.Module, layers: dict[str, nn.Module], strict_start: bool | str
     ) -> None:
-        self.module: Any = module  # which class it is, is not known here
+        self.module: Any = module  # of any class
         self.layers = dict(layers)
         self.strict_start = check_strict_start(strict_start)
-        # What checkpoints filled of the layers that keep no such record themselves.
+        # What checkpoints filled of other people's layers; ours keep it themselves.
         self._filled: dict[str, frozenset[str]] = {}
         self._given: dict[str, tuple[int, ...]] = {}
         vars(module)["new_layers"] = self
@@ -96,32 +96,32 @@ class NewLayers:
         module.register_load_state_dict_post_hook(self._after_load)
 
     def start_of(self, name: str) -> Start:
-        """Return where the values of a new layer come from, be it of this package or not.
+        """Return where the values of a new layer come from, whoever wrote the layer.
 
         Args:
             name (str): Of the layer in the module.
         """
         layer = self.layers[name]
-        if isinstance(layer, WarmStarted):
+        if isinstance(layer, WarmStartable):
             return layer.start
         return Start(self._filled.get(name, frozenset()))
 
     def restore_start(self, name: str, filled: Iterable[str]) -> None:
-        """Set what checkpoints had filled of a layer before the run that is resumed trained it.
+        """Set what checkpoints had filled of a layer before the resumed run trained it.
 
         Args:
             name (str): Of the layer in the module.
             filled (Iterable[str]): The layer's own names.
         """
         layer = self.layers[name]
-        if isinstance(layer, WarmStarted):
+        if isinstance(layer, WarmStartable):
             layer.start = Start(frozenset(filled))
         else:
             self._filled[name] = frozenset(filled)
 
     @contextmanager
     def kept(self, mode: bool) -> Iterator[None]:
-        """Let the module freeze inside, and take back what it must not.
+        """Let the module freeze what it wants inside, then undo that for what is new.
 
         Args:
             mode (bool): Whether the module trains.
@@ -161,7 +161,7 @@ class NewLayers:
         given = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         self._given = {name: tuple(getattr(value, "shape", ())) for name, value in given.items()}
         for name, layer in self.layers.items():
-            if not isinstance(layer, WarmStarted):
+            if not isinstance(layer, WarmStartable):
                 found = matching(layer, state_dict, f"{prefix}{name}.")
                 self._filled[name] = self.start_of(name).filled | found
 

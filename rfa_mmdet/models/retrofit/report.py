@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from rfa_mmdet.layers.warm_start.published_names import PUBLISHED
-from rfa_mmdet.layers.warm_start.start import Start, WarmStarted
+from rfa_mmdet.layers.warm_start.start import Start, WarmStartable
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class StartReport:
         covered, warm, taken = set(loaded), {}, 0
         layers = set(layers)
         for name, layer in module.named_modules(remove_duplicate=False):
-            known = isinstance(layer, WarmStarted) and layer in layers
+            known = isinstance(layer, WarmStartable) and layer in layers
             start = layer.start if known else Start()
             if start.refused and f"{name}.weight" in given:
                 skipped[f"{name}.weight"] = start.refused
@@ -94,7 +94,7 @@ def _own_keys(layer: nn.Module, layers: set[nn.Module]) -> list[str]:
 
 
 def _published(layer: nn.Module) -> Iterable[tuple[str, str]]:
-    name = layer.published_name() if isinstance(layer, WarmStarted) else ""
+    name = layer.published_name() if isinstance(layer, WarmStartable) else ""
     return PUBLISHED.get(name, {}).items()
 
 

@@ -13,19 +13,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmdet.registry import MODELS
+from mmdet.utils import ConfigType
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from rfa_mmdet.models.retrofit.edits import Config, apply_edits, plan_edits, plan_table
+from rfa_mmdet.models.retrofit.edits import apply_edits, plan_edits, plan_table
 from rfa_mmdet.models.retrofit.new_layers import check_strict_start, keep_new
 
 
 @MODELS.register_module(name="Retrofit")
 def retrofit(
-    module: Config | nn.Module,
-    edits: Sequence[Config],
+    module: ConfigType | nn.Module,
+    edits: Sequence[ConfigType],
     dry_run: bool = False,
     strict_start: bool | str = False,
     **kwargs: Any,
@@ -77,7 +78,7 @@ def retrofit(
     return net
 
 
-def _build(cfg: Any, more: Config) -> nn.Module:
+def _build(cfg: Any, more: ConfigType) -> nn.Module:
     if not isinstance(cfg, dict) or "type" not in cfg:
         raise TypeError(f"module={cfg!r}: must be a config with a 'type', or a module")
     net: nn.Module = MODELS.build({**cfg, **more})

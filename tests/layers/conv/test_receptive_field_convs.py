@@ -231,6 +231,11 @@ def test_a_1x1_window_is_answered_by_a_plain_convolution(feature, kernel_size):
         (dict(bias=1), TypeError, "bias=1: must be a bool, not int"),
         (dict(input_floor=1), ValueError, "input_floor=1: must be finite and at most 0"),
         (dict(kernel_size=True), TypeError, "kernel_size=True: must be an int, not bool"),
+        (
+            dict(kernel_size=torch.ones(2)),
+            TypeError,
+            r"kernel_size=tensor\(\[1\., 1\.\]\): must be an int, not Tensor",
+        ),
     ],
 )
 def test_arguments_of_a_1x1_window_are_checked_too(kwargs, error, message):
