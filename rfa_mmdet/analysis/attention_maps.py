@@ -95,8 +95,7 @@ def attention_layers(model: nn.Module, pattern: str = "") -> dict[str, nn.Module
     layers: dict[str, nn.Module] = {}
     for name, layer in model.named_modules():
         inside = any(name.startswith(f"{outer}.") or outer == "" for outer in layers)
-        plain = getattr(layer, "is_pointwise", False)  # a 1x1 RFAConv
-        if hasattr(layer, "attention_map") and not inside and not plain:
+        if hasattr(layer, "attention_map") and not inside:
             layers[name] = layer
     return _matching(layers, pattern, "layer with attention")
 
@@ -166,11 +165,7 @@ def attention_maps(
         >>> {name: tuple(attention.shape) for name, attention in maps.items()}
         {'2': (1, 8, 9, 6, 6)}
     """
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, RFAConv) and not layer.is_pointwise
-    }
+    layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, RFAConv)}
     maps: dict[str, Tensor] = {}
 
     def look(name: str, layer: RFAConv, x: Tensor) -> None:

@@ -6,7 +6,8 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from tests.helpers.zoo import stir
+from rfa_mmdet.config.plain import plain_base
+from tests.helpers.norms import randomise_norms
 
 # Over the demo's thin RetinaNet: mmdet's own ResNet in it.
 RETINANET = """
@@ -51,7 +52,7 @@ def build_plain(config) -> nn.Module:
     torch.manual_seed(0)
     model = MODELS.build(Config.fromfile(config).model)
     model.init_weights()
-    stir(model)
+    randomise_norms(model)
     head = getattr(model, "bbox_head", None)
     if head is not None:  # RetinaNet's, whose scores start at 0.01, all alike
         nn.init.normal_(head.retina_cls.weight, std=0.2)
@@ -65,3 +66,15 @@ def save_plain(config, path):
     meta = dict(epoch=3, dataset_meta=dict(classes=classes))
     torch.save(dict(meta=meta, state_dict=build_plain(config).state_dict()), path)
     return path
+
+
+def save_plain_detector(config, path) -> None:
+    """Save the thin detector without this package's layers, as it is before any training."""
+    init_default_scope("mmdet")
+    torch.manual_seed(0)
+    plain = MODELS.build(plain_base(Config.fromfile(config)).model)
+    plain.init_weights()
+    randomise_norms(
+        plain
+    )  # ResNet starts its last norms at 0, behind which nothing would be trained
+    torch.save(dict(state_dict=plain.state_dict(), meta={}), path)

@@ -20,8 +20,8 @@ from rfa_mmdet.ops.receptive_field import WindowFeatures, autograd, backends
 from tests.helpers import formulas
 from tests.helpers.backends import require, run
 from tests.helpers.formulas import Case, Exact, relative_error
+from tests.helpers.receptive_field import LAYERS
 from tests.helpers.tolerances import TOLERANCES
-from tests.layers.test_receptive_field_convs import LAYERS
 
 NAMES = ("RFCBAMConv", "RFCAConv")
 

@@ -11,10 +11,13 @@ same without storing the features (``_fast_path.py``). Traces, exports and modul
 must be called, always take the formula.
 """
 
+from typing import Any
+
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor
 
+from rfa_mmdet.layers.arguments import with_arguments_of
 from rfa_mmdet.layers.attention.coord_att import CoordAtt
 from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
 
@@ -23,27 +26,13 @@ from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
 class RFCAConv(ReceptiveFieldConv):
     """Convolution whose receptive-field features are weighed by row and by column.
 
-    Arguments shared with Conv2d: see
-    :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
-
     Args:
-        in_channels (int): C of the input (B, C, H, W).
-        out_channels (int): O of the output (B, O, h, w).
-        kernel_size (int | tuple[int, int]): Size of the window.
-        stride (int | tuple[int, int]): Defaults to 1.
-        padding (int | tuple[int, int] | None): Defaults to None: an odd kernel keeps the size.
-        dilation (int | tuple[int, int]): Defaults to 1.
-        groups (int): Of the final convolution. Defaults to 1.
-        bias (bool): Of the final convolution. Defaults to True.
-        padding_mode (str): Defaults to 'zeros'.
-        norm_cfg (dict | None): Norm of the receptive-field features. Defaults to BN.
-        act_cfg (dict | None): Their activation. Defaults to ReLU.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode: As of :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
+        norm_cfg, act_cfg, input_floor, backend: As of
+            :class:`~rfa_mmdet.layers.conv.receptive_field.ReceptiveFieldConv`.
         reduction (int): The attention's hidden width is C // reduction, at least 8.
             Defaults to 32.
-        input_floor (float): Lowest value of the input for which a warm start is exact; below 0 it
-            needs ``bias=True``. Defaults to 0.
-        backend (str): 'reference': plain torch. 'cpu': the C++ kernels. 'auto': the kernels where
-            they can compute this, else plain torch. Defaults to 'auto'.
 
     Raises:
         TypeError, ValueError: An argument or the input is not as above.
@@ -57,28 +46,10 @@ class RFCAConv(ReceptiveFieldConv):
 
     operators = ("pool_coordinates", "gated_conv")
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | None = None,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        norm_cfg: dict | None = dict(type="BN"),
-        act_cfg: dict | None = dict(type="ReLU", inplace=True),
-        reduction: int = 32,
-        input_floor: float = 0.0,
-        backend: str = "auto",
-    ) -> None:
-        window = (stride, padding, dilation, groups, bias, padding_mode)
-        super().__init__(
-            in_channels, out_channels, kernel_size, *window, norm_cfg, act_cfg, input_floor, backend
-        )
-        self.coordinate = CoordAtt(in_channels, reduction)
+    @with_arguments_of(ReceptiveFieldConv)
+    def __init__(self, *args: Any, reduction: int = 32, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.coordinate = CoordAtt(self.in_channels, reduction)
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
         """Return values under which both gates are 1/2."""

@@ -14,11 +14,13 @@ must be called, always take the formula.
 Of equal maxima over the channels, the kernels give the gradient to the first, the formula to all.
 """
 
+from typing import Any
+
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from rfa_mmdet.layers.arguments import positive_int
+from rfa_mmdet.layers.arguments import positive_int, with_arguments_of
 from rfa_mmdet.layers.attention.se import SE
 from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
 from rfa_mmdet.ops.cbam import in_fast_layout
@@ -31,26 +33,12 @@ from rfa_mmdet.ops.common.windows import lay_out, take_apart
 class RFCBAMConv(ReceptiveFieldConv):
     """Convolution whose receptive-field features are weighed by channel and by position.
 
-    Arguments shared with Conv2d: see
-    :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
-
     Args:
-        in_channels (int): C of the input (B, C, H, W).
-        out_channels (int): O of the output (B, O, h, w).
-        kernel_size (int | tuple[int, int]): Size of the window.
-        stride (int | tuple[int, int]): Defaults to 1.
-        padding (int | tuple[int, int] | None): Defaults to None: an odd kernel keeps the size.
-        dilation (int | tuple[int, int]): Defaults to 1.
-        groups (int): Of the final convolution. Defaults to 1.
-        bias (bool): Of the final convolution. Defaults to True.
-        padding_mode (str): Defaults to 'zeros'.
-        norm_cfg (dict | None): Norm of the receptive-field features. Defaults to BN.
-        act_cfg (dict | None): Their activation. Defaults to ReLU.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode: As of :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
+        norm_cfg, act_cfg, input_floor, backend: As of
+            :class:`~rfa_mmdet.layers.conv.receptive_field.ReceptiveFieldConv`.
         hidden_channels (int): Hidden width of the channel attention. Defaults to 16.
-        input_floor (float): Lowest value of the input for which a warm start is exact; below 0 it
-            needs ``bias=True``. Defaults to 0.
-        backend (str): 'reference': plain torch. 'cpu': the C++ kernels. 'auto': the kernels where
-            they can compute this, else plain torch. Defaults to 'auto'.
 
     Raises:
         TypeError, ValueError: An argument or the input is not as above.
@@ -63,30 +51,12 @@ class RFCBAMConv(ReceptiveFieldConv):
 
     operators = ("pool_channels", "gated_conv")
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | None = None,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        norm_cfg: dict | None = dict(type="BN"),
-        act_cfg: dict | None = dict(type="ReLU", inplace=True),
-        hidden_channels: int = 16,
-        input_floor: float = 0.0,
-        backend: str = "auto",
-    ) -> None:
-        window = (stride, padding, dilation, groups, bias, padding_mode)
-        super().__init__(
-            in_channels, out_channels, kernel_size, *window, norm_cfg, act_cfg, input_floor, backend
-        )
+    @with_arguments_of(ReceptiveFieldConv)
+    def __init__(self, *args: Any, hidden_channels: int = 16, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         # SE itself takes None, for a width by reduction.
         hidden_channels = positive_int("hidden_channels", hidden_channels)
-        self.se = SE(in_channels, hidden_channels=hidden_channels)
+        self.se = SE(self.in_channels, hidden_channels=hidden_channels)
         self.spatial = nn.Conv2d(2, 1, 3, padding=1, bias=False)
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:

@@ -1,6 +1,6 @@
 """CAMConv, CBAMConv and CAConv against the papers' formulas.
 
-What mmcv and MMDetection expect of each of them: test_contracts.py.
+What mmcv and MMDetection expect of each of them: tests/layers/test_every_layer.py.
 """
 
 import pytest

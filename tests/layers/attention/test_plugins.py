@@ -1,6 +1,6 @@
 """SE, ECA, CBAM and CoordAtt against the papers' formulas, written here once more.
 
-What mmcv and MMDetection expect of each of them: test_contracts.py.
+What mmcv and MMDetection expect of each of them: tests/layers/test_every_layer.py.
 """
 
 import pytest

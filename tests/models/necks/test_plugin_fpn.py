@@ -254,7 +254,7 @@ def test_gradients_reach_everything(extra):
         (
             dict(plugins=[dict(LATERAL, cfg=dict(type="EMMA"))]),
             ValueError,
-            r"plugin\.type='EMMA' is registered nowhere",
+            r"^plugins\[0\]\.cfg\.type='EMMA' is registered nowhere",
         ),
         (
             dict(plugins=[dict(LATERAL, cfg=dict(type="EMA", factor=7))]),
@@ -266,8 +266,12 @@ def test_gradients_reach_everything(extra):
             ValueError,
             r"^lateral_convs\.0 has a 'ema' already; give the plug-in a postfix",
         ),
-        (dict(conv_cfg="RFAConv"), TypeError, r"conv='RFAConv': must be a dict with a 'type'"),
-        (dict(conv_cfg=dict(type="RFACov")), ValueError, r"conv\.type='RFACov' is registered now"),
+        (dict(conv_cfg="RFAConv"), TypeError, "^conv_cfg='RFAConv': must be a dict with a 'type'"),
+        (
+            dict(conv_cfg=dict(type="RFACov")),
+            ValueError,
+            r"^conv_cfg\.type='RFACov' is registered now",
+        ),
         (dict(strict_start=1), TypeError, r"^strict_start=1: must be a bool or a pattern"),
         (dict(no_such=1), TypeError, "no_such"),
     ],

@@ -1,45 +1,20 @@
 """RFCBAMConv, RFCAConv and RFAConv on unfolded windows, against the papers' formulas.
 
-RFAConv on learnt features: tests/ops/test_rfa_conv.py. What mmcv and MMDetection expect of each of
-them, wrong inputs among it: test_contracts.py.
+RFAConv on learnt features: tests/ops/receptive_field/test_reference.py. What mmcv and MMDetection
+expect of each of them: tests/layers/test_every_layer.py.
 """
-
-from functools import partial
 
 import pytest
 import torch
 from hypothesis import example, given
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from rfa_mmdet.layers import RFAConv, RFCAConv, RFCBAMConv
 from tests.helpers import formulas
-from tests.helpers.formulas import Case, Exact, sigmoid
+from tests.helpers.formulas import Case
+from tests.helpers.receptive_field import LAYERS
 
-
-def rfcbam_conv(exact: Exact, case: Case, x: Tensor) -> Tensor:
-    wide = formulas.side_by_side(formulas.features(exact, case, x), case.kernel)  # G
-    hidden = exact.relu(x.flatten(2).mean(2) @ exact["se.fc.0.weight"].T)
-    channel = sigmoid(hidden @ exact["se.fc.2.weight"].T)[:, :, None, None]
-    pooled = torch.stack([exact.largest(wide, 1), wide.sum(1) / case.channels], 1)
-    spatial = sigmoid(F.conv2d(pooled, exact["spatial.weight"], padding=1))
-    return formulas.step_over(exact, case, wide * channel * spatial)
-
-
-def rfca_conv(exact: Exact, case: Case, x: Tensor) -> Tensor:
-    wide = formulas.side_by_side(formulas.features(exact, case, x), case.kernel)  # G
-    weighed = formulas.coordinate_attention(exact, wide, "coordinate")
-    return formulas.step_over(exact, case, weighed)
-
-
-LAYERS = {
-    "RFCBAMConv": (RFCBAMConv, rfcbam_conv),
-    "RFCAConv": (RFCAConv, rfca_conv),
-    "unfold": (
-        partial(RFAConv, feature="unfold"),
-        partial(formulas.rfa_conv, learnt=False),
-    ),
-}
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
@@ -228,15 +203,48 @@ def test_other_widths_of_the_attention_are_the_formula(name, width):
 
 
 @pytest.mark.parametrize("feature", ["conv", "unfold"])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_rfa_conv_of_1x1_is_a_plain_convolution_in_both_forms(feature, stride):
-    layer = RFAConv(4, 6, 1, stride=stride, feature=feature)
-    assert shapes(layer) == {"conv.weight": (6, 4, 1, 1), "conv.bias": (6,)}
-    x = torch.randn(2, 4, 7, 5)
-    expected = F.conv2d(x, layer.conv.weight, layer.conv.bias, stride)
-    torch.testing.assert_close(layer(x), expected)
-    with pytest.raises(ValueError, match=r"kernel_size=\(1, 1\): a 1x1 RFAConv is a plain conv"):
-        layer.attention_map(x)
+@pytest.mark.parametrize("kernel_size", [1, (1, 1), [1, 1]])
+def test_a_1x1_window_is_answered_by_a_plain_convolution(feature, kernel_size):
+    class Derived(RFAConv):
+        pass
+
+    for kind in (RFAConv, Derived):
+        for layer in (
+            kind(4, 6, kernel_size, 2, feature=feature),
+            kind(in_channels=4, out_channels=6, kernel_size=kernel_size, stride=2, feature=feature),
+        ):
+            assert type(layer) is nn.Conv2d
+            assert shapes(layer) == {"weight": (6, 4, 1, 1), "bias": (6,)}
+            x = torch.randn(2, 4, 7, 5)
+            expected = F.conv2d(x, layer.weight, layer.bias, 2)
+            torch.testing.assert_close(layer(x), expected)
+    # Only where both sides are 1, and only of this method: the others still weigh the channels.
+    assert type(RFAConv(4, 6, (1, 3), feature=feature)) is RFAConv
+    assert type(RFCAConv(4, 6, 1)) is RFCAConv
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        (dict(feature="other"), ValueError, "feature='other': must be 'conv' or 'unfold'"),
+        (dict(groups=5), ValueError, "groups=5: must divide in_channels=4 and out_channels=6"),
+        (dict(bias=1), TypeError, "bias=1: must be a bool, not int"),
+        (dict(input_floor=1), ValueError, "input_floor=1: must be finite and at most 0"),
+        (dict(kernel_size=True), TypeError, "kernel_size=True: must be an int, not bool"),
+        (
+            dict(kernel_size=torch.ones(2)),
+            TypeError,
+            r"kernel_size=tensor\(\[1\., 1\.\]\): must be an int, not Tensor",
+        ),
+    ],
+)
+def test_arguments_of_a_1x1_window_are_checked_too(kwargs, error, message):
+    with pytest.raises(error, match=f"^{message}$"):
+        RFAConv(**{**dict(in_channels=4, out_channels=6, kernel_size=1), **kwargs})
+    with pytest.raises(ValueError, match=r"^backend='x': must be one of"):
+        RFAConv(4, 6, 1, backend="x")
+    with pytest.raises(TypeError, match="no_such_argument"):
+        RFAConv(4, 6, 1, no_such_argument=1)
 
 
 def test_bare_unfolded_windows_are_a_plain_convolution_where_the_attention_is_even():

@@ -10,13 +10,11 @@ from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
-from rfa_mmdet.layers import EMA, RFAConv
-from rfa_mmdet.layers.conv.base import AttentionConv2d
+from rfa_mmdet.layers import RFAConv
 from rfa_mmdet.models import retrofit
-from tests.helpers.zoo import CASES, Case, flat, inputs_of, stir
-
-CONVS = ("RFAConv", "RFCBAMConv", "RFCAConv", "CAMConv", "CBAMConv", "CAConv")
-RECEPTIVE = CONVS[:3]
+from tests.helpers.norms import randomise_norms
+from tests.helpers.registered import CONVS, RECEPTIVE
+from tests.helpers.zoo import CASES, Case, flat, inputs_of, relative
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +31,9 @@ def conv_cfg(name: str, case: Case) -> dict:
 
 def plain_of(case: Case) -> nn.Module:
     torch.manual_seed(1)
-    return stir(MODELS.build(copy.deepcopy(case.cfg)))  # heads' own init would hide the layers
+    return randomise_norms(
+        MODELS.build(copy.deepcopy(case.cfg))
+    )  # heads' own init would hide the layers
 
 
 def in_eval(net: nn.Module) -> nn.Module:
@@ -47,11 +47,6 @@ def with_convs(case: Case, name: str = "RFAConv", **kwargs) -> nn.Module:
     return MODELS.build(cfg)
 
 
-def relative(a: list, b: list) -> float:
-    pairs = zip(a, b, strict=True)
-    return max(float((x - y).detach().abs().max() / x.detach().abs().max()) for x, y in pairs)
-
-
 def new_names(net: nn.Module) -> set[str]:
     """All names, shared ones too, of what an edit put in."""
     new = set(net.new_layers.layers.values())
@@ -61,9 +56,6 @@ def new_names(net: nn.Module) -> set[str]:
 def outside(net: nn.Module, names: set[str]) -> dict[str, tuple]:
     inner = tuple(f"{name}." for name in names)
     return {k: tuple(v.shape) for k, v in net.state_dict().items() if not k.startswith(inner)}
-
-
-# --------------------------------------------------------------------------- every module
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -117,7 +109,7 @@ def test_forward_and_backward_reach_every_parameter(name):
     ]
     net = retrofit(copy.deepcopy(case.cfg), edits)
     net.init_weights()
-    stir(net)  # mmdet starts some norms at 0, which stops the gradient
+    randomise_norms(net)  # mmdet starts some norms at 0, which stops the gradient
     net.train()
     plain = dict(plain_of(case).named_parameters())
     inputs = inputs_of(case)
@@ -183,7 +175,7 @@ def test_copies_and_pickles_are_whole(name):
 
 def test_all_convs_of_a_whole_resnet50_start_exact():
     torch.manual_seed(0)
-    plain = stir(MODELS.build(dict(type="ResNet", depth=50, norm_eval=True)))
+    plain = randomise_norms(MODELS.build(dict(type="ResNet", depth=50, norm_eval=True)))
     x = torch.randn(2, 3, 64, 96)
     for conv in CONVS:
         edits = [dict(where=r"layer\d\.\d+\.conv2", conv=dict(type=conv))]
@@ -225,9 +217,6 @@ def test_a_whole_detector_is_edited_as_itself():
         assert relative(flat(plain(x)), flat(net(x))) <= 1e-9
 
 
-# --------------------------------------------------------------------------- plug-ins
-
-
 def test_plugins_run_behind_their_module_in_order():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -267,138 +256,3 @@ def test_replacement_and_plugin_in_one_place():
     )
     x = torch.rand(1, 4, 8, 8)
     torch.testing.assert_close(net.eval()(x), net[0].se(plain(x)))
-
-
-# --------------------------------------------------------------------------- bad input
-
-
-NET = dict(type="ResNet", depth=50, base_channels=8)
-RFA = dict(type="RFAConv")
-
-
-@pytest.mark.parametrize(
-    ("edits", "kind", "message"),
-    [
-        ([], TypeError, r"^edits=\[\]: must be a list of dicts, at least one"),
-        (dict(where="x", conv=RFA), TypeError, "^edits=.*must be a list of dicts"),
-        (["x"], TypeError, r"^edits\[0\]='x': must be dict\(where="),
-        ([dict(where="x")], ValueError, r"^edits\[0\] has the keys \['where'\]: must be"),
-        ([dict(where="x", plugin=RFA)], ValueError, r"^edits\[0\] has the keys"),
-        ([dict(where="x", conv="RFAConv")], TypeError, r"^edits\[0\]: conv='RFAConv'"),
-        ([dict(where="(", conv=RFA)], ValueError, r"^edits\[0\]: where='\(' is no regular"),
-        ([dict(where="x", conv=dict(type="RFAConf"))], ValueError, "'RFAConf' is registered"),
-        (
-            [dict(where=r"layer2\.0\.conf2", conv=RFA)],
-            ValueError,
-            r"matches no module; nearest of \d+: layer2\.0\.conv2",
-        ),
-        (
-            [dict(after=r"layer5", plugin=dict(type="SE"))],
-            ValueError,
-            r"^edits\[0\]: after='layer5' matches no module; nearest of \d+: layer\d",
-        ),
-        (
-            [dict(where=r"layer2\.0\.conv\d", conv=RFA)],
-            ValueError,
-            r"layer2\.0\.conv1 is a 1x1 convolution.*these can be: layer2\.0\.conv2",
-        ),
-        (
-            [dict(where=r"layer2\.0\.bn2", conv=RFA)],
-            ValueError,
-            r"layer2\.0\.bn2 is a BatchNorm2d, no plain convolution; nearest",
-        ),
-        (
-            [dict(where=r"layer2\.0\.conv2", conv=RFA)] * 2,
-            ValueError,
-            r"^edits\[1\].* matches layer2\.0\.conv2, which edits\[0\] replaces already",
-        ),
-        (
-            [dict(where=r"layer2\.0\.conv2", conv=dict(RFA, no_such=1))],
-            TypeError,
-            r"layer2\.0\.conv2: .*no_such.* does not fit there",
-        ),
-        (
-            [dict(after=r"layer2\.0", plugin=dict(type="EMA", factor=5))],
-            ValueError,
-            r"layer2\.0: .*does not fit there: factor=5: must divide in_channels=64",
-        ),
-        (
-            [dict(after=r"layer2\.0", plugin=dict(type="SE"))] * 2,
-            ValueError,
-            r"layer2\.0 has a 'se' already; give the plug-in a postfix",
-        ),
-        (
-            [dict(after=r"relu", plugin=dict(type="SE"))],
-            ValueError,
-            "^relu: .*output channels of a ReLU are not known; pass in_channels",
-        ),
-    ],
-)
-def test_wrong_edits_are_refused_in_words(edits, kind, message):
-    with pytest.raises(kind, match=message):
-        retrofit(dict(NET), edits)
-
-
-def test_a_layer_that_forbids_groups_is_refused_by_name():
-    @MODELS.register_module(name="UngroupedConv", force=True)
-    class UngroupedConv(nn.Conv2d):
-        def __init__(self, *args, groups=1, **kwargs):
-            if groups != 1:
-                raise ValueError(f"groups={groups}: must be 1")
-            super().__init__(*args, **kwargs)
-
-    cfg = dict(type="ResNeXt", depth=50, base_channels=8, groups=4, base_width=8)
-    with pytest.raises(ValueError, match=r"^layer4\.0\.conv2: .*groups=4: must be 1"):
-        retrofit(cfg, [dict(where=r"layer4\.\d\.conv2", conv=dict(type="UngroupedConv"))])
-
-
-def test_a_refused_edit_changes_nothing():
-    net = MODELS.build(dict(NET))
-    before = copy.deepcopy(net)
-    edits = [
-        dict(where=r"layer4\.\d\.conv2", conv=RFA),
-        dict(after=r"layer4\.\d", plugin=dict(type="EMA", factor=7)),
-    ]
-    with pytest.raises(ValueError, match="factor=7"):
-        retrofit(net, edits)
-    assert net.state_dict().keys() == before.state_dict().keys()
-    assert not any(isinstance(m, AttentionConv2d | EMA) for m in net.modules())
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "kind", "message"),
-    [
-        (dict(module="ResNet"), TypeError, "^module='ResNet': must be a config"),
-        (dict(module=nn.Conv2d(3, 3, 3), train_cfg=1), ValueError, "^train_cfg: go into a config"),
-        (dict(module=dict(NET), strict_start=3), TypeError, "^strict_start=3: must be"),
-        (dict(module=dict(NET), strict_start="("), ValueError, r"^strict_start='\(' is no regular"),
-    ],
-)
-def test_wrong_arguments_are_refused_in_words(kwargs, kind, message):
-    with pytest.raises(kind, match=message):
-        retrofit(edits=[dict(where=r"layer2\.0\.conv2", conv=RFA)], **kwargs)
-
-
-def test_other_shapes_are_refused_with_the_layers_name_and_both_shapes():
-    plain = MODELS.build(dict(NET, base_channels=16))
-    net = retrofit(dict(NET), [dict(where=r"layer4\.0\.conv2", conv=RFA)])
-    message = r"layer4\.0\.conv2\.weight: .*\(128, 128, 3, 3\), but the RFAConv .*\(64, 64, 3, 3\)"
-    with pytest.raises(ValueError, match=message):
-        load_state_dict(net, plain.state_dict(), strict=False)
-
-
-# --------------------------------------------------------------------------- dry run
-
-
-def test_dry_run_prints_the_plan_and_does_nothing(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-    edits = [
-        dict(where=r"layer4\.0\.conv2", conv=RFA),
-        dict(after=r"layer4\.2", plugin=dict(type="EMA")),
-    ]
-    net = retrofit(dict(NET), edits, dry_run=True)
-    assert not any(isinstance(m, AttentionConv2d | EMA) for m in net.modules())
-    out = capsys.readouterr().out
-    # 64 channels: 64 * (81 + 9 + 18) more
-    for text in ("layer4.0.conv2", "Conv2d 64 -> 64, 3x3", "RFAConv", "+6,912", "EMA as .ema"):
-        assert text in out, text
