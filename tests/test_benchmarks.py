@@ -25,8 +25,6 @@ QUICK = ("--shapes", "tiny", "--seconds", "0.01", "--rounds", "2", "--threads", 
 WRONG = """
 from rfa_mmdet.layers import SE, RFAConv
 
-ROOT = Path(__file__).resolve().parents[1]
-
 class WrongOutput(SE):
     def forward(self, x):
         return super().forward(x) * 1.001

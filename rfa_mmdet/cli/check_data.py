@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from rfa_mmdet.cli.command_line import config_parser, load_config, user_errors
+from rfa_mmdet.cli.command_line import config_parser, user_errors
+from rfa_mmdet.config.read import load_config
 from rfa_mmdet.data.check import find_problems
 from rfa_mmdet.data.check.audit import FATAL, KINDS, Audit, audit
 from rfa_mmdet.data.check.contact_sheet import save_contact_sheet
@@ -79,7 +80,7 @@ def main() -> int:
     """Look, print and write; return the exit code."""
     args = parse_args()
     with user_errors():
-        cfg = load_config(args)
+        cfg = load_config(args.config, args.cfg_options)
         splits = args.splits or [s for s in SPLITS if cfg.get(f"{s}_dataloader")]
         absent = [split for split in splits if not cfg.get(f"{split}_dataloader")]
         if absent or not splits:

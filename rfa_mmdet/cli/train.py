@@ -7,7 +7,8 @@ from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from rfa_mmdet.cli.command_line import load_config, prepare_run, run_parser, user_errors
+from rfa_mmdet.cli.command_line import prepare_run, run_parser, user_errors
+from rfa_mmdet.config.read import load_config
 from rfa_mmdet.errors import ConfigError, UserError
 from rfa_mmdet.layers.warm_start.start import WarmStartError
 
@@ -124,7 +125,7 @@ def main() -> None:
     args = parse_args()
     setup_cache_size_limit_of_dynamo()
     with user_errors():
-        cfg = load_config(args)
+        cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
         apply_args(cfg, args)
         prepare_run(cfg, "train", "val")
         runner = Runner.from_cfg(cfg)

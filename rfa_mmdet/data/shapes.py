@@ -18,6 +18,7 @@ import numpy as np
 from numpy.random import Generator, default_rng
 
 from rfa_mmdet.errors import UserError
+from rfa_mmdet.files import written_whole
 
 CLASSES = ("circle", "square", "triangle", "star")
 SPLITS = ("train", "val")
@@ -344,10 +345,9 @@ def _stem(split: str, index: int) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    # In one step: an interrupted run, or a second process, must not leave or see half a file.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_bytes(content)
-    partial.replace(path)
+    # Whole: an interrupted run, or a second process, must not leave or see half a file.
+    with written_whole(path) as part:
+        part.write_bytes(content)
 
 
 def _claim(root: Path, parameters: dict[str, Any]) -> None:

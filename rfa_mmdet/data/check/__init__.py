@@ -10,10 +10,11 @@ from mmengine.dataset import BaseDataset
 from rfa_mmdet.data.check.classes import check_given, check_heads, check_same_labels
 from rfa_mmdet.data.check.coco import check_coco, read_coco
 from rfa_mmdet.data.check.find import Leaf, evaluator_files, is_local, leaves
-from rfa_mmdet.data.check.images import check_images, damaged_images, image_damage
+from rfa_mmdet.data.check.images import check_images, damaged_images
 from rfa_mmdet.data.check.loaded import Loaded
 from rfa_mmdet.data.check.report import DataError, Findings, missing_path
 from rfa_mmdet.data.check.voc import check_voc, read_voc
+from rfa_mmdet.files import image_damage
 
 __all__ = [
     "DataError",

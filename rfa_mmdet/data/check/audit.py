@@ -18,9 +18,10 @@ from mmengine.config import Config
 
 from rfa_mmdet.data.check.coco import read_coco
 from rfa_mmdet.data.check.find import Leaf, is_local, leaves
-from rfa_mmdet.data.check.images import MISSING, NOT_DECODABLE, read_image
+from rfa_mmdet.data.check.images import NOT_DECODABLE, read_image
 from rfa_mmdet.data.check.report import DataError
 from rfa_mmdet.data.check.voc import read_voc
+from rfa_mmdet.files import MISSING
 
 # What can be wrong with an image, the worst first; a run that reads one of the first three ends.
 FATAL = (MISSING, "damaged", NOT_DECODABLE)
