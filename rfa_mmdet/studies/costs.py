@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmdet.registry import DATASETS, MODELS
+from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.registry import init_default_scope
 from torch import nn
 
 from rfa_mmdet.analysis.complexity import detector_complexity
 from rfa_mmdet.analysis.machine import describe_machine
-from rfa_mmdet.checkpoints.weights import load_weights, read_checkpoint
 from rfa_mmdet.errors import UserError
+from rfa_mmdet.inference.detector import load_detector
 from rfa_mmdet.studies.folders import Folder, read_json, write_json
 from rfa_mmdet.studies.spec import Spec
 
@@ -101,10 +100,7 @@ def _measure(found: dict[str, tuple[Config, Folder]], which: str) -> dict[str, A
 
 def _model(cfg: Config, checkpoint: str) -> nn.Module:
     init_default_scope(cfg.get("default_scope") or "mmdet")
-    with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
-        model = revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
-    load_weights(model, read_checkpoint(checkpoint), checkpoint)
-    return model.eval()
+    return load_detector(cfg, checkpoint)
 
 
 @torch.no_grad()
