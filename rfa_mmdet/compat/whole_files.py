@@ -51,7 +51,7 @@ class WholeFileBackend(LocalBackend):
             super().put_text(obj, part, encoding)
 
 
-def install() -> None:
+def apply() -> None:
     """Let MMEngine write its local files so in this process. Repeating it is harmless.
 
     In the place of the backend 'local', and under its name: a config needs no ``backend_args``, so
@@ -59,7 +59,7 @@ def install() -> None:
     checkpoint hook is covered; and paths with a prefix, such as s3://, keep their own backends.
 
     Example:
-        >>> install()
-        >>> install()
+        >>> apply()
+        >>> apply()
     """
     register_backend("local", WholeFileBackend, force=True, prefixes="")
