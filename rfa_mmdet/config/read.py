@@ -41,7 +41,8 @@ def load_config(
         Config: With ``launcher`` and ``work_dir`` set. Its default scope is in force from now on.
 
     Raises:
-        ConfigError: The file is missing or does not parse, or an option names what no run reads.
+        ConfigError: The file or one of its bases is missing or does not parse, or an option names
+            what no run reads.
 
     Example:
         >>> load_config("no_such_config.py")
@@ -55,7 +56,7 @@ def load_config(
         raise ConfigError(f"config={str(path)!r}: no such file{hint}")
     try:
         cfg = Config.fromfile(path)
-    except (ImportError, SyntaxError, ConfigParsingError) as error:
+    except (FileNotFoundError, ImportError, SyntaxError, ConfigParsingError) as error:
         raise ConfigError(f"config={str(path)!r}: {error}") from error
     options = dict(cfg_options or {})
     _check_options(cfg, options)
