@@ -127,7 +127,7 @@ def heat_maps(
     """
     heats: list[Heat] = []
 
-    def look(name: str, layer: nn.Module, x: Tensor) -> None:
+    def look(name: str, layer: Any, x: Tensor) -> None:
         if x.shape[0] != 1:
             return
         attention = layer.attention_map(x)
@@ -166,7 +166,7 @@ def attention_maps(
         >>> {name: tuple(attention.shape) for name, attention in maps.items()}
         {'2': (1, 8, 9, 6, 6)}
     """
-    layers = {
+    layers: dict[str, nn.Module] = {
         name: layer
         for name, layer in model.named_modules()
         if isinstance(layer, RFAConv) and not layer.is_pointwise

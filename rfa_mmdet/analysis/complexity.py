@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from mmdet.models.detectors import SingleStageDetector
+from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
 from mmdet.registry import MODELS
 from mmengine.analysis import FlopAnalyzer
 from mmengine.analysis.jit_handles import elementwise_flop_counter
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rfa_mmdet.compat.flop_counts import OP_COUNTS
 from rfa_mmdet.errors import ConfigError
 from rfa_mmdet.inference.detector import build_detector, image_channels
-from rfa_mmdet.inference.region_heads import region_heads
+from rfa_mmdet.inference.region_heads import RegionHead, region_heads
 
 CONVS = ("RFAConv", "RFCBAMConv", "RFCAConv", "CAMConv", "CBAMConv", "CAConv")
 # With the arguments under which they are compared.
@@ -161,9 +161,10 @@ class _TwoStages(nn.Module):
     MMDetection's own raw forward runs them on those that random weights happen to propose.
     """
 
-    def __init__(self, detector: nn.Module, heads: list) -> None:
+    def __init__(self, detector: TwoStageDetector, heads: list[RegionHead]) -> None:
         super().__init__()
-        self.detector, self.heads = detector, heads
+        self.detector: TwoStageDetector = detector
+        self.heads = heads
 
     def forward(self, images: Tensor) -> tuple:
         detector = self.detector

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from mmdet.models.detectors import BaseDetector
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
@@ -125,11 +126,11 @@ def _load_plain(plain: nn.Module, state: dict, source: str) -> None:
 
 
 @torch.no_grad()
-def compare(plain: nn.Module, net: nn.Module, image: Tensor) -> Equality:
+def compare(plain: BaseDetector, net: BaseDetector, image: Tensor) -> Equality:
     """Compare the raw outputs of two detectors, in eval mode.
 
     Args:
-        plain, net (nn.Module): Of one config but for this package's layers.
+        plain, net (BaseDetector): Of one config but for this package's layers.
         image (Tensor): (3, H, W), BGR in 0 to 255.
 
     Returns:

@@ -73,7 +73,7 @@ class _DType:
 class _Array:
     """What the pickle gets for ``numpy.ndarray``."""
 
-    value = None
+    value: Any = None  # np.ndarray
 
     def __init__(self, *args: Any):
         _require(not args, f"numpy.ndarray{args!r}")

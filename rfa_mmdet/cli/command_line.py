@@ -6,10 +6,12 @@ import sys
 import traceback
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from mmengine.config import Config, DictAction
+from rich.console import Console
+from rich.progress import track
 
 from rfa_mmdet.cli.distributed import launched_rank, prepare_cpu_group
 from rfa_mmdet.config.check import check_config
@@ -81,6 +83,20 @@ def prepare_run(cfg: Config, *splits: str) -> None:
         for warning in check_data(cfg, splits):
             print(f"warning: {warning}", file=sys.stderr)
     prepare_cpu_group(cfg)
+
+
+def progress(what: str) -> Callable[..., Iterable]:
+    """Return a function that yields items, and shows on stderr how far it has come.
+
+    Args:
+        what (str): What is done with them.
+
+    Example:
+        >>> list(progress("counting")([1, 2], total=2))
+        [1, 2]
+    """
+    console = Console(stderr=True)
+    return lambda items, total=None: track(items, what, total=total, console=console)
 
 
 @contextmanager

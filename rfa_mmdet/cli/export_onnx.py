@@ -12,10 +12,9 @@ from pathlib import Path
 
 from mmengine.config import Config
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from rfa_mmdet.cli.command_line import config_parser, user_errors
+from rfa_mmdet.cli.command_line import config_parser, progress, user_errors
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.config.read import load_config
 from rfa_mmdet.data.check.audit import dataset_images
@@ -93,7 +92,7 @@ def main() -> None:
             paths,
             out,
             args.opset,
-            lambda items: track(items, "comparing", console=Console(stderr=True)),
+            progress("comparing"),
         )
     print_table(found)
     if not found.detections:

@@ -6,11 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from rfa_mmdet.cli.command_line import config_parser, user_errors
+from rfa_mmdet.cli.command_line import config_parser, progress, user_errors
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.config.read import load_config
 from rfa_mmdet.inference.detector import Detector
@@ -73,7 +72,7 @@ def main() -> None:
             out,
             args.score,
             args.batch_size,
-            lambda items: track(items, "detecting", console=Console(stderr=True)),
+            progress("detecting"),
         )
     print_table(found, args.score)
     for path, damage in found.skipped.items():

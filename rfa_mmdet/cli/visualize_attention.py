@@ -10,12 +10,9 @@ from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
-
 from rfa_mmdet.analysis.attention_maps import attention_layers, heat_maps
 from rfa_mmdet.analysis.pictures import draw_boxes, save_heats, save_side_by_side
-from rfa_mmdet.cli.command_line import config_parser, user_errors
+from rfa_mmdet.cli.command_line import config_parser, progress, user_errors
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.config.read import load_config
 from rfa_mmdet.errors import UserError
@@ -112,7 +109,7 @@ def main() -> None:
         common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
         names_of = picture_names(paths, common)
         skipped: dict[str, str] = {}
-        for path in track(paths, "looking", console=Console(stderr=True)):
+        for path in progress("looking")(paths):
             try:
                 images = {name: detector.load(path) for name, detector in detectors.items()}
             except ImageError as error:

@@ -182,7 +182,8 @@ def _background(rng: Generator, width: int, height: int) -> np.ndarray:
     noise = np.zeros((height, width))
     for octave in range(5):
         cells = rng.normal(size=(3 * 2**octave, 3 * 2**octave))
-        noise += cv2.resize(cells, (width, height), interpolation=cv2.INTER_CUBIC) / 1.7**octave
+        smooth = np.asarray(cv2.resize(cells, (width, height), interpolation=cv2.INTER_CUBIC), float)
+        noise += smooth / 1.7**octave
     first = rng.uniform(30, 225, 3)
     second = first + rng.normal(0, 45, 3)
     share = 1 / (1 + np.exp(-rng.uniform(1, 3) * noise[..., None]))
@@ -279,7 +280,8 @@ def _to_bytes(canvas: np.ndarray) -> np.ndarray:
 
 def _write_split(root: Path, split: str, number: int, parameters: dict[str, Any]) -> None:
     width, height = image_size = tuple(parameters["image_size"])
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for index in range(number):
         rng = default_rng([parameters["seed"], SPLITS.index(split), index])
         pixels, shapes = draw_image(rng, image_size, parameters["max_objects"])
