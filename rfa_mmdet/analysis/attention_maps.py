@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,7 +166,7 @@ def attention_maps(
         >>> {name: tuple(attention.shape) for name, attention in maps.items()}
         {'2': (1, 8, 9, 6, 6)}
     """
-    layers: dict[str, nn.Module] = {
+    layers = {
         name: layer
         for name, layer in model.named_modules()
         if isinstance(layer, RFAConv) and not layer.is_pointwise
@@ -179,7 +179,7 @@ def attention_maps(
     return maps, _watch(_matching(layers, pattern, "RFAConv"), run, look)
 
 
-def _matching(layers: dict[str, nn.Module], pattern: str, what: str) -> dict[str, nn.Module]:
+def _matching(layers: Mapping[str, nn.Module], pattern: str, what: str) -> dict[str, nn.Module]:
     try:
         chosen = {name: layer for name, layer in layers.items() if re.search(pattern, name)}
     except re.error as error:

@@ -7,13 +7,11 @@ its weight is their deviation and its bias their mean: what they are is seen in 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
 
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -73,7 +71,7 @@ class CalibrationHook(Hook):
         )
 
 
-def _loss(model: BaseModel, data: dict) -> float:
+def _loss(model: nn.Module, data: dict) -> float:
     with torch.random.fork_rng():
         torch.manual_seed(0)  # samplers of boxes draw the same in both runs
         losses = model(**data, mode="loss")
@@ -137,11 +135,10 @@ def calibrate(model: nn.Module, runs: Iterable[Callable]) -> tuple[int, int]:
         True
     """
     layers = uncalibrated(model)
-    norms: dict[str, Any] = {name: layer.norm for name, layer in layers.items()}
     # (mean, variance, calls) by channel: a head runs its layers once for each level.
     sums = {
-        name: norm.weight.new_zeros(3, norm.num_features, dtype=torch.float64)
-        for name, norm in norms.items()
+        name: layer.norm.weight.new_zeros(3, layer.norm.num_features, dtype=torch.float64)
+        for name, layer in layers.items()
     }
 
     def watch(total: Tensor) -> Callable:
@@ -153,25 +150,27 @@ def calibrate(model: nn.Module, runs: Iterable[Callable]) -> tuple[int, int]:
 
         return hook
 
-    handles = [norm.register_forward_pre_hook(watch(sums[name])) for name, norm in norms.items()]
+    handles = [
+        layer.norm.register_forward_pre_hook(watch(sums[name])) for name, layer in layers.items()
+    ]
     seen = 0
     try:
         with _kept_buffers(model):
-            for norm in norms.values():
-                norm.eval()
+            for layer in layers.values():
+                layer.norm.eval()
             for run in runs:
                 run()
                 seen += 1
     finally:
         for handle in handles:
             handle.remove()
-        for norm in norms.values():
-            norm.train()
-    for name, norm in norms.items():
+        for layer in layers.values():
+            layer.norm.train()
+    for name, layer in layers.items():
         # In every process, also in one whose batches did not reach the layer.
         all_reduce(sums[name], op="sum")
         mean, variance, calls = sums[name]
         if calls.any():
-            mean, variance = ((v / calls).to(norm.weight.dtype) for v in (mean, variance))
-            calibrate_norm(norm, mean, variance, layers[name].input_floor)
+            mean, variance = ((v / calls).to(layer.norm.weight.dtype) for v in (mean, variance))
+            calibrate_norm(layer.norm, mean, variance, layer.input_floor)
     return len(layers), seen

@@ -1,11 +1,10 @@
 """Which layers are new: told to DDP before the first step, and remembered by checkpoints."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from mmengine.dist import is_distributed
 from mmengine.hooks import Hook
-from mmengine.model import BaseModel, is_model_wrapper
+from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
@@ -15,7 +14,7 @@ from rfa_mmdet.layers.warm_start.start import Start
 _META = "rfa_mmdet_filled"
 
 
-def bare(model: nn.Module) -> BaseModel:
+def bare(model: nn.Module) -> nn.Module:
     """Return the model that a wrapper such as DDP holds, or the model itself."""
     return model.module if is_model_wrapper(model) else model
 
@@ -70,7 +69,7 @@ class NewLayersHook(Hook):
             checkpoint["meta"][_META] = starts
 
 
-def new_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def new_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the full name and the layer, for each that Retrofit and its kin put into a model.
 
     Example:
