@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all: written so, and images checked to be so."""
+"""Whole files: written completely or not at all, and a check whether an image file is complete."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 from rfa_mmdet.errors import UserError
 
 MISSING = "missing"
-# How image files end, and how files begin that only bear an image's name.
+# How complete image files end, and how files start that only have an image's name.
 _TAIL = 64
 _PADDING = b"\0\r\n \t"
 _JPEG_END = b"\xff\xd9"

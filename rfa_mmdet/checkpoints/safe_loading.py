@@ -313,14 +313,14 @@ def _is_damage(path: str, error: Exception) -> bool:
 
 
 def load_safely(load_checkpoint: Callable) -> Callable:
-    """Wrap MMEngine's ``CheckpointLoader.load_checkpoint``, so that nothing in a file is run.
+    """Wrap MMEngine's ``CheckpointLoader.load_checkpoint`` so that it runs no code from a file.
 
     Args:
-        load_checkpoint (Callable): Its function, with the class as first argument.
+        load_checkpoint (Callable): The function of the class method; takes the class first.
 
     Returns:
-        Callable: Takes and returns the same; raises :class:`UnsafeCheckpointError` for a file that
-        asks for more than plain data, :class:`BrokenCheckpointError` for one that is cut off.
+        Callable: With the same signature. It raises :class:`UnsafeCheckpointError` for a file that
+        asks for more than plain data, :class:`BrokenCheckpointError` for one that is truncated.
     """
 
     @functools.wraps(load_checkpoint)

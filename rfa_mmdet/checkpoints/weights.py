@@ -8,7 +8,7 @@ from rfa_mmdet.errors import UserError
 def load_weights(model: nn.Module, checkpoint: dict, name: str) -> None:
     """Load a checkpoint into the model that it was saved from.
 
-    MMEngine only logs what does not fit, and goes on with random weights there.
+    MMEngine only logs what does not fit, and keeps random weights there.
 
     Args:
         model (nn.Module): Takes the weights.

@@ -95,7 +95,7 @@ def main() -> int:
         out = Path(args.out or Path("work_dirs", Path(args.config).stem, "data"))
         if found.images:
             print_tables(found)
-        for name in ("problems.csv", "worst.png"):  # of data that may have been mended since
+        for name in ("problems.csv", "worst.png"):  # of data that may have been fixed since
             (out / name).unlink(missing_ok=True)
         if found.problems:
             write_list(found, out / "problems.csv")

@@ -86,10 +86,10 @@ def prepare_run(cfg: Config, *splits: str) -> None:
 
 
 def progress(what: str) -> Callable[..., Iterable]:
-    """Return a function that yields items, and shows on stderr how far it has come.
+    """Return a function that wraps an iterable in a progress bar on stderr.
 
     Args:
-        what (str): What is done with them.
+        what (str): Label of the bar.
 
     Example:
         >>> list(progress("counting")([1, 2], total=2))
@@ -112,7 +112,7 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
             raises for a wrong one, with the place that raised it.
     """
     errors = errors or (ValueError, TypeError, KeyError, FileNotFoundError)
-    # MMEngine's import of it, which is not the user's to mend.
+    # MMEngine's import of it, which the user cannot fix.
     warnings.filterwarnings("ignore", "pkg_resources is deprecated as an API", UserWarning)
     shown, sys.excepthook = sys.excepthook, _hide_lost_readers(sys.excepthook)
     try:

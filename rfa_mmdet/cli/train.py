@@ -27,7 +27,7 @@ def parse_args():
         nargs="?",
         const="auto",
         metavar="PATH|auto",
-        help="go on from a checkpoint; auto (also without a value): the latest in the work dir",
+        help="resume from a checkpoint; auto (also without a value): the latest in the work dir",
     )
     parser.add_argument("--amp", action="store_true", help="automatic mixed precision")
     parser.add_argument(
@@ -66,7 +66,7 @@ def keep_best(cfg: Config) -> None:
 
 
 def check_last_checkpoint(work_dir: str) -> None:
-    """Refuse to go on from a name of nothing, before MMEngine fails over it.
+    """Refuse to resume from a file that is not there, before MMEngine fails over it.
 
     MMEngine writes that name straight into its file, which a kill may have left empty, and removes
     checkpoints beyond ``max_keep_ckpts`` before it has written the next one.

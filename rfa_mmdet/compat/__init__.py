@@ -1,10 +1,10 @@
-"""Every assignment to somebody else's module at run time.
+"""Every assignment to another package's module at run time.
 
-:data:`PATCHES` is the table: what is replaced, why, for which versions. ``import rfa_mmdet``
-applies those that every run needs. The environment changes that, patch by patch::
+:data:`PATCHES` lists what is replaced, why, and for which versions. ``import rfa_mmdet`` applies
+the patches that every run needs. An environment variable switches single ones off or on::
 
-    RFA_MMDET_COMPAT=-whole_files python tools/train.py CONFIG    # without this one
-    RFA_MMDET_COMPAT=flop_counts python get_flops.py CONFIG       # with this one as well
+    RFA_MMDET_COMPAT=-whole_files python tools/train.py CONFIG    # off
+    RFA_MMDET_COMPAT=flop_counts python get_flops.py CONFIG       # on
 """
 
 import os

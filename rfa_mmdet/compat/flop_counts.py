@@ -1,4 +1,4 @@
-"""How the operators of this package's layers count, which MMEngine's analyzers do not know."""
+"""FLOP counts of the operators in this package's layers that MMEngine's analyzers do not know."""
 
 from typing import Any
 
@@ -33,9 +33,9 @@ OP_COUNTS = {
 
 
 def apply() -> None:
-    """Tell every analyzer of MMEngine that is made from now on in this process.
+    """Add the counts to the defaults of MMEngine's analyzers.
 
-    Handles that somebody else has set for these operators stay.
+    Handles that are already set for these operators stay.
 
     Example:
         >>> from mmengine.analysis import get_model_complexity_info
@@ -45,9 +45,9 @@ def apply() -> None:
         >>> get_model_complexity_info(layer, (64, 7, 9), show_table=False, show_arch=False)["flops"]
         4224
     """
-    # Private tables: get_model_complexity_info, which MMDetection's tool calls, makes its analyzers
-    # itself, so the public set_op_handle is out of reach. It counts activations as well, those of
-    # convolutions and matrix products, and warns about all the rest.
+    # Private tables: get_model_complexity_info, which MMDetection's tool calls, creates its
+    # analyzers itself, so the public set_op_handle is out of reach. It also counts activations, of
+    # convolutions and matrix products only, and warns about every other operator.
     for op, handle in OP_COUNTS.items():
         complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.setdefault(op, handle)
     for op in (*OP_COUNTS, "aten::batch_norm", "aten::group_norm"):

@@ -1,4 +1,4 @@
-"""Every checkpoint that is loaded through MMEngine is loaded safely."""
+"""Safe loading for every checkpoint that MMEngine loads."""
 
 from functools import cache
 
@@ -7,12 +7,12 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from rfa_mmdet.checkpoints.safe_loading import load_safely
 
 
-@cache  # a second wrapper would do the same once more
+@cache  # wrap once
 def apply() -> None:
     """Wrap MMEngine's loader.
 
-    All of its loaders, also those that are registered later, run inside
-    ``CheckpointLoader.load_checkpoint``, so this one method is enough.
+    Every registered loader, including those registered later, is called by
+    ``CheckpointLoader.load_checkpoint``, so wrapping this one method is enough.
 
     Example:
         >>> apply()

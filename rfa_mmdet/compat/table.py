@@ -1,4 +1,4 @@
-"""The table of all patches: what of somebody else's is replaced at run time, and why."""
+"""The table of patches: what is replaced in other packages at run time, and why."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,12 +13,12 @@ class Patch(NamedTuple):
     """One replacement in another package.
 
     Attributes:
-        name (str): By which :data:`VARIABLE` and :func:`apply` know it.
+        name (str): For :data:`VARIABLE` and :func:`apply`.
         target (str): What is replaced.
-        reason (str): What happens without it.
-        versions (str): Those that need it.
-        apply (Callable): Replaces it in this process; repeating it is harmless.
-        on_import (bool): Whether ``import rfa_mmdet`` applies it; if not, it waits to be asked for.
+        reason (str): What goes wrong without the patch.
+        versions (str): Versions that need it.
+        apply (Callable): Applies the patch in this process; calling it twice is harmless.
+        on_import (bool): Whether ``import rfa_mmdet`` applies it. If not, only on request.
     """
 
     name: str
@@ -29,13 +29,13 @@ class Patch(NamedTuple):
     on_import: bool
 
 
-# A patch goes when the last of its versions does: its line here, and the module that it names.
+# To remove a patch once its versions are no longer supported, delete its entry and its module.
 PATCHES = (
     Patch(
         "safe_loading",
         "mmengine.runner.checkpoint.CheckpointLoader.load_checkpoint",
-        "torch 2.6 and later refuse MMEngine's training checkpoints, so --resume fails; earlier "
-        "ones run whatever code a file brings",
+        "torch 2.6 and later refuse MMEngine's training checkpoints, so --resume fails; older "
+        "torch runs any code that a checkpoint contains",
         "mmengine 0.10, on any torch",
         safe_loading.apply,
         on_import=True,
@@ -43,7 +43,8 @@ PATCHES = (
     Patch(
         "whole_files",
         "the backend 'local' of mmengine.fileio",
-        "a run that is killed while it saves leaves half a checkpoint, whichever tool trains",
+        "a run killed while saving leaves a truncated checkpoint; on import, since any trainer "
+        "can be killed",
         "mmengine 0.10",
         whole_files.apply,
         on_import=True,
@@ -51,8 +52,8 @@ PATCHES = (
     Patch(
         "flop_counts",
         "the default tables of mmengine.analysis.complexity_analysis",
-        "MMDetection's get_flops.py makes its analyzers itself, and they do not know the operators "
-        "of attention; our own tool tells its analyzer without this",
+        "MMDetection's get_flops.py cannot count the operators of attention; on request, since our "
+        "own tool uses MMEngine's public API instead",
         "mmengine 0.10",
         flop_counts.apply,
         on_import=False,
@@ -78,11 +79,11 @@ def apply(name: str) -> None:
 
 
 def apply_on_import(choice: str) -> None:
-    """Apply what ``import rfa_mmdet`` does, as changed by the user.
+    """Apply the default patches, plus or minus those that the user names.
 
     Args:
-        choice (str): Names with commas between: 'flop_counts' applies it as well, '-whole_files'
-            leaves it out. '': no change.
+        choice (str): Comma-separated names: 'flop_counts' adds a patch, '-whole_files' leaves one
+            out. '': the defaults.
 
     Raises:
         UserError: There is no such patch.

@@ -1,4 +1,4 @@
-"""Checkpoints, and whatever else MMEngine puts on the disk, as a whole or not at all.
+"""Checkpoints, and whatever else MMEngine writes to disk, complete or not at all.
 
 MMEngine's own backend opens a checkpoint under its final name and then writes it: a run that is
 killed meanwhile leaves half a file there, and where it overwrites one, not even the one before.
@@ -52,7 +52,7 @@ class WholeFileBackend(LocalBackend):
 
 
 def apply() -> None:
-    """Let MMEngine write its local files so in this process. Repeating it is harmless.
+    """Let MMEngine write its local files through :class:`WholeFileBackend`.
 
     In the place of the backend 'local', and under its name: a config needs no ``backend_args``, so
     the one that a run dumps, which names no class of ours for it, loads in plain MMDetection; every

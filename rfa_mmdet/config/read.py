@@ -1,4 +1,4 @@
-"""Reading a config file, with the overrides of a command line."""
+"""Read a config file and apply command-line overrides."""
 
 import inspect
 import os
@@ -38,7 +38,7 @@ def load_config(
         launcher (str): What started the processes of a run. Defaults to 'none'.
 
     Returns:
-        Config: With ``launcher`` and ``work_dir`` set. Its default scope is in force from now on.
+        Config: With ``launcher`` and ``work_dir`` set. Its default scope becomes the current one.
 
     Raises:
         ConfigError: The file or one of its bases is missing or does not parse, or an option names

@@ -1,4 +1,4 @@
-"""A detector with its checkpoint, and images as the pipeline of its own config loads them."""
+"""A detector with its checkpoint, on images loaded by the pipeline of its config."""
 
 import copy
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def check_device(device: str | None) -> None:
 
 
 def build_detector(cfg: Config) -> nn.Module:
-    """Build the detector of a config, to run in one process, with the weights that it starts from.
+    """Build the detector of a config for a single process, with its initial weights.
 
     Args:
         cfg (Config): Of a detector; stays as it is.
@@ -60,7 +60,7 @@ def build_detector(cfg: Config) -> nn.Module:
 
 
 def load_detector(cfg: Config, checkpoint: str) -> nn.Module:
-    """Build the detector of a config and load the checkpoint that it was saved to.
+    """Build the detector of a config and load its checkpoint.
 
     Args:
         cfg (Config): Of a detector; stays as it is.
@@ -79,28 +79,31 @@ def load_detector(cfg: Config, checkpoint: str) -> nn.Module:
 
 
 def image_channels(detector: nn.Module) -> int:
-    """Return how many channels a detector's images have: those of its first convolution.
+    """Return the number of channels that a detector's first convolution expects of an image.
+
+    Raises:
+        UserError: The detector has no convolution.
 
     Example:
         >>> image_channels(nn.Sequential(nn.ReLU(), nn.Conv2d(1, 8, 3)))
         1
     """
     for module in detector.modules():
-        if isinstance(module, Focus):  # YOLOX: four pixels side by side become channels
+        if isinstance(module, Focus):  # YOLOX stacks 2 x 2 pixels as channels first
             return module.conv.conv.in_channels // 4
         if isinstance(module, nn.Conv2d):
             return module.in_channels
-    raise UserError(f"{type(detector).__name__}: has no convolution that sees the image")
+    raise UserError(f"{type(detector).__name__}: has no convolution")
 
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """An image as a config's pipeline loads it.
+    """An image loaded by a config's test pipeline.
 
     Attributes:
         path (str): The file.
-        pixels (np.ndarray): (H, W) or (H, W, C) of any type, as the pipeline's loader reads it.
-        data (dict): What the rest of the pipeline makes of it: ``inputs`` and ``data_samples``.
+        pixels (np.ndarray): (H, W) or (H, W, C) of any dtype, as the pipeline's loader reads it.
+        data (dict): Output of the whole pipeline: ``inputs`` and ``data_samples``.
     """
 
     path: str
@@ -109,9 +112,9 @@ class LoadedImage:
 
     @property
     def picture(self) -> np.ndarray:
-        """The image to look at: (H, W, 3) uint8, BGR.
+        """The image for display: (H, W, 3) uint8, BGR.
 
-        Values beyond 255, of 16 bits, are scaled so that the largest is white.
+        An image with values above 255, such as 16-bit ones, is scaled so that its largest is 255.
 
         Example:
             >>> grey = np.array([[0, 1000, 4000]], np.uint16)
@@ -155,7 +158,7 @@ class Detector(DetInferencer):
         super()._load_weights_to_model(model, checkpoint, cfg)
 
     def load(self, path: str) -> LoadedImage:
-        """Load an image by the test pipeline of the config.
+        """Load an image with the test pipeline of the config.
 
         Args:
             path (str): The file.
@@ -164,14 +167,14 @@ class Detector(DetInferencer):
             LoadedImage: To be given to :meth:`detect`.
 
         Raises:
-            ImageError: The file is missing, damaged, or none that the pipeline's loader can read.
+            ImageError: The file is missing, damaged, or cannot be decoded by the pipeline's loader.
         """
         if damage := image_damage(path):
             raise ImageError(damage)
         load_file, *transforms = self.pipeline.transforms
         try:
             results = load_file(path)
-        except AssertionError:  # mmcv's, for a decoder that returns nothing
+        except AssertionError:  # mmcv's, if the decoder returns None
             results = None
         except Exception as error:  # decoders raise what they like
             raise ImageError(f"not decodable: {error}") from error
@@ -183,17 +186,17 @@ class Detector(DetInferencer):
         return LoadedImage(path, pixels, results)
 
     def batch(self, images: Sequence[LoadedImage]) -> dict[str, Any]:
-        """Return images as the model's ``test_step`` takes them."""
+        """Collate images for the model's ``test_step``."""
         return self.collate_fn([image.data for image in images])
 
     def detect(self, images: Sequence[LoadedImage]) -> list[DetDataSample]:
-        """Detect on images, in one forward.
+        """Run the detector on a batch of images.
 
         Args:
             images (Sequence[LoadedImage]): From :meth:`load`.
 
         Returns:
-            list[DetDataSample]: Detections in the pixels of each image.
+            list[DetDataSample]: Detections of each image, in its own pixel coordinates.
         """
         return self.forward(self.batch(images))
 

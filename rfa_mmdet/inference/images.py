@@ -1,4 +1,4 @@
-"""The image files that a user names, and what cannot be read among them."""
+"""Find the image files that a user names, and report those that cannot be read."""
 
 import glob
 import os
@@ -10,11 +10,11 @@ from rfa_mmdet.errors import UserError
 
 
 class ImageError(UserError):
-    """An image file cannot be read; the message is the reason alone."""
+    """An image file cannot be read. The message gives the reason without the path."""
 
 
 def none_readable(skipped: dict[str, str]) -> UserError:
-    """Return the error for images of which not one can be read.
+    """Return the error to raise when no image could be read.
 
     Args:
         skipped (dict[str, str]): What is wrong with each, by path.

@@ -87,6 +87,17 @@ def test_get_flops_of_mmdetection_counts_our_layers_on_request(tiny_config, shap
         assert f"aten::{op}" not in outputs["flop_counts"]
 
 
+def test_our_own_tool_counts_without_that_patch():
+    code = """
+from mmengine.analysis import complexity_analysis
+from rfa_mmdet.analysis.complexity import PUBLISHED, classifier_complexity
+print(classifier_complexity(18, "RFAConv").agrees(PUBLISHED[18, "RFAConv"]))
+print("aten::softmax" in complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS)
+"""
+    done = run("-c", code)
+    assert done.stdout.split() == ["True", "False"], done.stderr
+
+
 # --- nothing is replaced outside -----------------------------------------------------------------
 
 # (file, what is assigned) -> why it may be.

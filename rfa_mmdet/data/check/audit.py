@@ -1,7 +1,7 @@
 """Every image and box of a config's data, looked at one by one.
 
-The checks before a run stop at what would make it fail. This goes on: it decodes every image as
-training would, and compares it with its annotations.
+The checks before a run stop at what would make it fail. This decodes every image as training would
+and compares it with its annotations.
 """
 
 import os
