@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +126,7 @@ def heat_maps(
     """
     heats: list[Heat] = []
 
-    def look(name: str, layer: nn.Module, x: Tensor) -> None:
+    def look(name: str, layer: Any, x: Tensor) -> None:
         if x.shape[0] != 1:
             return
         attention = layer.attention_map(x)
@@ -174,7 +174,7 @@ def attention_maps(
     return maps, _watch(_matching(layers, pattern, "RFAConv"), run, look)
 
 
-def _matching(layers: dict[str, nn.Module], pattern: str, what: str) -> dict[str, nn.Module]:
+def _matching(layers: Mapping[str, nn.Module], pattern: str, what: str) -> dict[str, nn.Module]:
     try:
         chosen = {name: layer for name, layer in layers.items() if re.search(pattern, name)}
     except re.error as error:

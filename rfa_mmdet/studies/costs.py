@@ -11,17 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mmdet.registry import DATASETS, MODELS
+from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.model import BaseModel, revert_sync_batchnorm
+from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.registry import init_default_scope
 
 from rfa_mmdet.analysis.complexity import detector_complexity
 from rfa_mmdet.analysis.machine import describe_machine
-from rfa_mmdet.checkpoints.weights import load_weights, read_checkpoint
 from rfa_mmdet.errors import UserError
+from rfa_mmdet.inference.detector import load_detector
 from rfa_mmdet.studies.study import Study
 
 BATCHES = 4
@@ -80,12 +80,8 @@ def method_costs(study: Study, known: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model(cfg: Config, checkpoint: str) -> BaseModel:
-    scope = cfg.get("default_scope") or "mmdet"
-    init_default_scope(scope)
-    with DefaultScope.overwrite_default_scope(scope):
-        model = revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
-    load_weights(model, read_checkpoint(checkpoint), checkpoint)
-    return model.eval()
+    init_default_scope(cfg.get("default_scope") or "mmdet")
+    return load_detector(cfg, checkpoint)
 
 
 def _batches(loader: dict, size: int) -> list[dict]:

@@ -19,7 +19,8 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner, load_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint
 
-from rfa_mmdet.checkpoints.safe_loading import BrokenCheckpointError, UnsafeCheckpointError, install
+from rfa_mmdet.checkpoints.safe_loading import BrokenCheckpointError, UnsafeCheckpointError
+from rfa_mmdet.compat.safe_loading import apply
 
 _reconstruct = np.zeros(1).__reduce__()[0]
 _scalar = np.float32(1).__reduce__()[0]
@@ -27,7 +28,7 @@ _scalar = np.float32(1).__reduce__()[0]
 
 @pytest.fixture(scope="module", autouse=True)
 def _installed():
-    install()
+    apply()
 
 
 # ------------------------------------------------------------------ a real run of MMEngine
@@ -114,8 +115,7 @@ def test_resumes_in_a_fresh_process(trained, tmp_path):
     last.write_text(str(work_dir / "epoch_1.pth"))
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from test_safe_checkpoint import install, make_runner\n"
-        "install()\n"
+        "from test_safe_loading import make_runner\n"
         "runner = make_runner(sys.argv[2], 2, resume=True)\n"
         "runner.train()\n"
         "loss = runner.message_hub.get_scalar('train/loss').data[0]\n"
@@ -153,7 +153,7 @@ def test_plain_torch_load_keeps_its_default(trained):
 
 def test_install_twice_wraps_once():
     before = CheckpointLoader.load_checkpoint.__func__
-    install()
+    apply()
     assert CheckpointLoader.load_checkpoint.__func__ is before
 
 

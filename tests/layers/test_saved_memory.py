@@ -10,20 +10,20 @@ from benchmarks.baselines import Formula
 from benchmarks.candidates import build, is_plugin
 from benchmarks.measure import saved_bytes
 from benchmarks.parity import make_input
-from benchmarks.shapes import Shape
+from benchmarks.sizes import InputSize
 from rfa_mmdet.layers import CoordAtt, RFCAConv, RFCBAMConv
 from tests.helpers.backends import require
 
 SHAPES = [
-    Shape(2, 64, 32, 40),
-    Shape(1, 128, 25, 21, 2),
-    Shape(4, 64, 7, 7),
-    Shape(1, 512, 13, 9),
-    Shape(1, 64, 96, 100),
+    InputSize(2, 64, 32, 40),
+    InputSize(1, 128, 25, 21, 2),
+    InputSize(4, 64, 7, 7),
+    InputSize(1, 512, 13, 9),
+    InputSize(1, 64, 96, 100),
 ]
 
 
-def kept(module: torch.nn.Module, shape: Shape) -> int:
+def kept(module: torch.nn.Module, shape: InputSize) -> int:
     x = make_input(shape, torch.float32, torch.device("cpu")).requires_grad_()
     return saved_bytes(lambda: module(x), module)
 
@@ -84,7 +84,7 @@ def test_statistics_are_counted_once(kind, made):
 @pytest.mark.parametrize("op", ["RFCBAMConv", "RFCAConv", "CBAM", "CoordAtt", "EMA", "ConAM"])
 @pytest.mark.parametrize("recorded", [False, True])
 def test_a_graph_that_is_recorded_computes_the_same(op, recorded, monkeypatch):
-    shape = Shape(2, 64, 9, 7)
+    shape = InputSize(2, 64, 9, 7)
     layer = build(op, shape).eval().double()
     x = make_input(shape, torch.float64, torch.device("cpu")).requires_grad_()
     inputs = [x, *layer.parameters()]
