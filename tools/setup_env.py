@@ -190,13 +190,7 @@ def run_build(command: list, env: dict[str, str], log: Path) -> None:
 
 
 class Setup:
-    """The steps that fill one environment.
-
-    Args:
-        venv: Folder of the environment.
-        wanted: The user's choice of Python, or None.
-        force: Whether to go through the steps though the stamp holds.
-    """
+    """The steps that fill one environment; ``force`` takes them though the stamp holds."""
 
     def __init__(self, venv: Path, wanted: str | None, force: bool):
         self.venv, self.wanted, self.force = venv, wanted, force

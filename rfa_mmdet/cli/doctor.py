@@ -40,11 +40,10 @@ FOR_TOOLS = ("pandas", "jinja2", "submitit")
 DISTRIBUTIONS = {"cv2": "opencv-python"}  # where pip has another name than Python
 SECONDS = 300  # for one import: a cold disk may need a minute
 
-# What is asked of each package. `facts` is handed back; later ones need earlier ones.
+# What is tried with each package once it is imported; `facts` is handed back.
 PROBES = {
     "torch": """
-import torch
-facts.update(version=torch.__version__, cuda=torch.version.cuda, gpus=[])
+facts.update(cuda=torch.version.cuda, gpus=[])
 if torch.cuda.is_available():
     facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 import numpy
@@ -52,30 +51,23 @@ torch.from_numpy(numpy.zeros(1))
 """,
     # Every run logs what collect_env finds.
     "mmengine": """
-import mmengine
-facts.update(version=mmengine.__version__)
 import mmengine.runner
 from mmengine.utils.dl_utils import collect_env
 facts.update(env={name: str(value) for name, value in collect_env().items()})
 """,
     "mmcv": """
-import mmcv
-facts.update(version=mmcv.__version__)
 import torch, mmcv.ops
 facts.update(cuda=mmcv.ops.get_compiling_cuda_version())
 mmcv.ops.nms(torch.tensor([[0.0, 0.0, 9.0, 9.0]]), torch.ones(1), 0.5)
 """,
     # MMEngine finds the bases of configs by pkg_resources.
     "mmdet": """
-import mmdet
-facts.update(version=mmdet.__version__)
 import mmdet.models
 from mmengine.hub import get_config
 get_config("mmdet::_base_/default_runtime.py")
 """,
     "rfa_mmdet": """
-import rfa_mmdet
-facts.update(version=rfa_mmdet.__version__, folder=rfa_mmdet.__path__[0])
+facts.update(folder=rfa_mmdet.__path__[0])
 from mmdet.registry import MODELS
 MODELS.get("RFAResNet")
 from rfa_mmdet.ops.receptive_field.dispatch import missing
@@ -83,7 +75,7 @@ cpu, triton = missing("cpu"), missing("triton")
 names = f"{'reference' if triton else 'triton'} on a GPU, {'reference' if cpu else 'cpu'} else"
 facts.update(backend=names, slow=cpu)
 """,
-    **{name: f"import {name}" for name in (*LIBRARIES, *FOR_TOOLS)},
+    **dict.fromkeys((*LIBRARIES, *FOR_TOOLS), ""),
     "pycocotools": "import pycocotools.mask",
 }
 # The current folder is left out of the path, as it is for `python tools/train.py`.
@@ -93,6 +85,8 @@ sys.path[:] = [entry for entry in sys.path if entry]
 warnings.simplefilter("ignore")
 facts = {{}}
 try:
+    import {name}
+    facts["version"] = getattr({name}, "__version__", None)
     exec({code!r})
 except BaseException as error:
     facts["error"] = f"{{type(error).__name__}}: {{error}}"
@@ -124,9 +118,9 @@ def output(*command: str) -> str:
         return ""
 
 
-def probe(code: str) -> dict[str, Any]:
-    """Run code in a Python of its own; return its facts, with an 'error' if it failed."""
-    command = [sys.executable, "-c", FRAME.format(code=code)]
+def probe(name: str) -> dict[str, Any]:
+    """Try a package in a process of its own; return its facts, with an 'error' if it failed."""
+    command = [sys.executable, "-c", FRAME.format(name=name, code=PROBES[name])]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=SECONDS
@@ -137,8 +131,8 @@ def probe(code: str) -> dict[str, Any]:
         facts = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):  # it was killed, or ended itself
         status = done.returncode
-        name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        return {"error": f"the process died ({name})"}
+        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        return {"error": f"the process died ({how})"}
     if "error" in facts:
         # torch only warns of it, and continues without NumPy.
         facts["clash"] = bool(NUMPY_CLASH.search(facts["error"] + done.stderr))
@@ -150,7 +144,7 @@ def examine() -> dict[str, dict[str, Any]]:
     """Return the facts of all probes by name."""
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         try:
-            asked = {name: pool.submit(probe, code) for name, code in PROBES.items()}
+            asked = {name: pool.submit(probe, name) for name in PROBES}
             return {name: future.result() for name, future in asked.items()}
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)  # those that have not begun
@@ -385,10 +379,14 @@ class Doctor:
         """What pip finds missing or of a wrong version, for the packages that count here."""
         ours = {"rfa-mmdet", "torch", *(n for names in self.owners.values() for n in names)}
         ours |= {DISTRIBUTIONS.get(name, name) for name in (*LIBRARIES, *FOR_TOOLS)}
-        for found in PIP_CHECK.finditer(output(sys.executable, "-m", "pip", "check")):
-            if canonical(found["name"]) in ours:
-                need = found["need"] or found["missing"]
-                yield Problem(found[0].rstrip("."), f"{self.pip} install '{need}'", False)
+        report = output(sys.executable, "-m", "pip", "check")
+        found = [line for line in PIP_CHECK.finditer(report) if canonical(line["name"]) in ours]
+        if missing := sorted({line["missing"] for line in found if line["missing"]}):
+            text = "; ".join(line[0].rstrip(".") for line in found if line["missing"])
+            yield Problem(text, f"{self.pip} install {' '.join(missing)}", False)
+        for line in found:
+            if line["need"]:
+                yield Problem(line[0].rstrip("."), f"{self.pip} install '{line['need']}'", False)
 
     def check_rest(self) -> Iterator[Problem]:
         """Name the first package that fails for a reason not known above."""
@@ -433,19 +431,8 @@ class Doctor:
         yield "GPU", ", ".join(torch.get("gpus") or self.gpus) or "none", ""
 
 
-def main() -> int:
+def report(doctor: Doctor) -> int:
     """Print the screen; return the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example:\n  python tools/doctor.py",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.parse_args()
-    try:
-        doctor = Doctor()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     rows = list(doctor.rows())
     widths = [max(len(row[i]) for row in rows if len(row[i]) < 30) for i in (0, 1)]
     for name, version, remark in rows:
@@ -459,6 +446,20 @@ def main() -> int:
         return 1
     print(f"\nOK: training can start on the {'GPU' if doctor.facts['torch']['gpus'] else 'CPU'}")
     return 0
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example:\n  python tools/doctor.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
+    try:
+        return report(Doctor())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
