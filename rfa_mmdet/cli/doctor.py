@@ -70,7 +70,7 @@ get_config("mmdet::_base_/default_runtime.py")
 facts.update(folder=rfa_mmdet.__path__[0])
 from mmdet.registry import MODELS
 MODELS.get("RFAResNet")
-from rfa_mmdet.ops.receptive_field.dispatch import missing
+from rfa_mmdet.ops.receptive_field.backends import missing
 cpu, triton = missing("cpu"), missing("triton")
 names = f"{'reference' if triton else 'triton'} on a GPU, {'reference' if cpu else 'cpu'} else"
 facts.update(backend=names, slow=cpu)

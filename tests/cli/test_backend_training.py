@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from rfa_mmdet.ops.receptive_field.dispatch import missing
+from rfa_mmdet.ops.receptive_field.backends import missing
 from tests.helpers.paths import ROOT
 
 WITHOUT = """

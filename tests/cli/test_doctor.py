@@ -290,7 +290,7 @@ def test_system_library_that_is_missing(sick):
 
 def test_kernels_that_are_not_built(sick):
     missing = "missing = {'cpu': 'no compiler', 'triton': None}.get"
-    sick.add("rfa_mmdet", files={"ops/receptive_field/dispatch": missing})
+    sick.add("rfa_mmdet", files={"ops/receptive_field/backends": missing})
     code, out = sick.examine()
     assert code == 0
     assert "backend: triton on a GPU, reference else" in out

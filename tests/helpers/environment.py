@@ -53,7 +53,7 @@ version = version()
     ),
     "rfa_mmdet": (
         "0.1.0",
-        {"ops/receptive_field/dispatch": "missing = {'triton': 'not installed'}.get"},
+        {"ops/receptive_field/backends": "missing = {'triton': 'not installed'}.get"},
     ),
     "numpy": ("2.4.6", {"__init__": "zeros = print"}),
     "cv2": ("5.0.0", {}),

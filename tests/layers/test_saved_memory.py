@@ -12,7 +12,6 @@ from benchmarks.measure import saved_bytes
 from benchmarks.parity import make_input
 from benchmarks.shapes import Shape
 from rfa_mmdet.layers import CoordAtt, RFCAConv, RFCBAMConv
-from rfa_mmdet.layers.conv import lazy
 from tests.helpers.backends import require
 
 SHAPES = [
@@ -32,9 +31,10 @@ def kept(module: torch.nn.Module, shape: Shape) -> int:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op", ["RFCBAMConv", "RFCAConv", "CBAM", "CoordAtt", "EMA"])
-def test_at_most_half_of_the_formulas(op, shape, training, monkeypatch):
-    monkeypatch.setattr(lazy, "can_be_lazy", lambda *_: False)  # as on other devices
+def test_at_most_half_of_the_formulas(op, shape, training):
     layer = build(op, shape).train(training)
+    if hasattr(layer, "backend"):
+        layer.backend = "reference"  # as on other devices
     formula = Formula(op, layer).train(training)
     ours, theirs = kept(layer, shape), kept(formula, shape)
     assert ours <= 0.5 * theirs
@@ -67,10 +67,10 @@ def test_conam_keeps_what_its_formula_keeps(shape):
 
 @pytest.mark.parametrize("kind", [CoordAtt, RFCAConv, RFCBAMConv])
 @pytest.mark.parametrize("made", [True, False])
-def test_statistics_are_counted_once(kind, made, monkeypatch):
-    if made:  # as on other devices
-        monkeypatch.setattr(lazy, "can_be_lazy", lambda *_: False)
+def test_statistics_are_counted_once(kind, made):
     layer = kind(8) if kind is CoordAtt else kind(8, 4, 3)
+    if made:  # as on other devices
+        layer.backend = "reference"
     norms = [m for m in layer.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     for step in (1, 2, 3):
         out = layer(torch.randn(2, 8, 6, 5, requires_grad=True))

@@ -12,12 +12,16 @@ from mmcv.cnn import build_activation_layer, build_norm_layer
 from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import boolean
+from rfa_mmdet.layers.conv._fast_path import (
+    check_choice,
+    fold_norm,
+    must_be_called,
+    window_features,
+)
 from rfa_mmdet.layers.conv.base import AttentionConv2d
-from rfa_mmdet.layers.conv.lazy import lazy_features
-from rfa_mmdet.layers.conv.norms import fold_norm, must_be_called
 from rfa_mmdet.layers.warm_start.start import identity_features, identity_norm, norm_obstacle
-from rfa_mmdet.ops.common.windows import convolve_weighed_windows
-from rfa_mmdet.ops.receptive_field.lazy_windows import LazyFeatures
+from rfa_mmdet.ops.common.windows import Window, convolve_weighed_windows
+from rfa_mmdet.ops.receptive_field import WindowFeatures
 
 
 class ReceptiveFieldConv(AttentionConv2d):
@@ -35,7 +39,11 @@ class ReceptiveFieldConv(AttentionConv2d):
         input_floor (float): Lowest value of the input, at most 0, from which on a warm start is
             exact: below it, the activation cuts off. 0 behind a ReLU. Else the features start
             shifted by it, and the bias, which is needed then, takes the shift off again.
+        backend (str): 'auto', 'reference', 'cpu' or 'triton'.
     """
+
+    # Of torch.ops.rfa_mmdet, what the layer calls.
+    operators: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -51,6 +59,7 @@ class ReceptiveFieldConv(AttentionConv2d):
         norm_cfg: dict | None,
         act_cfg: dict | None,
         input_floor: float,
+        backend: str,
         learnt: bool = True,
     ) -> None:
         super().__init__(
@@ -75,6 +84,7 @@ class ReceptiveFieldConv(AttentionConv2d):
                 padding_mode=padding_mode,
             )
         self.act = build_activation_layer(act_cfg) if act_cfg else nn.Identity()
+        self.backend = check_choice(backend, self.operators, self.norm, self.act)
         if self.input_floor < 0 and act_cfg and not norm_cfg:
             raise ValueError(
                 f"input_floor={input_floor} with norm_cfg=None: it is the norm that shifts the "
@@ -140,12 +150,22 @@ class ReceptiveFieldConv(AttentionConv2d):
         positions = wide // self.in_channels
         return features.reshape(batch, self.in_channels, positions, height, width)
 
-    def lazy_features(self, x: Tensor) -> LazyFeatures | None:
+    def window_features(self, x: Tensor) -> WindowFeatures | None:
         """Return the features of a map (B, C, H, W), unmade. None: they must be made.
 
         If they are returned, the norm's running statistics are updated.
         """
-        return lazy_features(x, self.feature, self.norm, self.act, self.conv.weight, self.pad)
+        return window_features(
+            self.backend,
+            self.operators,
+            x,
+            Window(self.kernel_size, self.stride, self.padding, self.dilation),
+            self.pad,
+            getattr(self, "feature", None),
+            self.norm,
+            self.act,
+            self.conv.weight,
+        )
 
     def convolve(self, windows: Tensor, gates: tuple[Tensor, Tensor]) -> Tensor:
         """Sum up weighed features: (B, C, K, h, w), or (B, C, kh, kw, h, w), to (B, O, h, w).

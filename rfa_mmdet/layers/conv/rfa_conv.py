@@ -12,7 +12,6 @@ channels instead of a k-fold enlarged map (the same sum).
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from rfa_mmdet.layers.conv.accelerated import accelerated_rfa_conv, check_choice
 from rfa_mmdet.layers.conv.base import AttentionConv2d
 from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
 from rfa_mmdet.ops.receptive_field import receptive_field_attention, receptive_field_mean, rfa_conv
@@ -63,6 +62,8 @@ class RFAConv(ReceptiveFieldConv):
         torch.Size([2, 32, 5, 6])
     """
 
+    operators = ("rfa_conv",)
+
     def __init__(
         self,
         in_channels: int,
@@ -85,9 +86,16 @@ class RFAConv(ReceptiveFieldConv):
         window = (stride, padding, dilation, groups, bias, padding_mode)
         learnt = feature == "conv"
         super().__init__(
-            in_channels, out_channels, kernel_size, *window, norm_cfg, act_cfg, input_floor, learnt
+            in_channels,
+            out_channels,
+            kernel_size,
+            *window,
+            norm_cfg,
+            act_cfg,
+            input_floor,
+            backend,
+            learnt,
         )
-        self.backend = check_choice(backend, self.norm, self.act)
         if self.is_pointwise:
             del self.norm, self.act
             if learnt:
@@ -140,15 +148,17 @@ class RFAConv(ReceptiveFieldConv):
         self.check_input(x)
         if self.is_pointwise:
             return self.conv(x)
+        features = self.window_features(x)
+        if features is not None:
+            conv = self.conv
+            return features.attend(self.attention.weight, conv.weight, conv.bias, self.groups)
         padded, padding = self.pad(x)
-        tensors = (
+        return rfa_conv(
             padded,
             self.attention.weight,
             self.feature.weight if hasattr(self, "feature") else None,
             self.conv.weight,
             self.conv.bias,
-        )
-        kwargs = dict(
             norm=self.norm,
             act=self.act,
             stride=self.stride,
@@ -156,8 +166,6 @@ class RFAConv(ReceptiveFieldConv):
             dilation=self.dilation,
             groups=self.groups,
         )
-        out = accelerated_rfa_conv(self.backend, *tensors, **kwargs)
-        return rfa_conv(*tensors, **kwargs) if out is None else out
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return how the positions of each window are weighed, to be looked at.

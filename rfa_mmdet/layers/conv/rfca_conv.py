@@ -7,8 +7,8 @@ side by side, as the means of the rows and columns of that layout are means over
 numbers).
 
 On a CPU, in float32 and bfloat16, with batch norm or none and ReLU or none, C++ kernels compute the
-same without making the features (``lazy.py``). Traces, exports and modules with hooks, which must
-be called to be seen, always take the formula.
+same without storing the features (``_fast_path.py``). Traces, exports and modules with hooks, which
+must be called, always take the formula.
 """
 
 import torch
@@ -42,6 +42,8 @@ class RFCAConv(ReceptiveFieldConv):
             Defaults to 32.
         input_floor (float): Lowest value of the input for which a warm start is exact; below 0 it
             needs ``bias=True``. Defaults to 0.
+        backend (str): 'reference': plain torch. 'cpu': the C++ kernels. 'auto': the kernels where
+            they can compute this, else plain torch. Defaults to 'auto'.
 
     Raises:
         TypeError, ValueError: An argument or the input is not as above.
@@ -52,6 +54,8 @@ class RFCAConv(ReceptiveFieldConv):
         >>> conv(torch.rand(2, 16, 9, 12)).shape
         torch.Size([2, 32, 5, 6])
     """
+
+    operators = ("pool_coordinates", "gated_conv")
 
     def __init__(
         self,
@@ -68,10 +72,11 @@ class RFCAConv(ReceptiveFieldConv):
         act_cfg: dict | None = dict(type="ReLU", inplace=True),
         reduction: int = 32,
         input_floor: float = 0.0,
+        backend: str = "auto",
     ) -> None:
         window = (stride, padding, dilation, groups, bias, padding_mode)
         super().__init__(
-            in_channels, out_channels, kernel_size, *window, norm_cfg, act_cfg, input_floor
+            in_channels, out_channels, kernel_size, *window, norm_cfg, act_cfg, input_floor, backend
         )
         self.coordinate = CoordAtt(in_channels, reduction)
 
@@ -92,11 +97,11 @@ class RFCAConv(ReceptiveFieldConv):
             Tensor: (B, out_channels, h, w).
         """
         self.check_input(x)
-        lazy = self.lazy_features(x)
-        if lazy is None:
+        features = self.window_features(x)
+        if features is None:
             return self.convolve(*self._weighed(x))
-        gates = self._gates(*lazy.coordinate_means())
-        return lazy.convolve(gates, self.conv.weight, self.conv.bias, self.groups)
+        gates = self._gates(*features.coordinate_means())
+        return features.convolve(gates, self.conv.weight, self.conv.bias, self.groups)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return what the features of each window are weighed by, to be looked at.

@@ -9,8 +9,8 @@ published argument is named ``ratio``), and the spatial ones from the features b
 weighed.
 
 On a CPU, in float32 and bfloat16, with batch norm or none and ReLU or none, C++ kernels compute the
-same without making the features (``lazy.py``). Traces, exports and modules with hooks, which must
-be called to be seen, always take the formula.
+same without storing the features (``_fast_path.py``). Traces, exports and modules with hooks, which
+must be called, always take the formula.
 Of equal maxima over the channels, the kernels give the gradient to the first, the formula to all.
 """
 
@@ -49,6 +49,8 @@ class RFCBAMConv(ReceptiveFieldConv):
         hidden_channels (int): Hidden width of the channel attention. Defaults to 16.
         input_floor (float): Lowest value of the input for which a warm start is exact; below 0 it
             needs ``bias=True``. Defaults to 0.
+        backend (str): 'reference': plain torch. 'cpu': the C++ kernels. 'auto': the kernels where
+            they can compute this, else plain torch. Defaults to 'auto'.
 
     Raises:
         TypeError, ValueError: An argument or the input is not as above.
@@ -58,6 +60,8 @@ class RFCBAMConv(ReceptiveFieldConv):
         >>> conv(torch.rand(2, 16, 9, 12)).shape
         torch.Size([2, 32, 5, 6])
     """
+
+    operators = ("pool_channels", "gated_conv")
 
     def __init__(
         self,
@@ -74,10 +78,11 @@ class RFCBAMConv(ReceptiveFieldConv):
         act_cfg: dict | None = dict(type="ReLU", inplace=True),
         hidden_channels: int = 16,
         input_floor: float = 0.0,
+        backend: str = "auto",
     ) -> None:
         window = (stride, padding, dilation, groups, bias, padding_mode)
         super().__init__(
-            in_channels, out_channels, kernel_size, *window, norm_cfg, act_cfg, input_floor
+            in_channels, out_channels, kernel_size, *window, norm_cfg, act_cfg, input_floor, backend
         )
         # SE itself takes None, for a width by reduction.
         hidden_channels = positive_int("hidden_channels", hidden_channels)
@@ -98,12 +103,12 @@ class RFCBAMConv(ReceptiveFieldConv):
             Tensor: (B, out_channels, h, w).
         """
         self.check_input(x)
-        lazy = self.lazy_features(x)
-        if lazy is None:
+        features = self.window_features(x)
+        if features is None:
             return self.convolve(*self._weighed(x))
-        channel, spatial = self._gates(x, lazy.max_and_mean())
+        channel, spatial = self._gates(x, features.max_and_mean())
         gates = channel.flatten(1), spatial.flatten(1, 2)
-        return lazy.convolve(gates, self.conv.weight, self.conv.bias, self.groups)
+        return features.convolve(gates, self.conv.weight, self.conv.bias, self.groups)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return what the features of each window are weighed by, to be looked at.

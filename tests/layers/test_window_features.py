@@ -1,4 +1,4 @@
-"""RFCBAMConv and RFCAConv on the CPU, where their features are never made as a whole.
+"""RFCBAMConv and RFCAConv on the CPU, where their features are never stored as a whole.
 
 The formulas, and what holds for every backend: test_receptive_field_convs.py.
 """
@@ -6,8 +6,6 @@ The formulas, and what holds for every backend: test_receptive_field_convs.py.
 import copy
 import dataclasses
 import math
-from contextlib import contextmanager
-from unittest import mock
 
 import pytest
 import torch
@@ -17,9 +15,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from rfa_mmdet.layers.conv import lazy
-from rfa_mmdet.ops.receptive_field import dispatch, schema
-from rfa_mmdet.ops.receptive_field.lazy_windows import LazyFeatures
+from rfa_mmdet.ops.common.windows import Window
+from rfa_mmdet.ops.receptive_field import WindowFeatures, autograd, backends
 from tests.helpers import formulas
 from tests.helpers.backends import require, run
 from tests.helpers.formulas import Case, Exact, relative_error
@@ -45,14 +42,6 @@ def build(name: str, case: Case, **kwargs) -> nn.Module:
     return case.build(LAYERS[name][0], act_cfg=case.act and dict(type=case.act), **kwargs)
 
 
-@contextmanager
-def kernels():
-    """Have them in float64 too, for which they are not chosen."""
-    require("cpu")
-    with mock.patch.object(lazy, "can_be_lazy", return_value=True):
-        yield
-
-
 @torch.no_grad()
 def formula(name: str, layer: nn.Module, case: Case, x: Tensor) -> Tensor:
     state = {key: value.double() for key, value in layer.state_dict().items()}
@@ -63,20 +52,19 @@ def compare(name: str, case: Case, dtypes=(torch.float64, torch.float32)) -> Non
     """With gradients, in training and in evaluation, and without."""
     for training in (True, False):
         case = dataclasses.replace(case, training=training)
-        layer, x = build(name, case), case.input()
+        layer, x = build(name, case, backend="cpu"), case.input()
         if torch.bfloat16 in dtypes:  # numbers that it can hold
             layer, x = layer.bfloat16().float(), x.bfloat16().float()
-        with kernels():
-            if not training or case.batch * math.prod(case.out_size()) >= 8:
-                formulas.compare(layer, lambda e, x, c=case: LAYERS[name][1](e, c, x), x, dtypes)
-            if training:
-                continue
-            expected = formula(name, layer, case, x)
-            for dtype in dtypes:
-                with torch.no_grad():
-                    found = copy.deepcopy(layer).to(dtype)(x.to(dtype))
-                assert found.dtype == dtype
-                assert relative_error(found, expected) <= TOLERANCES[dtype].output
+        if not training or case.batch * math.prod(case.out_size()) >= 8:
+            formulas.compare(layer, lambda e, x, c=case: LAYERS[name][1](e, c, x), x, dtypes)
+        if training:
+            continue
+        expected = formula(name, layer, case, x)
+        for dtype in dtypes:
+            with torch.no_grad():
+                found = copy.deepcopy(layer).to(dtype)(x.to(dtype))
+            assert found.dtype == dtype
+            assert relative_error(found, expected) <= TOLERANCES[dtype].output
 
 
 @each
@@ -102,8 +90,8 @@ def test_bfloat16(name, act, training):
     layer, x = build(name, case).bfloat16(), case.input().bfloat16()
     exact = run(copy.deepcopy(layer).double(), x.double())
     ours = run(copy.deepcopy(layer), x)
-    with mock.patch.object(lazy, "can_be_lazy", return_value=False):
-        theirs = run(layer, x)
+    layer.backend = "reference"
+    theirs = run(layer, x)
     least = 1e-3 * max(float(e.norm()) for e in exact[1:])
     for found, made, expected in zip(ours, theirs, exact, strict=True):
         assert found.dtype == torch.bfloat16
@@ -118,18 +106,16 @@ def test_bfloat16(name, act, training):
 def test_gradcheck(name, training):
     window = dict(size=(4, 3), kernel=(2, 3), padding=(1, 1))
     case = Case(batch=1, channels=2, out_channels=2, training=training, **window)
-    with kernels():
-        assert formulas.gradcheck(build(name, case), case.input())
+    assert formulas.gradcheck(build(name, case, backend="cpu"), case.input())
 
 
 @each
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("made", [True, False])
-def test_autocast(name, training, made, monkeypatch):
+def test_autocast(name, training, made):
     case = Case(channels=16, out_channels=24, size=(12, 19), training=training)
-    layer, x = build(name, case), case.input()
-    if made:  # as on other devices
-        monkeypatch.setattr(lazy, "can_be_lazy", lambda *_: False)
+    layer = build(name, case, backend="reference" if made else "cpu")
+    x = case.input()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = layer(x)
     assert found.dtype == torch.bfloat16
@@ -158,10 +144,9 @@ def test_magnitude_of_the_input(name, magnitude, training):
 def test_statistics_of_the_batch_are_those_of_torch(name, dtype):
     """Where the mean is 1000 times the deviation."""
     case = Case(channels=5, size=(13, 11))
-    layer, x = build(name, case).to(dtype), case.input().to(dtype) + 1000
+    layer, x = build(name, case, backend="cpu").to(dtype), case.input().to(dtype) + 1000
     made = copy.deepcopy(layer).double()
-    with kernels():
-        layer(x)
+    layer(x)
     made.norm(made.feature(x.double()))
     assert layer.norm.num_batches_tracked == made.norm.num_batches_tracked == 1
     # Such values themselves are rounded by 1e-4 of a deviation; a variance, by ten times that.
@@ -181,8 +166,8 @@ def test_without_norm_or_its_parameters(name, norm_cfg, training):
     case = Case(channels=5, out_channels=6, size=(9, 8), training=training)
     layer, x = build(name, case, norm_cfg=norm_cfg).double(), case.input().double()
     made = copy.deepcopy(layer)
-    with kernels():
-        found = run(layer, x)
+    layer.backend = "cpu"
+    found = run(layer, x)
     torch.testing.assert_close(found, run(made, x), rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(dict(layer.named_buffers()), dict(made.named_buffers()))
 
@@ -238,7 +223,7 @@ def test_input_is_not_read_past_its_ends_and_may_be_a_view(name):
 def test_statistics_computed_anew_give_the_gradients_of_kept_ones(name, monkeypatch):
     results = []
     for least in (0, math.inf):
-        monkeypatch.setattr(schema, "KEEP_FROM", least)
+        monkeypatch.setattr(autograd, "KEEP_FROM", least)
         results.append(run(build(name, Case()), Case().input()))
     assert all(torch.equal(kept, anew) for kept, anew in zip(*results, strict=True))
 
@@ -246,9 +231,8 @@ def test_statistics_computed_anew_give_the_gradients_of_kept_ones(name, monkeypa
 @each
 def test_second_derivatives_are_refused(name):
     layer, x = build(name, Case()), Case().input().requires_grad_()
-    (gradient,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative; pass backend='reference'"):
+        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
 
 @each
@@ -268,25 +252,25 @@ def test_activation_checkpointing(name, training):
 def test_features_are_made_where_somebody_needs_them(name, training):
     case = Case(training=training)
     layer, x = build(name, case), case.input()
-    assert layer.lazy_features(x) is not None
-    assert layer.lazy_features(x.double()) is None
-    assert layer.lazy_features(x[:0]) is None
-    assert layer.lazy_features(x.to("meta")) is None
+    assert layer.window_features(x) is not None
+    assert layer.window_features(x.double()) is None
+    assert layer.window_features(x[:0]) is None
+    assert layer.window_features(x.to("meta")) is None
     with TorchDispatchMode():
-        assert layer.lazy_features(x) is None  # somebody counts operators
+        assert layer.window_features(x) is None  # somebody counts operators
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(x)
-    assert layer.lazy_features(fake) is None
-    assert layer.lazy_features(x.as_subclass(Plain)) is not None
+    assert layer.window_features(fake) is None
+    assert layer.window_features(x.as_subclass(Plain)) is not None
     for watched in (layer.feature, layer.norm, layer.act):
         handle = watched.register_forward_hook(lambda *_: None)
-        assert layer.lazy_features(x) is None
+        assert layer.window_features(x) is None
         handle.remove()
     group_norm = dict(type="GN", num_groups=3)
-    assert build(name, case, norm_cfg=group_norm).lazy_features(x) is None
-    assert build(name, dataclasses.replace(case, act="SiLU")).lazy_features(x) is None
+    assert build(name, case, norm_cfg=group_norm).window_features(x) is None
+    assert build(name, dataclasses.replace(case, act="SiLU")).window_features(x) is None
     one = torch.rand(1, 3, 1, 1)
-    assert (layer.lazy_features(one) is None) == training  # torch says why it cannot
+    assert (layer.window_features(one) is None) == training  # torch says why it cannot
 
 
 @each
@@ -295,11 +279,10 @@ def test_without_the_kernels_the_formula_runs(name, training, monkeypatch):
     case = Case(training=training, channels=16)
     layer, x = build(name, case), case.input()
     expected = run(copy.deepcopy(layer), x)
-    monkeypatch.setattr(dispatch, "missing", lambda backend: "none here")
-    monkeypatch.setattr(dispatch, "_noticed", set())
+    monkeypatch.setattr(backends, "missing", lambda backend: "none here")
+    backends._warn_once.cache_clear()
     with pytest.warns(UserWarning, match=r"convolutions run in plain torch.*none here"):
         found = run(layer, x)
-    assert not torch.equal(found[0], expected[0])  # another order of sums
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -307,12 +290,12 @@ def test_without_the_kernels_the_formula_runs(name, training, monkeypatch):
 # --------------------------------------------------------------------------- operators
 
 
-def features(x: Tensor, **changes) -> LazyFeatures:
+def features(x: Tensor, **changes) -> WindowFeatures:
     channels = x.shape[1]
     torch.manual_seed(0)
     feature, shift = torch.randn(channels, 9, 9), torch.randn(channels, 9)
     given = dict(kernel_size=(3, 3), stride=(2, 1), padding=(1, 1), dilation=(1, 1))
-    return LazyFeatures(x, feature, shift, True, **{**given, **changes})
+    return WindowFeatures(x, feature, shift, True, Window(**{**given, **changes}))
 
 
 @pytest.mark.parametrize(
@@ -332,8 +315,8 @@ def test_gates_are_checked(first, second, message):
 
 
 def test_features_are_checked():
-    with pytest.raises(ValueError, match=r"x of shape .*: must not be empty"):
-        features(torch.randn(0, 4, 7, 6)).max_and_mean()
+    with pytest.raises(ValueError, match=r"x of shape .*: only the batch may be empty"):
+        features(torch.randn(2, 4, 0, 6)).max_and_mean()
     with pytest.raises(TypeError, match="x: must be float32, float64 or bfloat16"):
         features(torch.randn(2, 4, 7, 6).half()).coordinate_means()
     with pytest.raises(ValueError, match="smaller than the window"):
@@ -345,8 +328,7 @@ def test_of_equal_maxima_the_first_channel_gets_the_gradient():
     x = one.repeat(1, 3, 1, 1).requires_grad_()
     identity = torch.eye(9, dtype=torch.float64).repeat(3, 1, 1)
     shift = torch.zeros(3, 9, dtype=torch.float64)
-    window = ((3, 3), (1, 1), (0, 0), (1, 1))
-    pooled = LazyFeatures(x, identity, shift, False, *window).max_and_mean()
+    pooled = WindowFeatures(x, identity, shift, False, Window((3, 3))).max_and_mean()
     pooled[:, 0].sum().backward()
     seen = nn.functional.fold(torch.ones(1, 9, 9), (5, 5), (3, 3))  # windows that see each cell
     assert torch.equal(x.grad[0, 0], seen[0, 0].double())
@@ -361,12 +343,12 @@ def test_every_bit_is_the_same_for_any_number_of_threads():
 
     def run(number: int) -> list[Tensor]:
         torch.set_num_threads(number)
-        lazy = features(data.clone().requires_grad_())
-        outputs = [lazy.max_and_mean(), *lazy.coordinate_means()]
-        inputs = [lazy.x, lazy.feature.requires_grad_(), lazy.shift.requires_grad_()]
+        given = features(data.clone().requires_grad_())
+        outputs = [given.max_and_mean(), *given.coordinate_means()]
+        inputs = [given.x, given.feature.requires_grad_(), given.shift.requires_grad_()]
         for gates in (by_position, by_coordinate):
             inputs += [gate.clone().requires_grad_() for gate in gates]
-            outputs.append(lazy.convolve(tuple(inputs[-2:]), weight, None, 1))
+            outputs.append(given.convolve(tuple(inputs[-2:]), weight, None, 1))
         generator = torch.Generator().manual_seed(0)
         upstream = [torch.randn(y.shape, generator=generator) for y in outputs]
         return [*outputs, *torch.autograd.grad(outputs, inputs, upstream)]
