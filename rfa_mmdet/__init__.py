@@ -71,8 +71,10 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'rfa_mmdet' has no attribute {name!r}")
 
 
-# Python imports the package before __main__.py, and says so by argv[0] == "-m". In
-# `python -m rfa_mmdet` registering is left to __main__: the doctor must start without it.
-_LEFT_TO_MAIN = sys.argv[:1] == ["-m"] and "rfa_mmdet" in sys.orig_argv
-if find_spec("mmengine") is not None and not _LEFT_TO_MAIN:
+# `python -m rfa_mmdet ...` imports the package before __main__.py, while argv[0] is still "-m".
+# Registering is left to __main__ then, as the doctor must start where it fails.
+_RUN_AS_MAIN = (
+    sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m") == __name__
+)
+if find_spec("mmengine") is not None and not _RUN_AS_MAIN:
     register()

@@ -75,11 +75,19 @@ def test_tools_are_listed_in_any_folder_without_openmmlab(stand_ins, tmp_path):
     assert not {"command_line", "distributed"} & dict(listed).keys()
 
 
-def test_the_doctor_starts_where_the_package_cannot_be_imported(stand_ins, tmp_path):
+@pytest.mark.parametrize("module", [["-m", "rfa_mmdet"], ["-mrfa_mmdet"]])
+def test_the_doctor_starts_where_the_package_cannot_be_imported(stand_ins, tmp_path, module):
     stand_ins.remove("mmdet")
-    done = stand_ins.run("-m", "rfa_mmdet", "doctor", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    done = stand_ins.run(*module, "doctor", cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert (done.returncode, done.stderr) == (1, "")
     assert re.search(r"(?m)^mmdet +- +not installed$", done.stdout)
+
+
+def test_a_module_of_the_package_that_is_run_registers_everything(stand_ins):
+    """Only `-m rfa_mmdet` itself leaves that to its __main__."""
+    stand_ins.remove("mmdet")
+    done = stand_ins.run("-m", "rfa_mmdet.files", "rfa_mmdet", PYTHONPATH=str(ROOT))
+    assert "ImportError: rfa_mmdet cannot register its layers" in done.stderr
 
 
 def test_another_tool_there_says_why_it_cannot_start(stand_ins):
