@@ -325,7 +325,7 @@ class Setup:
         try:
             compiler()
         except SetupError as error:
-            print(f"      without the C++ kernels: {str(error).partition(',')[0]}")
+            print(f"      without the C++ kernels: {str(error).partition(', and')[0]}")
             os.environ.setdefault("RFA_MMDET_BUILD", "0")
         os.environ.setdefault("RFA_MMDET_BUILD", "1")
         self.pip("install", "-qq", "--no-deps", "--no-build-isolation", "-e", ROOT)
@@ -396,9 +396,11 @@ def examine(python: str | Path) -> None:
         done = subprocess.run([str(python), str(DOCTOR)], capture_output=True, text=True)
     except OSError as error:
         raise SetupError(f"{python} does not run: {error.strerror}") from error
-    if done.returncode:
+    # A slip in this package, in the middle of work on it, is no fault of the environment.
+    found = re.search(r"(?m)^error: (?!rfa_mmdet does not work)", done.stdout)
+    if done.returncode and (found or done.stderr):
         raise SetupError(f"{python} cannot train:\n{done.stdout}{done.stderr}".rstrip())
-    print(done.stdout.splitlines()[-1])
+    print(done.stdout[done.stdout.rindex("\n\n") :].strip())
 
 
 @contextlib.contextmanager

@@ -173,6 +173,10 @@ def test_check_tells_what_the_doctor_finds(command, tmp_path):
     sick = Environment(tmp_path / "venv")
     process = command("--check", sick.python, PYTHONPATH="")
     assert process.communicate(timeout=60)[0] == "OK: training can start on the CPU\n"
+    sick.add("rfa_mmdet", files={"__init__": "raise SyntaxError('a slip')"})
+    process = command("--check", sick.python, PYTHONPATH="")
+    assert "training cannot start" in process.communicate(timeout=60)[0]
+    assert process.returncode == 0  # the environment is right: tests and lint can run in it
     sick.add("torch", files={"__init__": "raise ImportError('no such driver')"})
     error = refusal(command("--check", sick.python, PYTHONPATH=""))
     assert f"{sick.python} cannot train:" in error
