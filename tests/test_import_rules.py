@@ -191,7 +191,7 @@ print(tuple(y.shape))
 
 import rfa_mmdet
 messages = []
-for name in ("layers", "models", "engine"):
+for name in ("compat", "hooks", "layers", "models"):
     try:
         getattr(rfa_mmdet, name)
     except ImportError as error:
@@ -204,11 +204,13 @@ except AttributeError as error:
     print(error)
 print(rfa_mmdet.__version__)
 """
-    shape, layers, models, engine, no_such_name, version = run(code).split("\n")
+    shape, *messages, no_such_name, version = run(code).split("\n")
     assert shape == "(2, 6, 8, 8)"
-    for name, message in (("layers", layers), ("models", models), ("engine", engine)):
-        assert message.startswith(f"rfa_mmdet.{name} needs mmengine, mmcv, mmdet, which cannot")
-        assert "make env" in message
+    for name, message in zip(("compat", "hooks", "layers", "models"), messages, strict=True):
+        assert message == (
+            f"rfa_mmdet.{name} needs mmengine, mmcv with compiled operators, and mmdet. "
+            'mmengine is not installed: run `pip install "rfa_mmdet[openmmlab]"`'
+        )
     assert "no_such_name" in no_such_name
     assert version == "0.1.0"
 

@@ -28,9 +28,9 @@ GRID = [
 
 
 OWN = {
-    "RFAConv": ["norm_cfg", "act_cfg", "input_floor", "feature", "backend"],
-    "RFCBAMConv": ["norm_cfg", "act_cfg", "input_floor", "hidden_channels"],
-    "RFCAConv": ["norm_cfg", "act_cfg", "input_floor", "reduction"],
+    "RFAConv": ["norm_cfg", "act_cfg", "input_floor", "backend", "feature"],
+    "RFCBAMConv": ["norm_cfg", "act_cfg", "input_floor", "backend", "hidden_channels"],
+    "RFCAConv": ["norm_cfg", "act_cfg", "input_floor", "backend", "reduction"],
     "CAMConv": ["reduction"],
     "CBAMConv": ["reduction", "spatial_kernel_size"],
     "CAConv": ["reduction"],
