@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
+
 SCRIPT = ROOT / "tools" / "setup_env.py"
 # Off a real build of mmcv, compiler flags and repeated notes left out.
 BUILD_LOG = """\

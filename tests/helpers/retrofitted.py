@@ -6,6 +6,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
 
+from rfa_mmdet.config.plain import plain_base
 from tests.helpers.zoo import stir
 
 # Over the demo's thin RetinaNet: mmdet's own ResNet in it.
@@ -65,3 +66,13 @@ def save_plain(config, path):
     meta = dict(epoch=3, dataset_meta=dict(classes=classes))
     torch.save(dict(meta=meta, state_dict=build_plain(config).state_dict()), path)
     return path
+
+
+def save_plain_detector(config, path) -> None:
+    """Save the thin detector without this package's layers, as it is before any training."""
+    init_default_scope("mmdet")
+    torch.manual_seed(0)
+    plain = MODELS.build(plain_base(Config.fromfile(config)).model)
+    plain.init_weights()
+    stir(plain)  # ResNet starts its last norms at 0, behind which nothing would be trained
+    torch.save(dict(state_dict=plain.state_dict(), meta={}), path)

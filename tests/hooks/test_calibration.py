@@ -15,8 +15,8 @@ from rfa_mmdet.hooks import calibration as calibration_hook
 from rfa_mmdet.hooks.calibration import CalibrationHook, calibrate, uncalibrated
 from rfa_mmdet.layers import RFAConv, RFCAConv, RFCBAMConv
 from tests.helpers.ports import free_port
+from tests.helpers.retrofitted import save_plain_detector
 from tests.helpers.toy import Recorder, Toy, make_runner, pictures, plain_backbone, plain_file
-from tests.hooks.test_new_layers import save_plain_detector
 
 HOOKS_OF_A_RUN = (dict(type="NewLayersHook"), dict(type="CalibrationHook", batches=2))
 

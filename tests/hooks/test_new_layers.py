@@ -4,16 +4,12 @@ import sys
 
 import pytest
 import torch
-from mmdet.registry import MODELS
-from mmengine.config import Config
-from mmengine.registry import init_default_scope
 from torch import nn
 
-from rfa_mmdet.config.plain import plain_base
 from rfa_mmdet.hooks.new_layers import new_layers
 from tests.helpers.ports import free_port
+from tests.helpers.retrofitted import save_plain_detector
 from tests.helpers.toy import Recorder, Toy, make_runner, plain_file
-from tests.helpers.zoo import stir
 
 HOOK = dict(type="NewLayersHook")
 META = "rfa_mmdet_filled"
@@ -138,16 +134,6 @@ class KeepWeightsHook(Hook):
     def after_train(self, runner):
         self.keep(runner, "end")
 """
-
-
-def save_plain_detector(config, path) -> None:
-    """Save the thin detector without this package's layers, as it is before any training."""
-    init_default_scope("mmdet")
-    torch.manual_seed(0)
-    plain = MODELS.build(plain_base(Config.fromfile(config)).model)
-    plain.init_weights()
-    stir(plain)  # ResNet starts its last norms at 0, behind which nothing would be trained
-    torch.save(dict(state_dict=plain.state_dict(), meta={}), path)
 
 
 @pytest.fixture(scope="module")
