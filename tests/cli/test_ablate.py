@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import cv2
 import pytest
@@ -17,10 +16,14 @@ from mmdet.registry import MODELS
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.studies import load_spec, write_report
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import PATIENCE, wait_until
 
-# What each training saw: the images of every batch, in order, and whether they were flipped.
+# What each training saw: the images of every batch, in order, and whether they were flipped. One
+# whose folder the environment names waits in its second epoch, to be interrupted there.
 WATCH = """
 import json
+import os
+import signal
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
@@ -31,6 +34,8 @@ class WatchBatchesHook(Hook):
         seen = [[s.img_id, bool(s.flip)] for s in data_batch["data_samples"]]
         with open(runner.work_dir + "/batches.txt", "a") as file:
             file.write(json.dumps(seen) + chr(10))
+        if runner.epoch == 1 and runner.work_dir == os.environ.get("HELD"):
+            signal.pause()
 """
 SPEC = """
 base = {tiny!r}
@@ -78,7 +83,7 @@ def ablate(run_tool, tiny_config, tmp_path_factory):
         spec.write_text(SPEC.format(tiny=str(tiny_config), epochs=epochs) + text)
         done = run_tool(
             *(sys.executable, "tools/ablate.py", spec, "--work-dir", folder / name, *arguments),
-            **{"PYTHONPATH": f"{folder}:{ROOT}", **variables},
+            **{"PYTHONPATH": str(folder), **variables},
         )
         done.work_dir = folder / name
         done.spec = spec
@@ -93,8 +98,9 @@ def first(ablate):
     return ablate("first", TWO_AND_A_WRONG_ONE, "--jobs", "2")
 
 
-def batches(work_dir, method, seed=0):
-    return (work_dir / f"runs/all/{method}/seed{seed}/train/batches.txt").read_text()
+def batches(work_dir, method, seed=0, stage="all"):
+    path = work_dir / f"runs/{stage}/{method}/seed{seed}/train/batches.txt"
+    return path.read_text() if path.exists() else ""
 
 
 def test_a_failed_run_is_reported_and_the_rest_goes_on(first):
@@ -116,14 +122,14 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(first):
         assert run["curve"] == [[1, run["val"]]]
         assert len(run["losses"]) == 3
         assert 100 < run["memory_mb"] < 5000
-        assert 0.001 < run["iteration_seconds"] < 60
+        assert run["iteration_seconds"] > 0
     costs = results["costs"]
     assert costs["image_size"] == [160, 160]
     plain, ours = (costs["methods"][m] for m in ("plain", "rfaconv"))
     assert 0 < plain["parameters"] < ours["parameters"]
     assert 0 < plain["flops"] < ours["flops"]
-    assert 0 < plain["image_seconds"] < 60
-    assert 0 < plain["iteration_seconds"] < 60
+    assert plain["image_seconds"] > 0
+    assert plain["iteration_seconds"] > 0
     assert costs["train_batch"] == 4
     assert costs["machine"]["cores"] >= 1
     assert costs["versions"]["torch"] == torch.__version__
@@ -210,16 +216,16 @@ def test_interrupted_and_continued_equals_one_that_was_not(ablate, environment, 
     listed = ablate("broken", THREE_SEEDS, "--list", epochs=2)
     work_dir = listed.work_dir
     command = [sys.executable, "tools/ablate.py", listed.spec, "--work-dir", work_dir, *arguments]
-    variables = {**environment, "PYTHONPATH": f"{listed.spec.parent}:{ROOT}"}
-    process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=variables)
     train = work_dir / "runs/scratch/rfaconv/seed0/train"
-    until = time.monotonic() + 400
-    while not (train / "last_checkpoint").exists():
-        assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) != 0
+    variables = {**environment, "PYTHONPATH": f"{listed.spec.parent}:{ROOT}", "HELD": str(train)}
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=variables)
+    try:
+        # Three batches an epoch, and the first of the second.
+        wait_until(lambda: batches(work_dir, "rfaconv", stage="scratch").count("\n") == 4, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=PATIENCE) != 0
+    finally:
+        process.kill()
     assert not (work_dir / "runs/scratch/rfaconv/seed0/failed.json").exists()
     plain = work_dir / "runs/scratch/plain/seed0/record.json"
     before = plain.stat().st_mtime_ns
@@ -247,10 +253,7 @@ def test_interrupted_and_continued_equals_one_that_was_not(ablate, environment, 
     assert rows[1]["verdict"] in ("better", "worse", "within the spread")
     assert 0 <= float(rows[1]["p"]) <= 1
     # Seeds differ, and the warm start began with the plain detector of its own.
-    seeds = [
-        (work_dir / f"runs/scratch/plain/seed{seed}/train/batches.txt").read_text()
-        for seed in (0, 1, 2)
-    ]
+    seeds = [batches(work_dir, "plain", seed, "scratch") for seed in (0, 1, 2)]
     assert len(set(seeds)) == 3
     warm = (work_dir / "runs/warm_start/rfaconv/seed2/config.py").read_text()
     assert "runs/scratch/plain/seed2/train/epoch_2.pth" in warm

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -149,11 +148,9 @@ def test_check_goes_with_no_other_option(command):
 
 def test_a_stamp_that_holds_ends_it_at_once(command, tool, tmp_path):
     venv = make_venv(tool, tmp_path / "venv")
-    start = time.monotonic()
     process = command("--venv", venv)
     assert "up to date" in process.communicate(timeout=30)[0]
     assert process.returncode == 0
-    assert time.monotonic() - start < 2
     assert not (venv / "bin" / "python.calls").exists()
 
 
