@@ -127,6 +127,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, monkeypatch, content, mes
     assert str(raised.value).startswith(f"error: {path}: {message}")
 
 
+@pytest.mark.slow
 def test_an_op_that_is_not_its_formula_gets_no_numbers(run_tool, tmp_path):
     (tmp_path / "someones.py").write_text(WRONG)
     out, name = tmp_path / "out.json", "SE[someones:WrongOutput]"

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -103,6 +104,7 @@ def batches(work_dir, method, seed=0, stage="all"):
     return path.read_text() if path.exists() else ""
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_reported_and_the_rest_goes_on(first):
     assert first.returncode == 1, first.stdout
     assert "1 of 3 runs failed" in first.stdout
@@ -135,6 +137,7 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(first):
     assert costs["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_report_of_it(first):
     names = ("table.md", "table.csv", "curves_all.png", "gains_all.png", "report.html")
     for name in names:
@@ -150,6 +153,7 @@ def test_report_of_it(first):
     assert not list(first.work_dir.rglob("*.part*"))
 
 
+@pytest.mark.slow
 def test_all_methods_see_the_same_images_in_the_same_order(first):
     seen = batches(first.work_dir, "plain")
     assert seen == batches(first.work_dir, "rfaconv")
@@ -189,6 +193,7 @@ def test_slurm_gets_what_is_left_and_the_report(first, ablate, tmp_path):
     assert batches(first.work_dir, "plain").count("\n") == 3
 
 
+@pytest.mark.slow
 def test_another_config_in_the_same_folder_is_refused(first, fails, tiny_config, monkeypatch):
     monkeypatch.syspath_prepend(first.spec.parent)
     spec = first.spec.with_name("changed.py")
@@ -199,6 +204,7 @@ def test_another_config_in_the_same_folder_is_refused(first, fails, tiny_config,
     assert logs == [path.read_bytes() for path in sorted(first.work_dir.rglob("log.txt"))]
 
 
+@pytest.mark.slow
 def test_report_of_results_alone(first, shapes, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_ROOT", str(shapes))
     spec = load_spec(first.spec)
@@ -257,6 +263,22 @@ def test_interrupted_and_continued_equals_one_that_was_not(ablate, environment, 
     assert len(set(seeds)) == 3
     warm = (work_dir / "runs/warm_start/rfaconv/seed2/config.py").read_text()
     assert "runs/scratch/plain/seed2/train/epoch_2.pth" in warm
+
+
+def test_list_of_runs(tiny_config, shapes, tmp_path, monkeypatch, capsys):
+    spec = tmp_path / "spec.py"
+    spec.write_text(SPEC.format(tiny=str(tiny_config), epochs=1) + TWO_AND_A_WRONG_ONE)
+    monkeypatch.setenv("DATA_ROOT", str(shapes))
+    monkeypatch.setattr(sys, "argv", ["ablate.py", str(spec), "--list"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(f"{ROOT}/tools/ablate.py", run_name="__main__")
+    assert not stop.value.code
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in printed[-3:]] == [
+        ["0", "all/plain/seed0", "missing"],
+        ["1", "all/rfaconv/seed0", "missing"],
+        ["2", "all/wrong/seed0", "missing"],
+    ]
 
 
 def test_bad_input(fails, tiny_config, tmp_path):

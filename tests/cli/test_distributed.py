@@ -55,6 +55,7 @@ def processes_with(text):
     return found
 
 
+@pytest.mark.slow
 def test_evaluation_by_two_ranks_equals_that_by_one(
     run_tool, tiny_config, checkpoint, shapes, tmp_path
 ):
@@ -110,11 +111,12 @@ def dying(tmp_path_factory, tiny_config):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "message"),
     [
         ("raises", "OSError: the disk of rank 1 is gone"),
-        pytest.param("is killed", "Signal 9 (SIGKILL)", marks=pytest.mark.slow),
+        ("is killed", "Signal 9 (SIGKILL)"),
     ],
 )
 def test_a_rank_that_dies_ends_the_job_with_its_error(run_tool, dying, tmp_path, way, message):

@@ -62,6 +62,7 @@ def interrupted(environment, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_training_with_workers(interrupted, tiny_config, tmp_path):
     # More epochs than there is time for.
     options = ("--cfg-options", "train_dataloader.num_workers=2", "train_cfg.max_epochs=100000")

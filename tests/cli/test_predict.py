@@ -94,6 +94,7 @@ def test_detections_are_those_of_mmdet_and_broken_images_are_skipped(
     assert 0.01 < changed < 0.9
 
 
+@pytest.mark.slow
 def test_interrupted_run_leaves_no_json(images, environment, tiny_config, checkpoint, tmp_path):
     # More than there is time for.
     for i in range(5000):

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import runpy
 import signal
 import sys
 
@@ -13,7 +12,7 @@ import torch
 from mmengine.config import Config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.helpers.paths import ROOT
+from rfa_mmdet.cli.train import add_tensorboard, keep_best
 from tests.helpers.ports import free_port
 
 
@@ -71,29 +70,26 @@ def test_test_prints_metrics_draws_and_dumps(trained, tiny_config, run_tool, tmp
     ],
 )
 def test_a_config_that_says_which_checkpoint_is_best_keeps_its_word(hook, expected):
-    tool = runpy.run_path(f"{ROOT}/tools/train.py")
     cfg = Config(dict(val_evaluator=dict(type="CocoMetric"), default_hooks=dict(checkpoint=hook)))
-    tool["keep_best"](cfg)
+    keep_best(cfg)
     found = cfg.default_hooks.checkpoint
     assert (found.get("save_best"), found.get("rule")) == expected
 
 
 def test_without_validation_no_checkpoint_is_the_best():
-    tool = runpy.run_path(f"{ROOT}/tools/train.py")
     cfg = Config(dict(val_evaluator=None))
-    tool["keep_best"](cfg)
+    keep_best(cfg)
     assert "default_hooks" not in cfg
 
 
 def test_tensorboard_is_added_once_beside_what_the_config_has():
-    tool = runpy.run_path(f"{ROOT}/tools/train.py")
     cfg = Config(dict())
     for _ in range(2):
-        tool["add_tensorboard"](cfg)
+        add_tensorboard(cfg)
         types = [backend.type for backend in cfg.visualizer.vis_backends]
         assert types == ["LocalVisBackend", "TensorboardVisBackend"]
     cfg = Config(dict(visualizer=dict(type="X", vis_backends=[dict(type="WandbVisBackend")])))
-    tool["add_tensorboard"](cfg)
+    add_tensorboard(cfg)
     types = [backend.type for backend in cfg.visualizer.vis_backends]
     assert types == ["WandbVisBackend", "TensorboardVisBackend"]
 
@@ -154,6 +150,7 @@ class DiesHook(Hook):
 """
 
 
+@pytest.mark.slow
 def test_killed_while_it_wrote_a_checkpoint_and_resumed(trained, tiny_config, run_tool, tmp_path):
     (tmp_path / "dies.py").write_text(DIES)
     config, work = tmp_path / "dying.py", tmp_path / "work"
@@ -236,6 +233,7 @@ class KeepWeightsHook(Hook):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_on_cpu_end_with_equal_parameters(tiny_config, run_tool, tmp_path):
     (tmp_path / "keep_weights.py").write_text(KEEP_WEIGHTS)
     config = tmp_path / "two.py"
@@ -277,6 +275,7 @@ def test_two_processes_on_cpu_end_with_equal_parameters(tiny_config, run_tool, t
     assert metrics["coco/bbox_mAP_50"] == validated
 
 
+@pytest.mark.slow
 def test_sync_bn_without_cuda(tiny_config, run_tool, tmp_path):
     options = (
         "--cfg-options",

@@ -299,6 +299,7 @@ class LookHook(Hook):
 """
 
 
+@pytest.mark.slow
 def test_train_calibrates_two_processes_alike(tiny_config, run_tool, tmp_path):
     (tmp_path / "look.py").write_text(LOOK)
     save_plain_detector(tiny_config, tmp_path / "plain.pth")

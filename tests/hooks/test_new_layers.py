@@ -197,6 +197,7 @@ def test_ddp_knows_what_a_checkpoint_froze(whole):
     }
 
 
+@pytest.mark.slow
 def test_a_resume_in_two_processes_trains_the_same(whole, two_processes):
     _, work_dir, (start, _, end, _) = whole
     _, _, resumed = two_processes("resumed", "--resume", work_dir / "epoch_1.pth")
