@@ -34,14 +34,13 @@ bench: env  ## measure every op on 2 CPU threads against the formulas and the pl
 	@"$(PYTHON)" -m benchmarks.report benchmarks/results/*.json \
 	    --table benchmarks/table.md --plot docs/images/benchmark.png
 
-test: lint  ## lint, then the tests that take seconds
+test: lint  ## lint, then the tests that take seconds, in two processes
 	@"$(PYTHON)" -m pytest -q -n 2 --dist worksteal
 
-test-slow: env  ## the tests that take minutes
-	@"$(PYTHON)" -m pytest -q -m slow
+test-slow: env  ## the tests that take minutes, in two processes
+	@"$(PYTHON)" -m pytest -q -n 2 --dist worksteal -m slow
 
-test-all: lint  ## lint, then every test
-	@"$(PYTHON)" -m pytest -q -m "slow or not slow"
+test-all: test test-slow  ## lint, then every test
 
 lint: env  ## check style, format and types
 	@"$(PYTHON)" -m ruff check .

@@ -9,8 +9,7 @@ import pytest
 from benchmarks import report
 from rfa_mmdet.studies.summary import summarise
 from rfa_mmdet.studies.tables import markdown
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers.paths import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 ABLATIONS = sorted((RESULTS / "ablation").glob("*.json"))

@@ -3,7 +3,6 @@
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,8 +28,8 @@ from rfa_mmdet.analysis.complexity import (
 from rfa_mmdet.compat import flop_counts
 from rfa_mmdet.config.plain import plain_base
 from rfa_mmdet.errors import ConfigError
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TOOL = "tools/analysis/complexity.py"
 DEMO = "configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py"
 

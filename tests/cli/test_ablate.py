@@ -3,11 +3,11 @@
 import csv
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import cv2
 import pytest
@@ -17,10 +17,14 @@ from mmdet.registry import MODELS
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.studies import load_study, write_report
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import PATIENCE, wait_until
 
-# What each training saw: the images of every batch, in order, and whether they were flipped.
+# What each training saw: the images of every batch, in order, and whether they were flipped. One
+# whose folder the environment names waits in its second epoch, to be interrupted there.
 WATCH = """
 import json
+import os
+import signal
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
@@ -31,6 +35,8 @@ class WatchBatchesHook(Hook):
         seen = [[s.img_id, bool(s.flip)] for s in data_batch["data_samples"]]
         with open(runner.work_dir + "/batches.txt", "a") as file:
             file.write(json.dumps(seen) + chr(10))
+        if runner.epoch == 1 and runner.work_dir == os.environ.get("HELD"):
+            signal.pause()
 """
 SPEC = """
 base = {tiny!r}
@@ -78,7 +84,7 @@ def ablate(run_tool, tiny_config, tmp_path_factory):
         spec.write_text(SPEC.format(tiny=str(tiny_config), epochs=epochs) + text)
         done = run_tool(
             *(sys.executable, "tools/ablate.py", spec, "--work-dir", folder / name, *arguments),
-            **{"PYTHONPATH": f"{folder}:{ROOT}", **variables},
+            **{"PYTHONPATH": str(folder), **variables},
         )
         done.work_dir = folder / name
         done.spec = spec
@@ -93,10 +99,12 @@ def first(ablate):
     return ablate("first", TWO_AND_A_WRONG_ONE, "--jobs", "2")
 
 
-def batches(work_dir, method, seed=0):
-    return (work_dir / f"runs/all/{method}/seed{seed}/train/batches.txt").read_text()
+def batches(work_dir, method, seed=0, stage="all"):
+    path = work_dir / f"runs/{stage}/{method}/seed{seed}/train/batches.txt"
+    return path.read_text() if path.exists() else ""
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_reported_and_the_rest_goes_on(first):
     assert first.returncode == 1, first.stdout
     assert "1 of 3 runs failed" in first.stdout
@@ -121,13 +129,14 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(first):
     plain, ours = (costs["methods"][m] for m in ("plain", "rfaconv"))
     assert 0 < plain["parameters"] < ours["parameters"]
     assert 0 < plain["flops"] < ours["flops"]
-    assert 0 < plain["image_seconds"] < 60
-    assert 0 < plain["iteration_seconds"] < 60
+    assert plain["image_seconds"] > 0
+    assert plain["iteration_seconds"] > 0
     assert costs["train_batch"] == 4
     assert costs["machine"]["cores"] >= 1
     assert costs["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_report_of_it(first):
     names = ("table.md", "table.csv", "curves_all.png", "gains_all.png", "report.html")
     for name in names:
@@ -143,6 +152,7 @@ def test_report_of_it(first):
     assert not list(first.work_dir.rglob("*.part*"))
 
 
+@pytest.mark.slow
 def test_all_methods_see_the_same_images_in_the_same_order(first):
     seen = batches(first.work_dir, "plain")
     assert seen == batches(first.work_dir, "rfaconv")
@@ -182,6 +192,7 @@ def test_slurm_gets_what_is_left_and_the_report(first, ablate, tmp_path):
     assert batches(first.work_dir, "plain").count("\n") == 3
 
 
+@pytest.mark.slow
 def test_another_config_in_the_same_folder_is_refused(first, fails, tiny_config, monkeypatch):
     monkeypatch.syspath_prepend(first.spec.parent)
     spec = first.spec.with_name("changed.py")
@@ -192,6 +203,7 @@ def test_another_config_in_the_same_folder_is_refused(first, fails, tiny_config,
     assert logs == [path.read_bytes() for path in sorted(first.work_dir.rglob("log.txt"))]
 
 
+@pytest.mark.slow
 def test_report_of_results_alone(first, shapes, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_ROOT", str(shapes))
     study = load_study(first.spec, tmp_path)
@@ -209,16 +221,16 @@ def test_interrupted_and_continued_equals_one_that_was_not(ablate, environment, 
     listed = ablate("broken", THREE_SEEDS, "--list", epochs=2)
     work_dir = listed.work_dir
     command = [sys.executable, "tools/ablate.py", listed.spec, "--work-dir", work_dir, *arguments]
-    variables = {**environment, "PYTHONPATH": f"{listed.spec.parent}:{ROOT}"}
-    process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=variables)
     train = work_dir / "runs/scratch/rfaconv/seed0/train"
-    until = time.monotonic() + 400
-    while not (train / "last_checkpoint").exists():
-        assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) != 0
+    variables = {**environment, "PYTHONPATH": f"{listed.spec.parent}:{ROOT}", "HELD": str(train)}
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=variables)
+    try:
+        # Three batches an epoch, and the first of the second.
+        wait_until(lambda: batches(work_dir, "rfaconv", stage="scratch").count("\n") == 4, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=PATIENCE) != 0
+    finally:
+        process.kill()
     record = json.loads((work_dir / "runs/scratch/rfaconv/seed0/record.json").read_text())
     assert record == dict(error=None)
     plain = work_dir / "runs/scratch/plain/seed0/record.json"
@@ -247,13 +259,26 @@ def test_interrupted_and_continued_equals_one_that_was_not(ablate, environment, 
     assert rows[1]["verdict"] in ("better", "worse", "within the spread")
     assert 0 <= float(rows[1]["p"]) <= 1
     # Seeds differ, and the warm start began with the plain detector of its own.
-    seeds = [
-        (work_dir / f"runs/scratch/plain/seed{seed}/train/batches.txt").read_text()
-        for seed in (0, 1, 2)
-    ]
+    seeds = [batches(work_dir, "plain", seed, "scratch") for seed in (0, 1, 2)]
     assert len(set(seeds)) == 3
     warm = (work_dir / "runs/warm_start/rfaconv/seed2/config.py").read_text()
     assert "runs/scratch/plain/seed2/train/epoch_2.pth" in warm
+
+
+def test_list_of_runs(tiny_config, shapes, tmp_path, monkeypatch, capsys):
+    spec = tmp_path / "spec.py"
+    spec.write_text(SPEC.format(tiny=str(tiny_config), epochs=1) + TWO_AND_A_WRONG_ONE)
+    monkeypatch.setenv("DATA_ROOT", str(shapes))
+    monkeypatch.setattr(sys, "argv", ["ablate.py", str(spec), "--list"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(f"{ROOT}/tools/ablate.py", run_name="__main__")
+    assert not stop.value.code
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in printed[-3:]] == [
+        ["0", "all/plain/seed0", "missing"],
+        ["1", "all/rfaconv/seed0", "missing"],
+        ["2", "all/wrong/seed0", "missing"],
+    ]
 
 
 def test_bad_input(fails, tiny_config, tmp_path):

@@ -1,6 +1,7 @@
 """Training with the kernels of a convolution gives the loss curve of its formula."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -8,36 +9,75 @@ import pytest
 from rfa_mmdet.ops.receptive_field.backends import missing
 from tests.helpers.paths import ROOT
 
-WITHOUT = """
-from rfa_mmdet.layers.conv import accelerated, lazy
+# How often the first step of a training calls each of this package's operators.
+COUNT = """
+import json
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from torch.profiler import ProfilerActivity, profile
 
-accelerated.choose_backend = lambda *_: "reference"
-lazy.can_be_lazy = lambda *_: False
+
+@HOOKS.register_module()
+class CountOperatorsHook(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == 0:
+            self.profile = profile(activities=[ProfilerActivity.CPU])
+            self.profile.start()
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter == 0:
+            self.profile.stop()
+            found = [e for e in self.profile.key_averages() if e.key.startswith("rfa_mmdet")]
+            with open(runner.work_dir + "/calls.json", "w") as file:
+                json.dump({event.key: event.count for event in found}, file)
 """
+CONFIG = """
+_base_ = "{tiny}"
+custom_imports = dict(imports=["rfa_mmdet", "count_operators"])
+custom_hooks = [dict(type="CountOperatorsHook")]
+model = dict(backbone=dict(rfa=dict(type="{conv}")))
+train_cfg = dict(val_interval=9)
+# Adam would make as much of a gradient that is only rounding as of any other.
+optim_wrapper = dict(
+    _delete_=True, type="OptimWrapper", optimizer=dict(type="SGD", lr=0.01, momentum=0.9))
+"""
+LAYERS, ITERATIONS = 6, 9  # of tiny_config
 
 
 @pytest.mark.skipif(missing("cpu") is not None, reason="the CPU kernels are not built")
-@pytest.mark.parametrize("conv", ["RFAConv", "RFCBAMConv", "RFCAConv"])
+@pytest.mark.parametrize(
+    "conv",
+    [
+        "RFAConv",
+        pytest.param("RFCBAMConv", marks=pytest.mark.slow),
+        pytest.param("RFCAConv", marks=pytest.mark.slow),
+    ],
+)
 def test_kernels_and_formula_give_one_loss_curve(run_tool, tiny_config, tmp_path, conv):
-    (tmp_path / "without_kernels.py").write_text(WITHOUT)
-    curves = []
-    for imports in (["rfa_mmdet"], ["rfa_mmdet", "without_kernels"]):
-        config = tmp_path / f"{imports[-1]}_config.py"
-        config.write_text(
-            f'_base_ = "{tiny_config}"\ncustom_imports = dict(imports={imports})\n'
-            f'model = dict(backbone=dict(rfa=dict(type="{conv}")))\n'
-        )
-        work_dir = tmp_path / f"work_{imports[-1]}"
+    (tmp_path / "count_operators.py").write_text(COUNT)
+    config = tmp_path / "counted.py"
+    config.write_text(CONFIG.format(tiny=tiny_config, conv=conv))
+    # The same package without its libraries: the formula runs.
+    built = shutil.ignore_patterns("*.so", "*.stamp", "__pycache__")
+    shutil.copytree(ROOT / "rfa_mmdet", tmp_path / "formula" / "rfa_mmdet", ignore=built)
+
+    def train(work_dir, *path):
         done = run_tool(
             *(sys.executable, "tools/train.py", config, "--work-dir", work_dir),
-            PYTHONPATH=f"{tmp_path}:{ROOT}",
+            PYTHONPATH=":".join(map(str, (*path, tmp_path))),
         )
-        assert done.returncode == 0, done.stdout[-3000:]
+        assert done.returncode == 0
         (scalars,) = work_dir.glob("*/vis_data/scalars.json")
         lines = [json.loads(line) for line in scalars.read_text().splitlines()]
-        curves.append([line["loss"] for line in lines if "loss" in line])
-    assert len(curves[0]) == 9
-    assert len(set(curves[0])) == 9  # it learns
-    assert curves[0] != curves[1]  # another order of sums
-    # Rounding alone: nine AdamW steps, each of which can double a difference.
-    assert curves[1] == pytest.approx(curves[0], rel=512 * 2**-23)
+        losses = [line["loss"] for line in lines if "loss" in line]
+        return losses, json.loads((work_dir / "calls.json").read_text())
+
+    kernels, calls = train(tmp_path / "with_kernels")
+    backward = sum(count for name, count in calls.items() if "backward" in name)
+    assert backward >= LAYERS
+    assert sum(calls.values()) - backward >= LAYERS
+    formula, calls = train(tmp_path / "with_formula", tmp_path / "formula")
+    assert calls == {}
+    assert len(kernels) == len(set(kernels)) == ITERATIONS  # it learns
+    # Rounding alone.
+    assert kernels == pytest.approx(formula, rel=64 * 2**-23)

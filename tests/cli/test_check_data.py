@@ -115,6 +115,7 @@ def test_data_with_every_problem(run_tool, damaged, tmp_path):
     assert not list((tmp_path / "out").glob(".*"))
 
 
+@pytest.mark.slow
 def test_mended_data_leave_no_old_results(run_tool, damaged, tmp_path):
     out = tmp_path / "out"
     path = damaged / "annotations" / "train.json"
@@ -129,6 +130,7 @@ def test_mended_data_leave_no_old_results(run_tool, damaged, tmp_path):
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_annotations_that_cannot_be_read_do_not_make_images_unnamed(run_tool, damaged, tmp_path):
     path = damaged / "annotations" / "train.json"
     path.write_text(path.read_text()[:-100])
@@ -139,6 +141,7 @@ def test_annotations_that_cannot_be_read_do_not_make_images_unnamed(run_tool, da
     assert "a run on these data can start\n" in done.stdout
 
 
+@pytest.mark.slow
 def test_problems_that_training_survives(run_tool, damaged, tmp_path):
     def change(content, by):
         by[0][0]["bbox"][0] = -30
@@ -149,6 +152,7 @@ def test_problems_that_training_survives(run_tool, damaged, tmp_path):
     assert images[0].name in (tmp_path / "out" / "problems.csv").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

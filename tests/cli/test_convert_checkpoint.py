@@ -54,7 +54,7 @@ def run(monkeypatch, capsys):
         try:
             runpy.run_path(str(ROOT / TOOL), run_name="__main__")
         except SystemExit as stop:
-            code = stop.code
+            code = stop.code or 0
         return code, *capsys.readouterr()
 
     return run

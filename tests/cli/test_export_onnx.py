@@ -172,6 +172,7 @@ def test_tool(run_tool, tiny_config, checkpoint, shapes, tmp_path):
     assert names[-1] == "bbox_preds_4"
 
 
+@pytest.mark.slow
 def test_tool_names_every_graph_and_compares_masks(run_tool, image, tmp_path):
     config, checkpoint = tmp_path / "thin.py", tmp_path / "thin.pth"
     config.write_text(f'_base_ = "mmdet::{MASKED}.py"\n{DETECTORS[MASKED][0]}')
@@ -190,6 +191,7 @@ def test_tool_names_every_graph_and_compares_masks(run_tool, image, tmp_path):
     assert [dim.dim_param or dim.dim_value for dim in regions] == ["regions", 32, 14, 14]
 
 
+@pytest.mark.slow
 def test_tool_says_where_there_was_nothing_to_compare(run_tool, tiny_config, checkpoint, tmp_path):
     done = run_tool(
         *(sys.executable, "-W", "ignore", "tools/export_onnx.py", tiny_config, checkpoint),

@@ -1,6 +1,5 @@
 """Ctrl-C ends a tool, its workers too, with one word and the exit code of shells."""
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -8,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 
@@ -16,13 +14,23 @@ import pytest
 
 from rfa_mmdet.cli.command_line import user_errors
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import PATIENCE, wait_until
+
+
+def is_alive(group):
+    """Tell whether a group has processes."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.fixture
 def interrupted(environment, tmp_path):
-    """Start a tool, interrupt it once it has printed ``mark``, and return what it printed."""
+    """Start a tool, and interrupt it once ``started``, given what it has printed, is true."""
 
-    def run(mark, tool, *arguments, **variables):
+    def run(started, tool, *arguments, **variables):
         log = tmp_path / "log.txt"
         with log.open("w") as file:
             process = subprocess.Popen(
@@ -37,33 +45,30 @@ def interrupted(environment, tmp_path):
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         try:
-            until = time.monotonic() + 120
-            while mark not in log.read_text():
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < until, log.read_text()
-                time.sleep(0.01)
+            wait_until(lambda: started(log.read_text()), process, log.read_text)
             os.killpg(process.pid, signal.SIGINT)
-            code = process.wait(timeout=60)
+            code = process.wait(timeout=PATIENCE)
             printed = log.read_text()
             assert code == 130, printed
             assert printed.endswith("interrupted\n")
             assert "Traceback" not in printed
             # No worker is left, which would still be in the group.
-            with pytest.raises(ProcessLookupError):
-                os.killpg(process.pid, 0)
+            wait_until(lambda: not is_alive(process.pid), printed=log.read_text)
         finally:
-            process.kill()
+            if is_alive(process.pid):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        return printed
 
     return run
 
 
+@pytest.mark.slow
 def test_training_with_workers(interrupted, tiny_config, tmp_path):
-    options = ("--cfg-options", "train_dataloader.num_workers=2", "train_cfg.max_epochs=50")
+    # More epochs than there is time for.
+    options = ("--cfg-options", "train_dataloader.num_workers=2", "train_cfg.max_epochs=100000")
     work_dir = tmp_path / "run"
-    printed = interrupted(*("[2][1/3]", "train", tiny_config, "--work-dir", work_dir, *options))
-    assert "[50][1/3]" not in printed
+    command = ("train", tiny_config, "--work-dir", work_dir, *options)
+    interrupted(lambda printed: "[2][1/3]" in printed, *command)
     last = (work_dir / "last_checkpoint").read_text()
     assert last.endswith(".pth")
     assert os.path.getsize(last) > 0
@@ -71,14 +76,22 @@ def test_training_with_workers(interrupted, tiny_config, tmp_path):
 
 def test_check_data(interrupted, shapes, tmp_path):
     root = shutil.copytree(shapes, tmp_path / "data")
-    path = root / "annotations" / "train.json"
-    content = json.loads(path.read_text())
-    image = content["images"][0]
-    content["images"] += [{**image, "id": i} for i in range(1000, 60_000)]  # seconds of work
-    path.write_text(json.dumps(content))
+    image = root / "JPEGImages" / "train_0000.jpg"
+    image.unlink()
+    os.mkfifo(image)  # which is read until somebody writes
+
+    def being_read(printed):
+        try:
+            opened.append(os.open(image, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:  # nobody reads
+            return False
+        return True
+
+    opened = []
     config = "configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py"
-    mark = "Using env variable `DATA_ROOT`"
-    interrupted(mark, "check_data", config, "--out", tmp_path / "out", DATA_ROOT=str(root))
+    command = ("check_data", config, "--out", tmp_path / "out")
+    interrupted(being_read, *command, DATA_ROOT=str(root))
+    os.close(*opened)
     assert not (tmp_path / "out").exists()
 
 
@@ -97,11 +110,9 @@ def test_doctor(environment):
     if not (tasks / str(process.pid) / "children").exists():
         process.kill()
         pytest.skip("this system does not tell the children of a process")
-    while not any(task.read_text() for task in tasks.glob("*/children")):
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until(lambda: any(task.read_text() for task in tasks.glob("*/children")), process)
     os.killpg(process.pid, signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert printed == "interrupted\n"
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers.paths import ROOT
 from tests.helpers.ports import free_port
+from tests.helpers.processes import PATIENCE
 
 # Starts its command as two tasks of one node, with what Slurm tells each.
 SRUN = """#!/usr/bin/env bash
@@ -86,7 +87,7 @@ def test_mpi_launcher(tiny_config, environment, tmp_path):
         for rank in (0, 1)
     ]
     for process in processes:
-        output = process.communicate(timeout=300)[0]
+        output = process.communicate(timeout=PATIENCE)[0]
         assert process.returncode == 0, output
     assert (tmp_path / "epoch_1.pth").is_file()
 

@@ -87,6 +87,7 @@ def test_det_inferencer(detectors, images):
     assert_same(*found)
 
 
+@pytest.mark.slow
 def test_tools_test_plain_and_augmented(detectors, run_tool, tmp_path):
     *configs, checkpoint = detectors
 

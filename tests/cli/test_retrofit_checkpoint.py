@@ -52,7 +52,7 @@ def tool(capsys, monkeypatch):
         try:
             runpy.run_path("tools/retrofit_checkpoint.py", run_name="__main__")
         except SystemExit as stop:
-            code = stop.code
+            code = stop.code or 0
         shown = capsys.readouterr()
         return code, shown.out, shown.err
 

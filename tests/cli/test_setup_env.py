@@ -11,7 +11,7 @@ import venv
 
 import pytest
 from packaging.requirements import Requirement
-from setuptools.config.pyprojecttoml import read_configuration
+from pip._vendor import tomli
 
 from tests.helpers.environment import Environment
 from tests.helpers.paths import ROOT
@@ -243,7 +243,7 @@ def test_the_projects_pins_hold_one_version_for_each_python(tool):
         names.append(set(found))
     assert names[0] == names[1] == names[2]
     assert {*tool.BUILD_TOOLS, "torch", "mmcv"} < names[0]
-    project = read_configuration(ROOT / "pyproject.toml", expand=False)["project"]
+    project = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     wanted = {Requirement(line).name for lines in extras.values() for line in lines}
     assert wanted - {"rfa_mmdet"} <= names[0]

@@ -1,14 +1,9 @@
 """tools/train.py and tools/test.py as a user runs them: real processes, real files."""
 
 import json
-import os
 import pickle
-import re
-import runpy
 import signal
-import subprocess
 import sys
-import time
 
 import cv2
 import pandas as pd
@@ -17,7 +12,7 @@ import torch
 from mmengine.config import Config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.helpers.paths import ROOT
+from rfa_mmdet.cli.train import add_tensorboard, keep_best
 from tests.helpers.ports import free_port
 
 
@@ -75,55 +70,63 @@ def test_test_prints_metrics_draws_and_dumps(trained, tiny_config, run_tool, tmp
     ],
 )
 def test_a_config_that_says_which_checkpoint_is_best_keeps_its_word(hook, expected):
-    tool = runpy.run_path(f"{ROOT}/tools/train.py")
     cfg = Config(dict(val_evaluator=dict(type="CocoMetric"), default_hooks=dict(checkpoint=hook)))
-    tool["keep_best"](cfg)
+    keep_best(cfg)
     found = cfg.default_hooks.checkpoint
     assert (found.get("save_best"), found.get("rule")) == expected
 
 
 def test_without_validation_no_checkpoint_is_the_best():
-    tool = runpy.run_path(f"{ROOT}/tools/train.py")
     cfg = Config(dict(val_evaluator=None))
-    tool["keep_best"](cfg)
+    keep_best(cfg)
     assert "default_hooks" not in cfg
 
 
 def test_tensorboard_is_added_once_beside_what_the_config_has():
-    tool = runpy.run_path(f"{ROOT}/tools/train.py")
     cfg = Config(dict())
     for _ in range(2):
-        tool["add_tensorboard"](cfg)
+        add_tensorboard(cfg)
         types = [backend.type for backend in cfg.visualizer.vis_backends]
         assert types == ["LocalVisBackend", "TensorboardVisBackend"]
     cfg = Config(dict(visualizer=dict(type="X", vis_backends=[dict(type="WandbVisBackend")])))
-    tool["add_tensorboard"](cfg)
+    add_tensorboard(cfg)
     types = [backend.type for backend in cfg.visualizer.vis_backends]
     assert types == ["WandbVisBackend", "TensorboardVisBackend"]
 
 
-def test_killed_and_resumed_run_equals_one_that_was_not(
-    trained, tiny_config, environment, run_tool, tmp_path
-):
-    command = (sys.executable, "tools/train.py", str(tiny_config), "--work-dir", str(tmp_path))
-    with open(tmp_path / "killed.log", "w") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-    until = time.monotonic() + 300
-    while not re.search(r"Epoch\(train\) +\[2\]\[1/3\]", (tmp_path / "killed.log").read_text()):
-        assert time.monotonic() < until, (tmp_path / "killed.log").read_text()
-        assert process.poll() is None, (tmp_path / "killed.log").read_text()
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "epoch_3.pth").exists()
+KILLED = """
+import os
+import signal
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 
-    done = run_tool(*command, "--resume")
+
+@HOOKS.register_module()
+class KilledHook(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if (runner.epoch, batch_idx) == (1, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_killed_and_resumed_run_equals_one_that_was_not(trained, tiny_config, run_tool, tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    config, work = tmp_path / "killed_config.py", tmp_path / "work"
+    config.write_text(
+        f'_base_ = "{tiny_config}"\n'
+        'custom_imports = dict(imports=["rfa_mmdet", "killed"])\n'
+        'custom_hooks = [dict(type="KilledHook")]\n'
+    )
+    command = (sys.executable, "tools/train.py")
+    done = run_tool(*command, config, "--work-dir", work, PYTHONPATH=str(tmp_path))
+    assert done.returncode == -signal.SIGKILL, done.stdout
+    assert "Epoch(train) [2][1/3]" in done.stdout
+
+    done = run_tool(*command, tiny_config, "--work-dir", work, "--resume")
     assert done.returncode == 0, done.stdout
     assert "resumed epoch: 1" in done.stdout
-    pd.testing.assert_series_equal(losses(tmp_path), losses(trained), check_exact=True)
-    resumed, whole = weights(tmp_path / "epoch_3.pth"), weights(trained / "epoch_3.pth")
+    pd.testing.assert_series_equal(losses(work), losses(trained), check_exact=True)
+    resumed, whole = weights(work / "epoch_3.pth"), weights(trained / "epoch_3.pth")
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
@@ -147,6 +150,7 @@ class DiesHook(Hook):
 """
 
 
+@pytest.mark.slow
 def test_killed_while_it_wrote_a_checkpoint_and_resumed(trained, tiny_config, run_tool, tmp_path):
     (tmp_path / "dies.py").write_text(DIES)
     config, work = tmp_path / "dying.py", tmp_path / "work"
@@ -157,7 +161,7 @@ def test_killed_while_it_wrote_a_checkpoint_and_resumed(trained, tiny_config, ru
         "default_hooks = dict(checkpoint=dict(max_keep_ckpts=2))\n"
     )
     command = (sys.executable, "tools/train.py")
-    done = run_tool(*command, config, "--work-dir", work, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    done = run_tool(*command, config, "--work-dir", work, PYTHONPATH=str(tmp_path))
     assert done.returncode == -signal.SIGXFSZ, done.stdout
     assert len(list(work.glob(".epoch_2.*.part.pth"))) == 1
     assert not (work / "epoch_2.pth").exists()
@@ -229,6 +233,7 @@ class KeepWeightsHook(Hook):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_on_cpu_end_with_equal_parameters(tiny_config, run_tool, tmp_path):
     (tmp_path / "keep_weights.py").write_text(KEEP_WEIGHTS)
     config = tmp_path / "two.py"
@@ -240,7 +245,7 @@ def test_two_processes_on_cpu_end_with_equal_parameters(tiny_config, run_tool, t
     )
     done = run_tool(
         *("bash", "tools/dist_train.sh", config, 2, "--work-dir", tmp_path / "work"),
-        PYTHONPATH=f"{tmp_path}",
+        PYTHONPATH=str(tmp_path),
         KEEP=str(tmp_path),
         PORT=free_port(),
     )
@@ -270,6 +275,7 @@ def test_two_processes_on_cpu_end_with_equal_parameters(tiny_config, run_tool, t
     assert metrics["coco/bbox_mAP_50"] == validated
 
 
+@pytest.mark.slow
 def test_sync_bn_without_cuda(tiny_config, run_tool, tmp_path):
     options = (
         "--cfg-options",

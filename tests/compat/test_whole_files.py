@@ -35,7 +35,7 @@ def installed(monkeypatch):
     apply()
 
 
-@pytest.mark.parametrize("how", ["whole", "mmengine"])
+@pytest.mark.parametrize("how", ["whole", pytest.param("mmengine", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("before", [True, False])
 def test_killed_in_the_middle_of_a_checkpoint(tmp_path, how, before):
     path = tmp_path / "epoch_1.pth"

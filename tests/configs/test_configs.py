@@ -1,10 +1,8 @@
 """Templates for data of one's own; what holds for every config is in test_shipped_configs.py."""
 
-from pathlib import Path
-
 from mmengine.config import Config
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
 
 
 def test_custom_template_takes_root_and_classes_from_the_environment(monkeypatch):

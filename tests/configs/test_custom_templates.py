@@ -12,8 +12,8 @@ from mmengine.registry import init_default_scope
 
 from rfa_mmdet.data.check import check_data
 from rfa_mmdet.data.shapes import CLASSES, make_shapes
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 # As Roboflow's web site may have them: one with a space.
 NAMES = dict(zip(CLASSES, ("traffic light", "car", "van", "bus"), strict=True))
 GIVEN = ", ".join(NAMES.values())

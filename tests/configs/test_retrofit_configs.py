@@ -1,7 +1,5 @@
 """Configs by Retrofit: only the backbone differs from mmdet's, and it computes what that does."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from mmengine.config import Config
@@ -14,8 +12,8 @@ from rfa_mmdet.checkpoints.retrofit import compare
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.config.plain import plain_base
 from rfa_mmdet.layers import RFAConv
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs/rfaconv").glob("*.py"))
 # The base's name with "-rfaconv" behind the backbone: mmdet's folder, the model, its stages' name.
 RETROFITTED = {

@@ -14,9 +14,9 @@ from pycocotools import mask as coco_mask
 from rfa_mmdet.data import shapes
 from rfa_mmdet.data.drawing import CLASSES, MIN_CONTRAST, MIN_VISIBLE
 from rfa_mmdet.data.shapes import make_shapes
+from tests.helpers.paths import ROOT
 
-CHECKOUT = Path(__file__).parents[2]
-TOOL = CHECKOUT / "tools" / "make_shapes.py"
+TOOL = ROOT / "tools" / "make_shapes.py"
 # Of pycocotools with numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -262,7 +262,7 @@ def test_wrong_arguments_are_named_and_write_nothing(tmp_path, arguments, messag
 
 def run_tool(*arguments):
     command = [sys.executable, str(TOOL), *map(str, arguments)]
-    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
 

@@ -11,6 +11,7 @@ import pytest
 
 from rfa_mmdet.data.shapes import make_shapes
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import PATIENCE
 from tests.helpers.random_checkpoint import save_random_checkpoint
 
 TINY = f"""
@@ -53,23 +54,32 @@ def environment(shapes) -> dict[str, str]:
         "DATA_ROOT": str(shapes),
         "OMP_NUM_THREADS": "1",
         "PYTHON": sys.executable,
+        # Not another checkout, which may be installed.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
 
 
 @pytest.fixture(scope="session")
 def run_tool(environment):
-    """Run a command as its own process in the checkout; the output is in the answer."""
+    """Run a command as its own process in the checkout; the output is in the answer.
+
+    Variables are those of its environment; folders on PYTHONPATH come before the checkout.
+    """
 
     def run(*command, **variables) -> subprocess.CompletedProcess:
+        variables = {**environment, **variables}
+        if variables["PYTHONPATH"] != environment["PYTHONPATH"]:
+            variables["PYTHONPATH"] += os.pathsep + environment["PYTHONPATH"]
         done = subprocess.run(
             [str(part) for part in command],
             cwd=ROOT,
-            env={**environment, **variables},
+            env=variables,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=600,
+            timeout=PATIENCE,
         )
+        print(done.stdout)  # shown where a test fails
         assert "pkg_resources is deprecated" not in done.stdout  # not the user's to mend
         return done
 

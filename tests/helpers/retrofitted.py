@@ -74,7 +74,6 @@ def save_plain_detector(config, path) -> None:
     torch.manual_seed(0)
     plain = MODELS.build(plain_base(Config.fromfile(config)).model)
     plain.init_weights()
-    randomise_norms(
-        plain
-    )  # ResNet starts its last norms at 0, behind which nothing would be trained
+    # ResNet starts its last norms at 0, behind which nothing would be trained.
+    randomise_norms(plain)
     torch.save(dict(state_dict=plain.state_dict(), meta={}), path)

@@ -1,7 +1,5 @@
 """What trains under DDP and after a resume: real Runners, real processes, real files."""
 
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -157,7 +155,7 @@ def two_processes(tiny_config, run_tool, tmp_path_factory):
         (root / name).mkdir()
         done = run_tool(
             *("bash", "tools/dist_train.sh", config, 2, "--work-dir", root / name, *arguments),
-            PYTHONPATH=f"{root}:{sys.path[0]}",
+            PYTHONPATH=str(root),
             KEEP=str(root / name),
             PORT=free_port(),
         )
@@ -199,6 +197,7 @@ def test_ddp_knows_what_a_checkpoint_froze(whole):
     }
 
 
+@pytest.mark.slow
 def test_a_resume_in_two_processes_trains_the_same(whole, two_processes):
     _, work_dir, (start, _, end, _) = whole
     _, _, resumed = two_processes("resumed", "--resume", work_dir / "epoch_1.pth")

@@ -1,0 +1,230 @@
+"""Annotation files that are missing, damaged, or not what MMDetection reads."""
+
+import json
+import math
+import shutil
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from mmdet.registry import DATASETS
+
+from rfa_mmdet.data.check import check_data, read_voc
+from tests.helpers.damaged_sets import (
+    CLASSES,
+    coco_content,
+    coco_dataset,
+    config,
+    edit_json,
+    errors_of,
+    voc_dataset,
+    voc_xml,
+)
+
+
+def test_missing_annotation_file_with_the_nearest(coco):
+    message = errors_of(config(coco_dataset(coco, ann_file="trian.json")))
+    assert "train_dataloader.dataset.ann_file='trian.json'" in message
+    assert f"{coco}/trian.json does not exist; nearest in" in message
+    assert "train.json" in message
+
+
+def test_missing_data_root(coco):
+    message = errors_of(config(coco_dataset(f"{coco}x/deep")))
+    assert f"data_root='{coco}x/deep' is no folder" in message
+    assert f"from '{coco}x' on; nearest in" in message
+
+
+def test_missing_image_set_of_voc(voc):
+    assert "train.txt" in errors_of(config(voc_dataset(voc, ann_file="trainval.txt")))
+
+
+def test_folder_instead_of_annotation_file(coco):
+    assert "images is not a file" in errors_of(config(coco_dataset(coco, ann_file="images")))
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_missing_file_of_an_evaluator(coco, as_list):
+    good = dict(type="CocoMetric", ann_file=str(coco / "val.json"))
+    bad = dict(type="CocoMetric", ann_file=str(coco / "vla.json"))
+    evaluator, key = ([good, bad], "val_evaluator.1") if as_list else (bad, "val_evaluator")
+    cfg = config(coco_dataset(coco), coco_dataset(coco, "val"), val_evaluator=evaluator)
+    message = errors_of(cfg, ("train", "val"))
+    assert f"{key}.ann_file='{coco}/vla.json'" in message
+    assert "val.json" in message.split("nearest")[1]
+
+
+def test_warns_of_an_evaluator_with_another_file(coco):
+    evaluator = dict(type="CocoMetric", ann_file=str(coco / "train.json"))
+    cfg = config(coco_dataset(coco), coco_dataset(coco, "val"), val_evaluator=evaluator)
+    (warning,) = check_data(cfg, ("train", "val"))
+    assert warning.startswith("val_evaluator.ann_file=")
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.floats(0, 0.999))
+@example(0)
+def test_truncated_json_wherever_it_is_cut(coco, part):
+    whole = json.dumps(coco_content())
+    cut = whole[: int(len(whole) * part)]
+    (coco / "train.json").write_text(cut)
+    message = errors_of(config(coco_dataset(coco), model=None))
+    assert f"{coco}/train.json ({len(cut):,} bytes) is cut off or not JSON" in message
+    assert "at character" in message
+
+
+def test_binary_instead_of_json(coco):
+    shutil.copy(coco / "images" / "0.jpg", coco / "train.json")
+    assert "no text at byte 0" in errors_of(config(coco_dataset(coco)))
+
+
+@pytest.mark.parametrize("name", ["images", "annotations", "categories"])
+def test_json_without_a_list_of_coco(coco, name):
+    edit_json(coco / "train.json", lambda content: content.pop(name))
+    assert f"train.json has no list '{name}'" in errors_of(config(coco_dataset(coco)))
+
+
+def test_json_of_results_instead_of_annotations(coco):
+    (coco / "train.json").write_text("[]")
+    assert "holds a list" in errors_of(config(coco_dataset(coco)))
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("annotations", "area"), ("annotations", "bbox"), ("images", "width")]
+)
+def test_entries_without_what_mmdet_reads(coco, name, key):
+    edit_json(coco / "train.json", lambda content: content[name][1].pop(key))
+    message = errors_of(config(coco_dataset(coco)))
+    assert f"{name}[1] (id 1)" in message
+    assert f"'{key}'" in message
+
+
+@pytest.mark.parametrize(
+    "bbox",
+    [[1, 2, 3], [1, 2, 3, "4"], "1234", [1, 2, 3, None], [1, 2, 3, math.nan], [-math.inf, 2, 3, 4]],
+)
+def test_boxes_that_are_no_boxes(coco, bbox):
+    edit_json(coco / "train.json", lambda content: content["annotations"][2].update(bbox=bbox))
+    assert "bbox of annotations 2 is not [x, y, w, h]" in errors_of(config(coco_dataset(coco)))
+
+
+def test_null_is_as_good_as_missing(coco):
+    edit_json(coco / "train.json", lambda content: content["images"][2].update(width=None))
+    assert "images[2] (id 2) lack one of" in errors_of(config(coco_dataset(coco)))
+
+
+def test_repeated_annotation_ids(coco):
+    edit_json(coco / "train.json", lambda content: content["annotations"][0].update(id=1))
+    message = errors_of(config(coco_dataset(coco)))
+    assert "ids of 'annotations' must be unique, but more than one has: 1" in message
+
+
+def test_annotations_of_no_image(coco):
+    edit_json(coco / "train.json", lambda content: content["annotations"][1].update(image_id=77))
+    (warning,) = (w for w in check_data(config(coco_dataset(coco)), ("train",)) if "image_id" in w)
+    assert "1 annotations" in warning
+    assert "ids 1" in warning
+
+
+def test_classes_without_boxes(coco):
+    def change(content):
+        category = next(c["id"] for c in content["categories"] if c["name"] == CLASSES[0])
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] != category]
+
+    edit_json(coco / "train.json", change)
+    (warning,) = check_data(config(coco_dataset(coco)), ("train",))
+    assert f"classes '{CLASSES[0]}' have no box in" in warning
+
+
+def test_annotations_may_be_missing_for_testing(coco):
+    edit_json(coco / "val.json", lambda content: content.pop("annotations"))
+    assert check_data(config(coco_dataset(coco), coco_dataset(coco, "val")), ("train", "val")) == []
+
+
+@pytest.mark.parametrize("part", [0, 0.5, 0.99])
+def test_truncated_xml(voc, part):
+    path = voc / "Annotations" / "1.xml"
+    path.write_text(path.read_text()[: int(path.stat().st_size * part)])
+    message = errors_of(config(voc_dataset(voc)))
+    assert f"{path} ({path.stat().st_size:,} bytes) is cut off or not XML" in message
+    assert "1 of the 3 XML files" in message
+
+
+def test_an_image_listed_twice(voc):
+    path = voc / "train.txt"
+    path.write_text(path.read_text() + "1\n")
+    (warning,) = check_data(config(voc_dataset(voc)), ("train",))
+    assert "names 1 images more than once" in warning
+    assert warning.endswith(": 1")
+
+
+def test_missing_xml(voc):
+    (voc / "Annotations" / "2.xml").rename(voc / "Annotations" / "2_.xml")
+    message = errors_of(config(voc_dataset(voc)))
+    assert f"{voc}/Annotations/2.xml does not exist" in message
+    assert "2_.xml" in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("<xmin>5</xmin>", ""),
+        ("<xmin>5</xmin>", "<xmin>five</xmin>"),
+        ("<xmin>5</xmin>", "<xmin>inf</xmin>"),
+        ("<width>64</width>", "<width>64.0</width>"),
+        ("<name>dog</name>", ""),
+        ("<difficult>0</difficult>", "<difficult>no</difficult>"),
+    ],
+)
+def test_xml_that_mmdet_cannot_read(voc, old, new):
+    path = voc / "Annotations" / "1.xml"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises((AttributeError, ValueError, TypeError, OverflowError)):
+        DATASETS.build(voc_dataset(voc, pipeline=[]))
+    assert f"{path}: <size> needs" in errors_of(config(voc_dataset(voc)))
+
+
+@pytest.mark.parametrize("text", ["0\n1 \n2\n", "0\n1\n2\n\n", "0\n\n1\n", "0\n\t1\n"])
+def test_blanks_in_an_image_set_with_the_command_that_mends_it(voc, text):
+    (voc / "train.txt").write_text(text)
+    with pytest.raises(FileNotFoundError):
+        DATASETS.build(voc_dataset(voc, pipeline=[]))
+    message = errors_of(config(voc_dataset(voc)))
+    assert f"{voc}/train.txt: line" in message
+    assert "sed -i" in message
+
+
+@pytest.mark.parametrize("text", ["0\r\n1\r\n2\r\n", "0\n1\n2"])
+def test_line_ends_of_an_image_set_do_not_matter(voc, text):
+    (voc / "train.txt").write_bytes(text.encode())
+    assert check_data(config(voc_dataset(voc))) == []
+
+
+def test_image_set_of_one_class(voc):
+    (voc / "train.txt").write_text("0  1\n1 -1\n2 -1\n")
+    assert "lists of one class ('0  1')" in errors_of(config(voc_dataset(voc)))
+
+
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([*CLASSES, "bird"]),
+            st.integers(0, 1),
+            st.tuples(*[st.one_of(st.integers(-9, 99), st.floats(-9, 99))] * 4),
+        ),
+        max_size=5,
+    )
+)
+def test_reads_the_same_boxes_as_mmdet(voc, objects):
+    (voc / "Annotations" / "0.xml").write_text(voc_xml(*objects))
+    boxes = read_voc(str(voc / "Annotations" / "0.xml"), CLASSES).boxes
+    mmdets = DATASETS.build(voc_dataset(voc, pipeline=[], serialize_data=False))
+    theirs = mmdets.get_data_info(0)["instances"]
+    # VOC counts pixels from one.
+    assert [[v - 1 for v in box.xyxy] for box in boxes] == [i["bbox"] for i in theirs]
+    assert [box.difficult for box in boxes] == [bool(i["ignore_flag"]) for i in theirs]

@@ -1,0 +1,27 @@
+"""Let no test depend on those that ran before it, which are others in another process, or none."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from mmengine.registry import DefaultScope
+
+
+def seed(value: int) -> None:
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    seed(0)
+    # MMEngine's scope of whatever was built last: none, as in a new process.
+    DefaultScope._instance_dict.clear()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    # Another one, or a test would draw what its fixtures have drawn.
+    seed(1)
