@@ -42,14 +42,15 @@ test-slow: env  ## the tests that take minutes, in two processes
 
 test-all: test test-slow  ## lint, then every test
 
-lint: env  ## check style and format
+lint: env  ## check style, format and types
 	@"$(PYTHON)" -m ruff check .
 	@"$(PYTHON)" -m ruff format --check .
+	@"$(PYTHON)" -m mypy
 
-format: env  ## mend style and format where that can be done by itself
+format: env  ## fix style and format where that is automatic
 	@"$(PYTHON)" -m ruff check --fix .
 	@"$(PYTHON)" -m ruff format .
 
 clean:  ## remove caches and build products; the environment and results stay
-	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage htmlcov
 	@find . -path "./$(VENV)" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,4 @@
-"""Packaging of rfa_mmdet.
-
-torch and mmcv are needed but not listed: which build of them is right (CPU or CUDA, with or
-without compiled ops) is the machine's matter. ``make env`` installs tested versions of both.
+"""Build steps of rfa_mmdet; pyproject.toml holds the rest.
 
 The C++ kernels (csrc) are optional: they are built where the interpreter that installs has
 torch and a C++ compiler works, and else left out with a notice.
@@ -11,13 +8,15 @@ torch and a C++ compiler works, and else left out with a notice.
 import hashlib
 import os
 import platform
+import shutil
 import sys
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 FOLDER = Path("rfa_mmdet/ops/receptive_field")
 KERNELS = ("kernels.cpp", "gated.cpp")
@@ -136,16 +135,29 @@ class BuildKernels(build_ext):
         return os.environ.get("RFA_MMDET_CXXFLAGS", "").split()
 
 
+class BuildPackage(build_py):
+    """Put what mim looks for below rfa_mmdet/.mim: copies in a wheel, links in a checkout."""
+
+    SHIPPED = ("configs", "tools", "model-index.yml", "requirements.txt")
+    CHECKOUT_ONLY = ("setup_env.py", "doctor.py", "demo.py", "__pycache__", "*.pyc")
+
+    def run(self):
+        """Build the package, then add the rest."""
+        super().run()
+        target = Path("." if self.editable_mode else self.build_lib) / "rfa_mmdet" / ".mim"
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        for name in self.SHIPPED:
+            if self.editable_mode:
+                (target / name).symlink_to(Path("..", "..", name))
+            elif Path(name).is_dir():
+                ignored = shutil.ignore_patterns(*self.CHECKOUT_ONLY)
+                shutil.copytree(name, target / name, ignore=ignored)
+            else:
+                shutil.copyfile(name, target / name)
+
+
 setup(
-    name="rfa_mmdet",
-    version="0.1.0",
-    description="Receptive-field attention convolutions and attention plug-ins for MMDetection 3.x",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    python_requires=">=3.10",
-    packages=find_packages(include=["rfa_mmdet", "rfa_mmdet.*"]),
-    package_data={"rfa_mmdet.ops.receptive_field": ["csrc/*"]},
     ext_modules=[
         Extension(
             f"rfa_mmdet.ops.receptive_field._cpu_{name}",
@@ -153,14 +165,5 @@ setup(
         )
         for name in CAPABILITIES
     ],
-    cmdclass={"build_ext": BuildKernels},
-    install_requires=[
-        "mmengine>=0.10.5,<0.11",
-        "mmdet>=3.3,<3.4",
-        "matplotlib",
-        "numpy",
-        "pandas",
-        "rich",
-        "scipy",
-    ],
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPackage},
 )

@@ -10,7 +10,7 @@ from torch import nn
 
 import rfa_mmdet.layers
 from benchmarks.baselines import FORMULAS
-from benchmarks.shapes import Shape
+from benchmarks.sizes import InputSize
 
 OPS = tuple(FORMULAS)
 CONVS = tuple(name for name in OPS if name.endswith("Conv"))
@@ -24,12 +24,12 @@ def is_plugin(op: str) -> bool:
     return op not in CONVS
 
 
-def build(op: str, shape: Shape, kind: Callable | None = None, **kwargs) -> nn.Module:
+def build(op: str, shape: InputSize, kind: Callable | None = None, **kwargs) -> nn.Module:
     """Build a layer for a shape, its norms away from their defaults, its gates alive.
 
     Args:
         op (str): Of ``OPS``.
-        shape (Shape): Of its input.
+        shape (InputSize): Of its input.
         kind (Callable | None): Another class with the arguments of that op. None: the registered.
         **kwargs: More arguments of it.
 
@@ -59,7 +59,7 @@ def build(op: str, shape: Shape, kind: Callable | None = None, **kwargs) -> nn.M
 
 def builders(
     op: str, others: dict[str, str], device: torch.device
-) -> tuple[dict[str, Callable[[Shape], nn.Module]], dict[str, str]]:
+) -> tuple[dict[str, Callable[[InputSize], nn.Module]], dict[str, str]]:
     """Find what can compute an op here.
 
     Args:
@@ -72,7 +72,7 @@ def builders(
     """
     found, missing = {}, {}
     if op == "RFAConv" and "backend" in inspect.signature(MODELS.get(op)).parameters:
-        probe = Shape(1, 8, 5, 5)
+        probe = InputSize(1, 8, 5, 5)
         for backend in BACKENDS:
             name = f"{op}[{backend}]"
             try:

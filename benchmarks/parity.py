@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines import Formula
-from benchmarks.shapes import Shape
+from benchmarks.sizes import InputSize
 from tests.helpers.tolerances import KINKS, TOLERANCES
 
 # Of a gradient that is nearly zero, such as of a bias before BN, only rounding is left: it is
@@ -12,7 +12,7 @@ from tests.helpers.tolerances import KINKS, TOLERANCES
 LEAST = 1e-2
 
 
-def make_input(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+def make_input(shape: InputSize, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a map of a shape, with zeros as behind a ReLU and a mean that is not zero."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(shape.batch, shape.channels, shape.height, shape.width, generator=generator)
@@ -54,7 +54,7 @@ def outputs_and_gradients(
 def differences(
     op: str,
     layer: nn.Module,
-    shape: Shape,
+    shape: InputSize,
     dtype: torch.dtype,
     large: bool = False,
 ) -> list[str]:
@@ -66,7 +66,7 @@ def differences(
     Args:
         op (str): Name of the op.
         layer (nn.Module): Ours, in float32 or float64, on its device.
-        shape (Shape): Of the input.
+        shape (InputSize): Of the input.
         dtype (torch.dtype): The layer's precision; half ones by autocast over float32.
         large (bool): Whether the shape is one to be measured: then the gradients of evaluation are
             left out, to save time, and those of training may differ by ``KINKS``.

@@ -23,14 +23,14 @@ from benchmarks.candidates import OPS, builders, is_plugin
 from benchmarks.detector import measure_detector
 from benchmarks.measure import interleaved, peak_bytes, ratio, saved_bytes, spread
 from benchmarks.parity import differences, make_input
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.sizes import SIZES, InputSize
 from rfa_mmdet.analysis.machine import describe_machine
 from rfa_mmdet.cli.command_line import user_errors
 from rfa_mmdet.errors import UserError
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 # Odd sizes: borders of every kind of tile. Small enough for float64.
-PARITY_SHAPES = (Shape(2, 64, 9, 7), Shape(2, 64, 13, 10, 2))
+PARITY_SHAPES = (InputSize(2, 64, 9, 7), InputSize(2, 64, 13, 10, 2))
 
 
 def parse_args(argv: list[str]) -> Namespace:
@@ -53,7 +53,7 @@ def parse_args(argv: list[str]) -> Namespace:
     add(
         "--shapes",
         nargs="+",
-        choices=SHAPES,
+        choices=SIZES,
         default=["r50-800x1333", "r50-512x512", "small"],
         help="lists of shapes (default: all but tiny)",
     )
@@ -120,13 +120,13 @@ class Case:
 
     Args:
         op (str): Name of the op.
-        shape (Shape): Of the input.
+        shape (InputSize): Of the input.
         layers (dict[str, nn.Module]): The candidates, on their device.
         args (Namespace): Of the command line.
     """
 
     def __init__(
-        self, op: str, shape: Shape, layers: dict[str, nn.Module], args: Namespace
+        self, op: str, shape: InputSize, layers: dict[str, nn.Module], args: Namespace
     ) -> None:
         self.device, dtype = args.device, DTYPES[args.dtype]
         self.half = dtype if dtype in (torch.bfloat16, torch.float16) else None
@@ -208,7 +208,7 @@ def measure_case(case: Case, args: Namespace) -> dict:
 
 
 def check(
-    op: str, make: Callable[[Shape], nn.Module], shapes: list[Shape], args: Namespace
+    op: str, make: Callable[[InputSize], nn.Module], shapes: list[InputSize], args: Namespace
 ) -> list:
     """Hold a candidate against the formula: in float64 on small shapes, then on the measured ones.
 
@@ -233,7 +233,7 @@ def main(argv: list[str]) -> int:
     """Measure what the command line asks for; 1 if an op is not what its formula says."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    shapes = [shape for name in args.shapes for shape in SHAPES[name]]
+    shapes = [shape for name in args.shapes for shape in SIZES[name]]
     results, failed, missing = [], [], {}
     content = {
         **describe_machine(args.device),

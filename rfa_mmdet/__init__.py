@@ -3,28 +3,78 @@
 ``custom_imports = dict(imports=["rfa_mmdet"])`` in a config registers everything below
 :mod:`rfa_mmdet.layers`, :mod:`rfa_mmdet.models` and :mod:`rfa_mmdet.hooks`.
 
-The formulas in :mod:`rfa_mmdet.ops` need torch alone: where OpenMMLab's packages are missing,
-they can be imported, and anything else says what to install.
+The formulas in :mod:`rfa_mmdet.ops` need torch alone and can be imported without MMEngine. Where
+MMEngine is installed but mmdet or mmcv's operators cannot be imported, importing this package is
+an error, so that no config meets an empty registry.
 """
 
+import sys
+from importlib import import_module, metadata
 from importlib.util import find_spec
 
-__version__ = "0.1.0"
+from rfa_mmdet.version import __version__
 
-_MISSING = [name for name in ("mmengine", "mmcv", "mmdet") if find_spec(name) is None]
+__all__ = ["__version__", "register"]
 
-if not _MISSING:
-    from rfa_mmdet import compat, hooks, layers, models
+_INSTALL = {
+    "mmengine": 'pip install "rfa_mmdet[openmmlab]"',
+    "mmcv": 'MMCV_WITH_OPS=1 pip install --no-build-isolation "mmcv>=2.0,<2.2"',
+    "mmdet": 'pip install "rfa_mmdet[openmmlab]"',
+}
+# The forks bring the same modules: beside one of them, the originals would overwrite its files.
+_INSTALL_ONEDL = {"mmcv": "pip install onedl-mmcv", "mmdet": "pip install onedl-mmdetection"}
 
-    __all__ = ["__version__", "compat", "hooks", "layers", "models"]
-else:
-    __all__ = ["__version__"]
+
+def register() -> None:
+    """Register every layer, model and hook; importing the package does it already.
+
+    Raises:
+        ImportError: MMEngine, mmcv's operators or MMDetection cannot be imported.
+
+    Example:
+        >>> from mmdet.registry import MODELS
+        >>> register()
+        >>> MODELS.get("RFAConv").__name__
+        'RFAConv'
+    """
+    for module in ("mmengine", "mmcv.ops", "mmdet.models"):
+        try:
+            import_module(module)
+        except (ImportError, AssertionError) as error:  # mmdet asserts the versions that it takes
+            raise ImportError(_explain(module, error)) from error
+    from rfa_mmdet import compat, hooks, layers, models  # noqa: F401
+
+
+def _explain(module: str, error: Exception) -> str:
+    """Return why nothing can be registered, and what to do."""
+    package = module.partition(".")[0]
+    missing = getattr(error, "name", None)
+    doctor = "`python -m rfa_mmdet doctor` prints the command that fixes this environment"
+    if missing == package:
+        onedl = any("onedl-mm" in (d.metadata["Name"] or "") for d in metadata.distributions())
+        install = {**_INSTALL, **(_INSTALL_ONEDL if onedl else {})}[package]
+        what, fix = f"{package} is not installed", f"run `{install}`; {doctor}"
+    elif missing == "mmcv._ext":
+        what = "mmcv has no compiled operators (mmcv-lite, or built without MMCV_WITH_OPS=1)"
+        fix = doctor
+    else:
+        what, fix = f"{module} cannot be imported ({type(error).__name__}: {error})", doctor
+    return f"rfa_mmdet cannot register its layers, because {what}: {fix}"
 
 
 def __getattr__(name: str):
-    if name in ("compat", "hooks", "layers", "models"):
+    if name in ("compat", "hooks", "layers", "models") and find_spec("mmengine") is None:
         raise ImportError(
-            f"rfa_mmdet.{name} needs {', '.join(_MISSING)}, which cannot be imported here. "
-            "`make env` in the checkout installs versions that work together."
+            f"rfa_mmdet.{name} needs mmengine, mmcv with compiled operators, and mmdet. "
+            f"mmengine is not installed: run `{_INSTALL['mmengine']}`"
         )
     raise AttributeError(f"module 'rfa_mmdet' has no attribute {name!r}")
+
+
+# `python -m rfa_mmdet ...` imports the package before __main__.py, while argv[0] is still "-m".
+# Registering is left to __main__ then, as the doctor must start where it fails.
+_RUN_AS_MAIN = (
+    sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m") == __name__
+)
+if find_spec("mmengine") is not None and not _RUN_AS_MAIN:
+    register()

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one message that names the thing and what would be right."""
+"""Errors that the user can fix: one message that names the thing and what would be valid."""
 
 
 class UserError(ValueError):

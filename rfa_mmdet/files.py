@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Whole files: written completely or not at all, and a check whether an image file is complete."""
 
 import os
 from collections.abc import Iterator
@@ -6,6 +6,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rfa_mmdet.errors import UserError
+
+MISSING = "missing"
+# How complete image files end, and how files start that only have an image's name.
+_TAIL = 64
+_PADDING = b"\0\r\n \t"
+_JPEG_END = b"\xff\xd9"
+_PNG_END = b"IEND\xaeB`\x82"
+_NO_IMAGE = {
+    b"version https://git-lfs": "a Git LFS pointer (run git lfs pull)",
+    b"<!DOCTYPE": "a web page",
+    b"<html": "a web page",
+}
 
 
 @contextmanager
@@ -45,3 +57,55 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # moved, never written, or no folder for it
             part.unlink()
+
+
+def image_damage(path: str) -> str | None:
+    """Return what is wrong with an image file, or None.
+
+    JPEG and PNG must end as they should; other formats are taken as they are.
+
+    Example:
+        >>> image_damage("/no/such/file.jpg")
+        'missing'
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(32)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(-min(_TAIL, size), os.SEEK_END)
+            tail = file.read()
+            if not size:
+                return "empty (0 bytes)"
+            if head.startswith(b"\xff\xd8"):
+                # Cameras append things to a picture, so it may end before the file does.
+                whole = tail.rstrip(_PADDING).endswith(_JPEG_END)
+                if not whole and not _jpeg_ends(path):
+                    return f"truncated JPEG ({size:,} bytes, no end marker FFD9)"
+            elif head.startswith(b"\x89PNG"):
+                if _PNG_END not in tail and not _contains(path, _PNG_END):
+                    return f"truncated PNG ({size:,} bytes, no IEND)"
+            else:
+                what = next((w for start, w in _NO_IMAGE.items() if head.startswith(start)), None)
+                return what and f"no image but {what}"
+    except (FileNotFoundError, NotADirectoryError):
+        return MISSING
+    except OSError as error:
+        return f"unreadable ({error.strerror})"
+    return None
+
+
+def _jpeg_ends(path: str) -> bool:
+    """Look for the end marker behind the first scan; thumbnails before it have their own."""
+    with open(path, "rb") as file:
+        data = file.read()
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        if data[at + 1] == 0xDA:
+            return _JPEG_END in data[at:]
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
+
+
+def _contains(path: str, mark: bytes) -> bool:
+    with open(path, "rb") as file:
+        return mark in file.read()

@@ -17,7 +17,7 @@ from benchmarks.measure import interleaved, peak_bytes, saved_bytes
 from benchmarks.parity import differences
 from benchmarks.report import NOT_MEASURED, TARGETS
 from benchmarks.run import check, parse_args
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.sizes import SIZES, InputSize
 
 CPU = torch.device("cpu")
 QUICK = ("--shapes", "tiny", "--seconds", "0.01", "--rounds", "2", "--threads", "1")
@@ -76,7 +76,7 @@ def test_a_run_writes_what_was_measured_and_where(tiny):
 
 def test_kept_bytes_of_rfaconvs_formula_and_of_the_plain_convolution(tiny):
     first = json.loads(tiny.read_text())["results"][0]
-    assert (first["op"], first["shape"]) == ("RFAConv", vars(SHAPES["tiny"][0]))
+    assert (first["op"], first["shape"]) == ("RFAConv", vars(SIZES["tiny"][0]))
     x = 4 * 2 * 64 * 8 * 12
     assert first["saved_bytes"]["plain"] == x
     # Input and its means; nine responses each before BN, behind ReLU, of the softmax and laid out;
@@ -172,7 +172,7 @@ def test_what_parity_finds(tmp_path, monkeypatch, op, kind, reason):
     found = check(op, makers.pop(f"{op}[others:{kind}]"), [], args)
     assert reason in found[0]
     for make in makers.values():  # ours
-        assert check(op, make, [Shape(1, 32, 6, 5)], args) == []
+        assert check(op, make, [InputSize(1, 32, 6, 5)], args) == []
 
 
 @pytest.mark.parametrize(
@@ -196,13 +196,13 @@ def test_wrong_arguments_are_refused_in_words(capsys, monkeypatch, argv, message
 
 @pytest.mark.parametrize("op", FORMULAS)
 def test_every_op_is_its_formula_in_float64(op):
-    shape = Shape(2, 64, 9, 7)
+    shape = InputSize(2, 64, 9, 7)
     layer = build(op, shape).double()
     assert differences(op, layer, shape, torch.float64) == []
 
 
 def test_a_formula_has_parameters_of_its_own():
-    layer = build("RFAConv", Shape(1, 4, 5, 5))
+    layer = build("RFAConv", InputSize(1, 4, 5, 5))
     formula = Formula("RFAConv", layer)
     formula.train()(torch.rand(1, 4, 5, 5))
     assert not torch.equal(formula.layer.norm.running_mean, layer.norm.running_mean)

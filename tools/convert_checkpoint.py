@@ -2,7 +2,7 @@
 
 import sys
 
-from rfa_mmdet.cli.convert_checkpoint import main
+from rfa_mmdet.cli import run_tool
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool("convert_checkpoint"))

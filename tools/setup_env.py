@@ -2,7 +2,7 @@
 """Create the project's virtual environment, with mmcv's operators compiled for it.
 
 Runs on any Python 3.8 or later with nothing installed. Every step first looks whether its result
-is already there, so running it again continues where it broke off, and costs nothing once a
+is already there, so running it again continues where it was interrupted, and costs nothing once a
 stamp says that all is done. ``requirements.txt`` holds the versions.
 """
 
@@ -23,28 +23,27 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTHONS = ((3, 10), (3, 11), (3, 12))
+REQUIREMENTS = ROOT / "requirements.txt"
+DOCTOR = ROOT / "rfa_mmdet" / "cli" / "doctor.py"
 BUILD_TOOLS = ("pip", "setuptools", "wheel", "ninja", "psutil")
 LOCK, STAMP = ".setup_env.lock", ".setup_env.stamp"
 GB_PER_JOB = 2  # what compiling one file against torch's headers takes at its peak
 # Setting CFLAGS replaces Python's own flags, optimisation included, so that is given again; -g0,
 # added to them, halves the time: 8.5 s instead of 15.9 s for roi_align.cpp.
 CFLAGS = "-O3 -DNDEBUG -fwrapv"
-STACK = ("torch", "cv2", "mmengine", "mmcv.ops", "mmdet", "rfa_mmdet")
-APT_GL = "OpenCV lacks a system library: apt install libgl1 libglib2.0-0"
 
-# Code for the environment's own Python; what it prints is read back.
+# Code for another Python; what it prints is read back, and what it exits with is the problem.
 ASK_PYTHON = """
-import importlib.util, json, os, sys, sysconfig
-print(json.dumps({
-    "version": sys.version_info[:3],
-    "ensurepip": bool(importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")),
-    "headers": os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h")),
-}))"""
-ASK_PACKAGES = """
-import importlib.metadata, json
-print(json.dumps({(d.metadata["Name"] or "").lower().replace("_", "-"): d.version
-                  for d in importlib.metadata.distributions()}))"""
+import os, sys, sysconfig
+from importlib.util import find_spec
+version = "%d.%d" % sys.version_info[:2]
+if version not in ("3.10", "3.11", "3.12"):
+    sys.exit("is Python " + version)
+if not (find_spec("venv") and find_spec("ensurepip")):
+    sys.exit("lacks venv and ensurepip: apt install python3-venv")
+if "compile" in sys.argv and not os.path.isfile(sysconfig.get_path("include") + "/Python.h"):
+    sys.exit("lacks the header Python.h: apt install python3-dev")
+print(version, end="")"""
 ASK_TORCH = """
 import json, torch
 from torch.utils.cpp_extension import CUDA_HOME
@@ -56,88 +55,46 @@ print(json.dumps({
 ASK_MMCV = """
 import json, mmcv, mmcv.ops
 print(json.dumps([mmcv.__version__, mmcv.ops.get_compiling_cuda_version()]))"""
-# The name is printed before the import, so that a failure shows which one it was. rfa_mmdet is
-# only looked up: a slip in it, in the middle of work on it, is no fault of the environment.
-ASK_IMPORTS = """
-import importlib, importlib.util, sys
-for name in sys.argv[1:]:
-    print(name, end=" ", flush=True)
-    if not importlib.util.find_spec(name):
-        raise ImportError("not found")
-    if name != "rfa_mmdet":
-        importlib.import_module(name)
-        print(sys.modules[name.split(".")[0]].__version__, end=", ")
-print()"""
 
 
 class SetupError(Exception):
-    """What went wrong and how to mend it, for the user."""
+    """What went wrong and how to fix it, for the user."""
 
 
-def read_pins(text: str, python: tuple[int, int]) -> dict[str, str]:
-    """Read the ``name==version`` lines that hold for one Python.
-
-    Args:
-        text: Content of a requirements file.
-        python: Major and minor version of the Python.
-
-    Returns:
-        Version by name, in the order of the file.
-    """
-    form = r'([\w.-]+)==([^\s;]+)(?:\s*;\s*python_version\s*(<|>=)\s*"3\.(\d+)")?'
-    pins = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.split("#")[0].strip()
-        if not line:
-            continue
-        found = re.fullmatch(form, line)
-        if not found:
-            raise SetupError(f"requirements.txt, line {number}: cannot read {line!r}")
-        name, version, sign, minor = found.groups()
-        if sign is None or (python[1] < int(minor)) == (sign == "<"):
-            pins[name] = version
-    return pins
+def pinned(name: str) -> str:
+    """Return the version that requirements.txt has for a package."""
+    return re.search(rf"(?m)^{name}==(\S+)", REQUIREMENTS.read_text(encoding="utf-8")).group(1)
 
 
-def ask(python: str | Path, code: str, *args: str, isolated: bool = True) -> str:
+def ask(python: str | Path, code: str, *args: str) -> str:
     """Run code in another Python and return what it printed."""
-    command = [str(python), *(["-I"] if isolated else []), "-W", "ignore", "-c", code, *args]
+    command = [str(python), "-I", "-W", "ignore", "-c", code, *args]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
-        raise SetupError(f"{python} does not run: {error.strerror}") from error
+        raise SetupError(f"does not run: {error.strerror}") from error
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise SetupError(f"{done.stdout}{last}")
+        raise SetupError((done.stderr.strip() or f"exit status {done.returncode}").split("\n")[-1])
     return done.stdout
 
 
-def run(command: list, what: str) -> None:
+def run(command: list, what: str, **options) -> None:
     """Run a command with its output on the terminal."""
-    code = subprocess.run([str(part) for part in command]).returncode
+    code = subprocess.run([str(part) for part in command], **options).returncode
     if code:
         raise SetupError(f"{what} failed (exit status {code}); what it said stands above")
 
 
 def compiler() -> str:
     """Return the C++ compiler's command."""
-    for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]:
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for name in names:
         if shutil.which(shlex.split(name)[0]):
             return name
-    tried = os.environ.get("CXX") or "c++, g++, clang++"
     raise SetupError(
-        f"no C++ compiler ({tried}), and mmcv's operators must be compiled: apt install g++"
+        f"no C++ compiler ({', '.join(names)}), and mmcv's operators must be compiled: "
+        "apt install g++"
     )
-
-
-def has_compiler() -> bool:
-    """Tell whether there is one; not needed for mmcv where a built wheel of it is kept."""
-    try:
-        compiler()
-    except SetupError as error:
-        print(f"      without the C++ kernels: {str(error).partition(',')[0]}")
-        return False
-    return True
 
 
 def python_candidates() -> list[str]:
@@ -148,36 +105,18 @@ def python_candidates() -> list[str]:
     return [sys.executable, *filter(os.path.exists, paths)]
 
 
-def find_python(candidates: list[str], will_compile: bool) -> tuple[str, tuple[int, int]]:
-    """Choose the first Python that serves.
-
-    Args:
-        candidates: Paths or names.
-        will_compile: Whether Python's C headers are needed.
-
-    Returns:
-        The choice, and its major and minor version.
-    """
-    found, lacking = [], []
+def find_python(candidates: list[str], will_compile: bool) -> tuple[str, str]:
+    """Return the first Python that serves, and its version such as '3.11'."""
+    problems = {}
     for python in candidates:
         try:
-            facts = json.loads(ask(python, ASK_PYTHON))
-        except (SetupError, ValueError):  # a shim of pyenv, for one, may stand for nothing
-            found.append(f"{python} (does not run)")
-            continue
-        version = tuple(facts["version"][:2])
-        if version not in PYTHONS:
-            found.append(f"{python} ({version[0]}.{version[1]})")
-        elif not facts["ensurepip"]:
-            lacking.append(f"{python} lacks venv and ensurepip: apt install python3-venv")
-        elif will_compile and not facts["headers"]:
-            lacking.append(f"{python} lacks the header Python.h: apt install python3-dev")
-        else:
-            return python, version
-    if lacking:
-        raise SetupError(lacking[0])
-    found = ", ".join(dict.fromkeys(found))
-    raise SetupError(f"Python 3.10, 3.11 or 3.12 is needed; found {found}")
+            return python, ask(python, ASK_PYTHON, *(["compile"] if will_compile else []))
+        except SetupError as error:  # a shim of pyenv, for one, may stand for nothing
+            problems[python] = str(error)
+    found = "".join(f"\n  {python} {problem}" for python, problem in problems.items())
+    raise SetupError(
+        f"Python 3.10, 3.11 or 3.12 is needed, with venv and its headers; found{found}"
+    )
 
 
 def cache_root() -> Path:
@@ -198,27 +137,15 @@ def job_count() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), by_memory))
 
 
-def parse_progress(line: str) -> tuple[int, int] | None:
-    """Read ninja's count of finished and total files off a line of its output."""
-    found = re.match(r"\s*\[(\d+)/(\d+)\] ", line)
-    return (int(found.group(1)), int(found.group(2))) if found else None
-
-
 def show_progress(lines, out, clock=time.monotonic) -> None:
-    """Turn a build's output into a bar, or into a few lines where there is no terminal.
-
-    Args:
-        lines: The build's lines of output.
-        out: Where to write.
-        clock: Gives the time in seconds.
-    """
+    """Turn ninja's lines into a bar, or into a few lines where there is no terminal."""
     start = last_time = clock()
     last_done = 0
     for line in lines:
-        count = parse_progress(line)
+        count = re.match(r"\s*\[(\d+)/(\d+)\] ", line)
         if not count:
             continue
-        (done, total), now = count, clock()
+        (done, total), now = map(int, count.groups()), clock()
         left = (now - start) / done * (total - done)
         text = f"{done}/{total} files, {now - start:.0f} s, about {left:.0f} s left"
         if out.isatty():
@@ -263,92 +190,84 @@ def run_build(command: list, env: dict[str, str], log: Path) -> None:
 
 
 class Setup:
-    """The steps that fill one environment.
-
-    Args:
-        venv: Folder of the environment.
-        wanted: The user's choice of Python, or None.
-        force: Whether to go through the steps though the stamp holds.
-    """
+    """The steps that fill one environment; ``force`` takes them though the stamp holds."""
 
     def __init__(self, venv: Path, wanted: str | None, force: bool):
         self.venv, self.wanted, self.force = venv, wanted, force
         self.python = venv / "bin" / "python"
-        self.requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+        self.mmcv = pinned("mmcv")
 
     def choose_python(self) -> None:
         """Settle the Python, and find what a build would lack before anything slow."""
-        pins = read_pins(self.requirements, PYTHONS[-1])
-        built = any(cache_root().glob(f"{pins['mmcv']}-{pins['torch']}*"))
+        built = any(cache_root().glob(f"{self.mmcv}-{pinned('torch')}*"))
         built = built or any(self.venv.glob("lib/python*/site-packages/mmcv-*.dist-info"))
         if not built:
             compiler()
         wanted = [self.wanted] if self.wanted else python_candidates()
-        if os.path.lexists(self.python):
-            try:
-                self.base, self.version = find_python([str(self.python)], not built)
-            except SetupError as error:
-                raise SetupError(f"{error}; remove {self.venv} or choose another --venv") from None
+        there = [str(self.python)] if os.path.lexists(self.python) else wanted
+        try:
+            self.base, self.version = find_python(there, not built)
             if self.wanted and find_python(wanted, False)[1] != self.version:
-                have = "{}.{}".format(*self.version)
-                raise SetupError(f"{self.venv} has Python {have}, {self.wanted} is another version")
-        else:
-            self.base, self.version = find_python(wanted, not built)
-        self.pins = read_pins(self.requirements, self.version)
+                raise SetupError(f"{self.venv} has Python {self.version}, not {self.wanted}'s")
+        except SetupError as error:
+            if there is wanted:
+                raise
+            raise SetupError(f"{error}\nRemove {self.venv} or choose another --venv") from None
 
-    def packages(self) -> dict[str, str]:
-        """Return the versions of the packages in the environment."""
-        return json.loads(ask(self.python, ASK_PACKAGES))
+    def pip(self, *arguments, **options) -> None:
+        """Run the environment's pip."""
+        command = [self.python, "-I", "-m", "pip", *arguments]
+        run(command, f"pip {arguments[0]}", **options)
 
-    def pip_install(self, names: list[str], *options: str) -> bool:
-        """Install pinned packages unless all are there; a local version (+cpu) is as good."""
-        have = self.packages()
-        if all(have.get(name, "").split("+")[0] == self.pins[name] for name in names):
-            return False
-        pins = [f"{name}=={self.pins[name]}" for name in names]
-        run([self.python, "-I", "-m", "pip", "install", *options, *pins], "pip install")
-        return True
-
-    def make_venv(self) -> bool:
+    def make_venv(self) -> None:
         """Step 1: an environment with pip."""
-        if self.python.exists() and "pip" in self.packages():
-            return False
-        run([self.base, "-m", "venv", self.venv], "making the virtual environment")
-        return True
+        if not any(self.venv.glob("lib/python*/site-packages/pip")):
+            run([self.base, "-m", "venv", self.venv], "making the virtual environment")
 
-    def install_torch(self) -> bool:
-        """Step 2: torch, and the tools that build mmcv against it."""
-        tools = self.pip_install(list(BUILD_TOOLS), "-q")
-        return self.pip_install(["torch"]) or tools
+    def install_torch(self) -> None:
+        """Step 2: torch, and the tools that build mmcv against it.
 
-    def install_libraries(self) -> bool:
+        A torch of the pinned version is kept, whatever its build (+cpu, +cu130).
+        """
+        self.pip("install", "-q", "-c", REQUIREMENTS, *BUILD_TOOLS)
+        there = any(self.venv.glob("lib/python*/site-packages/torch"))
+        quiet = ["-q"] if there else []  # a download of minutes is shown
+        self.pip("install", *quiet, "-c", REQUIREMENTS, "torch")
+
+    def install_libraries(self) -> None:
         """Step 3: the rest; before mmcv, which does not import without some of them."""
-        names = [n for n in self.pins if n not in (*BUILD_TOOLS, "torch", "mmcv")]
-        worked = self.pip_install(names, "-q")
-        check(self.python, ("torch", "cv2"))
-        return worked
+        text = REQUIREMENTS.read_text(encoding="utf-8")
+        rest = re.sub(r"(?m)^mmcv==.*$", "", text)
+        self.pip("install", "-q", "-r", "/dev/stdin", input=rest, text=True)
+        try:
+            ask(self.python, "import torch, cv2")
+        except SetupError as error:  # before minutes of compiling
+            hint = "\nOpenCV lacks a system library: apt install libgl1 libglib2.0-0"
+            lacks = re.search("libGL|libgthread|libglib", str(error))
+            raise SetupError(f"{self.python}: {error}{hint if lacks else ''}") from None
 
-    def install_mmcv(self) -> bool:
+    def install_mmcv(self) -> None:
         """Step 4: mmcv with compiled operators, from the cache or built now."""
         torch = json.loads(ask(self.python, ASK_TORCH))
         cuda = bool(torch["archs"]) or os.environ.get("FORCE_CUDA") == "1"
         if self.mmcv_problem(cuda) is None:
-            return False
+            return
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or "+".join(torch["archs"]) or "all"
         kind = "cuda" + re.sub(r"[^\w.+]+", "_", archs) if cuda else "cpu"
-        tag = "cp{}{}".format(*self.version)
-        key = f"{self.pins['mmcv']}-{torch['version']}-{tag}-{kind}"
         # Keyed by torch too: mmcv built against another torch does not load. pip's own cache
         # knows mmcv's version only.
+        tag = "cp" + self.version.replace(".", "")
+        key = f"{self.mmcv}-{torch['version']}-{tag}-{kind}"
         cache = cache_root() / key
         for wheel in cache.glob("mmcv-*.whl"):
             print(f"      from {cache}", flush=True)
             problem = self.install_wheel(wheel, cuda)
             if problem is None:
-                return True
+                return
             print(f"      that one does not work ({problem}); building it again", flush=True)
             shutil.rmtree(cache)
-        self.check_cuda(cuda, torch)
+        if cuda:
+            check_cuda(torch)
         work = self.venv / "build" / key
         wheel = keep(self.build_wheel(work, cuda), cache)
         problem = self.install_wheel(wheel, cuda)
@@ -356,7 +275,6 @@ class Setup:
         if problem is not None:
             shutil.rmtree(cache, ignore_errors=True)
             raise SetupError(f"mmcv was built, but does not work: {problem}")
-        return True
 
     def mmcv_problem(self, cuda: bool) -> str | None:
         """Return what is wrong with the environment's mmcv, or None."""
@@ -364,85 +282,60 @@ class Setup:
             version, built_for = json.loads(ask(self.python, ASK_MMCV))
         except SetupError as error:
             return str(error)
-        if version != self.pins["mmcv"]:
+        if version != self.mmcv:
             return f"it is version {version}"
         return "it has no CUDA operators" if cuda and built_for == "not available" else None
 
     def install_wheel(self, wheel: Path, cuda: bool) -> str | None:
         """Install a built mmcv; return what is wrong with it, or None."""
-        options = ["-q", "--no-deps", "--force-reinstall", "--no-index"]
         try:
-            run([self.python, "-I", "-m", "pip", "install", *options, wheel], "pip install")
+            self.pip("install", "-q", "--no-deps", "--force-reinstall", "--no-index", wheel)
         except SetupError as error:
             return str(error)
         return self.mmcv_problem(cuda)
 
-    def check_cuda(self, cuda: bool, torch: dict) -> None:
-        """Refuse a CUDA build that could not succeed, before it starts."""
-        if not cuda:
-            return
-        instead = "\n`CUDA_VISIBLE_DEVICES= make env` (FORCE_CUDA unset) builds CPU operators only."
-        if torch["cuda"] is None:
-            raise SetupError(
-                f"torch {torch['version']} has no CUDA, so mmcv can have none either." + instead
-            )
-        if not torch["cuda_home"] or not Path(torch["cuda_home"], "bin", "nvcc").exists():
-            raise SetupError(
-                f"mmcv's CUDA operators need nvcc: install the CUDA toolkit {torch['cuda']} and "
-                "set CUDA_HOME to its folder." + instead
-            )
-
     def build_wheel(self, work: Path, cuda: bool) -> Path:
-        """Build mmcv's wheel in a tree that stays, so that ninja can continue a broken-off build.
+        """Build mmcv's wheel in a tree that stays: after an interruption, ninja continues there.
 
-        Args:
-            work: Folder for the tree; one for each kind of build, as setuptools would take an
-                operator library linked against another torch for up to date.
-            cuda: Whether CUDA operators are compiled, for the estimate.
-
-        Returns:
-            The wheel.
+        ``work``, the folder of the tree, is for one kind of build, as setuptools would take an
+        operator library linked against another torch for up to date.
         """
-        name = f"mmcv-{self.pins['mmcv']}"
-        env = dict(os.environ, MMCV_WITH_OPS="1", MAX_JOBS=str(job_count()), CXX=compiler())
+        name, jobs = f"mmcv-{self.mmcv}", job_count()
+        env = dict(os.environ, MMCV_WITH_OPS="1", MAX_JOBS=str(jobs), CXX=compiler())
         # ninja is found through PATH
         env["PATH"] = f"{self.python.parent}{os.pathsep}{env.get('PATH', '')}"
         env["CFLAGS"] = f"{env.get('CFLAGS', CFLAGS)} -g0"
-        pip = [self.python, "-I", "-m", "pip"]
         options = ["--no-deps", "--no-build-isolation"]
         if not (work / name).is_dir():
             shutil.rmtree(work, ignore_errors=True)
-            source = ["-q", "--no-binary", "mmcv", "-d", work, name.replace("-", "==")]
-            run([*pip, "download", *options, *source], "downloading mmcv's source")
+            source = ["-q", "--no-binary", "mmcv", "-d", work, f"mmcv=={self.mmcv}"]
+            self.pip("download", *options, *source)
             shutil.unpack_archive(str(work / f"{name}.tar.gz"), str(work / "unpacked"))
             (work / "unpacked" / name).rename(work / name)
-        jobs = int(env["MAX_JOBS"])
         cost = "tens of minutes" if cuda else f"about {max(1, round(10 / jobs))} minutes"
         print(f"      compiling its operators, {jobs} files at once: {cost}; happens once")
-        log = self.venv / "build" / "mmcv.log"
+        log, dist = self.venv / "build" / "mmcv.log", work / "dist"
         print(f"      log: {log}", flush=True)
-        dist = work / "dist"
-        run_build([*pip, "wheel", "-v", *options, "-w", dist, work / name], env, log)
+        build = [self.python, "-I", "-m", "pip", "wheel", "-v", *options, "-w", dist, work / name]
+        run_build(build, env, log)
         return next(dist.glob("mmcv-*.whl"))
 
-    def install_project(self) -> bool:
-        """Step 5: this checkout, editable, done whenever the stamp is off.
-
-        Its C++ kernels take a minute where they are not up to date, which its setup.py finds out.
-        """
-        options = ["-qq", "--no-deps", "--no-build-isolation", "-e", ROOT]
-        if "RFA_MMDET_BUILD" not in os.environ:
-            os.environ["RFA_MMDET_BUILD"] = "1" if has_compiler() else "0"
-        run([self.python, "-I", "-m", "pip", "install", *options], "installing the project")
-        return True
+    def install_project(self) -> None:
+        """Step 5: this checkout, editable, with its kernels where they are not up to date."""
+        try:
+            compiler()
+        except SetupError as error:
+            print(f"      without the C++ kernels: {str(error).partition(', and')[0]}")
+            os.environ.setdefault("RFA_MMDET_BUILD", "0")
+        os.environ.setdefault("RFA_MMDET_BUILD", "1")
+        self.pip("install", "-qq", "--no-deps", "--no-build-isolation", "-e", ROOT)
 
     def stamp(self) -> str:
         """Return what the environment was made from, as a hash; pyvenv.cfg names the Python."""
-        parts = [self.requirements.encode(), (ROOT / "setup.py").read_bytes(), str(ROOT).encode()]
-        parts += [file.read_bytes() for file in sorted(ROOT.glob("rfa_mmdet/ops/**/csrc/*"))]
-        config = self.venv / "pyvenv.cfg"
-        parts.append(config.read_bytes() if config.exists() else b"")
-        return hashlib.sha256(b"\0".join(parts)).hexdigest()
+        files = [REQUIREMENTS, ROOT / "setup.py", ROOT / "pyproject.toml", self.venv / "pyvenv.cfg"]
+        files += sorted(ROOT.glob("rfa_mmdet/ops/**/csrc/*"))
+        parts = [file.read_bytes() if file.exists() else b"" for file in files]
+        return hashlib.sha256(b"\0".join([*parts, str(ROOT).encode()])).hexdigest()
 
     def is_done(self) -> bool:
         """Tell by the stamp alone whether there is nothing to do."""
@@ -455,18 +348,33 @@ class Setup:
         """Go through the steps."""
         steps = [
             (f"virtual environment {self.venv}", self.make_venv),
-            (f"build tools and torch {self.pins['torch']}", self.install_torch),
+            (f"build tools and torch {pinned('torch')}", self.install_torch),
             ("libraries and test tools", self.install_libraries),
-            (f"mmcv {self.pins['mmcv']} with its operators", self.install_mmcv),
+            (f"mmcv {self.mmcv} with its operators", self.install_mmcv),
             ("rfa_mmdet itself, editable", self.install_project),
         ]
         for number, (title, step) in enumerate(steps, 1):
             print(f"[{number}/{len(steps)}] {title} ...", flush=True)
             start = time.monotonic()
-            word = "done" if step() else "already there"
-            print(f"      {word}, {time.monotonic() - start:.1f} s", flush=True)
-        print(check(self.python, STACK), end="")
+            step()
+            print(f"      done, {time.monotonic() - start:.1f} s", flush=True)
+        examine(self.python)
         (self.venv / STAMP).write_text(self.stamp())
+
+
+def check_cuda(torch: dict) -> None:
+    """Refuse a CUDA build that could not succeed, before it starts."""
+    if torch["cuda"] is None:
+        problem = f"torch {torch['version']} has no CUDA, so mmcv can have none either."
+    elif not torch["cuda_home"] or not Path(torch["cuda_home"], "bin", "nvcc").exists():
+        problem = (
+            f"mmcv's CUDA operators need nvcc: install the CUDA toolkit {torch['cuda']} and "
+            "set CUDA_HOME to its folder."
+        )
+    else:
+        return
+    instead = "`CUDA_VISIBLE_DEVICES= make env` (FORCE_CUDA unset) builds CPU operators only."
+    raise SetupError(f"{problem}\n{instead}")
 
 
 def keep(wheel: Path, cache: Path) -> Path:
@@ -482,24 +390,17 @@ def keep(wheel: Path, cache: Path) -> Path:
     return cache / wheel.name
 
 
-def check(python: str | Path, names: tuple[str, ...], isolated: bool = True) -> str:
-    """Import packages in an environment; return a line with the version of each."""
+def examine(python: str | Path) -> None:
+    """Have the doctor look at an environment; print what it says if something is wrong."""
     try:
-        return ask(python, ASK_IMPORTS, *names, isolated=isolated)
-    except SetupError as error:
-        hint = f"\n{APT_GL}" if re.search("libGL|libgthread|libglib", str(error)) else ""
-        raise SetupError(f"{python} cannot import {error}{hint}") from None
-
-
-def check_foreign(python: str) -> None:
-    """Check an environment that was made by other means than this script."""
-    try:
-        print(check(python, STACK, isolated=False), end="")
-    except SetupError as error:
-        raise SetupError(
-            f"{error}\nIt needs torch, mmcv 2.1 with compiled operators, mmengine and mmdet 3.3; "
-            "`make env` without PYTHON= makes an environment that has them."
-        ) from None
+        done = subprocess.run([str(python), str(DOCTOR)], capture_output=True, text=True)
+    except OSError as error:
+        raise SetupError(f"{python} does not run: {error.strerror}") from error
+    # A slip in this package, in the middle of work on it, is no fault of the environment.
+    found = re.search(r"(?m)^error: (?!rfa_mmdet does not work)", done.stdout)
+    if done.returncode and (found or done.stderr):
+        raise SetupError(f"{python} cannot train:\n{done.stdout}{done.stderr}".rstrip())
+    print(done.stdout[done.stdout.rindex("\n\n") :].strip())
 
 
 @contextlib.contextmanager
@@ -553,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         if args.check:
-            check_foreign(args.check)
+            examine(args.check)
             return 0
         if not sys.platform.startswith("linux"):
             raise SetupError(f"this sets up Linux only, and here is {sys.platform}")

@@ -26,7 +26,7 @@ for conv in convs:
 for name, cfg in plugins.items():
     methods[name] = {**plain, "model.backbone.plugins": [dict(cfg=cfg, **place)]}
 
-# The warm start goes on from the plain detector of the same seed, with a fifth of the rate.
+# The warm start continues from the plain detector of the same seed, with a fifth of the rate.
 max_epochs = 15
 stages = dict(
     scratch=dict(),

@@ -18,8 +18,8 @@ methods = {
     "ConAM": {**plain, "model.backbone.plugins": [conam]},
 }
 
-# The warm start goes on from the plain detector of the same seed, for a third of the epochs and at
-# a third of the rate.
+# The warm start continues from the plain detector of the same seed, for a third of the epochs and
+# at a third of the rate.
 max_epochs = 2
 stages = dict(
     scratch=dict(),

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,8 +95,7 @@ def attention_layers(model: nn.Module, pattern: str = "") -> dict[str, nn.Module
     layers: dict[str, nn.Module] = {}
     for name, layer in model.named_modules():
         inside = any(name.startswith(f"{outer}.") or outer == "" for outer in layers)
-        plain = getattr(layer, "is_pointwise", False)  # a 1x1 RFAConv
-        if hasattr(layer, "attention_map") and not inside and not plain:
+        if hasattr(layer, "attention_map") and not inside:
             layers[name] = layer
     return _matching(layers, pattern, "layer with attention")
 
@@ -127,7 +126,7 @@ def heat_maps(
     """
     heats: list[Heat] = []
 
-    def look(name: str, layer: nn.Module, x: Tensor) -> None:
+    def look(name: str, layer: Any, x: Tensor) -> None:
         if x.shape[0] != 1:
             return
         attention = layer.attention_map(x)
@@ -166,11 +165,7 @@ def attention_maps(
         >>> {name: tuple(attention.shape) for name, attention in maps.items()}
         {'2': (1, 8, 9, 6, 6)}
     """
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, RFAConv) and not layer.is_pointwise
-    }
+    layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, RFAConv)}
     maps: dict[str, Tensor] = {}
 
     def look(name: str, layer: RFAConv, x: Tensor) -> None:
@@ -179,7 +174,7 @@ def attention_maps(
     return maps, _watch(_matching(layers, pattern, "RFAConv"), run, look)
 
 
-def _matching(layers: dict[str, nn.Module], pattern: str, what: str) -> dict[str, nn.Module]:
+def _matching(layers: Mapping[str, nn.Module], pattern: str, what: str) -> dict[str, nn.Module]:
     try:
         chosen = {name: layer for name, layer in layers.items() if re.search(pattern, name)}
     except re.error as error:

@@ -1,26 +1,26 @@
 """Parameters and FLOPs: of a detector's config, and of the RFAConv paper's classifiers.
 
 A FLOP is a multiply-add counted once, as in MMEngine's analyzer, which does the counting by tracing
-a forward on the CPU. It does not know the operators that attention is made of; :func:`install`
-tells it, for MMDetection's own tools as well.
+a forward on the CPU. What it does not know of the operators that attention is made of stands in
+:mod:`rfa_mmdet.compat.flop_counts`.
 """
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
 from mmdet.registry import MODELS
-from mmengine.analysis import FlopAnalyzer, complexity_analysis
+from mmengine.analysis import FlopAnalyzer
 from mmengine.analysis.jit_handles import elementwise_flop_counter
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from rfa_mmdet.config.plain import detector_config
+from rfa_mmdet.compat.flop_counts import OP_COUNTS
 from rfa_mmdet.errors import ConfigError
+from rfa_mmdet.inference.detector import build_detector, image_channels
+from rfa_mmdet.inference.region_heads import RegionHead, region_heads
 
 CONVS = ("RFAConv", "RFCBAMConv", "RFCAConv", "CAMConv", "CBAMConv", "CAConv")
 # With the arguments under which they are compared.
@@ -95,60 +95,10 @@ class Complexity:
         )
 
 
-# --- how operators count -------------------------------------------------------------------------
-
-
-def _mean(inputs: list[Any], outputs: list[Any]) -> int:
-    """Count a mean: one an input element, as MMEngine's adaptive pooling; over channels nothing."""
-    # Traced as mean(x, [dim, ...], keepdim, dtype); without a list it goes over everything.
-    dims = [dim.toIValue() for dim in inputs[1].node().inputs()]
-    rank = len(inputs[0].type().sizes())
-    if 1 in [dim % rank for dim in dims]:
-        return 0
-    return elementwise_flop_counter(1, 0)(inputs, outputs)
-
-
-# The rule of the published numbers. None: counts as nothing, which MMEngine says of ReLU and max.
-_OP_COUNTS = {
-    "aten::mean": _mean,
-    "aten::avg_pool2d": elementwise_flop_counter(0, 1),
-    **dict.fromkeys(
-        (
-            *("aten::add", "aten::add_", "aten::mul", "aten::div", "aten::reciprocal"),
-            *("aten::sigmoid", "aten::softmax", "aten::hardswish", "aten::hardsigmoid_"),
-            *("aten::silu_", "aten::exp"),
-            *("aten::amax", "aten::max_pool2d"),
-            *("aten::im2col", "aten::ones_like", "aten::pad", "aten::unflatten"),
-        )
-    ),
-}
-
-
-def install() -> None:
-    """Tell every analyzer of MMEngine how the operators of this package's layers count.
-
-    Handles that somebody else has set for them stay. Calling it again changes nothing.
-
-    Example:
-        >>> from mmengine.analysis import get_model_complexity_info
-        >>> from rfa_mmdet.layers import ECA
-        >>> install()
-        >>> layer = ECA(64)
-        >>> get_model_complexity_info(layer, (64, 7, 9), show_table=False, show_arch=False)["flops"]
-        4224
-    """
-    # Private tables, because get_model_complexity_info, which mmdet's tools call, makes its
-    # analyzers itself: a caller has no chance of set_op_handle, the public way. It counts
-    # activations as well, those of convolutions and matrix products, and warns about all the rest.
-    for op, handle in _OP_COUNTS.items():
-        complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.setdefault(op, handle)
-    for op in (*_OP_COUNTS, "aten::batch_norm", "aten::group_norm"):
-        complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS.setdefault(op, None)
-
-
 def _count(network: nn.Module, shape: tuple[int, ...], **handles: Any) -> Complexity:
     network.eval()
-    analyzer = FlopAnalyzer(network, (torch.zeros(shape),)).set_op_handle(**handles)
+    analyzer = FlopAnalyzer(network, (torch.zeros(shape),))
+    analyzer.set_op_handle(**{**OP_COUNTS, **handles})
     # Which are returned; and the functional forwards of our layers call no child.
     analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     with torch.no_grad():
@@ -198,8 +148,8 @@ def classifier_complexity(depth: int, conv: str | None) -> Complexity:
             f"depth={depth!r}, conv={conv!r}: the table has depth 18 and 34, with conv=None or "
             f"one of {CONVS}"
         )
-    handles = {**_OP_COUNTS, "aten::batch_norm": elementwise_flop_counter(4, 0)}
-    return _count(_Classifier(depth, conv), (1, 3, 224, 224), **handles)
+    batch_norm = {"aten::batch_norm": elementwise_flop_counter(4, 0)}
+    return _count(_Classifier(depth, conv), (1, 3, 224, 224), **batch_norm)
 
 
 # --- detectors -----------------------------------------------------------------------------------
@@ -211,9 +161,10 @@ class _TwoStages(nn.Module):
     MMDetection's own raw forward runs them on those that random weights happen to propose.
     """
 
-    def __init__(self, detector: nn.Module, heads: list) -> None:
+    def __init__(self, detector: TwoStageDetector, heads: list[RegionHead]) -> None:
         super().__init__()
-        self.detector, self.heads = detector, heads
+        self.detector: TwoStageDetector = detector
+        self.heads = heads
 
     def forward(self, images: Tensor) -> tuple:
         detector = self.detector
@@ -227,8 +178,9 @@ class _TwoStages(nn.Module):
 def detector_complexity(cfg: Config, image_size: tuple[int, int] = (800, 1333)) -> Complexity:
     """Count a detector, from the image to the raw outputs of its heads.
 
-    By MMEngine's rule, batch norm being 2 an element, with :func:`install` for what it does not
-    know. RoI pooling and what follows the heads, such as NMS, count as nothing.
+    By MMEngine's rule, batch norm being 2 an element, with
+    :data:`~rfa_mmdet.compat.flop_counts.OP_COUNTS` for what it does not know. RoI pooling and what
+    follows the heads, such as NMS, count as nothing.
 
     Args:
         cfg (Config): Of a single-stage detector such as RetinaNet, or of Faster, Mask or Cascade
@@ -250,27 +202,22 @@ def detector_complexity(cfg: Config, image_size: tuple[int, int] = (800, 1333)) 
         >>> found.parameters, found.gflops
         (21410100, 0.759052288)
     """
-    # Imported here: these bring all of mmdet's models, which `import rfa_mmdet.engine` need not.
-    from mmdet.models.detectors import SingleStageDetector
-
-    from rfa_mmdet.inference.region_heads import region_heads
-
-    install()
     if min(image_size) < 1:
         raise ConfigError(f"image_size={tuple(image_size)}: must be positive")
-    with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
-        detector = revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model))).eval()
+    detector = build_detector(cfg)
+    network = detector
     if heads := region_heads(detector):
-        detector = _TwoStages(detector, heads)
+        network = _TwoStages(detector, heads)
     elif not isinstance(detector, SingleStageDetector):
         raise ConfigError(
-            f"model.type={detector_config(cfg).type!r}: only single-stage detectors and Faster, "
+            f"model.type={type(detector).__name__!r}: only single-stage detectors and Faster, "
             "Mask and Cascade R-CNN with an RPN and without a shared head can be counted; for "
             "others see tools/analysis_tools/get_flops.py of MMDetection, which needs the data and "
-            "counts this package's layers as well"
+            "counts this package's layers as well under RFA_MMDET_COMPAT=flop_counts"
         )
-    divisor = (detector_config(cfg).get("data_preprocessor") or {}).get("pad_size_divisor", 1)
-    return _count(detector, (1, 3, *(-(-side // divisor) * divisor for side in image_size)))
+    divisor = getattr(detector.data_preprocessor, "pad_size_divisor", 1)
+    sides = (-(-side // divisor) * divisor for side in image_size)
+    return _count(network, (1, image_channels(detector), *sides))
 
 
 # --- all systems in one detector -----------------------------------------------------------------
@@ -308,7 +255,6 @@ def system_extras(image_size: tuple[int, int] = (800, 1333)) -> Iterator[tuple[s
     Yields:
         tuple[str, Complexity]: The system's name, and the differences from the plain backbone.
     """
-    install()
     shape = (1, 3, *(-(-side // 32) * 32 for side in image_size))
     plain = _count(MODELS.build(system_backbone(None)), shape)
     for name in (*CONVS, *PLUGINS):

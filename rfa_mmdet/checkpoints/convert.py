@@ -68,7 +68,7 @@ def convert_checkpoint(source: str, target: str | Path, overwrite: bool = False)
     """
     target = writable(target, overwrite)
     checkpoint = read_checkpoint(source)
-    state_dict = _state_dict(source, checkpoint)
+    state_dict = _state_dict(checkpoint)
     layers = [
         ConvertedLayer(prefix, system, rename_published(system, state_dict, prefix))
         for prefix, system in find_published(k for k in state_dict if isinstance(k, str)).items()
@@ -80,9 +80,7 @@ def convert_checkpoint(source: str, target: str | Path, overwrite: bool = False)
     return Conversion(layers, kept, _warnings(checkpoint, state_dict))
 
 
-def _state_dict(source: str, checkpoint: object) -> dict:
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{source}: holds a {type(checkpoint).__name__}, where a dict is right")
+def _state_dict(checkpoint: dict) -> dict:
     for key in ("state_dict", "model"):
         if isinstance(checkpoint.get(key), dict):
             return checkpoint[key]

@@ -1,13 +1,12 @@
-"""Read and write whole checkpoint files, with the user's mistakes in words."""
+"""Read and write checkpoint files, with the user's mistakes in words."""
 
-import os
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from rfa_mmdet.errors import UserError
+from rfa_mmdet.files import written_whole
 
 
 def writable(target: str | Path, overwrite: bool) -> Path:
@@ -24,18 +23,32 @@ def writable(target: str | Path, overwrite: bool) -> Path:
     return target
 
 
-def read_checkpoint(source: str | Path) -> object:
-    """Return what a file or URL, of what MMEngine loads, holds.
+def read_checkpoint(source: str | Path) -> dict:
+    """Read a checkpoint onto the CPU.
+
+    Args:
+        source (str | Path): File or URL, of what MMEngine loads.
+
+    Returns:
+        dict: Its content.
 
     Raises:
-        UserError: It cannot be read.
+        UserError: It is missing, damaged, unsafe, or holds no dict.
+
+    Example:
+        >>> read_checkpoint("/no/such.pth")
+        Traceback (most recent call last):
+        rfa_mmdet.errors.UserError: /no/such.pth: no such file
     """
     try:
-        return CheckpointLoader.load_checkpoint(str(source), "cpu", logger="silent")
+        content = CheckpointLoader.load_checkpoint(str(source), "cpu", logger="silent")
     except FileNotFoundError as error:
         raise UserError(f"{source}: no such file") from error
     except OSError as error:
         raise UserError(f"{source}: {error.strerror or error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: holds a {type(content).__name__}, where a dict is right")
+    return content
 
 
 def write_checkpoint(checkpoint: dict, target: Path) -> None:
@@ -44,13 +57,8 @@ def write_checkpoint(checkpoint: dict, target: Path) -> None:
     Raises:
         UserError: It cannot be written.
     """
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, part)
-        part.replace(target)
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a full disk
+        with written_whole(target) as part:
+            torch.save(checkpoint, part)
+    except RuntimeError as error:  # torch's writer raises it, for a full disk among others
         raise UserError(f"{target}: cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):  # none there, or no folder for it
-            part.unlink()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from mmdet.models.detectors import BaseDetector
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
@@ -15,8 +16,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 
 from rfa_mmdet.checkpoints.files import read_checkpoint, writable, write_checkpoint
-from rfa_mmdet.config.plain import plain_base
-from rfa_mmdet.errors import ConfigError, UserError
+from rfa_mmdet.errors import UserError
 from rfa_mmdet.hooks.new_layers import new_layers
 from rfa_mmdet.layers.conv.base import AttentionConv2d
 
@@ -40,6 +40,7 @@ class Equality(NamedTuple):
 
 
 def retrofit_checkpoint(
+    plain_cfg: Config,
     cfg: Config,
     source: str,
     target: str | Path,
@@ -50,7 +51,8 @@ def retrofit_checkpoint(
     """Write a warm-started checkpoint of a retrofitted detector, from one of the plain detector.
 
     Args:
-        cfg (Config): Of the retrofitted detector; the plain one is it without this package.
+        plain_cfg (Config): Of the plain detector.
+        cfg (Config): Of the retrofitted one.
         source (str): Checkpoint of the plain detector: file or URL.
         target (str | Path): File to write.
         image (Tensor | None): (3, H, W), BGR in 0 to 255, for the comparison. None: drawn noise.
@@ -61,15 +63,12 @@ def retrofit_checkpoint(
         Equality: Of both detectors on the image.
 
     Raises:
-        UserError: A file cannot be read or written, does not belong to the config, or the two
-            detectors differ; then nothing is written.
+        UserError: A file cannot be read or written, does not belong to the plain config, or the
+            two detectors differ; then nothing is written.
     """
     target = writable(target, overwrite)
-    plain_cfg = plain_base(cfg)
-    if plain_cfg is None:
-        raise ConfigError("the config has no layers of this package: there is nothing to start")
     checkpoint = read_checkpoint(source)
-    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    state = checkpoint.get("state_dict", checkpoint)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{source}: holds no state dict")
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
@@ -127,11 +126,11 @@ def _load_plain(plain: nn.Module, state: dict, source: str) -> None:
 
 
 @torch.no_grad()
-def compare(plain: nn.Module, net: nn.Module, image: Tensor) -> Equality:
+def compare(plain: BaseDetector, net: BaseDetector, image: Tensor) -> Equality:
     """Compare the raw outputs of two detectors, in eval mode.
 
     Args:
-        plain, net (nn.Module): Of one config but for this package's layers.
+        plain, net (BaseDetector): Of one config but for this package's layers.
         image (Tensor): (3, H, W), BGR in 0 to 255.
 
     Returns:

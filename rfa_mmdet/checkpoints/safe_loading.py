@@ -1,7 +1,7 @@
 """Load MMEngine's training checkpoints under ``weights_only=True``, and nothing more than those.
 
 Since PyTorch 2.6 ``torch.load`` refuses the NumPy arrays and the ``HistoryBuffer`` that MMEngine
-0.10 puts in a training checkpoint, so ``--resume`` fails. :func:`install` mends that for loads
+0.10 puts in a training checkpoint, so ``--resume`` fails. :func:`load_safely` fixes that for loads
 through MMEngine, and makes them as strict on older PyTorch; plain ``torch.load`` stays as it is.
 
 What a hostile file can reach: torch's own list, and the names in ``_ALLOWED``. Those do not lead to
@@ -17,7 +17,7 @@ import os
 import pickle
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
-from mmengine.runner.checkpoint import CheckpointLoader
 
 from rfa_mmdet.errors import UserError
 
@@ -74,7 +73,7 @@ class _DType:
 class _Array:
     """What the pickle gets for ``numpy.ndarray``."""
 
-    value = None
+    value: Any = None  # np.ndarray
 
     def __init__(self, *args: Any):
         _require(not args, f"numpy.ndarray{args!r}")
@@ -313,25 +312,22 @@ def _is_damage(path: str, error: Exception) -> bool:
     return is_file and not isinstance(error, MemoryError)
 
 
-def install() -> None:
-    """Make every checkpoint that is loaded through MMEngine load safely. Repeating it is harmless.
+def load_safely(load_checkpoint: Callable) -> Callable:
+    """Wrap MMEngine's ``CheckpointLoader.load_checkpoint`` so that it runs no code from a file.
 
-    All of MMEngine's loaders, also those that are registered later, run inside
-    ``CheckpointLoader.load_checkpoint``, so this one method is wrapped.
+    Args:
+        load_checkpoint (Callable): The function of the class method; takes the class first.
 
-    Example:
-        >>> install()
-        >>> install()
+    Returns:
+        Callable: With the same signature. It raises :class:`UnsafeCheckpointError` for a file that
+        asks for more than plain data, :class:`BrokenCheckpointError` for one that is truncated.
     """
-    original = CheckpointLoader.load_checkpoint.__func__
-    if getattr(original, "is_safe", False):
-        return
 
-    @functools.wraps(original)
-    def load_checkpoint(cls, filename, map_location=None, logger="current"):
+    @functools.wraps(load_checkpoint)
+    def load(cls, filename, map_location=None, logger="current"):
         with _weights_only():
             try:
-                return _resolve(original(cls, filename, map_location, logger), set())
+                return _resolve(load_checkpoint(cls, filename, map_location, logger), set())
             except pickle.UnpicklingError as error:
                 if "Unsupported operand" in str(error):  # no pickle of torch.save
                     raise _damaged(filename, error) from error
@@ -341,5 +337,4 @@ def install() -> None:
                     raise _damaged(filename, error) from error
                 raise
 
-    load_checkpoint.is_safe = True
-    CheckpointLoader.load_checkpoint = classmethod(load_checkpoint)
+    return load

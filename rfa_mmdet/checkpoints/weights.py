@@ -1,47 +1,18 @@
 """Weights that must be a model's own."""
 
-from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 from rfa_mmdet.errors import UserError
 
 
-def read_checkpoint(path: str) -> dict:
-    """Read a checkpoint.
-
-    Args:
-        path (str): File or URL, of what MMEngine loads.
-
-    Returns:
-        dict: Its content.
-
-    Raises:
-        UserError: It is missing, damaged, or no checkpoint.
-
-    Example:
-        >>> read_checkpoint("/no/such.pth")
-        Traceback (most recent call last):
-        rfa_mmdet.errors.UserError: checkpoint='/no/such.pth': no such file
-    """
-    try:
-        content = CheckpointLoader.load_checkpoint(str(path), "cpu", logger="silent")
-    except FileNotFoundError as error:
-        raise UserError(f"checkpoint={str(path)!r}: no such file") from error
-    except OSError as error:
-        raise UserError(f"checkpoint={str(path)!r}: {error.strerror or error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"checkpoint={str(path)!r}: holds a {type(content).__name__}, no dict")
-    return content
-
-
 def load_weights(model: nn.Module, checkpoint: dict, name: str) -> None:
     """Load a checkpoint into the model that it was saved from.
 
-    MMEngine only logs what does not fit, and goes on with random weights there.
+    MMEngine only logs what does not fit, and keeps random weights there.
 
     Args:
         model (nn.Module): Takes the weights.
-        checkpoint (dict): As :func:`read_checkpoint` returns it.
+        checkpoint (dict): As :func:`~rfa_mmdet.checkpoints.files.read_checkpoint` returns it.
         name (str): Of the file, for the error.
 
     Raises:

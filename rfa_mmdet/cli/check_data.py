@@ -10,10 +10,10 @@ from argparse import Namespace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from rfa_mmdet.cli.command_line import config_parser, load_config, user_errors
+from rfa_mmdet.cli.command_line import config_parser, progress, user_errors
+from rfa_mmdet.config.read import load_config
 from rfa_mmdet.data.check import find_problems
 from rfa_mmdet.data.check.audit import FATAL, KINDS, Audit, audit
 from rfa_mmdet.data.check.contact_sheet import save_contact_sheet
@@ -57,8 +57,8 @@ def print_tables(found: Audit) -> None:
         table.add_row(kind, *cells)
     classes = Table("class", *splits, title="boxes by class")
     for name in dict.fromkeys(name for counts in found.boxes.values() for name in counts):
-        counts = [found.boxes[split].get(name) for split in splits]
-        cells = ("-" if n is None else f"{n:,}" if n else "[yellow]0[/]" for n in counts)
+        boxes = [found.boxes[split].get(name) for split in splits]
+        cells = ("-" if n is None else f"{n:,}" if n else "[yellow]0[/]" for n in boxes)
         classes.add_row(name.replace("[", "\\["), *cells)
     for one in (table, classes):
         for column in one.columns[1:]:
@@ -79,25 +79,23 @@ def main() -> int:
     """Look, print and write; return the exit code."""
     args = parse_args()
     with user_errors():
-        cfg = load_config(args)
+        cfg = load_config(args.config, args.cfg_options)
         splits = args.splits or [s for s in SPLITS if cfg.get(f"{s}_dataloader")]
         absent = [split for split in splits if not cfg.get(f"{split}_dataloader")]
         if absent or not splits:
-            absent = ", ".join(f"{split}_dataloader" for split in absent or SPLITS)
-            raise ConfigError(f"config={args.config!r}: has no {absent}")
+            keys = ", ".join(f"{split}_dataloader" for split in absent or SPLITS)
+            raise ConfigError(f"config={args.config!r}: has no {keys}")
         problems = find_problems(cfg, splits)
         found = audit(
             cfg,
             splits,
             args.threads,
-            lambda items, total: track(
-                items, "decoding images", total=total, console=Console(stderr=True)
-            ),
+            progress("decoding images"),
         )
         out = Path(args.out or Path("work_dirs", Path(args.config).stem, "data"))
         if found.images:
             print_tables(found)
-        for name in ("problems.csv", "worst.png"):  # of data that may have been mended since
+        for name in ("problems.csv", "worst.png"):  # of data that may have been fixed since
             (out / name).unlink(missing_ok=True)
         if found.problems:
             write_list(found, out / "problems.csv")

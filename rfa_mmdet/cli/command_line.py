@@ -1,34 +1,23 @@
-"""What tools/train.py and tools/test.py have in common: arguments, config, errors."""
+"""What the tools have in common: arguments, the checks before a run, errors."""
 
-import inspect
 import multiprocessing
 import os
 import sys
 import traceback
 import warnings
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
-from pathlib import Path
 
 from mmengine.config import Config, DictAction
-from mmengine.config.utils import ConfigParsingError
-from mmengine.registry import init_default_scope
-from mmengine.runner import Runner
+from rich.console import Console
+from rich.progress import track
 
 from rfa_mmdet.cli.distributed import launched_rank, prepare_cpu_group
-from rfa_mmdet.compat.whole_files import install as install_whole_files
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.data.check import check_data
-from rfa_mmdet.errors import ConfigError, UserError
+from rfa_mmdet.errors import UserError
 from rfa_mmdet.layers.warm_start.start import WarmStartError
-
-# Keys of a config that a run reads besides the arguments of Runner itself.
-_READ_KEYS = {
-    *("auto_scale_lr", "custom_imports", "find_unused_parameters", "model_wrapper_cfg", "sync_bn"),
-    *("tta_model", "tta_pipeline", "activation_checkpointing", "compile", "runner_type"),
-}
 
 
 def config_parser(description: str, example: str) -> ArgumentParser:
@@ -79,45 +68,11 @@ def run_parser(description: str, example: str) -> ArgumentParser:
     return parser
 
 
-def load_config(args: Namespace) -> Config:
-    """Read the config file and lay the command line over it.
-
-    Args:
-        args (Namespace): Of a :func:`config_parser` or :func:`run_parser`.
-
-    Returns:
-        Config: With ``launcher`` and ``work_dir`` set.
-
-    Raises:
-        ConfigError: The file is missing or does not parse, or ``--cfg-options`` names what no run
-            reads.
-    """
-    path = Path(args.config)
-    if not path.is_file():
-        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise ConfigError(f"config={args.config!r}: no such file{hint}")
-    try:
-        cfg = Config.fromfile(path)
-    except (ImportError, SyntaxError, ConfigParsingError) as error:
-        raise ConfigError(f"config={args.config!r}: {error}") from error
-    _check_options(cfg, args.cfg_options)
-    cfg.merge_from_dict(args.cfg_options)
-    cfg.launcher = getattr(args, "launcher", "none")
-    if getattr(args, "work_dir", None) is not None:
-        cfg.work_dir = args.work_dir
-    elif cfg.get("work_dir") is None:
-        cfg.work_dir = str(Path("work_dirs", path.stem))
-    # What is built before the Runner, such as the data sets that are checked, is looked up there.
-    init_default_scope(cfg.get("default_scope") or "mmengine")
-    return cfg
-
-
 def prepare_run(cfg: Config, *splits: str) -> None:
-    """Check all that can be known before a run, then set up what the Runner needs.
+    """Check all that can be known before a run, then make the group of its processes.
 
     Args:
-        cfg (Config): From :func:`load_config`.
+        cfg (Config): From :func:`~rfa_mmdet.config.read.load_config`.
         *splits (str): Of 'train', 'val' and 'test', those whose data the run reads.
 
     Raises:
@@ -128,37 +83,20 @@ def prepare_run(cfg: Config, *splits: str) -> None:
         for warning in check_data(cfg, splits):
             print(f"warning: {warning}", file=sys.stderr)
     prepare_cpu_group(cfg)
-    install_whole_files()
 
 
-def _check_options(cfg: Config, options: dict) -> None:
-    read = {*inspect.signature(Runner.__init__).parameters, *_READ_KEYS} - {"self", "cfg"}
-    for key in options:
-        top = key.split(".")[0]
-        if top in read:
-            continue
-        if top in cfg:
-            raise ConfigError(
-                f"--cfg-options {key}=...: {top} is a variable of the config file; its value has "
-                "been put to use already, and overriding it changes nothing. Override what it went "
-                f"into, such as {_first_use(cfg, top)}"
-            )
-        near = get_close_matches(top, read, n=2)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise ConfigError(f"--cfg-options {key}=...: no run reads {top!r}{hint}")
+def progress(what: str) -> Callable[..., Iterable]:
+    """Return a function that wraps an iterable in a progress bar on stderr.
 
+    Args:
+        what (str): Label of the bar.
 
-def _first_use(cfg: Config, variable: str) -> str:
-    value = cfg[variable]
-
-    def find(node, path):
-        if node == value and path:
-            return ".".join(path)
-        items = node.items() if isinstance(node, dict) else ()
-        return next((hit for k, v in items if (hit := find(v, [*path, k]))), None)
-
-    uses = (find(cfg[key], [key]) for key in ("train_dataloader", "model", "val_evaluator"))
-    return next((use for use in uses if use), "train_dataloader.dataset.data_root")
+    Example:
+        >>> list(progress("counting")([1, 2], total=2))
+        [1, 2]
+    """
+    console = Console(stderr=True)
+    return lambda items, total=None: track(items, what, total=total, console=console)
 
 
 @contextmanager
@@ -174,7 +112,7 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
             raises for a wrong one, with the place that raised it.
     """
     errors = errors or (ValueError, TypeError, KeyError, FileNotFoundError)
-    # MMEngine's import of it, which is not the user's to mend.
+    # MMEngine's import of it, which the user cannot fix.
     warnings.filterwarnings("ignore", "pkg_resources is deprecated as an API", UserWarning)
     shown, sys.excepthook = sys.excepthook, _hide_lost_readers(sys.excepthook)
     try:

@@ -18,9 +18,10 @@ from rfa_mmdet.analysis.complexity import (
     detector_complexity,
     system_extras,
 )
-from rfa_mmdet.cli.command_line import load_config, user_errors
+from rfa_mmdet.cli.command_line import user_errors
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.config.plain import plain_base
+from rfa_mmdet.config.read import load_config
 from rfa_mmdet.errors import ConfigError
 
 DETECTOR = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
@@ -68,9 +69,7 @@ def parse_args() -> Namespace:
 
 def print_config(args: Namespace) -> None:
     """Print what a config costs, and its plain base."""
-    cfg = load_config(
-        Namespace(config=args.config, cfg_options=args.cfg_options, launcher="none", work_dir=None)
-    )
+    cfg = load_config(args.config, args.cfg_options)
     check_config(cfg)
     if cfg.get("model") is None:
         raise ConfigError(f"config={args.config!r}: has no model")

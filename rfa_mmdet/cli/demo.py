@@ -107,6 +107,8 @@ def run_demo() -> None:
     argparse.ArgumentParser(
         description=__doc__, epilog="example: make demo", allow_abbrev=False
     ).parse_args()
+    if not (ROOT / CONFIG).is_file():
+        raise UserError("the demo runs in a checkout of the repository, by `make demo`")
     work_dir = ROOT / WORK_DIR
     shutil.rmtree(work_dir, ignore_errors=True)  # an earlier demo's
     run("tools/make_shapes.py", DATA, "--train", "960", "--val", "120", "--seed", "0")

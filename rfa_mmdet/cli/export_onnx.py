@@ -12,15 +12,16 @@ from pathlib import Path
 
 from mmengine.config import Config
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from rfa_mmdet.cli.command_line import config_parser, load_config, user_errors
+from rfa_mmdet.cli.command_line import config_parser, progress, user_errors
 from rfa_mmdet.config.check import check_config
+from rfa_mmdet.config.read import load_config
 from rfa_mmdet.data.check.audit import dataset_images
 from rfa_mmdet.errors import ConfigError
 from rfa_mmdet.export import Comparison, export_onnx
-from rfa_mmdet.inference.predict import Detector, find_images
+from rfa_mmdet.inference.detector import Detector
+from rfa_mmdet.inference.images import find_images
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -82,7 +83,7 @@ def main() -> None:
     name = f"{Path(args.checkpoint).stem}.onnx"
     out = Path(args.out or Path("work_dirs", Path(args.config).stem, name))
     with user_errors():
-        cfg = load_config(args)
+        cfg = load_config(args.config, args.cfg_options)
         check_config(cfg)
         paths = images_to_compare(cfg, args)
         detector = Detector(cfg, args.checkpoint, "cpu")
@@ -91,7 +92,7 @@ def main() -> None:
             paths,
             out,
             args.opset,
-            lambda items: track(items, "comparing", console=Console(stderr=True)),
+            progress("comparing"),
         )
     print_table(found)
     if not found.detections:

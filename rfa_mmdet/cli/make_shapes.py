@@ -5,6 +5,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import cv2
+import mmcv
 import numpy as np
 
 from rfa_mmdet.cli.command_line import user_errors
@@ -51,7 +52,7 @@ def write_contact_sheet(root: Path, rows: int = 4, columns: int = 4) -> Path:
     coco = json.loads((root / "annotations" / "train.json").read_text())
     sheet = np.full((rows * CELL, columns * CELL, 3), 255, np.uint8)
     for cell, info in enumerate(coco["images"][: rows * columns]):
-        picture = cv2.imread(str(root / "JPEGImages" / info["file_name"]))
+        picture = mmcv.imread(root / "JPEGImages" / info["file_name"])
         scale = CELL / max(picture.shape[:2])
         picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
         for annotation in coco["annotations"]:

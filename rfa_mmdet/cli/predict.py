@@ -6,13 +6,15 @@ from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from rfa_mmdet.cli.command_line import config_parser, load_config, user_errors
+from rfa_mmdet.cli.command_line import config_parser, progress, user_errors
 from rfa_mmdet.config.check import check_config
-from rfa_mmdet.inference.predict import Detector, Predictions, find_images, predict
+from rfa_mmdet.config.read import load_config
+from rfa_mmdet.inference.detector import Detector
+from rfa_mmdet.inference.images import find_images
+from rfa_mmdet.inference.predict import Predictions, predict
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -60,7 +62,7 @@ def main() -> None:
     args = parse_args()
     out = Path(args.out or Path("work_dirs", Path(args.config).stem, "predictions"))
     with user_errors():
-        cfg = load_config(args)
+        cfg = load_config(args.config, args.cfg_options)
         check_config(cfg)
         paths = find_images(args.inputs, without=out)
         detector = Detector(cfg, args.checkpoint, args.device)
@@ -70,7 +72,7 @@ def main() -> None:
             out,
             args.score,
             args.batch_size,
-            lambda items: track(items, "detecting", console=Console(stderr=True)),
+            progress("detecting"),
         )
     print_table(found, args.score)
     for path, damage in found.skipped.items():

@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rfa_mmdet.checkpoints.retrofit import retrofit_checkpoint
-from rfa_mmdet.cli.command_line import load_config, user_errors
+from rfa_mmdet.cli.command_line import user_errors
 from rfa_mmdet.config.check import check_config
-from rfa_mmdet.errors import UserError
+from rfa_mmdet.config.plain import plain_base
+from rfa_mmdet.config.read import load_config
+from rfa_mmdet.errors import ConfigError, UserError
 
 LONGEST_SIDE = 640
 
@@ -42,8 +44,7 @@ def parse_args() -> Namespace:
         help="largest relative difference of raw outputs to accept (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="write OUT also if it exists")
-    args = parser.parse_args()
-    return Namespace(**vars(args), cfg_options={}, work_dir=None, launcher="none")
+    return parser.parse_args()
 
 
 def read_image(path: str) -> torch.Tensor:
@@ -62,11 +63,14 @@ def main() -> None:
     """Write the checkpoint, and print how equal the two detectors are."""
     args = parse_args()
     with user_errors():
-        cfg = load_config(args)
+        cfg = load_config(args.config)
         check_config(cfg)
+        plain = plain_base(cfg)
+        if plain is None:
+            raise ConfigError("the config has no layers of this package: there is nothing to start")
         image = None if args.image is None else read_image(args.image)
         found = retrofit_checkpoint(
-            cfg, args.source, args.target, image, args.tolerance, args.overwrite
+            plain, cfg, args.source, args.target, image, args.tolerance, args.overwrite
         )
     table = Table("raw outputs of", "largest relative difference from the plain detector")
     for part, difference in found.outputs.items():

@@ -11,7 +11,8 @@ from mmengine.fileio import dump
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
-from rfa_mmdet.cli.command_line import load_config, prepare_run, run_parser, user_errors
+from rfa_mmdet.cli.command_line import prepare_run, run_parser, user_errors
+from rfa_mmdet.config.read import load_config
 from rfa_mmdet.errors import ConfigError, UserError
 from rfa_mmdet.files import written_whole
 from rfa_mmdet.layers.warm_start.start import WarmStartError
@@ -88,7 +89,7 @@ def main() -> None:
     args = parse_args()
     setup_cache_size_limit_of_dynamo()
     with user_errors():
-        cfg = load_config(args)
+        cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
         apply_args(cfg, args)
         prepare_run(cfg, "test")
         if args.tta:

@@ -7,7 +7,8 @@ from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from rfa_mmdet.cli.command_line import load_config, prepare_run, run_parser, user_errors
+from rfa_mmdet.cli.command_line import prepare_run, run_parser, user_errors
+from rfa_mmdet.config.read import load_config
 from rfa_mmdet.errors import ConfigError, UserError
 from rfa_mmdet.layers.warm_start.start import WarmStartError
 
@@ -26,7 +27,7 @@ def parse_args():
         nargs="?",
         const="auto",
         metavar="PATH|auto",
-        help="go on from a checkpoint; auto (also without a value): the latest in the work dir",
+        help="resume from a checkpoint; auto (also without a value): the latest in the work dir",
     )
     parser.add_argument("--amp", action="store_true", help="automatic mixed precision")
     parser.add_argument(
@@ -65,7 +66,7 @@ def keep_best(cfg: Config) -> None:
 
 
 def check_last_checkpoint(work_dir: str) -> None:
-    """Refuse to go on from a name of nothing, before MMEngine fails over it.
+    """Refuse to resume from a file that is not there, before MMEngine fails over it.
 
     MMEngine writes that name straight into its file, which a kill may have left empty, and removes
     checkpoints beyond ``max_keep_ckpts`` before it has written the next one.
@@ -124,7 +125,7 @@ def main() -> None:
     args = parse_args()
     setup_cache_size_limit_of_dynamo()
     with user_errors():
-        cfg = load_config(args)
+        cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
         apply_args(cfg, args)
         prepare_run(cfg, "train", "val")
         runner = Runner.from_cfg(cfg)

@@ -10,10 +10,9 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from rfa_mmdet.cli.command_line import user_errors
+from rfa_mmdet.cli.command_line import progress, user_errors
 from rfa_mmdet.data.converters.visdrone import CLASSES, IGNORED, SPLITS, Summary, convert
 from rfa_mmdet.errors import UserError
 
@@ -65,9 +64,7 @@ def main() -> None:
                 args.root,
                 split,
                 args.ignored,
-                lambda items, total, split=split: track(
-                    items, f"reading {split}", total=total, console=Console(stderr=True)
-                ),
+                progress(f"reading {split}"),
             )
     print_table(summaries)
     for summary in summaries.values():

@@ -10,17 +10,15 @@ from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
-
 from rfa_mmdet.analysis.attention_maps import attention_layers, heat_maps
 from rfa_mmdet.analysis.pictures import draw_boxes, save_heats, save_side_by_side
-from rfa_mmdet.cli.command_line import config_parser, load_config, user_errors
+from rfa_mmdet.cli.command_line import config_parser, progress, user_errors
 from rfa_mmdet.config.check import check_config
-from rfa_mmdet.data.check.images import read_image
+from rfa_mmdet.config.read import load_config
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
-from rfa_mmdet.inference.predict import Detector, find_images
+from rfa_mmdet.inference.detector import Detector, LoadedImage
+from rfa_mmdet.inference.images import ImageError, find_images, none_readable
 
 WIDTH = 320  # pixels that a picture of detections has at least
 
@@ -46,16 +44,11 @@ def parse_args() -> Namespace:
     return args
 
 
-def load(args: Namespace, config: str, checkpoint: str, options: dict) -> Detector:
+def load(config: str, checkpoint: str, device: str | None, options: dict) -> Detector:
     """Build a detector."""
-    cfg = load_config(Namespace(config=config, cfg_options=options))
+    cfg = load_config(config, options)
     check_config(cfg)
-    return Detector(cfg, checkpoint, args.device)
-
-
-def detect(detector: Detector, image):
-    """Return the detections on one image."""
-    return detector([image], batch_size=1, return_datasamples=True)["predictions"][0]
+    return Detector(cfg, checkpoint, device)
 
 
 def picture_names(paths: list[str], common: str) -> dict[str, Path]:
@@ -69,11 +62,15 @@ def picture_names(paths: list[str], common: str) -> dict[str, Path]:
     }
 
 
-def show(args: Namespace, detectors: dict[str, Detector], image, out: Path) -> None:
-    """Write the pictures of one image, (H, W, 3) in BGR."""
-    rgb = image[..., ::-1]
-    first = next(iter(detectors.values()))
-    heats, sample = heat_maps(first.model, lambda: detect(first, image), args.layers)
+def show(
+    args: Namespace, detectors: dict[str, Detector], images: dict[str, LoadedImage], out: Path
+) -> None:
+    """Write the pictures of one image, as each detector's pipeline has loaded it."""
+    first = next(iter(detectors))
+    rgb = images[first].picture[..., ::-1]
+    heats, (sample,) = heat_maps(
+        detectors[first].model, lambda: detectors[first].detect([images[first]]), args.layers
+    )
     if not heats:
         raise UserError(
             f"--layers {args.layers!r}: none of these layers sees the whole image, only regions"
@@ -85,11 +82,11 @@ def show(args: Namespace, detectors: dict[str, Detector], image, out: Path) -> N
     if len(detectors) > 1:
         pictures = {}
         for name, detector in detectors.items():
-            found = sample if detector is first else detect(detector, image)
+            found = sample if name == first else detector.detect([images[name]])[0]
             classes = detector.model.dataset_meta["classes"]
-            scale = -(-WIDTH // image.shape[1])
+            rgb = images[name].picture[..., ::-1]
             boxes = found.pred_instances.cpu()
-            pictures[name] = draw_boxes(rgb, boxes, classes, args.score, scale)
+            pictures[name] = draw_boxes(rgb, boxes, classes, args.score, -(-WIDTH // rgb.shape[1]))
         with written_whole(out.with_name(f"{out.stem}_detections.png")) as part:
             save_side_by_side(pictures, part)
 
@@ -101,27 +98,26 @@ def main() -> None:
     with user_errors():
         paths = find_images(args.images, without=folder)
         names = [Path(args.config).stem]
-        detectors = {names[0]: load(args, args.config, args.checkpoint, args.cfg_options)}
+        detectors = {names[0]: load(args.config, args.checkpoint, args.device, args.cfg_options)}
         attention_layers(next(iter(detectors.values())).model, args.layers)  # before any image
         if args.compare:
             other = Path(args.compare[0]).stem
             if other in names:
                 other = f"{other}, {Path(args.compare[1]).stem}"
-            detectors[other] = load(args, *args.compare, {})
+            config, checkpoint = args.compare
+            detectors[other] = load(config, checkpoint, args.device, {})
         common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
         names_of = picture_names(paths, common)
-        skipped = {}
-        for path in track(paths, "looking", console=Console(stderr=True)):
-            image, damage = read_image(path)
-            if damage:
-                skipped[path] = damage
+        skipped: dict[str, str] = {}
+        for path in progress("looking")(paths):
+            try:
+                images = {name: detector.load(path) for name, detector in detectors.items()}
+            except ImageError as error:
+                skipped[path] = str(error)
             else:
-                show(args, detectors, image, folder / names_of[path])
+                show(args, detectors, images, folder / names_of[path])
         if len(skipped) == len(paths):
-            path, damage = next(iter(skipped.items()))
-            raise UserError(
-                f"none of the {len(paths)} images can be read, such as {path}: {damage}"
-            )
+            raise none_readable(skipped)
     for path, damage in skipped.items():
         print(f"warning: skipped {path}: {damage}", file=sys.stderr)
     if skipped:

@@ -1,5 +1,16 @@
-"""Every assignment to somebody else's module at run time, with its reason."""
+"""Every assignment to another package's module at run time.
 
-from rfa_mmdet.checkpoints.safe_loading import install as _install_safe_loading
+:data:`PATCHES` lists what is replaced, why, and for which versions. ``import rfa_mmdet`` applies
+the patches that every run needs. An environment variable switches single ones off or on::
 
-_install_safe_loading()
+    RFA_MMDET_COMPAT=-whole_files python tools/train.py CONFIG    # off
+    RFA_MMDET_COMPAT=flop_counts python get_flops.py CONFIG       # on
+"""
+
+import os
+
+from rfa_mmdet.compat.table import PATCHES, VARIABLE, Patch, apply, apply_on_import
+
+__all__ = ["PATCHES", "Patch", "apply"]
+
+apply_on_import(os.environ.get(VARIABLE, ""))

@@ -1,4 +1,4 @@
-"""Checkpoints, and whatever else MMEngine puts on the disk, as a whole or not at all.
+"""Checkpoints, and whatever else MMEngine writes to disk, complete or not at all.
 
 MMEngine's own backend opens a checkpoint under its final name and then writes it: a run that is
 killed meanwhile leaves half a file there, and where it overwrites one, not even the one before.
@@ -51,15 +51,15 @@ class WholeFileBackend(LocalBackend):
             super().put_text(obj, part, encoding)
 
 
-def install() -> None:
-    """Let MMEngine write its local files so in this process. Repeating it is harmless.
+def apply() -> None:
+    """Let MMEngine write its local files through :class:`WholeFileBackend`.
 
     In the place of the backend 'local', and under its name: a config needs no ``backend_args``, so
     the one that a run dumps, which names no class of ours for it, loads in plain MMDetection; every
     checkpoint hook is covered; and paths with a prefix, such as s3://, keep their own backends.
 
     Example:
-        >>> install()
-        >>> install()
+        >>> apply()
+        >>> apply()
     """
     register_backend("local", WholeFileBackend, force=True, prefixes="")

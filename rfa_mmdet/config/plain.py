@@ -7,23 +7,6 @@ from mmengine.config import Config
 from mmengine.registry import MODELS as LAYERS
 
 
-def detector_config(cfg: Config) -> dict:
-    """Return the detector's own config, also where ``Retrofit`` is around it.
-
-    Args:
-        cfg (Config): Of a run.
-
-    Example:
-        >>> model = dict(type="Retrofit", module=dict(type="RetinaNet"), edits=[])
-        >>> detector_config(Config(dict(model=model)))
-        {'type': 'RetinaNet'}
-    """
-    model = cfg.model
-    while _is_retrofit(model):
-        model = model["module"]
-    return model
-
-
 def _is_retrofit(node: Any) -> bool:
     name = node.get("type") if isinstance(node, dict) else None
     return isinstance(name, str) and name.rpartition(".")[2] == "Retrofit"

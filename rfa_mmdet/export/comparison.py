@@ -32,8 +32,8 @@ class Comparison:
         box (float): Largest difference of a corner, in pixels of the image.
         score (float): Largest difference of a score.
         masks (int): Pairs of masks that were compared.
-        mask_pixels (int): Pixels in either mask of a pair, of all pairs.
-        other_pixels (int): Those of them that are not in both.
+        mask_pixels (float): Pixels in either mask of a pair, of all pairs.
+        other_pixels (float): Those of them that are not in both.
         raw (dict[str, float]): Largest difference of a graph's outputs over their largest value,
             by the shape of its input: the first image's, and another batch, height and width.
         skipped (dict[str, str]): What is wrong with images that could not be read, by path.
@@ -45,8 +45,8 @@ class Comparison:
     box: float = 0.0
     score: float = 0.0
     masks: int = 0
-    mask_pixels: int = 0
-    other_pixels: int = 0
+    mask_pixels: float = 0
+    other_pixels: float = 0
     raw: dict[str, float] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 

@@ -42,7 +42,7 @@ class Graph:
 def _write(part: Part, file: Path, opset: int) -> None:
     # The other exporter needs onnxscript, and before PyTorch 2.5 there is no choice.
     known = inspect.signature(torch.onnx.export).parameters
-    chosen = {"dynamo": False} if "dynamo" in known else {}
+    chosen: dict[str, Any] = {"dynamo": False} if "dynamo" in known else {}
     with warnings.catch_warnings():
         # Of tracing: sizes that Python compares. Whether they matter, the comparison tells.
         warnings.simplefilter("ignore")

@@ -5,19 +5,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from mmdet.structures import DetDataSample
-from mmengine.dataset import pseudo_collate
 from torch import Tensor, nn
 
-from rfa_mmdet.data.check.images import read_image
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.export.comparison import Comparison
 from rfa_mmdet.export.graph import Graph
 from rfa_mmdet.export.parts import parts
 from rfa_mmdet.files import written_whole
-from rfa_mmdet.inference.predict import Detector
+from rfa_mmdet.inference.detector import Detector
+from rfa_mmdet.inference.images import ImageError, none_readable
 
 
 def export_onnx(
@@ -47,14 +45,8 @@ def export_onnx(
     if out.suffix != ".onnx":
         raise UserError(f"--out {out}: the file's name must end in .onnx")
     _need("onnx", "onnxruntime")
-    read = {path: read_image(path) for path in paths}
-    images = [image for image, _ in read.values() if image is not None]
-    skipped = {path: damage for path, (_, damage) in read.items() if damage}
-    if not images:
-        path, damage = next(iter(skipped.items()))
-        raise UserError(f"none of the {len(paths)} images can be read, such as {path}: {damage}")
     model = detector.model
-    batches = [_batch(detector, image) for image in images]
+    batches, skipped = _batches(detector, paths)
     needed = parts(model, batches[0][0])
     files = []
     with ExitStack() as stack, torch.no_grad():
@@ -88,11 +80,22 @@ def _need(*modules: str) -> None:
             raise UserError(f"{name} cannot be imported: pip install {name}") from error
 
 
-def _batch(detector: Detector, image: np.ndarray) -> tuple[Tensor, list[DetDataSample]]:
-    """Return what the test pipeline and the preprocessor make of an image."""
-    data = pseudo_collate([detector.pipeline(image)])
-    data = detector.model.data_preprocessor(data, False)
-    return data["inputs"], data["data_samples"]
+def _batches(
+    detector: Detector, paths: Iterable[str]
+) -> tuple[list[tuple[Tensor, list[DetDataSample]]], dict[str, str]]:
+    """Return each image as the model's network sees it, and what is wrong with the others."""
+    batches, skipped = [], {}
+    for path in paths:
+        try:
+            image = detector.load(path)
+        except ImageError as error:
+            skipped[path] = str(error)
+            continue
+        data = detector.model.data_preprocessor(detector.batch([image]), False)
+        batches.append((data["inputs"], data["data_samples"]))
+    if not batches:
+        raise none_readable(skipped)
+    return batches, skipped
 
 
 @contextmanager

@@ -3,9 +3,11 @@
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
-from mmdet.models.detectors import SingleStageDetector
+from mmdet.models.data_preprocessors import DetDataPreprocessor
+from mmdet.models.detectors import BaseDetector, SingleStageDetector
 from torch import Tensor, nn
 
 from rfa_mmdet.errors import UserError
@@ -64,7 +66,7 @@ class DensePart(Part):
     """Backbone, neck and a dense head, from the images on.
 
     Args:
-        detector (nn.Module): In eval mode.
+        detector (BaseDetector): In eval mode.
         head (str): The detector's attribute.
         keep_maps (bool): Whether the neck's maps are outputs too: others need them.
         images (Tensor): A batch to trace with.
@@ -76,7 +78,7 @@ class DensePart(Part):
     """
 
     def __init__(
-        self, detector: nn.Module, head: str, keep_maps: bool, images: Tensor, holds: str
+        self, detector: BaseDetector, head: str, keep_maps: bool, images: Tensor, holds: str
     ) -> None:
         module = getattr(detector, head)
         if not (hasattr(module, "prior_generator") and hasattr(module, "predict_by_feat")):
@@ -97,7 +99,8 @@ class DensePart(Part):
             (2, images.shape[1], height + _DIVISOR, width + 2 * _DIVISOR),
             _preprocessing(detector.data_preprocessor),
         )
-        self.detector, self.head = detector, head
+        self.detector: BaseDetector = detector
+        self.head = head
         self.maps = len(maps) if keep_maps else 0
         self.levels = len(module.prior_generator.strides)
 
@@ -159,11 +162,11 @@ class RegionPart(Part):
         yield self.head, "forward", forward
 
 
-def parts(detector: nn.Module, images: Tensor) -> list[Part]:
+def parts(detector: BaseDetector, images: Tensor) -> list[Part]:
     """Return the graphs that a detector needs.
 
     Args:
-        detector (nn.Module): In eval mode.
+        detector (BaseDetector): In eval mode.
         images (Tensor): A normalised, padded batch.
 
     Returns:
@@ -184,7 +187,7 @@ def parts(detector: nn.Module, images: Tensor) -> list[Part]:
     raise _unsupported(detector)
 
 
-def _unsupported(detector: nn.Module) -> UserError:
+def _unsupported(detector: BaseDetector) -> UserError:
     return UserError(
         f"model.type={type(detector).__name__!r}: only single-stage detectors with anchors or "
         "points, and Faster, Mask and Cascade R-CNN with an RPN and without a shared head, can be "
@@ -193,7 +196,7 @@ def _unsupported(detector: nn.Module) -> UserError:
 
 
 def _kinds(
-    detector: nn.Module, head: nn.Module, maps: tuple[Tensor, ...]
+    detector: BaseDetector, head: Any, maps: tuple[Tensor, ...]
 ) -> tuple[list[str], tuple[list[Tensor], ...]]:
     """Run a dense head; name what it returns as its ``predict_by_feat`` does: cls_scores, ..."""
     outputs = head(maps)
@@ -216,7 +219,7 @@ def _flat(outputs: Iterable) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def _preprocessing(preprocessor: nn.Module) -> dict[str, str]:
+def _preprocessing(preprocessor: DetDataPreprocessor) -> dict[str, str]:
     facts = {}
     for name in ("mean", "std"):
         value = getattr(preprocessor, name, None)

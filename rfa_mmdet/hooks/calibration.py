@@ -7,11 +7,13 @@ its weight is their deviation and its bias their mean: what they are is seen in 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
+from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from rfa_mmdet.errors import ConfigError
 from rfa_mmdet.hooks.new_layers import bare
 from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
-from rfa_mmdet.layers.warm_start.start import calibrate_norm, is_uncalibrated
+from rfa_mmdet.layers.warm_start.identity import calibrate_norm, is_uncalibrated
 
 
 @HOOKS.register_module()
@@ -71,7 +73,7 @@ class CalibrationHook(Hook):
         )
 
 
-def _loss(model: nn.Module, data: dict) -> float:
+def _loss(model: BaseModel, data: dict) -> float:
     with torch.random.fork_rng():
         torch.manual_seed(0)  # samplers of boxes draw the same in both runs
         losses = model(**data, mode="loss")
@@ -106,7 +108,6 @@ def uncalibrated(model: nn.Module) -> dict[str, ReceptiveFieldConv]:
         name: layer
         for name, layer in model.named_modules()
         if isinstance(layer, ReceptiveFieldConv)
-        and not getattr(layer, "is_pointwise", False)
         and layer.norm.training
         and is_uncalibrated(layer.norm, layer.input_floor)
     }
@@ -135,10 +136,11 @@ def calibrate(model: nn.Module, runs: Iterable[Callable]) -> tuple[int, int]:
         True
     """
     layers = uncalibrated(model)
+    norms: dict[str, Any] = {name: layer.norm for name, layer in layers.items()}
     # (mean, variance, calls) by channel: a head runs its layers once for each level.
     sums = {
-        name: layer.norm.weight.new_zeros(3, layer.norm.num_features, dtype=torch.float64)
-        for name, layer in layers.items()
+        name: norm.weight.new_zeros(3, norm.num_features, dtype=torch.float64)
+        for name, norm in norms.items()
     }
 
     def watch(total: Tensor) -> Callable:
@@ -150,27 +152,25 @@ def calibrate(model: nn.Module, runs: Iterable[Callable]) -> tuple[int, int]:
 
         return hook
 
-    handles = [
-        layer.norm.register_forward_pre_hook(watch(sums[name])) for name, layer in layers.items()
-    ]
+    handles = [norm.register_forward_pre_hook(watch(sums[name])) for name, norm in norms.items()]
     seen = 0
     try:
         with _kept_buffers(model):
-            for layer in layers.values():
-                layer.norm.eval()
+            for norm in norms.values():
+                norm.eval()
             for run in runs:
                 run()
                 seen += 1
     finally:
         for handle in handles:
             handle.remove()
-        for layer in layers.values():
-            layer.norm.train()
-    for name, layer in layers.items():
+        for norm in norms.values():
+            norm.train()
+    for name, norm in norms.items():
         # In every process, also in one whose batches did not reach the layer.
         all_reduce(sums[name], op="sum")
         mean, variance, calls = sums[name]
         if calls.any():
-            mean, variance = ((v / calls).to(layer.norm.weight.dtype) for v in (mean, variance))
-            calibrate_norm(layer.norm, mean, variance, layer.input_floor)
+            mean, variance = ((v / calls).to(norm.weight.dtype) for v in (mean, variance))
+            calibrate_norm(norm, mean, variance, layers[name].input_floor)
     return len(layers), seen

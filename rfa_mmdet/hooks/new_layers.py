@@ -1,20 +1,19 @@
 """Which layers are new: told to DDP before the first step, and remembered by checkpoints."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from mmengine.dist import is_distributed
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
-from rfa_mmdet.layers.warm_start.start import Start
-
 _META = "rfa_mmdet_filled"
 
 
-def bare(model: nn.Module) -> nn.Module:
+def bare(model: nn.Module) -> BaseModel:
     """Return the model that a wrapper such as DDP holds, or the model itself."""
     return model.module if is_model_wrapper(model) else model
 
@@ -48,11 +47,11 @@ class NewLayersHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Settle what trains."""
         model = bare(runner.model)
-        for name, layer in new_layers(model):
-            filled = None if self._resumed is None else self._resumed.get(name)
-            if filled is not None:
-                layer.start = Start(frozenset(filled))
-        self._resumed = None
+        resumed, self._resumed = self._resumed or {}, None
+        for prefix, new in _records(model):
+            for name in new.layers:
+                if prefix + name in resumed:
+                    new.restore_start(name, resumed[prefix + name])
         before = [p.requires_grad for p in model.parameters()]
         model.train()
         changed = before != [p.requires_grad for p in model.parameters()]
@@ -62,8 +61,9 @@ class NewLayersHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Write down what a checkpoint had filled before this run trained it."""
         starts = {
-            name: sorted(getattr(layer, "start", Start()).filled)
-            for name, layer in new_layers(bare(runner.model))
+            prefix + name: sorted(new.start_of(name).filled)
+            for prefix, new in _records(bare(runner.model))
+            for name in new.layers
         }
         if starts:
             checkpoint["meta"][_META] = starts
@@ -76,6 +76,13 @@ def new_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         >>> list(new_layers(nn.Conv2d(3, 3, 3)))
         []
     """
-    for prefix, module in model.named_modules():
-        for name, layer in getattr(getattr(module, "new_layers", None), "layers", {}).items():
-            yield f"{prefix}.{name}" if prefix else name, layer
+    for prefix, new in _records(model):
+        for name, layer in new.layers.items():
+            yield prefix + name, layer
+
+
+def _records(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the prefix of each module with new layers, and its record of them."""
+    for name, module in model.named_modules():
+        if hasattr(module, "new_layers"):
+            yield f"{name}." if name else "", module.new_layers

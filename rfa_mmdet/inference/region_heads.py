@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from mmdet.models.detectors import TwoStageDetector
@@ -51,7 +52,7 @@ def region_heads(detector: nn.Module) -> list[RegionHead]:
     """
     if not _predicts_as(detector, TwoStageDetector, _DETECTOR_METHODS) or not detector.with_rpn:
         return []
-    head = detector.roi_head
+    head: Any = detector.roi_head
     bases = (StandardRoIHead, CascadeRoIHead)
     known = any(_predicts_as(head, base, _ROI_HEAD_METHODS) for base in bases)
     if not known or head.with_shared_head or not head.with_bbox:
@@ -71,13 +72,14 @@ def _predicts_as(module: nn.Module, base: type, methods: Iterable[str]) -> bool:
 def _stages(
     kind: str, heads: nn.Module, extractors: nn.Module, outputs: tuple[str, ...]
 ) -> list[RegionHead]:
-    cascade = isinstance(heads, nn.ModuleList)
-    found = []
-    for stage, head in enumerate(heads if cascade else [heads]):
-        extractor = extractors[stage] if cascade else extractors
+    def made(stage: int | None, head: nn.Module, extractor: Any) -> RegionHead:
         region = (extractor.out_channels, *extractor.roi_layers[0].output_size)
-        found.append(RegionHead(kind, stage if cascade else None, head, region, outputs))
-    return found
+        return RegionHead(kind, stage, head, region, outputs)
+
+    if isinstance(heads, nn.ModuleList) and isinstance(extractors, nn.ModuleList):
+        pairs = zip(heads, extractors, strict=True)
+        return [made(stage, *pair) for stage, pair in enumerate(pairs)]
+    return [made(None, heads, extractors)]
 
 
 @torch.no_grad()

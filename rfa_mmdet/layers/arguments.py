@@ -1,8 +1,50 @@
-"""Checks of arguments and inputs, shared by every layer: one error, in words."""
+"""Arguments and inputs of every layer: checked with one error in words, and shown in signatures."""
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import Tensor
+
+Init = TypeVar("Init", bound=Callable[..., None])
+
+
+def with_arguments_of(parent: type) -> Callable[[Init], Init]:
+    """Show a parent's arguments in the signature of a constructor that passes them on.
+
+    The constructor takes ``*args``, keyword arguments of its own, and ``**kwargs``.
+    :func:`inspect.signature` and :func:`help` then list the parent's arguments, with defaults and
+    annotations, in place of ``*args`` and ``**kwargs``. Positional-only arguments of the parent are
+    the constructor's own business and are not listed.
+
+    Args:
+        parent (type): The class whose constructor gets ``*args`` and ``**kwargs``.
+
+    Returns:
+        Callable: Decorator of an ``__init__``.
+
+    Example:
+        >>> class Pool:
+        ...     def __init__(self, size: int, stride: int = 1) -> None: ...
+        >>> class SoftPool(Pool):
+        ...     @with_arguments_of(Pool)
+        ...     def __init__(self, *args, beta: float = 1.0, **kwargs) -> None: ...
+        >>> inspect.signature(SoftPool)
+        <Signature (size: int, stride: int = 1, *, beta: float = 1.0) -> None>
+    """
+    inherited = [
+        p for p in inspect.signature(parent).parameters.values() if p.kind is not p.POSITIONAL_ONLY
+    ]
+
+    def decorate(init: Init) -> Init:
+        own = inspect.signature(init).parameters.values()
+        first = [p for p in own if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        last = [p for p in own if p.kind is p.KEYWORD_ONLY]
+        signature = inspect.Signature([*first, *inherited, *last], return_annotation=None)
+        init.__signature__ = signature  # type: ignore[attr-defined]
+        return init
+
+    return decorate
 
 
 def positive_int(name: str, value: Any) -> int:

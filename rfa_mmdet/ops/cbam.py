@@ -1,5 +1,7 @@
 """Gates of CBAM (arXiv 1807.06521)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -117,14 +119,15 @@ def weigh_channels_and_cells(
         tensor([0.2500])
     """
     if recomputes():
-        return _Weigh.apply(x, maxima, means, squeeze, excite, weight)
+        weighed: Tensor = _WeighChannelsAndCells.apply(x, maxima, means, squeeze, excite, weight)
+        return weighed
     x = x * channel_gate(maxima, means, squeeze, excite).to(x.dtype)
     return x * spatial_gate(spatial_pools(x), weight).to(x.dtype)
 
 
-class _Weigh(torch.autograd.Function):
+class _WeighChannelsAndCells(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, *given: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *given: Tensor) -> Tensor:
         *of_channels, weight = given
         weighed = x * channel_gate(*of_channels).to(x.dtype)
         gate = spatial_gate(spatial_pools(weighed), weight)
@@ -133,7 +136,7 @@ class _Weigh(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, *given, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:5]
         given = [t.detach().requires_grad_(need) for t, need in zip(given, needed, strict=True)]
@@ -148,6 +151,7 @@ class _Weigh(torch.autograd.Function):
         of_pools, of_weight, _ = same_conv_gradients(
             of_score.to(weight.dtype), pools.to(weight.dtype), weight, (True, True, False)
         )
+        assert of_pools is not None  # it was asked for
         of_maxima, of_means = of_pools.chunk(2, dim=1)
         hits, share = shares_of_maximum(weighed, pools[:, :1].to(x.dtype), of_maxima)
         torch.mul(grad_y, gate.to(x.dtype), out=grad)

@@ -46,10 +46,9 @@ def map_means(local: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
         >>> torch.allclose(map_means(patch_means(x, 3), 3, (5, 7)), x.mean((2, 3)))
         True
     """
-    like = dict(device=local.device, dtype=local.dtype)
     # What part of the map a patch is.
     rows, columns = (
-        (n - patch_size * torch.arange(count, **like)).clamp(max=patch_size) / n
+        (n - patch_size * torch.arange(count).to(local)).clamp(max=patch_size) / n
         for n, count in zip(size, local.shape[2:], strict=True)
     )
     return (local * torch.outer(rows, columns)).sum((2, 3))

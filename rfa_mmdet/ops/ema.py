@@ -32,10 +32,11 @@ def cross_spatial_gate(x1: Tensor, x2: Tensor, means1: Tensor) -> Tensor:
         p1 = torch.softmax(means1.to(x1.dtype), dim=1).unsqueeze(1)
         p2 = torch.softmax(mean(x2, (2, 3), x2.dtype), dim=1).unsqueeze(1)
         score = p1 @ x2.flatten(2) + p2 @ x1.flatten(2)  # (N, 1, c) @ (N, c, H * W)
-        return torch.sigmoid(score).unflatten(2, x1.shape[2:])
+        gate: Tensor = torch.sigmoid(score).unflatten(2, x1.shape[2:])
+        return gate
 
 
-def coordinate_gates(
+def row_and_column_gates(
     x: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Weigh rows and columns of every channel by a 1x1 convolution of their means.
@@ -50,7 +51,7 @@ def coordinate_gates(
 
     Example:
         >>> layer = torch.rand(4, 4, 1, 1), torch.rand(4)
-        >>> gates = coordinate_gates(torch.rand(2, 4, 3, 5), *layer, (3, 5))
+        >>> gates = row_and_column_gates(torch.rand(2, 4, 3, 5), *layer, (3, 5))
         >>> [tuple(gate.shape) for gate in gates]
         [(2, 4, 3, 1), (2, 4, 1, 5)]
     """
@@ -81,7 +82,7 @@ def ema_gate(
         weight3, bias3 (Tensor): (c, c, 3, 3) and (c,), of the second branch.
         scale, shift (Tensor): (c,), of the norm of the first branch.
         eps (float): Its epsilon.
-        size (tuple[int, int]): (H, W), as of :func:`coordinate_gates`.
+        size (tuple[int, int]): (H, W), as of :func:`row_and_column_gates`.
 
     Returns:
         tuple[Tensor]: (N, 1, H, W) in (0, 1), in x's dtype.
@@ -92,7 +93,7 @@ def ema_gate(
         >>> ema_gate(x, *convs, *norm, eps=1e-5, size=(3, 5))[0].shape
         torch.Size([2, 1, 3, 5])
     """
-    row_gate, column_gate = coordinate_gates(x, weight1, bias1, size)
+    row_gate, column_gate = row_and_column_gates(x, weight1, bias1, size)
     x1 = F.group_norm(x * row_gate * column_gate, len(scale), scale, shift, eps)
     x2 = same_conv(x, weight3, bias3)
     # The norm left each channel the mean that it adds: no map is read for it. In a graph it is, as

@@ -1,14 +1,16 @@
-"""Methods compared over seeds: the runs, their record, and the report.
+"""Compare methods over several seeds.
 
-``spec`` reads what is to be compared, ``folders`` knows what each run has left, ``execute`` does
-one run, ``local`` and ``slurm`` do all, ``costs`` measures the methods, ``results`` gathers
-everything into one dict, and ``summary``, ``tables``, ``plots``, ``samples`` and ``page`` show it.
+Data flows one way: ``study`` reads what to compare; ``local`` and ``slurm`` start the runs, each by
+``execute`` in a folder of its own (``run``); ``costs`` and ``samples`` use the finished
+detectors; ``results`` gathers everything in results.json; ``summary`` makes one table of that, for
+``tables``, ``plots`` and ``report``.
 """
 
 from rfa_mmdet.studies.execute import execute
 from rfa_mmdet.studies.local import run_all
 from rfa_mmdet.studies.report import write_report
+from rfa_mmdet.studies.run import Run
 from rfa_mmdet.studies.slurm import submit
-from rfa_mmdet.studies.spec import Run, Spec, load_spec
+from rfa_mmdet.studies.study import Study, load_study
 
-__all__ = ["Run", "Spec", "execute", "load_spec", "run_all", "submit", "write_report"]
+__all__ = ["Run", "Study", "execute", "load_study", "run_all", "submit", "write_report"]

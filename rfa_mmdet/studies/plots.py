@@ -1,45 +1,27 @@
-"""Curves of all methods, and what each gains for what it costs."""
+"""Curves of all methods, and what each gains for its cost."""
 
-import statistics
-from collections.abc import Sequence
+import itertools
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # no screen is needed
+matplotlib.use("Agg")  # works without a display
 
+import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rfa_mmdet.files import written_whole
-from rfa_mmdet.studies.summary import Row
 
-_COLOURS = plt.get_cmap("tab20").colors
-COLOURS = (*_COLOURS[::2], *_COLOURS[1::2])  # the strong ones first
-
-
-def colours(results: dict[str, Any]) -> dict[str, Any]:
-    """Return a colour for each method, the same in every plot; the baseline is black.
-
-    Args:
-        results (dict): Of the comparison.
-    """
-    others = [m for m in results["methods"] if m != results["baseline"]]
-    return {
-        results["baseline"]: "black",
-        **{m: COLOURS[i % len(COLOURS)] for i, m in enumerate(others)},
-    }
+_TAB20 = plt.get_cmap("tab20")
+_COLOURS = [_TAB20(i) for i in (*range(0, 20, 2), *range(1, 20, 2))]  # the strong ones first
 
 
 def save_stage_curves(results: dict[str, Any], stage: str, out: Path) -> bool:
-    """Plot losses and validations of finished runs: means over the seeds, and their range.
-
-    Args:
-        results (dict): Of the comparison.
-        stage (str): Name.
-        out (Path): PNG to write.
+    """Plot losses and validations of a stage's finished runs: mean and range over the seeds.
 
     Returns:
         bool: Whether there was anything to plot.
@@ -48,77 +30,69 @@ def save_stage_curves(results: dict[str, Any], stage: str, out: Path) -> bool:
     if not any(run["losses"] or run["curve"] for run in runs):
         return False
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for method, colour in colours(results).items():
-        mine = [run for run in runs if run["method"] == method]
-        style = dict(color=colour, zorder=3 if method == results["baseline"] else 2)
-        _plot(left, [run["losses"] for run in mine], label=method, linewidth=1.3, **style)
-        _plot(right, [run["curve"] for run in mine], marker="o", markersize=3, **style)
+    for axes, key, style in (
+        (left, "losses", dict(linewidth=1.3)),
+        (right, "curve", dict(marker="o", markersize=3)),
+    ):
+        points = pd.DataFrame(
+            [(run["method"], *point) for run in runs for point in run[key]],
+            columns=["method", "step", "value"],
+        )
+        bands = points.dropna().groupby(["method", "step"])["value"].agg(["mean", "min", "max"])
+        for method, colour in _colours(results).items():
+            if method in bands.index:
+                band = bands.loc[method]
+                over = 3 if method == results["baseline"] else 2
+                axes.plot(band["mean"], color=colour, zorder=over, label=method, **style)
+                area = dict(color=colour, alpha=0.12, linewidth=0)
+                axes.fill_between(band.index, band["min"], band["max"], **area)
     left.set(xlabel="iteration", ylabel="loss", title="Training")
     right.set(xlabel="epoch", ylabel=results["metric"], title="Validation")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _tidy(left, right)
-    figure.legend(frameon=False, loc="outside right center")
-    _save(figure, out)
+    _save(figure, left if left.lines else right, out)
     return True
 
 
-def _plot(axes: Axes, curves: list[list], **style: Any) -> None:
-    values: dict[float, list[float]] = {}
-    for curve in curves:
-        for step, value in curve:
-            if value is not None:
-                values.setdefault(step, []).append(value)
-    if not values:
-        return
-    steps = sorted(values)
-    axes.plot(steps, [statistics.fmean(values[s]) for s in steps], **style)
-    low, high = ([of(values[s]) for s in steps] for of in (min, max))
-    axes.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
-
-
-def save_gains(results: dict[str, Any], rows: Sequence[Row], out: Path) -> bool:
-    """Plot the metric of a stage's methods over their time an image and their GFLOPs.
-
-    Args:
-        results (dict): Of the comparison.
-        rows (Sequence[Row]): Of one stage.
-        out (Path): PNG to write.
+def save_gains(results: dict[str, Any], summary: pd.DataFrame, out: Path) -> bool:
+    """Plot the metric over time and over GFLOPs per image, from a stage's rows of the summary.
 
     Returns:
         bool: Whether there was anything to plot.
     """
-    known = [row for row in rows if row.mean is not None and row.image_seconds is not None]
+    known = summary.dropna(subset=["mean", "image_seconds"])
     if len(known) < 2:
         return False
-    counted = all(row.flops is not None for row in known)
-    costs = {"time an image, ms": [row.image_seconds * 1e3 for row in known]}
-    if counted:
-        costs["GFLOPs an image"] = [row.flops / 1e9 for row in known]
-    figure, axes = plt.subplots(
+    costs = {"time per image, ms": known["image_seconds"] * 1e3}
+    if known["flops"].notna().all():
+        costs["GFLOPs per image"] = known["flops"].astype(float) / 1e9
+    figure, all_axes = plt.subplots(
         1, len(costs), figsize=(5.5 * len(costs), 4), layout="constrained", squeeze=False
     )
-    for one, (title, cost) in zip(axes[0], costs.items(), strict=True):
-        for row, x in zip(known, cost, strict=True):
-            colour = colours(results)[row.method]
-            label = row.method if one is axes[0, 0] else None
-            one.errorbar(x, row.mean, row.deviation, fmt="o", color=colour, capsize=3, label=label)
+    colours = _colours(results)
+    for axes, (title, cost) in zip(all_axes[0], costs.items(), strict=True):
+        for x, row in zip(cost, known.itertuples(), strict=True):
+            style = dict(fmt="o", capsize=3, color=colours[row.method], label=row.method)
+            axes.errorbar(x, row.mean, row.deviation, **style)
             if row.is_baseline:
-                one.axhline(row.mean, color="black", linewidth=0.8, linestyle=":")
-        one.xaxis.set_major_locator(MaxNLocator(5))
-        one.set(xlabel=title, ylabel=f"{results['metric']}, mean ± deviation")
-    _tidy(*axes[0])
-    figure.legend(frameon=False, loc="outside right center")
-    _save(figure, out)
+                axes.axhline(row.mean, color="black", linewidth=0.8, linestyle=":")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set(xlabel=title, ylabel=f"{results['metric']}, mean ± deviation")
+    _save(figure, all_axes[0, 0], out)
     return True
 
 
-def _tidy(*axes: Axes) -> None:
-    for one in axes:
-        one.grid(alpha=0.3)
-        one.spines[["top", "right"]].set_visible(False)
+def _colours(results: dict[str, Any]) -> dict[str, Any]:
+    """Return the same colour for a method in every plot; the baseline is black."""
+    others = [method for method in results["methods"] if method != results["baseline"]]
+    return {results["baseline"]: "black", **dict(zip(others, itertools.cycle(_COLOURS)))}
 
 
-def _save(figure: plt.Figure, out: Path) -> None:
+def _save(figure: Figure, legend_of: Axes, out: Path) -> None:
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = legend_of.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside right center")
     with written_whole(out) as part:
         figure.savefig(part, dpi=120)
     plt.close(figure)

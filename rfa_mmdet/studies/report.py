@@ -1,75 +1,111 @@
-"""results.json, tables, plots and the page, from what the runs have left."""
+"""The report: results.json, tables, plots, and one HTML file that needs no network."""
 
-import os
+import base64
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
 from rfa_mmdet.studies.costs import method_costs
-from rfa_mmdet.studies.folders import Folder
-from rfa_mmdet.studies.page import page
 from rfa_mmdet.studies.plots import save_gains, save_stage_curves
-from rfa_mmdet.studies.results import collect, stored
-from rfa_mmdet.studies.samples import draw_samples, stored_samples
-from rfa_mmdet.studies.spec import Spec
-from rfa_mmdet.studies.summary import Row, summarise
-from rfa_mmdet.studies.tables import comma_separated, markdown
+from rfa_mmdet.studies.results import collect
+from rfa_mmdet.studies.run import read_json
+from rfa_mmdet.studies.samples import draw_samples
+from rfa_mmdet.studies.study import Study
+from rfa_mmdet.studies.summary import LEVEL, MIN_PAIRS, summarise
+from rfa_mmdet.studies.tables import COLUMNS, markdown, records, spread
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+)
 
 
-def write_report(spec: Spec, work_dir: str | os.PathLike) -> list[Row]:
+def write_report(study: Study) -> pd.DataFrame:
     """Write the report of what is finished.
 
-    Where the runs' folders are gone, of the results.json that they were gathered in.
-
     Args:
-        spec (Spec): What is compared.
-        work_dir (str | os.PathLike): Of the comparison.
+        study (Study): What to compare. If its work dir has results.json but no runs any more, the
+            report is made from that.
 
     Returns:
-        list[Row]: The summary.
+        pd.DataFrame: The summary, see :func:`~rfa_mmdet.studies.summary.summarise`.
 
     Raises:
         UserError: Nothing has been started there.
     """
-    work_dir = Path(work_dir)
-    if any(Folder(work_dir, run).path.is_dir() for run in spec.runs()):
+    folder = study.work_dir
+    results = read_json(folder / "results.json")
+    if any(run.folder.is_dir() for run in study.runs()):
+        costs, samples = ((results or {}).get(key, {}) for key in ("costs", "samples"))
         try:
-            costs = method_costs(spec, work_dir)
-            samples = draw_samples(spec, work_dir)
-        except (OSError, UserError) as error:  # the data or checkpoints are not here any more
+            costs = method_costs(study, costs)
+            samples = draw_samples(study)
+        except (OSError, UserError) as error:  # the data or checkpoints are gone
             print(f"warning: no new costs and samples: {error}", file=sys.stderr)
-            costs, samples = {}, stored_samples(work_dir)
-        results = collect(spec, work_dir, costs)
-    else:
-        results, samples = stored(work_dir), stored_samples(work_dir)
-    rows = summarise(results)
-    pictures = {}
-    for stage in results["stages"]:
-        name = stage["name"]
-        mine = [row for row in rows if row.stage == name]
-        curves, gains = work_dir / f"curves_{name}.png", work_dir / f"gains_{name}.png"
-        pictures[name] = [
-            path
-            for path, done in (
-                (curves, save_stage_curves(results, name, curves)),
-                (gains, save_gains(results, mine, gains)),
-            )
-            if done
-        ]
-    columns, files = samples.get("columns", []), samples.get("rows", [])
-    shown = [[work_dir / "samples" / name for name in names] for names in files]
-    caption = ""
-    if samples:
-        caption = (
-            f"{samples['stage']}, seed {samples['seed']}; "
-            f"detections with a score of at least {samples['score']}."
-        )
+        results = collect(study, costs, samples)
+    elif results is None:
+        raise UserError(f"{folder}: no run of this spec has been started there")
+    summary = summarise(results)
+    plots = {}
+    for stage, rows in summary.groupby("stage", sort=False):
+        curves, gains = folder / f"curves_{stage}.png", folder / f"gains_{stage}.png"
+        has_curves = save_stage_curves(results, stage, curves)
+        has_gains = save_gains(results, rows, gains)
+        plots[stage] = [curves] * has_curves + [gains] * has_gains
     for name, text in (
-        ("table.md", markdown(rows, results["metric"])),
-        ("table.csv", comma_separated(rows)),
-        ("report.html", page(results, rows, pictures, columns, shown, caption)),
+        ("table.md", markdown(summary, results["metric"])),
+        ("table.csv", summary.to_csv(index=False)),
+        ("report.html", page(results, summary, plots, folder / "samples")),
     ):
-        with written_whole(work_dir / name) as part:
+        with written_whole(folder / name) as part:
             part.write_text(text, encoding="utf-8")
-    return rows
+    return summary
+
+
+def page(
+    results: dict[str, Any],
+    summary: pd.DataFrame,
+    plots: Mapping[str, Sequence[Path]],
+    samples: Path,
+) -> str:
+    """Return the report as HTML.
+
+    Args:
+        results (dict): From :func:`~rfa_mmdet.studies.results.collect`.
+        summary (pd.DataFrame): From :func:`~rfa_mmdet.studies.summary.summarise`.
+        plots (Mapping[str, Sequence[Path]]): PNG files by stage.
+        samples (Path): Folder of the files that ``results["samples"]`` names.
+    """
+    runs = pd.DataFrame(results["runs"])
+    finished = runs["state"] == "finished"
+    texts = runs["test"].astype(float).map("{:.4f}".format)
+    runs["text"] = texts.where(finished & runs["test"].notna(), runs["state"])
+    tests = runs.pivot(index=["stage", "method"], columns="seed", values="text").fillna("")
+    return _TEMPLATES.get_template("report.html").render(
+        results=results,
+        columns=COLUMNS,
+        rows={stage: records(rows) for stage, rows in summary.groupby("stage")},
+        plots=plots,
+        samples=results.get("samples", {}) if samples.is_dir() else {},
+        folder=samples,
+        finished=finished.sum(),
+        failed=records(runs[runs["state"] == "failed"]),
+        tests=tests.reindex(summary.set_index(["stage", "method"]).index),
+        level=LEVEL,
+        min_pairs=MIN_PAIRS,
+        spread=spread,
+        data_uri=_data_uri,
+    )
+
+
+def _data_uri(path: Path) -> str:
+    kind = {".png": "png", ".jpg": "jpeg"}[path.suffix]
+    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -1,4 +1,4 @@
-"""All runs as arrays of Slurm: one a stage, and a last job that writes the report."""
+"""All runs as Slurm job arrays: one per stage, and a last job that writes the report."""
 
 import os
 import shlex
@@ -10,83 +10,65 @@ from pathlib import Path
 
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
-from rfa_mmdet.studies.folders import Folder
-from rfa_mmdet.studies.spec import Spec
+from rfa_mmdet.studies.study import Study
 
 
 def submit(
-    spec: Spec,
-    work_dir: str | os.PathLike,
-    command: Sequence[str],
+    study: Study,
+    arguments: Sequence[str],
     partition: str,
     jobs: int | None = None,
-    arguments: Sequence[str] = (),
-) -> tuple[list[str], list[str]]:
-    """Write a script for each stage and one for the report, and submit them where Slurm is.
+    options: Sequence[str] = (),
+) -> tuple[list[Path], list[str]]:
+    """Write a script for each stage and one for the report, and submit them if Slurm is here.
 
-    A stage begins when the one before has ended, whatever became of its runs: those that need a
-    failed one fail themselves, and say why.
+    A stage starts when the one before has ended, even if runs of it failed: a run that needs a
+    failed one fails and says so.
 
     Args:
-        spec (Spec): What is compared.
-        work_dir (str | os.PathLike): Where to write; must be seen by the nodes.
-        command (Sequence[str]): tools/ablate.py with the arguments that every job has.
-        partition (str): Of Slurm.
-        jobs (int | None): Runs at a time. Defaults to None: as many as Slurm likes.
-        arguments (Sequence[str]): More of sbatch's, such as '--gres=gpu:1'.
+        study (Study): What to compare; its work dir must be one that all nodes see.
+        arguments (Sequence[str]): Of ``ablate``, common to all jobs.
+        partition (str): Slurm's.
+        jobs (int | None): Runs at a time. Defaults to None: no limit.
+        options (Sequence[str]): More for sbatch, such as '--gres=gpu:1'.
 
     Returns:
-        tuple[list[str], list[str]]: The scripts in order, and the jobs' numbers; none where there
-        is no sbatch.
+        tuple[list[Path], list[str]]: The scripts in order, and their job IDs; none without sbatch.
 
     Raises:
-        UserError: sbatch refuses a script.
+        UserError: sbatch rejects a script.
     """
-    folder = Path(work_dir, "slurm").resolve()
-    runs = spec.runs()
-    scripts = []
-    for stage in spec.stages:
-        left = [i for i, r in enumerate(runs) if r.stage == stage.name and not _done(work_dir, r)]
-        if left:
-            array = ",".join(map(str, left)) + (f"%{jobs}" if jobs else "")
-            lines = [f"#SBATCH --array={array}", f"#SBATCH --job-name={spec.name}-{stage.name}"]
-            call = [sys.executable, *command, "--run"]
-            scripts.append((stage.name, lines, f'{shlex.join(call)} "$SLURM_ARRAY_TASK_ID"'))
-    call = shlex.join([sys.executable, *command, "--report-only"])
-    scripts.append(("report", [f"#SBATCH --job-name={spec.name}-report"], call))
+    folder = (study.work_dir / "slurm").resolve()
     for old in folder.glob("*.sh"):
         old.unlink()
-    paths = []
-    for i, (name, lines, call) in enumerate(scripts, 1):
-        log = "%A_%a.txt" if name != "report" else "%j.txt"
-        head = [
+    tasks = {}
+    for stage in study.stages:
+        runs = {str(i): run for i, run in enumerate(study.runs()) if run.stage == stage}
+        if left := [number for number, run in runs.items() if not run.finished]:
+            array = ",".join(left) + (f"%{jobs}" if jobs else "")
+            tasks[stage] = (f"%A_%a.txt\n#SBATCH --array={array}", "--run $SLURM_ARRAY_TASK_ID")
+    tasks["report"] = ("%j.txt", "--report-only")
+    command = shlex.join([sys.executable, "-m", "rfa_mmdet", "ablate", *arguments])
+    scripts: list[Path] = []
+    for name, (log, what) in tasks.items():
+        lines = [
             "#!/usr/bin/env bash",
             f"#SBATCH --partition={partition}",
+            f"#SBATCH --job-name={study.name}-{name}",
             f"#SBATCH --output={folder}/{name}-{log}",
-            *lines,
-            *(f"#SBATCH {argument}" for argument in arguments),
-            "",
+            *(f"#SBATCH {option}" for option in options),
             f"cd {shlex.quote(os.getcwd())}",
+            f"{command} {what}\n",
         ]
-        path = folder / f"{i}_{name}.sh"
-        with written_whole(path) as part:
-            part.write_text("\n".join([*head, call, ""]), encoding="utf-8")
-        paths.append(str(path))
-    return paths, _send(paths) if shutil.which("sbatch") else []
-
-
-def _done(work_dir: str | os.PathLike, run) -> bool:
-    return Folder(work_dir, run).finished
-
-
-def _send(scripts: list[str]) -> list[str]:
+        scripts.append(folder / f"{len(scripts) + 1}_{name}.sh")
+        with written_whole(scripts[-1]) as part:
+            part.write_text("\n".join(lines), encoding="utf-8")
     numbers: list[str] = []
-    for script in scripts:
-        after = [f"--dependency=afterany:{numbers[-1]}"] if numbers else []
-        done = subprocess.run(
-            ["sbatch", "--parsable", *after, script], capture_output=True, text=True
-        )
+    for script in scripts if shutil.which("sbatch") else []:
+        after = [f"--dependency=afterany:{number}" for number in numbers[-1:]]
+        sbatch = ["sbatch", "--parsable", *after, str(script)]
+        done = subprocess.run(sbatch, capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"sbatch {script}: {done.stderr.strip() or done.returncode}")
+            raise UserError(f"{shlex.join(sbatch)}: {done.stderr.strip() or done.returncode}")
         numbers.append(done.stdout.strip().split(";")[0])
-    return numbers
+    return scripts, numbers

@@ -1,146 +1,94 @@
-"""Means, deviations, and whether a difference is more than chance."""
+"""One table: for each method of each stage means, deviations, costs and a paired test."""
 
 import math
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 from scipy.stats import t
 
 LEVEL = 0.05
 MIN_PAIRS = 3
 ROUNDING = 0.001  # MMDetection's metrics have three decimals
+COSTS = {
+    "parameters": "Int64",
+    "flops": "Int64",
+    "image_seconds": float,
+    "iteration_seconds": float,
+}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A method against the baseline, over the seeds that both have.
-
-    Attributes:
-        difference (float | None): Mean of the differences. None: no seed in common.
-        p (float | None): Of a paired t-test. None: fewer than three pairs.
-        verdict (str): 'better', 'worse', 'within the spread', 'cannot be tested', or '' where
-            there is nothing to compare.
-    """
-
-    difference: float | None = None
-    p: float | None = None
-    verdict: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method in a stage; None: not known.
-
-    Attributes:
-        stage, method (str): Names.
-        is_baseline (bool): Whether the others are compared with it.
-        finished, wanted (int): Runs.
-        mean, deviation (float | None): Of the tests' metric; deviation with n - 1.
-        compared (Comparison): With the baseline.
-        val_mean, val_deviation (float | None): Of the last validation's.
-        parameters, flops (int | None): Of the model.
-        image_seconds, iteration_seconds (float | None): Of inference and of training.
-        memory_mb (float | None): Peak of training.
-    """
-
-    stage: str
-    method: str
-    is_baseline: bool
-    finished: int
-    wanted: int
-    mean: float | None
-    deviation: float | None
-    compared: Comparison
-    val_mean: float | None
-    val_deviation: float | None
-    parameters: int | None
-    flops: int | None
-    image_seconds: float | None
-    iteration_seconds: float | None
-    memory_mb: float | None
-
-
-def compare(ours: Sequence[float], baseline: Sequence[float]) -> Comparison:
-    """Compare two methods over the same seeds.
+def summarise(results: dict[str, Any]) -> pd.DataFrame:
+    """Summarise the finished runs.
 
     Args:
-        ours, baseline (Sequence[float]): A value a seed, in the same order.
+        results (dict): From :func:`~rfa_mmdet.studies.results.collect`.
 
     Returns:
-        Comparison: By a two-sided paired t-test at 5 %, of three pairs or more, with at least the
-            variance that the metrics' rounding gives.
+        pd.DataFrame: A row for each method of each stage, in the spec's order, unknown values NA:
+        ``stage``, ``method``, ``is_baseline``; ``finished`` and ``wanted``, numbers of runs;
+        ``mean`` and ``deviation`` (n - 1) of the test's metric, ``val_mean`` and ``val_deviation``
+        of the last validation's; ``memory_mb``, the highest of all runs; ``difference`` from the
+        baseline, mean over the ``pairs`` of runs with the same seed; ``p``, see :func:`paired_p`;
+        ``verdict``: 'better', 'worse', 'within the spread', 'cannot be tested' or ''; and the costs
+        ``parameters``, ``flops``, ``image_seconds`` and ``iteration_seconds``.
+    """
+    runs = pd.DataFrame(results["runs"]).astype({"test": float, "val": float, "memory_mb": float})
+    done = runs[(runs["state"] == "finished") & runs["test"].notna()]
+    is_baseline = done["method"] == results["baseline"]
+    baseline = done[is_baseline].set_index(["stage", "seed"])["test"].rename("baseline")
+    gain = done["test"] - done.join(baseline, on=["stage", "seed"])["baseline"]
+    methods = done.assign(gain=gain.mask(is_baseline)).groupby(["stage", "method"])
+    summary = methods.agg(
+        finished=("seed", "size"),
+        mean=("test", "mean"),
+        deviation=("test", "std"),
+        val_mean=("val", "mean"),
+        val_deviation=("val", "std"),
+        memory_mb=("memory_mb", "max"),
+        difference=("gain", "mean"),
+        pairs=("gain", "count"),
+        p=("gain", paired_p),
+    )
+    costs = pd.DataFrame.from_dict(results["costs"].get("methods", {}), "index", columns=[*COSTS])
+    table = pd.DataFrame(
+        [
+            (s["name"], method, len(s["seeds"]))
+            for s in results["stages"]
+            for method in s["methods"]
+        ],
+        columns=["stage", "method", "wanted"],
+    )
+    table.insert(2, "is_baseline", table["method"] == results["baseline"])
+    table = table.join(summary, on=["stage", "method"]).join(costs.astype(COSTS), on="method")
+    table = table.fillna({"finished": 0, "pairs": 0}).astype({"finished": int, "pairs": int})
+    table["verdict"] = table.apply(_verdict, axis="columns")
+    return table
+
+
+def paired_p(differences: pd.Series) -> float:
+    """Return p of a two-sided paired t-test.
+
+    Args:
+        differences (pd.Series): Between two methods, one per seed; NA if one of them lacks it.
+
+    Returns:
+        float: NaN for fewer than three pairs. The variance is at least that of the metrics'
+        rounding: three differences of 0.001 prove nothing.
 
     Example:
-        >>> compare([0.52, 0.54, 0.53], [0.50, 0.51, 0.52]).verdict
-        'within the spread'
-        >>> compare([0.52, 0.54], [0.50, 0.51]).verdict
-        'cannot be tested'
+        >>> round(paired_p(pd.Series([0.02, 0.03, 0.01])), 3)
+        0.074
     """
-    differences = [a - b for a, b in zip(ours, baseline, strict=True)]
-    if not differences:
-        return Comparison()
-    mean = statistics.fmean(differences)
-    if len(differences) < MIN_PAIRS:
-        return Comparison(mean, None, "cannot be tested")
-    # Two rounded values differ by chance at least so much: three differences of 0.001 are no proof.
-    variance = max(statistics.variance(differences), ROUNDING**2 / 6)
-    n = len(differences)
-    p = float(2 * t.sf(abs(mean) / math.sqrt(variance / n), n - 1))
-    exceeds = "better" if mean > 0 else "worse"
-    return Comparison(mean, p, exceeds if p < LEVEL else "within the spread")
+    n = differences.count()
+    if n < MIN_PAIRS:
+        return math.nan
+    variance = max(differences.var(), ROUNDING**2 / 6)
+    return float(2 * t.sf(abs(differences.mean()) / math.sqrt(variance / n), n - 1))
 
 
-def summarise(results: dict[str, Any]) -> list[Row]:
-    """Return a row for each method of each stage.
-
-    Args:
-        results (dict): As :func:`~rfa_mmdet.studies.results.collect` returns them.
-
-    Returns:
-        list[Row]: In the spec's order.
-    """
-    rows = []
-    for stage in results["stages"]:
-        runs = [run for run in results["runs"] if run["stage"] == stage["name"]]
-        done = {
-            (run["method"], run["seed"]): run
-            for run in runs
-            if run["state"] == "finished" and run["test"] is not None
-        }
-        for method in stage["methods"]:
-            mine = {seed: run for (m, seed), run in done.items() if m == method}
-            base = {seed: run for (m, seed), run in done.items() if m == results["baseline"]}
-            both = [] if method == results["baseline"] else sorted(mine.keys() & base.keys())
-            compared = compare([mine[s]["test"] for s in both], [base[s]["test"] for s in both])
-            cost = results["costs"].get("methods", {}).get(method, {})
-            rows.append(
-                Row(
-                    stage["name"],
-                    method,
-                    method == results["baseline"],
-                    len(mine),
-                    len(stage["seeds"]),
-                    *_spread([run["test"] for run in mine.values()]),
-                    compared,
-                    *_spread([run["val"] for run in mine.values()]),
-                    cost.get("parameters"),
-                    cost.get("flops"),
-                    cost.get("image_seconds"),
-                    cost.get("iteration_seconds"),
-                    _most([run["memory_mb"] for run in mine.values()]),
-                )
-            )
-    return rows
-
-
-def _spread(values: list[float | None]) -> tuple[float | None, float | None]:
-    known = [value for value in values if value is not None]
-    if not known:
-        return None, None
-    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None
-
-
-def _most(values: list[float | None]) -> float | None:
-    return max((value for value in values if value is not None), default=None)
+def _verdict(row: pd.Series) -> str:
+    if row["pairs"] < MIN_PAIRS:
+        return "cannot be tested" if row["pairs"] else ""
+    if row["p"] >= LEVEL:
+        return "within the spread"
+    return "better" if row["difference"] > 0 else "worse"

@@ -22,16 +22,22 @@ from rfa_mmdet.analysis.complexity import (
     Complexity,
     classifier_complexity,
     detector_complexity,
-    install,
     system_backbone,
     system_extras,
 )
+from rfa_mmdet.compat import flop_counts
 from rfa_mmdet.config.plain import plain_base
 from rfa_mmdet.errors import ConfigError
 from tests.helpers.paths import ROOT
 
 TOOL = "tools/analysis/complexity.py"
 DEMO = "configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py"
+
+
+@pytest.fixture(autouse=True)
+def _counts():
+    """As MMDetection's own tools count under RFA_MMDET_COMPAT=flop_counts."""
+    flop_counts.apply()
 
 
 @pytest.fixture
@@ -179,10 +185,10 @@ def test_means_over_channels_are_free(dims, expected):
     assert found["flops"] == expected
 
 
-def test_install_is_idempotent_and_leaves_other_handles(monkeypatch):
+def test_applying_counts_is_idempotent_and_leaves_other_handles(monkeypatch):
     tables = ("_DEFAULT_SUPPORTED_FLOP_OPS", "_DEFAULT_SUPPORTED_ACT_OPS")
     before = [dict(getattr(complexity_analysis, table)) for table in tables]
-    install()
+    flop_counts.apply()
     assert [getattr(complexity_analysis, table) for table in tables] == before
 
     def theirs(inputs, outputs):
@@ -190,7 +196,7 @@ def test_install_is_idempotent_and_leaves_other_handles(monkeypatch):
 
     flops = getattr(complexity_analysis, tables[0])
     monkeypatch.setitem(flops, "aten::mean", theirs)
-    install()
+    flop_counts.apply()
     assert flops["aten::mean"] is theirs
     # The paper's rule holds whatever others have set.
     assert classifier_complexity(18, None).agrees(PUBLISHED[18, None])

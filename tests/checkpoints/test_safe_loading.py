@@ -15,7 +15,8 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import load_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint
 
-from rfa_mmdet.checkpoints.safe_loading import UnsafeCheckpointError, install
+from rfa_mmdet.checkpoints.safe_loading import UnsafeCheckpointError
+from rfa_mmdet.compat.safe_loading import apply
 from tests.helpers.paths import ROOT
 from tests.helpers.toy_checkpoints import ToyModel, rich_content
 
@@ -43,8 +44,8 @@ def test_resumes_in_a_fresh_process(trained, tmp_path):
     last.write_text(str(work_dir / "epoch_1.pth"))
     code = (
         "import sys\n"
-        "from tests.helpers.toy_checkpoints import install, make_runner\n"
-        "install()\n"
+        "from tests.helpers.toy_checkpoints import apply, make_runner\n"
+        "apply()\n"
         "runner = make_runner(sys.argv[1], 2, resume=True)\n"
         "runner.train()\n"
         "loss = runner.message_hub.get_scalar('train/loss').data[0]\n"
@@ -82,7 +83,7 @@ def test_plain_torch_load_keeps_its_default(trained):
 
 def test_install_twice_wraps_once():
     before = CheckpointLoader.load_checkpoint.__func__
-    install()
+    apply()
     assert CheckpointLoader.load_checkpoint.__func__ is before
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from rfa_mmdet.ops.receptive_field.dispatch import missing
+from rfa_mmdet.ops.receptive_field.backends import missing
 from tests.helpers.paths import ROOT
 
 # How often the first step of a training calls each of this package's operators.

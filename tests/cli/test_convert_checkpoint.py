@@ -17,7 +17,7 @@ from rfa_mmdet.checkpoints.convert import convert_checkpoint
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.layers.warm_start.published_names import PUBLISHED
 from tests.helpers.paths import ROOT
-from tests.layers.test_checkpoint_keys import (
+from tests.helpers.published import (
     THEIRS,
     Detector,
     assert_same,
@@ -94,7 +94,7 @@ def test_converts_a_whole_training_checkpoint(tmp_path, monkeypatch):
     assert loss.data[0].tolist() == history.data[0].tolist()
 
     # Loads strictly where nothing is renamed any more.
-    monkeypatch.setattr("rfa_mmdet.layers.conv.base.rename_published", lambda *args: 0)
+    monkeypatch.setattr("rfa_mmdet.layers.warm_start.start.rename_published", lambda *args: 0)
     detector = randomise(Detector("RFCBAMConv"), 4)
     detector.load_state_dict(converted["state_dict"], strict=True)
     assert_same(detector(image()), theirs(image()))

@@ -1,108 +1,14 @@
-"""tools/doctor.py: each known trouble in an environment of small fake packages that has it."""
+"""tools/doctor.py: each known problem in an environment of stand-ins that has it."""
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-import venv
 
 import pytest
 
+from tests.helpers.environment import HEALTHY, NAMES, Environment
 from tests.helpers.paths import ROOT
-
-# Module -> (version, what its files hold). As much of each as the doctor asks for.
-HEALTHY = {
-    "torch": (
-        "2.13.0",
-        {
-            "__init__": """
-class version: cuda = None
-class cuda:
-    is_available = staticmethod(lambda: bool(version.cuda))
-    device_count = staticmethod(lambda: 1)
-    get_device_name = staticmethod(lambda i: "NVIDIA H200")
-from_numpy = tensor = ones = lambda *args: args
-version = version()
-"""
-        },
-    ),
-    "mmengine": ("0.10.7", {"runner": "", "hub": "def get_config(name): import pkg_resources"}),
-    "mmcv": (
-        "2.1.0",
-        {
-            "ops": "import mmcv._ext\nnms = lambda *args: args\n"
-            "get_compiling_cuda_version = lambda: mmcv._ext.cuda",
-            "_ext": "cuda = 'not available'",
-        },
-    ),
-    "mmdet": (
-        "3.3.0",
-        {
-            "__init__": "import mmcv\n"
-            "assert mmcv.__version__ < '2.2', f'MMCV=={mmcv.__version__} is incompatible'",
-            "models": "",
-            "registry": "class MODELS: get = print",
-        },
-    ),
-    "rfa_mmdet": ("0.1.0", {}),
-    "numpy": ("2.4.6", {"__init__": "zeros = print"}),
-    "cv2": ("5.0.0", {}),
-    "pycocotools": ("2.0.11", {"mask": ""}),
-    **dict.fromkeys(("matplotlib", "scipy", "shapely", "pandas", "rich"), ("1.0", {})),
-    "pkg_resources": ("80.10.2", {}),
-}
-NAMES = {"cv2": "opencv-python", "pkg_resources": "setuptools"}
-
-
-class Environment:
-    """A virtual environment with fake packages in it."""
-
-    def __init__(self, root):
-        venv.create(root, with_pip=False, symlinks=True)
-        self.python = root / "bin" / "python"
-        (self.site,) = root.glob("lib/python3*/site-packages")
-        for module in HEALTHY:
-            self.add(module)
-
-    def add(self, module, version=None, files=None, name=None, site=None, requires=()):
-        site = site or self.site
-        healthy_version, healthy_files = HEALTHY[module]
-        version = version or healthy_version
-        files = {"__init__": "", **healthy_files, **(files or {})}
-        (site / module).mkdir(exist_ok=True, parents=True)
-        for file, code in files.items():
-            head = f"__version__ = {version!r}\n" if file == "__init__" else ""
-            (site / module / f"{file}.py").write_text(head + code)
-        self.add_metadata(site, name or NAMES.get(module, module), version, requires)
-
-    def add_metadata(self, site, name, version, requires=()):
-        for old in site.glob(f"{name.replace('-', '_')}-[0-9]*.dist-info"):
-            shutil.rmtree(old)
-        folder = site / f"{name.replace('-', '_')}-{version}.dist-info"
-        folder.mkdir()
-        lines = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {r}" for r in requires)]
-        (folder / "METADATA").write_text("Metadata-Version: 2.1\n" + "\n".join(lines) + "\n")
-
-    def remove(self, module):
-        shutil.rmtree(self.site / module)
-        name = NAMES.get(module, module)
-        (found,) = self.site.glob(f"{name.replace('-', '_')}-[0-9]*.dist-info")
-        shutil.rmtree(found)
-
-    def examine(self, **variables):
-        """Run the doctor there; return its exit code and what it printed."""
-        variables = {"PATH": f"{self.python.parent}:/usr/bin:/bin", **variables}
-        done = subprocess.run(
-            [self.python, "-B", ROOT / "tools" / "doctor.py"],
-            env=variables,
-            text=True,
-            capture_output=True,
-            timeout=60,
-        )
-        assert done.stderr == ""
-        print(done.stdout)  # shown where a test fails
-        return done.returncode, done.stdout
 
 
 @pytest.fixture
@@ -111,9 +17,9 @@ def sick(tmp_path):
     return Environment(tmp_path / "venv")
 
 
-def mends(out):
+def fixes(out):
     """The commands of a screen; each must be one that a shell can read."""
-    found = [line.split("mend:  ")[1] for line in out.splitlines() if "  mend:  " in line]
+    found = [line.split("fix: ")[1] for line in out.splitlines() if "  fix: " in line]
     for command in found:
         assert subprocess.run(["bash", "-n", "-c", command]).returncode == 0, command
     return found
@@ -122,18 +28,20 @@ def mends(out):
 def test_nothing_is_wrong(sick):
     code, out = sick.examine()
     assert code == 0
-    assert out.endswith("training can start, on the CPU\n")
+    assert out.endswith("\nOK: training can start on the CPU\n")
     assert "error" not in out
     assert "warning" not in out
     assert "operators compiled for the CPU" in out
-    assert "backend: " in out
+    assert "backend: reference on a GPU, cpu else" in out
+    assert re.search(r"compiler +gcc 12\.2\.0\n", out)
+    assert re.search(r"nvcc +13\.0\.88\n", out)
 
 
 def test_here(run_tool):
     """In the environment of the tests, which trains."""
     done = run_tool(sys.executable, "tools/doctor.py")
     assert done.returncode == 0, done.stdout
-    assert "training can start" in done.stdout
+    assert "OK: training can start on the " in done.stdout
 
 
 def test_mmcv_2_2_beside_the_real_mmdet(run_tool, sick, tmp_path):
@@ -156,11 +64,11 @@ def test_mmcv_without_operators(sick, name):
     code, out = sick.examine()
     assert code == 1
     assert f"error: {name} 2.1.0 has no compiled operators" in out
-    (mend,) = mends(out)
-    assert "MMCV_WITH_OPS=1" in mend
-    assert "--no-build-isolation" in mend
-    assert "mmcv==2.1.0" in mend
-    assert ("uninstall -y mmcv mmcv-lite &&" in mend) == (name == "mmcv-lite")
+    (fix,) = fixes(out)
+    assert "MMCV_WITH_OPS=1" in fix
+    assert "--no-build-isolation" in fix
+    assert "mmcv==2.1.0" in fix
+    assert ("uninstall -y mmcv mmcv-lite &&" in fix) == (name == "mmcv-lite")
 
 
 def test_mmcv_of_another_torch(sick):
@@ -175,17 +83,17 @@ def test_mmcv_2_2_with_mmdet_3_3(sick):
     code, out = sick.examine()
     assert code == 1
     assert "error: mmcv 2.2.0 with mmdet 3.3.0, which refuses mmcv from 2.2 on" in out
-    (mend,) = mends(out)
-    assert "mmcv==2.1.0" in mend
+    (fix,) = fixes(out)
+    assert "mmcv==2.1.0" in fix
 
 
 def test_setuptools_without_pkg_resources(sick):
     sick.remove("pkg_resources")
-    sick.add_metadata(sick.site, "setuptools", "82.0.1")
+    sick.add_metadata("setuptools", "setuptools", "82.0.1")
     code, out = sick.examine()
     assert code == 1
     assert "error: setuptools 82.0.1 has no pkg_resources" in out
-    assert mends(out) == [f"{sick.python} -m pip install 'setuptools>=77,<81'"]
+    assert fixes(out) == [f"{sick.python} -m pip install 'setuptools>=77,<81'"]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +114,7 @@ def test_numpy_too_new_for_a_package(sick, module, files):
     code, out = sick.examine()
     assert code == 1
     assert f"error: numpy 2.4.6 is too new for {NAMES.get(module, module)}" in out
-    assert mends(out)[0].startswith(f"{sick.python} -m pip install 'numpy<2'")
+    assert fixes(out)[0].startswith(f"{sick.python} -m pip install 'numpy<2'")
     # The others were looked at one by one, and work.
     assert out.count("FAILS") == 1
 
@@ -228,7 +136,7 @@ def test_python_of_another_version(sick, version, word):
     code, out = sick.examine()
     assert code == (1 if word == "old" else 0)
     assert f"Python 3.{version[1]} is too {word}" in out
-    assert "python3 tools/setup_env.py --venv .venv-3.12 --python python3.12" in mends(out)
+    assert f"python3 {ROOT}/tools/setup_env.py --venv .venv-3.12 --python python3.12" in fixes(out)
     if word == "new":  # which is to blame as soon as something fails
         sick.add("torch", files={"__init__": "raise ImportError('no ABI of that name')"})
         code, out = sick.examine()
@@ -252,8 +160,8 @@ def test_cpu_build_of_torch_beside_a_gpu(sick):
     code, out = sick.examine()
     assert code == 0  # training can start, if slowly
     assert "warning: torch 2.13.0 is a CPU build, so NVIDIA H200 stays unused" in out
-    (mend,) = mends(out)
-    assert "pip uninstall -y torch mmcv && " in mend
+    (fix,) = fixes(out)
+    assert "pip uninstall -y torch mmcv && " in fix
 
 
 def test_cpu_operators_beside_a_torch_that_uses_the_gpu(sick):
@@ -262,11 +170,11 @@ def test_cpu_operators_beside_a_torch_that_uses_the_gpu(sick):
     code, out = sick.examine()
     assert code == 1
     assert "mmcv's operators were compiled for the CPU only" in out
-    assert "FORCE_CUDA=1" in mends(out)[0]
+    assert "FORCE_CUDA=1" in fixes(out)[0]
     sick.add("mmcv", files={"_ext": "cuda = '13.0'"})
     code, out = sick.examine()
     assert code == 0
-    assert "training can start, on the GPU" in out
+    assert "OK: training can start on the GPU" in out
 
 
 def test_gpu_that_a_variable_hides(sick):
@@ -276,7 +184,7 @@ def test_gpu_that_a_variable_hides(sick):
     (sick.site / "torch" / "__init__.py").write_text(code.replace("bool(version.cuda)", "False"))
     code, out = sick.examine(CUDA_VISIBLE_DEVICES="")
     assert code == 0
-    assert mends(out) == ["unset CUDA_VISIBLE_DEVICES"]
+    assert fixes(out) == ["unset CUDA_VISIBLE_DEVICES"]
     assert "driver" in sick.examine()[1]
 
 
@@ -286,34 +194,69 @@ def test_two_mmdets_on_the_path(sick, tmp_path):
     assert code == 0
     assert "warning: 2 mmdets are on the path" in out
     assert f"{tmp_path}/checkout/mmdet is used and hides {sick.site.resolve()}/mmdet" in out
-    assert "unset PYTHONPATH" in mends(out)
+    assert "unset PYTHONPATH" in fixes(out)
     assert "warning: mmdet 3.2.0: right is 3.3 or later, below 3.4" in out
     (sick.site / "more.pth").write_text(str(tmp_path / "checkout"))
-    assert "pip uninstall -y mmdet" in mends(sick.examine()[1])[0]
+    assert "pip uninstall -y mmdet" in fixes(sick.examine()[1])[0]
 
 
 def test_forks_beside_the_originals(sick):
-    sick.add_metadata(sick.site, "onedl-mmcv", "2.3.0")
-    sick.add_metadata(sick.site, "onedl-mmdetection", "3.4.0")
+    sick.add_metadata("mmcv", "onedl-mmcv", "2.3.0")
+    sick.add_metadata("mmdet", "onedl-mmdetection", "3.4.0")
     code, out = sick.examine()
     assert code == 1
-    assert "onedl-mmcv 2.3.0, onedl-mmdetection 3.4.0 beside mmcv 2.1.0, mmdet 3.3.0" in out
-    (mend,) = mends(out)
-    assert "uninstall -y onedl-mmcv onedl-mmdetection mmcv mmdet && " in mend
-    assert "mmdet==3.3.0" in mend
-    assert "MMCV_WITH_OPS=1" in mend
+    assert "error: mmcv 2.1.0 beside onedl-mmcv 2.3.0: both write files into the same folder" in out
+    assert "error: mmdet 3.3.0 beside onedl-mmdetection 3.4.0: both" in out
+    mmcv, mmdet = fixes(out)
+    assert "uninstall -y mmcv onedl-mmcv && " in mmcv
+    assert "MMCV_WITH_OPS=1" in mmcv
+    assert "uninstall -y mmdet onedl-mmdetection && " in mmdet
+    assert mmdet.endswith("mmdet==3.3.0")
 
 
-def test_forks_alone(sick):
+def test_mmcv_lite_beside_an_mmcv_that_works(sick):
+    sick.add_metadata("mmcv", "mmcv-lite", "2.1.0")
+    code, out = sick.examine()
+    assert code == 0
+    assert "warning: mmcv 2.1.0 beside mmcv-lite 2.1.0: both write files" in out
+    (fix,) = fixes(out)
+    assert "uninstall -y mmcv mmcv-lite && " in fix
+
+
+def test_forks_alone_are_left_alone(sick):
     for module, name, version in (
         ("mmcv", "onedl-mmcv", "2.3.0"),
-        ("mmdet", "onedl-mmdetection", "3.4.0"),
+        ("mmdet", "onedl-mmdetection", "3.5.0"),
     ):
         sick.remove(module)
         sick.add(module, version, name=name, files={"__init__": ""})
     code, out = sick.examine()
     assert code == 0
-    assert "warning: onedl-mmcv 2.3.0, onedl-mmdetection 3.4.0: forks" in out
+    assert re.search(r"mmcv +2\.3\.0 .*; onedl-mmcv\n", out)
+    assert re.search(r"mmdet +3\.5\.0 +onedl-mmdetection\n", out)
+    assert fixes(out) == []
+
+
+def test_what_pip_check_finds(sick):
+    sick.add("mmdet", requires=["scipy<1", "terminaltables", "tqdm"])
+    code, out = sick.examine()
+    assert code == 0
+    assert (
+        "warning: mmdet 3.3.0 requires terminaltables, which is not installed; "
+        "mmdet 3.3.0 requires tqdm, which is not installed\n"
+    ) in out
+    assert "warning: mmdet 3.3.0 has requirement scipy<1, but you have scipy 1.0\n" in out
+    pip = f"{sick.python} -m pip install"
+    assert fixes(out) == [f"{pip} terminaltables tqdm", f"{pip} 'scipy<1'"]
+
+
+def test_packages_of_some_tools_that_are_missing(sick):
+    sick.remove("pandas")
+    code, out = sick.examine()
+    assert code == 0
+    assert "warning: not installed: pandas, which some tools need\n" in out
+    (fix,) = fixes(out)
+    assert "pip install pandas==" in fix
 
 
 def test_packages_that_are_missing(sick):
@@ -322,12 +265,12 @@ def test_packages_that_are_missing(sick):
     code, out = sick.examine()
     assert code == 1
     assert re.search(r"mmdet +- +not installed", out)
-    install, ours = mends(out)
+    install, ours = fixes(out)
     assert install.endswith("mmdet==3.3.0")
     assert str(ROOT) in ours
     for module in ("torch", "mmcv", "mmengine", "numpy"):
         sick.remove(module)
-    assert mends(sick.examine()[1])[0] == "make env"
+    assert fixes(sick.examine()[1])[0] == f"make -C {ROOT} env"
 
 
 def test_package_that_crashes_python(sick):
@@ -342,24 +285,17 @@ def test_system_library_that_is_missing(sick):
     sick.add("cv2", files={"__init__": text})
     code, out = sick.examine()
     assert code == 1
-    assert mends(out) == ["apt install libgl1 libglib2.0-0"]
+    assert fixes(out) == ["apt install libgl1 libglib2.0-0"]
 
 
-def test_backends_of_this_package(sick):
-    """With a dispatcher, as the package has one where its operators are compiled."""
-    (sick.site / "rfa_mmdet" / "ops").mkdir()
-    dispatch = sick.site / "rfa_mmdet" / "ops" / "dispatch.py"
-    dispatch.write_text("missing = {'cpu': None, 'triton': 'not installed'}.get")
-    code, out = sick.examine()
-    assert code == 0
-    assert "backend: reference on a GPU, cpu else" in out
-    assert "warning" not in out
-    dispatch.write_text("missing = {'cpu': 'no compiler', 'triton': None}.get")
+def test_kernels_that_are_not_built(sick):
+    missing = "missing = {'cpu': 'no compiler', 'triton': None}.get"
+    sick.add("rfa_mmdet", files={"ops/receptive_field/backends": missing})
     code, out = sick.examine()
     assert code == 0
     assert "backend: triton on a GPU, reference else" in out
     assert "convolutions run in slow, plain torch on the CPU: no compiler" in out
-    assert mends(out)[0].endswith(f"-e {ROOT}")
+    assert fixes(out)[0].endswith(f"-e {ROOT}")
 
 
 def test_error_of_this_package_is_shown(sick):

@@ -25,7 +25,7 @@ from rfa_mmdet.errors import UserError
 from rfa_mmdet.export.comparison import Comparison
 from rfa_mmdet.export.graph import Graph
 from rfa_mmdet.export.parts import RegionPart
-from rfa_mmdet.inference.predict import Detector
+from rfa_mmdet.inference.detector import Detector
 from tests.helpers.random_checkpoint import save_random_checkpoint
 
 RESNET = """

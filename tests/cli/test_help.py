@@ -4,9 +4,11 @@ import re
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from rfa_mmdet.cli import find_tools
 from tests.helpers.paths import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,7 +21,8 @@ TOOLS = sorted(
 
 
 def test_tools_are_found():
-    assert len(TOOLS) >= 19
+    scripts = {"dist_train", "dist_test", "slurm_train", "slurm_test"}
+    assert {Path(tool).stem for tool in TOOLS} == {*find_tools(), *scripts, "setup_env"}
 
 
 @pytest.mark.parametrize("tool", TOOLS)

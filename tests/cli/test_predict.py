@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 
 from rfa_mmdet.data.shapes import CLASSES
 from rfa_mmdet.errors import UserError
-from rfa_mmdet.inference.predict import find_images
+from rfa_mmdet.inference.images import find_images
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import PATIENCE, wait_until
 

@@ -1,14 +1,19 @@
-"""The set-up script: what it refuses, what it skips, and how it reads pins and build output."""
+"""The set-up script: what it refuses, what it skips, and how it reads a build's output."""
 
 import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+import venv
 
 import pytest
+from packaging.requirements import Requirement
+from pip._vendor import tomli
 
+from tests.helpers.environment import Environment
 from tests.helpers.paths import ROOT
 
 SCRIPT = ROOT / "tools" / "setup_env.py"
@@ -34,19 +39,39 @@ def tool():
     return module
 
 
-def make_python(path, version, ensurepip=True, headers=True):
-    """Write a program that answers like a Python of some version, and counts its calls."""
-    facts = json.dumps({"version": version, "ensurepip": ensurepip, "headers": headers})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\necho called >> '{path}.calls'\necho '{facts}'\n")
-    path.chmod(0o755)
-    return path
+def make_python(folder, changes="", modules=()):
+    """Make a Python of its own, which runs ``changes`` when it starts, and cannot find modules."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    (site,) = folder.glob("lib/python3*/site-packages")
+    hidden = (
+        f"hidden = {list(modules)}\n"
+        + """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in hidden else find(name, *rest)
+"""
+    )
+    (site / "sitecustomize.py").write_text(hidden + changes)
+    return folder / "bin" / "python"
 
 
-def make_venv(tool, folder, version=(3, 11, 7)):
+def version(*numbers):
+    """Code that tells a Python that it is another version; not every one is installed."""
+    return f"""
+import sys, sysconfig
+headers = sysconfig.get_path("include")
+sysconfig.get_path = lambda name: headers
+sys.version_info = {numbers}
+"""
+
+
+NO_HEADERS = "import sysconfig\nsysconfig.get_path = lambda name: '/none'"
+HERE = "{}.{}".format(*sys.version_info[:2])
+
+
+def make_venv(tool, folder):
     """Make what looks like a finished environment."""
-    make_python(folder / "bin" / "python", version)
-    (folder / "pyvenv.cfg").write_text("version = {}.{}.{}\n".format(*version))
+    make_python(folder)
     (folder / tool.STAMP).write_text(tool.Setup(folder, None, False).stamp())
     return folder
 
@@ -79,38 +104,45 @@ def refusal(process):
 
 def test_a_python_that_does_not_exist_is_refused(command, tmp_path):
     error = refusal(command("--venv", tmp_path / "venv", "--python", tmp_path / "none"))
-    assert "3.10, 3.11 or 3.12" in error
-    assert f"{tmp_path / 'none'} (does not run)" in error
+    assert "Python 3.10, 3.11 or 3.12 is needed" in error
+    assert f"{tmp_path / 'none'} does not run: No such file or directory" in error
     assert not (tmp_path / "venv").exists()
 
 
-@pytest.mark.parametrize("version", [(3, 9, 18), (3, 13, 0)])
-def test_a_python_of_another_version_is_refused(command, tmp_path, version):
-    python = make_python(tmp_path / "python", version)
+@pytest.mark.parametrize("numbers", [(3, 9, 18), (3, 13, 0)])
+def test_a_python_of_another_version_is_refused(command, tmp_path, numbers):
+    python = make_python(tmp_path / "other", version(*numbers))
     error = refusal(command("--venv", tmp_path / "venv", "--python", python))
-    assert f"{python} (3.{version[1]})" in error
+    assert f"{python} is Python 3.{numbers[1]}\n" in error
     assert not (tmp_path / "venv").exists()
 
 
 @pytest.mark.parametrize(
-    ("lacks", "advice"), [("ensurepip", "apt install python3-venv"), ("headers", "python3-dev")]
+    ("changes", "modules", "advice"),
+    [("", ["ensurepip"], "apt install python3-venv"), (NO_HEADERS, [], "python3-dev")],
 )
-def test_a_python_that_lacks_a_part_is_refused(command, tmp_path, lacks, advice):
-    python = make_python(tmp_path / "python", (3, 11, 7), **{lacks: False})
+def test_a_python_that_lacks_a_part_is_refused(command, tmp_path, changes, modules, advice):
+    python = make_python(tmp_path / "other", changes, modules)
     assert advice in refusal(command("--venv", tmp_path / "venv", "--python", python))
+
+
+def test_the_first_python_that_serves_is_taken(tool, tmp_path):
+    old = make_python(tmp_path / "old", version(3, 9, 18))
+    right = make_python(tmp_path / "right")
+    assert tool.find_python([str(old), str(right)], False) == (str(right), HERE)
 
 
 def test_headers_and_compiler_are_not_needed_where_a_wheel_is_kept(tool, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
-    python = make_python(tmp_path / "python", (3, 11, 7), headers=False)
+    python = make_python(tmp_path / "other", NO_HEADERS)
     setup = tool.Setup(tmp_path / "venv", str(python), False)
     with pytest.raises(tool.SetupError, match=r"no C\+\+ compiler"):
         setup.choose_python()
-    pins = tool.read_pins(setup.requirements, (3, 11))
-    (tool.cache_root() / f"{pins['mmcv']}-{pins['torch']}+cpu-cp311-cpu").mkdir(parents=True)
+    pins = f"{tool.pinned('mmcv')}-{tool.pinned('torch')}"
+    (tool.cache_root() / f"{pins}+cpu-cp311-cpu").mkdir(parents=True)
     setup.choose_python()
-    assert setup.version == (3, 11)
+    assert setup.version == HERE
 
 
 def test_a_missing_compiler_is_told_before_anything_is_made(command, tmp_path):
@@ -128,16 +160,28 @@ def test_a_folder_of_other_things_is_left_alone(tool, tmp_path):
 
 
 def test_another_python_than_the_environments_is_refused(command, tool, tmp_path):
-    venv = make_venv(tool, tmp_path / "venv")
-    python = make_python(tmp_path / "python", (3, 12, 1))
-    assert "has Python 3.11" in refusal(command("--venv", venv, "--python", python))
+    folder = make_venv(tool, tmp_path / "venv")
+    (site,) = folder.glob("lib/python3*/site-packages")
+    (site / "sitecustomize.py").write_text(version(3, 10, 1))
+    python = make_python(tmp_path / "other", version(3, 12, 1))
+    error = refusal(command("--venv", folder, "--python", python))
+    assert f"{folder} has Python 3.10, not {python}'s" in error
+    assert f"Remove {folder} or choose another --venv" in error
 
 
-def test_check_names_what_does_not_import(command, tmp_path):
-    (tmp_path / "torch.py").write_text("raise ImportError('no such driver')")
-    error = refusal(command("--check", sys.executable, PYTHONPATH=str(tmp_path)))
-    assert "cannot import torch ImportError: no such driver" in error
-    assert "make env" in error
+def test_check_tells_what_the_doctor_finds(command, tmp_path):
+    sick = Environment(tmp_path / "venv")
+    process = command("--check", sick.python, PYTHONPATH="")
+    assert process.communicate(timeout=60)[0] == "OK: training can start on the CPU\n"
+    sick.add("rfa_mmdet", files={"__init__": "raise SyntaxError('a slip')"})
+    process = command("--check", sick.python, PYTHONPATH="")
+    assert "training cannot start" in process.communicate(timeout=60)[0]
+    assert process.returncode == 0  # the environment is right: tests and lint can run in it
+    sick.add("torch", files={"__init__": "raise ImportError('no such driver')"})
+    error = refusal(command("--check", sick.python, PYTHONPATH=""))
+    assert f"{sick.python} cannot train:" in error
+    assert "error: torch does not work: ImportError: no such driver" in error
+    assert "fix: make -C " in error
 
 
 def test_check_goes_with_no_other_option(command):
@@ -147,19 +191,23 @@ def test_check_goes_with_no_other_option(command):
 
 
 def test_a_stamp_that_holds_ends_it_at_once(command, tool, tmp_path):
-    venv = make_venv(tool, tmp_path / "venv")
-    process = command("--venv", venv)
-    assert "up to date" in process.communicate(timeout=30)[0]
+    folder = make_venv(tool, tmp_path / "venv")
+    (folder / "bin" / "python").unlink()
+    (folder / "bin" / "python").write_text("#!/bin/sh\necho called >> $0.calls\n")
+    process = command("--venv", folder)
+    assert process.communicate(timeout=30) == (f"{folder} is up to date\n", "")
     assert process.returncode == 0
-    assert not (venv / "bin" / "python.calls").exists()
+    assert not (folder / "bin" / "python.calls").exists()
 
 
 @pytest.mark.parametrize("change", ["requirements", "python", "interpreter", "force"])
-def test_a_stamp_that_does_not_hold_is_noticed(tool, tmp_path, change):
+def test_a_stamp_that_does_not_hold_is_noticed(tool, tmp_path, change, monkeypatch):
     venv = make_venv(tool, tmp_path / "venv")
     setup = tool.Setup(venv, None, change == "force")
     if change == "requirements":
-        setup.requirements += "six==1.17.0\n"
+        more = tmp_path / "requirements.txt"
+        more.write_text(tool.REQUIREMENTS.read_text() + "six==1.17.0\n")
+        monkeypatch.setattr(tool, "REQUIREMENTS", more)
     elif change == "python":
         (venv / "pyvenv.cfg").write_text("version = 3.12.1\n")
     elif change == "interpreter":
@@ -180,28 +228,25 @@ def test_a_second_set_up_waits_and_then_has_nothing_to_do(command, tool, tmp_pat
     assert "[1/5]" not in out
 
 
-def test_pins_follow_their_markers(tool):
-    text = 'numpy==2.4.6; python_version >= "3.11"\nnumpy==2.2.6 ; python_version < "3.11"  # old\n'
-    assert tool.read_pins(text, (3, 10)) == {"numpy": "2.2.6"}
-    assert tool.read_pins(text, (3, 11)) == {"numpy": "2.4.6"}
-
-
-@pytest.mark.parametrize("line", ["numpy", "numpy>=2", 'numpy==2; sys_platform == "linux"'])
-def test_a_line_that_pins_nothing_is_an_error(tool, line):
-    with pytest.raises(tool.SetupError, match="line 2"):
-        tool.read_pins(f"# pins\n{line}\n", (3, 11))
-
-
-def test_the_projects_pins_name_the_same_packages_for_every_python(tool):
-    text = (ROOT / "requirements.txt").read_text()
-    names = [list(tool.read_pins(text, python)) for python in tool.PYTHONS]
-    assert set(names[0]) == set(names[1]) == set(names[2])
-    assert {*tool.BUILD_TOOLS, "torch", "mmcv"} < set(names[0])
-
-
-def test_progress_is_read_off_ninjas_lines_only(tool):
-    counts = [tool.parse_progress(line) for line in BUILD_LOG.splitlines()]
-    assert [count for count in counts if count] == [(1, 3), (2, 3), (3, 3)]
+def test_the_projects_pins_hold_one_version_for_each_python(tool):
+    """What pip takes of them: one version a package, the same packages for every Python."""
+    names = []
+    for python in ("3.10", "3.11", "3.12"):
+        found = []
+        for line in tool.REQUIREMENTS.read_text().splitlines():
+            if not line.startswith("#") and line:
+                pin = Requirement(line)
+                assert re.fullmatch(r"==[\w.]+", str(pin.specifier)), line
+                if pin.marker is None or pin.marker.evaluate({"python_version": python}):
+                    found.append(pin.name)
+        assert len(found) == len(set(found))
+        names.append(set(found))
+    assert names[0] == names[1] == names[2]
+    assert {*tool.BUILD_TOOLS, "torch", "mmcv"} < names[0]
+    project = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = {Requirement(line).name for lines in extras.values() for line in lines}
+    assert wanted - {"rfa_mmdet"} <= names[0]
 
 
 def test_progress_goes_to_plain_lines_without_a_terminal(tool):
@@ -265,7 +310,7 @@ def mmcv_step(tool, tmp_path, monkeypatch):
     monkeypatch.delenv("FORCE_CUDA", raising=False)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     setup = tool.Setup(tmp_path / "venv", None, False)
-    setup.version, setup.pins = (3, 11), {"mmcv": "2.1.0"}
+    setup.version, setup.mmcv = "3.11", "2.1.0"
     setup.torch = {"version": "2.13.0+cpu", "cuda": None, "cuda_home": None, "archs": []}
     monkeypatch.setattr(tool, "ask", lambda python, code: json.dumps(setup.torch))
     monkeypatch.setattr(setup, "mmcv_problem", lambda cuda: "it is not there")
@@ -285,7 +330,7 @@ def test_a_kept_wheel_that_does_not_work_is_built_again(tool, mmcv_step, monkeyp
     monkeypatch.setattr(mmcv_step, "build_wheel", build)
     problems = {"broken": "undefined symbol", "sound": None}
     monkeypatch.setattr(mmcv_step, "install_wheel", lambda path, _: problems[path.read_text()])
-    assert mmcv_step.install_mmcv()
+    mmcv_step.install_mmcv()
     assert [path.read_text() for path in kept.parent.iterdir()] == ["sound"]
     assert list((mmcv_step.venv / "build").iterdir()) == []
 
@@ -306,9 +351,9 @@ def test_cuda_cannot_be_forced_on_a_cpu_torch(tool, mmcv_step, monkeypatch):
 
 def test_mmcv_without_cuda_operators_does_not_serve_a_gpu(tool, tmp_path, monkeypatch):
     setup = tool.Setup(tmp_path / "venv", None, False)
-    setup.pins = {"mmcv": "2.1.0"}
+    setup.mmcv = "2.1.0"
     monkeypatch.setattr(tool, "ask", lambda *_: '["2.1.0", "not available"]')
     assert setup.mmcv_problem(cuda=False) is None
     assert "CUDA" in setup.mmcv_problem(cuda=True)
-    setup.pins["mmcv"] = "2.1.1"
+    setup.mmcv = "2.1.1"
     assert "2.1.0" in setup.mmcv_problem(cuda=False)

@@ -11,7 +11,7 @@ from mmengine.fileio import LocalBackend, dump, get_file_backend, load
 from mmengine.fileio.backends import backends, prefix_to_backends
 from mmengine.runner import save_checkpoint
 
-from rfa_mmdet.compat.whole_files import WholeFileBackend, install
+from rfa_mmdet.compat.whole_files import WholeFileBackend, apply
 from rfa_mmdet.errors import UserError
 
 # The kernel ends it, as SIGKILL would, in the middle of the write that passes the limit.
@@ -19,10 +19,8 @@ DIES = """
 import resource, signal, sys
 import torch
 from mmengine.runner import save_checkpoint
-from rfa_mmdet.compat.whole_files import install
+import rfa_mmdet
 
-if sys.argv[2] == "whole":
-    install()
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
@@ -34,7 +32,7 @@ save_checkpoint(dict(state_dict=dict(a=torch.ones(2**16))), sys.argv[1])
 def installed(monkeypatch):
     monkeypatch.setitem(backends, "local", LocalBackend)
     monkeypatch.setitem(prefix_to_backends, "", LocalBackend)
-    install()
+    apply()
 
 
 @pytest.mark.parametrize("how", ["whole", pytest.param("mmengine", marks=pytest.mark.slow)])
@@ -43,8 +41,11 @@ def test_killed_in_the_middle_of_a_checkpoint(tmp_path, how, before):
     path = tmp_path / "epoch_1.pth"
     if before:
         torch.save(dict(state_dict=dict(a=torch.zeros(2))), path)
-    command = [sys.executable, "-W", "ignore", "-c", DIES, str(path), how]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-W", "ignore", "-c", DIES, str(path)]
+    compat = dict(RFA_MMDET_COMPAT="-whole_files" if how == "mmengine" else "")
+    done = subprocess.run(
+        command, env={**os.environ, **compat}, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == -signal.SIGXFSZ, done.stderr
     assert sum(file.stat().st_size == 2**16 for file in tmp_path.iterdir()) == 1
     if how == "mmengine":  # what there is to be prevented

@@ -1,7 +1,5 @@
 """The checks before a run: what they find, and what they leave alone."""
 
-import json
-
 import pytest
 from mmdet.registry import DATASETS
 

@@ -1,6 +1,5 @@
 """Classes of data sets, of their files, and of the heads."""
 
-import json
 import shlex
 from argparse import ArgumentParser
 

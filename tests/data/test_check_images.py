@@ -1,7 +1,5 @@
 """Images that are missing or damaged, and boxes that are not in them."""
 
-import json
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -12,7 +12,8 @@ from mmdet.datasets import CocoDataset, XMLDataset
 from pycocotools import mask as coco_mask
 
 from rfa_mmdet.data import shapes
-from rfa_mmdet.data.shapes import CLASSES, MIN_CONTRAST, MIN_VISIBLE, make_shapes
+from rfa_mmdet.data.drawing import CLASSES, MIN_CONTRAST, MIN_VISIBLE
+from rfa_mmdet.data.shapes import make_shapes
 from tests.helpers.paths import ROOT
 
 TOOL = ROOT / "tools" / "make_shapes.py"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rfa_mmdet.layers import RFAConv
-from rfa_mmdet.ops.receptive_field.dispatch import missing
+from rfa_mmdet.ops.receptive_field.backends import missing
 from tests.helpers.formulas import Case
 
 

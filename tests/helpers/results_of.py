@@ -14,9 +14,7 @@ def run_result(method, seed, test, stage="all", **more):
         val=test,
         curve=[] if test is None else [[1, test / 2], [2, test]],
         losses=[] if test is None else [[i, 1 / i] for i in range(1, 9)],
-        iteration_seconds=0.25,
         memory_mb=512.0,
-        memory_of="process",
     )
     return {**found, **more}
 

@@ -7,7 +7,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from rfa_mmdet.config.plain import plain_base
-from tests.helpers.zoo import stir
+from tests.helpers.norms import randomise_norms
 
 # Over the demo's thin RetinaNet: mmdet's own ResNet in it.
 RETINANET = """
@@ -52,7 +52,7 @@ def build_plain(config) -> nn.Module:
     torch.manual_seed(0)
     model = MODELS.build(Config.fromfile(config).model)
     model.init_weights()
-    stir(model)
+    randomise_norms(model)
     head = getattr(model, "bbox_head", None)
     if head is not None:  # RetinaNet's, whose scores start at 0.01, all alike
         nn.init.normal_(head.retina_cls.weight, std=0.2)
@@ -74,5 +74,6 @@ def save_plain_detector(config, path) -> None:
     torch.manual_seed(0)
     plain = MODELS.build(plain_base(Config.fromfile(config)).model)
     plain.init_weights()
-    stir(plain)  # ResNet starts its last norms at 0, behind which nothing would be trained
+    # ResNet starts its last norms at 0, behind which nothing would be trained.
+    randomise_norms(plain)
     torch.save(dict(state_dict=plain.state_dict(), meta={}), path)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from rfa_mmdet.models import retrofit
-from tests.helpers.zoo import stir
+from tests.helpers.norms import randomise_norms
 
 SMALL = dict(
     type="mmdet.ResNet",
@@ -37,7 +37,7 @@ def pictures(number: int, side: int = 64, seed: int = 0) -> Tensor:
 
 def plain_backbone() -> nn.Module:
     torch.manual_seed(1)
-    return stir(ResNet(**{k: v for k, v in SMALL.items() if k != "type"}))
+    return randomise_norms(ResNet(**{k: v for k, v in SMALL.items() if k != "type"}))
 
 
 class Toy(BaseModel):

@@ -8,12 +8,12 @@ from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 
-from rfa_mmdet.checkpoints.safe_loading import install
+from rfa_mmdet.compat.safe_loading import apply
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _installed():
-    install()
+    apply()
 
 
 class ToyModel(BaseModel):

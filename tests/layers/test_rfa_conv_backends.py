@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rfa_mmdet.layers import RFAConv
-from rfa_mmdet.ops.receptive_field.dispatch import missing
+from rfa_mmdet.ops.receptive_field.backends import missing
 from tests.helpers.backends import build, require, run
 from tests.helpers.formulas import Case, relative_error
 from tests.helpers.tolerances import TOLERANCES
@@ -41,12 +41,18 @@ def pair(case=CASE, **kwargs):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Count the calls of the kernels."""
-    from rfa_mmdet.ops.receptive_field import cpu
+    """Count the calls of the operator."""
+    from rfa_mmdet.ops.receptive_field import functional
 
     counts = []
-    forward = cpu.forward
-    monkeypatch.setattr(cpu, "forward", lambda *args: counts.append(1) or forward(*args))
+
+    class Counted:
+        def __getattr__(self, name):
+            if name == "rfa_conv":
+                counts.append(1)
+            return getattr(torch.ops.rfa_mmdet, name)
+
+    monkeypatch.setattr(functional, "_ops", Counted())
     return counts
 
 

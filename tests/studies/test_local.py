@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rfa_mmdet.studies.local import places
+from rfa_mmdet.studies.local import worker_environments
 
 
 @pytest.mark.parametrize(("jobs", "wanted"), [(1, ["3"]), (2, ["3", "5"]), (3, ["3", "5", "3"])])
@@ -11,4 +11,4 @@ def test_runs_share_the_gpus_that_are_visible(jobs, wanted, monkeypatch):
     # The number of GPUs is all that is asked of PyTorch, and these tests have none.
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
-    assert places(jobs) == [{"CUDA_VISIBLE_DEVICES": name} for name in wanted]
+    assert worker_environments(jobs) == [{"CUDA_VISIBLE_DEVICES": name} for name in wanted]

@@ -10,10 +10,10 @@ import cv2
 import numpy as np
 import pytest
 
-from rfa_mmdet.studies.page import page
 from rfa_mmdet.studies.plots import save_gains, save_stage_curves
+from rfa_mmdet.studies.report import page
 from rfa_mmdet.studies.summary import summarise
-from tests.helpers.results_of import results_of
+from tests.helpers.results_of import results_of, run_result
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -76,15 +76,17 @@ def report(tmp_path_factory):
     )
     results = results_of(VALUES, costs)
     results["runs"][9].update(state="failed", error="error: <script>alert(1)</script>")
-    rows = summarise(results)
+    rows = [["0_truth.jpg", "0_plain.jpg"]]
+    results["samples"] = dict(stage="all", seed=0, score=0.3, columns=["truth", "plain"], rows=rows)
+    summary = summarise(results)
     curves, gains = folder / "curves.png", folder / "gains.png"
     assert save_stage_curves(results, "all", curves)
-    assert save_gains(results, rows, gains)
-    sample = folder / "0_truth.jpg"
-    cv2.imwrite(str(sample), np.full((48, 64, 3), 90, np.uint8))
-    pictures = {"all": [curves, gains]}
-    text = page(results, rows, pictures, ["truth", "plain"], [[sample, sample]], "seed 0")
-    sizes = [cv2.imread(str(path)).shape[1::-1] for path in (curves, gains, sample, sample)]
+    assert save_gains(results, summary, gains)
+    samples = [folder / name for name in rows[0]]
+    for sample in samples:
+        cv2.imwrite(str(sample), np.full((48, 64, 3), 90, np.uint8))
+    text = page(results, summary, {"all": [curves, gains]}, folder)
+    sizes = [cv2.imread(str(path)).shape[1::-1] for path in (curves, gains, *samples)]
     return text, sizes
 
 
@@ -93,10 +95,39 @@ def test_page_asks_nobody_and_escapes_what_it_shows(report):
     assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?(?!data:)[^"'\s>]*[:/]""", text)
     assert "<script>alert(1)" not in text
     assert "&lt;script&gt;alert(1)" in text
-    assert '<td class=text data-value="&lt;b&gt;&amp;x">&lt;b&gt;&amp;x</td>' in text
-    assert "trains with 4 images" in text
-    assert "Some CPU, 2 cores, 1 thread (torch 2)" in text
-    assert "The highest mean has ours, 0.4600 ± 0.0100, +0.0400 from the baseline" in text
+    assert 'data-value="&lt;b&gt;&amp;x">&lt;b&gt;&amp;x</td>' in text
+    words = " ".join(text.split())
+    assert "a training iteration has 4 images" in words
+    assert "Some CPU, 2 cores, 1 thread (torch 2)" in words
+    assert "ours has the highest mean, 0.4600 ± 0.0100, +0.0400 from the baseline" in words
+
+
+def test_page_of_what_is_not_finished(tmp_path):
+    results = results_of(dict(plain=[None, None], ours=[0.2, 0.3]))
+    results["stages"].append(
+        dict(name="later", methods=["ours"], seeds=[0], options={}, load_from="all")
+    )
+    results["runs"].append(run_result("ours", 0, None, stage="later"))
+    words = " ".join(page(results, summarise(results), dict(all=[], later=[]), tmp_path).split())
+    assert "2 of 5 runs finished" in words
+    assert "ours has the highest mean, 0.2500 ± 0.0707; the baseline is not finished." in words
+    assert "Stage later: started from plain of stage all" in words
+    assert "No run of this stage is finished." in words
+    assert '<td class="text">later</td><td class="text">ours</td><td>missing</td><td></td>' in words
+    assert "GFLOPs (" not in words
+    assert "<img" not in words
+
+
+@pytest.mark.parametrize(
+    ("ours", "sentence"),
+    [
+        ([0.3, 0.1], "plain has the highest mean, 0.3500 ± 0.0707: it is the baseline."),
+        ([0.4, 0.6], "+0.1500 from the baseline, which cannot be tested with fewer than 3 seeds."),
+    ],
+)
+def test_sentence_about_the_best_method(ours, sentence, tmp_path):
+    results = results_of(dict(plain=[0.3, 0.4], ours=ours))
+    assert sentence in " ".join(page(results, summarise(results), dict(all=[]), tmp_path).split())
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium (apt-get install chromium)")

@@ -9,11 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t
 
-from rfa_mmdet.studies.summary import compare, summarise
-from rfa_mmdet.studies.tables import comma_separated, markdown
+from rfa_mmdet.studies.summary import summarise
+from rfa_mmdet.studies.tables import markdown
 from tests.helpers.results_of import results_of
 
 values = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=3, max_size=8)
+
+
+def compared(ours, baseline):
+    """The row of a method beside a baseline, a value per seed."""
+    return summarise(results_of(dict(plain=baseline, ours=ours))).iloc[1]
 
 
 @given(values)
@@ -22,7 +27,7 @@ def test_p_is_that_of_the_paired_t_statistic(pairs):
     n = len(pairs)
     mean = math.fsum(differences) / n
     variance = math.fsum((d - mean) ** 2 for d in differences) / (n - 1)
-    found = compare(*zip(*pairs, strict=True))
+    found = compared(*map(list, zip(*pairs, strict=True)))
     assert found.difference == pytest.approx(mean, abs=1e-12)
     # That of a difference of two numbers, each off by up to 0.0005 with equal chance.
     variance = max(variance, 2 * 0.001**2 / 12)
@@ -33,47 +38,67 @@ def test_p_is_that_of_the_paired_t_statistic(pairs):
 
 
 def test_equal_results_are_within_the_spread():
-    found = compare([0.5, 0.4, 0.3], [0.5, 0.4, 0.3])
+    found = compared([0.5, 0.4, 0.3], [0.5, 0.4, 0.3])
     assert (found.difference, found.p, found.verdict) == (0, 1, "within the spread")
 
 
 def test_differences_of_one_rounding_step_are_within_the_spread():
-    found = compare([0.501, 0.444, 0.496], [0.500, 0.443, 0.495])
+    found = compared([0.501, 0.444, 0.496], [0.500, 0.443, 0.495])
     assert found.difference == pytest.approx(0.001)
     assert found.verdict == "within the spread"
 
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_fewer_than_three_seeds_cannot_be_tested(n):
-    found = compare([0.9] * n, [0.1] * n)
+    found = compared([0.9] * n, [0.1] * n)
     assert found.difference == pytest.approx(0.8)
-    assert (found.p, found.verdict) == (None, "cannot be tested")
+    assert math.isnan(found.p)
+    assert found.verdict == "cannot be tested"
 
 
 def test_only_seeds_that_both_have_are_compared():
     results = results_of(dict(plain=[0.2, 0.9, 0.4, 0.3], ours=[0.3, None, 0.52, 0.41]))
-    plain, ours = summarise(results)
+    plain, ours = summarise(results).itertuples()
     assert plain.is_baseline
-    assert plain.compared.verdict == ""
+    assert plain.verdict == ""
     assert plain.mean == pytest.approx(0.45)
     assert (ours.finished, ours.wanted) == (3, 4)
     assert ours.mean == pytest.approx(0.41)
     assert ours.deviation == pytest.approx(0.11)
     # Not with the 0.9, which ours lacks.
-    assert ours.compared.difference == pytest.approx(0.11)
-    assert ours.compared.verdict == "better"
+    assert ours.difference == pytest.approx(0.11)
+    assert ours.verdict == "better"
 
 
 def test_nothing_finished_is_no_number():
-    row = summarise(results_of(dict(plain=[None, None])))[0]
-    assert (row.mean, row.deviation, row.finished) == (None, None, 0)
+    (row,) = summarise(results_of(dict(plain=[None, None]))).itertuples()
+    assert math.isnan(row.mean)
+    assert math.isnan(row.deviation)
+    assert (row.finished, row.wanted, row.verdict) == (0, 2, "")
+
+
+def test_without_the_baseline_nothing_is_compared():
+    _, ours = summarise(results_of(dict(plain=[None] * 3, ours=[0.1, 0.2, 0.3]))).itertuples()
+    assert (ours.finished, ours.verdict) == (3, "")
+    assert math.isnan(ours.difference)
+
+
+def test_each_stage_is_compared_with_its_own_baseline():
+    results = results_of(dict(plain=[0.1, 0.2, 0.3], ours=[0.1, 0.2, 0.3]))
+    more = results_of(dict(plain=[0.5, 0.5, 0.5], ours=[0.4, 0.4, 0.4]))
+    results["stages"] += [{**more["stages"][0], "name": "a later one"}]
+    results["runs"] += [{**run, "stage": "a later one"} for run in more["runs"]]
+    table = summarise(results)
+    assert list(table["stage"]) == ["all", "all", "a later one", "a later one"]
+    assert list(table["verdict"]) == ["", "within the spread", "", "worse"]
+    assert table["difference"].iloc[3] == pytest.approx(-0.1)
 
 
 def test_tables():
     cost = dict(parameters=1234567, flops=2_500_000, image_seconds=0.0123, iteration_seconds=0.4567)
     costs = dict(methods=dict(ours=cost))
-    rows = summarise(results_of(dict(plain=[0.1, 0.2, 0.3], ours=[0.4, 0.5, 0.61]), costs))
-    text = markdown(rows, "coco/bbox_mAP")
+    summary = summarise(results_of(dict(plain=[0.1, 0.2, 0.3], ours=[0.4, 0.5, 0.61]), costs))
+    text = markdown(summary, "coco/bbox_mAP")
     header, _, plain, ours = (
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in text.splitlines()
@@ -81,14 +106,17 @@ def test_tables():
     )
     by_title = dict(zip(header, ours, strict=True))
     assert plain[0] == "plain (baseline)"
+    assert by_title["seeds"] == "3 of 3"
     assert by_title["test"] == "0.5033 ± 0.1050"
     assert by_title["difference"] == "+0.3033"
     assert by_title["verdict"] == "better"
     assert by_title["parameters"] == "1,234,567"
-    assert by_title["ms an iteration"] == "457"
+    assert by_title["ms/iteration"] == "457"
     assert by_title["GFLOPs"] == "0.003"
-    assert by_title["ms an image"] == "12.3"
-    read = list(csv.DictReader(io.StringIO(comma_separated(rows))))
+    assert by_title["ms/image"] == "12.3"
+    assert dict(zip(header, plain, strict=True))["ms/image"] == "-"
+    read = list(csv.DictReader(io.StringIO(summary.to_csv(index=False))))
     assert float(read[1]["mean"]) == pytest.approx(1.51 / 3)
     assert float(read[1]["difference"]) == pytest.approx(0.91 / 3)
+    assert read[1]["parameters"] == "1234567"
     assert read[0]["flops"] == ""

@@ -1,7 +1,7 @@
 """Every image and box of a config's data, looked at one by one.
 
-The checks before a run stop at what would make it fail. This goes on: it decodes every image as
-training would, and compares it with its annotations.
+The checks before a run stop at what would make it fail. This decodes every image as training would
+and compares it with its annotations.
 """
 
 import os
@@ -18,9 +18,10 @@ from mmengine.config import Config
 
 from rfa_mmdet.data.check.coco import read_coco
 from rfa_mmdet.data.check.find import Leaf, is_local, leaves
-from rfa_mmdet.data.check.images import MISSING, NOT_DECODABLE, read_image
+from rfa_mmdet.data.check.images import NOT_DECODABLE, read_image
 from rfa_mmdet.data.check.report import DataError
 from rfa_mmdet.data.check.voc import read_voc
+from rfa_mmdet.files import MISSING
 
 # What can be wrong with an image, the worst first; a run that reads one of the first three ends.
 FATAL = (MISSING, "damaged", NOT_DECODABLE)
@@ -133,8 +134,12 @@ def audit(
         Audit: Annotation files that cannot be read are left out: see
         :func:`~rfa_mmdet.data.check.find_problems`, which says what is wrong with them.
     """
-    found, work, seen = Audit(), [], set()
-    splits_of, all_read = defaultdict(set), True
+    found = Audit()
+    work: list[tuple[str, Annotated]] = []
+    seen = set()
+    # Real path -> the splits that have it; None: one that is not looked at.
+    splits_of: defaultdict[str, set[str | None]] = defaultdict(set)
+    all_read = True
     for split in (*splits, *({"train", "val", "test"} - {*splits})):
         for leaf in leaves(cfg, split):
             read = _read(leaf)
@@ -161,10 +166,10 @@ def audit(
         sizes = pool.imap(_look, [record.path for _, record in work], chunksize=4)
         for (split, record), (size, damage) in zip(work, progress(sizes, len(work)), strict=True):
             problems = [*_image_problems(split, record, size, damage)]
-            both = splits_of[os.path.realpath(record.path)] - {None}
-            if len(both) > 1:
-                both = " and ".join(sorted(both))
-                problems.append(Problem("in two splits", split, record.path, f"in {both}"))
+            having = sorted(filter(None, splits_of[os.path.realpath(record.path)]))
+            if len(having) > 1:
+                text = f"in {' and '.join(having)}"
+                problems.append(Problem("in two splits", split, record.path, text))
             if problems:
                 found.annotations[record.path] = record
                 found.problems += problems
@@ -214,9 +219,9 @@ def _coco(dataset: CocoDataset) -> Iterator[Annotated]:
         if annotation.get("iscrowd") or annotation.get("ignore"):
             continue  # regions, from which nothing is learnt
         x, y, width, height = annotation["bbox"]
-        name = names.get(annotation["category_id"])
+        name: str | None = names.get(annotation["category_id"])
         image = annotation["image_id"]
-        if name in classes:
+        if name is not None and name in classes:
             boxes[image].append(Box(name, (x, y, x + width, y + height)))
         else:
             unknown[image].append(name or f"category_id {annotation['category_id']}")
@@ -240,10 +245,14 @@ def _voc(dataset: XMLDataset) -> Iterator[Annotated]:
         yield Annotated(
             os.path.join(root, dataset.img_subdir, f"{name}.jpg"),
             image.size if image.size and min(image.size) > 0 else None,
-            # VOC counts pixels from 1.
-            tuple(Box(b.name, tuple(float(v - 1) for v in b.xyxy)) for b in image.boxes),
+            tuple(Box(b.name, _from_zero(*b.xyxy)) for b in image.boxes),
             tuple(n for n in image.names if n not in classes),
         )
+
+
+def _from_zero(x1: int, y1: int, x2: int, y2: int) -> tuple[float, float, float, float]:
+    """Return corners counted from 0; VOC counts pixels from 1."""
+    return float(x1 - 1), float(y1 - 1), float(x2 - 1), float(y2 - 1)
 
 
 def _look(path: str) -> tuple[tuple[int, int] | None, str | None]:

@@ -59,7 +59,7 @@ def check_heads(model: dict, leaf: Leaf, labels: tuple[str, ...], found: Finding
     if not wrong:
         return
     have = ", ".join(f"{key}.num_classes={count}" for key, count in wrong)
-    mend = " ".join(f"{key}.num_classes={len(labels)}" for key, _ in wrong)
+    fix = " ".join(f"{key}.num_classes={len(labels)}" for key, _ in wrong)
     in_list = any(part.isdigit() for key, _ in wrong for part in key.split("."))
     limit = (
         " (list elements by index work on the command line only; a config file has to write the "
@@ -69,7 +69,7 @@ def check_heads(model: dict, leaf: Leaf, labels: tuple[str, ...], found: Finding
     )
     found.errors.append(
         f"{have}, but {leaf.key} has {len(labels)} classes: {some(map(repr, labels), 80)} "
-        f"({class_source(leaf)}). Right would be --cfg-options {mend}{limit}, or other classes"
+        f"({class_source(leaf)}). Right would be --cfg-options {fix}{limit}, or other classes"
     )
 
 

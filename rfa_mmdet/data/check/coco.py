@@ -151,7 +151,9 @@ def _boxes(
     classes = dataset.metainfo["classes"]
     wanted = {c["id"] for c in content["categories"] if c["name"] in classes}
     by_id = {image["id"]: image for image in content["images"]}
-    annotated, learnt, flat, lost, used = set(), Counter(), [], [], set()
+    annotated, used = set(), set()
+    learnt: Counter[int] = Counter()
+    flat, lost = [], []
     for ann in content["annotations"]:
         image = by_id.get(ann["image_id"])
         if image is None:

@@ -92,8 +92,8 @@ def _draw(axes, path: str, problems: list[Problem], found: Audit) -> None:
                 )
                 if colour == _BAD:  # a box without extent would not be seen
                     axes.plot((x1 + x2) / 2, (y1 + y2) / 2, "+", color=_BAD, ms=10, mew=2)
-    texts = (p.text if p.text.startswith(p.kind) else f"{p.kind}: {p.text}" for p in problems)
-    texts = list(dict.fromkeys(texts))
+    said = (p.text if p.text.startswith(p.kind) else f"{p.kind}: {p.text}" for p in problems)
+    texts = list(dict.fromkeys(said))
     lines = [f"{os.path.basename(path)} ({problems[0].split})", *texts[:2]]
     if len(texts) > 2:
         lines.append(f"and {len(texts) - 2} more")

@@ -91,7 +91,8 @@ def _typed(node: Any) -> Iterator[tuple[str, dict]]:
     if isinstance(node, dict):
         if "type" in node:
             # MMEngine's new-style configs hold the class itself.
-            name = getattr(node["type"], "__name__", node["type"])
+            kind: Any = node["type"]
+            name = kind if isinstance(kind, str) else kind.__name__
             yield name.rpartition(".")[2], node
         node = list(node.values())
     if isinstance(node, (list, tuple)):

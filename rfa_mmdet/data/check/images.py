@@ -12,53 +12,9 @@ from rich.progress import track
 
 from rfa_mmdet.data.check.find import Leaf
 from rfa_mmdet.data.check.report import Findings, missing_path, some
+from rfa_mmdet.files import MISSING, image_damage
 
-MISSING = "missing"
 NOT_DECODABLE = "not decodable"
-_TAIL = 64
-_PADDING = b"\0\r\n \t"
-_JPEG_END = b"\xff\xd9"
-_PNG_END = b"IEND\xaeB`\x82"
-_NO_IMAGE = {
-    b"version https://git-lfs": "a Git LFS pointer (run git lfs pull)",
-    b"<!DOCTYPE": "a web page",
-    b"<html": "a web page",
-}
-
-
-def image_damage(path: str) -> str | None:
-    """Return what is wrong with an image file, or None.
-
-    JPEG and PNG must end as they should; other formats are taken as they are.
-
-    Example:
-        >>> image_damage("/no/such/file.jpg")
-        'missing'
-    """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(32)
-            size = file.seek(0, os.SEEK_END)
-            file.seek(-min(_TAIL, size), os.SEEK_END)
-            tail = file.read()
-            if not size:
-                return "empty (0 bytes)"
-            if head.startswith(b"\xff\xd8"):
-                # Cameras append things to a picture, so it may end before the file does.
-                whole = tail.rstrip(_PADDING).endswith(_JPEG_END)
-                if not whole and not _jpeg_ends(path):
-                    return f"truncated JPEG ({size:,} bytes, no end marker FFD9)"
-            elif head.startswith(b"\x89PNG"):
-                if _PNG_END not in tail and not _contains(path, _PNG_END):
-                    return f"truncated PNG ({size:,} bytes, no IEND)"
-            else:
-                what = next((w for start, w in _NO_IMAGE.items() if head.startswith(start)), None)
-                return what and f"no image but {what}"
-    except (FileNotFoundError, NotADirectoryError):
-        return MISSING
-    except OSError as error:
-        return f"unreadable ({error.strerror})"
-    return None
 
 
 def read_image(path: str) -> tuple[np.ndarray | None, str | None]:
@@ -69,7 +25,7 @@ def read_image(path: str) -> tuple[np.ndarray | None, str | None]:
 
     Returns:
         tuple[np.ndarray | None, str | None]: (H, W, 3) uint8 in BGR, or what is wrong: what
-        :func:`image_damage` says, or that it is not decodable.
+        :func:`~rfa_mmdet.files.image_damage` says, or that it is not decodable.
 
     Example:
         >>> read_image("/no/such/file.jpg")
@@ -84,23 +40,6 @@ def read_image(path: str) -> tuple[np.ndarray | None, str | None]:
     except Exception as error:  # decoders raise what they like
         return None, f"{NOT_DECODABLE}: {error}"
     return (None, f"{NOT_DECODABLE} by OpenCV") if image is None else (image, None)
-
-
-def _jpeg_ends(path: str) -> bool:
-    """Look for the end marker behind the first scan; thumbnails before it have their own."""
-    with open(path, "rb") as file:
-        data = file.read()
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        if data[at + 1] == 0xDA:
-            return _JPEG_END in data[at:]
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return False
-
-
-def _contains(path: str, mark: bytes) -> bool:
-    with open(path, "rb") as file:
-        return mark in file.read()
 
 
 def damaged_images(paths: Sequence[str], threads: int = 16) -> dict[str, str]:

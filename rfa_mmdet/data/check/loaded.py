@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mmengine.dataset import BaseDataset
 
@@ -24,8 +25,8 @@ class Loaded:
 def kept(
     dataset: BaseDataset,
     images: Sequence,
-    side: Callable[[object], float],
-    filled: Callable[[object], bool],
+    side: Callable[[Any], float],
+    filled: Callable[[Any], bool],
 ) -> list:
     """Return the images that ``filter_cfg`` and ``indices`` of the dataset leave.
 
@@ -37,12 +38,12 @@ def kept(
     """
     filter_cfg = {} if dataset.test_mode else (dataset.filter_cfg or {})
     smallest = filter_cfg.get("min_size", 0)
-    images = [
+    left = [
         image
         for image in images
         if side(image) >= smallest and (filled(image) or not filter_cfg.get("filter_empty_gt"))
     ]
-    if dataset._indices is not None:
-        dataset.data_list = images
-        images = dataset._get_unserialized_subset(dataset._indices)
-    return images
+    if dataset._indices is None:
+        return left
+    dataset.data_list = left
+    return dataset._get_unserialized_subset(dataset._indices)

@@ -14,7 +14,7 @@ class DataError(UserError):
 
 @dataclass
 class Findings:
-    """What was found so far; later checks go on after an error, so that one run names them all.
+    """What was found so far; an error does not stop later checks, so that one run names them all.
 
     Attributes:
         errors (list[str]): A run would fail, or silently learn nothing or the wrong thing.

@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from mmdet.datasets import XMLDataset
 
@@ -56,10 +57,11 @@ def read_voc(path: str, classes: Collection[str]) -> VocImage:
         DataError: It is missing, cut off, not XML, or MMDetection cannot read it.
     """
     try:
-        root = ET.parse(path).getroot()
-        size = root.find("size")
-        if size is not None:
-            size = int(size.find("width").text), int(size.find("height").text)
+        root: Any = ET.parse(path).getroot()
+        node = root.find("size")
+        size = None
+        if node is not None:
+            size = int(node.find("width").text), int(node.find("height").text)
         objects = [(o.find("name").text, o) for o in root.findall("object")]
         boxes = [_box(name, o) for name, o in objects if name in classes]
     except FileNotFoundError as error:
@@ -79,11 +81,11 @@ def read_voc(path: str, classes: Collection[str]) -> VocImage:
     return VocImage(size, [name for name, _ in objects], boxes)
 
 
-def _box(name: str, node: ET.Element) -> VocBox:
+def _box(name: str, node: Any) -> VocBox:
     corners = node.find("bndbox")
-    xyxy = tuple(int(float(corners.find(c).text)) for c in ("xmin", "ymin", "xmax", "ymax"))
+    x1, y1, x2, y2 = (int(float(corners.find(c).text)) for c in ("xmin", "ymin", "xmax", "ymax"))
     difficult = node.find("difficult")
-    return VocBox(name, xyxy, difficult is not None and int(difficult.text) != 0)
+    return VocBox(name, (x1, y1, x2, y2), difficult is not None and int(difficult.text) != 0)
 
 
 def check_voc(leaf: Leaf, dataset: XMLDataset, found: Findings) -> Loaded:

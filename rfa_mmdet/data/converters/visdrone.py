@@ -153,17 +153,17 @@ def convert(
                 continue
             _add(coco, summary, path.name, size, lines[path], ignored)
     if not coco["images"]:
-        path, damage = next(iter(summary.skipped.items()))
-        raise UserError(f"none of the {len(images)} images can be read, such as {path}: {damage}")
+        bad, damage = next(iter(summary.skipped.items()))
+        raise UserError(f"none of the {len(images)} images can be read, such as {bad}: {damage}")
     with written_whole(summary.path) as part:
         part.write_text(json.dumps(coco), encoding="utf-8")
     return summary
 
 
 def _images(folder: Path) -> list[Path]:
-    for name in ("images", "annotations"):
-        if not (folder / name).is_dir():
-            raise UserError(f"{folder / name}: no such folder; right is the data set as published")
+    for part in ("images", "annotations"):
+        if not (folder / part).is_dir():
+            raise UserError(f"{folder / part}: no such folder; right is the data set as published")
     images = {path.stem: path for path in sorted((folder / "images").glob("*.jpg"))}
     texts = {path.stem for path in (folder / "annotations").glob("*.txt")}
     for have, lack, what in (

@@ -54,10 +54,10 @@ class ChannelAttention(nn.Module):
         """
         return channel_gate(*self.inputs(x)).to(x.dtype)
 
-    def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
+    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return maxima and means of x's channels, (B, C, 1, 1), and the MLP's weights."""
         check_feature_map(type(self).__name__, x, self.in_channels)
-        squeeze, excite = self.mlp[0].weight, self.mlp[2].weight
+        squeeze, excite = self.mlp.parameters()
         return *max_and_mean(x, (2, 3), squeeze.dtype), squeeze, excite
 
 

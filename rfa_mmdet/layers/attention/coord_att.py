@@ -62,7 +62,7 @@ class CoordAtt(nn.Module):
 
     def _weights(self) -> tuple[Tensor, ...]:
         convs = (self.conv1, self.conv_h, self.conv_w)
-        return tuple(tensor for conv in convs for tensor in (conv.weight, conv.bias))
+        return tuple(parameter for conv in convs for parameter in conv.parameters())
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return the weights of rows and columns, multiplied, to be looked at.
@@ -92,7 +92,8 @@ class CoordAtt(nn.Module):
         means = x.mean(3, dtype=weights[0].dtype), x.mean(2, dtype=weights[0].dtype)
 
         def spread(norm: Callable[[Tensor], Tensor], *given: Tensor) -> tuple[Tensor, Tensor]:
-            row_gate, column_gate = coordinate_gates(*given[:2], norm, *given[2:])
+            rows, columns, *parameters = given
+            row_gate, column_gate = coordinate_gates(rows, columns, norm, *parameters)
             return column_gate.unsqueeze(2).to(x.dtype), row_gate.unsqueeze(3).to(x.dtype)
 
         def first(*_: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,11 +104,11 @@ class CoordAtt(nn.Module):
             return x * column_gate * row_gate
         held = () if bn.training or bn.running_mean is None else (bn.running_mean, bn.running_var)
 
-        def again(_: Tensor, scale: Tensor, shift: Tensor, *given: Tensor) -> tuple:
-            statistics = given[8:] or (None, None)  # None: of the batch, not counted again
+        def again(_: Tensor, scale: Tensor, shift: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+            mean, var = given[8:] or (None, None)  # None: of the batch, not counted again
 
             def norm(z: Tensor) -> Tensor:
-                return F.batch_norm(z, *statistics, scale, shift, not held, 0.0, bn.eps)
+                return F.batch_norm(z, mean, var, scale, shift, not held, 0.0, bn.eps)
 
             return spread(norm, *given[:8])
 

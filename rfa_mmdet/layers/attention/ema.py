@@ -65,7 +65,7 @@ class EMA(nn.Module):
             Tensor: (B, C, H, W).
         """
         groups, gate, weights = self._inputs(x)
-        return weigh(groups, gate, *weights).unflatten(0, (-1, self.factor)).flatten(1, 2)
+        return self._joined(weigh(groups, gate, *weights))
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return the weights of the cells, to be looked at.
@@ -78,15 +78,20 @@ class EMA(nn.Module):
         """
         groups, gate, weights = self._inputs(x)
         (weight,) = gate(groups, *weights)  # (B * factor, 1, H, W)
-        return weight.expand_as(groups).unflatten(0, (-1, self.factor)).flatten(1, 2)
+        return self._joined(weight.expand_as(groups))
 
-    def _inputs(self, x: Tensor) -> tuple[Tensor, Callable, tuple[Tensor, ...]]:
+    def _joined(self, groups: Tensor) -> Tensor:
+        """Return (B * factor, c, H, W) as (B, C, H, W)."""
+        joined: Tensor = groups.unflatten(0, (-1, self.factor)).flatten(1, 2)
+        return joined
+
+    def _inputs(self, x: Tensor) -> tuple[Tensor, Callable[..., tuple[Tensor]], tuple[Tensor, ...]]:
         """Return the groups of channels, and how and of what their gates are made."""
         check_feature_map("EMA", x, self.in_channels)
         # (B, C, H, W) -> (B * factor, c, H, W)
         groups = x.unflatten(1, (self.factor, -1)).flatten(0, 1)
         modules = (self.conv1x1, self.conv3x3, self.gn)
-        weights = tuple(tensor for module in modules for tensor in (module.weight, module.bias))
+        weights = tuple(parameter for module in modules for parameter in module.parameters())
         return groups, partial(ema_gate, eps=self.gn.eps, size=(x.shape[2], x.shape[3])), weights
 
     def extra_repr(self) -> str:

@@ -62,7 +62,7 @@ class SE(nn.Module):
             Tensor: (B, C, 1, 1), in x's dtype.
         """
         with no_autocast(x):
-            score = self.fc(x.mean((2, 3), dtype=self.fc[0].weight.dtype))
+            score = self.fc(x.mean((2, 3), dtype=next(self.fc.parameters()).dtype))
         return torch.sigmoid(at_least_float32(score)).to(x.dtype)[:, :, None, None]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,58 +4,41 @@ Paper: arXiv 2304.03198 (RFAConv), which compares itself with these; the attenti
 CBAM (arXiv 1807.06521) and coordinate attention (arXiv 2103.02907), as the plug-ins of this package
 implement them.
 
-What differs from the published code: the parameters are named by what they do (checkpoint_keys.py
+What differs from the published code: the parameters are named by what they do (published_names.py
 has both names), plain means and maxima stand for adaptive pooling so that dynamic sizes export, and
 the gates are float32 under mixed precision.
 """
 
-from mmengine.registry import MODELS
-from torch import Tensor, nn
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-from rfa_mmdet.layers.arguments import boolean, positive_int
+from mmengine.registry import MODELS
+from torch import Tensor
+
+from rfa_mmdet.layers.arguments import positive_int, with_arguments_of
 from rfa_mmdet.layers.attention.cbam import CBAM, ChannelAttention
 from rfa_mmdet.layers.attention.coord_att import CoordAtt
 from rfa_mmdet.layers.conv.base import AttentionConv2d
+
+Attention = ChannelAttention | CBAM | CoordAtt
 
 
 class AttendedConv(AttentionConv2d):
     """Base: ``attention`` weighs the input, ``conv`` convolves it.
 
     Args:
-        attention (nn.Module): Keeps the shape of (B, in_channels, H, W).
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode:
-            As of :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
-        bias (bool): Of the convolution.
+        attention (Callable): Builds the attention, which keeps the shape of
+            (B, in_channels, H, W), from ``in_channels``.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode: As of :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
     """
 
-    def __init__(
-        self,
-        attention: nn.Module,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int],
-        padding: int | tuple[int, int] | None,
-        dilation: int | tuple[int, int],
-        groups: int,
-        bias: bool,
-        padding_mode: str,
-    ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
-        )
-        self.attention = attention
-        self.conv = nn.Conv2d(
-            in_channels,
-            out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            groups,
-            boolean("bias", bias),
-            padding_mode,
-        )
+    @with_arguments_of(AttentionConv2d)
+    def __init__(self, attention: Callable[[int], Attention], /, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.attention = attention(self.in_channels)
+        self.conv = self.plain_conv()
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve the weighed input.
@@ -67,7 +50,8 @@ class AttendedConv(AttentionConv2d):
             Tensor: (B, out_channels, h, w).
         """
         self.check_input(x)
-        return self.conv(self.attention(x))
+        out: Tensor = self.conv(self.attention(x))
+        return out
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return what the input is weighed by before it is convolved, to be looked at.
@@ -87,11 +71,8 @@ class CAMConv(AttendedConv):
     """CBAM's channel attention, then a convolution.
 
     Args:
-        in_channels (int): C of the input (B, C, H, W).
-        out_channels (int): O of the output (B, O, h, w).
-        kernel_size, stride, padding, dilation, groups, padding_mode: As of
-            :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
-        bias (bool): Of the convolution. Defaults to True.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode: As of :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
         reduction (int): The attention's hidden width is C // reduction, at least 1.
             Defaults to 16.
 
@@ -104,22 +85,9 @@ class CAMConv(AttendedConv):
         torch.Size([2, 32, 5, 6])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | None = None,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        reduction: int = 16,
-    ) -> None:
-        window = (kernel_size, stride, padding, dilation, groups, bias, padding_mode)
-        attention = ChannelAttention(in_channels, reduction)
-        super().__init__(attention, in_channels, out_channels, *window)
+    @with_arguments_of(AttendedConv)
+    def __init__(self, *args: Any, reduction: int = 16, **kwargs: Any) -> None:
+        super().__init__(partial(ChannelAttention, reduction=reduction), *args, **kwargs)
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
         """Return values under which every gate is 1/2."""
@@ -131,11 +99,8 @@ class CBAMConv(AttendedConv):
     """CBAM, then a convolution.
 
     Args:
-        in_channels (int): C of the input (B, C, H, W).
-        out_channels (int): O of the output (B, O, h, w).
-        kernel_size, stride, padding, dilation, groups, padding_mode: As of
-            :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
-        bias (bool): Of the convolution. Defaults to True.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode: As of :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
         reduction (int): The channel attention's hidden width is C // reduction, at least 1.
             Defaults to 16.
         spatial_kernel_size (int): Of the spatial attention, odd. Defaults to 7.
@@ -149,28 +114,17 @@ class CBAMConv(AttendedConv):
         torch.Size([2, 32, 5, 6])
     """
 
+    @with_arguments_of(AttendedConv)
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | None = None,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        reduction: int = 16,
-        spatial_kernel_size: int = 7,
+        self, *args: Any, reduction: int = 16, spatial_kernel_size: int = 7, **kwargs: Any
     ) -> None:
-        window = (kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         # Under its name here: kernel_size is another argument.
         if positive_int("spatial_kernel_size", spatial_kernel_size) % 2 == 0:
             raise ValueError(
                 f"spatial_kernel_size={spatial_kernel_size}: must be odd, to keep the size"
             )
-        attention = CBAM(in_channels, reduction, spatial_kernel_size)
-        super().__init__(attention, in_channels, out_channels, *window)
+        attention = partial(CBAM, reduction=reduction, kernel_size=spatial_kernel_size)
+        super().__init__(attention, *args, **kwargs)
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
         """Return values under which both gates are 1/2."""
@@ -183,11 +137,8 @@ class CAConv(AttendedConv):
     """Coordinate attention, then a convolution.
 
     Args:
-        in_channels (int): C of the input (B, C, H, W).
-        out_channels (int): O of the output (B, O, h, w).
-        kernel_size, stride, padding, dilation, groups, padding_mode: As of
-            :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
-        bias (bool): Of the convolution. Defaults to True.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode: As of :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
         reduction (int): The attention's hidden width is C // reduction, at least 8.
             Defaults to 32.
 
@@ -200,21 +151,9 @@ class CAConv(AttendedConv):
         torch.Size([2, 32, 5, 6])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | None = None,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        reduction: int = 32,
-    ) -> None:
-        window = (kernel_size, stride, padding, dilation, groups, bias, padding_mode)
-        super().__init__(CoordAtt(in_channels, reduction), in_channels, out_channels, *window)
+    @with_arguments_of(AttendedConv)
+    def __init__(self, *args: Any, reduction: int = 32, **kwargs: Any) -> None:
+        super().__init__(partial(CoordAtt, reduction=reduction), *args, **kwargs)
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
         """Return values under which both gates are 1/2."""

@@ -1,20 +1,19 @@
 """The Conv2d contract: what mmcv and MMDetection expect of anything they build as a convolution."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
-import torch
 from mmengine.model import kaiming_init
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rfa_mmdet.layers.arguments import check_feature_map, int_pair, positive_int
-from rfa_mmdet.layers.warm_start.published_names import PUBLISHED, rename_published
-from rfa_mmdet.layers.warm_start.start import Start, WarmStartError, matching
+from rfa_mmdet.layers.arguments import boolean, check_feature_map, int_pair, positive_int
+from rfa_mmdet.layers.warm_start.start import WarmStartable
 
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+PADDING_MODES = get_args(PaddingMode)
 
 
-class AttentionConv2d(nn.Module):
+class AttentionConv2d(WarmStartable):
     """Base of the convolutions with attention: Conv2d's arguments, checked, under its names.
 
     One difference from Conv2d: ``padding`` may be left out. A window with attention has a centre,
@@ -22,7 +21,9 @@ class AttentionConv2d(nn.Module):
     symmetric padding that does, and must be told.
 
     A state dict with a plain convolution's ``weight`` in this layer's place warm-starts it: see
-    :mod:`rfa_mmdet.layers.warm_start.start`. ``start`` says where the values come from.
+    :mod:`rfa_mmdet.layers.warm_start.start`.
+
+    Subclasses build the final convolution as ``conv``.
 
     Args:
         in_channels (int): C of the input (B, C, H, W).
@@ -33,6 +34,7 @@ class AttentionConv2d(nn.Module):
             (kernel_size - 1) / 2.
         dilation (int | tuple[int, int]): Distance of neighbours in a window.
         groups (int): Groups of the final convolution; divides both channel numbers.
+        bias (bool): Whether the final convolution has one.
         padding_mode (str): 'zeros', 'reflect', 'replicate' or 'circular'.
 
     Raises:
@@ -52,7 +54,8 @@ class AttentionConv2d(nn.Module):
         padding: int | tuple[int, int] | None = None,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
-        padding_mode: str = "zeros",
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
     ) -> None:
         super().__init__()
         self.in_channels = positive_int("in_channels", in_channels)
@@ -67,10 +70,10 @@ class AttentionConv2d(nn.Module):
                 f"groups={groups}: must divide in_channels={in_channels} "
                 f"and out_channels={out_channels}"
             )
+        self.with_bias = boolean("bias", bias)
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"padding_mode={padding_mode!r}: must be one of {PADDING_MODES}")
         self.padding_mode = padding_mode
-        self.start = Start()
 
     def _resolve_padding(self, padding: Any) -> tuple[int, int]:
         if padding is not None:
@@ -80,7 +83,24 @@ class AttentionConv2d(nn.Module):
                 f"padding=None with the even kernel_size={self.kernel_size}: no padding of both "
                 "sides keeps the size; pass padding, or an odd kernel_size"
             )
-        return tuple(d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        vertical, horizontal = (
+            d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel_size, strict=True)
+        )
+        return vertical, horizontal
+
+    def plain_conv(self) -> nn.Conv2d:
+        """Return a new plain convolution with this layer's arguments."""
+        return nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.with_bias,
+            self.padding_mode,
+        )
 
     def check_input(self, x: Tensor) -> None:
         """Check a map before anything is computed from it.
@@ -140,84 +160,9 @@ class AttentionConv2d(nn.Module):
         which it sees the fan of the whole, far too small.
         """
         for module in self.modules():
-            if module is not self.conv and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-
-    def plain_start(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        """Return values under which this layer computes what a plain convolution does.
-
-        Args:
-            weight (Tensor): (out_channels, in_channels / groups, kh, kw), of the plain one.
-            bias (Tensor | None): (out_channels,), of the plain one.
-
-        Returns:
-            dict[str, Tensor]: By own name; what is not named may have any value.
-        """
-        constants, gain = self.constant_attention()
-        values = {**constants, "conv.weight": weight / gain}
-        if self.conv.bias is not None:
-            values["conv.bias"] = weight.new_zeros(self.out_channels) if bias is None else bias
-        return values
-
-    def constant_attention(self) -> tuple[dict[str, Tensor], float]:
-        """Return values under which the attention weighs all alike, and by what."""
-        raise NotImplementedError
-
-    def plain_obstacle(self) -> str:
-        """Say why no values let this layer compute what a plain one does; empty if some do."""
-        return ""
-
-    def _zeros(self, *names: str) -> dict[str, Tensor]:
-        own = self.state_dict()
-        return {name: torch.zeros_like(own[name]) for name in names}
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        published = self.published_name()
-        if published:
-            rename_published(published, state_dict, prefix)
-        if prefix + "weight" in state_dict and prefix + "conv.weight" not in state_dict:
-            self._start_from_plain(state_dict, prefix)
-        else:
-            self._check_shape(state_dict, prefix, "conv.weight")
-            found = matching(self, state_dict, prefix)
-            if found:
-                self.start = Start(filled=self.start.filled | found)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    @classmethod
-    def published_name(cls) -> str:
-        """Return the first base that a paper names: a subclass reads what it reads; '': none."""
-        return next((base.__name__ for base in cls.__mro__ if base.__name__ in PUBLISHED), "")
-
-    def _start_from_plain(self, state_dict: dict, prefix: str) -> None:
-        self._check_shape(state_dict, prefix, "weight")
-        refused = self.plain_obstacle()
-        if not refused and prefix + "bias" in state_dict and self.conv.bias is None:
-            refused = "the plain convolution has a bias and this layer none; bias=True takes it"
-        if refused:
-            self.start = Start(self.start.filled, refused=refused)
-            return
-        plain = tuple(name for name in ("weight", "bias") if prefix + name in state_dict)
-        given = [state_dict.pop(prefix + name, None) for name in ("weight", "bias")]
-        # Not in the file's precision where the layer's is higher: a weight is scaled here.
-        own = self.conv.weight.dtype
-        given = [v if v is None else v.to(torch.promote_types(v.dtype, own)) for v in given]
-        values = self.plain_start(*given)
-        # What has no value of its own keeps it: nothing is missing then.
-        for name, value in {**self.state_dict(), **values}.items():
-            state_dict[prefix + name] = value
-        # The other values are the layer's own beginning, to be trained from there.
-        filled = {f"conv.{name}" for name in plain}
-        filled |= {name for name in values if name.endswith(("running_mean", "running_var"))}
-        self.start = Start(frozenset(filled | (self.start.filled - values.keys())), plain)
-
-    def _check_shape(self, state_dict: dict, prefix: str, name: str) -> None:
-        given = state_dict.get(prefix + name)
-        if given is not None and given.shape != self.conv.weight.shape:
-            raise WarmStartError(
-                f"{prefix}{name}: the checkpoint's convolution has the shape {tuple(given.shape)}, "
-                f"but the {type(self).__name__} in its place needs {tuple(self.conv.weight.shape)}"
-            )
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self.conv and reset is not None:
+                reset()
 
     def extra_repr(self) -> str:
         """Show Conv2d's arguments; the rest stands in the children's own lines."""

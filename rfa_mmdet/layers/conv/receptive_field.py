@@ -6,75 +6,75 @@ its own way, and the final convolution sums them up.
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from mmcv.cnn import build_activation_layer, build_norm_layer
 from torch import Tensor, nn
 
-from rfa_mmdet.layers.arguments import boolean
+from rfa_mmdet.layers.arguments import with_arguments_of
+from rfa_mmdet.layers.conv._fast_path import (
+    check_choice,
+    fold_norm,
+    must_be_called,
+    window_features,
+)
 from rfa_mmdet.layers.conv.base import AttentionConv2d
-from rfa_mmdet.layers.conv.lazy import lazy_features
-from rfa_mmdet.layers.conv.norms import fold_norm, must_be_called
-from rfa_mmdet.layers.warm_start.start import identity_features, identity_norm, norm_obstacle
-from rfa_mmdet.ops.common.windows import convolve_weighed_windows
-from rfa_mmdet.ops.receptive_field.lazy_windows import LazyFeatures
+from rfa_mmdet.layers.warm_start.identity import identity_features, identity_norm, norm_obstacle
+from rfa_mmdet.ops.common.windows import Window, convolve_weighed_windows
+from rfa_mmdet.ops.receptive_field import WindowFeatures
 
 
 class ReceptiveFieldConv(AttentionConv2d):
     """Base of the receptive-field convolutions.
 
     Args:
-        in_channels (int): C of the input (B, C, H, W).
-        out_channels (int): O of the output (B, O, h, w).
-        kernel_size, stride, padding, dilation, groups, padding_mode: As of
-            :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
-        bias (bool): Of the final convolution.
-        norm_cfg (dict | None): Norm of the features.
-        act_cfg (dict | None): Their activation.
-        learnt (bool): Whether the features are learnt; else they are the window's own values.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode: As of :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
+        norm_cfg (dict | None): Norm of the features. Defaults to BN.
+        act_cfg (dict | None): Their activation. Defaults to ReLU.
         input_floor (float): Lowest value of the input, at most 0, from which on a warm start is
             exact: below it, the activation cuts off. 0 behind a ReLU. Else the features start
             shifted by it, and the bias, which is needed then, takes the shift off again.
+            Defaults to 0.
+        backend (str): 'reference': plain torch. 'cpu', 'triton': kernels that do not store the
+            features, for batch norm or none and ReLU or none, float32 and bfloat16 (Triton float16
+            as well, the CPU float64). 'auto': those of x's device where they can compute this, else
+            plain torch. Traces and exports always hold plain torch. Defaults to 'auto'.
     """
 
+    # Of torch.ops.rfa_mmdet, what the layer calls.
+    operators: ClassVar[tuple[str, ...]]
+    feature: nn.Conv2d  # None where RFAConv takes the window's own values
+
+    @with_arguments_of(AttentionConv2d)
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int],
-        padding: int | tuple[int, int] | None,
-        dilation: int | tuple[int, int],
-        groups: int,
-        bias: bool,
-        padding_mode: str,
-        norm_cfg: dict | None,
-        act_cfg: dict | None,
-        input_floor: float,
-        learnt: bool = True,
+        *args: Any,
+        norm_cfg: dict[str, Any] | None = dict(type="BN"),
+        act_cfg: dict[str, Any] | None = dict(type="ReLU", inplace=True),
+        input_floor: float = 0.0,
+        backend: str = "auto",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
-        )
-        boolean("bias", bias)
-        self.input_floor = self._check_floor(input_floor, bias)
-        wide = in_channels * self.kernel_size[0] * self.kernel_size[1]  # C * K
+        super().__init__(*args, **kwargs)
+        self.input_floor = self._check_floor(input_floor)
+        wide = self.in_channels * self.kernel_size[0] * self.kernel_size[1]  # C * K
         # Registered before the convolution: mmcv's fuse_conv_bn takes a norm that follows one for
         # its own, and folds it into a bias that is not looked at here.
         self.norm = build_norm_layer(norm_cfg, wide)[1] if norm_cfg else nn.Identity()
-        if learnt:
-            self.feature = nn.Conv2d(
-                in_channels,
-                wide,
-                self.kernel_size,
-                self.stride,
-                self.padding,
-                self.dilation,
-                groups=in_channels,
-                bias=False,
-                padding_mode=padding_mode,
-            )
+        self.feature = nn.Conv2d(
+            self.in_channels,
+            wide,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            groups=self.in_channels,
+            bias=False,
+            padding_mode=self.padding_mode,
+        )
         self.act = build_activation_layer(act_cfg) if act_cfg else nn.Identity()
+        self.backend = check_choice(backend, self.operators, self.norm, self.act)
         if self.input_floor < 0 and act_cfg and not norm_cfg:
             raise ValueError(
                 f"input_floor={input_floor} with norm_cfg=None: it is the norm that shifts the "
@@ -82,21 +82,20 @@ class ReceptiveFieldConv(AttentionConv2d):
             )
         # Stride k over windows laid side by side, as the papers write it.
         self.conv = nn.Conv2d(
-            in_channels,
-            out_channels,
+            self.in_channels,
+            self.out_channels,
             self.kernel_size,
             stride=self.kernel_size,
-            groups=groups,
-            bias=bias,
+            groups=self.groups,
+            bias=self.with_bias,
         )
 
-    @staticmethod
-    def _check_floor(input_floor: Any, bias: bool) -> float:
+    def _check_floor(self, input_floor: Any) -> float:
         if isinstance(input_floor, bool) or not isinstance(input_floor, (int, float)):
             raise TypeError(f"input_floor={input_floor!r}: must be a number")
         if not -math.inf < input_floor <= 0:
             raise ValueError(f"input_floor={input_floor}: must be finite and at most 0")
-        if input_floor < 0 and not bias:
+        if input_floor < 0 and not self.with_bias:
             raise ValueError(
                 f"input_floor={input_floor} with bias=False: the bias takes the shift off again; "
                 "pass bias=True"
@@ -117,7 +116,7 @@ class ReceptiveFieldConv(AttentionConv2d):
         On inputs from ``input_floor`` on, and with the norm on its running statistics.
         """
         values = super().plain_start(weight, bias)
-        if hasattr(self, "feature"):
+        if self.feature is not None:
             values["feature.weight"] = identity_features(self.in_channels, self.kernel_size)
         # Without a norm nothing shifts the features.
         floor = 0.0 if isinstance(self.norm, nn.Identity) else self.input_floor
@@ -131,21 +130,31 @@ class ReceptiveFieldConv(AttentionConv2d):
         """Return the receptive-field features, (B, C, K, h, w), of a map (B, C, H, W)."""
         folded = fold_norm(self.feature, self.norm)
         if folded is None:
-            features = self.norm(self.feature(x))
+            normed = self.norm(self.feature(x))
         else:
-            features = self.feature._conv_forward(x, *folded)
-        features = self.act(features)  # (B, C * K, h, w)
+            normed = self.feature._conv_forward(x, *folded)
+        features: Tensor = self.act(normed)  # (B, C * K, h, w)
         batch, wide, height, width = features.shape
         # No -1 for K: an empty batch could not tell it.
         positions = wide // self.in_channels
         return features.reshape(batch, self.in_channels, positions, height, width)
 
-    def lazy_features(self, x: Tensor) -> LazyFeatures | None:
-        """Return the features of a map (B, C, H, W), unmade. None: they must be made.
+    def window_features(self, x: Tensor) -> WindowFeatures | None:
+        """Return the features of a map (B, C, H, W) for the kernels. None: plain torch must run.
 
         If they are returned, the norm's running statistics are updated.
         """
-        return lazy_features(x, self.feature, self.norm, self.act, self.conv.weight, self.pad)
+        return window_features(
+            self.backend,
+            self.operators,
+            x,
+            Window(self.kernel_size, self.stride, self.padding, self.dilation),
+            self.pad,
+            self.feature,
+            self.norm,
+            self.act,
+            self.conv.weight,
+        )
 
     def convolve(self, windows: Tensor, gates: tuple[Tensor, Tensor]) -> Tensor:
         """Sum up weighed features: (B, C, K, h, w), or (B, C, kh, kw, h, w), to (B, O, h, w).

@@ -7,14 +7,17 @@ side by side, as the means of the rows and columns of that layout are means over
 numbers).
 
 On a CPU, in float32 and bfloat16, with batch norm or none and ReLU or none, C++ kernels compute the
-same without making the features (``lazy.py``). Traces, exports and modules with hooks, which must
-be called to be seen, always take the formula.
+same without storing the features (``_fast_path.py``). Traces, exports and modules with hooks, which
+must be called, always take the formula.
 """
+
+from typing import Any
 
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor
 
+from rfa_mmdet.layers.arguments import with_arguments_of
 from rfa_mmdet.layers.attention.coord_att import CoordAtt
 from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
 
@@ -23,25 +26,13 @@ from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
 class RFCAConv(ReceptiveFieldConv):
     """Convolution whose receptive-field features are weighed by row and by column.
 
-    Arguments shared with Conv2d: see
-    :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
-
     Args:
-        in_channels (int): C of the input (B, C, H, W).
-        out_channels (int): O of the output (B, O, h, w).
-        kernel_size (int | tuple[int, int]): Size of the window.
-        stride (int | tuple[int, int]): Defaults to 1.
-        padding (int | tuple[int, int] | None): Defaults to None: an odd kernel keeps the size.
-        dilation (int | tuple[int, int]): Defaults to 1.
-        groups (int): Of the final convolution. Defaults to 1.
-        bias (bool): Of the final convolution. Defaults to True.
-        padding_mode (str): Defaults to 'zeros'.
-        norm_cfg (dict | None): Norm of the receptive-field features. Defaults to BN.
-        act_cfg (dict | None): Their activation. Defaults to ReLU.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode: As of :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
+        norm_cfg, act_cfg, input_floor, backend: As of
+            :class:`~rfa_mmdet.layers.conv.receptive_field.ReceptiveFieldConv`.
         reduction (int): The attention's hidden width is C // reduction, at least 8.
             Defaults to 32.
-        input_floor (float): Lowest value of the input for which a warm start is exact; below 0 it
-            needs ``bias=True``. Defaults to 0.
 
     Raises:
         TypeError, ValueError: An argument or the input is not as above.
@@ -53,27 +44,12 @@ class RFCAConv(ReceptiveFieldConv):
         torch.Size([2, 32, 5, 6])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | None = None,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        norm_cfg: dict | None = dict(type="BN"),
-        act_cfg: dict | None = dict(type="ReLU", inplace=True),
-        reduction: int = 32,
-        input_floor: float = 0.0,
-    ) -> None:
-        window = (stride, padding, dilation, groups, bias, padding_mode)
-        super().__init__(
-            in_channels, out_channels, kernel_size, *window, norm_cfg, act_cfg, input_floor
-        )
-        self.coordinate = CoordAtt(in_channels, reduction)
+    operators = ("pool_coordinates", "gated_conv")
+
+    @with_arguments_of(ReceptiveFieldConv)
+    def __init__(self, *args: Any, reduction: int = 32, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.coordinate = CoordAtt(self.in_channels, reduction)
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
         """Return values under which both gates are 1/2."""
@@ -92,11 +68,11 @@ class RFCAConv(ReceptiveFieldConv):
             Tensor: (B, out_channels, h, w).
         """
         self.check_input(x)
-        lazy = self.lazy_features(x)
-        if lazy is None:
+        features = self.window_features(x)
+        if features is None:
             return self.convolve(*self._weighed(x))
-        gates = self._gates(*lazy.coordinate_means())
-        return lazy.convolve(gates, self.conv.weight, self.conv.bias, self.groups)
+        gates = self._gates(*features.coordinate_means())
+        return features.convolve(gates, self.conv.weight, self.conv.bias, self.groups)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return what the features of each window are weighed by, to be looked at.

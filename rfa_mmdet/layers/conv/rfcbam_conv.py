@@ -9,16 +9,18 @@ published argument is named ``ratio``), and the spatial ones from the features b
 weighed.
 
 On a CPU, in float32 and bfloat16, with batch norm or none and ReLU or none, C++ kernels compute the
-same without making the features (``lazy.py``). Traces, exports and modules with hooks, which must
-be called to be seen, always take the formula.
+same without storing the features (``_fast_path.py``). Traces, exports and modules with hooks, which
+must be called, always take the formula.
 Of equal maxima over the channels, the kernels give the gradient to the first, the formula to all.
 """
+
+from typing import Any
 
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from rfa_mmdet.layers.arguments import positive_int
+from rfa_mmdet.layers.arguments import positive_int, with_arguments_of
 from rfa_mmdet.layers.attention.se import SE
 from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
 from rfa_mmdet.ops.cbam import in_fast_layout
@@ -31,24 +33,12 @@ from rfa_mmdet.ops.common.windows import lay_out, take_apart
 class RFCBAMConv(ReceptiveFieldConv):
     """Convolution whose receptive-field features are weighed by channel and by position.
 
-    Arguments shared with Conv2d: see
-    :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
-
     Args:
-        in_channels (int): C of the input (B, C, H, W).
-        out_channels (int): O of the output (B, O, h, w).
-        kernel_size (int | tuple[int, int]): Size of the window.
-        stride (int | tuple[int, int]): Defaults to 1.
-        padding (int | tuple[int, int] | None): Defaults to None: an odd kernel keeps the size.
-        dilation (int | tuple[int, int]): Defaults to 1.
-        groups (int): Of the final convolution. Defaults to 1.
-        bias (bool): Of the final convolution. Defaults to True.
-        padding_mode (str): Defaults to 'zeros'.
-        norm_cfg (dict | None): Norm of the receptive-field features. Defaults to BN.
-        act_cfg (dict | None): Their activation. Defaults to ReLU.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode: As of :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
+        norm_cfg, act_cfg, input_floor, backend: As of
+            :class:`~rfa_mmdet.layers.conv.receptive_field.ReceptiveFieldConv`.
         hidden_channels (int): Hidden width of the channel attention. Defaults to 16.
-        input_floor (float): Lowest value of the input for which a warm start is exact; below 0 it
-            needs ``bias=True``. Defaults to 0.
 
     Raises:
         TypeError, ValueError: An argument or the input is not as above.
@@ -59,29 +49,14 @@ class RFCBAMConv(ReceptiveFieldConv):
         torch.Size([2, 32, 5, 6])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | None = None,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        norm_cfg: dict | None = dict(type="BN"),
-        act_cfg: dict | None = dict(type="ReLU", inplace=True),
-        hidden_channels: int = 16,
-        input_floor: float = 0.0,
-    ) -> None:
-        window = (stride, padding, dilation, groups, bias, padding_mode)
-        super().__init__(
-            in_channels, out_channels, kernel_size, *window, norm_cfg, act_cfg, input_floor
-        )
+    operators = ("pool_channels", "gated_conv")
+
+    @with_arguments_of(ReceptiveFieldConv)
+    def __init__(self, *args: Any, hidden_channels: int = 16, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         # SE itself takes None, for a width by reduction.
         hidden_channels = positive_int("hidden_channels", hidden_channels)
-        self.se = SE(in_channels, hidden_channels=hidden_channels)
+        self.se = SE(self.in_channels, hidden_channels=hidden_channels)
         self.spatial = nn.Conv2d(2, 1, 3, padding=1, bias=False)
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
@@ -98,12 +73,12 @@ class RFCBAMConv(ReceptiveFieldConv):
             Tensor: (B, out_channels, h, w).
         """
         self.check_input(x)
-        lazy = self.lazy_features(x)
-        if lazy is None:
+        features = self.window_features(x)
+        if features is None:
             return self.convolve(*self._weighed(x))
-        channel, spatial = self._gates(x, lazy.max_and_mean())
+        channel, spatial = self._gates(x, features.max_and_mean())
         gates = channel.flatten(1), spatial.flatten(1, 2)
-        return lazy.convolve(gates, self.conv.weight, self.conv.bias, self.groups)
+        return features.convolve(gates, self.conv.weight, self.conv.bias, self.groups)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return what the features of each window are weighed by, to be looked at.

@@ -1,17 +1,21 @@
-"""Warm start: a layer that takes a plain convolution's place and computes what that computed.
+"""Warm start: a layer takes a plain convolution's place and computes what that computed.
 
 A checkpoint of the plain model has ``weight`` (and ``bias``) where the layer stands; the layer's
 own final convolution is ``conv.weight``, so the two cannot be confused. Each layer has values
-under which its attention weighs all alike, a constant that the final weight absorbs; the
-receptive-field ones also those under which their features are the window's own values, on inputs
-that are nowhere below ``input_floor`` (ReLU and batch norm in between).
+under which its attention weighs everything alike, by a constant that the final weight absorbs;
+the receptive-field ones also have values under which their features are the window's own
+(``identity.py``), on inputs that are nowhere below ``input_floor``.
+
+:class:`Start` is the record of what a checkpoint did. :class:`WarmStartable` is the base of the
+layers: first what a layer says of itself, then what loading does with it.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from rfa_mmdet.layers.warm_start.published_names import PUBLISHED, rename_published
 
 
 class WarmStartError(ValueError):
@@ -50,105 +54,94 @@ def matching(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> froz
     )
 
 
-def identity_features(channels: int, kernel_size: tuple[int, int]) -> Tensor:
-    """Return depthwise kernels of which number i picks position i of the window.
+class WarmStartable(nn.Module):
+    """Base of the layers that a plain convolution's checkpoint can start.
 
-    Args:
-        channels (int): C.
-        kernel_size (tuple[int, int]): (kh, kw), K = kh * kw.
-
-    Returns:
-        Tensor: (C * K, 1, kh, kw).
-
-    Example:
-        >>> identity_features(3, (1, 2)).flatten(1)[:2]
-        tensor([[1., 0.],
-                [0., 1.]])
+    Attributes:
+        conv (nn.Conv2d): The final convolution, of the shape of the plain one.
+        start (Start): Where the values come from.
     """
-    positions = kernel_size[0] * kernel_size[1]
-    one_hot = torch.eye(positions).reshape(positions, 1, *kernel_size)
-    return one_hot.repeat(channels, 1, 1, 1)
 
+    conv: nn.Conv2d
 
-def norm_obstacle(norm: nn.Module) -> str:
-    """Say why a norm cannot be made the identity; empty if it can.
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = Start()
 
-    Example:
-        >>> norm_obstacle(nn.GroupNorm(2, 4))
-        'its norm, GroupNorm, cannot be the identity; BN can'
-        >>> norm_obstacle(nn.BatchNorm2d(4))
-        ''
-    """
-    if isinstance(norm, nn.Identity):
+    # What a layer says of itself.
+
+    def constant_attention(self) -> tuple[dict[str, Tensor], float]:
+        """Return values under which the attention weighs all alike, and by what."""
+        raise NotImplementedError
+
+    def plain_start(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """Return values under which this layer computes what a plain convolution does.
+
+        Args:
+            weight (Tensor): (out_channels, in_channels / groups, kh, kw), of the plain one.
+            bias (Tensor | None): (out_channels,), of the plain one.
+
+        Returns:
+            dict[str, Tensor]: By own name; what is not named may have any value.
+        """
+        constants, gain = self.constant_attention()
+        values = {**constants, "conv.weight": weight / gain}
+        if self.conv.bias is not None:
+            values["conv.bias"] = weight.new_zeros(len(weight)) if bias is None else bias
+        return values
+
+    def plain_obstacle(self) -> str:
+        """Say why no values let this layer compute what a plain one does; empty if some do."""
         return ""
-    if not isinstance(norm, _BatchNorm):
-        return f"its norm, {type(norm).__name__}, cannot be the identity; BN can"
-    if not (norm.affine and norm.track_running_stats):
-        return "its BN has no parameters or no statistics, which the identity needs"
-    return ""
 
+    @classmethod
+    def published_name(cls) -> str:
+        """Return the class in the bases whose published names this layer reads; '': none."""
+        return next((base.__name__ for base in cls.__mro__ if base.__name__ in PUBLISHED), "")
 
-@torch.no_grad()
-def identity_norm(norm: nn.Module, floor: float) -> dict[str, Tensor]:
-    """Return values under which a norm on its running statistics only takes ``floor`` off.
+    def _zeros(self, *names: str) -> dict[str, Tensor]:
+        own = self.state_dict()
+        return {name: torch.zeros_like(own[name]) for name in names}
 
-    Args:
-        norm (nn.Module): BN of C channels, or ``nn.Identity``.
-        floor (float): Lowest value that the ReLU behind the norm shall let through; at most 0.
+    # What loading does with it.
 
-    Returns:
-        dict[str, Tensor]: By name, (C,) each.
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        rename_published(self.published_name(), state_dict, prefix)
+        if prefix + "weight" in state_dict and prefix + "conv.weight" not in state_dict:
+            self._start_from_plain(state_dict, prefix)
+        else:
+            self._check_shape(state_dict, prefix, "conv.weight")
+            found = matching(self, state_dict, prefix)
+            if found:
+                self.start = Start(filled=self.start.filled | found)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
-    Example:
-        >>> norm = nn.BatchNorm2d(2)
-        >>> _ = norm.load_state_dict(identity_norm(norm, floor=-1.0), strict=False)
-        >>> norm.eval()(torch.full((1, 2, 1, 1), -0.75)).flatten().tolist()
-        [0.25, 0.25]
-    """
-    if isinstance(norm, nn.Identity):
-        return {}
-    return {
-        "weight": torch.full_like(norm.weight, (1 + norm.eps) ** 0.5),
-        "bias": torch.full_like(norm.bias, -floor),
-        "running_mean": torch.zeros_like(norm.running_mean),
-        "running_var": torch.ones_like(norm.running_var),
-        "num_batches_tracked": torch.zeros_like(norm.num_batches_tracked),
-    }
+    def _start_from_plain(self, state_dict: dict[str, Any], prefix: str) -> None:
+        self._check_shape(state_dict, prefix, "weight")
+        refused = self.plain_obstacle()
+        if not refused and prefix + "bias" in state_dict and self.conv.bias is None:
+            refused = "the plain convolution has a bias and this layer none; bias=True takes it"
+        if refused:
+            self.start = Start(self.start.filled, refused=refused)
+            return
+        plain = tuple(name for name in ("weight", "bias") if prefix + name in state_dict)
+        # Not in the file's precision where the layer's is higher: a weight is scaled here.
+        own = self.conv.weight.dtype
+        given = {name: state_dict.pop(prefix + name) for name in plain}
+        given = {name: v.to(torch.promote_types(v.dtype, own)) for name, v in given.items()}
+        values = self.plain_start(given["weight"], given.get("bias"))
+        # What has no value of its own keeps it: nothing is missing then.
+        for name, value in {**self.state_dict(), **values}.items():
+            state_dict[prefix + name] = value
+        # The other values are the layer's own beginning, to be trained from there.
+        filled = {f"conv.{name}" for name in plain}
+        filled |= {name for name in values if name.endswith(("running_mean", "running_var"))}
+        self.start = Start(frozenset(filled | (self.start.filled - values.keys())), plain)
 
-
-def is_uncalibrated(norm: nn.Module, floor: float) -> bool:
-    """Whether a norm has the values of :func:`identity_norm`, so is no identity on batches.
-
-    Example:
-        >>> is_uncalibrated(nn.BatchNorm2d(2), floor=0.0)
-        False
-    """
-    if not isinstance(norm, _BatchNorm) or norm_obstacle(norm):
-        return False
-    own = norm.state_dict()
-    return all(
-        bool((own[name] == value).all())
-        for name, value in identity_norm(norm, floor).items()
-        if name != "num_batches_tracked"
-    )
-
-
-@torch.no_grad()
-def calibrate_norm(norm: _BatchNorm, mean: Tensor, variance: Tensor, floor: float) -> None:
-    """Make a norm the identity, less ``floor``, on batches with these statistics.
-
-    Args:
-        norm (_BatchNorm): Of C channels.
-        mean, variance (Tensor): (C,), of its input; biased, as batch norm divides by it.
-        floor (float): As of :func:`identity_norm`.
-
-    Example:
-        >>> norm, x = nn.BatchNorm2d(3), torch.randn(8, 3, 4, 4)
-        >>> calibrate_norm(norm, x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0), floor=0.0)
-        >>> bool((norm.train()(x) - x).abs().max() < 1e-5)
-        True
-    """
-    norm.weight.copy_((variance + norm.eps).sqrt())
-    norm.bias.copy_(mean - floor)
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_(variance)
+    def _check_shape(self, state_dict: dict[str, Any], prefix: str, name: str) -> None:
+        given = state_dict.get(prefix + name)
+        if given is not None and given.shape != self.conv.weight.shape:
+            raise WarmStartError(
+                f"{prefix}{name}: the checkpoint's convolution has the shape {tuple(given.shape)}, "
+                f"but the {type(self).__name__} in its place needs {tuple(self.conv.weight.shape)}"
+            )

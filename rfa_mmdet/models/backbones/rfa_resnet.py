@@ -5,15 +5,16 @@ Bottleneck has one 3x3, which is where MMDetection puts deformable convolutions 
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.utils.checkpoint as cp
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmdet.registry import MODELS
+from mmdet.utils import ConfigType, OptConfigType
 from torch import Tensor, nn
 
-from rfa_mmdet.models.retrofit.edits import apply_edits, plan_edits
-from rfa_mmdet.models.retrofit.new_layers import NewLayers
+from rfa_mmdet.models.retrofit.edits import apply_edits, plan_at
+from rfa_mmdet.models.retrofit.new_layers import keep_new
 
 
 class PluginBasicBlock(BasicBlock):
@@ -43,7 +44,7 @@ class PluginBasicBlock(BasicBlock):
     forward_plugin = Bottleneck.forward_plugin
 
     def __init__(
-        self, inplanes: int, planes: int, plugins: list[dict] | None = None, **kwargs
+        self, inplanes: int, planes: int, plugins: list[ConfigType] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(inplanes, planes, **kwargs)
         for plugin in plugins or []:
@@ -61,14 +62,16 @@ class PluginBasicBlock(BasicBlock):
             out = self.norm2(self.conv2(out))
             out = self.forward_plugin(out, self.after_conv2_plugin_names)
             identity = x if self.downsample is None else self.downsample(x)
-            return out + identity
+            total: Tensor = out + identity
+            return total
 
-        if self.with_cp and x.requires_grad:
-            return self.relu(cp.checkpoint(residual, x, use_reentrant=False))
-        return self.relu(residual(x))
+        recompute = self.with_cp and x.requires_grad
+        out = cp.checkpoint(residual, x, use_reentrant=False) if recompute else residual(x)
+        y: Tensor = self.relu(out)
+        return y
 
 
-def _check_position(plugin: dict, positions: tuple[str, ...]) -> None:
+def _check_position(plugin: ConfigType, positions: tuple[str, ...]) -> None:
     if plugin.get("position") not in positions:
         raise ValueError(
             f"plugins: position={plugin.get('position')!r} of {plugin.get('cfg')}: "
@@ -106,7 +109,7 @@ class RFAResNet(ResNet):
         [(1, 64, 16, 16), (1, 128, 8, 8), (1, 256, 4, 4), (1, 512, 2, 2)]
     """
 
-    arch_settings: ClassVar[dict] = {
+    arch_settings: ClassVar[dict[int, Any]] = {
         depth: (PluginBasicBlock if block is BasicBlock else block, blocks)
         for depth, (block, blocks) in ResNet.arch_settings.items()
     }
@@ -114,11 +117,11 @@ class RFAResNet(ResNet):
     def __init__(
         self,
         depth: int,
-        rfa: dict | None = None,
+        rfa: OptConfigType = None,
         stage_with_rfa: Sequence[bool] | None = None,
-        plugins: list[dict] | None = None,
+        plugins: list[ConfigType] | None = None,
         strict_start: bool | str = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         if depth not in self.arch_settings:
             raise ValueError(f"depth={depth!r}: must be one of {tuple(self.arch_settings)}")
@@ -147,17 +150,20 @@ class RFAResNet(ResNet):
         super().__init__(depth, plugins=plugins, **kwargs)
         self.frozen_stages = frozen_stages
         new = self._insert_rfa() | self._plugins()
-        with NewLayers(self, new, strict_start).kept(self.training):
+        with keep_new(self, new, strict_start).kept(self.training):
             self._freeze_stages()
 
     def _insert_rfa(self) -> dict[str, nn.Module]:
-        conv = "conv2" if issubclass(self.block, Bottleneck) else "conv1"
-        stages = [n + 1 for n, replaced in enumerate(self.stage_with_rfa) if replaced]
-        if not stages:
+        if self.rfa is None:
             return {}
-        where = rf"layer({'|'.join(map(str, stages))})\.\d+\.{conv}"
-        steps = plan_edits(self, [dict(where=where, conv=self.rfa)])
-        return apply_edits(self, steps, loaded=False)
+        conv = "conv2" if issubclass(self.block, Bottleneck) else "conv1"
+        names = [
+            f"{layer}.{i}.{conv}"
+            for layer, replaced in zip(self.res_layers, self.stage_with_rfa, strict=True)
+            if replaced
+            for i in range(len(getattr(self, layer)))
+        ]
+        return apply_edits(self, plan_at(self, names, self.rfa, "rfa"), loaded=False)
 
     def _plugins(self) -> dict[str, nn.Module]:
         return {
@@ -168,7 +174,7 @@ class RFAResNet(ResNet):
             for plugin in getattr(block, f"after_conv{position}_plugin_names", ())
         }
 
-    def make_stage_plugins(self, plugins: list[dict], stage_idx: int) -> list[dict]:
+    def make_stage_plugins(self, plugins: list[ConfigType], stage_idx: int) -> list[ConfigType]:
         """Return the plug-ins of a stage, checked in words before MMDetection asserts."""
         positions = getattr(self.block, "positions", ("after_conv1", "after_conv2", "after_conv3"))
         for plugin in plugins:
@@ -179,10 +185,14 @@ class RFAResNet(ResNet):
                     f"plugins: stages={stages} of {plugin.get('cfg')}: must have "
                     f"num_stages={self.num_stages} entries"
                 )
-        return super().make_stage_plugins(plugins, stage_idx)
+        chosen: list[ConfigType] = super().make_stage_plugins(plugins, stage_idx)
+        return chosen
 
-    def make_res_layer(self, block: type, init_cfg: dict | None = None, **kwargs) -> nn.Module:
+    def make_res_layer(
+        self, block: type, init_cfg: OptConfigType = None, **kwargs: Any
+    ) -> nn.Module:
         """Build a stage; MMDetection's ``zero_init_residual`` knows only its own BasicBlock."""
         if block is PluginBasicBlock and self._zero_last_norm:
             init_cfg = dict(type="Constant", val=0, override=dict(name="norm2"))
-        return super().make_res_layer(block=block, init_cfg=init_cfg, **kwargs)
+        stage: nn.Module = super().make_res_layer(block=block, init_cfg=init_cfg, **kwargs)
+        return stage

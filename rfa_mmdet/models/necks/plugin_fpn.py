@@ -5,9 +5,10 @@ from typing import Any
 
 from mmdet.models.necks import FPN
 from mmdet.registry import MODELS
+from mmdet.utils import ConfigType, OptConfigType
 
-from rfa_mmdet.models.retrofit.edits import apply_edits, plan_edits
-from rfa_mmdet.models.retrofit.new_layers import NewLayers
+from rfa_mmdet.models.retrofit.edits import Step, apply_edits, plan_at
+from rfa_mmdet.models.retrofit.new_layers import keep_new
 
 POSITIONS = {"after_lateral": "lateral_convs", "after_output": "fpn_convs"}
 
@@ -48,21 +49,23 @@ class PluginFPN(FPN):
         in_channels: list[int],
         out_channels: int,
         num_outs: int,
-        plugins: Sequence[dict] = (),
-        conv_cfg: dict | None = None,
+        plugins: Sequence[ConfigType] = (),
+        conv_cfg: OptConfigType = None,
         strict_start: bool | str = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(in_channels, out_channels, num_outs, **kwargs)
         if isinstance(plugins, (dict, str)):
             raise TypeError(f"plugins={plugins!r}: must be a list of dicts")
-        edits = [self._edit(i, plugin) for i, plugin in enumerate(plugins)]
+        steps = []
         if conv_cfg is not None:
-            edits.append(dict(where=r"fpn_convs\.\d+", conv=conv_cfg))
-        new = apply_edits(self, plan_edits(self, edits), loaded=False) if edits else {}
-        NewLayers(self, new, strict_start)
+            names = [f"fpn_convs.{level}.conv" for level in range(len(self.fpn_convs))]
+            steps += plan_at(self, names, conv_cfg, "conv_cfg")
+        for i, plugin in enumerate(plugins):
+            steps += self._plan_plugin(i, plugin)
+        keep_new(self, apply_edits(self, steps, loaded=False), strict_start)
 
-    def _edit(self, i: int, plugin: dict) -> dict:
+    def _plan_plugin(self, i: int, plugin: ConfigType) -> list[Step]:
         if not isinstance(plugin, dict) or not {"cfg", "position"} <= set(plugin):
             raise TypeError(
                 f"plugins[{i}]={plugin!r}: must be dict(cfg=..., position=..., levels=...)"
@@ -85,4 +88,5 @@ class PluginFPN(FPN):
                 f"plugins[{i}]: levels={levels}: {plugin['position']} can be at levels "
                 f"{tuple(range(count))} of this FPN"
             )
-        return dict(after=rf"{convs}\.({'|'.join(map(str, levels))})", plugin=plugin["cfg"])
+        names = [f"{convs}.{level}" for level in dict.fromkeys(levels)]
+        return plan_at(self, names, plugin["cfg"], f"plugins[{i}].cfg", inserts=True)

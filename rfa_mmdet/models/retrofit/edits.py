@@ -5,7 +5,7 @@ planned on the module as it came, before the first is carried out: a wrong one c
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from mmcv.cnn import build_conv_layer, build_plugin_layer
 from mmcv.cnn.bricks.wrappers import Conv2d as MMCVConv2d
+from mmdet.utils import ConfigType
 from mmengine.registry import MODELS as LAYERS
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ class Step:
 
     names: tuple[str, ...]
     module: nn.Module
-    cfg: dict
+    cfg: ConfigType
     inserts: bool
 
     def build(self) -> tuple[str, nn.Module]:
@@ -56,7 +57,7 @@ class Step:
             raise kind(f"{self.names[0]}: {self.cfg} does not fit there: {error}") from error
 
 
-def plan_edits(module: nn.Module, edits: Sequence[dict]) -> list[Step]:
+def plan_edits(module: nn.Module, edits: Sequence[ConfigType]) -> list[Step]:
     """Find what a list of edits means for a module.
 
     Args:
@@ -87,8 +88,7 @@ def plan_edits(module: nn.Module, edits: Sequence[dict]) -> list[Step]:
     replaced: dict[nn.Module, str] = {}
     for i, edit in enumerate(edits):
         kind, pattern, cfg = _check_edit(i, edit)
-        found = _find(names, kind, pattern, f"edits[{i}]: {kind}={edit[kind]!r}")
-        for target in found:
+        for target in _find(names, kind, pattern, f"edits[{i}]: {kind}={edit[kind]!r}"):
             if kind == "where":
                 if target in replaced:
                     raise ValueError(
@@ -101,12 +101,45 @@ def plan_edits(module: nn.Module, edits: Sequence[dict]) -> list[Step]:
     return sorted(steps, key=lambda step: step.inserts)
 
 
+def plan_at(
+    module: nn.Module, names: Iterable[str], cfg: ConfigType, argument: str, inserts: bool = False
+) -> list[Step]:
+    """Plan one edit of modules that the caller knows by name.
+
+    Args:
+        module (nn.Module): Any; stays as it is.
+        names (Iterable[str]): Of convolutions in it to be replaced, or of modules in it to be
+            followed by a plug-in.
+        cfg (dict): Of what is put in.
+        argument (str): The user's name for ``cfg``, for messages.
+        inserts (bool): Whether that is a plug-in. Defaults to False.
+
+    Returns:
+        list[Step]: In the order of the names.
+
+    Raises:
+        ValueError, TypeError: ``cfg`` is no config, or a convolution cannot be replaced.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        >>> steps = plan_at(net, ["0"], dict(type="RFAConv"), "rfa")
+        >>> list(apply_edits(net, steps, loaded=False))
+        ['0']
+    """
+    cfg = _check_config(argument, cfg)
+    steps = [Step((name,), module.get_submodule(name), cfg, inserts) for name in names]
+    for step in steps:
+        if not inserts and (obstacle := _obstacle(step.module)):
+            raise ValueError(f"{argument}={cfg}: cannot replace {step.names[0]}, which {obstacle}")
+    return steps
+
+
 def apply_edits(module: nn.Module, steps: Sequence[Step], loaded: bool) -> dict[str, nn.Module]:
     """Carry out a plan.
 
     Args:
         module (nn.Module): That the plan was made for; changed in place.
-        steps (Sequence[Step]): From :func:`plan_edits`.
+        steps (Sequence[Step]): From :func:`plan_edits` or :func:`plan_at`.
         loaded (bool): Whether the module's weights count: replacements are then warm-started.
 
     Returns:
@@ -131,7 +164,7 @@ def apply_edits(module: nn.Module, steps: Sequence[Step], loaded: bool) -> dict[
             _insert(target, name, layer)
             new[f"{step.names[0]}.{name}"] = layer
             continue
-        if loaded:
+        if loaded and isinstance(step.module, nn.Conv2d):
             _copy_weights(step.module, layer)
         for full_name in step.names:
             parent, _, child = full_name.rpartition(".")
@@ -155,7 +188,7 @@ def plan_table(steps: Sequence[Step]) -> list[tuple[str, ...]]:
         >>> plan_table(plan_edits(net, [dict(where="0", conv=dict(type="RFAConv"))]))
         [('0', 'Conv2d 8 -> 8, 3x3, stride 1', 'RFAConv', '+864')]
     """
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for step in steps:
         with torch.device("meta"):
             name, layer = step.build()
@@ -163,8 +196,7 @@ def plan_table(steps: Sequence[Step]) -> list[tuple[str, ...]]:
         there, becomes = type(step.module).__name__, type(layer).__name__
         if step.inserts:
             becomes = f"itself, then {becomes} as .{name}"
-        else:
-            conv = step.module
+        elif isinstance(conv := step.module, nn.Conv2d):
             more -= sum(p.numel() for p in conv.parameters())
             size, stride = conv.kernel_size, conv.stride
             there += f" {conv.in_channels} -> {conv.out_channels}, {size[0]}x{size[1]}, stride "
@@ -200,29 +232,31 @@ def output_channels(module: nn.Module) -> int | None:
                 return channels
         return None
     for name in ("final_conv", "conv3", "conv2", "linear_conv", "pointwise_conv", "conv"):
-        child = getattr(module, name, None)
-        if isinstance(child, nn.Module):
-            return output_channels(child)
+        last = getattr(module, name, None)
+        if isinstance(last, nn.Module):
+            return output_channels(last)
     return None
 
 
-def _check_edit(i: int, edit: Any) -> tuple[str, re.Pattern, dict]:
+def _check_config(argument: str, cfg: Any) -> ConfigType:
+    if not isinstance(cfg, dict) or "type" not in cfg:
+        raise TypeError(f"{argument}={cfg!r}: must be a dict with a 'type'")
+    with LAYERS.switch_scope_and_registry(None) as registry:  # as mmcv looks it up
+        if isinstance(cfg["type"], str) and registry.get(cfg["type"]) is None:
+            raise ValueError(f"{argument}.type={cfg['type']!r} is registered nowhere")
+    return dict(cfg)
+
+
+def _check_edit(i: int, edit: Any) -> tuple[str, re.Pattern[str], ConfigType]:
     valid = "dict(where=PATTERN, conv=CFG) or dict(after=PATTERN, plugin=CFG)"
     if not isinstance(edit, dict):
         raise TypeError(f"edits[{i}]={edit!r}: must be {valid}")
     kind = next((k for k, what in KINDS.items() if set(edit) == {k, what}), None)
     if kind is None:
         raise ValueError(f"edits[{i}] has the keys {sorted(edit)}: must be {valid}")
-    cfg = edit[KINDS[kind]]
-    if not isinstance(cfg, dict) or "type" not in cfg:
-        raise TypeError(f"edits[{i}]: {KINDS[kind]}={cfg!r}: must be a dict with a 'type'")
-    with LAYERS.switch_scope_and_registry(None) as registry:  # as mmcv looks it up
-        if isinstance(cfg["type"], str) and registry.get(cfg["type"]) is None:
-            raise ValueError(
-                f"edits[{i}]: {KINDS[kind]}.type={cfg['type']!r} is registered nowhere"
-            )
+    cfg = _check_config(f"edits[{i}]: {KINDS[kind]}", edit[KINDS[kind]])
     try:
-        return kind, re.compile(edit[kind]), dict(cfg)
+        return kind, re.compile(edit[kind]), cfg
     except (re.error, TypeError) as error:
         raise ValueError(
             f"edits[{i}]: {kind}={edit[kind]!r} is no regular expression: {error}"
@@ -230,7 +264,7 @@ def _check_edit(i: int, edit: Any) -> tuple[str, re.Pattern, dict]:
 
 
 def _find(
-    names: dict[nn.Module, list[str]], kind: str, pattern: re.Pattern, what: str
+    names: dict[nn.Module, list[str]], kind: str, pattern: re.Pattern[str], what: str
 ) -> list[nn.Module]:
     matched = [m for m, own in names.items() if any(pattern.fullmatch(name) for name in own)]
     possible = [m for m in names if kind == "after" or not _obstacle(m)]
@@ -273,7 +307,7 @@ def _obstacle(module: nn.Module) -> str:
     return ""
 
 
-def _nearest(pattern: re.Pattern, names: list[str]) -> str:
+def _nearest(pattern: re.Pattern[str], names: list[str]) -> str:
     if not names:
         return "; there is none that it could"
     text = re.sub(r"[\\^$]", "", pattern.pattern)
@@ -321,7 +355,7 @@ def _build_plugin(step: Step) -> tuple[str, nn.Module]:
     return name, layer.train(step.module.training)
 
 
-def _copy_weights(conv: nn.Module, layer: nn.Module) -> None:
+def _copy_weights(conv: nn.Conv2d, layer: nn.Module) -> None:
     layer.to(conv.weight.device)
     state = conv.state_dict()
     layer.load_state_dict(state, strict=isinstance(layer, AttentionConv2d))
@@ -340,7 +374,7 @@ def _follow(target: nn.Module, layer: nn.Module) -> None:
         layer.to(first.device, first.dtype)
 
 
-def _insert(target: nn.Module, name: str, layer: nn.Module) -> None:
+def _insert(target: Any, name: str, layer: nn.Module) -> None:
     target.add_module(name, layer)
     if isinstance(target, nn.Sequential):
         return  # which runs its last child last
@@ -351,7 +385,7 @@ def _insert(target: nn.Module, name: str, layer: nn.Module) -> None:
     target.inserted_plugins.append(name)
 
 
-def _run_inserted(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+def _run_inserted(module: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     for name in module.inserted_plugins:
         output = getattr(module, name)(output)
     return output

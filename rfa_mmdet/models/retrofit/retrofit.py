@@ -10,24 +10,26 @@ are those of the plain one, so that plain checkpoints load, and mmdet's tools se
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from mmdet.registry import MODELS
+from mmdet.utils import ConfigType
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
 from rfa_mmdet.models.retrofit.edits import apply_edits, plan_edits, plan_table
-from rfa_mmdet.models.retrofit.new_layers import NewLayers
+from rfa_mmdet.models.retrofit.new_layers import check_strict_start, keep_new
 
 
 @MODELS.register_module(name="Retrofit")
 def retrofit(
-    module: dict | nn.Module,
-    edits: Sequence[dict],
+    module: ConfigType | nn.Module,
+    edits: Sequence[ConfigType],
     dry_run: bool = False,
     strict_start: bool | str = False,
-    **kwargs,
+    **kwargs: Any,
 ) -> nn.Module:
     r"""Build a module and edit it.
 
@@ -64,19 +66,23 @@ def retrofit(
     loaded = isinstance(module, nn.Module)
     if loaded and kwargs:
         raise ValueError(f"{', '.join(kwargs)}: go into a config, but module is built already")
-    if not loaded:
-        if not isinstance(module, dict) or "type" not in module:
-            raise TypeError(f"module={module!r}: must be a config with a 'type', or a module")
-        module = MODELS.build({**module, **kwargs})
-    steps = plan_edits(module, edits)
+    net = module if isinstance(module, nn.Module) else _build(module, kwargs)
+    steps = plan_edits(net, edits)
     if dry_run:
-        _print(type(module).__name__, plan_table(steps))
-        return module
-    new_layers = NewLayers(module, {}, strict_start)
-    new_layers.layers.update(apply_edits(module, steps, loaded))
+        _print(type(net).__name__, plan_table(steps))
+        return net
+    check_strict_start(strict_start)  # before anything changes
+    keep_new(net, apply_edits(net, steps, loaded), strict_start)
     if loaded:
-        module.train(module.training)
-    return module
+        net.train(net.training)
+    return net
+
+
+def _build(cfg: Any, more: ConfigType) -> nn.Module:
+    if not isinstance(cfg, dict) or "type" not in cfg:
+        raise TypeError(f"module={cfg!r}: must be a config with a 'type', or a module")
+    net: nn.Module = MODELS.build({**cfg, **more})
+    return net
 
 
 def _print(name: str, rows: list[tuple[str, ...]]) -> None:

@@ -1,5 +1,7 @@
 """Convolution of few channels, whose gradient a CPU finds in a fraction of torch's time."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -7,6 +9,7 @@ from torch.nn import functional as F
 
 from rfa_mmdet.ops.common.precision import no_autocast
 from rfa_mmdet.ops.common.recompute import recomputes
+from rfa_mmdet.ops.common.torch_versions import autocast_dtype_on
 
 
 def same_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -29,10 +32,11 @@ def same_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     device = x.device.type
     if device == "cpu" and recomputes():
-        if torch.is_autocast_enabled(device):  # as it would do for a convolution
-            dtype = torch.get_autocast_dtype(device)
-            x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
-        return _SameConv.apply(x, weight, bias)
+        if (dtype := autocast_dtype_on(device)) is not None:  # as it would do for a convolution
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        out: Tensor = _SameConv.apply(x, weight, bias)
+        return out
     return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
 
 
@@ -71,11 +75,12 @@ def same_conv_gradients(
 
 class _SameConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        return same_conv_gradients(grad_y, *ctx.saved_tensors, ctx.needs_input_grad)
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return same_conv_gradients(grad_y, x, weight, ctx.needs_input_grad)

@@ -1,7 +1,11 @@
 """Where half precision would overflow or lose the sum, the formulas compute in float32."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, autocast, bfloat16, float16
+
+from rfa_mmdet.ops.common.torch_versions import autocast_dtype_on
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -20,7 +24,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (float16, bfloat16) else x
 
 
-def no_autocast(x: Tensor) -> autocast:
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Return a context in which autocast leaves the dtypes on ``x``'s device as they are.
 
     Args:
@@ -33,7 +37,8 @@ def no_autocast(x: Tensor) -> autocast:
         ...     (a @ a).dtype
         torch.float32
     """
-    return autocast(x.device.type, enabled=False)
+    # There is no autocast for meta tensors.
+    return nullcontext() if x.is_meta else autocast(x.device.type, enabled=False)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -47,8 +52,16 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
         ...     autocast_dtype(torch.ones(1)), autocast_dtype(torch.ones(1).double())
         (torch.bfloat16, torch.float64)
     """
-    kind = x.device.type
-    known = torch.amp.is_autocast_available(kind)  # not to meta tensors, for one
-    if known and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    if x.dtype == torch.float64:
+        return x.dtype
+    return autocast_dtype_on(x.device.type) or x.dtype
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that sums, softmax and statistics of a type are computed in.
+
+    Example:
+        >>> compute_dtype(torch.bfloat16), compute_dtype(torch.float64)
+        (torch.float32, torch.float64)
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -5,27 +5,30 @@ gates are made of. They are cheap to make again: a few means, maxima and small p
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rfa_mmdet.ops.common.torch_versions import autocast_dtype_on, is_exporting
+
 Gates = Callable[..., tuple[Tensor, ...]]
 
 
-def reference_only() -> bool:
-    """Tell whether what runs now can take in plain operators only.
+def needs_plain_operators() -> bool:
+    """Whether what runs now understands PyTorch's own operators only.
 
-    So do tracers (``torch.jit.trace``, MMEngine's complexity analysis, exports to ONNX), whose
-    product must not depend on this package, and the transforms of ``torch.func`` and forward-mode
-    differentiation, for which the autograd function has no rule.
+    Tracers (``torch.jit.trace``, MMEngine's complexity analysis, exports to ONNX) do, since their
+    product must not depend on this package; so do the transforms of ``torch.func`` and forward-mode
+    differentiation, for which an autograd function has no rule.
 
     Example:
-        >>> reference_only()
+        >>> needs_plain_operators()
         False
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False
+        return is_exporting()
     return (
         torch.jit.is_tracing()
         or torch.onnx.is_in_onnx_export()
@@ -44,7 +47,7 @@ def is_recorded() -> bool:
         >>> is_recorded()
         False
     """
-    return torch.compiler.is_compiling() or reference_only()
+    return torch.compiler.is_compiling() or needs_plain_operators()
 
 
 def recomputes() -> bool:
@@ -80,7 +83,8 @@ def weigh(x: Tensor, gates_of: Gates, *tensors: Tensor, first: Gates | None = No
         True
     """
     if recomputes():
-        return _Weigh.apply(gates_of, first, x, *tensors)
+        weighed: Tensor = _WeighByGates.apply(gates_of, first, x, *tensors)
+        return weighed
     for gate in (first or gates_of)(x, *tensors):
         x = x * gate
     return x
@@ -106,24 +110,23 @@ def gradients_of_gates(products: Tensor, first: Tensor, second: Tensor) -> tuple
     return of_first, products.mul_(first).sum_to_size(second.shape)
 
 
-class _Weigh(torch.autograd.Function):
+class _WeighByGates(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gates_of: Gates, first: Gates | None, x: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, gates_of: Gates, first: Gates | None, x: Tensor, *tensors: Tensor
+    ) -> Tensor:
         ctx.gates_of = gates_of
         ctx.save_for_backward(x, *tensors)
         device = x.device.type
-        ctx.autocast = dict(
-            device_type=device,
-            dtype=torch.get_autocast_dtype(device),
-            enabled=torch.is_autocast_enabled(device),
-        )
+        lowered = autocast_dtype_on(device)
+        ctx.autocast = dict(device_type=device, dtype=lowered, enabled=lowered is not None)
         gates = (first or gates_of)(x, *tensors)
         y = x * gates[0]
         return y if len(gates) == 1 else y.mul_(gates[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y: Tensor) -> tuple:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[2:]
         inputs = [
             tensor.detach().requires_grad_(need)
@@ -133,8 +136,9 @@ class _Weigh(torch.autograd.Function):
             gates = ctx.gates_of(*inputs)
         x, values = inputs[0].detach(), [gate.detach() for gate in gates]
         products = grad_y * x
+        of_gates: tuple[Tensor, ...]
         if len(gates) == 1:
-            of_gates = [products.sum_to_size(values[0].shape)]
+            of_gates = (products.sum_to_size(values[0].shape),)
         else:
             of_gates = gradients_of_gates(products, *values)
         del products

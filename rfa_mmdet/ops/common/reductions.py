@@ -1,6 +1,7 @@
 """Maximum and mean of a map, and their gradient in a fraction of autograd's time."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +90,9 @@ def shares_of_maximum(x: Tensor, maxima: Tensor, gradient: Tensor) -> tuple[Tens
 
 class _MaxAndMean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, dim: int | tuple[int, ...], dtype: torch.dtype) -> tuple:
+    def forward(
+        ctx: Any, x: Tensor, dim: int | tuple[int, ...], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         maxima = x.amax(dim, keepdim=True)
         ctx.save_for_backward(x, maxima)
         ctx.cells = _cells(x, dim)
@@ -97,7 +100,7 @@ class _MaxAndMean(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, of_maxima: Tensor, of_means: Tensor) -> tuple:
+    def backward(ctx: Any, of_maxima: Tensor, of_means: Tensor) -> tuple[Tensor | None, ...]:
         x, maxima = ctx.saved_tensors
         hits, share = shares_of_maximum(x.clone(), maxima, of_maxima)
         return hits.mul_(share).add_((of_means / ctx.cells).to(x.dtype)), None, None

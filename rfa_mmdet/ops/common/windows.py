@@ -4,6 +4,9 @@ The papers lay the windows side by side, (B, C, h * kh, w * kw), and convolve th
 A 1x1 convolution over the C * K channels with the same weights is the same sum, and moves nothing.
 """
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -11,8 +14,42 @@ from torch.nn import functional as F
 
 from rfa_mmdet.ops.common.precision import no_autocast
 from rfa_mmdet.ops.common.recompute import gradients_of_gates, is_recorded, recomputes
+from rfa_mmdet.ops.common.torch_versions import autocast_dtype_on
 
 Pair = tuple[int, int]
+
+
+class Window(NamedTuple):
+    """Windows over a map, with zeros beyond its border: the arguments of a convolution.
+
+    Example:
+        >>> window = Window((3, 3), (2, 2), (1, 1), (1, 1))
+        >>> window.positions, window.output_size((9, 12))
+        (9, (5, 6))
+    """
+
+    kernel_size: Pair
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+
+    @property
+    def positions(self) -> int:
+        """K = kh * kw."""
+        return self.kernel_size[0] * self.kernel_size[1]
+
+    def output_size(self, size: Sequence[int]) -> Pair:
+        """Return (h, w), the number of windows on each side of a map of (H, W)."""
+        height, width = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(size, *self, strict=True)
+        )
+        return height, width
+
+    def count(self, x: Tensor) -> int:
+        """Return the number of windows over a map (B, C, H, W): B * h * w."""
+        height, width = self.output_size(x.shape[2:])
+        return x.shape[0] * height * width
 
 
 def lay_out(windows: Tensor, kernel_size: Pair) -> Tensor:
@@ -121,17 +158,25 @@ def convolve_weighed_windows(
         else:
             weighed = (windows * first) * second
         return convolve_windows(weighed.flatten(2, -3), weight, bias, groups)
-    device = windows.device.type
-    if torch.is_autocast_enabled(device):  # as it would do for a convolution
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype_on(windows.device.type)
+    if dtype is not None:  # as it would do for a convolution
         windows, first, second, weight = (t.to(dtype) for t in (windows, first, second, weight))
         bias = None if bias is None else bias.to(dtype)
-    return _ConvolveWeighed.apply(windows, first, second, weight, bias, groups)
+    out: Tensor = _ConvolveWeighed.apply(windows, first, second, weight, bias, groups)
+    return out
 
 
 class _ConvolveWeighed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, windows, first, second, weight, bias, groups):
+    def forward(
+        ctx: Any,
+        windows: Tensor,
+        first: Tensor,
+        second: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        groups: int,
+    ) -> Tensor:
         ctx.save_for_backward(windows, first, second, weight)
         ctx.bias_shape, ctx.groups = None if bias is None else bias.shape, groups
         weighed = (windows * first).mul_(second)
@@ -140,7 +185,7 @@ class _ConvolveWeighed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y):
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         windows, first, second, weight = ctx.saved_tensors
         needs_values = any(ctx.needs_input_grad[:3])
         weighed = (windows * first).mul_(second)

@@ -1,6 +1,6 @@
-"""Receptive-field attention convolution (arXiv 2304.03198)."""
+"""Receptive-field convolutions: RFAConv, RFCBAMConv and RFCAConv (arXiv 2304.03198)."""
 
-from rfa_mmdet.ops.receptive_field.autograd import Norm, fused_rfa_conv
+from rfa_mmdet.ops.receptive_field.functional import WindowFeatures, fold_batch_norm
 from rfa_mmdet.ops.receptive_field.reference import (
     receptive_field_attention,
     receptive_field_mean,
@@ -8,8 +8,8 @@ from rfa_mmdet.ops.receptive_field.reference import (
 )
 
 __all__ = [
-    "Norm",
-    "fused_rfa_conv",
+    "WindowFeatures",
+    "fold_batch_norm",
     "receptive_field_attention",
     "receptive_field_mean",
     "rfa_conv",

@@ -16,9 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
-from rfa_mmdet.ops.common.windows import convolve_windows
-
-Pair = tuple[int, int]
+from rfa_mmdet.ops.common.windows import Pair, convolve_windows
 
 
 def receptive_field_mean(

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from rfa_mmdet.ops.receptive_field import Norm, fused_rfa_conv, rfa_conv, schema
+from rfa_mmdet.ops.common.windows import Window
+from rfa_mmdet.ops.receptive_field import WindowFeatures, autograd, fold_batch_norm, rfa_conv
+from rfa_mmdet.ops.receptive_field.schema import OPERATORS
 from tests.helpers import formulas
 from tests.helpers.backends import build, require, run
 from tests.helpers.formulas import Case, relative_error
@@ -109,7 +111,7 @@ def window_statistics(x, kernel, stride, padding, dilation):
 @pytest.mark.parametrize("offset", [0, 1e3])
 def test_moments(dtype, window, offset):
     x = (torch.randn(3, 5, 37, 41) + offset).to(dtype)
-    first, second = torch.ops.rfa_mmdet.rfa_conv_moments(x, *window, "cpu")
+    first, second = torch.ops.rfa_mmdet.window_moments(x, *window)
     mean, covariance = window_statistics(x, *window)
     tolerance = TOLERANCES[dtype].statistics
     assert relative_error(first, mean) < tolerance
@@ -142,7 +144,7 @@ def test_gradcheck(kernel, training, act):
 def test_a_second_derivative_is_refused():
     x = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
     layer = build(Case(channels=2), backend="cpu").double()
-    with pytest.raises(RuntimeError, match="'cpu' has no second derivative; take"):
+    with pytest.raises(RuntimeError, match="no second derivative; pass backend='reference'"):
         torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
 
@@ -191,7 +193,7 @@ def test_no_more_is_kept_for_the_backward_than_by_a_plain_convolution(channels, 
 def test_statistics_computed_anew_give_the_gradients_of_kept_ones(feature, monkeypatch):
     results = []
     for least in (0, float("inf")):
-        monkeypatch.setattr(schema, "KEEP_FROM", least)
+        monkeypatch.setattr(autograd, "KEEP_FROM", least)
         torch.manual_seed(0)
         layer = build(Case(channels=4, out_channels=5), backend="cpu", feature=feature)
         results.append(run(layer, torch.randn(2, 4, 9, 8)))
@@ -249,27 +251,44 @@ def test_input_is_not_read_past_its_ends():
 
 def arguments(dtype=torch.float32):
     torch.manual_seed(0)
-    x, weight = torch.randn(2, 4, 7, 6).to(dtype), torch.randn(6, 2, 9).to(dtype)
+    x, weight = torch.randn(2, 4, 7, 6).to(dtype), torch.randn(6, 2, 3, 3).to(dtype)
     window = ([3, 3], [2, 1], [1, 1], [1, 1])
-    parameters = (torch.randn(4, 9), torch.randn(4, 9, 9), torch.rand(4, 9), torch.randn(4, 9))
+    parameters = (torch.randn(36, 1, 1, 1), torch.randn(36, 1, 3, 3), torch.randn(36))
     return x, parameters, weight, window
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operators_are_registered_as_they_behave(dtype):
     x, parameters, weight, window = arguments(dtype)
+    learnt = [t.clone().requires_grad_() for t in (x, *parameters, weight)]
+    x_, attention, feature, shift, weight_ = learnt
     ops = torch.ops.rfa_mmdet
-    y = ops.rfa_conv_forward(x, *parameters, True, weight, None, *window, 2, "cpu")
-    needs = [True, True, False, True]
+    y = ops.rfa_conv(x, *parameters, True, weight, None, *window, 2)
+    needs, both = [True, True, False, True], [True, False]
+    features = (x, *parameters[1:], True)
+    pooled, largest = ops.pool_channels(*features, True, *window)
+    rows, columns = ops.pool_coordinates(*features, *window)
     calls = [
-        (ops.rfa_conv_moments, (x, *window, "cpu")),
-        (ops.rfa_conv_forward, (x, *parameters, True, weight, None, *window, 2, "cpu")),
-        (ops.rfa_conv_backward, (y, x, *parameters, True, weight, needs, *window, 2, "cpu")),
-        (
-            ops.rfa_conv_correct_input_gradient,
-            (torch.randn(x.shape), x, torch.randn(4, 9, 9), torch.randn(4, 9), *window, "cpu"),
-        ),
+        (ops.window_moments, (x, *window)),
+        (ops.window_moments_backward, (x, torch.randn(4, 9, 9), torch.randn(4, 9), *window)),
+        (ops.rfa_conv, (x_, attention, feature, shift, True, weight_, None, *window, 2)),
+        (ops.rfa_conv_backward, (y, x, *parameters, True, weight, needs, *window, 2)),
+        (ops.fold_batch_norm, (x_, feature, torch.rand(36), None, 1e-5, *window)),
+        (ops.pool_channels, (x_, feature, shift, True, True, *window)),
+        (ops.pool_channels_backward, (pooled, *features, largest, both, *window)),
+        (ops.pool_coordinates, (x_, feature, shift, True, *window)),
+        (ops.pool_coordinates_backward, (rows, columns, *features, both, *window)),
     ]
+    for gates in ((torch.rand(2, 4), pooled[:, 0]), (rows, columns)):
+        gates_ = [gate.clone().requires_grad_() for gate in gates]
+        inputs = (x_, feature, shift, True, *gates_, weight_, None, *window, 2)
+        calls.append((ops.gated_conv, inputs))
+        inputs = (y, *features, *gates, weight, needs, *window, 2)
+        calls.append((ops.gated_conv_backward, inputs))
+    assert {operator._qualified_op_name.partition("::")[2] for operator, _ in calls} == {
+        *OPERATORS,
+        "fold_batch_norm",
+    }
     for operator, inputs in calls:
         results = torch.library.opcheck(operator.default, inputs)
         assert set(results.values()) == {"SUCCESS"}
@@ -283,13 +302,13 @@ OVER_THE_MAP = dict(x=torch.zeros(2, 4, 1, 6), window=([5, 3], [1, 1], [1, 1], [
     [
         (dict(x=torch.zeros(2, 4, 7)), ValueError, r"x: must be \(B, C, H, W\)"),
         (dict(x=torch.zeros(2, 4, 7, 6).half()), TypeError, "x: must be float32, float64 or bf"),
-        (dict(x=torch.zeros(2, 4, 0, 6)), ValueError, "x of shape .*: must not be empty"),
+        (dict(x=torch.zeros(2, 4, 0, 6)), ValueError, "x of shape .*: only the batch may be empty"),
         (OVER_THE_MAP, ValueError, "smaller than the window"),
-        (dict(weight=torch.zeros(6, 4, 9)), ValueError, r"weight: must have the shape \[6, 2, 9\]"),
-        (dict(weight=torch.zeros(6, 2, 9).double()), TypeError, "weight: must be Float as x is"),
+        (dict(weight=torch.zeros(6, 4, 3, 3)), ValueError, r"weight: must have .* \[6, 2, 3, 3\]"),
+        (dict(weight=torch.zeros(6, 2, 3, 3).double()), TypeError, "weight: must be Float as x is"),
         (dict(groups=3), ValueError, "groups=3: must divide the channels 4 and 6"),
-        (dict(attention=torch.zeros(4, 4)), ValueError, r"attention: must have the .* \[4, 9\]"),
-        (dict(feature=torch.zeros(4, 9)), ValueError, r"feature: must have the .* \[4, 9, 9\]"),
+        (dict(attention=torch.zeros(4, 9)), ValueError, r"attention: must .* \[36, 1, 1, 1\]"),
+        (dict(feature=torch.zeros(36, 9)), ValueError, r"feature: must .* \[36, 1, 3, 3\]"),
         (dict(window=([3, 3], [0, 1], [1, 1], [1, 1])), ValueError, r"stride=\[0, 1\].*least 1"),
         (dict(window=([3, 3], [1, 1], [-1, 1], [1, 1])), ValueError, r"padding=\[-1, 1\]"),
         (dict(bias=torch.zeros(5)), ValueError, r"bias: must have the shape \[6\]"),
@@ -297,15 +316,14 @@ OVER_THE_MAP = dict(x=torch.zeros(2, 4, 1, 6), window=([5, 3], [1, 1], [1, 1], [
     ids=str,
 )
 def test_arguments_of_the_kernels_are_checked(changes, error, message):
-    x, (attention, feature, scale, shift), weight, window = arguments()
+    x, (attention, feature, shift), weight, window = arguments()
     given = dict(x=x, attention=attention, feature=feature, weight=weight, window=window)
     given = {**given, "bias": None, "groups": 2, **changes}
     with pytest.raises(error, match=message):
-        torch.ops.rfa_mmdet_cpu.forward(
+        torch.ops.rfa_mmdet.rfa_conv(
             given["x"],
             given["attention"],
             given["feature"],
-            scale,
             shift,
             True,
             given["weight"],
@@ -320,10 +338,10 @@ def test_function_is_the_reference():
     x, weight = torch.randn(2, 4, 9, 7), torch.randn(6, 4, 3, 3)
     attention, feature = torch.randn(36, 1, 1, 1), torch.randn(36, 1, 3, 3)
     gamma, beta = torch.rand(36) + 0.5, torch.randn(36)
-    norm = Norm(gamma, beta, None, None, 1e-3)
-    y, mean, var = fused_rfa_conv(
-        x, attention, feature, weight, norm=norm, relu=True, padding=(1, 1), backend="cpu"
-    )
+    window = Window((3, 3), padding=(1, 1))
+    folded, shift, mean, var = fold_batch_norm(x, feature, gamma, beta, 1e-3, window)
+    features = WindowFeatures(x, folded, shift, True, window)
+    y = features.attend(attention, weight, None, 1)
     running = (torch.zeros(36), torch.zeros(36))
     expected = rfa_conv(
         *(x, attention, feature, weight),
@@ -333,7 +351,3 @@ def test_function_is_the_reference():
     )
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close((mean, var), running)
-
-
-def test_compute_dtype_of_half_precision_is_float32():
-    assert schema.compute_dtype(torch.ones(1).half()) == torch.float32

@@ -53,15 +53,17 @@ def layer(dtype, channels_last, channels=64, outputs=128, kernel=3, size=(100, 1
     x = empty(2, channels, *size, dtype=dtype).contiguous(memory_format=layout)
     grad_y = empty(2, outputs, *size, dtype=dtype).contiguous(memory_format=layout)
     window = ((kernel, kernel), (1, 1), (kernel // 2,) * 2, (1, 1))
-    scale, shift, attention = (empty(channels, k) for _ in range(3))
-    feature = empty(channels, k, k)
-    weight = empty(outputs, channels // groups, k, dtype=dtype)
-    parameters = (x, attention, feature, scale, shift, True, weight)
+    attention, shift = empty(channels * k, 1, 1, 1), empty(channels * k)
+    feature = empty(channels * k, 1, kernel, kernel)
+    weight = empty(outputs, channels // groups, kernel, kernel, dtype=dtype)
+    parameters = (x, attention, feature, shift, True, weight)
+    slope, constant = empty(channels, k, k), empty(channels, k)
+    needs = (True,) * 4
     return {
-        "forward": lambda: backend.forward(*parameters, empty(outputs), *window, groups),
-        "moments": lambda: backend.moments(x, *window),
-        "backward": lambda: backend.backward(grad_y, *parameters, (True,) * 4, *window, groups),
-        "correct": lambda: backend.correct_input_gradient(x.float(), x, feature, scale, *window),
+        "forward": lambda: backend.rfa_conv(*parameters, empty(outputs), *window, groups),
+        "moments": lambda: backend.window_moments(x, *window),
+        "backward": lambda: backend.rfa_conv_backward(grad_y, *parameters, needs, *window, groups),
+        "correct": lambda: backend.window_moments_backward(x, slope, constant, *window),
     }
 
 
@@ -112,6 +114,7 @@ def check(functions, capability, folder, monkeypatch, spills_allowed=False) -> s
     return names
 
 
+@pytest.mark.slow
 def test_bfloat16_forward_and_moments_compile_without_spills(tmp_path, monkeypatch):
     functions = layer(torch.bfloat16, channels_last=True)
     functions = [functions[name] for name in ("forward", "moments")]

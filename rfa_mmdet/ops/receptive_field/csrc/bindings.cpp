@@ -1,10 +1,12 @@
-// The kernels as operators on tensors, rfa_mmdet_cpu::forward and its like. Shapes, and what each
-// computes, stand in ../cpu.py.
+// The kernels as operators of torch.ops.rfa_mmdet on the CPU. ../schema.py has their schemas, and
+// ../README.md says what each computes.
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <array>
+#include <optional>
 
 #include "kernels.h"
 
@@ -14,6 +16,16 @@ using at::IntArrayRef;
 using at::Tensor;
 using rfa::Compute;
 using rfa::Geometry;
+using rfa::Gradients;
+
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 3
+using c10::optional; // a class of its own there, which alone is known to schemas
+#else
+using std::optional;
+#endif
+
+// Arguments are checked, then converted: the kernels take contiguous memory, and compute parameters
+// and sums in the compute type. Gradients are returned in the types of what they are of.
 
 Geometry geometry_of(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
                      IntArrayRef dilation, int64_t outputs = 0, int64_t groups = 1) {
@@ -21,7 +33,8 @@ Geometry geometry_of(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, In
                        x.scalar_type() == at::kBFloat16,
                    "x: must be float32, float64 or bfloat16, not ", x.scalar_type());
   TORCH_CHECK_VALUE(x.dim() == 4, "x: must be (B, C, H, W), not ", x.sizes());
-  TORCH_CHECK_VALUE(x.numel() > 0, "x of shape ", x.sizes(), ": must not be empty");
+  TORCH_CHECK_VALUE(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, "x of shape ", x.sizes(),
+                    ": only the batch may be empty");
   for (const auto& pair : {kernel, stride, padding, dilation}) {
     TORCH_CHECK_VALUE(pair.size() == 2, "kernel_size, stride, padding and dilation: must be pairs");
   }
@@ -51,8 +64,24 @@ at::ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+at::TensorOptions compute_options(const Tensor& x) {
+  return x.options().dtype(compute_type(x));
+}
+
+Tensor converted(const Tensor& t, const Tensor& x) {
+  return t.to(compute_type(x)).contiguous();
+}
+
+Tensor none(const Tensor& like) {
+  return at::empty({0}, like.options());
+}
+
+// Nothing is computed of an empty batch, which a rank may have.
 template <typename F>
 void dispatch(const Tensor& x, F&& f) {
+  if (x.numel() == 0) {
+    return;
+  }
   switch (x.scalar_type()) {
     case at::kFloat:
       return f(float());
@@ -63,168 +92,7 @@ void dispatch(const Tensor& x, F&& f) {
   }
 }
 
-// Parameters as the kernels want them; they hold the memory that `view` points to.
-struct Parameters {
-  Tensor attention, feature, scale, shift;
-  bool relu;
-
-  Parameters(const Geometry& g, const Tensor& x, const Tensor& attention_,
-             const std::optional<Tensor>& feature_, const Tensor& scale_, const Tensor& shift_,
-             bool relu_)
-      : relu(relu_) {
-    const auto type = compute_type(x);
-    const int64_t K = g.K();
-    check_size("attention", attention_, {g.C, K});
-    check_size("scale", scale_, {g.C, K});
-    check_size("shift", shift_, {g.C, K});
-    attention = attention_.to(type).contiguous();
-    scale = scale_.to(type).contiguous();
-    shift = shift_.to(type).contiguous();
-    if (feature_) {
-      check_size("feature", *feature_, {g.C, K, K});
-      feature = feature_->to(type).contiguous();
-    } else {
-      feature = at::eye(K, scale.options()).expand({g.C, K, K}).contiguous();
-    }
-  }
-  template <typename T>
-  rfa::Window<T> view() const {
-    return {attention.const_data_ptr<T>(), feature.const_data_ptr<T>(), scale.const_data_ptr<T>(),
-            shift.const_data_ptr<T>(), relu};
-  }
-};
-
-void check_weight(const Geometry& g, const Tensor& x, const Tensor& weight, int64_t groups) {
-  TORCH_CHECK_VALUE(groups > 0 && g.C % groups == 0 && g.O % groups == 0, "groups=", groups,
-                    ": must divide the channels ", g.C, " and ", g.O);
-  check_size("weight", weight, {g.O, g.C / groups, g.K()});
-  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "weight: must be ", x.scalar_type(),
-                   " as x is, not ", weight.scalar_type());
-}
-
-// The gradient of the weight as the kernels write it, transposed and padded, and as it is given.
-struct WeightGradient {
-  int64_t columns;
-  Tensor transposed; // empty: not wanted
-
-  WeightGradient(const Geometry& g, const Tensor& x, bool wanted) {
-    const int64_t outputs = g.O / g.groups;
-    columns = x.scalar_type() == at::kDouble ? rfa::weight_columns<double>(outputs)
-                                             : rfa::weight_columns<float>(outputs);
-    const auto options = x.options().dtype(compute_type(x));
-    transposed = wanted ? at::zeros({g.groups, g.C / g.groups * g.K(), columns}, options)
-                        : at::empty({0}, options);
-  }
-  template <typename T>
-  T* pointer() const {
-    return transposed.numel() ? transposed.data_ptr<T>() : nullptr;
-  }
-  Tensor finish(const Geometry& g, const Tensor& x) const {
-    if (!transposed.numel()) {
-      return transposed;
-    }
-    return transposed.narrow(2, 0, g.O / g.groups)
-        .transpose(1, 2)
-        .to(x.scalar_type())
-        .reshape({g.O, g.C / g.groups, g.K()})
-        .contiguous();
-  }
-};
-
-std::tuple<Tensor, Tensor> moments(const Tensor& x_, IntArrayRef kernel, IntArrayRef stride,
-                                   IntArrayRef padding, IntArrayRef dilation) {
-  const Geometry g = geometry_of(x_, kernel, stride, padding, dilation);
-  const Tensor x = x_.contiguous();
-  const auto options = x.options().dtype(at::kDouble);
-  Tensor first = at::empty({g.C, g.K()}, options), second = at::empty({g.C, g.K(), g.K()}, options);
-  dispatch(x, [&](auto e) {
-    using E = decltype(e);
-    rfa::moments<E>(g, x.const_data_ptr<E>(), first.data_ptr<double>(), second.data_ptr<double>());
-  });
-  return {first.to(compute_type(x)), second.to(compute_type(x))};
-}
-
-Tensor forward(const Tensor& x_, const Tensor& attention, const std::optional<Tensor>& feature,
-               const Tensor& scale, const Tensor& shift, bool relu, const Tensor& weight_,
-               const std::optional<Tensor>& bias_, IntArrayRef kernel, IntArrayRef stride,
-               IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
-  const Geometry g =
-      geometry_of(x_, kernel, stride, padding, dilation, weight_.size(0), groups);
-  check_weight(g, x_, weight_, groups);
-  const Tensor x = x_.contiguous(), weight = weight_.contiguous();
-  const Parameters parameters(g, x, attention, feature, scale, shift, relu);
-  Tensor bias;
-  if (bias_) {
-    check_size("bias", *bias_, {g.O});
-    bias = bias_->to(x.scalar_type()).contiguous();
-  }
-  Tensor y = at::empty({g.B, g.O, g.h, g.w}, x.options());
-  dispatch(x, [&](auto e) {
-    using E = decltype(e);
-    rfa::forward<E>(g, parameters.view<Compute<E>>(), x.const_data_ptr<E>(),
-                    weight.const_data_ptr<E>(), bias_ ? bias.const_data_ptr<E>() : nullptr,
-                    y.data_ptr<E>());
-  });
-  return y;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_y_, const Tensor& x_, const Tensor& attention,
-    const std::optional<Tensor>& feature, const Tensor& scale, const Tensor& shift, bool relu,
-    const Tensor& weight_, std::array<bool, 4> needs, IntArrayRef kernel, IntArrayRef stride,
-    IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
-  const Geometry g =
-      geometry_of(x_, kernel, stride, padding, dilation, weight_.size(0), groups);
-  check_weight(g, x_, weight_, groups);
-  check_size("grad_y", grad_y_, {g.B, g.O, g.h, g.w});
-  const Tensor x = x_.contiguous(), weight = weight_.contiguous();
-  const Tensor grad_y = grad_y_.to(x.scalar_type()).contiguous();
-  const Parameters parameters(g, x, attention, feature, scale, shift, relu);
-  const auto options = x.options().dtype(compute_type(x));
-  const Tensor none = at::empty({0}, options);
-  Tensor dx = needs[0] ? at::zeros(x.sizes(), options) : none;
-  Tensor d_attention = needs[1] ? at::empty({g.C, g.K()}, options) : none;
-  Tensor d_shift = needs[1] ? at::empty({g.C, g.K()}, options) : none;
-  Tensor products = needs[1] ? at::empty({g.C, g.K(), g.K()}, options) : none;
-  const WeightGradient of_weight(g, x, needs[2]);
-  dispatch(x, [&](auto e) {
-    using E = decltype(e);
-    using T = Compute<E>;
-    const auto pointer = [](const Tensor& t, bool wanted) {
-      return wanted ? t.data_ptr<T>() : nullptr;
-    };
-    const rfa::Gradients<T> gradients{pointer(dx, needs[0]), pointer(d_attention, needs[1]),
-                                      pointer(d_shift, needs[1]), pointer(products, needs[1]),
-                                      of_weight.pointer<T>(), of_weight.columns};
-    rfa::backward<E>(g, parameters.view<T>(), grad_y.const_data_ptr<E>(), x.const_data_ptr<E>(),
-                     weight.const_data_ptr<E>(), gradients);
-  });
-  const Tensor d_weight = of_weight.finish(g, x);
-  Tensor d_bias = needs[3] ? grad_y.sum({0, 2, 3}) : none;
-  return {dx, d_attention, d_shift, products, d_weight, d_bias};
-}
-
-void correct_input_gradient(Tensor& grad_x, const Tensor& x_, const Tensor& Q_,
-                            const Tensor& constant_, IntArrayRef kernel, IntArrayRef stride,
-                            IntArrayRef padding, IntArrayRef dilation) {
-  const Geometry g = geometry_of(x_, kernel, stride, padding, dilation);
-  check_size("grad_x", grad_x, x_.sizes());
-  check_size("Q", Q_, {g.C, g.K(), g.K()});
-  check_size("constant", constant_, {g.C, g.K()});
-  const auto type = compute_type(x_);
-  TORCH_CHECK_VALUE(grad_x.is_contiguous() && grad_x.scalar_type() == type,
-                    "grad_x: must be a contiguous ", type);
-  const Tensor x = x_.contiguous(), Q = Q_.to(type).contiguous();
-  const Tensor constant = constant_.to(type).contiguous();
-  dispatch(x, [&](auto e) {
-    using E = decltype(e);
-    using T = Compute<E>;
-    rfa::correct_input_gradient<E>(g, x.const_data_ptr<E>(), Q.const_data_ptr<T>(),
-                                   constant.const_data_ptr<T>(), grad_x.data_ptr<T>());
-  });
-}
-
-// The parameters of features without an attention; they hold the memory that `view` points to.
+// The parameters of features; they hold the memory that the views point to.
 struct Features {
   Tensor feature, shift;
   bool relu;
@@ -232,10 +100,10 @@ struct Features {
   Features(const Geometry& g, const Tensor& x, const Tensor& feature_, const Tensor& shift_,
            bool relu_)
       : relu(relu_) {
-    check_size("feature", feature_, {g.C, g.K(), g.K()});
-    check_size("shift", shift_, {g.C, g.K()});
-    feature = feature_.to(compute_type(x)).contiguous();
-    shift = shift_.to(compute_type(x)).contiguous();
+    check_size("feature", feature_, {g.C * g.K(), 1, g.kh, g.kw});
+    check_size("shift", shift_, {g.C * g.K()});
+    feature = converted(feature_, x);
+    shift = converted(shift_, x);
   }
   template <typename T>
   rfa::Response<T> view() const {
@@ -243,23 +111,192 @@ struct Features {
   }
 };
 
-// Gradients of the features' parameters and the input, where they are wanted; else empty.
-struct FeatureGradients {
-  Tensor x, shift, products;
+struct AttendedFeatures : Features {
+  Tensor attention;
 
-  FeatureGradients(const Geometry& g, const Tensor& like, bool need_x, bool need_window) {
-    const auto options = like.options().dtype(compute_type(like));
-    const Tensor none = at::empty({0}, options);
-    x = need_x ? at::zeros(like.sizes(), options) : none;
-    shift = need_window ? at::empty({g.C, g.K()}, options) : none;
-    products = need_window ? at::empty({g.C, g.K(), g.K()}, options) : none;
+  AttendedFeatures(const Geometry& g, const Tensor& x, const Tensor& attention_,
+                   const Tensor& feature_, const Tensor& shift_, bool relu_)
+      : Features(g, x, feature_, shift_, relu_) {
+    check_size("attention", attention_, {g.C * g.K(), 1, 1, 1});
+    attention = converted(attention_, x);
   }
   template <typename T>
-  rfa::Gradients<T> view() const {
-    const auto pointer = [](const Tensor& t) { return t.numel() ? t.data_ptr<T>() : nullptr; };
-    return {pointer(x), nullptr, pointer(shift), pointer(products), nullptr, 0};
+  rfa::Window<T> view() const {
+    return {attention.const_data_ptr<T>(), feature.const_data_ptr<T>(),
+            shift.const_data_ptr<T>(), relu};
   }
 };
+
+struct GatePair {
+  Tensor first, second;
+
+  GatePair(const Geometry& g, const Tensor& x, const Tensor& first_, const Tensor& second_) {
+    if (first_.dim() == 4) {
+      check_size("first", first_, {g.B, g.C, g.kh, g.h});
+      check_size("second", second_, {g.B, g.C, g.kw, g.w});
+    } else {
+      check_size("first", first_, {g.B, g.C});
+      check_size("second", second_, {g.B, g.K(), g.h, g.w});
+    }
+    first = converted(first_, x);
+    second = converted(second_, x);
+  }
+  template <typename T>
+  rfa::Gates<T> view() const {
+    return {first.const_data_ptr<T>(), second.const_data_ptr<T>(), first.dim() == 4};
+  }
+};
+
+// Weight and bias of the convolution of the features.
+struct Convolution {
+  Tensor weight, bias;
+
+  Convolution(const Geometry& g, const Tensor& x, const Tensor& weight_,
+              const optional<Tensor>& bias_ = {}) {
+    TORCH_CHECK_VALUE(g.groups > 0 && g.C % g.groups == 0 && g.O % g.groups == 0, "groups=",
+                      g.groups, ": must divide the channels ", g.C, " and ", g.O);
+    check_size("weight", weight_, {g.O, g.C / g.groups, g.kh, g.kw});
+    TORCH_CHECK_TYPE(weight_.scalar_type() == x.scalar_type(), "weight: must be ",
+                     x.scalar_type(), " as x is, not ", weight_.scalar_type());
+    weight = weight_.contiguous();
+    if (bias_) {
+      check_size("bias", *bias_, {g.O});
+      bias = bias_->to(x.scalar_type()).contiguous();
+    }
+  }
+  template <typename E>
+  const E* bias_data() const {
+    return bias.defined() ? bias.const_data_ptr<E>() : nullptr;
+  }
+};
+
+// What a backward pass writes: zero or unset memory, and what is returned of it. What is not wanted
+// is empty.
+struct Results {
+  const Geometry& g;
+  const Tensor& x_like;
+  Tensor x, attention, feature, shift, weight;
+  int64_t columns = 0;
+
+  Results(const Geometry& g, const Tensor& x_like) : g(g), x_like(x_like) {
+    for (Tensor* t : {&x, &attention, &feature, &shift, &weight}) {
+      *t = at::empty({0}, compute_options(x_like)); // each its own: results may not alias
+    }
+  }
+  Results& want_features(bool need_x, bool need_features, bool need_attention = false) {
+    const auto options = compute_options(x_like);
+    if (need_x) {
+      x = at::zeros(x_like.sizes(), options);
+    }
+    if (need_features) {
+      shift = at::zeros({g.C * g.K()}, options);
+      feature = at::zeros({g.C * g.K(), 1, g.kh, g.kw}, options);
+    }
+    if (need_attention) {
+      attention = at::zeros({g.C * g.K(), 1, 1, 1}, options);
+    }
+    return *this;
+  }
+  // Transposed and padded, as the kernels write it.
+  Results& want_weight(bool needed) {
+    const int64_t outputs = g.O / g.groups;
+    columns = x_like.scalar_type() == at::kDouble ? rfa::weight_columns<double>(outputs)
+                                                  : rfa::weight_columns<float>(outputs);
+    if (needed) {
+      weight = at::zeros({g.groups, g.C / g.groups * g.K(), columns}, compute_options(x_like));
+    }
+    return *this;
+  }
+  template <typename T>
+  Gradients<T> view() const {
+    const auto pointer = [](const Tensor& t) { return t.numel() ? t.data_ptr<T>() : nullptr; };
+    return {pointer(x), pointer(attention), pointer(shift), pointer(feature), pointer(weight),
+            columns};
+  }
+  Tensor of_weight() const {
+    if (!weight.numel()) {
+      return none(x_like);
+    }
+    return weight.narrow(2, 0, g.O / g.groups)
+        .transpose(1, 2)
+        .to(x_like.scalar_type())
+        .reshape({g.O, g.C / g.groups, g.kh, g.kw})
+        .contiguous();
+  }
+};
+
+std::tuple<Tensor, Tensor> window_moments(const Tensor& x_, IntArrayRef kernel, IntArrayRef stride,
+                                          IntArrayRef padding, IntArrayRef dilation) {
+  const Geometry g = geometry_of(x_, kernel, stride, padding, dilation);
+  const Tensor x = x_.contiguous();
+  const auto options = x.options().dtype(at::kDouble);
+  Tensor mean = at::zeros({g.C, g.K()}, options);
+  Tensor covariance = at::zeros({g.C, g.K(), g.K()}, options);
+  dispatch(x, [&](auto e) {
+    using E = decltype(e);
+    rfa::moments<E>(
+        g, x.const_data_ptr<E>(), mean.data_ptr<double>(), covariance.data_ptr<double>());
+  });
+  return {mean.to(compute_type(x)), covariance.to(compute_type(x))};
+}
+
+Tensor window_moments_backward(const Tensor& x_, const Tensor& slope_, const Tensor& constant_,
+                               IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
+                               IntArrayRef dilation) {
+  const Geometry g = geometry_of(x_, kernel, stride, padding, dilation);
+  check_size("slope", slope_, {g.C, g.K(), g.K()});
+  check_size("constant", constant_, {g.C, g.K()});
+  const Tensor x = x_.contiguous();
+  const Tensor slope = converted(slope_, x), constant = converted(constant_, x);
+  Tensor grad_x = at::zeros(x.sizes(), compute_options(x));
+  dispatch(x, [&](auto e) {
+    using E = decltype(e);
+    using T = Compute<E>;
+    rfa::moments_backward<E>(g, x.const_data_ptr<E>(), slope.const_data_ptr<T>(),
+                             constant.const_data_ptr<T>(), grad_x.data_ptr<T>());
+  });
+  return grad_x.to(x.scalar_type());
+}
+
+Tensor rfa_conv(const Tensor& x_, const Tensor& attention, const Tensor& feature,
+                const Tensor& shift, bool relu, const Tensor& weight, const optional<Tensor>& bias,
+                IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                int64_t groups) {
+  const Geometry g = geometry_of(x_, kernel, stride, padding, dilation, weight.size(0), groups);
+  const Tensor x = x_.contiguous();
+  const Convolution conv(g, x, weight, bias);
+  const AttendedFeatures features(g, x, attention, feature, shift, relu);
+  Tensor y = at::empty({g.B, g.O, g.h, g.w}, x.options());
+  dispatch(x, [&](auto e) {
+    using E = decltype(e);
+    rfa::forward<E>(g, features.view<Compute<E>>(), x.const_data_ptr<E>(),
+                    conv.weight.const_data_ptr<E>(), conv.bias_data<E>(), y.data_ptr<E>());
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rfa_conv_backward(
+    const Tensor& grad_y_, const Tensor& x_, const Tensor& attention, const Tensor& feature,
+    const Tensor& shift, bool relu, const Tensor& weight, std::array<bool, 4> needs,
+    IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+    int64_t groups) {
+  const Geometry g = geometry_of(x_, kernel, stride, padding, dilation, weight.size(0), groups);
+  check_size("grad_y", grad_y_, {g.B, g.O, g.h, g.w});
+  const Tensor x = x_.contiguous(), grad_y = grad_y_.to(x.scalar_type()).contiguous();
+  const Convolution conv(g, x, weight);
+  const AttendedFeatures features(g, x, attention, feature, shift, relu);
+  Results found(g, x);
+  found.want_features(needs[0], needs[1], needs[1]).want_weight(needs[2]);
+  dispatch(x, [&](auto e) {
+    using E = decltype(e);
+    using T = Compute<E>;
+    rfa::backward<E>(g, features.view<T>(), grad_y.const_data_ptr<E>(), x.const_data_ptr<E>(),
+                     conv.weight.const_data_ptr<E>(), found.view<T>());
+  });
+  return {found.x.to(x.scalar_type()), found.attention.to(attention.scalar_type()),
+          found.feature.to(feature.scalar_type()), found.shift.to(shift.scalar_type()),
+          found.of_weight(), needs[3] ? grad_y.sum({0, 2, 3}) : none(x)};
+}
 
 std::tuple<Tensor, Tensor> pool_channels(const Tensor& x_, const Tensor& feature,
                                          const Tensor& shift, bool relu, bool indexed,
@@ -268,7 +305,7 @@ std::tuple<Tensor, Tensor> pool_channels(const Tensor& x_, const Tensor& feature
   const Geometry g = geometry_of(x_, kernel, stride, padding, dilation);
   const Tensor x = x_.contiguous();
   const Features features(g, x, feature, shift, relu);
-  const auto options = x.options().dtype(compute_type(x));
+  const auto options = compute_options(x);
   Tensor pooled = at::empty({g.B, 2, g.K(), g.h, g.w}, options);
   Tensor largest = indexed ? at::empty({g.B, g.K(), g.h, g.w}, options) : at::empty({0}, options);
   dispatch(x, [&](auto e) {
@@ -287,10 +324,11 @@ std::tuple<Tensor, Tensor, Tensor> pool_channels_backward(
   const Geometry g = geometry_of(x_, kernel, stride, padding, dilation);
   check_size("grad", grad_, {g.B, 2, g.K(), g.h, g.w});
   check_size("largest", largest_, {g.B, g.K(), g.h, g.w});
-  const Tensor x = x_.contiguous(), grad = grad_.to(compute_type(x)).contiguous();
-  const Tensor largest = largest_.to(compute_type(x)).contiguous();
+  const Tensor x = x_.contiguous();
+  const Tensor grad = converted(grad_, x), largest = converted(largest_, x);
   const Features features(g, x, feature, shift, relu);
-  const FeatureGradients found(g, x, needs[0], needs[1]);
+  Results found(g, x);
+  found.want_features(needs[0], needs[1]);
   dispatch(x, [&](auto e) {
     using E = decltype(e);
     using T = Compute<E>;
@@ -298,7 +336,8 @@ std::tuple<Tensor, Tensor, Tensor> pool_channels_backward(
                                    grad.const_data_ptr<T>(), largest.const_data_ptr<T>(),
                                    found.view<T>());
   });
-  return {found.x, found.shift, found.products};
+  return {found.x.to(x.scalar_type()), found.feature.to(feature.scalar_type()),
+          found.shift.to(shift.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor> pool_coordinates(const Tensor& x_, const Tensor& feature,
@@ -308,7 +347,7 @@ std::tuple<Tensor, Tensor> pool_coordinates(const Tensor& x_, const Tensor& feat
   const Geometry g = geometry_of(x_, kernel, stride, padding, dilation);
   const Tensor x = x_.contiguous();
   const Features features(g, x, feature, shift, relu);
-  const auto options = x.options().dtype(compute_type(x));
+  const auto options = compute_options(x);
   Tensor rows = at::empty({g.B, g.C, g.kh, g.h}, options);
   Tensor columns = at::empty({g.B, g.C, g.kw, g.w}, options);
   dispatch(x, [&](auto e) {
@@ -328,10 +367,10 @@ std::tuple<Tensor, Tensor, Tensor> pool_coordinates_backward(
   check_size("grad_rows", grad_rows_, {g.B, g.C, g.kh, g.h});
   check_size("grad_columns", grad_columns_, {g.B, g.C, g.kw, g.w});
   const Tensor x = x_.contiguous();
-  const Tensor grad_rows = grad_rows_.to(compute_type(x)).contiguous();
-  const Tensor grad_columns = grad_columns_.to(compute_type(x)).contiguous();
+  const Tensor grad_rows = converted(grad_rows_, x), grad_columns = converted(grad_columns_, x);
   const Features features(g, x, feature, shift, relu);
-  const FeatureGradients found(g, x, needs[0], needs[1]);
+  Results found(g, x);
+  found.want_features(needs[0], needs[1]);
   dispatch(x, [&](auto e) {
     using E = decltype(e);
     using T = Compute<E>;
@@ -339,129 +378,67 @@ std::tuple<Tensor, Tensor, Tensor> pool_coordinates_backward(
                                       grad_rows.const_data_ptr<T>(),
                                       grad_columns.const_data_ptr<T>(), found.view<T>());
   });
-  return {found.x, found.shift, found.products};
+  return {found.x.to(x.scalar_type()), found.feature.to(feature.scalar_type()),
+          found.shift.to(shift.scalar_type())};
 }
 
-// The gates as the kernels want them; they hold the memory that `view` points to.
-struct GatePair {
-  Tensor first, second;
-
-  GatePair(const Geometry& g, const Tensor& x, const Tensor& first_, const Tensor& second_) {
-    if (first_.dim() == 4) {
-      check_size("first", first_, {g.B, g.C, g.kh, g.h});
-      check_size("second", second_, {g.B, g.C, g.kw, g.w});
-    } else {
-      check_size("first", first_, {g.B, g.C});
-      check_size("second", second_, {g.B, g.K(), g.h, g.w});
-    }
-    first = first_.to(compute_type(x)).contiguous();
-    second = second_.to(compute_type(x)).contiguous();
-  }
-  template <typename T>
-  rfa::Gates<T> view() const {
-    return {first.const_data_ptr<T>(), second.const_data_ptr<T>(), first.dim() == 4};
-  }
-};
-
-Tensor forward_gated(const Tensor& x_, const Tensor& feature, const Tensor& shift, bool relu,
-                     const Tensor& first_, const Tensor& second_, const Tensor& weight_,
-                     const std::optional<Tensor>& bias_, IntArrayRef kernel, IntArrayRef stride,
-                     IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
-  const Geometry g =
-      geometry_of(x_, kernel, stride, padding, dilation, weight_.size(0), groups);
-  check_weight(g, x_, weight_, groups);
-  const Tensor x = x_.contiguous(), weight = weight_.contiguous();
-  const GatePair gates(g, x, first_, second_);
+Tensor gated_conv(const Tensor& x_, const Tensor& feature, const Tensor& shift, bool relu,
+                  const Tensor& first, const Tensor& second, const Tensor& weight,
+                  const optional<Tensor>& bias, IntArrayRef kernel, IntArrayRef stride,
+                  IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+  const Geometry g = geometry_of(x_, kernel, stride, padding, dilation, weight.size(0), groups);
+  const Tensor x = x_.contiguous();
+  const Convolution conv(g, x, weight, bias);
+  const GatePair gates(g, x, first, second);
   const Features features(g, x, feature, shift, relu);
-  Tensor bias;
-  if (bias_) {
-    check_size("bias", *bias_, {g.O});
-    bias = bias_->to(x.scalar_type()).contiguous();
-  }
   Tensor y = at::empty({g.B, g.O, g.h, g.w}, x.options());
   dispatch(x, [&](auto e) {
     using E = decltype(e);
     using T = Compute<E>;
     rfa::forward_gated<E>(g, features.view<T>(), gates.view<T>(), x.const_data_ptr<E>(),
-                          weight.const_data_ptr<E>(),
-                          bias_ ? bias.const_data_ptr<E>() : nullptr, y.data_ptr<E>());
+                          conv.weight.const_data_ptr<E>(), conv.bias_data<E>(), y.data_ptr<E>());
   });
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_gated(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_conv_backward(
     const Tensor& grad_y_, const Tensor& x_, const Tensor& feature, const Tensor& shift, bool relu,
-    const Tensor& first_, const Tensor& second_, const Tensor& weight_, std::array<bool, 4> needs,
+    const Tensor& first, const Tensor& second, const Tensor& weight, std::array<bool, 4> needs,
     IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
     int64_t groups) {
-  const Geometry g =
-      geometry_of(x_, kernel, stride, padding, dilation, weight_.size(0), groups);
-  check_weight(g, x_, weight_, groups);
+  const Geometry g = geometry_of(x_, kernel, stride, padding, dilation, weight.size(0), groups);
   check_size("grad_y", grad_y_, {g.B, g.O, g.h, g.w});
-  const Tensor x = x_.contiguous(), weight = weight_.contiguous();
-  const Tensor grad_y = grad_y_.to(x.scalar_type()).contiguous();
-  const GatePair gates(g, x, first_, second_);
+  const Tensor x = x_.contiguous(), grad_y = grad_y_.to(x.scalar_type()).contiguous();
+  const Convolution conv(g, x, weight);
+  const GatePair gates(g, x, first, second);
   const Features features(g, x, feature, shift, relu);
-  const FeatureGradients found(g, x, needs[0], needs[1]);
-  Tensor grad_first = at::zeros_like(gates.first), grad_second = at::zeros_like(gates.second);
-  const WeightGradient of_weight(g, x, needs[2]);
+  Results found(g, x);
+  found.want_features(needs[0], needs[1]).want_weight(needs[2]);
+  Tensor of_first = at::zeros_like(gates.first), of_second = at::zeros_like(gates.second);
   dispatch(x, [&](auto e) {
     using E = decltype(e);
     using T = Compute<E>;
-    auto gradients = found.view<T>();
-    gradients.weight = of_weight.pointer<T>();
-    gradients.weight_stride = of_weight.columns;
     rfa::backward_gated<E>(g, features.view<T>(), gates.view<T>(), grad_y.const_data_ptr<E>(),
-                           x.const_data_ptr<E>(), weight.const_data_ptr<E>(), gradients,
-                           grad_first.data_ptr<T>(), grad_second.data_ptr<T>());
+                           x.const_data_ptr<E>(), conv.weight.const_data_ptr<E>(),
+                           found.view<T>(), of_first.data_ptr<T>(), of_second.data_ptr<T>());
   });
-  const Tensor d_weight = of_weight.finish(g, x);
-  Tensor d_bias = needs[3] ? grad_y.sum({0, 2, 3}) : at::empty({0}, x.options());
-  return {found.x, found.shift, found.products, grad_first, grad_second, d_weight, d_bias};
+  return {found.x.to(x.scalar_type()), found.feature.to(feature.scalar_type()),
+          found.shift.to(shift.scalar_type()), of_first.to(first.scalar_type()),
+          of_second.to(second.scalar_type()), found.of_weight(),
+          needs[3] ? grad_y.sum({0, 2, 3}) : none(x)};
 }
 
 } // namespace
 
-TORCH_LIBRARY(rfa_mmdet_cpu, m) {
-  m.def("moments(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> "
-        "(Tensor, Tensor)");
-  m.def("forward(Tensor x, Tensor attention, Tensor? feature, Tensor scale, Tensor shift, "
-        "bool relu, Tensor weight, Tensor? bias, int[] kernel_size, int[] stride, int[] padding, "
-        "int[] dilation, int groups) -> Tensor");
-  m.def("backward(Tensor grad_y, Tensor x, Tensor attention, Tensor? feature, Tensor scale, "
-        "Tensor shift, bool relu, Tensor weight, bool[4] needs, int[] kernel_size, int[] stride, "
-        "int[] padding, int[] dilation, int groups) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("correct_input_gradient(Tensor(a!) grad_x, Tensor x, Tensor Q, Tensor constant, "
-        "int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> ()");
-  m.def("pool_channels(Tensor x, Tensor feature, Tensor shift, bool relu, bool indexed, "
-        "int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> (Tensor, Tensor)");
-  m.def("pool_channels_backward(Tensor grad, Tensor x, Tensor feature, Tensor shift, bool relu, "
-        "Tensor largest, bool[2] needs, int[] kernel_size, int[] stride, int[] padding, "
-        "int[] dilation) -> (Tensor, Tensor, Tensor)");
-  m.def("pool_coordinates(Tensor x, Tensor feature, Tensor shift, bool relu, int[] kernel_size, "
-        "int[] stride, int[] padding, int[] dilation) -> (Tensor, Tensor)");
-  m.def("pool_coordinates_backward(Tensor grad_rows, Tensor grad_columns, Tensor x, "
-        "Tensor feature, Tensor shift, bool relu, bool[2] needs, int[] kernel_size, int[] stride, "
-        "int[] padding, int[] dilation) -> (Tensor, Tensor, Tensor)");
-  m.def("forward_gated(Tensor x, Tensor feature, Tensor shift, bool relu, Tensor first, "
-        "Tensor second, Tensor weight, Tensor? bias, int[] kernel_size, int[] stride, "
-        "int[] padding, int[] dilation, int groups) -> Tensor");
-  m.def("backward_gated(Tensor grad_y, Tensor x, Tensor feature, Tensor shift, bool relu, "
-        "Tensor first, Tensor second, Tensor weight, bool[4] needs, int[] kernel_size, "
-        "int[] stride, int[] padding, int[] dilation, int groups) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(rfa_mmdet_cpu, CPU, m) {
-  m.impl("moments", &moments);
-  m.impl("forward", &forward);
-  m.impl("backward", &backward);
-  m.impl("correct_input_gradient", &correct_input_gradient);
+TORCH_LIBRARY_IMPL(rfa_mmdet, CPU, m) {
+  m.impl("window_moments", &window_moments);
+  m.impl("window_moments_backward", &window_moments_backward);
+  m.impl("rfa_conv", &rfa_conv);
+  m.impl("rfa_conv_backward", &rfa_conv_backward);
   m.impl("pool_channels", &pool_channels);
   m.impl("pool_channels_backward", &pool_channels_backward);
   m.impl("pool_coordinates", &pool_coordinates);
   m.impl("pool_coordinates_backward", &pool_coordinates_backward);
-  m.impl("forward_gated", &forward_gated);
-  m.impl("backward_gated", &backward_gated);
+  m.impl("gated_conv", &gated_conv);
+  m.impl("gated_conv_backward", &gated_conv_backward);
 }

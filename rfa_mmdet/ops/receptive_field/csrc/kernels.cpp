@@ -1,4 +1,4 @@
-// RFAConv: forward, backward, moments and the correction of the input gradient.
+// RFAConv: forward and backward; moments of the windows, and their gradient.
 
 #include "kernels.h"
 
@@ -12,7 +12,7 @@ namespace {
 // The parameters of one channel as the loops want them.
 template <typename T>
 struct Channel {
-  const T* feature; // (K, K), times scale
+  const T* feature; // (K, K)
   const T* shift; // (K)
   const T* above; // (K): (attention - its maximum) * log2(e), the exponent where the mean >= 0
   const T* below; // (K): (attention - its minimum) * log2(e), where it is negative
@@ -30,10 +30,7 @@ class Channels {
       const T most = *std::max_element(attention, attention + K);
       const T least = *std::min_element(attention, attention + K);
       for (int64_t i = 0; i < K; ++i) {
-        const T scale = window.scale[c * K + i];
-        for (int64_t j = 0; j < K; ++j) {
-          out[i * K + j] = scale * window.feature[(c * K + i) * K + j];
-        }
+        std::copy_n(window.feature + (c * K + i) * K, K, out + i * K);
         out[K * K + i] = window.shift[c * K + i];
         out[K * K + K + i] = static_cast<T>((attention[i] - most) * log2e);
         out[K * K + 2 * K + i] = static_cast<T>((attention[i] - least) * log2e);
@@ -404,29 +401,26 @@ void moments(const Geometry& g, const E* x, double* first, double* second) {
 }
 
 template <typename E>
-void correct_input_gradient(const Geometry& g, const E* x, const Compute<E>* Q,
-                            const Compute<E>* constant, Compute<E>* grad_x) {
+void moments_backward(const Geometry& g, const E* x, const Compute<E>* slope,
+                      const Compute<E>* constant, Compute<E>* grad_x) {
   using T = Compute<E>;
   const int64_t K = g.K(), plane = g.H * g.W;
   const auto tiles = split_map(g, 640, 1);
   at::parallel_for(0, g.B * g.C, 1, [&](int64_t begin, int64_t end) {
     Windows<E> windows(g, tiles);
-    Buffer<T> mixed(K * windows.pitch()), none(windows.pitch()), matrix(K * K);
+    Buffer<T> mixed(K * windows.pitch()), none(windows.pitch());
     for (int64_t i = begin; i < end; ++i) {
       const int64_t c = i % g.C;
-      for (int64_t k = 0; k < K * K; ++k) {
-        matrix.get()[k] = -Q[c * K * K + k]; // symmetric
-      }
       for (const auto& tile : tiles) {
         windows.load(tile, x + i * plane);
         const int64_t vectors = ceil_div(tile.positions(), Vec<T>::size());
-        mix<T>(windows.patches(), windows.pitch(), vectors, K, matrix.get(), none.get(),
+        mix<T>(windows.patches(), windows.pitch(), vectors, K, slope + c * K * K, none.get(),
                mixed.get(), windows.pitch());
         for (int64_t k = 0; k < K; ++k) {
           T* const row = mixed.get() + k * windows.pitch();
           const T value = constant[c * K + k];
           for (int64_t q = 0; q < vectors * Vec<T>::size(); ++q) {
-            row[q] -= value;
+            row[q] += value;
           }
         }
         windows.add(tile, mixed.get(), grad_x + i * plane);
@@ -441,7 +435,7 @@ void correct_input_gradient(const Geometry& g, const E* x, const Compute<E>* Q,
   template void backward<E>(const Geometry&, const Window<Compute<E>>&, const E*, const E*,      \
                             const E*, const Gradients<Compute<E>>&);                             \
   template void moments<E>(const Geometry&, const E*, double*, double*);                         \
-  template void correct_input_gradient<E>(                                                       \
+  template void moments_backward<E>(                                                             \
       const Geometry&, const E*, const Compute<E>*, const Compute<E>*, Compute<E>*);
 
 RFA_INSTANTIATE(float)

@@ -28,12 +28,11 @@ struct ComputeType<double> {
 template <typename E>
 using Compute = typename ComputeType<E>::type;
 
-// Parameters of the windows, contiguous: attention, scale and shift (C, K), feature (C, K, K).
+// Parameters of the windows, contiguous: attention and shift (C, K), feature (C, K, K).
 template <typename T>
 struct Window {
   const T* attention;
   const T* feature;
-  const T* scale;
   const T* shift;
   bool relu;
 };
@@ -66,10 +65,10 @@ void backward(const Geometry& geometry, const Window<Compute<E>>& window, const 
 template <typename E>
 void moments(const Geometry& geometry, const E* x, double* first, double* second);
 
-// grad_x -= fold(constant + Q patch); Q (C, K, K), constant (C, K).
+// grad_x += fold(constant + slope patch); slope (C, K, K) is symmetric, constant (C, K).
 template <typename E>
-void correct_input_gradient(const Geometry& geometry, const E* x, const Compute<E>* Q,
-                            const Compute<E>* constant, Compute<E>* grad_x);
+void moments_backward(const Geometry& geometry, const E* x, const Compute<E>* slope,
+                      const Compute<E>* constant, Compute<E>* grad_x);
 
 // Features of the windows, act(feature window + shift): feature (C, K, K), shift (C, K).
 template <typename T>

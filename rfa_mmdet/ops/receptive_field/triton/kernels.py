@@ -1,8 +1,8 @@
-"""Triton kernels of RFAConv: pointer arithmetic only; triton_backend.py launches them.
+"""Triton kernels of RFAConv: pointer arithmetic only; launch.py launches them.
 
 Words: a *position* is one cell of the output, over the images of a batch; a *tap* is one of the K
 values that a window holds of one channel; a *coefficient* is a parameter of one channel, a row of
-``table``, (rows, C) float32 (see ``triton_backend.coefficients``).
+``table``, (rows, C) float32 (see ``launch.coefficients``).
 
 Two orientations of one code. POSITION_AXIS is the axis of a tile that runs along positions, the
 last one in NCHW (1), the first in channels_last (0), so that neighbouring lanes of a warp read
@@ -162,17 +162,13 @@ def _kernel_row(
     in_block,
     C,
     K: tl.constexpr,
-    LEARNT: tl.constexpr,
     POSITION_AXIS: tl.constexpr,
 ):
-    """Row i of the features' kernels, K tiles, or the one factor of tap i."""
+    """Row i of the features' kernels, K tiles."""
     row = ()
-    if LEARNT:
-        for j in tl.static_range(K):
-            n = 2 * K + i * K + j
-            row = row + (_coefficient(table, n, channel, in_block, C, POSITION_AXIS),)
-    else:
-        row = (_coefficient(table, 2 * K + i, channel, in_block, C, POSITION_AXIS),)
+    for j in tl.static_range(K):
+        n = 2 * K + i * K + j
+        row = row + (_coefficient(table, n, channel, in_block, C, POSITION_AXIS),)
     return row
 
 
@@ -184,15 +180,11 @@ def _feature(
     row_of_i,
     shift,
     K: tl.constexpr,
-    LEARNT: tl.constexpr,
 ):
     """Feature i before its ReLU."""
     z = tl.zeros_like(taps[part * K]) + shift
-    if LEARNT:
-        for j in tl.static_range(K):
-            z += row_of_i[j] * taps[part * K + j]
-    else:
-        z += row_of_i[0] * taps[part * K + i]
+    for j in tl.static_range(K):
+        z += row_of_i[j] * taps[part * K + j]
     return z
 
 
@@ -282,7 +274,6 @@ def forward_kernel(
     PW: tl.constexpr,
     DH: tl.constexpr,
     DW: tl.constexpr,
-    LEARNT: tl.constexpr,
     RELU: tl.constexpr,
     BIAS: tl.constexpr,
     POSITION_AXIS: tl.constexpr,
@@ -367,11 +358,11 @@ def forward_kernel(
                 mean, shares_of_part = _softmax(taps, part, scores, highest, lowest, K)
                 shares = shares + shares_of_part
             for i in tl.static_range(K):
-                row_of_i = _kernel_row(table, i, channel, in_block, C, K, LEARNT, POSITION_AXIS)
+                row_of_i = _kernel_row(table, i, channel, in_block, C, K, POSITION_AXIS)
                 shift = _coefficient(table, K + i, channel, in_block, C, POSITION_AXIS)
                 units = ()
                 for part in tl.static_range(PARTS):
-                    z = _feature(taps, part, i, row_of_i, shift, K, LEARNT)
+                    z = _feature(taps, part, i, row_of_i, shift, K)
                     u = _rectify(z, RELU) * shares[part * K + i]
                     units = units + (_anchor(u.to(x.dtype.element_ty), COMPILED),)
                 u = _side_by_side(units, PARTS, POSITION_AXIS)
@@ -422,7 +413,6 @@ def forward_kernel(
                     KW,
                     DH,
                     DW,
-                    LEARNT,
                     POSITION_AXIS,
                 )
                 score = _coefficient(table, i, channel, in_block, C, POSITION_AXIS)
@@ -520,37 +510,17 @@ def _feature_loop(
     KW: tl.constexpr,
     DH: tl.constexpr,
     DW: tl.constexpr,
-    LEARNT: tl.constexpr,
     POSITION_AXIS: tl.constexpr,
 ):
     """Feature i before its ReLU."""
     z = tl.zeros(mask.shape, tl.float32)
     z += _coefficient(table, K + i, channel, in_block, C, POSITION_AXIS)
-    if LEARNT:
-        for j in range(K):
-            tap = _tap(
-                corner,
-                top,
-                left,
-                j,
-                mask,
-                H,
-                W,
-                x_row,
-                x_column,
-                KW,
-                DH,
-                DW,
-                POSITION_AXIS,
-            )
-            row = 2 * K + i * K + j
-            z += tap * _coefficient(table, row, channel, in_block, C, POSITION_AXIS)
-    else:
+    for j in range(K):
         tap = _tap(
             corner,
             top,
             left,
-            i,
+            j,
             mask,
             H,
             W,
@@ -561,7 +531,8 @@ def _feature_loop(
             DW,
             POSITION_AXIS,
         )
-        z += tap * _coefficient(table, 2 * K + i, channel, in_block, C, POSITION_AXIS)
+        row = 2 * K + i * K + j
+        z += tap * _coefficient(table, row, channel, in_block, C, POSITION_AXIS)
     return z
 
 
@@ -737,7 +708,6 @@ def window_gradient_kernel(
     PW: tl.constexpr,
     DH: tl.constexpr,
     DW: tl.constexpr,
-    LEARNT: tl.constexpr,
     RELU: tl.constexpr,
     NEED_X: tl.constexpr,
     NEED_SUMS: tl.constexpr,
@@ -808,12 +778,12 @@ def window_gradient_kernel(
         new_shifts = ()
         new_products = ()
         for i in tl.static_range(K):
-            row_of_i = _kernel_row(table, i, channel, in_block, C, K, LEARNT, POSITION_AXIS)
+            row_of_i = _kernel_row(table, i, channel, in_block, C, K, POSITION_AXIS)
             shift = _coefficient(table, K + i, channel, in_block, C, POSITION_AXIS)
             features = ()  # their gradients, of each part
             new_totals = ()
             for part in tl.static_range(PARTS):
-                f = _rectify(_feature(taps, part, i, row_of_i, shift, K, LEARNT), RELU)
+                f = _rectify(_feature(taps, part, i, row_of_i, shift, K), RELU)
                 share = shares[part * K + i]
                 place = places[part] + i * CG * unit_stride
                 du = tl.load(units + place, mask=masks[part], other=0.0).to(tl.float32)
@@ -831,10 +801,7 @@ def window_gradient_kernel(
                 for part in tl.static_range(PARTS):
                     for j in tl.static_range(K):
                         gradient = gradients[part * K + j]
-                        if LEARNT:
-                            gradient += row_of_i[j] * features[part]
-                        elif i == j:
-                            gradient += row_of_i[0] * features[part]
+                        gradient += row_of_i[j] * features[part]
                         new_gradients = new_gradients + (gradient,)
                 gradients = new_gradients
             if NEED_SUMS:
@@ -1163,7 +1130,6 @@ def large_window_gradient_kernel(
     PW: tl.constexpr,
     DH: tl.constexpr,
     DW: tl.constexpr,
-    LEARNT: tl.constexpr,
     RELU: tl.constexpr,
     NEED_GRADIENTS: tl.constexpr,
     POSITION_AXIS: tl.constexpr,
@@ -1234,7 +1200,6 @@ def large_window_gradient_kernel(
             KW,
             DH,
             DW,
-            LEARNT,
             POSITION_AXIS,
         )
         f = _rectify(z, RELU)
@@ -1365,7 +1330,6 @@ def large_taps_kernel(
     C,
     CG,
     K: tl.constexpr,
-    LEARNT: tl.constexpr,
     POSITION_AXIS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -1385,15 +1349,10 @@ def large_taps_kernel(
     level = tl.load(to, mask=mask, other=0.0) * (1.0 / K)
     for j in range(K):
         total = level
-        if LEARNT:
-            for i in range(K):
-                at = features + place + i * CG * unit_stride
-                df = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-                row = 2 * K + i * K + j
-                total += df * _coefficient(table, row, channel, in_block, C, POSITION_AXIS)
-        else:
-            at = features + place + j * CG * unit_stride
+        for i in range(K):
+            at = features + place + i * CG * unit_stride
             df = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-            total += df * _coefficient(table, 2 * K + j, channel, in_block, C, POSITION_AXIS)
+            row = 2 * K + i * K + j
+            total += df * _coefficient(table, row, channel, in_block, C, POSITION_AXIS)
         at = folds + place + j * CG * unit_stride
         tl.store(at, total.to(folds.dtype.element_ty), mask=mask)

@@ -1,18 +1,19 @@
-"""Launch the Triton kernels of RFAConv, for CUDA tensors, or on the CPU in Triton's interpreter.
+"""Launch the Triton kernels: the operators' kernels for CUDA.
 
-The same functions as cpu.py. Importing this needs triton; ``dispatch`` does so only when asked.
+Importing this needs triton, so ``backends.py`` does it only when asked. The tests register them for
+the CPU, where Triton's interpreter runs them.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from rfa_mmdet.ops.common.windows import Pair, Window
+from rfa_mmdet.ops.receptive_field.schema import NAMESPACE
 from rfa_mmdet.ops.receptive_field.triton import kernels
-
-Pair = tuple[int, int]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALL_WINDOW = 9  # positions of a window that fits into registers
@@ -20,32 +21,6 @@ SCRATCH_BYTES = 128 * 2**20  # of the backward
 # Triton's interpreter runs each operation in NumPy: the fewer tiles, the faster.
 INTERPRETED = triton.knobs.runtime.interpret
 LARGE_SPAN = 2**31 - 1  # offsets beyond it need 64 bits
-
-
-class Window(NamedTuple):
-    """Windows over a map: the arguments of a convolution."""
-
-    kernel_size: Pair
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-
-    @property
-    def positions(self) -> int:
-        """K of a window."""
-        return self.kernel_size[0] * self.kernel_size[1]
-
-    def out_size(self, size: Pair) -> Pair:
-        """Return (h, w) of a map of (H, W)."""
-        return tuple(
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, k, s, p, d in zip(size, *self, strict=True)
-        )
-
-    def constants(self) -> dict[str, int]:
-        """Return the window as the kernels' constants."""
-        names = ("KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW")
-        return dict(zip(names, (n for pair in self for n in pair), strict=True))
 
 
 def check(name: str, x: Tensor) -> None:
@@ -84,30 +59,35 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32"
 
 
-def coefficients(attention: Tensor, feature: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
+def coefficients(attention: Tensor, feature: Tensor, shift: Tensor) -> Tensor:
     """Gather the parameters of a channel into one table.
 
     Args:
-        attention (Tensor): (C, K).
-        feature (Tensor | None): (C, K, K).
-        scale, shift (Tensor): (C, K).
+        attention (Tensor): (C * K, 1, 1, 1).
+        feature (Tensor): (C * K, 1, kh, kw).
+        shift (Tensor): (C * K,).
 
     Returns:
-        Tensor: (rows, C) float32. K rows of attention, K of shift, then K * K of scaled features
-            (or K of scale, where the features are the windows).
+        Tensor: (rows, C) float32: K rows of attention, K of shift, then K * K of features.
     """
-    attention, scale, shift = attention.float(), scale.float(), shift.float()
-    if feature is not None:
-        scale = (scale[:, :, None] * feature.float()).flatten(1)
-    return torch.cat([attention, shift, scale], 1).t().contiguous()
+    positions = feature[0].numel()
+    table = [t.float().reshape(-1, positions) for t in (attention, shift)]
+    table.append(feature.float().reshape(-1, positions**2))
+    return torch.cat(table, 1).t().contiguous()
 
 
 def unit_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the (O, C / g, K) weight as (O, K, C / g), so that channels are neighbours."""
-    return weight.transpose(1, 2).to(dtype).contiguous()
+    """Return the (O, C / g, kh, kw) weight as (O, K, C / g), so that channels are neighbours."""
+    return weight.flatten(2).transpose(1, 2).to(dtype).contiguous()
 
 
-def launch(kernel, grid: tuple, x: Tensor, arguments: tuple, constants: dict) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    x: Tensor,
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+) -> None:
     """Run a kernel on the device of ``x``."""
     if x.is_cuda:
         with torch.cuda.device(x.device):
@@ -172,16 +152,23 @@ def splits(x: Tensor, tiles: int, blocks: int) -> int:
     processors = 132
     if x.is_cuda:
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return max(1, min(tiles, triton.cdiv(8 * processors, blocks)))
+    wanted: int = triton.cdiv(8 * processors, blocks)
+    return max(1, min(tiles, wanted))
 
 
-def moments(
+def constants_of(window: Window) -> dict[str, int]:
+    """Return a window as the kernels' constants."""
+    names = ("KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW")
+    return dict(zip(names, (n for pair in window for n in pair), strict=True))
+
+
+def window_moments(
     x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair
 ) -> tuple[Tensor, Tensor]:
     """Compute mean and covariance of the K values of a window, over all windows, by channel.
 
     Args:
-        x (Tensor): (B, C, H, W); at least one window.
+        x (Tensor): (B, C, H, W).
         kernel_size, stride, padding, dilation (tuple[int, int]): Of the windows.
 
     Returns:
@@ -191,7 +178,10 @@ def moments(
     check("x", x)
     window = Window(kernel_size, stride, padding, dilation)
     channels, k = x.shape[1], window.positions
-    height, width = window.out_size(x.shape[2:])
+    if x.numel() == 0:  # of a rank without data
+        of_none = x.new_zeros((channels, k, k), dtype=torch.float32)
+        return of_none[..., 0].clone(), of_none
+    height, width = window.output_size(x.shape[2:])
     count = x.shape[0] * height * width
     axis, small = position_axis(x), k <= SMALL_WINDOW
     config = moments_config(axis)
@@ -212,7 +202,7 @@ def moments(
         (x, shift, sums, count, tiles, *x.shape[2:], height, width, *x.stride()),
         dict(
             C=channels,
-            **window.constants(),
+            **constants_of(window),
             POSITION_AXIS=axis,
             LARGE=is_large(x),
             SMALL=small,
@@ -248,11 +238,10 @@ def forward_config(dtype: torch.dtype, positions: int, outputs: int) -> dict[str
     return dict(PARTS=parts, BLOCK_P=32, BLOCK_C=16, BLOCK_O=block, num_warps=8, num_stages=1)
 
 
-def forward(
+def rfa_conv(
     x: Tensor,
     attention: Tensor,
-    feature: Tensor | None,
-    scale: Tensor,
+    feature: Tensor,
     shift: Tensor,
     relu: bool,
     weight: Tensor,
@@ -266,7 +255,7 @@ def forward(
     """Compute the layer in one pass."""
     check("x", x)
     window = Window(kernel_size, stride, padding, dilation)
-    height, width = window.out_size(x.shape[2:])
+    height, width = window.output_size(x.shape[2:])
     channels, outputs = x.shape[1], weight.shape[0]
     axis = position_axis(x)
     y = torch.empty(
@@ -287,7 +276,7 @@ def forward(
         x,
         (
             x,
-            coefficients(attention, feature, scale, shift),
+            coefficients(attention, feature, shift),
             unit_weight(weight, x.dtype),
             None if bias is None else bias.float(),
             y,
@@ -302,8 +291,7 @@ def forward(
             C=channels,
             CG=channels // groups,
             OG=outputs // groups,
-            **window.constants(),
-            LEARNT=feature is not None,
+            **constants_of(window),
             RELU=relu,
             BIAS=bias is not None,
             POSITION_AXIS=axis,
@@ -317,23 +305,22 @@ def forward(
     return y
 
 
-def backward(
+def rfa_conv_backward(
     grad_y: Tensor,
     x: Tensor,
     attention: Tensor,
-    feature: Tensor | None,
-    scale: Tensor,
+    feature: Tensor,
     shift: Tensor,
     relu: bool,
     weight: Tensor,
-    needs: tuple[bool, bool, bool, bool],
+    needs: Sequence[bool],
     kernel_size: Pair,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
     groups: int,
-) -> tuple[Tensor | None, ...]:
-    """Compute the gradients as if ``scale`` and ``shift`` were parameters of their own.
+) -> tuple[Tensor, ...]:
+    """Compute the gradients.
 
     Chunk by chunk of positions, so that the K-fold tensors of one chunk (gradient of the units,
     then the units, and gradient of the taps) take no more than SCRATCH_BYTES and stay, on a large
@@ -343,27 +330,36 @@ def backward(
 
     Args:
         grad_y (Tensor): (B, O, h, w), any strides.
-        x, attention, feature, scale, shift, relu, weight: As of :func:`forward`.
-        needs (tuple[bool, bool, bool, bool]): Whether the gradients of x, of attention, shift and
-            products, of weight, and of bias are wanted.
+        x, attention, feature, shift, relu, weight: As of :func:`rfa_conv`.
+        needs (Sequence[bool]): Whether the gradients of x, of attention, feature and shift, of
+            weight, and of bias are wanted.
         kernel_size, stride, padding, dilation (tuple[int, int]): Of the windows.
         groups (int): Of the final convolution.
 
     Returns:
-        tuple[Tensor | None, ...]: grad_x (B, C, H, W), d_attention (C, K), d_shift (C, K), and
-            products (C, K, K), sums over positions of the gradient of feature i times tap j, in
-            float32; d_weight (O, C / g, K) and d_bias (O,) in float32. None where not wanted.
+        tuple[Tensor, ...]: Of x, attention, feature, shift, weight and bias, in their shapes and
+            types. Empty where not wanted.
     """
     check("x", x)
     check("grad_y", grad_y)
     need_x, need_sums, need_weight, need_bias = needs
     window = Window(kernel_size, stride, padding, dilation)
-    pass_ = _Backward(x, attention, feature, scale, shift, relu, weight, needs, window, groups)
-    d_bias = grad_y.sum((0, 2, 3), dtype=torch.float32) if need_bias else None
+    wanted = (need_x, *(need_sums,) * 3, need_weight, need_bias)
+    likes = (x, attention, feature, shift, weight, weight[:, 0, 0, 0])
+    if grad_y.numel() == 0:  # of a rank without data
+        return tuple(
+            torch.zeros_like(like) if want else like.new_empty(0)
+            for want, like in zip(wanted, likes, strict=True)
+        )
+    pass_ = _Backward(x, attention, feature, shift, relu, weight, needs, window, groups)
     if need_x or need_sums or need_weight:
         for chunk in pass_.chunks():
             pass_.add(grad_y, *chunk)
-    return (*pass_.results(), d_bias)
+    of_bias = grad_y.sum((0, 2, 3), dtype=torch.float32) if need_bias else grad_y.new_empty(0)
+    return tuple(
+        gradient.to(like.dtype).view(like.shape) if want else like.new_empty(0)
+        for want, gradient, like in zip(wanted, (*pass_.results(), of_bias), likes, strict=True)
+    )
 
 
 class _Backward:
@@ -374,31 +370,41 @@ class _Backward:
     """
 
     def __init__(
-        self, x, attention, feature, scale, shift, relu, weight, needs, window, groups
+        self,
+        x: Tensor,
+        attention: Tensor,
+        feature: Tensor,
+        shift: Tensor,
+        relu: bool,
+        weight: Tensor,
+        needs: Sequence[bool],
+        window: Window,
+        groups: int,
     ) -> None:
         self.x, self.window, self.groups = x, window, groups
         self.need_x, self.need_sums, self.need_weight, _ = needs
-        self.learnt, self.relu = feature is not None, relu
+        self.relu = relu
         self.batch, self.channels, self.height, self.width = x.shape
         self.outputs, self.k = weight.shape[0], window.positions
-        self.h, self.w = window.out_size(x.shape[2:])
+        self.h, self.w = window.output_size(x.shape[2:])
         self.axis, self.small = position_axis(x), self.k <= SMALL_WINDOW
-        self.table = coefficients(attention, feature, scale, shift)
+        self.table = coefficients(attention, feature, shift)
         self.unit_weight = unit_weight(weight, x.dtype)
         self.constants = dict(
             C=self.channels,
             CG=self.channels // groups,
-            **window.constants(),
+            **constants_of(window),
             POSITION_AXIS=self.axis,
         )
         self.large = is_large(x)
-        self.grad_x = None
+        # What is not wanted is empty.
+        self.grad_x = x.new_empty(0)
         if self.need_x:
             layout = torch.contiguous_format if self.axis else torch.channels_last
             self.grad_x = x.new_zeros(x.shape, dtype=torch.float32).contiguous(memory_format=layout)
         rows = 2 * self.k + self.k**2
         self.sums = x.new_zeros((rows, self.channels), dtype=torch.float64)
-        self.d_weight = None
+        self.d_weight = x.new_empty(0)
 
     def chunks(self) -> Iterator[tuple[int, int, int, int]]:
         """Divide the output: whole images, or rows of one, as many as the scratch holds.
@@ -429,7 +435,8 @@ class _Backward:
 
     def strides(self, matrix: Tensor) -> Pair:
         """Return the strides of a matrix along units and along positions."""
-        return matrix.stride() if self.axis else matrix.stride()[::-1]
+        rows, columns = matrix.stride()
+        return (rows, columns) if self.axis else (columns, rows)
 
     def add(self, grad_y: Tensor, image: int, images: int, row: int, rows: int) -> None:
         """Add one chunk's part to every gradient."""
@@ -445,7 +452,7 @@ class _Backward:
         else:
             grad = grad_y.permute(0, 2, 3, 1).reshape(-1, self.outputs).to(dtype).contiguous()
         units = self.matrix(self.k * self.channels, dtype)
-        taps = None
+        taps = units.new_empty(0)
         if self.need_x or self.need_sums:
             self.unit_gradient(grad, units)
             if self.need_x or not self.small:
@@ -506,7 +513,7 @@ class _Backward:
         of_group = self.outputs // self.groups
         wide = self.k * self.channels // self.groups
         config = product_config(self.x.dtype)
-        add = self.d_weight is not None
+        add = self.d_weight.numel() > 0
         if not add:
             tiles = triton.cdiv(of_group, config["BLOCK_M"]) * triton.cdiv(wide, config["BLOCK_N"])
             parts = splits(self.x, triton.cdiv(self.count, config["BLOCK_K"]), tiles * self.groups)
@@ -525,11 +532,11 @@ class _Backward:
             add,
         )
 
-    def x_arguments(self) -> tuple:
+    def x_arguments(self) -> tuple[int, ...]:
         """Return sizes and strides as the kernels take them."""
         return (*self.x.shape[2:], self.w, *self.x.stride())
 
-    def small_windows(self, units: Tensor, taps: Tensor | None) -> None:
+    def small_windows(self, units: Tensor, taps: Tensor) -> None:
         """Turn the units' gradient into units and the taps' gradient, and add up the sums."""
         config = window_gradient_config(self.axis)
         tiles = triton.cdiv(self.count, config["PARTS"] * config["BLOCK_P"])
@@ -547,7 +554,6 @@ class _Backward:
             ),
             dict(
                 **self.constants,
-                LEARNT=self.learnt,
                 RELU=self.relu,
                 NEED_X=self.need_x,
                 NEED_SUMS=self.need_sums,
@@ -558,17 +564,15 @@ class _Backward:
         if self.need_sums:
             self.sums += sums.sum(0, dtype=torch.float64)
 
-    def large_windows(self, units: Tensor, features: Tensor | None) -> None:
+    def large_windows(self, units: Tensor, features: Tensor) -> None:
         """Do the same where a window does not fit into registers, but for the taps' gradient."""
         config = large_window_config(self.axis)
         tiles = triton.cdiv(self.count, config["BLOCK_P"])
         blocks = triton.cdiv(self.channels, config["BLOCK_C"])
         need = self.need_x or self.need_sums
-        self.means = self.matrix(self.channels, torch.float32) if need else None
-        sums = None
-        if need:
-            shape = (tiles, self.k, self.channels)
-            sums = self.x.new_empty(shape, dtype=torch.float32)
+        self.means = self.matrix(self.channels if need else 0, torch.float32)
+        shape = (tiles if need else 0, self.k, self.channels)
+        sums = self.x.new_empty(shape, dtype=torch.float32)
         launch(
             kernels.large_window_gradient_kernel,
             (tiles * blocks,),
@@ -576,11 +580,10 @@ class _Backward:
             (
                 *(self.x, self.table, units, features, self.means, sums),
                 *(*self.place, self.count, *self.x_arguments(), *self.strides(units)),
-                *(self.strides(self.means) if need else (0, 0)),
+                *self.strides(self.means),
             ),
             dict(
                 **self.constants,
-                LEARNT=self.learnt,
                 RELU=self.relu,
                 NEED_GRADIENTS=need,
                 LARGE=self.large,
@@ -622,7 +625,6 @@ class _Backward:
                 C=self.channels,
                 CG=self.channels // self.groups,
                 K=self.k,
-                LEARNT=self.learnt,
                 POSITION_AXIS=self.axis,
                 **config,
             ),
@@ -652,9 +654,9 @@ class _Backward:
             dict(**self.constants, ADD=not self.whole, LARGE=is_large(self.grad_x), **config),
         )
 
-    def results(self) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, attention, shift, products and weight."""
-        d_attention = d_shift = products = d_weight = None
+    def results(self) -> tuple[Tensor, ...]:
+        """Return the gradients of x, attention, feature, shift and weight."""
+        d_attention = d_shift = products = d_weight = self.x.new_empty(0)
         if self.need_sums:
             sums = self.sums.float().t()
             d_attention, d_shift, products = sums.split([self.k, self.k, self.k**2], 1)
@@ -662,49 +664,67 @@ class _Backward:
             products = products.contiguous().unflatten(1, (self.k, self.k))
         if self.need_weight:
             d_weight = self.d_weight.sum(0).unflatten(1, (self.k, -1)).transpose(1, 2).contiguous()
-        return self.grad_x, d_attention, d_shift, products, d_weight
+        return self.grad_x, d_attention, products, d_shift, d_weight
 
 
-def correct_input_gradient(
-    grad_x: Tensor,
+def window_moments_backward(
     x: Tensor,
-    Q: Tensor,
+    slope: Tensor,
     constant: Tensor,
     kernel_size: Pair,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
-) -> None:
-    """Subtract fold(constant + Q window) from ``grad_x``, in place.
+) -> Tensor:
+    """Compute fold(constant + slope @ window).
 
     Args:
-        grad_x (Tensor): (B, C, H, W) float32, any strides.
         x (Tensor): (B, C, H, W).
-        Q (Tensor): (C, K, K).
+        slope (Tensor): (C, K, K), symmetric.
         constant (Tensor): (C, K).
         kernel_size, stride, padding, dilation (tuple[int, int]): Of the windows.
+
+    Returns:
+        Tensor: (B, C, H, W), of x's type.
     """
     check("x", x)
     window = Window(kernel_size, stride, padding, dilation)
     axis = position_axis(x)
     config = correct_config(axis)
+    grad_x = torch.zeros_like(x, dtype=torch.float32)
     count = x.shape[0] * x.shape[2] * x.shape[3]
     tiles = triton.cdiv(count, config["BLOCK_P"])
-    table = torch.cat([constant.float(), Q.float().flatten(1)], 1).t().contiguous()
-    launch(
-        kernels.correct_kernel,
-        (tiles * triton.cdiv(x.shape[1], config["BLOCK_C"]),),
-        x,
-        (
-            *(grad_x, x, table, count, *x.shape[2:], *window.out_size(x.shape[2:])),
-            *(*grad_x.stride(), *x.stride()),
-        ),
-        dict(
-            C=x.shape[1],
-            **window.constants(),
-            POSITION_AXIS=axis,
-            LARGE=is_large(x, grad_x),
-            SMALL=window.positions <= SMALL_WINDOW,
-            **config,
-        ),
-    )
+    # The kernel subtracts.
+    table = -torch.cat([constant.float(), slope.float().flatten(1)], 1).t().contiguous()
+    if count:
+        launch(
+            kernels.correct_kernel,
+            (tiles * triton.cdiv(x.shape[1], config["BLOCK_C"]),),
+            x,
+            (
+                *(grad_x, x, table, count, *x.shape[2:], *window.output_size(x.shape[2:])),
+                *(*grad_x.stride(), *x.stride()),
+            ),
+            dict(
+                C=x.shape[1],
+                **constants_of(window),
+                POSITION_AXIS=axis,
+                LARGE=is_large(x, grad_x),
+                SMALL=window.positions <= SMALL_WINDOW,
+                **config,
+            ),
+        )
+    return grad_x.to(x.dtype)
+
+
+_LIBRARY = torch.library.Library(NAMESPACE, "IMPL")
+
+
+def register(key: str) -> None:
+    """Register the kernels for a dispatch key, once.
+
+    Args:
+        key (str): 'CUDA'; 'CPU' where Triton's interpreter is to take the place of the C++ kernels.
+    """
+    for function in (window_moments, window_moments_backward, rfa_conv, rfa_conv_backward):
+        _LIBRARY.impl(function.__name__, function, key)

@@ -1,0 +1,112 @@
+"""The table of patches: what is replaced in other packages at run time, and why."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from rfa_mmdet.compat import flop_counts, safe_loading, whole_files
+from rfa_mmdet.errors import UserError
+
+VARIABLE = "RFA_MMDET_COMPAT"
+
+
+class Patch(NamedTuple):
+    """One replacement in another package.
+
+    Attributes:
+        name (str): For :data:`VARIABLE` and :func:`apply`.
+        target (str): What is replaced.
+        reason (str): What goes wrong without the patch.
+        versions (str): Versions that need it.
+        apply (Callable): Applies the patch in this process; calling it twice is harmless.
+        on_import (bool): Whether ``import rfa_mmdet`` applies it. If not, only on request.
+    """
+
+    name: str
+    target: str
+    reason: str
+    versions: str
+    apply: Callable[[], None]
+    on_import: bool
+
+
+# To remove a patch once its versions are no longer supported, delete its entry and its module.
+PATCHES = (
+    Patch(
+        "safe_loading",
+        "mmengine.runner.checkpoint.CheckpointLoader.load_checkpoint",
+        "torch 2.6 and later refuse MMEngine's training checkpoints, so --resume fails; older "
+        "torch runs any code that a checkpoint contains",
+        "mmengine 0.10, on any torch",
+        safe_loading.apply,
+        on_import=True,
+    ),
+    Patch(
+        "whole_files",
+        "the backend 'local' of mmengine.fileio",
+        "a run killed while saving leaves a truncated checkpoint; on import, since any trainer "
+        "can be killed",
+        "mmengine 0.10",
+        whole_files.apply,
+        on_import=True,
+    ),
+    Patch(
+        "flop_counts",
+        "the default tables of mmengine.analysis.complexity_analysis",
+        "MMDetection's get_flops.py cannot count the operators of attention; on request, since our "
+        "own tool uses MMEngine's public API instead",
+        "mmengine 0.10",
+        flop_counts.apply,
+        on_import=False,
+    ),
+)
+
+
+def apply(name: str) -> None:
+    """Apply one patch in this process, whatever the environment says.
+
+    Args:
+        name (str): Of :data:`PATCHES`.
+
+    Raises:
+        UserError: There is no such patch.
+
+    Example:
+        >>> apply("flop_count")
+        Traceback (most recent call last):
+        rfa_mmdet.errors.UserError: 'flop_count': no such patch; there are safe_loading, ...
+    """
+    _named(name).apply()
+
+
+def apply_on_import(choice: str) -> None:
+    """Apply the default patches, plus or minus those that the user names.
+
+    Args:
+        choice (str): Comma-separated names: 'flop_counts' adds a patch, '-whole_files' leaves one
+            out. '': the defaults.
+
+    Raises:
+        UserError: There is no such patch.
+
+    Example:
+        >>> apply_on_import("-no_such")
+        Traceback (most recent call last):
+        rfa_mmdet.errors.UserError: RFA_MMDET_COMPAT='-no_such': 'no_such': no such patch; ...
+    """
+    wanted = {patch.name: patch.on_import for patch in PATCHES}
+    for word in filter(None, (part.strip() for part in choice.split(","))):
+        try:
+            wanted[_named(word.removeprefix("-")).name] = not word.startswith("-")
+        except UserError as error:
+            raise UserError(f"{VARIABLE}={choice!r}: {error}") from error
+    for patch in PATCHES:
+        if wanted[patch.name]:
+            patch.apply()
+
+
+def _named(name: str) -> Patch:
+    for patch in PATCHES:
+        if patch.name == name:
+            return patch
+    names = ", ".join(patch.name for patch in PATCHES)
+    raise UserError(f"{name!r}: no such patch; there are {names}")

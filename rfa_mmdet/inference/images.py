@@ -1,0 +1,85 @@
+"""Find the image files that a user names, and report those that cannot be read."""
+
+import glob
+import os
+from collections.abc import Sequence
+
+from mmdet.apis.det_inferencer import IMG_EXTENSIONS
+
+from rfa_mmdet.errors import UserError
+
+
+class ImageError(UserError):
+    """An image file cannot be read. The message gives the reason without the path."""
+
+
+def none_readable(skipped: dict[str, str]) -> UserError:
+    """Return the error to raise when no image could be read.
+
+    Args:
+        skipped (dict[str, str]): What is wrong with each, by path.
+
+    Example:
+        >>> print(none_readable({"a.jpg": "missing"}))
+        none of the 1 images can be read, such as a.jpg: missing
+    """
+    path, damage = next(iter(skipped.items()))
+    return UserError(f"none of the {len(skipped)} images can be read, such as {path}: {damage}")
+
+
+def find_images(inputs: Sequence[str], without: str | os.PathLike | None = None) -> list[str]:
+    """Return the image files that a command line names.
+
+    Args:
+        inputs (Sequence[str]): Files, folders (searched to any depth) and patterns such as
+            'data/**/*.png'.
+        without (str | os.PathLike | None): A folder whose files are left out: the results of an
+            earlier run. Defaults to None.
+
+    Returns:
+        list[str]: Every file once, in the order of the inputs, those of a folder sorted.
+
+    Raises:
+        UserError: One of the inputs names no image.
+
+    Example:
+        >>> find_images(["/no/such/*.jpg"])
+        Traceback (most recent call last):
+        rfa_mmdet.errors.UserError: input '/no/such/*.jpg': no file matches
+    """
+    found: dict[str, str] = {}
+    own = os.path.realpath(without) + os.sep if without else None
+    for one in inputs:
+        if os.path.isfile(one):
+            files = [one]
+        elif os.path.isdir(one):
+            files = _images_below(one)
+            if not files:
+                raise UserError(
+                    f"input {one!r}: no image in it; looked for *{', *'.join(_ENDINGS)}"
+                )
+        else:
+            names = sorted(glob.glob(one, recursive=True))
+            files = [n for n in names if os.path.isfile(n) and n.lower().endswith(_ENDINGS)]
+            if not files:
+                pattern = glob.has_magic(one)
+                raise UserError(f"input {one!r}: no {'file matches' if pattern else 'such file'}")
+        for file in files:
+            real = os.path.realpath(file)
+            if not (own and real.startswith(own)):
+                found.setdefault(real, file)
+    if not found:
+        raise UserError(f"input {inputs[0]!r}: holds nothing but results of an earlier run")
+    return list(found.values())
+
+
+_ENDINGS = tuple(IMG_EXTENSIONS)
+
+
+def _images_below(folder: str) -> list[str]:
+    return sorted(
+        os.path.join(root, name)
+        for root, _, names in os.walk(folder)
+        for name in names
+        if name.lower().endswith(_ENDINGS) and not name.startswith(".")
+    )

@@ -1,0 +1,294 @@
+"""Modules as plain tensors and numbers, so that kernels need not call them.
+
+The kernels know batch norm and ReLU. What else a config may name (GroupNorm, SiLU, ...), and
+modules with hooks, which must be called to be seen, run in plain torch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rfa_mmdet.ops.common.precision import at_least_float32, autocast_dtype, compute_dtype
+from rfa_mmdet.ops.common.recompute import is_recorded
+from rfa_mmdet.ops.common.torch_versions import has_global_hooks
+from rfa_mmdet.ops.common.windows import Pair, Window
+from rfa_mmdet.ops.receptive_field import WindowFeatures, fold_batch_norm
+from rfa_mmdet.ops.receptive_field.backends import check_backend, use_kernels
+
+
+def check_choice(backend: str, operators: tuple[str, ...], norm: nn.Module, act: nn.Module) -> str:
+    """Check the choice of a backend when a layer is built.
+
+    Args:
+        backend (str): 'auto', 'reference', 'cpu' or 'triton'.
+        operators (tuple[str, ...]): What the layer calls.
+        norm, act (nn.Module): Of the features.
+
+    Returns:
+        str: The backend.
+
+    Raises:
+        ValueError: There is no such backend, it has no kernel of an operator, or it does not know
+            the norm or the activation.
+        RuntimeError: It is not available in this process.
+
+    Example:
+        >>> check_choice("auto", ("rfa_conv",), nn.GroupNorm(2, 8), nn.SiLU())
+        'auto'
+    """
+    check_backend(backend, operators)
+    if backend not in ("auto", "reference"):
+        _check_modules(backend, norm, act)
+    return backend
+
+
+def _check_modules(backend: str, norm: nn.Module, act: nn.Module) -> None:
+    for module, known in ((norm, _knows_norm(norm)), (act, is_plain_act(act))):
+        if not known:
+            raise ValueError(
+                f"backend={backend!r}: computes batch norm or none and ReLU or none, without "
+                f"hooks on them, not {module}; choose backend='auto'"
+            )
+
+
+def window_features(
+    backend: str,
+    operators: tuple[str, ...],
+    x: Tensor,
+    window: Window,
+    pad: Callable[[Tensor], tuple[Tensor, Pair]],
+    feature: nn.Conv2d | None,
+    norm: nn.Module,
+    act: nn.Module,
+    weight: Tensor,
+) -> WindowFeatures | None:
+    """Return features without making them, and update the norm's running statistics.
+
+    Args:
+        backend (str): The user's choice.
+        operators (tuple[str, ...]): What the layer makes of the features.
+        x (Tensor): (B, C, H, W).
+        window (Window): Of the features.
+        pad (Callable): Pads x where that is not by zeros; returns it, and the zeros to be added.
+        feature (nn.Conv2d | None): Depthwise; what comes before the norm. None: nothing does.
+        norm, act (nn.Module): Of the features. It is the norm's own ``training`` that counts.
+        weight (Tensor): Of the convolution of the features.
+
+    Returns:
+        WindowFeatures | None: None: they are to be made, from the modules.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: A backend asked for by name cannot compute this.
+    """
+    if not use_kernels(backend, operators, x, weight):
+        return None
+    known = _knows_norm(norm) and is_plain_act(act)
+    if not known or not (feature is None or _is_plain_conv(feature)):
+        if backend != "auto":
+            _check_modules(backend, norm, act)
+        return None
+    of_batch = uses_batch_statistics(norm)
+    group = reduces_over(norm) if of_batch else None
+    # An empty batch, and one value a channel, which has no variance, are for torch to treat; but
+    # ranks that reduce together must all take the same path.
+    if group is None and window.count(x) < (2 if of_batch else 1):
+        return None
+    x, padding = pad(x)
+    window = window._replace(padding=padding)
+    dtype = autocast_dtype(x)
+    x = x if x.dtype == dtype else x.to(dtype)
+    dtype = compute_dtype(x.dtype)
+    kernels = _window_values(x, window) if feature is None else feature.weight
+    kernels = kernels if kernels.dtype == dtype else kernels.to(dtype)
+    if not isinstance(norm, _BatchNorm):
+        shift = kernels.new_zeros(len(kernels))
+    elif of_batch:
+        scale, offset = (None if t is None else t.to(dtype) for t in (norm.weight, norm.bias))
+        kernels, shift, mean, var = fold_batch_norm(
+            x, kernels, scale, offset, norm.eps, window, group
+        )
+        update_running(norm, mean, var)
+    else:
+        scale, shift = fixed_scale_and_shift(norm)
+        if scale.dtype != dtype:
+            scale, shift = scale.to(dtype), shift.to(dtype)
+        kernels = kernels * scale.view(-1, 1, 1, 1)
+    return WindowFeatures(x, kernels, shift, type(act) is nn.ReLU, window)
+
+
+def _window_values(x: Tensor, window: Window) -> Tensor:
+    """Return depthwise kernels (C * K, 1, kh, kw) whose features are the window's own values."""
+    identity = torch.eye(window.positions, device=x.device).view(-1, 1, *window.kernel_size)
+    return identity.repeat(x.shape[1], 1, 1, 1)
+
+
+def must_be_called(module: nn.Module) -> bool:
+    """Whether a hook on the module or on all modules, or another ``forward``, is to be run.
+
+    Example:
+        >>> must_be_called(nn.ReLU())
+        False
+    """
+    own = module.__dict__
+    return bool(
+        has_global_hooks()
+        or "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
+
+
+def is_batch_norm(norm: nn.Module) -> bool:
+    """Whether a module computes what batch norm does, and no hook is on it.
+
+    Subclasses that check their input otherwise do; those that compute otherwise do not.
+
+    Example:
+        >>> is_batch_norm(nn.BatchNorm2d(4)), is_batch_norm(nn.GroupNorm(2, 4))
+        (True, False)
+    """
+    known = type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return known and not must_be_called(norm)
+
+
+def is_no_norm(norm: nn.Module) -> bool:
+    """Whether a module stands in for a norm that is not there, and no hook is on it.
+
+    Example:
+        >>> is_no_norm(nn.Identity()), is_no_norm(nn.BatchNorm2d(4))
+        (True, False)
+    """
+    return type(norm) is nn.Identity and not must_be_called(norm)
+
+
+def is_plain_act(act: nn.Module) -> bool:
+    """Whether an activation is ReLU or none, and no hook is on it.
+
+    Example:
+        >>> is_plain_act(nn.ReLU()), is_plain_act(nn.Identity()), is_plain_act(nn.SiLU())
+        (True, True, False)
+    """
+    return type(act) in (nn.ReLU, nn.Identity) and not must_be_called(act)
+
+
+def _knows_norm(norm: nn.Module) -> bool:
+    return is_batch_norm(norm) or is_no_norm(norm)
+
+
+def _is_plain_conv(conv: nn.Module) -> bool:
+    return type(conv) is nn.Conv2d and conv.bias is None and not must_be_called(conv)
+
+
+def uses_batch_statistics(norm: nn.Module) -> bool:
+    """Whether a norm takes its statistics from the batch.
+
+    Example:
+        >>> uses_batch_statistics(nn.BatchNorm2d(4)), uses_batch_statistics(nn.Identity())
+        (True, False)
+    """
+    return isinstance(norm, _BatchNorm) and (norm.training or norm.running_mean is None)
+
+
+def fixed_scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Return what batch norm on its running statistics multiplies by, and what it adds.
+
+    Args:
+        norm (_BatchNorm): Of N channels.
+
+    Returns:
+        tuple[Tensor, Tensor]: (N,) each, at least float32.
+
+    Example:
+        >>> scale, shift = fixed_scale_and_shift(nn.BatchNorm2d(1, eps=0.0))
+        >>> scale.tolist(), shift.tolist()
+        ([1.0], [0.0])
+    """
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert var is not None
+    scale = torch.rsqrt(at_least_float32(var) + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    if norm.bias is None:
+        return scale, -scale * mean
+    return scale, torch.addcmul(at_least_float32(norm.bias), scale, mean, value=-1)
+
+
+def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Return weight and bias under which ``conv`` computes its norm as well.
+
+    Args:
+        conv (nn.Conv2d): The convolution.
+        norm (nn.Module): What follows.
+
+    Returns:
+        tuple[Tensor, Tensor | None] | None: Of the convolution's dtype. None: the modules are to be
+        called, as the norm is none on fixed statistics, the convolution has a bias, a hook is on
+        either, or a graph is recorded.
+
+    Example:
+        >>> conv, norm = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4).eval()
+        >>> x = torch.rand(1, 2, 5, 5)
+        >>> both = nn.functional.conv2d(x, *fold_norm(conv, norm))
+        >>> torch.allclose(both, norm(conv(x)), atol=1e-6)
+        True
+        >>> fold_norm(conv, norm.train()) is None
+        True
+    """
+    if not _is_plain_conv(conv) or is_recorded():
+        return None
+    if is_no_norm(norm):
+        return conv.weight, None
+    if not (isinstance(norm, _BatchNorm) and is_batch_norm(norm)) or uses_batch_statistics(norm):
+        return None
+    scale, shift = fixed_scale_and_shift(norm)
+    weight = conv.weight * scale.view(-1, 1, 1, 1)
+    return weight.to(conv.weight.dtype), shift.to(conv.weight.dtype)
+
+
+def reduces_over(norm: nn.Module) -> Any:
+    """Return the process group that SyncBatchNorm reduces over, if it does now.
+
+    Example:
+        >>> reduces_over(nn.SyncBatchNorm(4))
+    """
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return None
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    group = norm.process_group or distributed.group.WORLD
+    return group if distributed.get_world_size(group) > 1 else None
+
+
+@torch.no_grad()
+def update_running(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
+    """Update batch norm's running statistics, where it keeps any, as its own call would.
+
+    Args:
+        norm (nn.Module): Batch norm of N channels.
+        mean, var (Tensor): (N,), of the batch; the variance is unbiased.
+
+    Example:
+        >>> norm = nn.BatchNorm2d(1)
+        >>> update_running(norm, torch.ones(1), torch.ones(1))
+        >>> norm.running_mean.item(), norm.num_batches_tracked.item()
+        (0.10000000149011612, 1)
+    """
+    if not (norm.training and norm.track_running_stats):
+        return
+    count = norm.num_batches_tracked
+    if count is not None:
+        count.add_(1)
+    if norm.running_mean is None or norm.running_var is None:
+        return
+    factor: float | Tensor | None = norm.momentum
+    if factor is None:  # cumulative average
+        factor = 1 / count.to(mean.dtype) if count is not None else 0.0
+    for running, new in ((norm.running_mean, mean), (norm.running_var, var)):
+        running.copy_(running * (1 - factor) + new * factor)

@@ -1,0 +1,53 @@
+"""What differs between the supported versions of torch; nothing else asks for a version."""
+
+import torch
+from torch.nn.modules import module as _module
+
+
+def autocast_dtype_on(device: str) -> torch.dtype | None:
+    """Return the type that autocast lowers convolutions to, by the type of the device.
+
+    Args:
+        device (str): Such as 'cpu' or 'cuda'.
+
+    Returns:
+        torch.dtype | None: None where autocast is off, or the device has none.
+
+    Example:
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+        ...     autocast_dtype_on("cpu"), autocast_dtype_on("meta")
+        (torch.bfloat16, None)
+    """
+    if hasattr(torch.amp, "is_autocast_available"):  # 2.4
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return None
+    if device == "cpu" and torch.is_autocast_cpu_enabled():
+        return torch.get_autocast_cpu_dtype()
+    if device == "cuda" and torch.is_autocast_enabled():
+        return torch.get_autocast_gpu_dtype()
+    return None
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces what runs now; before 2.7 it cannot be told.
+
+    Example:
+        >>> is_exporting()
+        False
+    """
+    exporting = getattr(torch.compiler, "is_exporting", None)
+    return bool(exporting and exporting())
+
+
+# Hooks on every module of the process. Before 2.5 there is no function that asks for them all.
+has_global_hooks = getattr(
+    _module,
+    "_has_any_global_hook",
+    lambda: bool(
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    ),
+)

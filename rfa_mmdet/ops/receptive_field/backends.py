@@ -1,0 +1,227 @@
+"""Which kernels of the operators are there, and whether a layer should call them.
+
+PyTorch's dispatcher picks the kernel by the device. What is left to decide is whether to call the
+operator at all, or the formula in plain torch.
+"""
+
+import functools
+import importlib
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rfa_mmdet.ops.common.precision import autocast_dtype
+from rfa_mmdet.ops.common.recompute import needs_plain_operators
+from rfa_mmdet.ops.receptive_field.schema import NAMESPACE, OPERATORS
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
+_DEVICES = {"cpu": "cpu", "triton": "cuda"}  # the type of the device that each is for
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
+_AUTO = {device: name for name, device in _DEVICES.items()}
+BUILD_ADVICE = (
+    "build it with `make env`, or with `pip install --no-build-isolation` of this package where a "
+    "C++ compiler and torch are installed"
+)
+
+
+def has_kernel(operator: str, backend: str) -> bool:
+    """Whether an operator has a kernel of a backend; call :func:`missing` first, which loads them.
+
+    Example:
+        >>> has_kernel("gated_conv", "triton")
+        False
+    """
+    key = _DEVICES[backend].upper()
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operator}", key))
+
+
+@torch.compiler.assume_constant_result  # torch.compile calls it, and looks no further
+def missing(backend: str) -> str | None:
+    """Tell why a backend cannot be used in this process.
+
+    Args:
+        backend (str): Of :data:`BACKENDS`.
+
+    Returns:
+        str | None: The reason and the remedy. None: it can.
+
+    Example:
+        >>> missing("reference")
+    """
+    return _missing(backend)
+
+
+@functools.cache
+def _missing(backend: str) -> str | None:
+    if backend == "cpu":
+        reason = load_cpu_kernels(Path(__file__).parent)
+        return reason and f"{reason}: {BUILD_ADVICE}"
+    if backend == "triton":
+        if not torch.cuda.is_available():
+            return "there is no CUDA device"
+        try:
+            importlib.import_module("rfa_mmdet.ops.receptive_field.triton.launch").register("CUDA")
+        except ImportError as error:
+            return f"triton cannot be imported ({error}): pip install triton"
+    return None
+
+
+def load_cpu_kernels(folder: Path) -> str | None:
+    """Load the C++ kernels that were built for the vector instructions torch uses here.
+
+    Args:
+        folder (Path): Of the libraries.
+
+    Returns:
+        str | None: Why they cannot be used. None: they are loaded.
+
+    Example:
+        >>> load_cpu_kernels(Path("/no/such"))
+        'the C++ extension is not built'
+    """
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    for name in dict.fromkeys((capability, "default")):
+        for file in sorted(folder.glob(f"_cpu_{name}.*so")):
+            try:
+                torch.ops.load_library(file)
+            except OSError as error:
+                return f"{file.name} does not load, as it was built for another torch: {error}"
+            except RuntimeError:  # its kernels have other arguments than the schemas
+                return "the C++ extension was built from other sources than these"
+            if not all(has_kernel(operator, "cpu") for operator in OPERATORS):
+                return "the C++ extension was built from other sources than these"
+            return None
+    return "the C++ extension is not built"
+
+
+def check_backend(backend: str, operators: tuple[str, ...] = ()) -> str:
+    """Check a user's choice as far as that can be done without an input.
+
+    Args:
+        backend (str): Of :data:`BACKENDS`.
+        operators (tuple[str, ...]): What the layer calls.
+
+    Returns:
+        str: The same.
+
+    Raises:
+        ValueError: There is no such backend, or it has no kernel of an operator.
+        RuntimeError: It cannot be used in this process.
+
+    Example:
+        >>> check_backend("auto")
+        'auto'
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: must be one of {BACKENDS}")
+    if backend in ("auto", "reference"):
+        return backend
+    reason = missing(backend)
+    if reason:
+        raise RuntimeError(f"backend={backend!r}: {reason}")
+    absent = [operator for operator in operators if not has_kernel(operator, backend)]
+    if absent:
+        raise ValueError(
+            f"backend={backend!r}: has no kernel of {', '.join(absent)}; choose backend='auto', "
+            "which runs plain torch there"
+        )
+    return backend
+
+
+def use_kernels(backend: str, operators: tuple[str, ...], x: Tensor, weight: Tensor) -> bool:
+    """Decide between the operators and the formula in plain torch.
+
+    The formula is for whatever looks at the operators that run: tracers, exports, transforms of
+    torch.func, modes that count or fake them.
+
+    Args:
+        backend (str): The user's choice, checked by :func:`check_backend`.
+        operators (tuple[str, ...]): What the layer would call.
+        x (Tensor): (B, C, H, W).
+        weight (Tensor): Of the convolution of the features.
+
+    Returns:
+        bool: Whether to call the operators.
+
+    Raises:
+        ValueError: The backend asked for by name does not run on x's device.
+        TypeError: It does not compute in x's type.
+        RuntimeError: It cannot be used in this process.
+
+    Example:
+        >>> x, weight = torch.ones(1, 1, 3, 3).double(), torch.ones(1, 1, 3, 3).double()
+        >>> use_kernels("auto", ("rfa_conv",), x, weight)
+        False
+    """
+    if backend == "reference" or needs_plain_operators() or _is_watched(x, weight):
+        return False
+    dtype = autocast_dtype(x)
+    same = weight.device == x.device
+    same = same and (weight.dtype == x.dtype or autocast_dtype(weight) == dtype)
+    if backend != "auto":
+        _check_input(backend, x, weight, dtype, same)
+        return True
+    chosen = _AUTO.get(x.device.type)
+    # float64 is for comparisons, and the formula is what to compare with.
+    if chosen is None or not same or dtype == torch.float64 or dtype not in _DTYPES[chosen]:
+        return False
+    if missing(chosen):
+        _notice(chosen)
+        return False
+    usable: bool = _has_kernels(operators, chosen)
+    return usable
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels(operators: tuple[str, ...], backend: str) -> bool:
+    return _has_loaded_kernels(operators, backend)
+
+
+@functools.cache  # asked in every forward, and only once all are loaded
+def _has_loaded_kernels(operators: tuple[str, ...], backend: str) -> bool:
+    return all(has_kernel(operator, backend) for operator in operators)
+
+
+def _is_watched(*tensors: Tensor) -> bool:
+    """Whether a mode or a tensor subclass has rules of its own for operators."""
+    if torch.compiler.is_compiling():
+        return False
+    modes: int = torch._C._len_torch_dispatch_stack()
+    return modes > 0 or any(
+        type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in tensors
+    )
+
+
+def _check_input(backend: str, x: Tensor, weight: Tensor, dtype: torch.dtype, same: bool) -> None:
+    check_backend(backend)  # again: the layer may come from another process
+    device = _DEVICES[backend]
+    if x.device.type != device:
+        raise ValueError(f"backend={backend!r}: the input must be on {device}, not on {x.device}")
+    if dtype not in _DTYPES[backend]:
+        raise TypeError(
+            f"backend={backend!r}: the input must be of one of {_DTYPES[backend]}, not {dtype}"
+        )
+    if not same:
+        raise TypeError(
+            f"backend={backend!r}: the input is {x.dtype} on {x.device}, the weight "
+            f"{weight.dtype} on {weight.device}; they must be the same"
+        )
+
+
+@torch.compiler.assume_constant_result
+def _notice(backend: str) -> None:
+    _warn_once(backend)
+
+
+@functools.cache
+def _warn_once(backend: str) -> None:
+    warnings.warn(
+        "the receptive-field convolutions run in plain torch, several times slower: "
+        f"{missing(backend)}",
+        stacklevel=2,
+    )

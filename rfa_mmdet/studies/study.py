@@ -1,0 +1,226 @@
+"""What to compare, as a config file, the spec.
+
+    base = "../demo/some_config.py"  # beside the spec, or mmdet::...: the config of every run
+    methods = dict(  # name: its changes to base; the first is the baseline
+        plain={"model.backbone.rfa": None},
+        rfaconv=dict(),
+    )
+    seeds = (0, 1, 2)
+    metric = "coco/bbox_mAP"
+
+Optional: ``baseline`` (a method), ``options`` (changes for every run), ``checkpoint`` ('last' or
+'best': the one to test), ``environment`` (defaults of variables that the base reads), ``samples``
+(number of test images in the report), and ``stages``, for example
+
+    stages = dict(
+        scratch=dict(),
+        warm_start=dict(load_from="scratch", options={"train_cfg.max_epochs": 3}),
+    )
+
+Each run of ``warm_start`` starts from the baseline's run in ``scratch`` that has the same seed, or
+else from that of its first seed. A stage may have ``methods`` and ``seeds`` of its own.
+"""
+
+import copy
+import os
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.config.utils import ConfigParsingError
+from mmengine.hub import get_config
+
+from rfa_mmdet.errors import ConfigError
+from rfa_mmdet.studies.run import Run
+
+_NEEDED = ("base", "methods", "metric")
+_KEYS = (*_NEEDED, "baseline", "checkpoint", "environment", "options", "samples", "seeds", "stages")
+_STAGE_KEYS = ("methods", "seeds", "options", "load_from")
+_NAME = re.compile(r"(?!\.)[\w.+-]+")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Runs that may be done in any order."""
+
+    name: str
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    options: dict  # changes for every run, applied before the method's
+    load_from: str | None  # an earlier stage; the runs start from its baseline
+
+
+@dataclass(frozen=True)
+class Study:
+    """What to compare, as the module describes it, and where to write.
+
+    Attributes:
+        name (str): Stem of the spec.
+        work_dir (Path): Where everything is written.
+        base (Config): Of every run, with ``options`` applied.
+        methods (dict[str, dict]): Changes by name.
+        baseline (str): The method that the others are compared with.
+        metric (str): A key of the test's metrics, such as 'coco/bbox_mAP'.
+        stages (dict[str, Stage]): By name, in the order in which to run them.
+        checkpoint (str): 'last' or 'best'.
+        samples (int): Number of test images in the report.
+    """
+
+    name: str
+    work_dir: Path
+    base: Config
+    methods: dict[str, dict]
+    baseline: str
+    metric: str
+    stages: dict[str, Stage]
+    checkpoint: str
+    samples: int
+
+    def runs(self, *stages: str) -> list[Run]:
+        """Return the runs of some stages, or all; seed by seed, to compare methods early."""
+        own = [self.stages[name] for name in stages or self.stages]
+        return [
+            Run(self.work_dir, s.name, m, seed) for s in own for seed in s.seeds for m in s.methods
+        ]
+
+    def source(self, run: Run) -> Run | None:
+        """Return the run whose checkpoint ``run`` starts from, if any."""
+        stage = self.stages[run.stage].load_from
+        if stage is None:
+            return None
+        seeds = self.stages[stage].seeds
+        seed = run.seed if run.seed in seeds else seeds[0]
+        return Run(self.work_dir, stage, self.baseline, seed)
+
+    def config(self, run: Run) -> Config:
+        """Return the config of a run, without the checkpoint that it starts from.
+
+        Raises:
+            ConfigError: The changes do not fit the base.
+        """
+        cfg = Config(self.base.to_dict())
+        _merge(cfg, f"stages.{run.stage}.options", self.stages[run.stage].options)
+        _merge(cfg, f"methods.{run.method}", self.methods[run.method])
+        cfg.merge_from_dict({"randomness.seed": run.seed})
+        cfg.pop("work_dir", None)
+        return cfg
+
+
+def load_study(spec: str | os.PathLike, work_dir: str | os.PathLike | None = None) -> Study:
+    """Read and check a spec.
+
+    Args:
+        spec (str | os.PathLike): The config file that the module describes.
+        work_dir (str | os.PathLike | None): Defaults to work_dirs/ablation_<name of the spec>.
+
+    Returns:
+        Study: Checked as far as possible without building a model.
+
+    Raises:
+        ConfigError: An entry is missing or wrong.
+
+    Example:
+        >>> load_study("no/such.py")
+        Traceback (most recent call last):
+        rfa_mmdet.errors.ConfigError: spec='no/such.py': no such file
+    """
+    path = Path(spec)
+    near = get_close_matches(path.name, [file.name for file in path.parent.glob("*.py")])
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    _require(path.is_file(), f"spec={str(path)!r}: no such file{hint}")
+    given = _read(path, f"spec={str(path)!r}").to_dict()
+    for key in given.keys() - set(_KEYS):  # a variable of the file, unless it is misspelled
+        near = get_close_matches(key, _KEYS, n=1, cutoff=0.8)
+        _require(not near, f"spec: unknown key {key!r}; did you mean {''.join(near)}?")
+    missing = [key for key in _NEEDED if key not in given]
+    _require(not missing, f"spec={str(path)!r}: missing {', '.join(missing)}")
+    methods = given["methods"]
+    _check_named_dicts("methods", methods, "changes to the base")
+    baseline = given.get("baseline", next(iter(methods)))
+    _require(baseline in methods, f"baseline={baseline!r}: must be one of {list(methods)}")
+    which = given.get("checkpoint", "last")
+    _require(which in ("last", "best"), f"checkpoint={which!r}: must be 'last' or 'best'")
+    samples = given.get("samples", 4)
+    _require(_is_count(samples), f"samples={samples!r}: must be an int, at least 0")
+    stages = _stages(given, baseline)
+    for name, value in given.get("environment", {}).items():
+        os.environ.setdefault(name, str(value))
+    base = _base(path, given["base"])
+    _merge(base, "options", given.get("options", {}))
+    work_dir = Path(work_dir or f"work_dirs/ablation_{path.stem}")
+    metric = str(given["metric"])
+    return Study(path.stem, work_dir, base, methods, baseline, metric, stages, which, samples)
+
+
+def _read(path: Path, name: str) -> Config:
+    try:
+        return Config.fromfile(path)
+    except (ImportError, SyntaxError, ConfigParsingError, OSError, NameError) as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def _base(spec: Path, base: Any) -> Config:
+    if "::" in str(base):
+        try:
+            return get_config(base)
+        except (ValueError, OSError, KeyError) as error:
+            raise ConfigError(f"base={base!r}: {error}") from error
+    file = spec.parent / str(base)
+    _require(file.is_file(), f"base={base!r}: no such file; it is relative to the spec: {file}")
+    return _read(file, f"base={base!r}")
+
+
+def _merge(cfg: Config, name: str, options: dict) -> None:
+    try:
+        cfg.merge_from_dict(copy.deepcopy(options))
+    except (KeyError, TypeError, AssertionError) as error:
+        raise ConfigError(f"{name}: does not fit the base config: {error}") from error
+
+
+def _stages(spec: dict[str, Any], baseline: str) -> dict[str, Stage]:
+    given = spec.get("stages", dict(all=dict()))
+    _check_named_dicts("stages", given, "settings")
+    known = list(spec["methods"])
+    stages: dict[str, Stage] = {}
+    for name, stage in given.items():
+        where = f"stages.{name}"
+        for key in stage:
+            names = ", ".join(_STAGE_KEYS)
+            _require(key in _STAGE_KEYS, f"{where}: unknown key {key!r}; valid: {names}")
+        methods = tuple(stage.get("methods", known))
+        for method in methods:
+            _require(method in known, f"{where}.methods: {method!r} is not one of {known}")
+        source = stage.get("load_from")
+        if source is not None:
+            what = f"{where}.load_from={source!r}:"
+            _require(source in stages, f"{what} must be an earlier stage, of {list(stages)}")
+            trained = baseline in stages[source].methods
+            _require(trained, f"{what} does not train the baseline {baseline!r}")
+        own = f"{where}.seeds" if "seeds" in stage else "seeds"
+        seeds = stage.get("seeds", spec.get("seeds", (0, 1, 2)))
+        valid = isinstance(seeds, (list, tuple)) and bool(seeds) and all(map(_is_count, seeds))
+        _require(valid, f"{own}={seeds!r}: must be a list of ints, such as (0, 1, 2)")
+        _require(len(set(seeds)) == len(seeds), f"{own}={seeds!r}: repeats a seed")
+        stages[name] = Stage(name, methods, tuple(seeds), stage.get("options", {}), source)
+    return stages
+
+
+def _check_named_dicts(what: str, value: Any, holds: str) -> None:
+    valid = isinstance(value, dict) and bool(value)
+    _require(valid, f"{what}={value!r}: must be a dict, name to {holds}, not empty")
+    for name, one in value.items():
+        valid = isinstance(name, str) and bool(_NAME.fullmatch(name))
+        _require(valid, f"{what}: {name!r} names a folder; use only letters, digits and '_-+.'")
+        _require(isinstance(one, dict), f"{what}.{name}={one!r}: must be a dict of {holds}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _require(valid: bool, message: str) -> None:
+    if not valid:
+        raise ConfigError(message)

@@ -1,0 +1,107 @@
+"""Cases of the Triton kernels: inputs, and their formula in float64."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int = 2
+    channels: int = 3
+    outputs: int = 4
+    size: tuple = (6, 5)
+    kernel: tuple = (3, 3)
+    stride: tuple = (1, 1)
+    padding: tuple = (1, 1)
+    dilation: tuple = (1, 1)
+    groups: int = 1
+    relu: bool = True
+    bias: bool = True
+    channels_last: bool = False
+    dtype: torch.dtype = torch.float32
+    magnitude: float = 1.0
+
+    @property
+    def window(self) -> tuple:
+        return self.kernel, self.stride, self.padding, self.dilation
+
+    def make(self) -> dict[str, Tensor | None]:
+        """Inputs; x lies in a larger map full of NaN, which a read outside of x would show."""
+        random = torch.Generator().manual_seed(0)
+        c, k = self.channels, self.kernel[0] * self.kernel[1]
+
+        def normal(*shape):
+            return torch.randn(shape, generator=random)
+
+        height, width = self.size
+        if self.channels_last:  # dense, as the layout is told by that; NaN before and after
+            whole = torch.full((self.batch + 2, height, width, c), torch.nan)
+            x = whole[1:-1].permute(0, 3, 1, 2)
+        else:
+            whole = torch.full((self.batch + 1, c + 1, height + 2, width + 3), torch.nan)
+            x = whole[1:, :c, 1:-1, 1:-2]
+        whole = whole.to(self.dtype).to(DEVICE)
+        x = whole.as_strided(x.shape, x.stride(), x.storage_offset())
+        x.copy_(normal(*x.shape) * self.magnitude)
+        return dict(
+            x=x,
+            # Logits of all sizes whatever the magnitude.
+            attention=(normal(c * k, 1, 1, 1) / self.magnitude).to(DEVICE),
+            feature=(normal(c * k, 1, *self.kernel) / self.magnitude).to(DEVICE),
+            shift=normal(c * k).to(DEVICE),
+            weight=normal(self.outputs, c // self.groups, *self.kernel).to(self.dtype).to(DEVICE),
+            bias=normal(self.outputs).to(self.dtype).to(DEVICE) if self.bias else None,
+        )
+
+    def forward(self, x, attention, feature, shift, weight, bias) -> Tensor:
+        """The formula, on any dtype."""
+        u = windows(x, self)  # (B, C, K, P)
+        c, k = self.channels, u.shape[2]
+        logits = attention.view(c, k, 1) * u.mean(2, keepdim=True)
+        f = torch.einsum("cij,bcjp->bcip", feature.view(c, k, k), u) + shift.view(c, k, 1)
+        f = torch.where(f > 0, f, 0.0) if self.relu else f
+        u = (f * torch.softmax(logits, 2)).unflatten(1, (self.groups, -1))
+        w = weight.flatten(2).unflatten(0, (self.groups, -1))
+        y = torch.einsum("goci,bgcip->bgop", w, u).flatten(1, 2)
+        y = y if bias is None else y + bias[:, None]
+        return y.unflatten(2, out_size(self))
+
+
+def out_size(case: Case) -> tuple[int, int]:
+    one = torch.empty(1, 1, *case.size, device="meta")
+    kernel = torch.empty(1, 1, *case.kernel, device="meta")
+    out = F.conv2d(one, kernel, None, case.stride, case.padding, case.dilation)
+    return tuple(out.shape[2:])
+
+
+def windows(x: Tensor, case: Case) -> Tensor:
+    u = F.unfold(x, case.kernel, case.dilation, case.padding, case.stride)
+    return u.unflatten(1, (x.shape[1], -1))
+
+
+def exact(inputs: dict) -> dict:
+    """The same in float64 on the CPU, to be differentiated."""
+    return {
+        name: None if t is None else t.detach().cpu().double().requires_grad_()
+        for name, t in inputs.items()
+    }
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    assert found.isfinite().all()
+    expected = expected.detach()
+    largest = expected.abs().max().clamp_min(1e-30)
+    return float((found.cpu().double() - expected).abs().max() / largest)
+
+
+def names(case: Case) -> str:
+    changed = (f"{k}={v}" for k, v in vars(case).items() if v != getattr(Case(), k))
+    return " ".join(changed).replace("torch.", "") or "plain"

@@ -1,0 +1,147 @@
+"""Edits that are wrong, in words; and the plan of a dry run."""
+
+import copy
+
+import pytest
+from mmdet.registry import MODELS
+from mmengine.registry import init_default_scope
+from mmengine.runner.checkpoint import load_state_dict
+from torch import nn
+
+from rfa_mmdet.layers import EMA
+from rfa_mmdet.layers.conv.base import AttentionConv2d
+from rfa_mmdet.models import retrofit
+
+
+@pytest.fixture(autouse=True)
+def _scope():
+    init_default_scope("mmdet")
+
+
+NET = dict(type="ResNet", depth=50, base_channels=8)
+RFA = dict(type="RFAConv")
+
+
+@pytest.mark.parametrize(
+    ("edits", "kind", "message"),
+    [
+        ([], TypeError, r"^edits=\[\]: must be a list of dicts, at least one"),
+        (dict(where="x", conv=RFA), TypeError, "^edits=.*must be a list of dicts"),
+        (["x"], TypeError, r"^edits\[0\]='x': must be dict\(where="),
+        ([dict(where="x")], ValueError, r"^edits\[0\] has the keys \['where'\]: must be"),
+        ([dict(where="x", plugin=RFA)], ValueError, r"^edits\[0\] has the keys"),
+        ([dict(where="x", conv="RFAConv")], TypeError, r"^edits\[0\]: conv='RFAConv'"),
+        ([dict(where="(", conv=RFA)], ValueError, r"^edits\[0\]: where='\(' is no regular"),
+        ([dict(where="x", conv=dict(type="RFAConf"))], ValueError, "'RFAConf' is registered"),
+        (
+            [dict(where=r"layer2\.0\.conf2", conv=RFA)],
+            ValueError,
+            r"matches no module; nearest of \d+: layer2\.0\.conv2",
+        ),
+        (
+            [dict(after=r"layer5", plugin=dict(type="SE"))],
+            ValueError,
+            r"^edits\[0\]: after='layer5' matches no module; nearest of \d+: layer\d",
+        ),
+        (
+            [dict(where=r"layer2\.0\.conv\d", conv=RFA)],
+            ValueError,
+            r"layer2\.0\.conv1 is a 1x1 convolution.*these can be: layer2\.0\.conv2",
+        ),
+        (
+            [dict(where=r"layer2\.0\.bn2", conv=RFA)],
+            ValueError,
+            r"layer2\.0\.bn2 is a BatchNorm2d, no plain convolution; nearest",
+        ),
+        (
+            [dict(where=r"layer2\.0\.conv2", conv=RFA)] * 2,
+            ValueError,
+            r"^edits\[1\].* matches layer2\.0\.conv2, which edits\[0\] replaces already",
+        ),
+        (
+            [dict(where=r"layer2\.0\.conv2", conv=dict(RFA, no_such=1))],
+            TypeError,
+            r"layer2\.0\.conv2: .*no_such.* does not fit there",
+        ),
+        (
+            [dict(after=r"layer2\.0", plugin=dict(type="EMA", factor=5))],
+            ValueError,
+            r"layer2\.0: .*does not fit there: factor=5: must divide in_channels=64",
+        ),
+        (
+            [dict(after=r"layer2\.0", plugin=dict(type="SE"))] * 2,
+            ValueError,
+            r"layer2\.0 has a 'se' already; give the plug-in a postfix",
+        ),
+        (
+            [dict(after=r"relu", plugin=dict(type="SE"))],
+            ValueError,
+            "^relu: .*output channels of a ReLU are not known; pass in_channels",
+        ),
+    ],
+)
+def test_wrong_edits_are_refused_in_words(edits, kind, message):
+    with pytest.raises(kind, match=message):
+        retrofit(dict(NET), edits)
+
+
+def test_a_layer_that_forbids_groups_is_refused_by_name():
+    @MODELS.register_module(name="UngroupedConv", force=True)
+    class UngroupedConv(nn.Conv2d):
+        def __init__(self, *args, groups=1, **kwargs):
+            if groups != 1:
+                raise ValueError(f"groups={groups}: must be 1")
+            super().__init__(*args, **kwargs)
+
+    cfg = dict(type="ResNeXt", depth=50, base_channels=8, groups=4, base_width=8)
+    with pytest.raises(ValueError, match=r"^layer4\.0\.conv2: .*groups=4: must be 1"):
+        retrofit(cfg, [dict(where=r"layer4\.\d\.conv2", conv=dict(type="UngroupedConv"))])
+
+
+def test_a_refused_edit_changes_nothing():
+    net = MODELS.build(dict(NET))
+    before = copy.deepcopy(net)
+    edits = [
+        dict(where=r"layer4\.\d\.conv2", conv=RFA),
+        dict(after=r"layer4\.\d", plugin=dict(type="EMA", factor=7)),
+    ]
+    with pytest.raises(ValueError, match="factor=7"):
+        retrofit(net, edits)
+    assert net.state_dict().keys() == before.state_dict().keys()
+    assert not any(isinstance(m, AttentionConv2d | EMA) for m in net.modules())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "kind", "message"),
+    [
+        (dict(module="ResNet"), TypeError, "^module='ResNet': must be a config"),
+        (dict(module=nn.Conv2d(3, 3, 3), train_cfg=1), ValueError, "^train_cfg: go into a config"),
+        (dict(module=dict(NET), strict_start=3), TypeError, "^strict_start=3: must be"),
+        (dict(module=dict(NET), strict_start="("), ValueError, r"^strict_start='\(' is no regular"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_words(kwargs, kind, message):
+    with pytest.raises(kind, match=message):
+        retrofit(edits=[dict(where=r"layer2\.0\.conv2", conv=RFA)], **kwargs)
+
+
+def test_other_shapes_are_refused_with_the_layers_name_and_both_shapes():
+    plain = MODELS.build(dict(NET, base_channels=16))
+    net = retrofit(dict(NET), [dict(where=r"layer4\.0\.conv2", conv=RFA)])
+    message = r"layer4\.0\.conv2\.weight: .*\(128, 128, 3, 3\), but the RFAConv .*\(64, 64, 3, 3\)"
+    with pytest.raises(ValueError, match=message):
+        load_state_dict(net, plain.state_dict(), strict=False)
+
+
+def test_dry_run_prints_the_plan_and_does_nothing(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    edits = [
+        dict(where=r"layer4\.0\.conv2", conv=RFA),
+        dict(after=r"layer4\.2", plugin=dict(type="EMA")),
+    ]
+    net = retrofit(dict(NET), edits, dry_run=True)
+    assert not any(isinstance(m, AttentionConv2d | EMA) for m in net.modules())
+    out = capsys.readouterr().out
+    # 64 channels: 64 * (81 + 9 + 18) more
+    for text in ("layer4.0.conv2", "Conv2d 64 -> 64, 3x3", "RFAConv", "+6,912", "EMA as .ema"):
+        assert text in out, text

@@ -1,0 +1,266 @@
+"""What of new layers trains and is held, after which checkpoint; and how they start without one."""
+
+import copy
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.registry import init_default_scope
+from mmengine.runner.checkpoint import load_state_dict
+from torch import nn
+
+from rfa_mmdet.layers import RFAConv
+from rfa_mmdet.layers.warm_start.start import Start, WarmStartError
+from rfa_mmdet.models import retrofit
+from rfa_mmdet.models.retrofit import new_layers
+from tests.helpers.edited import (
+    COORD,
+    KINDS,
+    RFA,
+    edited_resnet,
+    image,
+    own_state,
+    plain_net,
+    replaced,
+)
+from tests.helpers.zoo import relative
+
+
+@pytest.fixture(autouse=True)
+def _scope():
+    init_default_scope("mmdet")
+
+
+@pytest.fixture
+def reports(monkeypatch) -> list[str]:
+    """What is logged while loading."""
+    found = []
+    monkeypatch.setattr(new_layers, "print_log", lambda text, logger: found.append(text))
+    return found
+
+
+def is_new(name: str, depth: int) -> bool:
+    parts = name.split(".")
+    return "coord_att" in parts or (
+        parts[0].startswith("layer") and parts[2:3] == [replaced(depth)]
+    )
+
+
+def is_filled(name: str, depth: int, loaded: str) -> bool:
+    """Whether a checkpoint gave this name its value; what is mmdet's counts as if one had."""
+    if not is_new(name, depth) or loaded == "own":
+        return True
+    by_plain = (".conv.weight", ".norm.running_mean", ".norm.running_var")
+    return loaded == "plain" and "coord_att" not in name and name.endswith(by_plain)
+
+
+def in_frozen_stage(name: str, frozen: int) -> bool:
+    if name.split(".")[0] in ("conv1", "bn1"):
+        return frozen >= 0
+    return name.startswith(tuple(f"layer{i}." for i in range(1, frozen + 1)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("loaded", ["nothing", "plain", "own"])
+@pytest.mark.parametrize("norm_eval", [True, False])
+def test_only_what_a_checkpoint_filled_is_frozen_or_held(kind, depth, loaded, norm_eval):
+    for frozen in range(-1, 5):
+        net = edited_resnet(kind, depth, frozen_stages=frozen, norm_eval=norm_eval)
+        if loaded != "nothing":
+            own = loaded == "own"
+            state = own_state(kind, depth) if own else plain_net(depth).state_dict()
+            load_state_dict(net, state, strict=own)
+        norms = {n: m for n, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        assert sum(is_new(n, depth) for n in norms) == 2 * len(CONV_PLACES[depth])
+        for training in (True, False, True):
+            net.train(training)
+            for name, parameter in net.named_parameters():
+                still = in_frozen_stage(name, frozen) and is_filled(name, depth, loaded)
+                assert parameter.requires_grad == (not still), (frozen, training, name)
+            for name, norm in norms.items():
+                held = norm_eval or in_frozen_stage(name, frozen)
+                held &= is_filled(f"{name}.running_mean", depth, loaded)
+                assert norm.training == (training and not held), (frozen, training, name)
+
+
+# Number of blocks, each with one replaced convolution and one plug-in.
+CONV_PLACES = {18: range(8), 50: range(16)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_other_shapes_fills_nothing(kind):
+    """MMEngine leaves such keys out with a warning: holding them would hold random values."""
+    net = edited_resnet(kind, frozen_stages=4)
+    state = copy.deepcopy(own_state(kind, 18))
+    odd = [k for k in state if "coord_att.conv_h" in k or k.endswith("attention.weight")]
+    assert len(odd) == 8 * 3
+    state |= {key: state[key][:-1] for key in odd}
+    load_state_dict(net, state)
+    net.train()
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert trained == set(odd)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("frozen", [-1, 2])
+def test_a_warm_start_under_norm_eval_computes_what_the_plain_net_does(kind, frozen):
+    for depth in (18, 50):
+        plain = plain_net(depth)
+        net = edited_resnet(kind, depth, plugins=False, frozen_stages=frozen, norm_eval=True)
+        load_state_dict(net, plain.state_dict(), strict=True)
+        net.train()
+        plain.train()  # ResNet's norm_eval is on by default
+        inner = [m.norm for m in net.modules() if isinstance(m, RFAConv)]
+        assert inner
+        assert not any(norm.training for norm in inner)
+        assert relative(plain(image()), net(image())) <= 1e-4
+        # It is the held norms that make it so.
+        for norm in inner:
+            norm.train()
+        assert relative(plain(image()), net(image())) > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loaded", ["nothing", "plain", "own"])
+def test_what_the_user_froze_stays_frozen(kind, loaded):
+    net = edited_resnet(kind, frozen_stages=1)
+    if loaded != "nothing":
+        state = own_state(kind, 18) if loaded == "own" else plain_net(18).state_dict()
+        load_state_dict(net, state)
+    net.requires_grad_(False)
+    for training in (True, False, True):
+        net.train(training)
+        assert not any(p.requires_grad for p in net.parameters())
+    # One layer alone: the others keep training.
+    net = edited_resnet(kind, frozen_stages=1)
+    conv = net.get_submodule(f"layer1.0.{replaced(18)}")
+    conv.attention.requires_grad_(False)
+    net.train()
+    assert not conv.attention.weight.requires_grad
+    assert conv.feature.weight.requires_grad
+
+
+def test_around_a_loaded_module_the_same_is_frozen_as_after_its_checkpoint():
+    bias = dict(RFA, bias=True)
+    edits = [dict(where=r"layer\d\.\d+\.conv1", conv=bias)]
+    plain = copy.deepcopy(plain_net(18))
+    plain.frozen_stages = 2
+    plain.train()
+    around = retrofit(plain, edits)
+    loaded = edited_resnet("Retrofit", plugins=False, rfa=bias, frozen_stages=2)
+    load_state_dict(loaded, plain_net(18).state_dict())
+    loaded.train()
+    trained = [
+        {name for name, p in net.named_parameters() if p.requires_grad} for net in (around, loaded)
+    ]
+    assert trained[0] == trained[1]
+    assert "layer1.0.conv1.conv.bias" in trained[0]  # the plain one had none
+    assert "layer1.0.conv1.conv.weight" not in trained[0]
+    assert around.layer1[0].conv1.start == loaded.layer1[0].conv1.start
+    modes = [{n: m.training for n, m in net.named_modules()} for net in (around, loaded)]
+    assert modes[0] == modes[1]
+
+
+def test_a_second_edit_is_kept_track_of_as_the_first_is(reports):
+    cfg = dict(type="ResNet", depth=18, base_channels=8, frozen_stages=4)
+    net = retrofit(cfg, [dict(where=r"layer1\.\d\.conv1", conv=RFA)])
+    first = net.new_layers
+    retrofit(net, [dict(after=r"layer2\.\d", plugin=COORD)], strict_start=True)
+    assert net.new_layers is first
+    assert list(first.layers) == [
+        *("layer1.0.conv1", "layer1.1.conv1"),
+        *("layer2.0.coord_att", "layer2.1.coord_att"),
+    ]
+    load_state_dict(net, plain_net(18).state_dict())
+    assert len(reports) == 1
+    assert "warm-started  2 keys, for 2 layers" in reports[0]
+    net.train()
+    trained = {n.rpartition(".coord_att.")[0] for n, p in net.named_parameters() if p.requires_grad}
+    assert {"layer2.0", "layer2.1"} <= trained
+    state = {**plain_net(18).state_dict(), "fc.weight": torch.zeros(1)}
+    with pytest.raises(WarmStartError, match=r"fc\.weight"):  # the second edit's strict_start
+        load_state_dict(net, state)
+
+
+def test_start_of_any_layer_whoever_wrote_it():
+    @MODELS.register_module(name="ForeignConv", force=True)
+    class ForeignConv(nn.Conv2d):
+        pass
+
+    edits = [dict(where="0", conv=dict(type="ForeignConv")), dict(where="1", conv=RFA)]
+    net = retrofit(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), edits)
+    foreign, own = net[0], net[1]
+    kept = net.new_layers
+    assert kept.start_of("0") == Start()
+    assert kept.start_of("1") == own.start != Start()  # from the convolution that stood there
+    attributes = set(vars(foreign))
+    net.load_state_dict({"0.weight": torch.zeros(4, 3, 3, 3)}, strict=False)
+    net.load_state_dict({"0.bias": torch.zeros(4), "1.conv.bias": torch.zeros(4)}, strict=False)
+    assert kept.start_of("0") == Start(frozenset({"weight", "bias"}))
+    assert set(vars(foreign)) == attributes
+    # A copy's record is its own.
+    twin = copy.deepcopy(net)
+    twin.new_layers.restore_start("0", ["bias"])
+    twin.new_layers.restore_start("1", ["conv.weight"])
+    assert twin.new_layers.start_of("0") == Start(frozenset({"bias"}))
+    assert twin.new_layers.start_of("1") == twin[1].start == Start(frozenset({"conv.weight"}))
+    assert kept.start_of("0") == Start(frozenset({"weight", "bias"}))
+
+
+def test_around_a_loaded_module_plugins_have_its_precision():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3)).double()
+    retrofit(net, [dict(after="0", plugin=dict(type="EMA", factor=4))])
+    assert {p.dtype for p in net.parameters()} == {torch.float64}
+    assert net(torch.rand(1, 3, 8, 8).double()).dtype == torch.float64
+
+
+def saved(path, state: dict) -> dict:
+    torch.save(state, path)
+    return dict(type="Pretrained", checkpoint=str(path))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pretrained_file_warm_starts_a_module(kind, tmp_path, reports):
+    plain = plain_net(18)
+    init_cfg = saved(tmp_path / "plain.pth", dict(state_dict=plain.state_dict()))
+    net = edited_resnet(kind, plugins=False, init_cfg=init_cfg, strict_start=True)
+    before = net.layer1[0].conv1.start
+    assert not before.filled
+    net.init_weights()
+    assert len(reports) == 1
+    assert "warm-started  8 keys, for 8 layers (RFAConv)" in reports[0]
+    net.eval()
+    plain.eval()
+    assert relative(plain(image()), net(image())) <= 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("first", ["scratch", "pretrained"])
+def test_init_weights_starts_new_layers_in_their_own_way(kind, first, tmp_path):
+    # What the backbone's own init would do to a depthwise or grouped convolution shows at once.
+    init_cfg = [dict(type="Constant", val=7.0, layer="Conv2d")]
+    if first == "pretrained":
+        init_cfg.append(saved(tmp_path / "plain.pth", plain_net(18).state_dict()))
+    rfa = dict(RFA, norm_cfg=dict(type="GN", num_groups=1))  # refuses the plain convolution
+    net = edited_resnet(kind, rfa=rfa, plugins=False, init_cfg=init_cfg)
+    net.init_weights()
+    conv = net.layer1[0].conv1
+    for own in (conv.attention, conv.feature):
+        limit = 1 / own.weight[0].numel() ** 0.5  # torch's uniform
+        assert 0.5 * limit < own.weight.abs().max().item() <= limit
+    stem = net.state_dict()["conv1.weight"]
+    if first == "scratch":
+        assert bool((stem == 7).all())
+    else:
+        assert torch.equal(stem, plain_net(18).state_dict()["conv1.weight"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_init_weights_changes_nothing(kind):
+    net = edited_resnet(kind)
+    net.init_weights()
+    before = copy.deepcopy(net.state_dict())
+    net.init_weights()  # MMEngine warns, and leaves everything
+    after = net.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before)

@@ -1,0 +1,171 @@
+"""What the report of a load says, and what strict_start makes of it."""
+
+import copy
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.registry import init_default_scope
+from mmengine.runner.checkpoint import load_state_dict
+from torch import nn
+
+from rfa_mmdet.layers.warm_start.published_names import PUBLISHED
+from rfa_mmdet.layers.warm_start.start import WarmStartError
+from rfa_mmdet.models import retrofit
+from rfa_mmdet.models.retrofit import new_layers
+from tests.helpers.edited import (
+    KINDS,
+    RFA,
+    edited_resnet,
+    plain_net,
+)
+from tests.helpers.norms import randomise_norms
+from tests.helpers.registered import CONVS
+from tests.helpers.zoo import CASES, inputs_of, relative
+
+
+@pytest.fixture(autouse=True)
+def _scope():
+    init_default_scope("mmdet")
+
+
+@pytest.fixture
+def reports(monkeypatch) -> list[str]:
+    """What is logged while loading."""
+    found = []
+    monkeypatch.setattr(new_layers, "print_log", lambda text, logger: found.append(text))
+    return found
+
+
+def test_report_of_a_classifiers_checkpoint(reports):
+    net = edited_resnet("RFAResNet")
+    state = {
+        **plain_net(18).state_dict(),
+        "fc.weight": torch.zeros(1000, 64),
+        "fc.bias": torch.zeros(1000),
+    }
+    load_state_dict(net, state)
+    places = [f"layer{s}.{i}.conv1" for s in range(1, 5) for i in range(2)]
+    plugins = [f"layer{s}.{i}.coord_att" for s in range(1, 5) for i in range(2)]
+    new = [
+        key
+        for key in net.state_dict()
+        if key.startswith(tuple(plugins)) and not key.endswith("num_batches_tracked")
+    ]
+    assert reports == [
+        "\n".join(
+            [
+                "RFAResNet, from its checkpoint:",
+                f"  loaded        {len(plain_net(18).state_dict()) - 8} keys as they are",
+                f"  warm-started  8 keys, for 8 layers (RFAConv): {', '.join(places)}",
+                f"  new           {len(new)} keys: {', '.join(new)}",
+                "  skipped       2 keys of the checkpoint: fc.weight, fc.bias",
+            ]
+        )
+    ]
+
+
+def test_report_names_at_most_a_hundred_keys(reports):
+    net = edited_resnet("RFAResNet", 50)
+    load_state_dict(net, {"conv1.weight": net.state_dict()["conv1.weight"]})
+    own = [key for key in net.state_dict() if not key.endswith("num_batches_tracked")]
+    new = next(line for line in reports[0].splitlines() if line.startswith("  new"))
+    assert new.startswith(f"  new           {len(own) - 1} keys: ")
+    assert new.endswith(f", and {len(own) - 101} more")
+
+
+def test_report_of_modules_that_heads_share(reports):
+    case = CASES["RTMDetHead"]
+    torch.manual_seed(1)
+    plain = randomise_norms(MODELS.build(copy.deepcopy(case.cfg)))
+    conv = dict(type="RFAConv", bias=True, input_floor=case.floor)
+    edits = [dict(where=case.where, conv=conv)]
+    net = retrofit(copy.deepcopy(case.cfg), edits, strict_start=True)
+    load_state_dict(net, plain.state_dict(), strict=True)
+    (report,) = reports
+    # Two convolutions of each of two branches, under the names of both levels.
+    places = [
+        f"{b}_convs.{level}.{i}.conv" for b in ("cls", "reg") for level in (0, 1) for i in (0, 1)
+    ]
+    assert len(net.new_layers.layers) == 4
+    line = next(line for line in report.splitlines() if "warm-started" in line)
+    assert line.startswith("  warm-started  8 keys, for 8 layers (RFAConv): ")
+    assert set(line.split(": ")[1].split(", ")) == set(places)
+    assert f"loaded        {len(plain.state_dict()) - 8} keys" in report
+    assert "  new           0 keys\n" in report
+    assert report.endswith("  skipped       0 keys of the checkpoint")
+    net.eval()
+    plain.eval()
+    inputs = inputs_of(case)
+    assert relative(plain(*inputs), net(*inputs)) <= 1e-4
+
+
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("derived", [False, True])
+def test_published_names_are_loaded(name, derived, reports):
+    def net() -> nn.Module:
+        module = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3))
+        cfg = dict(type=MODELS.get(name))
+        if derived:
+            cfg = dict(type=type(f"My{name}", (MODELS.get(name),), {}))
+        return retrofit(module, [dict(where="1", conv=cfg)], strict_start=True)
+
+    torch.manual_seed(0)
+    source, target = net(), net()
+    theirs = {f"1.{ours}": f"1.{key}" for key, ours in PUBLISHED[name].items()}
+    state = {theirs.get(key, key): value for key, value in source.state_dict().items()}
+    assert state.keys() != source.state_dict().keys()
+    target.load_state_dict(state)
+    (report,) = reports
+    assert report.endswith(f", from its checkpoint: all {len(state)} keys")
+    assert target[1].start.filled == set(source[1].state_dict())
+    x = torch.rand(2, 3, 9, 9)
+    assert torch.equal(target.eval()(x), source.eval()(x))
+
+
+def test_report_says_why_a_key_is_skipped(reports):
+    norm_cfg = dict(type="GN", num_groups=1)
+    rfa = dict(RFA, norm_cfg=norm_cfg)
+    net = edited_resnet("RFAResNet", plugins=False, rfa=rfa, stage_with_rfa=(0, 0, 0, 1))
+    state = {**plain_net(18).state_dict(), "bn1.weight": torch.ones(9)}
+    load_state_dict(net, state)
+    last = reports[0].splitlines()[-1]
+    assert last.startswith("  skipped       3 keys of the checkpoint: ")
+    assert "bn1.weight (shape (9,), here (8,))" in last
+    assert "layer4.1.conv1.weight (its norm, GroupNorm, cannot be the identity; BN can)" in last
+    assert "warm-started  0 keys, for 0 layers\n" in reports[0]
+    # The key that was not loaded is not counted as filled from the checkpoint either.
+    new = reports[0].splitlines()[-2]
+    assert "bn1.weight" in new
+    assert "layer4.0.conv1.conv.weight" in new
+
+
+def test_a_file_for_other_parts_of_a_detector_is_not_reported(reports):
+    net = nn.ModuleDict(dict(backbone=edited_resnet("RFAResNet"), head=nn.Conv2d(3, 3, 1)))
+    load_state_dict(net, {"head.weight": torch.zeros(3, 3, 1, 1)})
+    assert reports == []
+    state = {f"backbone.{k}": v for k, v in plain_net(18).state_dict().items()}
+    load_state_dict(net, state)
+    assert len(reports) == 1
+    assert "warm-started  8 keys, for 8 layers (RFAConv): layer1.0.conv1" in reports[0]
+    assert "skipped       0 keys" in reports[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strict_start(kind):
+    state = {
+        **plain_net(18).state_dict(),
+        "fc.weight": torch.zeros(1000, 64),
+        "fc.bias": torch.zeros(1000),
+    }
+    message = (
+        r"^strict_start=True: 2 keys of the checkpoint go nowhere in \w*ResNet: fc\.weight, "
+        r"fc\.bias\. A pattern"
+    )
+    with pytest.raises(WarmStartError, match=message):
+        load_state_dict(edited_resnet(kind, strict_start=True), state)
+    with pytest.raises(WarmStartError, match=r"1 keys .*: fc\.bias\. A pattern"):
+        load_state_dict(edited_resnet(kind, strict_start=r"fc\.w.*"), state)
+    load_state_dict(edited_resnet(kind, strict_start=r"fc\..*"), state)
+    load_state_dict(edited_resnet(kind, strict_start=True), plain_net(18).state_dict())
+    load_state_dict(edited_resnet(kind), state)

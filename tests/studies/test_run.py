@@ -1,0 +1,58 @@
+"""What the folder of a run says, and who may work in it."""
+
+import os
+
+import pytest
+
+from rfa_mmdet.errors import UserError
+from rfa_mmdet.studies.run import Run
+
+
+def test_a_run_that_is_locked_is_not_entered(tmp_path):
+    run = Run(tmp_path, "all", "a", 0)
+    with run.locked():
+        again = Run(tmp_path, "all", "a", 0).locked()
+        with pytest.raises(UserError, match="another process is working on this run"):
+            again.__enter__()
+        with Run(tmp_path, "all", "a", 1).locked():
+            pass
+    with run.locked():
+        pass
+
+
+def test_log_of_a_resumed_run_whose_last_line_was_cut_off(tmp_path):
+    run = Run(tmp_path, "all", "a", 0)
+    for name, text in (("1", '{"step": 1}\n{"st'), ("2", '{"step": 2}\n')):
+        (run.folder / "train" / name / "vis_data").mkdir(parents=True)
+        (run.folder / "train" / name / "vis_data" / "scalars.json").write_text(text)
+    assert run.scalars() == [dict(step=1), dict(step=2)]
+
+
+def test_what_is_known_of_a_run(tmp_path):
+    run = Run(tmp_path, "all", "a", 0)
+    assert run.record == {}
+    run.update(train=dict(memory_mb=1), error="some")
+    assert not run.finished
+    run.update(test={}, error=None)
+    assert run.finished
+    assert run.record == dict(train=dict(memory_mb=1), test={}, error=None)
+    assert Run(tmp_path, "all", "a", 1).record == {}
+    (run.folder / "record.json").write_text('{"train": ')
+    assert run.record == {}
+
+
+def test_last_and_best_checkpoint(tmp_path):
+    run = Run(tmp_path, "all", "a", 0)
+    assert run.checkpoint("last") is None
+    assert run.checkpoint("best") is None
+    train = run.folder / "train"
+    train.mkdir(parents=True)
+    # As MMEngine writes it: relative to the folder that the training was started in.
+    (train / "last_checkpoint").write_text("elsewhere/train/epoch_2.pth\n")
+    assert run.checkpoint("last") is None
+    (train / "epoch_2.pth").touch()
+    assert run.checkpoint("last") == train / "epoch_2.pth"
+    for age, name in enumerate(("best_ap_epoch_9.pth", "best_ap_epoch_10.pth")):
+        (train / name).touch()
+        os.utime(train / name, (1000 - age, 1000 - age))
+    assert run.checkpoint("best") == train / "best_ap_epoch_9.pth"

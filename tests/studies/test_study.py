@@ -1,0 +1,116 @@
+"""What a spec says, and each thing that can be wrong in one."""
+
+from functools import partial
+
+import pytest
+
+from rfa_mmdet.errors import ConfigError
+from rfa_mmdet.studies.run import Run
+from rfa_mmdet.studies.study import load_study
+
+BASE = """
+model = dict(type="A", backbone=dict(depth=18, rfa=dict(type="RFAConv")), plugins=[1, 2])
+randomness = dict(seed=7, deterministic=True)
+work_dir = "elsewhere"
+root = "{{$ABLATION_TEST_ROOT:none}}"
+"""
+SPEC = """
+base = "base.py"
+metric = "ap"
+methods = dict(
+    plain={"model.backbone.rfa": None},
+    ours=dict(model=dict(backbone=dict(depth=34))),
+)
+"""
+
+
+@pytest.fixture
+def spec(tmp_path):
+    """Write a spec, read it."""
+    (tmp_path / "base.py").write_text(BASE)
+
+    def read(more=""):
+        (tmp_path / "spec.py").write_text(SPEC + more)
+        return load_study(tmp_path / "spec.py")
+
+    return read
+
+
+def test_methods_are_changes_of_the_base(spec):
+    found = spec("options = {'model.plugins': [3]}\nseeds = [4, 5]")
+    assert [str(one) for one in found.runs()] == [
+        f"all/{method}/seed{seed}" for seed in (4, 5) for method in ("plain", "ours")
+    ]
+    assert found.baseline == "plain"
+    run = partial(Run, found.work_dir)
+    plain, ours = (found.config(run("all", method, 5)) for method in ("plain", "ours"))
+    assert plain.model.to_dict() == dict(type="A", backbone=dict(depth=18, rfa=None), plugins=[3])
+    assert ours.model.backbone.to_dict() == dict(depth=34, rfa=dict(type="RFAConv"))
+    assert plain.randomness == dict(seed=5, deterministic=True)
+    assert "work_dir" not in plain
+    # A run's config is its own: another's has not changed the base.
+    assert found.config(run("all", "ours", 4)).randomness.seed == 4
+
+
+def test_stages_start_from_the_baseline_of_the_same_seed_or_the_only_one(spec):
+    found = spec(
+        "stages = dict(first=dict(seeds=[0, 1], methods=['plain']),"
+        " next=dict(load_from='first', options={'model.backbone.depth': 50}))"
+    )
+    run = partial(Run, found.work_dir)
+    assert found.source(run("first", "plain", 0)) is None
+    assert found.source(run("next", "ours", 1)) == run("first", "plain", 1)
+    assert found.source(run("next", "ours", 2)) == run("first", "plain", 0)
+    assert len(found.runs()) == 2 + 6
+    assert found.config(run("first", "plain", 0)).model.backbone.depth == 18
+    assert found.config(run("next", "plain", 0)).model.backbone.depth == 50
+    # The method's own change comes after the stage's.
+    assert found.config(run("next", "ours", 0)).model.backbone.depth == 34
+
+
+def test_environment_is_set_where_it_is_not(spec, monkeypatch):
+    monkeypatch.setenv("ABLATION_TEST_ROOT", "mine")
+    text = "environment = dict(ABLATION_TEST_ROOT='theirs')"
+    assert spec(text).base.root == "mine"
+    monkeypatch.delenv("ABLATION_TEST_ROOT")
+    assert spec(text).base.root == "theirs"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("method = dict()", "unknown key 'method'; did you mean methods?"),
+        ("base = 'none.py'", "base='none.py': no such file"),
+        ("base = 'mmdet::none.py'", "base='mmdet::none.py'"),
+        ("del metric", "missing metric"),
+        ("methods = dict()", "methods={}: must be a dict"),
+        ("methods = dict(a=1)", "methods.a=1: must be a dict of changes"),
+        ("methods = {'a/b': dict()}", "methods: 'a/b' names a folder"),
+        ("methods = dict(a={'model.type.x': 1})", "methods.a: does not fit the base config"),
+        ("baseline = 'none'", "baseline='none': must be one of ['plain', 'ours']"),
+        ("seeds = []", "seeds=[]: must be a list of ints"),
+        ("seeds = [1, 1]", "repeats a seed"),
+        ("seeds = [True]", "must be a list of ints"),
+        ("checkpoint = 'first'", "checkpoint='first': must be 'last' or 'best'"),
+        ("samples = -1", "samples=-1: must be an int"),
+        ("stages = dict(a=dict(load='b'))", "stages.a: unknown key 'load'; valid: methods, seeds"),
+        (
+            "stages = dict(a=dict(load_from='b'))",
+            "stages.a.load_from='b': must be an earlier stage",
+        ),
+        ("stages = dict(a=dict(methods=['x']))", "stages.a.methods: 'x' is not one of"),
+        (
+            "stages = dict(a=dict(methods=['ours']), b=dict(load_from='a'))",
+            "does not train the baseline",
+        ),
+        ("x = (", "spec="),
+    ],
+)
+def test_bad_specs(spec, more, message):
+    def build():
+        found = spec(more)
+        return [found.config(run) for run in found.runs()]
+
+    with pytest.raises(ConfigError) as error:
+        build()
+    assert message in str(error.value)
