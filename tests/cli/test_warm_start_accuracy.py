@@ -40,7 +40,8 @@ def test_a_retrofitted_detector_is_as_good_at_once_and_better_after_training(run
         )
     ]
     assert found[0] > 0.05, "the plain detector has learnt nothing to compare"
-    assert found[1] == found[2] == found[0]  # printed to three decimals
+    # Printed to three decimals, of which rounding may change the last: it orders equal scores.
+    assert found[1:] == pytest.approx([found[0]] * 2, abs=0.002)
     options = (f"load_from={checkpoint}", "train_cfg.max_epochs=1")
     rate = "optim_wrapper.optimizer.lr=0.0002"
     log = run("train", "--work-dir", fine_tuned, "--cfg-options", *options, rate)
