@@ -21,8 +21,7 @@ def test_a_retrofitted_detector_is_as_good_at_once_and_better_after_training(run
     make_shapes(data)
 
     def run(tool: str, *arguments) -> str:
-        # Threads as a user has them, or the training takes twice the time.
-        command = ("env", "-u", "OMP_NUM_THREADS", sys.executable, f"tools/{tool}.py", CONFIG)
+        command = (sys.executable, f"tools/{tool}.py", CONFIG)
         done = run_tool(*command, *arguments, DATA_ROOT=str(data))
         assert done.returncode == 0, done.stdout[-5000:]
         return done.stdout
