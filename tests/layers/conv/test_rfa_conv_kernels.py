@@ -172,23 +172,6 @@ def test_double_is_for_the_reference_unless_asked(calls):
 # --------------------------------------------------------------------------- tools
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dynamic", [True, False])
-def test_compiles_as_one_graph(training, dynamic):
-    layer, _ = pair(dataclasses.replace(CASE, training=training))
-    eager = copy.deepcopy(layer)
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for size in ((9, 11), (12, 7)):
-        x = torch.randn(2, 6, *size)
-        for found, expected in zip(run(compiled, x), run(eager, x), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(layer.state_dict(), eager.state_dict())
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-5)
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing(use_reentrant):
     layer, _ = pair()

@@ -1,0 +1,50 @@
+"""The receptive-field convolutions under torch.compile: one graph, with the operators in it."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch._dynamo.backends.debugging import aot_eager
+
+from rfa_mmdet import layers
+from tests.helpers.backends import require, run
+from tests.helpers.formulas import Case
+
+CASE = Case(batch=2, channels=6, out_channels=5, size=(9, 11))
+OPERATORS = {
+    "RFAConv": {"rfa_conv"},
+    "RFCBAMConv": {"pool_channels", "gated_conv"},
+    "RFCAConv": {"pool_coordinates", "gated_conv"},
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    require("cpu")
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_compiles_as_one_graph_with_the_kernels(name, training, dynamic):
+    layer = dataclasses.replace(CASE, training=training).build(getattr(layers, name), backend="cpu")
+    eager, called = copy.deepcopy(layer), set()
+
+    def backend(graph, inputs):
+        called.update(str(node.target) for node in graph.graph.nodes)
+        return aot_eager(graph, inputs)
+
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)
+    for size in ((9, 11), (12, 7)):
+        x = torch.randn(2, 6, *size)
+        for found, expected in zip(run(compiled, x), run(eager, x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.state_dict(), eager.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-5)
+    expected = OPERATORS[name] | ({"fold_batch_norm"} if training else set())
+    assert called >= {f"rfa_mmdet.{operator}" for operator in expected}
