@@ -84,7 +84,7 @@ class BuildKernels(build_ext):
         """Return the compiler's flags for every file."""
         # OpenMP's library is not linked: torch has loaded one, maybe under another name, and a
         # second one would have threads of its own.
-        return [*("-std=c++20", "-O3", "-g0", "-fopenmp", "-fno-math-errno"),
+        return [*("-std=c++17", "-O3", "-g0", "-fopenmp", "-fno-math-errno"),
                 *("-fno-trapping-math", "-fvisibility=hidden", "-w"),
                 f"-D_GLIBCXX_USE_CXX11_ABI={int(cls.find_torch().compiled_with_cxx11_abi())}",
                 *cls.extra_flags()]  # fmt: skip
