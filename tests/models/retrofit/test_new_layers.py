@@ -5,14 +5,12 @@ import copy
 import pytest
 import torch
 from mmdet.registry import MODELS
-from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
 from rfa_mmdet.layers import RFAConv
 from rfa_mmdet.layers.warm_start.start import Start, WarmStartError
 from rfa_mmdet.models import retrofit
-from rfa_mmdet.models.retrofit import new_layers
 from tests.helpers.edited import (
     COORD,
     KINDS,
@@ -24,19 +22,6 @@ from tests.helpers.edited import (
     replaced,
 )
 from tests.helpers.zoo import relative
-
-
-@pytest.fixture(autouse=True)
-def _scope():
-    init_default_scope("mmdet")
-
-
-@pytest.fixture
-def reports(monkeypatch) -> list[str]:
-    """What is logged while loading."""
-    found = []
-    monkeypatch.setattr(new_layers, "print_log", lambda text, logger: found.append(text))
-    return found
 
 
 def is_new(name: str, depth: int) -> bool:

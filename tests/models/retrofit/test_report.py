@@ -5,14 +5,12 @@ import copy
 import pytest
 import torch
 from mmdet.registry import MODELS
-from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
 from rfa_mmdet.layers.warm_start.published_names import PUBLISHED
 from rfa_mmdet.layers.warm_start.start import WarmStartError
 from rfa_mmdet.models import retrofit
-from rfa_mmdet.models.retrofit import new_layers
 from tests.helpers.edited import (
     KINDS,
     RFA,
@@ -22,19 +20,6 @@ from tests.helpers.edited import (
 from tests.helpers.norms import randomise_norms
 from tests.helpers.registered import CONVS
 from tests.helpers.zoo import CASES, inputs_of, relative
-
-
-@pytest.fixture(autouse=True)
-def _scope():
-    init_default_scope("mmdet")
-
-
-@pytest.fixture
-def reports(monkeypatch) -> list[str]:
-    """What is logged while loading."""
-    found = []
-    monkeypatch.setattr(new_layers, "print_log", lambda text, logger: found.append(text))
-    return found
 
 
 def test_report_of_a_classifiers_checkpoint(reports):

@@ -1,13 +1,9 @@
-"""RFAConv with its accelerated backends, as a module among torch's and OpenMMLab's tools."""
+"""RFAConv with its kernels, as a module among torch's and OpenMMLab's tools."""
 
 import copy
 import dataclasses
 import io
-import os
 import pickle
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -253,79 +249,3 @@ def test_copies_and_pickles():
         assert twin.backend == "cpu"
         assert torch.equal(twin(x), layer(x))
     assert set(layer.state_dict()) == set(RFAConv(4, 6, 3).state_dict())
-
-
-# --------------------------------------------------------------------------- ranks
-
-RANK = """
-import copy, os, sys
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from rfa_mmdet.layers import RFAConv
-
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-{setup}
-whole = torch.randn(sum(SIZES), 6, 9, 11, generator=torch.Generator().manual_seed(1)) + 2
-upstream = torch.randn(sum(SIZES), 5, 9, 11, generator=torch.Generator().manual_seed(2))
-start = sum(SIZES[:rank])
-mine = slice(start, start + SIZES[rank])
-
-torch.manual_seed(0)
-joined = RFAConv(6, 5, 3, backend="reference").double()
-joined.norm.weight.data.uniform_(0.5, 1.5)
-layer = copy.deepcopy(joined).float()
-layer.backend = BACKEND
-model = DistributedDataParallel(layer, static_graph=STATIC) if PARALLEL else layer
-# After DDP, which refuses torch's own SyncBatchNorm on the CPU; the parameters stay.
-sync = nn.SyncBatchNorm.convert_sync_batchnorm(layer.norm)
-assert sync.weight is layer.norm.weight
-layer.norm = sync
-
-for step in range(2):
-    x = whole.double().clone().requires_grad_()
-    y = joined(x)
-    expected = torch.autograd.grad(y, [x, *joined.parameters()], upstream.double())
-    given = whole[mine].clone().requires_grad_()
-    out = model(given)
-    layer.zero_grad()
-    # DDP averages over ranks.
-    out.backward(upstream[mine] * (2 if PARALLEL else 1))
-    gradients = [p.grad for p in layer.parameters()]
-    if not PARALLEL:
-        for gradient in gradients:
-            dist.all_reduce(gradient)
-    close = lambda a, b: torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-4)
-    close(out.detach(), y.detach()[mine])
-    close(given.grad / (2 if PARALLEL else 1), expected[0][mine])
-    for (name, _), a, b in zip(layer.named_parameters(), gradients, expected[1:], strict=True):
-        close(a, b)
-    close(layer.norm.running_mean, joined.norm.running_mean)
-    close(layer.norm.running_var, joined.norm.running_var)
-print("agrees")
-dist.destroy_process_group()
-"""
-
-
-def run_ranks(**settings) -> None:
-    code = textwrap.dedent(RANK).format(
-        setup="\n".join(f"{name.upper()} = {value!r}" for name, value in settings.items())
-    )
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", "--no-python", sys.executable, "-W", "ignore", "-c", code]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("agrees") == 2
-
-
-# torch's own SyncBatchNorm takes no CPU tensors: the joined batch is what it stands for.
-@pytest.mark.parametrize(
-    ("sizes", "parallel", "static"),
-    [((3, 1), False, False), ((2, 2), True, False), ((1, 2), True, True), ((2, 0), False, False)],
-)
-def test_two_ranks_agree_with_the_joined_batch(sizes, parallel, static):
-    run_ranks(sizes=sizes, parallel=parallel, static=static, backend="auto")
