@@ -72,7 +72,9 @@ def test_nothing_is_read_or_written_out_of_bounds(sanitized, capability):
             "PYTHONMALLOC": "malloc",
             "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0",
             "ATEN_CPU_CAPABILITY": capability,
+            # Two, that do not wait for each other in a loop on cores that other tests use as well.
             "OMP_NUM_THREADS": "2",
+            "OMP_WAIT_POLICY": "passive",
             "PYTHONPATH": str(sanitized),
         },
         stdout=subprocess.PIPE,
