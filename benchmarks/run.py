@@ -248,7 +248,7 @@ def main(argv: list[str]) -> int:
         "detector": None,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    # Of a run that is broken off, what it had measured lies here.
+    # What an interrupted run had measured stays here.
     unfinished = args.out.with_name(f"{args.out.name}.unfinished")
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn())

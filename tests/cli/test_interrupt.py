@@ -83,7 +83,7 @@ def test_check_data(interrupted, shapes, tmp_path):
     def being_read(printed):
         try:
             opened.append(os.open(image, os.O_WRONLY | os.O_NONBLOCK))
-        except OSError:  # nobody reads
+        except OSError:  # the reader has gone
             return False
         return True
 

@@ -166,14 +166,14 @@ def test_inverted_boxes_of_voc_are_an_error_with_the_line_that_mends_it(voc, box
     assert "1 boxes are inverted or empty" in message
     assert "0.xml" in message
     line = message.split("LoadAnnotations:  ")[1]
-    mended = [*LOAD, eval(line)]  # as the user would paste it
+    fixed = [*LOAD, eval(line)]  # as the user would paste it
     for dataset in (
-        voc_dataset(voc, pipeline=mended),
-        dict(type="MultiImageMixDataset", dataset=voc_dataset(voc), pipeline=mended),
+        voc_dataset(voc, pipeline=fixed),
+        dict(type="MultiImageMixDataset", dataset=voc_dataset(voc), pipeline=fixed),
     ):
         (warning,) = check_data(config(dataset))
         assert "left out of training" in warning
-    theirs = DATASETS.build(voc_dataset(voc, pipeline=mended, _scope_="mmdet"))
+    theirs = DATASETS.build(voc_dataset(voc, pipeline=fixed, _scope_="mmdet"))
     (kept,) = theirs[0]["gt_bboxes"].tensor.tolist()
     assert kept == [4, 4, 29, 29]
 

@@ -80,7 +80,7 @@ def run_tool(environment):
             timeout=PATIENCE,
         )
         print(done.stdout)  # shown where a test fails
-        assert "pkg_resources is deprecated" not in done.stdout  # not the user's to mend
+        assert "pkg_resources is deprecated" not in done.stdout  # the user cannot fix it
         return done
 
     return run
