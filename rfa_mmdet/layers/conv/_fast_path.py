@@ -1,7 +1,7 @@
 """Modules as plain tensors and numbers, so that kernels need not call them.
 
 The kernels know batch norm and ReLU. What else a config may name (GroupNorm, SiLU, ...), and
-modules with hooks, which must be called to be seen, run in plain torch.
+modules with hooks, which a kernel would skip, run in plain torch.
 """
 
 from collections.abc import Callable
@@ -78,7 +78,7 @@ def window_features(
         weight (Tensor): Of the convolution of the features.
 
     Returns:
-        WindowFeatures | None: None: they are to be made, from the modules.
+        WindowFeatures | None: None: the layer must compute them with its modules.
 
     Raises:
         ValueError, TypeError, RuntimeError: A backend asked for by name cannot compute this.
@@ -126,7 +126,7 @@ def _window_values(x: Tensor, window: Window) -> Tensor:
 
 
 def must_be_called(module: nn.Module) -> bool:
-    """Whether a hook on the module or on all modules, or another ``forward``, is to be run.
+    """Whether a module has hooks, or a ``forward`` of its own, that a kernel would skip.
 
     Example:
         >>> must_be_called(nn.ReLU())
@@ -227,8 +227,8 @@ def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor | None] 
         norm (nn.Module): What follows.
 
     Returns:
-        tuple[Tensor, Tensor | None] | None: Of the convolution's dtype. None: the modules are to be
-        called, as the norm is none on fixed statistics, the convolution has a bias, a hook is on
+        tuple[Tensor, Tensor | None] | None: Of the convolution's dtype. None: call the modules
+        instead, as the norm is none on fixed statistics, the convolution has a bias, a hook is on
         either, or a graph is recorded.
 
     Example:

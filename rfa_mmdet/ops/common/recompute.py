@@ -51,7 +51,7 @@ def is_recorded() -> bool:
 
 
 def recomputes() -> bool:
-    """Whether what a backward pass needs is to be recomputed in it, here and now.
+    """Whether the backward pass should recompute what it needs, here and now.
 
     Example:
         >>> recomputes(), torch.no_grad()(recomputes)()
