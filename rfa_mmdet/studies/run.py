@@ -11,6 +11,7 @@ record.json   what is done, {"train": {...}, "test": {...}}, and the "error" of 
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from typing import Any
 
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
+
+# Loader workers hold the lock of the training that forked them. Where that was killed, they notice
+# within 5 seconds, or later on a busy machine.
+LOCK_TIMEOUT = 30.0
 
 
 @dataclass(frozen=True)
@@ -105,18 +110,27 @@ class Run:
             that outlives its parent is not started a second time.
 
         Raises:
-            UserError: Another process is working on this run.
+            UserError: Another process is working on this run, and still is after ``LOCK_TIMEOUT``.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{self.folder}: another process is working on this run") from error
+            until = time.monotonic() + LOCK_TIMEOUT
+            while not _lock(descriptor):
+                if time.monotonic() > until:
+                    raise UserError(f"{self.folder}: another process is working on this run")
+                time.sleep(0.1)
             yield descriptor
         finally:
             os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def read_json(path: Path) -> Any:

@@ -1,6 +1,7 @@
 """What the folder of a run says, and who may work in it."""
 
 import os
+import threading
 
 import pytest
 
@@ -8,7 +9,8 @@ from rfa_mmdet.errors import UserError
 from rfa_mmdet.studies.run import Run
 
 
-def test_a_run_that_is_locked_is_not_entered(tmp_path):
+def test_a_run_that_is_locked_is_not_entered(tmp_path, monkeypatch):
+    monkeypatch.setattr("rfa_mmdet.studies.run.LOCK_TIMEOUT", 0.0)
     run = Run(tmp_path, "all", "a", 0)
     with run.locked():
         again = Run(tmp_path, "all", "a", 0).locked()
@@ -18,6 +20,24 @@ def test_a_run_that_is_locked_is_not_entered(tmp_path):
             pass
     with run.locked():
         pass
+
+
+def test_a_lock_that_is_about_to_be_free_is_waited_for(tmp_path):
+    # As that of the loader workers of a killed training, which outlive it by seconds.
+    run = Run(tmp_path, "all", "a", 0)
+    left = threading.Event()
+
+    def leave(lock):
+        left.set()
+        lock.__exit__(None, None, None)
+
+    lock = run.locked()
+    lock.__enter__()
+    timer = threading.Timer(0.5, leave, [lock])
+    timer.start()
+    with Run(tmp_path, "all", "a", 0).locked():
+        assert left.is_set()
+    timer.join()
 
 
 def test_log_of_a_resumed_run_whose_last_line_was_cut_off(tmp_path):
