@@ -1,7 +1,16 @@
 """What differs between the supported versions of torch; nothing else asks for a version."""
 
 import torch
+import torch._utils
 from torch.nn.modules import module as _module
+
+# Whether torch.compile traces what runs now. The old name is known to the old compilers only.
+is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # 2.2
+
+
+# Whether torch.compile takes operators with kernels for Meta and Autograd that are written in
+# Python: since 2.4, which brought register_fake.
+COMPILES_OPERATORS = hasattr(torch.library, "register_fake")
 
 
 def autocast_dtype_on(device: str) -> torch.dtype | None:
