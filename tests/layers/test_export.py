@@ -16,6 +16,7 @@ from tests.helpers.registered import (
     conv,
     feature_map,
 )
+from tests.helpers.torch_features import TRACING, exports
 
 
 @pytest.fixture(params=CONVS + PLUGINS)
@@ -63,7 +64,7 @@ def assert_exports_to_onnx(layer: nn.Module) -> None:
         layer,
         (feature_map(),),
         file,
-        dynamo=False,
+        **TRACING,
         opset_version=17,
         input_names=["x"],
         output_names=["y"],
@@ -80,11 +81,13 @@ def assert_exports_to_onnx(layer: nn.Module) -> None:
 UNEVEN = dict(stride=(1, 2), padding=(3, 2), dilation=(1, 2), groups=4)
 
 
+@exports
 @torch.no_grad()
 def test_torch_export_with_dynamic_sizes(name):
     assert_exports(build(name).eval())
 
 
+@exports
 @torch.no_grad()
 @pytest.mark.parametrize("layer_name", CONVS)
 @pytest.mark.parametrize("mode", ["zeros", "reflect"])
