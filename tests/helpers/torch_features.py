@@ -1,6 +1,5 @@
 """What the torch of this environment cannot do, of what tests ask for."""
 
-import inspect
 import warnings
 
 import pytest
@@ -35,6 +34,3 @@ has_opcheck = pytest.mark.skipif(not hasattr(torch.library, "opcheck"), reason="
 exports = pytest.mark.skipif(
     not hasattr(torch, "export") or not hasattr(torch.export, "Dim"), reason="needs torch 2.2"
 )
-
-# Torch's exporter to ONNX that traces; torch 2.1 has no other.
-TRACING = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rfa_mmdet.ops.common.torch_versions import TRACES_TO_ONNX
 from tests.helpers.registered import (
     CHANNELS,
     CONVS,
@@ -16,7 +17,7 @@ from tests.helpers.registered import (
     conv,
     feature_map,
 )
-from tests.helpers.torch_features import TRACING, exports
+from tests.helpers.torch_features import exports
 
 
 @pytest.fixture(params=CONVS + PLUGINS)
@@ -64,7 +65,7 @@ def assert_exports_to_onnx(layer: nn.Module) -> None:
         layer,
         (feature_map(),),
         file,
-        **TRACING,
+        **TRACES_TO_ONNX,
         opset_version=17,
         input_names=["x"],
         output_names=["y"],

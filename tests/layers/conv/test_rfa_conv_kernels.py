@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rfa_mmdet.layers import RFAConv
+from rfa_mmdet.ops.common.torch_versions import TRACES_TO_ONNX
 from rfa_mmdet.ops.receptive_field.backends import missing
 from tests.helpers.backends import build, require, run
 from tests.helpers.formulas import Case, relative_error
 from tests.helpers.tolerances import TOLERANCES
-from tests.helpers.torch_features import TRACING
 
 ROOT = Path(__file__).resolve().parents[2]
 CASE = Case(batch=2, channels=6, out_channels=5, size=(9, 11))
@@ -206,7 +206,7 @@ def test_traces_exports_and_counts_hold_plain_operators_only():
     exported = torch.export.export(layer, (x,))
     assert "rfa_mmdet" not in str(exported.graph)
     file = io.BytesIO()
-    torch.onnx.export(layer, (x,), file, **TRACING)
+    torch.onnx.export(layer, (x,), file, **TRACES_TO_ONNX)
     assert b"rfa_mmdet" not in file.getvalue()
 
 
