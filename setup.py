@@ -41,10 +41,12 @@ class BuildKernels(build_ext):
         wish = os.environ.get("RFA_MMDET_BUILD")
         if wish == "0":
             return
-        stamp = FOLDER / "_cpu.stamp"
+        libraries: list[Path] = []
         try:
+            libraries = [FOLDER / self.get_ext_filename(f"_cpu_{name}") for name in CAPABILITIES]
+            stamp = libraries[0].with_suffix(".stamp")
             state = self.inplace and self.state()
-            built = all(any(FOLDER.glob(f"_cpu_{name}.*so")) for name in CAPABILITIES)
+            built = all(library.exists() for library in libraries)
             if state and built and stamp.exists() and stamp.read_text() == state:
                 return
             stamp.unlink(missing_ok=True)
@@ -57,9 +59,16 @@ class BuildKernels(build_ext):
             reason = f"{type(error).__name__}: {error}"
             print(f"rfa_mmdet: without its C++ kernels, as they do not build ({reason})")
             # A library of an earlier build would not be what this one's sources say.
-            for name in CAPABILITIES:
-                for file in FOLDER.glob(f"_cpu_{name}.*so"):
-                    file.unlink()
+            for library in libraries:
+                library.unlink(missing_ok=True)
+
+    def get_ext_filename(self, fullname):
+        """Name a library after its torch, so that one checkout serves several environments."""
+        try:
+            version = self.find_torch().__version__
+        except ImportError:
+            return super().get_ext_filename(fullname)
+        return os.path.join(*fullname.split(".")) + f".torch-{version}.so"
 
     @classmethod
     def state(cls):

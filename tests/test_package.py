@@ -149,7 +149,7 @@ def test_every_tool_has_a_script_of_a_few_lines():
 def wheel(tmp_path_factory):
     """Of the checkout's files, without kernels."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    ignored = shutil.ignore_patterns("*.so", "_cpu.stamp", "__pycache__", ".mim")
+    ignored = shutil.ignore_patterns("*.so", "_cpu_*.stamp", "__pycache__", ".mim")
     for name in ("rfa_mmdet", "configs", "tools"):
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
     for pattern in ("*.py", "*.toml", "*.txt", "*.in", "*.md", "*.yml", "LICENSE"):

@@ -1,6 +1,5 @@
 """One part of a detector as a file, run by ONNX Runtime."""
 
-import inspect
 import json
 import warnings
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.export.parts import Part
+from rfa_mmdet.ops.common.torch_versions import TRACES_TO_ONNX
 
 
 class Graph:
@@ -40,9 +40,6 @@ class Graph:
 
 
 def _write(part: Part, file: Path, opset: int) -> None:
-    # The other exporter needs onnxscript, and before PyTorch 2.5 there is no choice.
-    known = inspect.signature(torch.onnx.export).parameters
-    chosen: dict[str, Any] = {"dynamo": False} if "dynamo" in known else {}
     with warnings.catch_warnings():
         # Of tracing: sizes that Python compares. Whether they matter, the comparison tells.
         warnings.simplefilter("ignore")
@@ -55,7 +52,7 @@ def _write(part: Part, file: Path, opset: int) -> None:
                 output_names=list(part.outputs),
                 dynamic_axes={part.input_name: part.axes, **part.outputs},
                 opset_version=opset,
-                **chosen,
+                **TRACES_TO_ONNX,
             )
         except (RuntimeError, ValueError) as error:  # the exporter's own are among them
             reason = str(error).strip().splitlines()[0]

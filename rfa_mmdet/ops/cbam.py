@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from rfa_mmdet.ops.common.convolution import same_conv_gradients
-from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
+from rfa_mmdet.ops.common.precision import at_least_float32, compute_dtype, no_autocast
 from rfa_mmdet.ops.common.recompute import is_recorded, recomputes
 from rfa_mmdet.ops.common.reductions import shares_of_maximum
 
@@ -32,10 +32,10 @@ def channel_gate(maxima: Tensor, means: Tensor, squeeze: Tensor, excite: Tensor)
     with no_autocast(maxima):
         # As matrix products: convolutions of single cells take three times as long.
         first, second = squeeze.flatten(1), excite.flatten(1)
-        of_maxima, of_means = (
+        of_maxima, of_means = [
             F.linear(torch.relu(F.linear(pool.flatten(1), first)), second)
             for pool in (maxima, means)
-        )
+        ]
         return torch.sigmoid(at_least_float32(of_maxima + of_means))[:, :, None, None]
 
 
@@ -52,7 +52,7 @@ def spatial_pools(x: Tensor) -> Tensor:
         >>> spatial_pools(torch.arange(3.).reshape(1, 3, 1, 1)).flatten()
         tensor([2., 1.])
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = compute_dtype(x.dtype)
     return torch.cat([x.amax(1, keepdim=True).to(dtype), x.mean(1, keepdim=True, dtype=dtype)], 1)
 
 
@@ -91,7 +91,7 @@ def spatial_gate(pools: Tensor, weight: Tensor) -> Tensor:
     """
     with no_autocast(pools):
         pools = in_fast_layout(pools.to(weight.dtype))
-        score = F.conv2d(pools, weight, padding=weight.shape[2] // 2)
+        score = F.conv2d(pools, weight, padding=(weight.shape[2] // 2,) * 2)
     return torch.sigmoid(at_least_float32(score))
 
 

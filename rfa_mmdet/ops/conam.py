@@ -47,10 +47,10 @@ def map_means(local: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
         True
     """
     # What part of the map a patch is.
-    rows, columns = (
+    rows, columns = [
         (n - patch_size * torch.arange(count).to(local)).clamp(max=patch_size) / n
-        for n, count in zip(size, local.shape[2:], strict=True)
-    )
+        for n, count in zip(size, local.shape[2:])  # noqa: B905
+    ]
     return (local * torch.outer(rows, columns)).sum((2, 3))
 
 
@@ -88,7 +88,7 @@ def spread_patches(value: Tensor, patch_size: int, size: tuple[int, int]) -> Ten
                   [1., 1., 2.]]]])
     """
     if is_recorded():  # sizes from an index export, those of a repetition do not
-        rows, columns = (torch.arange(n, device=value.device) // patch_size for n in size)
+        rows, columns = [torch.arange(n, device=value.device) // patch_size for n in size]
         return value[:, None, rows][..., columns]
     value = value.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
     return value[:, None, : size[0], : size[1]]

@@ -46,7 +46,6 @@ def coordinate_gates(
         hidden_rows, hidden_columns = hidden.split([rows.shape[2], columns.shape[2]], dim=2)
         row_score = F.conv2d(hidden_rows, row_weight, row_bias).squeeze(3)
         column_score = F.conv2d(hidden_columns, column_weight, column_bias).squeeze(3)
-    row_gate, column_gate = (
-        torch.sigmoid(at_least_float32(score)) for score in (row_score, column_score)
-    )
+    row_gate = torch.sigmoid(at_least_float32(row_score))
+    column_gate = torch.sigmoid(at_least_float32(column_score))
     return row_gate, column_gate

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rfa_mmdet.ops.common.torch_versions import TRACES_TO_ONNX
 from tests.helpers.registered import (
     CHANNELS,
     CONVS,
@@ -16,6 +17,7 @@ from tests.helpers.registered import (
     conv,
     feature_map,
 )
+from tests.helpers.torch_features import exports
 
 
 @pytest.fixture(params=CONVS + PLUGINS)
@@ -63,7 +65,7 @@ def assert_exports_to_onnx(layer: nn.Module) -> None:
         layer,
         (feature_map(),),
         file,
-        dynamo=False,
+        **TRACES_TO_ONNX,
         opset_version=17,
         input_names=["x"],
         output_names=["y"],
@@ -80,11 +82,13 @@ def assert_exports_to_onnx(layer: nn.Module) -> None:
 UNEVEN = dict(stride=(1, 2), padding=(3, 2), dilation=(1, 2), groups=4)
 
 
+@exports
 @torch.no_grad()
 def test_torch_export_with_dynamic_sizes(name):
     assert_exports(build(name).eval())
 
 
+@exports
 @torch.no_grad()
 @pytest.mark.parametrize("layer_name", CONVS)
 @pytest.mark.parametrize("mode", ["zeros", "reflect"])

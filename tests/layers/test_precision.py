@@ -14,6 +14,7 @@ from tests.helpers.registered import (
     feature_map,
 )
 from tests.helpers.tolerances import TOLERANCES
+from tests.helpers.torch_features import AUTOCAST_TYPES, CONV_TYPES
 
 
 @pytest.fixture(params=CONVS + PLUGINS)
@@ -33,7 +34,7 @@ FACTOR_OF_LARGE_INPUTS = {"EMA": 16, "RFCAConv": 16, "RFCBAMConv": 16}
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", AUTOCAST_TYPES)
 @pytest.mark.parametrize("magnitude", [1, 1e4])
 def test_autocast_is_near_float32(name, dtype, magnitude, training):
     layer = build(name).train(training)
@@ -52,7 +53,7 @@ def test_autocast_is_near_float32(name, dtype, magnitude, training):
     assert all(g.isfinite().all() for g in gradients)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [*CONV_TYPES, torch.float64])
 def test_converted_layer_runs_in_its_dtype(name, dtype):
     layer = build(name).eval()
     x = feature_map().to(dtype)

@@ -9,7 +9,6 @@ precision. The parameters keep the published names.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -92,7 +91,11 @@ class EMA(nn.Module):
         groups = x.unflatten(1, (self.factor, -1)).flatten(0, 1)
         modules = (self.conv1x1, self.conv3x3, self.gn)
         weights = tuple(parameter for module in modules for parameter in module.parameters())
-        return groups, partial(ema_gate, eps=self.gn.eps, size=(x.shape[2], x.shape[3])), weights
+
+        def gate(groups: Tensor, *weights: Tensor) -> tuple[Tensor]:
+            return ema_gate(groups, *weights, eps=self.gn.eps, size=(x.shape[2], x.shape[3]))
+
+        return groups, gate, weights
 
     def extra_repr(self) -> str:
         """Show the arguments."""

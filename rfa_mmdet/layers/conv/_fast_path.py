@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rfa_mmdet.ops.common.precision import at_least_float32, autocast_dtype, compute_dtype
 from rfa_mmdet.ops.common.recompute import is_recorded
-from rfa_mmdet.ops.common.torch_versions import has_global_hooks
+from rfa_mmdet.ops.common.torch_versions import COMPILES_OPERATORS, has_global_hooks, is_compiling
 from rfa_mmdet.ops.common.windows import Pair, Window
 from rfa_mmdet.ops.receptive_field import WindowFeatures, fold_batch_norm
 from rfa_mmdet.ops.receptive_field.backends import check_backend, use_kernels
@@ -132,6 +132,8 @@ def must_be_called(module: nn.Module) -> bool:
         >>> must_be_called(nn.ReLU())
         False
     """
+    if is_compiling() and not COMPILES_OPERATORS:  # nor compiles what looks into a module
+        return True
     own = module.__dict__
     return bool(
         has_global_hooks()

@@ -113,17 +113,17 @@ class AttentionConv2d(WarmStartable):
         """
         name = type(self).__name__
         check_feature_map(name, x, self.in_channels)
-        for size, k, p, d in zip(
-            x.shape[2:], self.kernel_size, self.padding, self.dilation, strict=True
-        ):
+        # Without strict=True, which torch 2.1 cannot compile.
+        sizes = zip(x.shape[2:], self.kernel_size, self.padding, self.dilation)  # noqa: B905
+        for size, k, p, d in sizes:
             if size + 2 * p < d * (k - 1) + 1:
                 raise ValueError(
                     f"{name}: input of shape {tuple(x.shape)} with padding={self.padding} is "
                     f"smaller than the window: kernel_size={self.kernel_size}, "
                     f"dilation={self.dilation}"
                 )
-            widest = {"reflect": size - 1, "circular": size}.get(self.padding_mode)
-            if widest is not None and p > widest:
+            widest = size - 1 if self.padding_mode == "reflect" else size
+            if self.padding_mode in ("reflect", "circular") and p > widest:
                 raise ValueError(
                     f"{name}: padding={self.padding} with padding_mode={self.padding_mode!r} is "
                     f"wider than the input of shape {tuple(x.shape)} allows"

@@ -95,7 +95,7 @@ class RFCAConv(ReceptiveFieldConv):
         features = features.reshape(batch, channels, kh, kw, height, width)
         dtype = self.coordinate.conv1.weight.dtype
         rows, columns = features.mean((3, 5), dtype=dtype), features.mean((2, 4), dtype=dtype)
-        row_gate, column_gate = (gate.to(features.dtype) for gate in self._gates(rows, columns))
+        row_gate, column_gate = [gate.to(features.dtype) for gate in self._gates(rows, columns)]
         return features, (row_gate[:, :, :, None, :, None], column_gate[:, :, None, :, None, :])
 
     def _gates(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ def same_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             bias = None if bias is None else bias.to(dtype)
         out: Tensor = _SameConv.apply(x, weight, bias)
         return out
-    return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
+    return F.conv2d(x, weight, bias, padding=(weight.shape[2] // 2,) * 2)
 
 
 def same_conv_gradients(
@@ -77,7 +77,7 @@ class _SameConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
+        return F.conv2d(x, weight, bias, padding=(weight.shape[2] // 2,) * 2)
 
     @staticmethod
     @once_differentiable

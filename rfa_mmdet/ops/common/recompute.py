@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rfa_mmdet.ops.common.torch_versions import autocast_dtype_on, is_exporting
+from rfa_mmdet.ops.common.torch_versions import autocast_dtype_on, is_compiling, is_exporting
 
 Gates = Callable[..., tuple[Tensor, ...]]
 
@@ -27,7 +27,7 @@ def needs_plain_operators() -> bool:
         >>> needs_plain_operators()
         False
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return is_exporting()
     return (
         torch.jit.is_tracing()
@@ -47,7 +47,7 @@ def is_recorded() -> bool:
         >>> is_recorded()
         False
     """
-    return torch.compiler.is_compiling() or needs_plain_operators()
+    return is_compiling() or needs_plain_operators()
 
 
 def recomputes() -> bool:
@@ -85,7 +85,7 @@ def weigh(x: Tensor, gates_of: Gates, *tensors: Tensor, first: Gates | None = No
     if recomputes():
         weighed: Tensor = _WeighByGates.apply(gates_of, first, x, *tensors)
         return weighed
-    for gate in (first or gates_of)(x, *tensors):
+    for gate in (gates_of if first is None else first)(x, *tensors):
         x = x * gate
     return x
 

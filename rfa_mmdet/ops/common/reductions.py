@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rfa_mmdet.ops.common.precision import compute_dtype
 from rfa_mmdet.ops.common.recompute import recomputes
 
 
@@ -55,7 +56,7 @@ def mean(x: Tensor, dim: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if not recomputes():
         return x.mean(dim, dtype=dtype)
     # That of a sum is expanded from one value, and the division is behind it.
-    total = x.sum(dim, dtype=torch.promote_types(dtype, torch.float32))  # beyond half's range
+    total = x.sum(dim, dtype=compute_dtype(dtype))  # beyond half's range
     return (total / _cells(x, dim)).to(dtype)
 
 
@@ -83,7 +84,7 @@ def shares_of_maximum(x: Tensor, maxima: Tensor, gradient: Tensor) -> tuple[Tens
     # Not a mask of bools: on a CPU, to make and to count one takes ten times as long.
     hits = x.eq_(maxima)
     dims = [i for i, size in enumerate(maxima.shape) if size != x.shape[i]]
-    dtype = torch.promote_types(x.dtype, torch.float32)  # half counts no further than 2048
+    dtype = compute_dtype(x.dtype)  # half counts no further than 2048
     count = hits.sum(dims, keepdim=True, dtype=dtype) if dims else hits
     return hits, (gradient / count).to(x.dtype)
 

@@ -1,7 +1,24 @@
 """What differs between the supported versions of torch; nothing else asks for a version."""
 
+import inspect
+
 import torch
+import torch._utils
 from torch.nn.modules import module as _module
+
+# Whether torch.compile traces what runs now. The old name is known to the old compilers only.
+is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # 2.2
+
+
+# Whether torch.compile takes operators with kernels for Meta and Autograd that are written in
+# Python: since 2.4, which brought register_fake.
+COMPILES_OPERATORS = hasattr(torch.library, "register_fake")
+
+# Arguments by which torch.onnx.export traces. The exporter that is the default since 2.9 needs
+# onnxscript; before 2.5 there is no choice.
+TRACES_TO_ONNX: dict[str, bool] = (
+    {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
+)
 
 
 def autocast_dtype_on(device: str) -> torch.dtype | None:

@@ -40,10 +40,10 @@ class Window(NamedTuple):
 
     def output_size(self, size: Sequence[int]) -> Pair:
         """Return (h, w), the number of windows on each side of a map of (H, W)."""
-        height, width = (
+        height, width = [
             (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, k, s, p, d in zip(size, *self, strict=True)
-        )
+            for n, k, s, p, d in zip(size, *self)  # noqa: B905
+        ]
         return height, width
 
     def count(self, x: Tensor) -> int:

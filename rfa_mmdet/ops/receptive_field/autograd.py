@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from rfa_mmdet.ops.common.precision import no_autocast
+from rfa_mmdet.ops.common.torch_versions import is_compiling
 from rfa_mmdet.ops.common.windows import Pair, Window
 from rfa_mmdet.ops.receptive_field.schema import LIBRARY
 
@@ -35,7 +36,7 @@ def _register(name: str, function: type[Function]) -> None:
 
 
 def _refuse_second_derivative() -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+    if torch.is_grad_enabled() and not is_compiling():  # create_graph=True
         raise RuntimeError(
             "the kernels of receptive-field convolutions have no second derivative; pass "
             "backend='reference' to the layer for create_graph=True"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rfa_mmdet.ops.common.precision import autocast_dtype
 from rfa_mmdet.ops.common.recompute import needs_plain_operators
+from rfa_mmdet.ops.common.torch_versions import COMPILES_OPERATORS, is_compiling
 from rfa_mmdet.ops.receptive_field.schema import NAMESPACE, OPERATORS
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
@@ -66,13 +67,15 @@ def _missing(backend: str) -> str | None:
             return "there is no CUDA device"
         try:
             importlib.import_module("rfa_mmdet.ops.receptive_field.triton.launch").register("CUDA")
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             return f"triton cannot be imported ({error}): pip install triton"
+        except ImportError as error:  # torch requires the triton that it brings, so no advice
+            return str(error)
     return None
 
 
 def load_cpu_kernels(folder: Path) -> str | None:
-    """Load the C++ kernels that were built for the vector instructions torch uses here.
+    """Load the C++ kernels that were built for this torch and the vector instructions it uses here.
 
     Args:
         folder (Path): Of the libraries.
@@ -86,16 +89,22 @@ def load_cpu_kernels(folder: Path) -> str | None:
     """
     capability = torch.backends.cpu.get_cpu_capability().lower()
     for name in dict.fromkeys((capability, "default")):
-        for file in sorted(folder.glob(f"_cpu_{name}.*so")):
-            try:
-                torch.ops.load_library(file)
-            except OSError as error:
-                return f"{file.name} does not load, as it was built for another torch: {error}"
-            except RuntimeError:  # its kernels have other arguments than the schemas
-                return "the C++ extension was built from other sources than these"
-            if not all(has_kernel(operator, "cpu") for operator in OPERATORS):
-                return "the C++ extension was built from other sources than these"
-            return None
+        file = folder / f"_cpu_{name}.torch-{torch.__version__}.so"
+        if not file.exists():
+            continue
+        try:
+            torch.ops.load_library(file)
+        except OSError as error:
+            return f"{file.name} does not load: {error}"
+        except RuntimeError:  # its kernels have other arguments than the schemas
+            return "the C++ extension was built from other sources than these"
+        if not all(has_kernel(operator, "cpu") for operator in OPERATORS):
+            return "the C++ extension was built from other sources than these"
+        return None
+    built = {file.name.partition(".torch-")[2][:-3] for file in folder.glob("_cpu_*.so")}
+    if built:
+        others = ", ".join(sorted(built))
+        return f"the C++ extension was built for torch {others}, and here is {torch.__version__}"
     return "the C++ extension is not built"
 
 
@@ -160,6 +169,9 @@ def use_kernels(backend: str, operators: tuple[str, ...], x: Tensor, weight: Ten
     """
     if backend == "reference" or needs_plain_operators() or _is_watched(x, weight):
         return False
+    if is_compiling() and not COMPILES_OPERATORS:
+        _notice("this torch cannot compile the kernels, torch 2.4 and later can")
+        return False
     dtype = autocast_dtype(x)
     same = weight.device == x.device
     same = same and (weight.dtype == x.dtype or autocast_dtype(weight) == dtype)
@@ -170,8 +182,9 @@ def use_kernels(backend: str, operators: tuple[str, ...], x: Tensor, weight: Ten
     # float64 is for comparisons, and the formula is what to compare with.
     if chosen is None or not same or dtype == torch.float64 or dtype not in _DTYPES[chosen]:
         return False
-    if missing(chosen):
-        _notice(chosen)
+    reason = missing(chosen)
+    if reason:
+        _notice(reason)
         return False
     usable: bool = _has_kernels(operators, chosen)
     return usable
@@ -189,7 +202,7 @@ def _has_loaded_kernels(operators: tuple[str, ...], backend: str) -> bool:
 
 def _is_watched(*tensors: Tensor) -> bool:
     """Whether a mode or a tensor subclass has rules of its own for operators."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
     modes: int = torch._C._len_torch_dispatch_stack()
     return modes > 0 or any(
@@ -214,14 +227,13 @@ def _check_input(backend: str, x: Tensor, weight: Tensor, dtype: torch.dtype, sa
 
 
 @torch.compiler.assume_constant_result
-def _notice(backend: str) -> None:
-    _warn_once(backend)
+def _notice(reason: str) -> None:
+    _warn_once(reason)
 
 
 @functools.cache
-def _warn_once(backend: str) -> None:
+def _warn_once(reason: str) -> None:
     warnings.warn(
-        "the receptive-field convolutions run in plain torch, several times slower: "
-        f"{missing(backend)}",
+        f"the receptive-field convolutions run in plain torch, several times slower: {reason}",
         stacklevel=2,
     )

@@ -37,7 +37,7 @@ def receptive_field_mean(
         torch.Size([1, 1, 2, 2])
     """
     # avg_pool2d knows no dilation and at most half a kernel of padding.
-    if dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, kernel_size, strict=True)):
+    if dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, kernel_size)):  # noqa: B905
         return F.avg_pool2d(x, kernel_size, stride, padding, count_include_pad=True)
     channels = int(x.shape[1])  # a constant to ONNX, which must know the kernel's shape
     kernel = x.new_full((channels, 1, *kernel_size), 1 / (kernel_size[0] * kernel_size[1]))

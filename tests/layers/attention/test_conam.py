@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rfa_mmdet.layers import ConAM
 from tests.helpers.tolerances import TOLERANCES
+from tests.helpers.torch_features import AUTOCAST_TYPES
 
 
 def patches(height: int, width: int, s: int) -> list[tuple[slice, slice]]:
@@ -160,7 +161,7 @@ def test_scaling_multiplies_the_strengthening_by_the_number_of_patches():
     assert not ConAM(4, 3, 5).scale_by_patches
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", AUTOCAST_TYPES)
 def test_autocast_keeps_the_confidences_of_float32(dtype):
     case = dict(channels=16, hidden=8, s=3, size=(11, 8), batch=2, scale=True, seed=8)
     layer, x = build(case)

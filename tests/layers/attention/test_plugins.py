@@ -23,6 +23,7 @@ from rfa_mmdet.layers import (
 from rfa_mmdet.layers.attention.cbam import ChannelAttention
 from tests.helpers import formulas
 from tests.helpers.formulas import Exact, sigmoid
+from tests.helpers.torch_features import AUTOCAST_TYPES
 
 # --------------------------------------------------------------------------- the formulas
 
@@ -315,7 +316,7 @@ def test_arguments_are_refused_in_words(plugin, kwargs, error, message):
 
 
 @every_plugin
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", AUTOCAST_TYPES)
 def test_autocast_leaves_the_gates_in_float32(plugin, dtype):
     layer, x = build(plugin, 32, False, seed=0), feature_map(2, 32, (5, 7), 0)
     expected = layer(x)

@@ -2,14 +2,18 @@
 
 import copy
 import dataclasses
+import warnings
 
 import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 
 from rfa_mmdet import layers
+from rfa_mmdet.layers.conv import _fast_path
+from rfa_mmdet.ops.receptive_field import backends
 from tests.helpers.backends import require, run
 from tests.helpers.formulas import Case
+from tests.helpers.torch_features import compiles_operators
 
 CASE = Case(batch=2, channels=6, out_channels=5, size=(9, 11))
 OPERATORS = {
@@ -27,6 +31,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@compiles_operators
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dynamic", [True, False])
@@ -48,3 +53,21 @@ def test_compiles_as_one_graph_with_the_kernels(name, training, dynamic):
         torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-5)
     expected = OPERATORS[name] | ({"fold_batch_norm"} if training else set())
     assert called >= {f"rfa_mmdet.{operator}" for operator in expected}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_where_the_kernels_cannot_be_compiled_plain_torch_is_with_one_notice(name, monkeypatch):
+    monkeypatch.setattr(backends, "COMPILES_OPERATORS", False)
+    monkeypatch.setattr(_fast_path, "COMPILES_OPERATORS", False)
+    backends._warn_once.cache_clear()
+    layer = CASE.build(getattr(layers, name))
+    eager, x = copy.deepcopy(layer), torch.randn(2, 6, 9, 11)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with pytest.warns(UserWarning, match="in plain torch.*cannot compile the kernels"):
+        found = run(compiled, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(compiled, x)
+    for result, expected in zip(found, run(eager, x), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    backends._warn_once.cache_clear()

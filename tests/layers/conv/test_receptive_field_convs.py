@@ -14,6 +14,7 @@ from rfa_mmdet.layers import RFAConv, RFCAConv, RFCBAMConv
 from tests.helpers import formulas
 from tests.helpers.formulas import Case
 from tests.helpers.receptive_field import LAYERS
+from tests.helpers.torch_features import fills_memory
 
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
@@ -28,6 +29,7 @@ def compare(name: str, case: Case, **kwargs) -> float:
     return formulas.compare(layer, lambda exact, x: formula(exact, case, x), case.input())
 
 
+@fills_memory
 def test_new_memory_is_nan():
     assert torch.empty(100).isnan().all()
 

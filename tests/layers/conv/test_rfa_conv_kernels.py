@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rfa_mmdet.layers import RFAConv
+from rfa_mmdet.ops.common.torch_versions import TRACES_TO_ONNX
 from rfa_mmdet.ops.receptive_field.backends import missing
 from tests.helpers.backends import build, require, run
 from tests.helpers.formulas import Case, relative_error
@@ -205,7 +206,7 @@ def test_traces_exports_and_counts_hold_plain_operators_only():
     exported = torch.export.export(layer, (x,))
     assert "rfa_mmdet" not in str(exported.graph)
     file = io.BytesIO()
-    torch.onnx.export(layer, (x,), file, dynamo=False)
+    torch.onnx.export(layer, (x,), file, **TRACES_TO_ONNX)
     assert b"rfa_mmdet" not in file.getvalue()
 
 

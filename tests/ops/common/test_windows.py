@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from rfa_mmdet.ops.common.windows import convolve_windows, lay_out, take_apart
+from tests.helpers.torch_features import fills_memory
 
 shapes = st.fixed_dictionaries(
     dict(
@@ -24,6 +25,7 @@ def draw_windows(batch, channels, kernel, size):
     return torch.randn(batch, channels, positions, *size, generator=generator, dtype=torch.float64)
 
 
+@fills_memory
 def test_new_memory_is_nan():
     assert torch.empty(100).isnan().all()
 

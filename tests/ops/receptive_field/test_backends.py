@@ -13,6 +13,7 @@ from rfa_mmdet.ops.receptive_field import backends
 from rfa_mmdet.ops.receptive_field.backends import check_backend, load_cpu_kernels, use_kernels
 from tests.helpers.backends import require
 from tests.helpers.paths import ROOT
+from tests.helpers.torch_features import AUTOCAST_TYPES
 
 RFA_CONV = ("rfa_conv", "window_moments")
 
@@ -88,7 +89,7 @@ def test_auto_leaves_mixed_types_to_torch_and_its_words(available):
     assert not use("auto", torch.bfloat16, weight_dtype=torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", AUTOCAST_TYPES)
 def test_autocast_decides_on_the_type(available, dtype):
     available("cpu")
     with torch.autocast("cpu", dtype=dtype):
@@ -112,7 +113,7 @@ def test_a_backend_asked_for_by_name_insists(available):
 
 def test_where_nothing_is_built_plain_torch_runs_with_one_notice(tmp_path):
     """In a copy of the package without the libraries."""
-    built = shutil.ignore_patterns("*.so", "__pycache__", "_cpu.stamp")
+    built = shutil.ignore_patterns("*.so", "__pycache__", "_cpu_*.stamp")
     shutil.copytree(ROOT / "rfa_mmdet", tmp_path / "rfa_mmdet", ignore=built)
     code = """
 import warnings, torch
@@ -152,5 +153,13 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch):
 
 
 def test_a_library_of_another_torch_is_named(tmp_path):
-    (tmp_path / "_cpu_default.so").write_bytes(b"no library")
-    assert "_cpu_default.so does not load" in load_cpu_kernels(tmp_path)
+    (tmp_path / "_cpu_default.torch-1.0.so").touch()
+    assert load_cpu_kernels(tmp_path) == (
+        f"the C++ extension was built for torch 1.0, and here is {torch.__version__}"
+    )
+
+
+def test_a_library_that_does_not_load_is_named(tmp_path):
+    name = f"_cpu_default.torch-{torch.__version__}.so"
+    (tmp_path / name).write_bytes(b"no library")
+    assert f"{name} does not load" in load_cpu_kernels(tmp_path)

@@ -17,6 +17,7 @@ from tests.helpers import formulas
 from tests.helpers.backends import build, require, run
 from tests.helpers.formulas import Case, relative_error
 from tests.helpers.tolerances import TOLERANCES
+from tests.helpers.torch_features import has_opcheck
 
 DTYPES = (torch.float64, torch.float32)
 cases = partial(formulas.cases, pointwise=False)
@@ -257,6 +258,7 @@ def arguments(dtype=torch.float32):
     return x, parameters, weight, window
 
 
+@has_opcheck
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operators_are_registered_as_they_behave(dtype):
     x, parameters, weight, window = arguments(dtype)

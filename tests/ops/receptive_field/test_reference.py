@@ -14,6 +14,7 @@ from rfa_mmdet.ops.receptive_field import receptive_field_mean
 from tests.helpers import formulas
 from tests.helpers.formulas import Case
 from tests.helpers.tolerances import TOLERANCES
+from tests.helpers.torch_features import AUTOCAST_TYPES
 
 cases = partial(formulas.cases, pointwise=False)
 
@@ -98,7 +99,7 @@ def test_attention_map_is_the_softmax_of_the_scaled_means(case):
         torch.testing.assert_close(found[:, :, i].log() - found[:, :, 0].log(), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", AUTOCAST_TYPES)
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_autocast_is_finite_and_near_float32(dtype, dilation):
     layer = build(Case(channels=8, dilation=(dilation,) * 2, padding=(dilation,) * 2))
@@ -114,7 +115,7 @@ def test_autocast_is_finite_and_near_float32(dtype, dilation):
     assert formulas.relative_error(out.detach(), expected.detach()) < tolerance
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", AUTOCAST_TYPES)
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_attention_is_float32_under_autocast(dtype, dilation):
     layer = RFAConv(1, 1, 3, dilation=dilation, padding=0, norm_cfg=None, act_cfg=None).eval()
@@ -131,7 +132,7 @@ def test_attention_is_float32_under_autocast(dtype, dilation):
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", AUTOCAST_TYPES)
 @pytest.mark.parametrize("dilation", [(1, 1), (1, 3)])
 def test_means_are_not_rounded_by_autocast(dtype, dilation):
     x = torch.randn(2, 3, 9, 7) + 100

@@ -29,7 +29,7 @@ from tests.helpers.triton_cases import (
     windows,
 )
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("rfa_mmdet.ops.receptive_field.triton.launch", exc_type=ImportError)
 
 runs = pytest.mark.skipif(
     DEVICE is None, reason="no CUDA device; test_in_the_interpreter runs this without one"

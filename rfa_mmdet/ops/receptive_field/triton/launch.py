@@ -11,6 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
+if not hasattr(triton, "knobs"):  # before the kernels, which its language cannot express
+    raise ImportError(f"the kernels need triton 3.4 or later, and here is {triton.__version__}")
+
 from rfa_mmdet.ops.common.windows import Pair, Window
 from rfa_mmdet.ops.receptive_field.schema import NAMESPACE
 from rfa_mmdet.ops.receptive_field.triton import kernels

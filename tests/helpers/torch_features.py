@@ -1,0 +1,36 @@
+"""What the torch of this environment cannot do, of what tests ask for."""
+
+import warnings
+
+import pytest
+import torch
+
+from rfa_mmdet.ops.common.torch_versions import COMPILES_OPERATORS
+
+
+def _autocasts(dtype: torch.dtype) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.autocast("cpu", dtype=dtype)._enabled
+
+
+def _convolves(dtype: torch.dtype) -> bool:
+    try:
+        torch.nn.Conv2d(1, 1, 1, dtype=dtype)(torch.zeros(1, 1, 1, 1, dtype=dtype))
+    except RuntimeError:
+        return False
+    return True
+
+
+HALF = (torch.bfloat16, torch.float16)
+# Half precision that autocast, and that convolutions, take on a CPU: torch 2.1 has bfloat16 only.
+AUTOCAST_TYPES = [dtype for dtype in HALF if _autocasts(dtype)]
+CONV_TYPES = [dtype for dtype in HALF if _convolves(dtype)]
+FILLS_MEMORY = hasattr(torch.utils, "deterministic")  # 2.2
+
+compiles_operators = pytest.mark.skipif(not COMPILES_OPERATORS, reason="needs torch 2.4")
+fills_memory = pytest.mark.skipif(not FILLS_MEMORY, reason="needs torch 2.2")
+has_opcheck = pytest.mark.skipif(not hasattr(torch.library, "opcheck"), reason="needs torch 2.4")
+exports = pytest.mark.skipif(
+    not hasattr(torch, "export") or not hasattr(torch.export, "Dim"), reason="needs torch 2.2"
+)
