@@ -33,9 +33,10 @@ class Patch(NamedTuple):
 PATCHES = (
     Patch(
         "safe_loading",
-        "mmengine.runner.checkpoint.CheckpointLoader.load_checkpoint",
+        "mmengine.runner.checkpoint.CheckpointLoader.load_checkpoint, and torch.load inside of it",
         "torch 2.6 and later refuse MMEngine's training checkpoints, so --resume fails; older "
-        "torch runs any code that a checkpoint contains",
+        "torch runs any code that a checkpoint contains. The tools read checkpoints by MMEngine's "
+        "loader too, and so need the patch, or another safe load there",
         "mmengine 0.10, on any torch",
         safe_loading.apply,
         on_import=True,

@@ -39,7 +39,7 @@ def hostile(marker):
         "exec": (Call(exec, f"open({str(marker)!r}, 'w')"), "exec"),
         "import": (Call(builtins.__import__, "os"), "__import__"),
         "open": (Call(open, str(marker), "w"), r"open"),
-        "two": ([Call(eval, "1"), Call(os.system, "true")], r"builtins\.eval.*\.system|eval"),
+        "two": ([Call(eval, "1"), Call(os.system, "true")], r"builtins\.eval, (posix|nt)\.system;"),
         "init": (init, r"builtins\.getattr.*HistoryBuffer.*__init__"),
         "globals": (Call(getattr, init, "__globals__"), r"getattr.*__init__"),
         "subclasses": (Call(getattr, HistoryBuffer, "__subclasses__"), "getattr.*__subclasses__"),
@@ -69,12 +69,12 @@ def hostile(marker):
             Call(_reconstruct, np.ndarray, (0,), b"b", state=(1, (1,), np.dtype("O"), 0, b"1" * 8)),
             r"numpy\.ndarray",
         ),
-        "scalar": (Call(_scalar, np.dtype("O"), 1), "numpy scalar"),
+        "scalar": (Call(_scalar, np.dtype("O"), 1), r"numpy\S*\.scalar"),
         "bytes": (Call(bytes, 10**9), r"builtins\.bytes"),
-        # torch's own list shares an array's memory with a tensor; BUILD would then free it
+        # torch's own list has it: a tensor in an array's memory, which BUILD would free
         "shared memory": (
             Call(torch._utils._rebuild_device_tensor_from_numpy, np.ones(3), f8.str, "cpu", False),
-            "ndarray",
+            r"torch\._utils\._rebuild_device_tensor_from_numpy",
         ),
     }
 
@@ -86,13 +86,10 @@ def test_hostile_checkpoint_is_refused(tmp_path, name, zipped):
     payload, called = hostile(marker)[name]
     content = dict(state_dict=dict(a=torch.ones(2)), meta=dict(hooks=[(payload,)]))
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=called) as info:
+    with pytest.raises(UnsafeCheckpointError, match=called) as info:
         _load_checkpoint(str(path))
     assert str(path) in str(info.value)
-    if name != "shared memory":  # here torch is asked for nothing unknown, and fails by itself
-        assert type(info.value) is UnsafeCheckpointError
-        assert "nothing of it was run" in str(info.value)
-        assert "weights_only" not in str(info.value)
+    assert "nothing of it was run" in str(info.value)
     assert len(str(info.value)) < 900
     assert not marker.exists()
 
@@ -105,49 +102,37 @@ def test_marker_would_have_been_written(tmp_path):
     assert marker.exists()
 
 
-def test_all_offending_globals_are_named(tmp_path):
+@pytest.mark.parametrize("zipped", [True, False])
+def test_all_unknown_names_are_listed(tmp_path, zipped):
     path = tmp_path / "evil.pth"
-    torch.save([Call(eval, "1"), Call(os.system, "true"), collections.deque()], path)
-    with pytest.raises(UnsafeCheckpointError) as info:
+    content = [Call(eval, "1"), torch.ones(2), Call(os.system, "true"), collections.deque()]
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    listed = r"asks for builtins\.eval, (posix|nt)\.system, collections\.deque; nothing"
+    with pytest.raises(UnsafeCheckpointError, match=listed):
         _load_checkpoint(str(path))
-    if hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
-        for name in ("builtins.eval", ".system", "collections.deque"):
-            assert name in str(info.value)
 
 
-def test_history_cannot_change_its_class(tmp_path):
+def test_history_cannot_change_its_class(tmp_path, monkeypatch):
     path = tmp_path / "a.pth"
-    state = HistoryBuffer([1.0], [1]).__getstate__().copy()
-    state |= dict(
+    state = HistoryBuffer([1.0], [1]).__getstate__() | dict(
         statistics_methods=dict(mean=collections.OrderedDict, min=torch.Tensor),
         mean=collections.OrderedDict,
         statistics=torch.Tensor,
     )
-    torch.save([Call(torch.Tensor), Call(_new_history, state=state)], path)
-    data = zipfile.ZipFile(path).read("a/data.pkl")
-    assert b"torch\nTensor" in data
-    # NEWOBJ is only written for classes: put the class in the place of its maker
-    entries = {n: zipfile.ZipFile(path).read(n) for n in zipfile.ZipFile(path).namelist()}
-    maker = f"c{__name__}\n_new_history\n".encode()
-    assert maker in data
-    with zipfile.ZipFile(path, "w") as file:
-        for name, entry in entries.items():
-            new = b"cmmengine.logging.history_buffer\nHistoryBuffer\n"
-            file.writestr(name, entry.replace(maker, new))
+    with monkeypatch.context() as patch:
+        patch.setattr(HistoryBuffer, "__getstate__", lambda self: state)
+        torch.save(HistoryBuffer(), path)
+    assert b"torch\nTensor" in zipfile.ZipFile(path).read("a/data.pkl")
     methods = dict(HistoryBuffer._statistics_methods)
-    history = _load_checkpoint(str(path))[1]
+    history = _load_checkpoint(str(path))
     assert type(history) is HistoryBuffer
     assert set(vars(history)) == {"max_length", "_log_history", "_count_history"}
     assert history.statistics("mean") == history.mean() == 1.0
     assert HistoryBuffer._statistics_methods == methods
 
 
-def _new_history():
-    return HistoryBuffer()
-
-
 def test_hostile_download_is_refused(tmp_path, monkeypatch):
-    """``torch.hub`` loads with weights_only=False in every version."""
+    """``torch.hub`` loads with weights_only=False."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     marker = tmp_path / "marker"

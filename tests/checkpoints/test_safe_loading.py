@@ -1,8 +1,6 @@
-"""Checkpoints of MMEngine load with weights_only on, and hold what they held."""
+"""Checkpoints of MMEngine load, and hold what they held."""
 
 import collections
-import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -15,7 +13,6 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import load_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint
 
-from rfa_mmdet.checkpoints.safe_loading import UnsafeCheckpointError
 from rfa_mmdet.compat.safe_loading import apply
 from tests.helpers.paths import ROOT
 from tests.helpers.toy_checkpoints import ToyModel, rich_content
@@ -66,19 +63,6 @@ def test_resumes_in_a_fresh_process(trained, tmp_path):
     # what was resumed from stand-ins is saved as MMEngine saves it
     again = _load_checkpoint(str(work_dir / "epoch_2.pth"))["message_hub"]["log_scalars"]
     assert len(again["train/loss"].data[0]) == 4
-
-
-@pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6), reason="default of torch >= 2.6"
-)
-def test_plain_torch_load_keeps_its_default(trained):
-    before = set(torch.serialization.get_safe_globals())
-    _load_checkpoint(str(trained / "epoch_1.pth"))
-    assert set(torch.serialization.get_safe_globals()) == before
-    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(trained / "epoch_1.pth")
-    assert torch.load(trained / "epoch_1.pth", weights_only=False)["meta"]["epoch"] == 1
 
 
 def test_install_twice_wraps_once():
@@ -141,27 +125,6 @@ def test_rich_content(tmp_path, zipped, module):
         assert (a.dtype, a.shape, a.flags.f_contiguous) == (b.dtype, b.shape, b.flags.f_contiguous)
         assert a.flags.writeable
         assert np.array_equal(a, b)
-
-
-class Mine:
-    pass
-
-
-def test_what_the_user_allowed_stays_allowed(tmp_path, monkeypatch):
-    path = tmp_path / "a.pth"
-    torch.save(dict(mine=Mine(), array=np.ones(2)), path)
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    with pytest.raises(UnsafeCheckpointError, match=f"{Mine.__module__}.Mine"):
-        _load_checkpoint(str(path))
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.add_safe_globals([Mine, np.dtype, np.ndarray, _reconstruct])
-    try:
-        assert type(_load_checkpoint(str(path))["mine"]) is Mine
-        assert np.dtype in torch.serialization.get_safe_globals()
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
-    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
 
 
 @pytest.mark.parametrize("strategy", ["cos", "linear"])

@@ -18,11 +18,14 @@ PACKAGE = ROOT / "rfa_mmdet"
 # Says for each patch whether it is in force, in a process of its own.
 IN_FORCE = """
 import rfa_mmdet
+import torch
 from mmengine.analysis import complexity_analysis
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.runner.checkpoint import CheckpointLoader
 print(*(name for name, there in dict(
-    safe_loading=hasattr(CheckpointLoader.load_checkpoint, "__wrapped__"),
+    safe_loading=all(
+        hasattr(f, "__wrapped__") for f in (CheckpointLoader.load_checkpoint, torch.load)
+    ),
     whole_files=type(get_file_backend("a.pth")) is not LocalBackend,
     flop_counts="aten::softmax" in complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS,
 ).items() if there))

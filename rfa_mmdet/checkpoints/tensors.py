@@ -1,0 +1,290 @@
+"""What the pickles of ``torch.save`` may call: torch's tensors and a few of Python's own types.
+
+The arguments are checked here and not left to torch, which makes a storage larger where a tensor
+reaches out of it, and keeps what it could not check yet in a list of the process.
+"""
+
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from rfa_mmdet.checkpoints.unpickler import (
+    Callee,
+    StorageKind,
+    is_plain,
+    require,
+    set_attributes,
+)
+
+
+class Storage(NamedTuple):
+    """What the pickle gets for a storage."""
+
+    untyped: torch.UntypedStorage
+    dtype: torch.dtype
+
+
+def _are_sizes(values: Any) -> bool:
+    return (
+        type(values) in (tuple, torch.Size)
+        and len(values) <= 64
+        and all(type(n) is int and 0 <= n < 2**63 for n in values)
+    )
+
+
+def _require_inside(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any) -> None:
+    require(type(storage) is Storage and type(dtype) is torch.dtype, "without a storage")
+    require(_are_sizes((offset,)) and _are_sizes(size) and _are_sizes(stride), "with an odd shape")
+    require(len(size) == len(stride), "with an odd shape")
+    end = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
+    if 0 in size:
+        end = offset
+    require(end * dtype.itemsize <= storage.untyped.nbytes(), "out of its storage")
+
+
+def _require_no_hooks(hooks: Any) -> None:
+    require(type(hooks) is OrderedDict and not hooks and not vars(hooks), "with hooks")
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> Tensor:
+    require(type(storage) is Storage, "without a storage")
+    return _view(storage, storage.dtype, offset, size, stride)
+
+
+def _view(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any) -> Tensor:
+    _require_inside(storage, dtype, offset, size, stride)
+    tensor = torch.empty(0, dtype=dtype, device=storage.untyped.device)
+    return tensor.set_(storage.untyped, offset, size, stride)
+
+
+def _tensor_v2(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any,
+    hooks: Any,
+    metadata: Any = None,
+) -> Tensor:
+    require(type(requires_grad) is bool and not metadata)
+    _require_no_hooks(hooks)
+    return _tensor(storage, offset, size, stride).requires_grad_(requires_grad)
+
+
+def _tensor_v3(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any,
+    hooks: Any,
+    dtype: Any,
+    metadata: Any = None,
+) -> Tensor:
+    require(type(requires_grad) is bool and not metadata)
+    _require_no_hooks(hooks)
+    return _view(storage, dtype, offset, size, stride).requires_grad_(requires_grad)
+
+
+def _quantized(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    quantizer: Any,
+    requires_grad: Any,
+    hooks: Any,
+) -> Tensor:
+    require(type(requires_grad) is bool)
+    _require_no_hooks(hooks)
+    require(type(storage) is Storage, "without a storage")
+    _require_inside(storage, storage.dtype, offset, size, stride)
+    # torch makes one of this size before it takes the storage
+    require(math.prod(size) * storage.dtype.itemsize <= storage.untyped.nbytes(), "of odd size")
+    typed = _typed(storage)
+    return torch._utils._rebuild_qtensor(
+        typed, offset, size, stride, quantizer, requires_grad, hooks
+    )
+
+
+def _sparse(layout: Any, data: Any) -> Tensor:
+    require(type(data) is tuple and len(data) in (3, 4))
+    if layout is torch.sparse_coo:
+        indices, values, size, *coalesced = data
+        parts = [indices, values]
+        options = {"is_coalesced": coalesced[0]} if coalesced else {}
+        require(all(type(flag) is bool for flag in coalesced))
+    else:
+        require(type(layout) is torch.layout and len(data) == 4)
+        *parts, size = data
+        options = {"layout": layout}
+    require(_are_sizes(size) and all(type(part) is Tensor for part in parts))
+    coo = layout is torch.sparse_coo
+    function: Any = torch.sparse_coo_tensor if coo else torch.sparse_compressed_tensor
+    return function(*parts, size, check_invariants=True, **options)
+
+
+def _meta(dtype: Any, size: Any, stride: Any, requires_grad: Any) -> Tensor:
+    require(type(dtype) is torch.dtype and type(requires_grad) is bool)
+    require(_are_sizes(size) and _are_sizes(stride))
+    return torch.empty_strided(
+        size, stride, dtype=dtype, device="meta", requires_grad=requires_grad
+    )
+
+
+def _parameter(data: Any, requires_grad: Any, hooks: Any, state: Any = None) -> nn.Parameter:
+    require(isinstance(data, Tensor) and type(requires_grad) is bool, "without a tensor")
+    _require_no_hooks(hooks)
+    parameter = nn.Parameter(data, requires_grad)
+    _attributes(parameter, state)
+    return parameter
+
+
+def _attributes(tensor: Tensor, state: Any) -> None:
+    if type(state) is tuple and len(state) == 2 and not state[1]:  # of __slots__
+        state = state[0]
+    if state:
+        set_attributes(tensor, state, plain=True)
+
+
+def _from_type(function: Any, kind: Any, args: Any, state: Any) -> Tensor:
+    """Make a tensor that has attributes, or is of a class that the user allowed."""
+    require(isinstance(function, Callee) and function.path in _TENSORS and type(args) is tuple)
+    require(isinstance(kind, Callee))
+    tensor = _TENSORS[function.path](*args)
+    if kind.path != "torch.Tensor":
+        require(isinstance(kind.value, type) and issubclass(kind.value, Tensor), kind.path)
+        tensor = tensor.as_subclass(kind.value)
+    _attributes(tensor, state)
+    return tensor
+
+
+def _layout(name: Any) -> torch.layout:
+    require(type(name) is str)
+    layout = getattr(torch, name.removeprefix("torch."), None)
+    require(isinstance(layout, torch.layout))
+    return cast(torch.layout, layout)
+
+
+def _typed(storage: Storage) -> torch.TypedStorage:
+    return torch.storage.TypedStorage(
+        wrap_storage=storage.untyped, dtype=storage.dtype, _internal=True
+    )
+
+
+def resolve_storage(storage: Storage) -> torch.TypedStorage:
+    """Return torch's object for a storage that stands in the data by itself."""
+    return _typed(storage)
+
+
+def _size(values: Any) -> torch.Size:
+    require(_are_sizes(values))
+    return torch.Size(values)
+
+
+def _device(kind: Any, index: Any = None) -> torch.device:
+    require(type(kind) is str and (index is None or type(index) is int))
+    return torch.device(kind) if index is None else torch.device(kind, index)
+
+
+def _ordered_dict(items: Any = ()) -> OrderedDict:
+    require(type(items) in (tuple, list))
+    require(all(type(i) in (tuple, list) and len(i) == 2 and is_plain(i[0]) for i in items))
+    return OrderedDict(items)
+
+
+def _counter(counts: Any) -> Counter:
+    require(type(counts) is dict and all(type(n) is int for n in counts.values()))
+    return Counter(counts)
+
+
+def _set(items: Any) -> set:
+    require(type(items) is list and all(map(is_plain, items)))
+    return set(items)
+
+
+def _complex(real: Any, imag: Any) -> complex:
+    require(type(real) is type(imag) is float)
+    return complex(real, imag)
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
+    require(type(text) is str and encoding in ("latin1", "latin-1"))
+    return text.encode("latin1")
+
+
+def _bytes(*args: Any) -> bytes:
+    require(not args)  # how protocol 2 writes empty ones
+    return b""
+
+
+def _bytearray(data: Any = b"", *encoding: Any) -> bytearray:
+    if encoding:
+        data = _encode(data, *encoding)
+    require(type(data) is bytes)
+    return bytearray(data)
+
+
+_STORAGES = dict(
+    Double=torch.float64,
+    Float=torch.float32,
+    Half=torch.float16,
+    BFloat16=torch.bfloat16,
+    Long=torch.int64,
+    Int=torch.int32,
+    Short=torch.int16,
+    Char=torch.int8,
+    Byte=torch.uint8,
+    Bool=torch.bool,
+    ComplexDouble=torch.complex128,
+    ComplexFloat=torch.complex64,
+    QInt8=torch.qint8,
+    QInt32=torch.qint32,
+    QUInt8=torch.quint8,
+    QUInt4x2=torch.quint4x2,
+    QUInt2x4=torch.quint2x4,
+)
+
+_TENSORS: dict[str, Callable[..., Tensor]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor_v2,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_qtensor": _quantized,
+    "torch._utils._rebuild_sparse_tensor": _sparse,
+    "torch._utils._rebuild_meta_tensor_no_storage": _meta,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+}
+
+_OTHERS: dict[str, Callable[..., Any] | None] = {
+    "torch._tensor._rebuild_from_type_v2": _from_type,
+    "torch.Tensor": None,
+    "torch.Size": _size,
+    "torch.device": _device,
+    "torch.serialization._get_layout": _layout,
+    "collections.OrderedDict": _ordered_dict,
+    "collections.Counter": _counter,
+    "builtins.set": _set,
+    "builtins.complex": _complex,
+    "builtins.bytes": _bytes,
+    "builtins.bytearray": _bytearray,
+    "_codecs.encode": _encode,  # bytes, in protocol 2
+}
+
+NAMES: dict[str, Any] = {
+    **{path: Callee(path, function) for path, function in {**_TENSORS, **_OTHERS}.items()},
+    **{f"torch.{name}Storage": StorageKind(dtype) for name, dtype in _STORAGES.items()},
+    "torch.storage.UntypedStorage": StorageKind(torch.uint8),
+    **{
+        str(value): value
+        for value in vars(torch).values()
+        if isinstance(value, (torch.dtype, torch.qscheme))
+    },
+}
+
+# OrderedDict: a state dict's _metadata
+BUILDERS: dict[type, Callable[[Any, Any], None]] = {OrderedDict: set_attributes}

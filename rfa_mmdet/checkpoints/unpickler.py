@@ -1,0 +1,359 @@
+"""A pickle machine for files that nobody vouches for.
+
+Python's own unpickler imports what a pickle names, calls it, and sets attributes of whatever stands
+on its stack. Here the operations are a closed list, those that pickling plain data writes; a name
+leads to an entry of a table or to an error; and what stands on the stack for a function or class
+is a :class:`Callee`, which can be called, with arguments that its entry checks, and nothing else.
+
+A pickle is read twice: :class:`Scanner` makes nothing and finds all that it asks for, then
+:class:`Maker` makes it.
+"""
+
+import pickle
+import pickletools
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+
+_SCALARS = (str, bytes, int, float, bool, type(None))
+
+
+class Refused(Exception):
+    """The pickle asks for something that it may not have; says what, after 'its pickle'."""
+
+
+class Damaged(Exception):
+    """The file is cut off, or no checkpoint; says how."""
+
+
+class Callee:
+    """What the pickle gets for a function or class.
+
+    Args:
+        path (str): Its name.
+        call (Callable | None): What a call does. It may raise anything for arguments that are not
+            right. None: it cannot be called.
+        new (Callable | None): What making an instance without ``__init__`` does.
+        value (Any): What remains in the data where the name itself does. None: an error.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        call: Callable[..., Any] | None = None,
+        new: Callable[..., Any] | None = None,
+        value: Any = None,
+    ):
+        self.path, self.call, self.new, self.value = path, call, new, value
+
+
+class StorageKind(NamedTuple):
+    """What the pickle gets for a class of storages."""
+
+    dtype: torch.dtype
+
+
+class StorageId(NamedTuple):
+    """How the pickle asks for a storage.
+
+    Attributes:
+        dtype (torch.dtype): Of its elements.
+        key (str): In the file.
+        location (str): Device that it was saved from.
+        numel (int): Elements, of the whole storage.
+        view (tuple[int, int] | None): Start and length in elements of the part that is meant.
+    """
+
+    dtype: torch.dtype
+    key: str
+    location: str
+    numel: int
+    view: tuple[int, int] | None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole storage."""
+        return self.numel * self.dtype.itemsize
+
+
+def require(condition: bool, what: str = "with odd arguments") -> None:
+    """Raise an error in a call that the pickle asks for, unless its arguments are right."""
+    if not condition:
+        raise ValueError(what)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a number, a string or the like, or a tuple of those.
+
+    Deeper ones could not be keys: hashing them recurs in C, where nothing limits it.
+    """
+    if isinstance(value, np.generic) or type(value) in _SCALARS:
+        return True
+    return type(value) is tuple and all(type(item) in _SCALARS for item in value)
+
+
+def set_attributes(target: Any, state: Any, plain: bool = False) -> None:
+    """Give an object attributes that hide none of its class.
+
+    Args:
+        target (Any): Gets them.
+        state (Any): Right is a dict.
+        plain (bool): Whether they can only be plain values.
+    """
+    require(type(state) is dict, "with odd attributes")
+    for name, value in state.items():
+        require(type(name) is str and not hasattr(type(target), name), f"with attribute {name!r}")
+        require(not plain or is_plain(value), f"with attribute {name!r}")
+    target.__dict__.update(state)
+
+
+def _show(value: Any) -> str:
+    if type(value) in _SCALARS:
+        return repr(value)[:60]
+    return getattr(value, "path", type(value).__name__)  # of a Callee or a stand-in
+
+
+def _storage_id(saved: Any) -> StorageId:
+    if type(saved) is tuple and len(saved) in (5, 6) and saved[0] == "storage":
+        _, kind, key, location, numel, view = (*saved, None)[:6]
+        if view is not None:
+            view = view[1:] if type(view) is tuple and len(view) == 3 else ()
+        if (
+            type(kind) is StorageKind
+            and type(key) is type(location) is str
+            and type(numel) is int
+            and numel >= 0
+            and (view is None or (view and all(type(n) is int and n >= 0 for n in view)))
+        ):
+            return StorageId(kind.dtype, key, location, numel, view)
+    raise Refused("asks for an object outside it that is no storage of a tensor")
+
+
+class _Operations(dict):
+    def __missing__(self, code: int) -> None:
+        for operation in pickletools.opcodes:
+            if operation.code == chr(code):
+                raise Refused(f"asks for the operation {operation.name}")
+        raise Damaged(f"its pickle holds the byte {code} as an operation")
+
+
+class _Machine(pickle._Unpickler):
+    """Operations that make numbers, strings and tuples, and those that name things."""
+
+    # The base class has them, though its type stub has not.
+    stack: list[Any]
+    append: Callable[[Any], None]
+    readline: Callable[[], bytes]
+    pop_mark: Callable[..., list]
+
+    dispatch = _Operations(
+        (code, pickle._Unpickler.dispatch[code])
+        for code in b"".join(
+            (
+                *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK),
+                *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE),
+                *(pickle.BINGET, pickle.LONG_BINGET),
+                *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BINFLOAT),
+                *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
+                *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),
+                *(pickle.BINSTRING, pickle.SHORT_BINSTRING),
+                *(pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8),
+                *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+                *(pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.EMPTY_SET),
+            )
+        )
+    )
+
+    def __init__(self, file: BinaryIO, names: Mapping[str, Any], encoding: str = "utf-8"):
+        super().__init__(file, encoding=encoding)
+        self.names = names
+
+    def _find(self) -> None:
+        module, name = (self.readline()[:-1].decode() for _ in range(2))
+        self._name(module, name)
+
+    def _find_on_stack(self) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        if not type(name) is type(module) is str:
+            raise Refused("asks for a name that is no string")
+        self._name(module, name)
+
+    def _name(self, module: str, name: str) -> None:
+        # Python 2's name, which Python 3 writes as well up to protocol 2
+        path = f"{'builtins' if module == '__builtin__' else module}.{name}"
+        self.append(self._named(path))
+
+    def _named(self, path: str) -> Any:
+        raise NotImplementedError
+
+    dispatch[pickle.GLOBAL[0]] = _find
+    dispatch[pickle.STACK_GLOBAL[0]] = _find_on_stack
+
+
+class Scanner(_Machine):
+    """Find what a pickle asks for, and make nothing.
+
+    Attributes:
+        unknown (dict[str, None]): Names that the table lacks, in their order.
+        storages (dict[str, StorageId]): Key to the first mention of a storage.
+    """
+
+    dispatch = _Operations(_Machine.dispatch)
+
+    def __init__(self, file: BinaryIO, names: Mapping[str, Any], encoding: str = "utf-8"):
+        super().__init__(file, names, encoding)
+        self.unknown: dict[str, None] = {}
+        self.storages: dict[str, StorageId] = {}
+
+    def _named(self, path: str) -> Any:
+        if path not in self.names:
+            self.unknown[path] = None
+        return self.names.get(path)
+
+    def _drop_one(self) -> None:
+        self.stack.pop()
+
+    def _drop_two(self) -> None:
+        del self.stack[-2:]
+
+    def _made(self) -> None:
+        del self.stack[-2:]
+        self.append(None)
+
+    def _binpersid(self) -> None:
+        found = _storage_id(self.stack.pop())
+        self.storages.setdefault(found.key, found)
+        self.append(None)
+
+    dispatch |= {
+        pickle.APPEND[0]: _drop_one,
+        pickle.APPENDS[0]: _Machine.pop_mark,
+        pickle.SETITEM[0]: _drop_two,
+        pickle.SETITEMS[0]: _Machine.pop_mark,
+        pickle.ADDITEMS[0]: _Machine.pop_mark,
+        pickle.REDUCE[0]: _made,
+        pickle.NEWOBJ[0]: _made,
+        pickle.BUILD[0]: _drop_one,
+        pickle.BINPERSID[0]: _binpersid,
+    }
+
+
+class Maker(_Machine):
+    """Make what a pickle asks for.
+
+    Args:
+        file (BinaryIO): Stands where the pickle begins.
+        names (Mapping[str, Any]): What each name leads to: a :class:`Callee`, or a plain value.
+        builders (Mapping[type, Callable]): How objects of exactly this type get their state.
+        storage (Callable): Returns what a :class:`StorageId` means.
+        budget (int): How many characters and items all calls together may be given. A pickle can
+            hand the same long string to any number of calls, each of which copies it.
+        encoding (str): Of Python 2's strings.
+    """
+
+    dispatch = _Operations(_Machine.dispatch)
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        names: Mapping[str, Any],
+        builders: Mapping[type, Callable[[Any, Any], None]],
+        storage: Callable[[StorageId], Any],
+        budget: int,
+        encoding: str = "utf-8",
+    ):
+        super().__init__(file, names, encoding)
+        self.builders, self.storage, self.budget = builders, storage, budget
+
+    def _named(self, path: str) -> Any:
+        if path not in self.names:
+            raise Refused(f"asks for {path}")
+        return self.names[path]
+
+    def _run(self, path: str, function: Callable | None, args: Any) -> Any:
+        shown = ", ".join(map(_show, args[:9])) if type(args) is tuple else _show(args)
+        asked = f"asks for {path}({shown})"
+        if function is None or type(args) is not tuple:
+            raise Refused(asked)
+        sized = (str, bytes, list, tuple, dict)
+        parts = [part for arg in args for part in (arg if type(arg) is tuple else (arg,))]
+        self.budget -= sum(len(part) for part in parts if isinstance(part, sized))
+        if self.budget < 0:
+            raise Refused(f"{asked} too often, for more data than the file holds")
+        try:
+            return function(*args)
+        except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:
+            reason = (str(error).splitlines() or [""])[0][:150]
+            raise Refused(f"{asked}, {reason}") from error
+
+    def _reduce(self) -> None:
+        args, callee = self.stack.pop(), self.stack.pop()
+        if not isinstance(callee, Callee):
+            raise Refused(f"asks for a call of a {type(callee).__name__}")
+        self.append(self._run(callee.path, callee.call, args))
+
+    def _newobj(self) -> None:
+        args, callee = self.stack.pop(), self.stack.pop()
+        if not isinstance(callee, Callee):
+            raise Refused(f"asks for an instance of a {type(callee).__name__}")
+        self.append(self._run(f"{callee.path}.__new__", callee.new, args))
+
+    def _build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        builder = self.builders.get(type(target))
+        if builder is None:
+            raise Refused(f"asks for new attributes of {_show(target)}")
+        self._run(f"{_show(target)}.__setstate__", builder, (target, state))
+
+    def _binpersid(self) -> None:
+        self.append(self.storage(_storage_id(self.stack.pop())))
+
+    def _append(self) -> None:
+        item = self.stack.pop()
+        self._target(list).append(item)
+
+    def _appends(self) -> None:
+        items = self.pop_mark()
+        self._target(list).extend(items)
+
+    def _setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items([key, value])
+
+    def _setitems(self) -> None:
+        self._set_items(self.pop_mark())
+
+    def _additems(self) -> None:
+        items = self.pop_mark()
+        self._target(set).update(map(self._key, items))
+
+    def _set_items(self, items: list) -> None:
+        target = self._target(dict, OrderedDict, Counter)
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[self._key(key)] = value
+
+    def _target(self, *types: type) -> Any:
+        if type(self.stack[-1]) not in types:
+            raise Refused(f"asks for new items of {_show(self.stack[-1])}")
+        return self.stack[-1]
+
+    @staticmethod
+    def _key(value: Any) -> Any:
+        if not is_plain(value):
+            raise Refused(f"asks for a {type(value).__name__} as a key")
+        return value
+
+    dispatch |= {
+        pickle.APPEND[0]: _append,
+        pickle.APPENDS[0]: _appends,
+        pickle.SETITEM[0]: _setitem,
+        pickle.SETITEMS[0]: _setitems,
+        pickle.ADDITEMS[0]: _additems,
+        pickle.REDUCE[0]: _reduce,
+        pickle.NEWOBJ[0]: _newobj,
+        pickle.BUILD[0]: _build,
+        pickle.BINPERSID[0]: _binpersid,
+    }
