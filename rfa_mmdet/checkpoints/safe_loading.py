@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from rfa_mmdet.checkpoints import stand_ins, tensors
-from rfa_mmdet.checkpoints.torch_files import Tables, UnknownNames, read
-from rfa_mmdet.checkpoints.unpickler import Damaged, Refused
+from rfa_mmdet.checkpoints.torch_files import Tables, read
+from rfa_mmdet.checkpoints.unpickler import Damaged, Refused, UnknownNames
 from rfa_mmdet.errors import UserError
 
 # The checkpoint that MMEngine loads in this thread, as the user named it.

@@ -16,7 +16,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
 from rfa_mmdet.checkpoints.tensors import Storage, resolve_storage
-from rfa_mmdet.checkpoints.unpickler import Callee, Refused, require
+from rfa_mmdet.checkpoints.unpickler import Callee, Refused, StandIn, require
 
 # Real, fixed-size and free of structure; "O8" is object.
 _DTYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "O8")
@@ -26,7 +26,7 @@ _HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
 _ONE_CYCLE = "mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler"
 
 
-class _DType:
+class _DType(StandIn):
     path = "numpy.dtype"
 
     def __init__(self, code: Any, *_: Any):
@@ -43,7 +43,7 @@ class _DType:
         self.value = self.value.newbyteorder(state[1])
 
 
-class _Array:
+class _Array(StandIn):
     path = "numpy.ndarray"
     value: Any = None  # np.ndarray
 
@@ -78,7 +78,7 @@ class _Array:
         return self.value
 
 
-class _History:
+class _History(StandIn):
     path = "HistoryBuffer"
     state: Any = None
     value: Any = None  # HistoryBuffer

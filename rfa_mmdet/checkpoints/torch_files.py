@@ -17,7 +17,14 @@ import torch
 from torch.serialization import default_restore_location
 
 from rfa_mmdet.checkpoints.tensors import Storage
-from rfa_mmdet.checkpoints.unpickler import Damaged, Maker, Refused, Scanner, StorageId
+from rfa_mmdet.checkpoints.unpickler import (
+    Damaged,
+    Maker,
+    Refused,
+    Scanner,
+    StorageId,
+    UnknownNames,
+)
 
 # Of the format before PyTorch 1.6, the first number and its protocol.
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -143,14 +150,6 @@ class _Reader:
         return default_restore_location(storage, location)
 
 
-class UnknownNames(Refused):
-    """A refusal because of names alone, which the user could allow."""
-
-    def __init__(self, names: list[str]):
-        more = f" and {len(names) - 9} more" if len(names) > 9 else ""
-        super().__init__(f"asks for {', '.join(name[:80] for name in names[:9])}{more}")
-
-
 class _Zip(_Reader):
     """Records without compression, of which data.pkl is the pickle and data/KEY a storage."""
 
@@ -227,9 +226,8 @@ class _Legacy(_Reader):
         return self.make(bounded, length, storages)
 
     def plain(self, bounded: Any) -> Any:
-        return Maker(bounded, {}, {}, found_none, 2**16).load()
+        return Maker(bounded, {}, {}, _no_storage, 2**16).load()
 
 
-def found_none(asked: StorageId) -> Any:
-    """Refuse a storage in the head of a file."""
+def _no_storage(asked: StorageId) -> Any:
     raise Damaged(f"its head asks for storage {asked.key}")

@@ -25,6 +25,14 @@ class Refused(Exception):
     """The pickle asks for something that it may not have; says what, after 'its pickle'."""
 
 
+class UnknownNames(Refused):
+    """A refusal because of names alone, which the user could allow."""
+
+    def __init__(self, names: list[str]):
+        more = f" and {len(names) - 9} more" if len(names) > 9 else ""
+        super().__init__(f"asks for {', '.join(name[:80] for name in names[:9])}{more}")
+
+
 class Damaged(Exception):
     """The file is cut off, or no checkpoint; says how."""
 
@@ -48,6 +56,16 @@ class Callee:
         value: Any = None,
     ):
         self.path, self.call, self.new, self.value = path, call, new, value
+
+
+class StandIn:
+    """Base of what the pickle gets for an object that is made when it has ended.
+
+    Attributes:
+        path (str): Name of the object's class.
+    """
+
+    path: str
 
 
 class StorageKind(NamedTuple):
@@ -113,7 +131,12 @@ def set_attributes(target: Any, state: Any, plain: bool = False) -> None:
 def _show(value: Any) -> str:
     if type(value) in _SCALARS:
         return repr(value)[:60]
-    return getattr(value, "path", type(value).__name__)  # of a Callee or a stand-in
+    return value.path if isinstance(value, (Callee, StandIn)) else type(value).__name__
+
+
+def _asked(path: str, args: Any) -> str:
+    shown = ", ".join(map(_show, args[:9])) if type(args) is tuple else _show(args)
+    return f"asks for {path}({shown})"
 
 
 def _storage_id(saved: Any) -> StorageId:
@@ -274,20 +297,19 @@ class Maker(_Machine):
         return self.names[path]
 
     def _run(self, path: str, function: Callable | None, args: Any) -> Any:
-        shown = ", ".join(map(_show, args[:9])) if type(args) is tuple else _show(args)
-        asked = f"asks for {path}({shown})"
         if function is None or type(args) is not tuple:
-            raise Refused(asked)
+            raise Refused(_asked(path, args))
         sized = (str, bytes, list, tuple, dict)
         parts = [part for arg in args for part in (arg if type(arg) is tuple else (arg,))]
         self.budget -= sum(len(part) for part in parts if isinstance(part, sized))
         if self.budget < 0:
+            asked = _asked(path, args)
             raise Refused(f"{asked} too often, for more data than the file holds")
         try:
             return function(*args)
         except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:
             reason = (str(error).splitlines() or [""])[0][:150]
-            raise Refused(f"{asked}, {reason}") from error
+            raise Refused(f"{_asked(path, args)}, {reason}") from error
 
     def _reduce(self) -> None:
         args, callee = self.stack.pop(), self.stack.pop()

@@ -2,9 +2,11 @@
 
 import copy
 import inspect
+import io
 import os
 import pickle
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,7 +91,7 @@ def test_a_loaders_own_arguments_do_not_matter(mine, tmp_path):
         lambda path: torch.load(path, weights_only=False),
         lambda path: torch.load(path, "cpu", pickle, weights_only=False),
         lambda path: torch.load(f=path, map_location="cpu", pickle_module=pickle),
-        lambda path: torch.serialization.load(open(path, "rb"), mmap=False),  # noqa: SIM115
+        lambda path: torch.serialization.load(io.BytesIO(Path(path).read_bytes()), mmap=False),
     ]
 
     @CheckpointLoader.register_scheme(prefixes="own://", force=True)
