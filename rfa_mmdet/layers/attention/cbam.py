@@ -57,7 +57,7 @@ class ChannelAttention(nn.Module):
     def inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return maxima and means of x's channels, (B, C, 1, 1), and the MLP's weights."""
         check_feature_map(type(self).__name__, x, self.in_channels)
-        squeeze, excite = self.mlp[0].weight, self.mlp[2].weight
+        squeeze, excite = list(self.mlp.parameters())  # torch 2.1 compiles no unpacked iterator
         return *max_and_mean(x, (2, 3), squeeze.dtype), squeeze, excite
 
 

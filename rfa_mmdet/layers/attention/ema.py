@@ -93,7 +93,8 @@ class EMA(nn.Module):
         weights = tuple(parameter for module in modules for parameter in module.parameters())
 
         def gate(groups: Tensor, *weights: Tensor) -> tuple[Tensor]:
-            return ema_gate(groups, *weights, eps=self.gn.eps, size=(x.shape[2], x.shape[3]))
+            size = x.shape[2], x.shape[3]
+            return ema_gate(groups, *weights, eps=self.gn.eps, size=size)  # type: ignore[arg-type, misc]
 
         return groups, gate, weights
 

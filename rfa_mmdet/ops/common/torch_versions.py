@@ -1,6 +1,7 @@
 """What differs between the supported versions of torch; nothing else asks for a version."""
 
 import inspect
+from typing import Any
 
 import torch
 import torch._utils
@@ -16,7 +17,7 @@ COMPILES_OPERATORS = hasattr(torch.library, "register_fake")
 
 # Arguments by which torch.onnx.export traces. The exporter that is the default since 2.9 needs
 # onnxscript; before 2.5 there is no choice.
-TRACES_TO_ONNX: dict[str, bool] = (
+TRACES_TO_ONNX: dict[str, Any] = (
     {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
 )
 
