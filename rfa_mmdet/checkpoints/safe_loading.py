@@ -12,17 +12,30 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from rfa_mmdet.checkpoints import stand_ins, tensors
 from rfa_mmdet.checkpoints.torch_files import Tables, read
-from rfa_mmdet.checkpoints.unpickler import Damaged, Refused, UnknownNames
+from rfa_mmdet.checkpoints.unpickler import Callee, Damaged, Refused, UnknownNames
 from rfa_mmdet.errors import UserError
 
-# The checkpoint that MMEngine loads in this thread, as the user named it.
-_LOADING: ContextVar[str | None] = ContextVar("loading", default=None)
+
+class _Loading(NamedTuple):
+    """The checkpoint that MMEngine loads in this thread.
+
+    Attributes:
+        name (str): As the user named it.
+        allowed (dict[str, Callee]): By the user, before MMEngine: OneDL's loader adds to torch's
+            list, ``getattr`` among others, while it loads.
+    """
+
+    name: str
+    allowed: dict[str, Callee]
+
+
+_LOADING: ContextVar[_Loading | None] = ContextVar("loading", default=None)
 
 
 class UnsafeCheckpointError(UserError):
@@ -33,7 +46,13 @@ class BrokenCheckpointError(UserError):
     """The file is cut off, or no checkpoint."""
 
 
-def load(file: Any, map_location: Any = None, encoding: str = "utf-8", name: str = "") -> Any:
+def load(
+    file: Any,
+    map_location: Any = None,
+    encoding: str = "utf-8",
+    name: str = "",
+    allowed: dict[str, Callee] | None = None,
+) -> Any:
     """Load a file of ``torch.save``, and run nothing of it.
 
     What the user allowed by ``torch.serialization.add_safe_globals`` is allowed here too, except
@@ -44,6 +63,7 @@ def load(file: Any, map_location: Any = None, encoding: str = "utf-8", name: str
         map_location (Any): As of ``torch.load``.
         encoding (str): Of Python 2's strings.
         name (str): Of the file, for errors.
+        allowed (dict[str, Callee] | None): What the user allowed. Defaults to torch's list.
 
     Returns:
         Any: Its content.
@@ -61,7 +81,7 @@ def load(file: Any, map_location: Any = None, encoding: str = "utf-8", name: str
     """
     is_path = isinstance(file, (str, os.PathLike))
     name = name or str(file)
-    user = stand_ins.user_names()
+    user = stand_ins.user_names() if allowed is None else allowed
     # ours last: real objects would not mix with stand-ins
     tables = Tables(
         {**user, **tensors.NAMES, **stand_ins.NAMES},
@@ -114,7 +134,7 @@ def load_safely(load_checkpoint: Callable) -> Callable:
 
     @functools.wraps(load_checkpoint)
     def wrapped(cls, filename, map_location=None, logger="current"):
-        token = _LOADING.set(str(filename))
+        token = _LOADING.set(_Loading(str(filename), stand_ins.user_names()))
         try:
             return load_checkpoint(cls, filename, map_location, logger)
         finally:
@@ -134,11 +154,14 @@ def safe_while_loading(torch_load: Callable) -> Callable:
         ``map_location`` and ``encoding``.
     """
 
-    def load_here(f, map_location=None, *_, encoding="utf-8", **__):
-        return load(f, map_location, encoding, _LOADING.get() or "")
+    def load_here(loading, f, map_location=None, *_, encoding="utf-8", **__):
+        return load(f, map_location, encoding, *loading)
 
     @functools.wraps(torch_load)
     def wrapped(*args, **kwargs):
-        return (torch_load if _LOADING.get() is None else load_here)(*args, **kwargs)
+        loading = _LOADING.get()
+        if loading is None:
+            return torch_load(*args, **kwargs)
+        return load_here(loading, *args, **kwargs)
 
     return wrapped

@@ -13,7 +13,7 @@ import pytest
 import torch
 from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint
 
-from rfa_mmdet.checkpoints.safe_loading import UnsafeCheckpointError
+from rfa_mmdet.checkpoints.safe_loading import UnsafeCheckpointError, load, load_safely
 from tests.helpers.toy_checkpoints import rich_content
 
 FORCE, DONT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
@@ -178,7 +178,21 @@ def test_what_the_user_allowed_stays_allowed(mine, allowed):
     content = _load_checkpoint(mine)
     assert type(content["mine"]) is Mine
     assert content["array"].tolist() == [1, 1]
+    # OneDL's MMEngine changes the list while it loads.
+    allowed([Mine, np.dtype, np.ndarray, _reconstruct])
+    assert type(load(mine)["mine"]) is Mine
     assert set(torch.serialization.get_safe_globals()) == before
+
+
+@has_safe_list
+def test_what_a_loader_allows_meanwhile_is_not_allowed(mine, allowed):
+    def load_as_onedl(cls, filename, map_location, logger):
+        allowed([Mine])
+        return torch.load(filename)
+
+    with pytest.raises(UnsafeCheckpointError, match=r"asks for .*Mine"):
+        load_safely(load_as_onedl)(None, str(mine))
+    assert type(load(mine)["mine"]) is Mine
 
 
 @has_safe_list
