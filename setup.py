@@ -159,6 +159,7 @@ class BuildPackage(build_py):
 
 
 setup(
+    license="Apache-2.0",
     ext_modules=[
         Extension(
             f"rfa_mmdet.ops.receptive_field._cpu_{name}",
