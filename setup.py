@@ -139,7 +139,7 @@ class BuildKernels(build_ext):
 class BuildPackage(build_py):
     """Put what mim looks for below rfa_mmdet/.mim: copies in a wheel, links in a checkout."""
 
-    SHIPPED = ("configs", "tools", "model-index.yml", "requirements.txt")
+    SHIPPED = ("configs", "tools", "model-index.yml", "requirements")
     CHECKOUT_ONLY = ("setup_env.py", "doctor.py", "demo.py", "__pycache__", "*.pyc")
 
     def run(self):
