@@ -1,9 +1,14 @@
 # Every command of the project. `make` alone lists them.
 #
 # PYTHON=... runs them in an environment of yours that already has torch, mmcv with compiled
-# operators, mmengine and mmdet; without it they run in VENV, which `make env` creates and fills.
+# operators, mmengine and mmdet; without it they run in VENV, which `make env` creates and fills
+# with the packages of STACK. TESTS=... are the tests to run; without it, all.
 
-VENV ?= .venv
+STACK ?= current
+VENV ?= $(patsubst .venv-current,.venv,.venv-$(STACK))
+ifeq ($(filter $(STACK),current prebuilt onedl),)
+$(error STACK must be current, prebuilt or onedl, not "$(STACK)")
+endif
 
 ifdef PYTHON
 # Nothing is installed there: the checkout itself is put on the module path.
@@ -11,16 +16,16 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 SETUP := "$(PYTHON)" tools/setup_env.py --check "$(PYTHON)"
 else
 PYTHON := $(VENV)/bin/python
-SETUP := $(shell command -v python3 || echo python) tools/setup_env.py --venv "$(VENV)"
+SETUP := $(shell command -v python3 || echo python) tools/setup_env.py --venv "$(VENV)" --stack $(STACK)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo bench test test-slow test-all lint format clean
+.PHONY: help env demo bench test test-slow test-all test-prebuilt lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-env:  ## create .venv with everything in it (minutes the first time, then no time)
+env:  ## create VENV with everything in it (minutes the first time, then no time)
 	@$(SETUP)
 
 demo: env  ## draw images, train a detector with RFAConv on them, evaluate and picture it, in minutes
@@ -34,13 +39,19 @@ bench: env  ## measure every op on 2 CPU threads against the formulas and the pl
 	@"$(PYTHON)" -m benchmarks.report benchmarks/results/*.json \
 	    --table benchmarks/table.md --plot docs/images/benchmark.png
 
-test: lint  ## lint, then the tests that take seconds, in two processes
-	@"$(PYTHON)" -m pytest -q -n 2 --dist worksteal
+# The tools of lint are pinned in the current stack only.
+test: $(if $(filter $(STACK),current),lint,env)  ## lint, then the tests that take seconds, in two processes
+	@"$(PYTHON)" -m pytest -q -n 2 --dist worksteal $(TESTS)
 
 test-slow: env  ## the tests that take minutes, in two processes
-	@"$(PYTHON)" -m pytest -q -n 2 --dist worksteal -m slow
+	@"$(PYTHON)" -m pytest -q -n 2 --dist worksteal -m slow $(TESTS)
 
 test-all: test test-slow  ## lint, then every test
+
+PREBUILT_TESTS := ops layers models checkpoints cli/test_train_and_test.py
+
+test-prebuilt:  ## the tests of what depends most on torch, with the packages of prebuilt
+	@$(MAKE) --no-print-directory test STACK=prebuilt TESTS="$(addprefix tests/,$(PREBUILT_TESTS))"
 
 lint: env  ## check style, format and types
 	@"$(PYTHON)" -m ruff check .
@@ -53,4 +64,4 @@ format: env  ## fix style and format where that is automatic
 
 clean:  ## remove caches and build products; the environment and results stay
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage htmlcov
-	@find . -path "./$(VENV)" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find . -path "./.venv*" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -74,7 +74,7 @@ class BuildKernels(build_ext):
     def state(cls):
         """Return what the libraries are made from, as a hash."""
         torch = cls.find_torch()
-        parts = [torch.__version__, str(cls.flags()), str(CAPABILITIES), sys.executable]
+        parts = [torch.__version__, str(cls.flags()), str(CAPABILITIES)]
         files = [file.read_bytes() for file in sorted((FOLDER / "csrc").iterdir())]
         return hashlib.sha256(b"\0".join([*files, *(p.encode() for p in parts)])).hexdigest()
 
@@ -102,9 +102,10 @@ class BuildKernels(build_ext):
         """Compile the bindings once for all, then one library for each capability."""
         if not sys.platform.startswith("linux"):
             raise RuntimeError(f"they are for Linux, and here is {sys.platform}")
-        self.find_torch()
-        from torch.utils.cpp_extension import include_paths, library_paths
-
+        # Not asked of torch.utils.cpp_extension, which does not import beside a setuptools of
+        # another age than torch's.
+        torch = Path(self.find_torch().__file__).parent
+        headers = [torch / "include", torch / "include/torch/csrc/api/include"]
         csrc, flags = FOLDER / "csrc", self.flags()
         targets = [Path(self.get_ext_fullpath(ext.name)) for ext in self.extensions]
         jobs = [(csrc / "bindings.cpp", "bindings", [])]
@@ -120,7 +121,7 @@ class BuildKernels(build_ext):
             objects[name] += self.compiler.compile(
                 [str(source)],
                 output_dir=str(Path(self.build_temp) / name),
-                include_dirs=include_paths(),
+                include_dirs=[str(folder) for folder in headers],
                 extra_postargs=[*flags, *options],
             )
 
@@ -134,7 +135,7 @@ class BuildKernels(build_ext):
                 [*objects["bindings"], *objects[ext.name.rpartition("_")[2]]],
                 str(target),
                 libraries=["c10", "torch", "torch_cpu"],
-                library_dirs=library_paths(),
+                library_dirs=[str(torch / "lib")],
                 extra_postargs=self.extra_flags(),
             )
 
@@ -147,7 +148,7 @@ class BuildKernels(build_ext):
 class BuildPackage(build_py):
     """Put what mim looks for below rfa_mmdet/.mim: copies in a wheel, links in a checkout."""
 
-    SHIPPED = ("configs", "tools", "model-index.yml", "requirements.txt")
+    SHIPPED = ("configs", "tools", "model-index.yml", "requirements")
     CHECKOUT_ONLY = ("setup_env.py", "doctor.py", "demo.py", "__pycache__", "*.pyc")
 
     def run(self):
@@ -167,6 +168,7 @@ class BuildPackage(build_py):
 
 
 setup(
+    license="Apache-2.0",
     ext_modules=[
         Extension(
             f"rfa_mmdet.ops.receptive_field._cpu_{name}",

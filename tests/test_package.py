@@ -155,6 +155,7 @@ def wheel(tmp_path_factory):
     for pattern in ("*.py", "*.toml", "*.txt", "*.in", "*.md", "*.yml", "LICENSE"):
         for file in ROOT.glob(pattern):
             shutil.copy(file, source)
+    shutil.copytree(ROOT / "requirements", source / "requirements")
     options = ["--no-deps", "--no-build-isolation", "-q", "-w", out]
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", ".", *options],

@@ -3,7 +3,7 @@
 
 Runs on any Python 3.8 or later with nothing installed. Every step first looks whether its result
 is already there, so running it again continues where it was interrupted, and costs nothing once a
-stamp says that all is done. ``requirements.txt`` holds the versions.
+stamp says that all is done. The folder ``requirements`` holds the versions of each stack.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-REQUIREMENTS = ROOT / "requirements.txt"
+REQUIREMENTS = ROOT / "requirements"
+# Stack -> the Pythons that it can have, the best first.
+STACKS = {
+    "current": ("3.12", "3.11", "3.10"),
+    "prebuilt": ("3.10", "3.11"),
+    "onedl": ("3.12", "3.11", "3.10"),
+}
 DOCTOR = ROOT / "rfa_mmdet" / "cli" / "doctor.py"
 BUILD_TOOLS = ("pip", "setuptools", "wheel", "ninja", "psutil")
 LOCK, STAMP = ".setup_env.lock", ".setup_env.stamp"
@@ -37,7 +43,7 @@ ASK_PYTHON = """
 import os, sys, sysconfig
 from importlib.util import find_spec
 version = "%d.%d" % sys.version_info[:2]
-if version not in ("3.10", "3.11", "3.12"):
+if version not in sys.argv[1].split():
     sys.exit("is Python " + version)
 if not (find_spec("venv") and find_spec("ensurepip")):
     sys.exit("lacks venv and ensurepip: apt install python3-venv")
@@ -52,6 +58,9 @@ print(json.dumps({
     "version": torch.__version__, "cuda": torch.version.cuda, "cuda_home": CUDA_HOME,
     "archs": sorted({"%d.%d" % torch.cuda.get_device_capability(i) for i in cards}),
 }))"""
+ASK_TRITON = """
+from importlib.metadata import requires
+print(any(line.startswith("triton") for line in requires("torch")), end="")"""
 ASK_MMCV = """
 import json, mmcv, mmcv.ops
 print(json.dumps([mmcv.__version__, mmcv.ops.get_compiling_cuda_version()]))"""
@@ -61,9 +70,10 @@ class SetupError(Exception):
     """What went wrong and how to fix it, for the user."""
 
 
-def pinned(name: str) -> str:
-    """Return the version that requirements.txt has for a package."""
-    return re.search(rf"(?m)^{name}==(\S+)", REQUIREMENTS.read_text(encoding="utf-8")).group(1)
+def read_pins(name: str) -> str:
+    """Return the pins of a stack, those of the files that it includes among them."""
+    text = (REQUIREMENTS / f"{name}.txt").read_text(encoding="utf-8")
+    return re.sub(r"(?m)^-r (\w+)\.txt$", lambda line: read_pins(line.group(1)), text)
 
 
 def ask(python: str | Path, code: str, *args: str) -> str:
@@ -97,26 +107,29 @@ def compiler() -> str:
     )
 
 
-def python_candidates() -> list[str]:
-    """Return this Python and those on PATH; more than one may bear the same name there."""
-    names = ("python3.12", "python3.11", "python3.10", "python3")
+def python_candidates(stack: str) -> list[str]:
+    """Return this Python and those on PATH and of pyenv; some may bear the same name."""
+    names = [*(f"python{version}" for version in STACKS[stack]), "python3"]
+    pyenv = Path(os.environ.get("PYENV_ROOT") or "~/.pyenv").expanduser()
     folders = os.environ.get("PATH", "").split(os.pathsep)
+    folders += sorted(map(str, pyenv.glob("versions/*/bin")))
     paths = [os.path.join(folder, name) for name in names for folder in folders if folder]
-    return [sys.executable, *filter(os.path.exists, paths)]
+    found = list(filter(os.path.exists, paths))
+    return [*found, sys.executable] if stack == "prebuilt" else [sys.executable, *found]
 
 
-def find_python(candidates: list[str], will_compile: bool) -> tuple[str, str]:
-    """Return the first Python that serves, and its version such as '3.11'."""
-    problems = {}
+def find_python(candidates: list[str], stack: str, will_compile: bool) -> tuple[str, str]:
+    """Return the first Python that serves a stack, and its version such as '3.11'."""
+    problems, versions = {}, sorted(STACKS[stack])
+    options = [" ".join(versions), *(["compile"] if will_compile else [])]
     for python in candidates:
         try:
-            return python, ask(python, ASK_PYTHON, *(["compile"] if will_compile else []))
+            return python, ask(python, ASK_PYTHON, *options)
         except SetupError as error:  # a shim of pyenv, for one, may stand for nothing
             problems[python] = str(error)
     found = "".join(f"\n  {python} {problem}" for python, problem in problems.items())
-    raise SetupError(
-        f"Python 3.10, 3.11 or 3.12 is needed, with venv and its headers; found{found}"
-    )
+    listed = f"{', '.join(versions[:-1])} or {versions[-1]}"
+    raise SetupError(f"Python {listed} is needed, with venv and its headers; found{found}")
 
 
 def cache_root() -> Path:
@@ -192,22 +205,31 @@ def run_build(command: list, env: dict[str, str], log: Path) -> None:
 class Setup:
     """The steps that fill one environment; ``force`` takes them though the stamp holds."""
 
-    def __init__(self, venv: Path, wanted: str | None, force: bool):
-        self.venv, self.wanted, self.force = venv, wanted, force
+    def __init__(
+        self, venv: Path, wanted: str | None = None, force: bool = False, stack: str = "current"
+    ):
+        self.venv, self.wanted, self.force, self.stack = venv, wanted, force, stack
         self.python = venv / "bin" / "python"
-        self.mmcv = pinned("mmcv")
+        self.pins = read_pins(stack)
+        pin = re.search(r"(?m)^((?:onedl-)?mmcv)==(\S+)", self.pins)
+        self.mmcv, self.mmcv_version = pin.group(1), pin.group(2)
+        self.torch = re.search(r"(?m)^torch==(\S+)", self.pins).group(1)
+        # What the folders of its wheels begin with.
+        self.key = self.mmcv_version if self.mmcv == "mmcv" else f"{self.mmcv}-{self.mmcv_version}"
 
     def choose_python(self) -> None:
         """Settle the Python, and find what a build would lack before anything slow."""
-        built = any(cache_root().glob(f"{self.mmcv}-{pinned('torch')}*"))
-        built = built or any(self.venv.glob("lib/python*/site-packages/mmcv-*.dist-info"))
+        built = self.stack == "prebuilt"  # most often
+        built = built or any(cache_root().glob(f"{self.key}-{self.torch}*"))
+        name = self.mmcv.replace("-", "_")
+        built = built or any(self.venv.glob(f"lib/python*/site-packages/{name}-*.dist-info"))
         if not built:
             compiler()
-        wanted = [self.wanted] if self.wanted else python_candidates()
+        wanted = [self.wanted] if self.wanted else python_candidates(self.stack)
         there = [str(self.python)] if os.path.lexists(self.python) else wanted
         try:
-            self.base, self.version = find_python(there, not built)
-            if self.wanted and find_python(wanted, False)[1] != self.version:
+            self.base, self.version = find_python(there, self.stack, not built)
+            if self.wanted and find_python(wanted, self.stack, False)[1] != self.version:
                 raise SetupError(f"{self.venv} has Python {self.version}, not {self.wanted}'s")
         except SetupError as error:
             if there is wanted:
@@ -229,15 +251,17 @@ class Setup:
 
         A torch of the pinned version is kept, whatever its build (+cpu, +cu130).
         """
-        self.pip("install", "-q", "-c", REQUIREMENTS, *BUILD_TOOLS)
+        pins = {"input": self.pins, "text": True}
+        self.pip("install", "-q", "-c", "/dev/stdin", *BUILD_TOOLS, **pins)
         there = any(self.venv.glob("lib/python*/site-packages/torch"))
         quiet = ["-q"] if there else []  # a download of minutes is shown
-        self.pip("install", *quiet, "-c", REQUIREMENTS, "torch")
+        self.pip("install", *quiet, "-c", "/dev/stdin", "torch", **pins)
 
     def install_libraries(self) -> None:
         """Step 3: the rest; before mmcv, which does not import without some of them."""
-        text = REQUIREMENTS.read_text(encoding="utf-8")
-        rest = re.sub(r"(?m)^mmcv==.*$", "", text)
+        # torch's CUDA builds bring a triton of their own
+        names = f"{self.mmcv}|triton" if ask(self.python, ASK_TRITON) == "True" else self.mmcv
+        rest = re.sub(rf"(?m)^({names})==.*$", "", self.pins)
         self.pip("install", "-q", "-r", "/dev/stdin", input=rest, text=True)
         try:
             ask(self.python, "import torch, cv2")
@@ -257,15 +281,17 @@ class Setup:
         # Keyed by torch too: mmcv built against another torch does not load. pip's own cache
         # knows mmcv's version only.
         tag = "cp" + self.version.replace(".", "")
-        key = f"{self.mmcv}-{torch['version']}-{tag}-{kind}"
+        key = f"{self.key}-{torch['version']}-{tag}-{kind}"
         cache = cache_root() / key
-        for wheel in cache.glob("mmcv-*.whl"):
+        for wheel in cache.glob("*.whl"):
             print(f"      from {cache}", flush=True)
             problem = self.install_wheel(wheel, cuda)
             if problem is None:
                 return
             print(f"      that one does not work ({problem}); building it again", flush=True)
             shutil.rmtree(cache)
+        if self.stack == "prebuilt" and self.fetch_mmcv(cuda):
+            return
         if cuda:
             check_cuda(torch)
         work = self.venv / "build" / key
@@ -282,9 +308,21 @@ class Setup:
             version, built_for = json.loads(ask(self.python, ASK_MMCV))
         except SetupError as error:
             return str(error)
-        if version != self.mmcv:
+        if version != self.mmcv_version:
             return f"it is version {version}"
         return "it has no CUDA operators" if cuda and built_for == "not available" else None
+
+    def fetch_mmcv(self, cuda: bool) -> bool:
+        """Have mim install OpenMMLab's own build, where its index can be reached."""
+        mim = [str(self.python), "-I", "-m", "mim", "install", f"mmcv=={self.mmcv_version}"]
+        options = ["--no-deps", "--force-reinstall", "--only-binary", "mmcv"]
+        limits = ["--retries", "0", "--timeout", "15"]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run([*mim, *options, *limits], capture_output=True, timeout=600)
+            if self.mmcv_problem(cuda) is None:
+                return True
+        print("      OpenMMLab's own build cannot be had here", flush=True)
+        return False
 
     def install_wheel(self, wheel: Path, cuda: bool) -> str | None:
         """Install a built mmcv; return what is wrong with it, or None."""
@@ -300,7 +338,8 @@ class Setup:
         ``work``, the folder of the tree, is for one kind of build, as setuptools would take an
         operator library linked against another torch for up to date.
         """
-        name, jobs = f"mmcv-{self.mmcv}", job_count()
+        name, jobs = f"{self.mmcv.replace('-', '_')}-{self.mmcv_version}", job_count()
+        find_python([str(self.python)], self.stack, True)
         env = dict(os.environ, MMCV_WITH_OPS="1", MAX_JOBS=str(jobs), CXX=compiler())
         # ninja is found through PATH
         env["PATH"] = f"{self.python.parent}{os.pathsep}{env.get('PATH', '')}"
@@ -308,8 +347,8 @@ class Setup:
         options = ["--no-deps", "--no-build-isolation"]
         if not (work / name).is_dir():
             shutil.rmtree(work, ignore_errors=True)
-            source = ["-q", "--no-binary", "mmcv", "-d", work, f"mmcv=={self.mmcv}"]
-            self.pip("download", *options, *source)
+            source = ["-q", "--no-binary", self.mmcv, "-d", work]
+            self.pip("download", *options, *source, f"{self.mmcv}=={self.mmcv_version}")
             shutil.unpack_archive(str(work / f"{name}.tar.gz"), str(work / "unpacked"))
             (work / "unpacked" / name).rename(work / name)
         cost = "tens of minutes" if cuda else f"about {max(1, round(10 / jobs))} minutes"
@@ -318,7 +357,7 @@ class Setup:
         print(f"      log: {log}", flush=True)
         build = [self.python, "-I", "-m", "pip", "wheel", "-v", *options, "-w", dist, work / name]
         run_build(build, env, log)
-        return next(dist.glob("mmcv-*.whl"))
+        return next(dist.glob("*.whl"))
 
     def install_project(self) -> None:
         """Step 5: this checkout, editable, with its kernels where they are not up to date."""
@@ -332,10 +371,11 @@ class Setup:
 
     def stamp(self) -> str:
         """Return what the environment was made from, as a hash; pyvenv.cfg names the Python."""
-        files = [REQUIREMENTS, ROOT / "setup.py", ROOT / "pyproject.toml", self.venv / "pyvenv.cfg"]
+        files = [ROOT / "setup.py", ROOT / "pyproject.toml", self.venv / "pyvenv.cfg"]
         files += sorted(ROOT.glob("rfa_mmdet/ops/**/csrc/*"))
         parts = [file.read_bytes() if file.exists() else b"" for file in files]
-        return hashlib.sha256(b"\0".join([*parts, str(ROOT).encode()])).hexdigest()
+        parts += [self.pins.encode(), str(ROOT).encode()]
+        return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
     def is_done(self) -> bool:
         """Tell by the stamp alone whether there is nothing to do."""
@@ -348,9 +388,9 @@ class Setup:
         """Go through the steps."""
         steps = [
             (f"virtual environment {self.venv}", self.make_venv),
-            (f"build tools and torch {pinned('torch')}", self.install_torch),
+            (f"build tools and torch {self.torch}", self.install_torch),
             ("libraries and test tools", self.install_libraries),
-            (f"mmcv {self.mmcv} with its operators", self.install_mmcv),
+            (f"{self.mmcv} {self.mmcv_version} with its operators", self.install_mmcv),
             ("rfa_mmdet itself, editable", self.install_project),
         ]
         for number, (title, step) in enumerate(steps, 1):
@@ -439,8 +479,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         epilog="example: python3 tools/setup_env.py --venv ~/envs/rfa --python python3.12",
     )
     add = parser.add_argument
-    add("--venv", metavar="PATH", help="folder of the environment (default: .venv in the checkout)")
-    add("--python", metavar="PATH", help="Python 3.10, 3.11 or 3.12 to make it with")
+    add("--stack", choices=STACKS, default="current", help="packages to install (default: current)")
+    text = "folder of the environment (default: .venv or .venv-STACK in the checkout)"
+    add("--venv", metavar="PATH", help=text)
+    add("--python", metavar="PATH", help="Python to make it with, of a version that the stack has")
     add("--force", action="store_true", help="check every step, also when all seems up to date")
     add("--check", metavar="PATH", help="install nothing; check that this Python has the stack")
     args = parser.parse_args(argv)
@@ -462,8 +504,9 @@ def main(argv: list[str] | None = None) -> int:
             os.environ.pop(name, None)
         # a plain kill, too, must end the compilers
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        venv = Path(args.venv).expanduser().absolute() if args.venv else ROOT / ".venv"
-        set_up(Setup(venv, args.python, args.force))
+        name = ".venv" if args.stack == "current" else f".venv-{args.stack}"
+        venv = Path(args.venv).expanduser().absolute() if args.venv else ROOT / name
+        set_up(Setup(venv, args.python, args.force, args.stack))
     except (SetupError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

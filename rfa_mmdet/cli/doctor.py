@@ -28,12 +28,13 @@ ROOT = PACKAGE.parent  # of a checkout
 PYTHONS = ((3, 10), (3, 12))
 # Distribution -> versions that work together: from (inclusive), to (exclusive).
 WANTED = {
-    "torch": ((2, 4), (3,)),
+    "torch": ((2, 1), (3,)),
     "mmengine": ((0, 10), (0, 11)),
-    "mmcv": ((2, 0), (2, 2)),
-    "mmdet": ((3, 3), (3, 4)),
+    "mmcv": ((2, 0, 1), (2, 2)),
+    "mmdet": ((3, 2), (3, 4)),
 }
-OPENMMLAB = ("mmengine", "mmcv", "mmdet")
+OPENMMLAB = ("mmcv", "mmdet", "mmengine")
+FORKS = {"mmcv": "onedl-mmcv", "mmdet": "onedl-mmdetection", "mmengine": "onedl-mmengine"}
 # What training imports, then what only some tools do.
 LIBRARIES = ("numpy", "cv2", "pycocotools", "matplotlib", "scipy", "shapely", "rich")
 FOR_TOOLS = ("pandas", "jinja2")
@@ -96,10 +97,7 @@ NUMPY_CLASH = re.compile(
     r"compiled using NumPy 1|multiarray failed|_ARRAY_API|dtype size changed|Numpy is not available"
     r"|module 'numpy\S*' has no attribute|cannot import name '\w+' from 'numpy"
 )
-PIP_CHECK = re.compile(
-    r"(?m)^(?P<name>\S+) \S+ (?:has requirement (?P<need>.*), but you have .*"
-    r"|requires (?P<missing>\S+), which is not installed)\.$"
-)
+PIP_CHECK = re.compile(r"(?m)^((\S+) \S+ requires (\S+), which is not installed)\.$")
 
 
 class Problem(NamedTuple):
@@ -156,6 +154,12 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
+def read_pins(folder: Path, name: str) -> str:
+    """Return the pins of a stack, those of the files that it includes among them."""
+    text = (folder / f"{name}.txt").read_text(encoding="utf-8")
+    return re.sub(r"(?m)^-r (\w+)\.txt$", lambda line: read_pins(folder, line[1]), text)
+
+
 def canonical(name: str | None) -> str:
     """Return the form of a distribution's name that pip compares."""
     return re.sub(r"[-_.]+", "-", name or "").lower()
@@ -171,16 +175,42 @@ class Doctor:
         owners = metadata.packages_distributions()
         self.owners = {m: sorted({*map(canonical, owners.get(m, ()))}) for m in OPENMMLAB}
         self.gpus = re.findall(r"(?m)^GPU \d+: (.*?)(?: \(UUID.*)?$", output("nvidia-smi", "-L"))
-        files = (PACKAGE / ".mim" / "requirements.txt", ROOT / "requirements.txt")
-        text = next(file for file in files if file.exists()).read_text(encoding="utf-8")
-        self.pins = dict(reversed(re.findall(r"(?m)^([\w-]+)==([^\s;]+)", text)))
         self.python = shlex.quote(sys.executable)
         self.pip = f"{self.python} -m pip"
         setup = ROOT / "tools" / "setup_env.py"
         self.setup = f"python3 {shlex.quote(str(setup))}" if setup.exists() else ""
-        in_venv = Path(os.path.abspath(sys.executable)).is_relative_to(ROOT / ".venv")
+        here = os.path.relpath(os.path.abspath(sys.executable), ROOT)
+        venv = re.match(r"\.venv(?:-(prebuilt|onedl))?/", here)
+        self.stack = venv[1] or "current" if venv else self.find_stack()
         # The command that repairs an environment of the set-up's making.
-        self.repair = f"{self.setup} --force" if self.setup and in_venv else ""
+        self.repair = f"{self.setup} --stack {self.stack} --force" if self.setup and venv else ""
+        folders = (PACKAGE / ".mim" / "requirements", ROOT / "requirements")
+        text = read_pins(next(filter(Path.exists, folders)), self.stack)
+        pins = re.findall(r'(?m)^([\w-]+)==([^\s;]+)(?:; python_version (..?) "3.11")?$', text)
+        other = "<" if sys.version_info >= (3, 11) else ">="
+        self.pins = {name: version for name, version, marker in pins if marker != other}
+        self.names = DISTRIBUTIONS | (FORKS if self.stack == "onedl" else {})
+
+    def is_fork(self, module: str) -> bool:
+        """Tell whether the forks' package is installed under a module's name."""
+        return FORKS[module] in self.owners[module]
+
+    def find_stack(self) -> str:
+        """Return the stack of the project's that is nearest to what is installed."""
+        sure = [name for name in OPENMMLAB if len(self.owners[name]) == 1]
+        if sure and self.is_fork(sure[0]):
+            return "onedl"
+        torch = numbers(self.version("torch")) or (3,)
+        # torch 2.3 is the first that can be had for numpy 2, and 2.2 for Python 3.12.
+        return "prebuilt" if torch < (2, 3) and sys.version_info < (3, 12) else "current"
+
+    def tested_stack(self) -> str:
+        """Return the stack that this is, or '' for none of the project's."""
+        for name in WANTED:
+            pin = self.pins[self.names.get(name, name)]
+            if numbers(self.version(name))[:2] != numbers(pin)[:2]:
+                return ""
+        return self.stack
 
     def error(self, name: str) -> str:
         """Return what a probe failed with."""
@@ -195,40 +225,48 @@ class Doctor:
 
     def install(self, *modules: str, options: str = "") -> str:
         """Return the command that installs tested versions."""
-        names = (DISTRIBUTIONS.get(module, module) for module in modules)
-        pins = (f"{name}=={self.pins[name]}" for name in names)
+        names = [self.names.get(module, module) for module in modules]
+        pins = [f"{name}=={self.pins[name]}" if name in self.pins else name for name in names]
         return " ".join([f"{self.pip} install", *filter(None, [options]), *pins])
+
+    def uninstall_others(self, module: str) -> str:
+        """Return the beginning of a command that replaces what other distributions installed."""
+        owners = self.owners.get(module, [])
+        others = {*owners} - {self.names.get(module, module)}
+        return f"{self.pip} uninstall -y {' '.join(owners)} && " if others else ""
 
     def reinstall(self, module: str) -> str:
         """Return the command that puts the tested version in place of whatever is there."""
-        owners = self.owners.get(module, ())
-        first = f"{self.pip} uninstall -y {' '.join(owners)} && " if len(owners) > 1 else ""
-        return first + self.install(module, options="--force-reinstall --no-deps")
+        install = self.install(module, options="--force-reinstall --no-deps")
+        return self.uninstall_others(module) + install
 
     def build_mmcv(self, cuda: bool = False) -> str:
         """Return the command that gives this Python an mmcv with operators."""
-        others = " ".join(name for name in self.owners["mmcv"] if name != "mmcv")
-        first = f"{self.pip} uninstall -y mmcv {others} && " if others else ""
+        name, first = self.names.get("mmcv", "mmcv"), self.uninstall_others("mmcv")
         force = "FORCE_CUDA=1 " if cuda else ""
         if self.repair:
             return f"{first}{force}{self.repair}"
-        tools = f"{self.pip} install 'setuptools>=77,<81' wheel ninja psutil"
+        tools = self.install("setuptools", "wheel", "ninja", "psutil")
+        options = "--force-reinstall --no-deps"
         # Without --no-cache-dir pip would take the mmcv that it built before.
-        options = "--no-build-isolation --no-cache-dir --force-reinstall --no-deps --no-binary mmcv"
-        build = f"{force}MMCV_WITH_OPS=1 {self.install('mmcv', options=options)}"
+        build = f"--no-build-isolation --no-cache-dir {options} --no-binary {name}"
+        build = f"{force}MMCV_WITH_OPS=1 {self.install('mmcv', options=build)}"
+        if self.stack == "prebuilt":  # OpenMMLab's own build, where its index can be reached
+            mim = f"{self.python} -m mim install {options} --only-binary mmcv"
+            tools = self.install("openmim", "setuptools", "wheel", "ninja", "psutil")
+            return f"{first}{tools} && {{ {mim} mmcv=={self.pins['mmcv']} || {build}; }}"
         return f"{first}{tools} && {build}"
 
     def build_kernels(self) -> str:
         """Return the command that compiles this package's operators."""
-        options = "--no-deps --no-build-isolation"
         source = f"-e {shlex.quote(str(ROOT))}" if self.setup else "--force-reinstall rfa_mmdet"
-        return self.repair or f"{self.pip} install {options} {source}"
+        return self.repair or f"{self.pip} install --no-deps {source}"
 
     def new_environment(self) -> str:
         """Return the command that makes an environment in which everything fits."""
         if not self.setup:
             return f"{self.install('torch', 'mmengine', 'mmdet')} && {self.build_mmcv()}"
-        return self.repair or f"make -C {shlex.quote(str(ROOT))} env"
+        return self.repair or f"make -C {shlex.quote(str(ROOT))} env STACK={self.stack}"
 
     # --- checks
 
@@ -246,22 +284,17 @@ class Doctor:
     def check_python(self) -> Iterator[Problem]:
         """Python itself, and pkg_resources of setuptools."""
         here = sys.version_info[:2]
-        if not PYTHONS[0] <= here <= PYTHONS[1]:
+        broken = any(self.error(name) for name in PROBES if name not in FOR_TOOLS)
+        if here < PYTHONS[0] or (here > PYTHONS[1] and broken):
             word = "old" if here < PYTHONS[0] else "new"
             text = f"Python {here[0]}.{here[1]} is too {word}: the packages need 3.10 to 3.12"
             make = f"{self.setup} --venv .venv-3.12 --python python3.12"
-            broken = here < PYTHONS[0] or any(
-                self.error(name) for name in PROBES if name not in FOR_TOOLS
-            )
-            yield Problem(text, make if self.setup else "python3.12 -m venv .venv-3.12", broken)
-        if not find_spec("pkg_resources"):
-            text = (
-                f"setuptools {self.installed.get('setuptools', '(not installed)')} has no "
-                "pkg_resources, by which MMEngine finds the bases of configs (mmdet::...); "
-                "setuptools 82 dropped it"
-            )
-            fix = f"{self.pip} install 'setuptools>=77,<81'"
-            yield Problem(text, fix, find_spec("mmengine") is not None)
+            yield Problem(text, make if self.setup else "python3.12 -m venv .venv-3.12")
+        for error in filter(re.compile("pkg_resources").search, map(self.error, OPENMMLAB)):
+            version = self.installed.get("setuptools", "(not installed)")
+            text = f"setuptools {version} lacks a part that is used: {error}"
+            yield Problem(text, self.install("setuptools"))
+            return
 
     def check_owners(self) -> Iterator[Problem]:
         """Two distributions of one module, such as an onedl-* fork beside the original."""
@@ -284,7 +317,7 @@ class Doctor:
             used, *hidden = dict.fromkeys(found) or [""]
             if hidden:
                 text = f"{1 + len(hidden)} {name}s are on the path; {used} is used and hides "
-                fix = f"{self.pip} uninstall -y {name}   # until none is installed"
+                fix = f"{self.pip} uninstall -y {self.names.get(name, name)}   # until none is left"
                 if os.path.dirname(used) in map(os.path.realpath, filter(None, variable)):
                     fix = "unset PYTHONPATH"
                 yield Problem(text + ", ".join(hidden), fix, False)
@@ -307,21 +340,25 @@ class Doctor:
 
     def check_versions(self) -> Iterator[Problem]:
         """Versions that do not go together; the forks have numbers of their own."""
+        mixed = any(len(names) > 1 for names in self.owners.values())  # told above
+        if not mixed and re.search("MMCV==.*incompatible", self.error("mmdet")):
+            same = self.is_fork("mmcv") == self.is_fork("mmdet")
+            text = f"mmcv {self.version('mmcv')} with mmdet {self.version('mmdet')}, which refuses "
+            text += f"it: {self.error('mmdet')}"
+            yield Problem(text, self.build_mmcv() if same else self.reinstall("mmdet"))
+            return
         for name, (low, high) in WANTED.items():
             version = self.version(name)
-            fork = any(owner.startswith("onedl") for owner in self.owners.get(name, ()))
-            if not version or fork or low <= numbers(version) < high:
+            broken = self.error(name) or self.error("mmdet") or self.error("rfa_mmdet")
+            fork = name in FORKS and self.is_fork(name)
+            if not (version and broken) or fork or low <= numbers(version) < high:
                 continue
             text = f"{name} {version}: right is {'.'.join(map(str, low))} or later"
             text += f", below {'.'.join(map(str, high))}"
-            if name == "mmcv" and numbers(version) >= high:
-                mmdet = self.version("mmdet") or "3.3"
-                text = f"mmcv {version} with mmdet {mmdet}, which refuses mmcv from 2.2 on"
             fix = self.build_mmcv() if name == "mmcv" else self.reinstall(name)
             if name == "torch":
                 fix = f"{self.install('torch')} && {self.build_mmcv()}"
-            broken = self.error(name) or self.error("mmdet") or self.error("rfa_mmdet")
-            yield Problem(text, fix, bool(broken))
+            yield Problem(text, fix)
 
     def check_failures(self) -> Iterator[Problem]:
         """What does not work for a reason that is known."""
@@ -329,12 +366,10 @@ class Doctor:
         for name in ("torch", *LIBRARIES, *FOR_TOOLS):
             if not self.facts[name].get("clash"):
                 continue
-            package, error = DISTRIBUTIONS.get(name, name), self.error(name)
-            text = f"{package} was compiled for another numpy than {numpy}: {error}"
-            fix = f"{self.pip} install --force-reinstall --no-deps --upgrade {package}"
-            if numbers(numpy) >= (2,):
-                text = f"numpy {numpy} is too new for {package} {self.version(name)}: {error}"
-                fix = f"{self.pip} install 'numpy<2'   # or a later {package}"
+            package = f"{self.names.get(name, name)} {self.version(name)}"
+            text = f"{package} was compiled for another numpy than {numpy}: {self.error(name)}"
+            right = numbers(numpy)[:1] == numbers(self.pins["numpy"])[:1]
+            fix = self.reinstall(name) if right else self.install("numpy")
             yield Problem(text, fix, name not in FOR_TOOLS)
         if self.error("torch") or not self.facts["mmcv"].get("version"):
             return  # without them there is nothing to say of mmcv's operators
@@ -364,7 +399,7 @@ class Doctor:
             return
         elif torch["cuda"] is None:
             text = f"{have} is a CPU build, so {self.gpus[0]} stays unused"
-            first = f"{self.pip} uninstall -y torch mmcv && {self.install('torch')}"
+            first = f"{self.pip} uninstall -y torch && {self.install('torch')}"
             yield Problem(text, f"{first} && {self.build_mmcv()}", False)
         elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
             text = f"CUDA_VISIBLE_DEVICES hides {self.gpus[0]}"
@@ -376,17 +411,16 @@ class Doctor:
             yield Problem(text, fix, False)
 
     def check_requirements(self) -> Iterator[Problem]:
-        """What pip finds missing or of a wrong version, for the packages that count here."""
+        """What pip finds missing for the packages that count here."""
         ours = {"rfa-mmdet", "torch", *(n for names in self.owners.values() for n in names)}
-        ours |= {DISTRIBUTIONS.get(name, name) for name in (*LIBRARIES, *FOR_TOOLS)}
-        report = output(sys.executable, "-m", "pip", "check")
-        found = [line for line in PIP_CHECK.finditer(report) if canonical(line["name"]) in ours]
-        if missing := sorted({line["missing"] for line in found if line["missing"]}):
-            text = "; ".join(line[0].rstrip(".") for line in found if line["missing"])
-            yield Problem(text, f"{self.pip} install {' '.join(missing)}", False)
-        for line in found:
-            if line["need"]:
-                yield Problem(line[0].rstrip("."), f"{self.pip} install '{line['need']}'", False)
+        told = {DISTRIBUTIONS.get(name, name) for name in (*LIBRARIES, *FOR_TOOLS)}
+        report = PIP_CHECK.findall(output(sys.executable, "-m", "pip", "check"))
+        found = {text: need for text, name, need in report if canonical(name) in ours | told}
+        found = {text: need for text, need in found.items() if canonical(need) not in told}
+        if found:
+            broken = any("No module named" in self.error(name) for name in OPENMMLAB)
+            fix = self.install(*sorted(set(found.values())))
+            yield Problem("; ".join(found), fix, broken)
 
     def check_rest(self) -> Iterator[Problem]:
         """Name the first package that fails for a reason not known above."""
@@ -406,6 +440,9 @@ class Doctor:
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """Yield (name, version, remark)."""
+        tested = self.tested_stack()
+        remark = ", ".join(f"{name} {self.pins[self.names.get(name, name)]}" for name in WANTED)
+        yield "stack", tested or "-", remark if tested else "none of the tested ones"
         yield "python", ".".join(map(str, sys.version_info[:3])), self.python
         torch, ours = self.facts["torch"], self.facts["rfa_mmdet"]
         cuda = self.facts["mmcv"].get("cuda")

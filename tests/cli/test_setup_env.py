@@ -1,19 +1,15 @@
 """The set-up script: what it refuses, what it skips, and how it reads a build's output."""
 
-import importlib.util
 import io
 import json
 import os
-import re
+import shutil
 import subprocess
 import sys
-import venv
 
 import pytest
-from packaging.requirements import Requirement
-from pip._vendor import tomli
 
-from tests.helpers.environment import Environment
+from tests.helpers.environment import Environment, load_script, make_python, version
 from tests.helpers.paths import ROOT
 
 SCRIPT = ROOT / "tools" / "setup_env.py"
@@ -33,36 +29,7 @@ BUILD_LOG = """\
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("setup_env", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def make_python(folder, changes="", modules=()):
-    """Make a Python of its own, which runs ``changes`` when it starts, and cannot find modules."""
-    venv.create(folder, with_pip=False, symlinks=True)
-    (site,) = folder.glob("lib/python3*/site-packages")
-    hidden = (
-        f"hidden = {list(modules)}\n"
-        + """
-import importlib.util
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name in hidden else find(name, *rest)
-"""
-    )
-    (site / "sitecustomize.py").write_text(hidden + changes)
-    return folder / "bin" / "python"
-
-
-def version(*numbers):
-    """Code that tells a Python that it is another version; not every one is installed."""
-    return f"""
-import sys, sysconfig
-headers = sysconfig.get_path("include")
-sysconfig.get_path = lambda name: headers
-sys.version_info = {numbers}
-"""
+    return load_script(SCRIPT)
 
 
 NO_HEADERS = "import sysconfig\nsysconfig.get_path = lambda name: '/none'"
@@ -72,7 +39,7 @@ HERE = "{}.{}".format(*sys.version_info[:2])
 def make_venv(tool, folder):
     """Make what looks like a finished environment."""
     make_python(folder)
-    (folder / tool.STAMP).write_text(tool.Setup(folder, None, False).stamp())
+    (folder / tool.STAMP).write_text(tool.Setup(folder).stamp())
     return folder
 
 
@@ -129,20 +96,21 @@ def test_a_python_that_lacks_a_part_is_refused(command, tmp_path, changes, modul
 def test_the_first_python_that_serves_is_taken(tool, tmp_path):
     old = make_python(tmp_path / "old", version(3, 9, 18))
     right = make_python(tmp_path / "right")
-    assert tool.find_python([str(old), str(right)], False) == (str(right), HERE)
+    assert tool.find_python([str(old), str(right)], "current", False) == (str(right), HERE)
 
 
 def test_headers_and_compiler_are_not_needed_where_a_wheel_is_kept(tool, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     python = make_python(tmp_path / "other", NO_HEADERS)
-    setup = tool.Setup(tmp_path / "venv", str(python), False)
+    setup = tool.Setup(tmp_path / "venv", str(python))
     with pytest.raises(tool.SetupError, match=r"no C\+\+ compiler"):
         setup.choose_python()
-    pins = f"{tool.pinned('mmcv')}-{tool.pinned('torch')}"
-    (tool.cache_root() / f"{pins}+cpu-cp311-cpu").mkdir(parents=True)
+    (tool.cache_root() / f"{setup.key}-{setup.torch}+cpu-cp311-cpu").mkdir(parents=True)
     setup.choose_python()
     assert setup.version == HERE
+    with pytest.raises(tool.SetupError, match=r"no C\+\+ compiler"):
+        tool.Setup(tmp_path / "venv", str(python), stack="onedl").choose_python()
 
 
 def test_a_missing_compiler_is_told_before_anything_is_made(command, tmp_path):
@@ -203,12 +171,13 @@ def test_a_stamp_that_holds_ends_it_at_once(command, tool, tmp_path):
 @pytest.mark.parametrize("change", ["requirements", "python", "interpreter", "force"])
 def test_a_stamp_that_does_not_hold_is_noticed(tool, tmp_path, change, monkeypatch):
     venv = make_venv(tool, tmp_path / "venv")
-    setup = tool.Setup(venv, None, change == "force")
     if change == "requirements":
-        more = tmp_path / "requirements.txt"
-        more.write_text(tool.REQUIREMENTS.read_text() + "six==1.17.0\n")
+        more = tmp_path / "requirements"
+        shutil.copytree(tool.REQUIREMENTS, more)
+        (more / "common.txt").write_text("six==1.17.0\n")
         monkeypatch.setattr(tool, "REQUIREMENTS", more)
-    elif change == "python":
+    setup = tool.Setup(venv, force=change == "force")
+    if change == "python":
         (venv / "pyvenv.cfg").write_text("version = 3.12.1\n")
     elif change == "interpreter":
         (venv / "bin" / "python").unlink()
@@ -226,27 +195,6 @@ def test_a_second_set_up_waits_and_then_has_nothing_to_do(command, tool, tmp_pat
     out, error = process.communicate(timeout=30)
     assert (process.returncode, error) == (0, "")
     assert "[1/5]" not in out
-
-
-def test_the_projects_pins_hold_one_version_for_each_python(tool):
-    """What pip takes of them: one version a package, the same packages for every Python."""
-    names = []
-    for python in ("3.10", "3.11", "3.12"):
-        found = []
-        for line in tool.REQUIREMENTS.read_text().splitlines():
-            if not line.startswith("#") and line:
-                pin = Requirement(line)
-                assert re.fullmatch(r"==[\w.]+", str(pin.specifier)), line
-                if pin.marker is None or pin.marker.evaluate({"python_version": python}):
-                    found.append(pin.name)
-        assert len(found) == len(set(found))
-        names.append(set(found))
-    assert names[0] == names[1] == names[2]
-    assert {*tool.BUILD_TOOLS, "torch", "mmcv"} < names[0]
-    project = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
-    wanted = {Requirement(line).name for lines in extras.values() for line in lines}
-    assert wanted - {"rfa_mmdet"} <= names[0]
 
 
 def test_progress_goes_to_plain_lines_without_a_terminal(tool):
@@ -309,10 +257,10 @@ def mmcv_step(tool, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("FORCE_CUDA", raising=False)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    setup = tool.Setup(tmp_path / "venv", None, False)
-    setup.version, setup.mmcv = "3.11", "2.1.0"
-    setup.torch = {"version": "2.13.0+cpu", "cuda": None, "cuda_home": None, "archs": []}
-    monkeypatch.setattr(tool, "ask", lambda python, code: json.dumps(setup.torch))
+    setup = tool.Setup(tmp_path / "venv")
+    setup.version, setup.mmcv_version = "3.11", "2.1.0"
+    setup.facts = {"version": "2.13.0+cpu", "cuda": None, "cuda_home": None, "archs": []}
+    monkeypatch.setattr(tool, "ask", lambda python, code: json.dumps(setup.facts))
     monkeypatch.setattr(setup, "mmcv_problem", lambda cuda: "it is not there")
     return setup
 
@@ -337,7 +285,7 @@ def test_a_kept_wheel_that_does_not_work_is_built_again(tool, mmcv_step, monkeyp
 
 def test_a_gpu_without_nvcc_is_told_how_to_go_on(tool, mmcv_step, tmp_path):
     cuda_home = str(tmp_path / "no_cuda")
-    mmcv_step.torch.update(version="2.13.0+cu130", cuda="13.0", cuda_home=cuda_home, archs=["9.0"])
+    mmcv_step.facts.update(version="2.13.0+cu130", cuda="13.0", cuda_home=cuda_home, archs=["9.0"])
     with pytest.raises(tool.SetupError, match=r"toolkit 13\.0") as caught:
         mmcv_step.install_mmcv()
     assert "CUDA_VISIBLE_DEVICES= make env" in str(caught.value)
@@ -350,10 +298,9 @@ def test_cuda_cannot_be_forced_on_a_cpu_torch(tool, mmcv_step, monkeypatch):
 
 
 def test_mmcv_without_cuda_operators_does_not_serve_a_gpu(tool, tmp_path, monkeypatch):
-    setup = tool.Setup(tmp_path / "venv", None, False)
-    setup.mmcv = "2.1.0"
+    setup = tool.Setup(tmp_path / "venv")
     monkeypatch.setattr(tool, "ask", lambda *_: '["2.1.0", "not available"]')
     assert setup.mmcv_problem(cuda=False) is None
     assert "CUDA" in setup.mmcv_problem(cuda=True)
-    setup.mmcv = "2.1.1"
+    setup.mmcv_version = "2.1.1"
     assert "2.1.0" in setup.mmcv_problem(cuda=False)

@@ -1,5 +1,6 @@
 """A virtual environment of small stand-ins for the packages that detection needs."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -104,9 +105,9 @@ class Environment:
 
     def remove(self, module):
         shutil.rmtree(self.site / module)
-        name = NAMES.get(module, module)
-        (found,) = self.site.glob(f"{name.replace('-', '_')}-[0-9]*.dist-info")
-        shutil.rmtree(found)
+        for file in self.site.glob("*.dist-info/top_level.txt"):
+            if file.read_text().strip() == module:
+                shutil.rmtree(file.parent)
 
     def run(self, *command, cwd=None, **variables):
         """Run this Python, as its own process."""
@@ -128,3 +129,37 @@ class Environment:
         done = self.run("-m", "pip", "list", "--format=freeze", PIP_CONFIG_FILE=os.devnull)
         assert done.returncode == 0, done.stderr
         return set(done.stdout.split())
+
+
+def load_script(path):
+    """Return a script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_python(folder, changes="", modules=()):
+    """Make a Python of its own, which runs ``changes`` when it starts, and cannot find modules."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    (site,) = folder.glob("lib/python3*/site-packages")
+    hidden = (
+        f"hidden = {list(modules)}\n"
+        + """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in hidden else find(name, *rest)
+"""
+    )
+    (site / "sitecustomize.py").write_text(hidden + changes)
+    return folder / "bin" / "python"
+
+
+def version(*numbers):
+    """Code that tells a Python that it is another version; not every one is installed."""
+    return f"""
+import sys, sysconfig
+headers = sysconfig.get_path("include")
+sysconfig.get_path = lambda name: headers
+sys.version_info = {numbers}
+"""

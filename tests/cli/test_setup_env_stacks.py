@@ -1,0 +1,93 @@
+"""The set-up script: what differs between the stacks."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from packaging.requirements import Requirement
+from pip._vendor import tomli
+
+from tests.helpers.environment import Environment, load_script, make_python, version
+from tests.helpers.paths import ROOT
+
+
+@pytest.fixture(scope="module")
+def tool():
+    return load_script(ROOT / "tools" / "setup_env.py")
+
+
+def test_prebuilt_has_python_3_10_or_3_11(tool, tmp_path, monkeypatch):
+    python = make_python(tmp_path / "other", version(3, 12, 1))
+    assert tool.find_python([str(python)], "current", False) == (str(python), "3.12")
+    with pytest.raises(tool.SetupError, match=r"Python 3\.10 or 3\.11 is needed"):
+        tool.find_python([str(python)], "prebuilt", False)
+    # Of pyenv's, which are not on PATH unless they are asked for.
+    found = tmp_path / "pyenv" / "versions" / "3.10.1" / "bin" / "python3.10"
+    found.parent.mkdir(parents=True)
+    found.symlink_to(sys.executable)
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "pyenv"))
+    monkeypatch.setenv("PATH", "/none")
+    assert tool.python_candidates("prebuilt") == [str(found), sys.executable]
+    assert tool.python_candidates("current") == [sys.executable, str(found)]
+
+
+def test_another_stack_is_refused(tool, capsys):
+    with pytest.raises(SystemExit):
+        tool.main(["--stack", "newest"])
+    assert "--stack {current,prebuilt,onedl}" in capsys.readouterr().err
+    done = subprocess.run(["make", "env", "STACK=newest"], cwd=ROOT, capture_output=True, text=True)
+    assert 'STACK must be current, prebuilt or onedl, not "newest"' in done.stderr
+
+
+@pytest.mark.parametrize("stack", ["current", "prebuilt", "onedl"])
+def test_a_stacks_pins_hold_one_version_for_each_python(tool, stack):
+    """What pip takes of them: one version a package, the same packages for every Python."""
+    names = []
+    for python in tool.STACKS[stack]:
+        found = []
+        for line in tool.read_pins(stack).splitlines():
+            if not line.startswith("#") and line:
+                pin = Requirement(line)
+                assert re.fullmatch(r"==[\w.]+", str(pin.specifier)), line
+                if pin.marker is None or pin.marker.evaluate({"python_version": python}):
+                    found.append(pin.name)
+        assert len(found) == len(set(found))
+        names.append(set(found))
+    assert all(found == names[0] for found in names)
+    setup = tool.Setup(ROOT, stack=stack)
+    assert {*tool.BUILD_TOOLS, "torch", setup.mmcv} < names[0]
+    if stack != "current":
+        return
+    project = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = {Requirement(line).name for lines in extras.values() for line in lines}
+    assert wanted - {"rfa_mmdet"} <= names[0]
+
+
+MIM = """
+import pathlib, sys
+assert {"install", "mmcv==2.1.0", "--no-deps", "--only-binary"} < set(sys.argv), sys.argv
+site = pathlib.Path(__file__).parents[1]
+(site / "index").rename(site / "mmcv")
+"""
+
+
+def test_openmmlabs_own_mmcv_is_taken_where_mim_finds_one(tool, tmp_path, capsys):
+    there = Environment(tmp_path / "venv", "mmcv")
+    (there.site / "mmcv").rename(there.site / "index")
+    (there.site / "mim").mkdir()
+    (there.site / "mim" / "__main__.py").write_text(MIM)
+    setup = tool.Setup(tmp_path / "venv", stack="prebuilt")
+    assert setup.fetch_mmcv(cuda=False)
+    assert capsys.readouterr().out == ""
+    shutil.rmtree(there.site / "mmcv")  # and now there is none
+    assert not setup.fetch_mmcv(cuda=False)
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_wheels_of_a_fork_are_kept_apart(tool, tmp_path):
+    keys = {stack: tool.Setup(tmp_path, stack=stack).key for stack in tool.STACKS}
+    assert keys["current"] == keys["prebuilt"] == "2.1.0"  # torch follows
+    assert keys["onedl"].startswith("onedl-mmcv-")
