@@ -25,7 +25,7 @@ _DTYPES = {
 }
 _AUTO = {device: name for name, device in _DEVICES.items()}
 BUILD_ADVICE = (
-    "build it with `make env`, or with `pip install --no-build-isolation` of this package where a "
+    "build it with `make env`, or with `pip install` of this package where a "
     "C++ compiler and torch are installed"
 )
 
