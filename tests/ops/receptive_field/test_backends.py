@@ -144,6 +144,25 @@ except RuntimeError as error:
     assert "backend='cpu'" in error
 
 
+@pytest.fixture
+def asked_anew():
+    backends._missing.cache_clear()
+    yield
+    backends._missing.cache_clear()
+
+
+def test_a_triton_older_than_the_kernels_is_the_reason(asked_anew, monkeypatch):
+    triton = pytest.importorskip("triton")
+    name = "rfa_mmdet.ops.receptive_field.triton.launch"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delattr(triton, "knobs", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reason = backends.missing("triton")
+    assert reason == f"the kernels need triton 3.4 or later, and here is {triton.__version__}"
+    with pytest.raises(RuntimeError, match="backend='triton': the kernels need triton 3.4"):
+        check_backend("triton")
+
+
 def test_a_library_of_other_sources_is_not_used(monkeypatch):
     require("cpu")
     folder = Path(backends.__file__).parent
