@@ -159,7 +159,7 @@ def test_a_triton_older_than_the_kernels_is_the_reason(asked_anew, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     reason = backends.missing("triton")
     assert reason == f"the kernels need triton 3.4 or later, and here is {triton.__version__}"
-    with pytest.raises(RuntimeError, match="backend='triton': the kernels need triton 3.4"):
+    with pytest.raises(RuntimeError, match=r"backend='triton': the kernels need triton 3\.4"):
         check_backend("triton")
 
 
