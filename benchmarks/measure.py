@@ -72,7 +72,8 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
+    # start_us before torch 2.4
+    for event in sorted(events, key=lambda e: (getattr(e, "start_ns", None) or e.start_us)()):
         held += event.nbytes()
         most = max(most, held)
     return most

@@ -8,7 +8,11 @@ import os
 import torch
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["tests.helpers.fixtures", "tests.helpers.isolation"]
+pytest_plugins = [
+    "tests.helpers.collection",
+    "tests.helpers.fixtures",
+    "tests.helpers.isolation",
+]
 
 slow_to_draw = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 settings.register_profile(

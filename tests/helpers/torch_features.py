@@ -1,9 +1,11 @@
 """What the torch of this environment cannot do, of what tests ask for."""
 
 import warnings
+from importlib import metadata
 
 import pytest
 import torch
+from packaging.version import Version
 
 from rfa_mmdet.ops.common.torch_versions import COMPILES_OPERATORS
 
@@ -27,6 +29,18 @@ HALF = (torch.bfloat16, torch.float16)
 AUTOCAST_TYPES = [dtype for dtype in HALF if _autocasts(dtype)]
 CONV_TYPES = [dtype for dtype in HALF if _convolves(dtype)]
 FILLS_MEMORY = hasattr(torch.utils, "deterministic")  # 2.2
+
+
+def _lacks_triton() -> str | None:
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "Triton is not installed"
+    # Asked without importing it: beside some versions of setuptools, Triton 2.1 fails in that.
+    return None if Version(version) >= Version("3.4") else f"Triton {version} is too old"
+
+
+LACKS_TRITON = _lacks_triton()
 
 compiles_operators = pytest.mark.skipif(not COMPILES_OPERATORS, reason="needs torch 2.4")
 fills_memory = pytest.mark.skipif(not FILLS_MEMORY, reason="needs torch 2.2")

@@ -1,6 +1,7 @@
 """What the first batches do to warm-started norms that will use batch statistics."""
 
 import copy
+import os
 import re
 
 import pytest
@@ -263,7 +264,7 @@ def in_process(rank: int, folder: str) -> None:
     # Only the second process reaches the second layer, as with a branch for rare objects.
     calibrate(net, [lambda: [layer(x) for layer in net[: rank + 1]]])
     torch.save({k: v for k, v in net.state_dict().items() if ".norm." in k}, f"{folder}/{rank}.pth")
-    torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads may hang or crash at the end of a process
 
 
 def test_processes_share_what_they_see(tmp_path):

@@ -69,8 +69,8 @@ def _missing(backend: str) -> str | None:
             importlib.import_module("rfa_mmdet.ops.receptive_field.triton.launch").register("CUDA")
         except ModuleNotFoundError as error:
             return f"triton cannot be imported ({error}): pip install triton"
-        except ImportError as error:  # torch requires the triton that it brings, so no advice
-            return str(error)
+        except Exception as error:  # an old one fails in any way; torch wants it, so no advice
+            return f"the Triton kernels cannot be imported ({type(error).__name__}: {error})"
     return None
 
 

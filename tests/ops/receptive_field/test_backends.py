@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -152,14 +153,15 @@ def asked_anew():
 
 
 def test_a_triton_older_than_the_kernels_is_the_reason(asked_anew, monkeypatch):
-    triton = pytest.importorskip("triton")
+    old = types.ModuleType("triton")
+    old.__version__ = "2.1.0"
+    monkeypatch.setitem(sys.modules, "triton", old)
     name = "rfa_mmdet.ops.receptive_field.triton.launch"
     monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.delattr(triton, "knobs", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    reason = backends.missing("triton")
-    assert reason == f"the kernels need triton 3.4 or later, and here is {triton.__version__}"
-    with pytest.raises(RuntimeError, match=r"backend='triton': the kernels need triton 3\.4"):
+    reason = "the kernels need triton 3.4 or later, and here is 2.1.0"
+    assert reason in backends.missing("triton")
+    with pytest.raises(RuntimeError, match=f"backend='triton': .*{reason}"):
         check_backend("triton")
 
 

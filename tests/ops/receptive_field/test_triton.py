@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from rfa_mmdet.ops.receptive_field import backends
 from tests.helpers.tolerances import TOLERANCES
+from tests.helpers.torch_features import LACKS_TRITON
 from tests.helpers.triton_cases import (
     DEVICE,
     INTERPRETED,
@@ -29,7 +30,8 @@ from tests.helpers.triton_cases import (
     windows,
 )
 
-pytest.importorskip("rfa_mmdet.ops.receptive_field.triton.launch", exc_type=ImportError)
+if LACKS_TRITON:
+    pytest.skip(LACKS_TRITON, allow_module_level=True)
 
 runs = pytest.mark.skipif(
     DEVICE is None, reason="no CUDA device; test_in_the_interpreter runs this without one"

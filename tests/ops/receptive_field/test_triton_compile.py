@@ -12,12 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-# Not there, or too old for the kernels.
-backend = pytest.importorskip("rfa_mmdet.ops.receptive_field.triton.launch", exc_type=ImportError)
+from tests.helpers.torch_features import LACKS_TRITON
 
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+if LACKS_TRITON:
+    pytest.skip(LACKS_TRITON, allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rfa_mmdet.ops.receptive_field.triton import launch as backend
 
 pytestmark = pytest.mark.skipif(
     backend.INTERPRETED, reason="in Triton's interpreter there is nothing to compile"

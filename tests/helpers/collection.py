@@ -1,0 +1,12 @@
+"""Leave out of the doctests what cannot be imported here."""
+
+from pathlib import Path
+
+from tests.helpers.paths import ROOT
+from tests.helpers.torch_features import LACKS_TRITON
+
+KERNELS = ROOT / "rfa_mmdet" / "ops" / "receptive_field" / "triton"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    return True if LACKS_TRITON and collection_path.is_relative_to(KERNELS) else None
