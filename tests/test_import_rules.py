@@ -26,7 +26,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "layers": ({"ops"}, {"mmengine", "mmcv.cnn"}),
     "models": ({"layers"}, {"mmengine", "mmcv", "mmdet"}),
     "hooks": ({"layers"}, {"mmengine"}),
-    "checkpoints": ({"layers", "models", "hooks"}, {"mmengine", "mmdet"}),
+    # ops, here and in export: for what differs between the versions of torch.
+    "checkpoints": ({"ops", "layers", "models", "hooks"}, {"mmengine", "mmdet"}),
     # Above checkpoints, not below: it puts the safe loader that lives there into MMEngine.
     "compat": ({"layers", "checkpoints"}, {"mmengine", "mmdet"}),
     "data": (set(), {"mmengine", "mmcv", "mmdet"}),
@@ -34,7 +35,6 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "inference": ({"config", "checkpoints"}, {"mmengine", "mmcv", "mmdet"}),
     # compat: the operator counts stand beside the patch that gives them to MMDetection's tool.
     "analysis": ({"layers", "inference", "compat"}, {"mmengine", "mmcv", "mmdet"}),
-    # ops: for what differs between the versions of torch.
     "export": ({"ops", "inference", "analysis"}, {"mmengine", "mmcv", "mmdet"}),
     "studies": ({"inference", "data", "analysis"}, {"mmengine", "mmcv", "mmdet"}),
 }
@@ -126,6 +126,26 @@ def test_file_imports_downward_only(file):
         and not any(f"{name}.".startswith(f"{package}.") for package in openmmlab)
     }
     assert not foreign, f"{file.relative_to(ROOT)} imports {sorted(foreign)}"
+
+
+def asked_of_torch(source: str) -> list[str]:
+    """Names that hasattr and getattr look for in torch or one of its modules."""
+    return [
+        node.args[1].value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", None) in ("hasattr", "getattr")
+        and ast.unparse(node.args[0]).split(".")[0] == "torch"
+        and isinstance(node.args[1], ast.Constant)
+    ]
+
+
+def test_what_differs_between_versions_of_torch_is_asked_in_one_file():
+    assert asked_of_torch("hasattr(torch.library, 'a'), getattr(torch, name), hasattr(x, 'b')") == [
+        "a"
+    ]
+    asking = {str(f.relative_to(PACKAGE)) for f in FILES if asked_of_torch(f.read_text())}
+    assert asking == {"ops/common/torch_versions.py"}
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,11 @@ from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-import torch
-
 from rfa_mmdet.checkpoints import stand_ins, tensors
 from rfa_mmdet.checkpoints.torch_files import Tables, read
 from rfa_mmdet.checkpoints.unpickler import Callee, Damaged, Refused, UnknownNames
 from rfa_mmdet.errors import UserError
+from rfa_mmdet.ops.common.torch_versions import HAS_SAFE_GLOBALS
 
 
 class _Loading(NamedTuple):
@@ -104,7 +103,7 @@ def load(
 
 def _unsafe(name: str, error: Refused) -> UnsafeCheckpointError:
     allow = ""
-    if isinstance(error, UnknownNames) and hasattr(torch.serialization, "add_safe_globals"):
+    if isinstance(error, UnknownNames) and HAS_SAFE_GLOBALS:
         allow = ", or allow them by torch.serialization.add_safe_globals"
     return UnsafeCheckpointError(
         f"{name}: not loaded, as its pickle {error}; nothing of it was run. Right are "

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
 from rfa_mmdet.checkpoints.tensors import Storage, resolve_storage
 from rfa_mmdet.checkpoints.unpickler import Callee, Refused, StandIn, require
+from rfa_mmdet.ops.common.torch_versions import safe_globals
 
 # Real, fixed-size and free of structure; "O8" is object.
 _DTYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "O8")
@@ -202,10 +202,9 @@ def user_names() -> dict[str, Callee]:
 
     Modules that torch never allows are left out.
     """
-    get = getattr(torch.serialization, "get_safe_globals", list)  # torch >= 2.4
     named = (
         item if isinstance(item, tuple) else (item, f"{item.__module__}.{item.__qualname__}")
-        for item in get()
+        for item in safe_globals()
     )
     return {
         path: _real(path, target)

@@ -1,6 +1,7 @@
 """What differs between the supported versions of torch; nothing else asks for a version."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,6 @@ from torch.nn.modules import module as _module
 
 # Whether torch.compile traces what runs now. The old name is known to the old compilers only.
 is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # 2.2
-
 
 # Whether torch.compile takes operators with kernels for Meta and Autograd that are written in
 # Python: since 2.4, which brought register_fake.
@@ -20,6 +20,10 @@ COMPILES_OPERATORS = hasattr(torch.library, "register_fake")
 TRACES_TO_ONNX: dict[str, Any] = (
     {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
 )
+
+# The list of what weights_only=True allows besides torch's own, with names or without: since 2.4.
+HAS_SAFE_GLOBALS = hasattr(torch.serialization, "get_safe_globals")
+safe_globals: Callable[[], list[Any]] = getattr(torch.serialization, "get_safe_globals", list)
 
 
 def autocast_dtype_on(device: str) -> torch.dtype | None:
