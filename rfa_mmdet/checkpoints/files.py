@@ -47,7 +47,7 @@ def read_checkpoint(source: str | Path) -> dict:
     except OSError as error:
         raise UserError(f"{source}: {error.strerror or error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{source}: holds a {type(content).__name__}, where a dict is right")
+        raise UserError(f"{source}: holds a {type(content).__name__}, not a dict")
     return content
 
 

@@ -106,10 +106,10 @@ def _unsafe(name: str, error: Refused) -> UnsafeCheckpointError:
     if isinstance(error, UnknownNames) and HAS_SAFE_GLOBALS:
         allow = ", or allow them by torch.serialization.add_safe_globals"
     return UnsafeCheckpointError(
-        f"{name}: not loaded, as its pickle {error}; nothing of it was run. Right are "
-        "tensors, numbers, strings, dicts, lists, tuples, NumPy arrays and MMEngine's log history. "
-        "If the file comes from someone else, do not trust it. If it is yours, save it again with "
-        f"plain values in their place{allow}."
+        f"{name}: not loaded, as its pickle {error}; nothing of it was run. A "
+        "checkpoint may hold tensors, numbers, strings, dicts, lists, tuples, NumPy arrays and "
+        "MMEngine's log history. If the file comes from someone else, do not trust it. If it is "
+        f"yours, save it again with plain values in their place{allow}."
     )
 
 

@@ -70,9 +70,9 @@ def _tensor_v2(
     hooks: Any,
     metadata: Any = None,
 ) -> Tensor:
-    require(type(requires_grad) is bool and not metadata)
-    _require_no_hooks(hooks)
-    return _tensor(storage, offset, size, stride).requires_grad_(requires_grad)
+    require(type(storage) is Storage, "without a storage")
+    view = storage, offset, size, stride
+    return _tensor_v3(*view, requires_grad, hooks, storage.dtype, metadata)
 
 
 def _tensor_v3(

@@ -353,7 +353,7 @@ class Doctor:
             fork = name in FORKS and self.is_fork(name)
             if not (version and broken) or fork or low <= numbers(version) < high:
                 continue
-            text = f"{name} {version}: right is {'.'.join(map(str, low))} or later"
+            text = f"{name} {version}: supported is {'.'.join(map(str, low))} or later"
             text += f", below {'.'.join(map(str, high))}"
             fix = self.build_mmcv() if name == "mmcv" else self.reinstall(name)
             if name == "torch":

@@ -259,7 +259,7 @@ def broken(path):
         (broken, "incomplete, or no checkpoint"),
         (lambda path: saved(dict(model=Hostile()), path), "posix.system; nothing of it was run"),
         (lambda path: path.write_bytes(pickle.dumps(Hostile())), "not loaded|no checkpoint"),
-        (lambda path: saved([torch.ones(1)], path), "holds a list, where a dict is right"),
+        (lambda path: saved([torch.ones(1)], path), "holds a list, not a dict"),
         (lambda path: saved({}, path), "no layer with published names"),
         (lambda path: saved({0: torch.ones(1)}, path), "no layer with published names"),
         (lambda path: saved(dict(state_dict=[1]), path), "no layer with published names"),

@@ -179,7 +179,7 @@ def test_files_that_hold_something_else(detectors, fails, tmp_path):
         torch.save(value, numbers)
         assert fails(config, numbers) == f"error: {numbers}: holds no state dict"
     torch.save([1, 2], numbers)
-    assert fails(config, numbers) == f"error: {numbers}: holds a list, where a dict is right"
+    assert fails(config, numbers) == f"error: {numbers}: holds a list, not a dict"
     shapes = torch.load(source)
     shapes["state_dict"]["backbone.layer3.0.conv1.weight"] = torch.zeros(9, 9, 3, 3)
     torch.save(shapes, numbers)

@@ -133,7 +133,7 @@ def convert(
         UserError: A folder or file is missing, or a file is not of the format.
     """
     if ignored not in IGNORED:
-        raise UserError(f"ignored={ignored!r}: right is one of {', '.join(IGNORED)}")
+        raise UserError(f"ignored={ignored!r}: must be one of {', '.join(IGNORED)}")
     root = Path(root)
     folder = root / f"VisDrone2019-DET-{split}"
     images = _images(folder)
@@ -163,7 +163,7 @@ def convert(
 def _images(folder: Path) -> list[Path]:
     for part in ("images", "annotations"):
         if not (folder / part).is_dir():
-            raise UserError(f"{folder / part}: no such folder; right is the data set as published")
+            raise UserError(f"{folder / part}: no such folder; expected the data set as published")
     images = {path.stem: path for path in sorted((folder / "images").glob("*.jpg"))}
     texts = {path.stem for path in (folder / "annotations").glob("*.txt")}
     for have, lack, what in (
