@@ -72,7 +72,7 @@ def load(
         BrokenCheckpointError: It is truncated, or no such file.
 
     Example:
-        >>> import io
+        >>> import io, torch
         >>> file = io.BytesIO()
         >>> torch.save(dict(a=torch.ones(2)), file)
         >>> load(file)
