@@ -52,7 +52,7 @@ def submit(
     tasks["report"] = ("%j.txt", [], "--report-only")
     command = shlex.join([sys.executable, "-m", "rfa_mmdet", "ablate", *arguments])
     scripts: list[Path] = []
-    for name, (log, array, what) in tasks.items():
+    for name, (log, own, what) in tasks.items():
         # Slurm replaces %j and the like in the name of an output.
         output = f"{folder}/{name}-".replace("%", "%%") + log
         all_options = [
@@ -62,7 +62,7 @@ def submit(
             # A job whose node failed starts again, and its run continues.
             "--requeue",
             "--open-mode=append",
-            *array,
+            *own,
             *options,
         ]
         lines = [
