@@ -43,8 +43,8 @@ bench: env  ## measure every op on 2 CPU threads against the formulas and the pl
 test: $(if $(filter $(STACK),current),lint,env)  ## lint, then the tests that take seconds, in two processes
 	@"$(PYTHON)" -m pytest -q -n 2 --dist worksteal $(TESTS)
 
-test-slow: env  ## the tests that take minutes, in two processes
-	@"$(PYTHON)" -m pytest -q -n 2 --dist worksteal -m slow $(TESTS)
+test-slow: env  ## the tests that take minutes, in two processes; says what was skipped, and why
+	@"$(PYTHON)" -m pytest -q -rs -n 2 --dist worksteal -m slow $(TESTS)
 
 test-all: test test-slow  ## lint, then every test
 

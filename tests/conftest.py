@@ -12,6 +12,7 @@ pytest_plugins = [
     "tests.helpers.collection",
     "tests.helpers.fixtures",
     "tests.helpers.isolation",
+    "tests.helpers.slurm",
 ]
 
 slow_to_draw = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run tools/test.py under Slurm.
 #   GPUS=8 GPUS_PER_NODE=8 CPUS_PER_TASK=5 bash tools/slurm_test.sh PARTITION JOB CONFIG CHECKPOINT [more arguments of tools/test.py]
-# SRUN_ARGS in the environment goes to srun.
+# SRUN_ARGS in the environment goes to srun, such as --gres=none where there are no GPUs.
 # Example:
 #   GPUS=4 GPUS_PER_NODE=4 bash tools/slurm_test.sh gpu demo configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py work_dirs/demo/epoch_6.pth
 set -euo pipefail
@@ -10,9 +10,12 @@ case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 [ $# -ge 4 ] || { usage >&2; exit 2; }
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 gpus="${GPUS:-8}"
+for number in GPUS GPUS_PER_NODE CPUS_PER_TASK; do
+  [[ "${!number:-1}" =~ ^[1-9][0-9]*$ ]] ||
+    { echo "error: $number='${!number}': must be a number, at least 1" >&2; exit 2; }
+done
+per_node="${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}"
 # shellcheck disable=SC2086  # SRUN_ARGS is a list of words
-exec srun --partition "$1" --job-name "$2" \
-  --ntasks "$gpus" --ntasks-per-node "${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}" \
-  --gres "gpu:${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}" --cpus-per-task "${CPUS_PER_TASK:-5}" \
-  --kill-on-bad-exit=1 ${SRUN_ARGS:-} \
+exec srun --partition "$1" --job-name "$2" --ntasks "$gpus" --ntasks-per-node "$per_node" \
+  --gres "gpu:$per_node" --cpus-per-task "${CPUS_PER_TASK:-5}" --kill-on-bad-exit=1 ${SRUN_ARGS:-} \
   "${PYTHON:-python}" -u "$here/test.py" "$3" "$4" --launcher slurm "${@:5}"

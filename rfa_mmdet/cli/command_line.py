@@ -13,7 +13,7 @@ from mmengine.config import Config, DictAction
 from rich.console import Console
 from rich.progress import track
 
-from rfa_mmdet.cli.distributed import launched_rank, prepare_cpu_group
+from rfa_mmdet.cli.distributed import launched_rank, prepare_group
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.data.check import check_data
 from rfa_mmdet.errors import UserError
@@ -82,7 +82,7 @@ def prepare_run(cfg: Config, *splits: str) -> None:
     if launched_rank(cfg.launcher) == 0:  # one look at the files is enough
         for warning in check_data(cfg, splits):
             print(f"warning: {warning}", file=sys.stderr)
-    prepare_cpu_group(cfg)
+    prepare_group(cfg)
 
 
 def progress(what: str) -> Callable[..., Iterable]:

@@ -36,9 +36,11 @@ def submit(
         tuple[list[Path], list[str]]: The scripts in order, and their job IDs; none without sbatch.
 
     Raises:
-        UserError: sbatch rejects a script.
+        UserError: sbatch rejects a script, or a name that cannot stand in one.
     """
     folder = (study.work_dir / "slurm").resolve()
+    if set("\\\n") & set(f"{study.name}{folder}"):
+        raise UserError(f"{study.name}, {folder}: Slurm's scripts take no backslash or line break")
     for old in folder.glob("*.sh"):
         old.unlink()
     tasks = {}
@@ -46,19 +48,28 @@ def submit(
         runs = {str(i): run for i, run in enumerate(study.runs()) if run.stage == stage}
         if left := [number for number, run in runs.items() if not run.finished]:
             array = ",".join(left) + (f"%{jobs}" if jobs else "")
-            tasks[stage] = (f"%A_%a.txt\n#SBATCH --array={array}", "--run $SLURM_ARRAY_TASK_ID")
-    tasks["report"] = ("%j.txt", "--report-only")
+            tasks[stage] = ("%A_%a.txt", [f"--array={array}"], "--run $SLURM_ARRAY_TASK_ID")
+    tasks["report"] = ("%j.txt", [], "--report-only")
     command = shlex.join([sys.executable, "-m", "rfa_mmdet", "ablate", *arguments])
     scripts: list[Path] = []
-    for name, (log, what) in tasks.items():
+    for name, (log, own, what) in tasks.items():
+        # Slurm replaces %j and the like in the name of an output.
+        output = f"{folder}/{name}-".replace("%", "%%") + log
+        all_options = [
+            f"--partition={partition}",
+            f"--job-name={study.name}-{name}",
+            f"--output={output}",
+            # A job whose node failed starts again, and its run continues.
+            "--requeue",
+            "--open-mode=append",
+            *own,
+            *options,
+        ]
         lines = [
             "#!/usr/bin/env bash",
-            f"#SBATCH --partition={partition}",
-            f"#SBATCH --job-name={study.name}-{name}",
-            f"#SBATCH --output={folder}/{name}-{log}",
-            *(f"#SBATCH {option}" for option in options),
-            f"cd {shlex.quote(os.getcwd())}",
-            f"{command} {what}\n",
+            *(f"#SBATCH {shlex.quote(option)}" for option in all_options),
+            f"cd {shlex.quote(os.getcwd())} || exit",
+            f"exec {command} {what}\n",
         ]
         scripts.append(folder / f"{len(scripts) + 1}_{name}.sh")
         with written_whole(scripts[-1]) as part:
@@ -69,6 +80,8 @@ def submit(
         sbatch = ["sbatch", "--parsable", *after, str(script)]
         done = subprocess.run(sbatch, capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"{shlex.join(sbatch)}: {done.stderr.strip() or done.returncode}")
+            before = f"; submitted before: {', '.join(numbers)}" if numbers else ""
+            said = done.stderr.strip() or done.returncode
+            raise UserError(f"{shlex.join(sbatch)}: {said}{before}")
         numbers.append(done.stdout.strip().split(";")[0])
     return scripts, numbers

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import runpy
 import shutil
 import signal
@@ -58,18 +57,6 @@ THREE_SEEDS = """
 methods = dict(plain=plain, rfaconv={})
 seeds = (0, 1, 2)
 stages = dict(scratch=dict(), warm_start=dict(load_from="scratch", methods=["rfaconv"], seeds=[2]))
-"""
-# Runs each element of an array here and now.
-SBATCH = """#!/usr/bin/env bash
-echo "$*" >> "$SBATCH_LOG"
-script="${@: -1}"
-ids="$(sed -n 's/^#SBATCH --array=//p' "$script")"
-for id in $(echo "${ids%%%*}" | tr , ' ') ${ids:-none}; do
-  case "$id" in *[,%]*) continue ;; esac
-  SLURM_ARRAY_TASK_ID="$id" bash "$script" >> "$SBATCH_LOG.out" 2>&1
-  [ -n "$ids" ] && [ "$id" = "$ids" ] && break
-done
-echo "4$(wc -l < "$SBATCH_LOG");cluster"
 """
 
 
@@ -159,37 +146,6 @@ def test_all_methods_see_the_same_images_in_the_same_order(first):
     images = [one for line in seen.splitlines() for one in json.loads(line)]
     assert len({number for number, _ in images}) == 12
     assert {flipped for _, flipped in images} == {True, False}
-
-
-@pytest.mark.slow
-def test_slurm_gets_what_is_left_and_the_report(first, ablate, tmp_path):
-    sbatch = tmp_path / "sbatch"
-    sbatch.write_text(SBATCH)
-    sbatch.chmod(0o755)
-    (first.work_dir / "report.html").unlink()
-    records = [path.read_bytes() for path in sorted(first.work_dir.rglob("record.json"))]
-    done = ablate(
-        *("first", TWO_AND_A_WRONG_ONE, "--slurm", "gpus", "--slurm-args", "gres=gpu:1"),
-        PATH=f"{tmp_path}:{os.environ['PATH']}",
-        SBATCH_LOG=str(tmp_path / "log"),
-    )
-    assert done.returncode == 0, done.stdout
-    assert "submitted as 41, 42" in done.stdout
-    calls = (tmp_path / "log").read_text().splitlines()
-    assert [call.split()[:-1] for call in calls] == [
-        ["--parsable"],
-        ["--parsable", "--dependency=afterany:41"],
-    ]
-    script = (first.work_dir / "slurm" / "1_all.sh").read_text()
-    # Number 2 is the one that failed; the others are finished.
-    for line in ("--partition=gpus", "--array=2", "--gres=gpu:1"):
-        assert f"#SBATCH {line}\n" in script
-    printed = (tmp_path / "log.out").read_text()
-    assert "error: all/wrong/seed0: train failed with exit code 1" in printed
-    assert (first.work_dir / "report.html").is_file()
-    # Nothing that was finished was done again.
-    assert records == [path.read_bytes() for path in sorted(first.work_dir.rglob("record.json"))]
-    assert batches(first.work_dir, "plain").count("\n") == 3
 
 
 @pytest.mark.slow

@@ -1,95 +1,116 @@
-"""Slurm's and MPI's launchers on a CPU: their programs are stood in for, the processes are real."""
+"""Slurm's and MPI's launchers on CPUs, under Slurm and OpenMPI themselves."""
 
-import os
-import stat
-import subprocess
+import shutil
+import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from mmengine.config import Config
 
-from tests.helpers.paths import ROOT
-from tests.helpers.ports import free_port
-from tests.helpers.processes import PATIENCE
+from rfa_mmdet.cli.distributed import launched_rank, prepare_group
+from rfa_mmdet.errors import ConfigError
 
-# Starts its command as two tasks of one node, with what Slurm tells each.
-SRUN = """#!/usr/bin/env bash
-echo "srun $*" >> "$SRUN_LOG"
-while [ "$1" != "$PYTHON" ]; do shift; done
-export SLURM_NTASKS=2 SLURM_NODELIST=node1
-for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids+=($!); done
-for pid in "${pids[@]}"; do wait "$pid" || exit 1; done
-"""
-SCONTROL = """#!/usr/bin/env bash
-[ "$*" = "show hostnames node1" ] && echo 127.0.0.1
-"""
+ONE_EPOCH = ("--cfg-options", "train_cfg.max_epochs=1")
+# 12 images, batches of 4, two processes.
+BY_TWO = "[1][2/2]"
 
 
-def executable(path, text):
-    path.write_text(text)
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+@pytest.fixture(scope="module")
+def slurm(cluster, run_tool):
+    """Run a tool in the cluster, in two processes."""
+
+    def run(tool, *arguments, **variables):
+        variables = {**cluster.environment, "GPUS": "2", **variables}
+        return run_tool("bash", f"tools/slurm_{tool}.sh", "part", "a job", *arguments, **variables)
+
+    return run
 
 
 @pytest.mark.slow
-def test_slurm_scripts(tiny_config, run_tool, tmp_path):
-    executable(tmp_path / "srun", SRUN)
-    executable(tmp_path / "scontrol", SCONTROL)
-    variables = dict(
-        PATH=f"{tmp_path}:{os.environ['PATH']}",
-        SRUN_LOG=str(tmp_path / "log"),
-        GPUS="2",
-        SRUN_ARGS="--quiet --time 1",
-    )
-    trained = run_tool(
-        *("bash", "tools/slurm_train.sh", "part", "job", tiny_config),
-        *("--work-dir", tmp_path / "work", "--cfg-options", "train_cfg.max_epochs=1"),
-        **variables,
-        MASTER_PORT=free_port(),
-    )
-    assert trained.returncode == 0, trained.stdout
-    checkpoint = tmp_path / "work" / "epoch_1.pth"
-    # 12 images, batches of 4, two processes.
-    assert "[1][2/2]" in trained.stdout
-    tested = run_tool(
-        *("bash", "tools/slurm_test.sh", "part", "job", tiny_config, checkpoint),
-        *("--work-dir", tmp_path / "test"),
-        **variables,
-        MASTER_PORT=free_port(),
-    )
+def test_slurm_scripts(slurm, tiny_config, tmp_path):
+    folder = tmp_path / "a folder of $HOME's"
+    folder.mkdir()
+    config = shutil.copy(tiny_config, folder / "a config.py")
+    # At the same time: they share the first node, and must not meet each other there.
+    jobs = {
+        "two nodes": dict(GPUS_PER_NODE="1"),
+        "one node": dict(SRUN_ARGS="--gres=none --nodelist=rfa1 --time=10"),
+    }
+
+    def train(name):
+        return slurm("train", config, "--work-dir", folder / name, *ONE_EPOCH, **jobs[name])
+
+    with ThreadPoolExecutor() as pool:
+        for name, done in zip(jobs, pool.map(train, jobs), strict=True):
+            assert done.returncode == 0, done.stdout
+            assert BY_TWO in done.stdout
+            assert (folder / name / "epoch_1.pth").is_file()
+    checkpoint = folder / "two nodes" / "epoch_1.pth"
+    tested = slurm("test", config, checkpoint, "--work-dir", folder / "test")
     assert tested.returncode == 0, tested.stdout
+    # 4 images, two processes.
+    assert "[2/2]" in tested.stdout
     assert "coco/bbox_mAP" in tested.stdout
-    call = (tmp_path / "log").read_text()
-    for part in ("--partition part", "--job-name job", "--ntasks 2", "--gres gpu:2", "--time 1"):
-        assert part in call
 
 
 @pytest.mark.slow
-def test_mpi_launcher(tiny_config, environment, tmp_path):
-    command = (
-        *(sys.executable, "tools/train.py", str(tiny_config), "--launcher", "mpi"),
-        *("--work-dir", str(tmp_path), "--cfg-options", "train_cfg.max_epochs=1"),
+def test_slurm_passes_an_error_on(slurm, tiny_config, tmp_path):
+    wrong = ("--cfg-options", "model.bbox_head.num_classes=9")
+    done = slurm("train", tiny_config, "--work-dir", tmp_path, *wrong)
+    assert done.returncode != 0  # 1, or 143 of the rank that Slurm ended for it
+    assert "error: model.bbox_head.num_classes=9" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+@pytest.mark.slow
+def test_a_batch_script_is_no_rank(cluster, monkeypatch, tmp_path):
+    # Slurm's variables in one, of which a run without srun would wait for a second rank.
+    said = tmp_path / "said.txt"
+    job = ("--partition=part", "--ntasks=2", f"--output={said}", "--wrap=env")
+    cluster.run("sbatch", "--wait", *job)
+    for line in said.read_text().splitlines():
+        if line.startswith("SLURM_"):
+            monkeypatch.setenv(*line.split("=", 1))
+    with pytest.raises(ConfigError, match="SLURM_STEP_ID not set, so slurm has not started this"):
+        launched_rank("slurm")
+
+
+@pytest.mark.slow
+def test_mpi_launcher(run_tool, tiny_config, tmp_path):
+    if shutil.which("mpirun") is None:
+        pytest.skip("mpirun is not installed: apt-get install openmpi-bin")
+    done = run_tool(
+        *("mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", 2),
+        *(sys.executable, "tools/train.py", tiny_config, "--launcher", "mpi"),
+        *("--work-dir", tmp_path, *ONE_EPOCH),
     )
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={
-                **environment,
-                "OMPI_COMM_WORLD_RANK": str(rank),
-                "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
-                "OMPI_COMM_WORLD_SIZE": "2",
-                "MASTER_PORT": port,
-            },
-        )
-        for rank in (0, 1)
-    ]
-    for process in processes:
-        output = process.communicate(timeout=PATIENCE)[0]
-        assert process.returncode == 0, output
+    assert done.returncode == 0, done.stdout
+    assert BY_TWO in done.stdout
     assert (tmp_path / "epoch_1.pth").is_file()
+
+
+@pytest.fixture
+def two_machines(monkeypatch):
+    """What mpirun tells the first of two processes, each on a machine of its own."""
+    for name, value in dict(RANK=0, SIZE=2, LOCAL_RANK=0, LOCAL_SIZE=1).items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
+
+
+def test_mpi_on_two_machines_needs_an_address(two_machines, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ConfigError, match="mpirun needs -x MASTER_ADDR="):
+        prepare_group(Config(dict(launcher="mpi")))
+
+
+@pytest.mark.parametrize("port", ["of another job", "70000", "here"])
+def test_a_port_that_cannot_be_had(two_machines, monkeypatch, port):
+    with socket.create_server(("", 0)) as other:
+        port = str(other.getsockname()[1]) if port == "of another job" else port
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", port)
+        with pytest.raises(ConfigError, match=f"MASTER_PORT={port}: .* free on 127.0.0.1"):
+            prepare_group(Config(dict(launcher="mpi")))
 
 
 @pytest.mark.parametrize("script", ["dist_train", "dist_test", "slurm_train", "slurm_test"])
@@ -97,3 +118,11 @@ def test_scripts_without_arguments_say_how_they_are_called(run_tool, script):
     done = run_tool("bash", f"tools/{script}.sh")
     assert done.returncode == 2
     assert f"bash tools/{script}.sh" in done.stdout
+
+
+@pytest.mark.parametrize("variable", ["GPUS", "GPUS_PER_NODE", "CPUS_PER_TASK"])
+@pytest.mark.parametrize("script", ["slurm_train", "slurm_test"])
+def test_a_number_that_is_none(run_tool, script, variable):
+    done = run_tool("bash", f"tools/{script}.sh", *"pjcx", **{variable: "two"})
+    assert done.returncode == 2
+    assert done.stdout == f"error: {variable}='two': must be a number, at least 1\n"

@@ -1,7 +1,7 @@
-"""The scripts for Slurm, and what becomes of them where sbatch is missing or says no."""
+"""The scripts for Slurm: what Slurm makes of them, and what happens without it or against it."""
 
-import os
-import subprocess
+import csv
+import json
 import sys
 
 import pytest
@@ -9,6 +9,7 @@ import pytest
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.studies.slurm import submit
 from rfa_mmdet.studies.study import load_study
+from tests.helpers.processes import wait_until
 
 SPEC = """
 base = "base.py"
@@ -17,6 +18,37 @@ methods = dict(plain=dict(), ours=dict())
 seeds = (0, 1)
 stages = dict(first=dict(), next=dict(load_from="first"))
 """
+# Writes a line for each batch; in the second epoch waits, as long as it is told to, to be killed.
+HOLD = """
+import os
+import time
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class HoldHook(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        with open(runner.work_dir + "/batches.txt", "a") as file:
+            print(runner.epoch, batch_idx, file=file)
+        while runner.epoch == 1 and os.path.exists(os.environ["HOLD"]):
+            time.sleep(0.1)
+"""
+TRAININGS = """
+base = {base!r}
+metric = "coco/bbox_mAP_50"
+methods = dict(
+    plain={{"model.backbone.rfa": None, "model.backbone.stage_with_rfa": None}},
+    rfaconv={{}},
+)
+seeds = (0,)
+samples = 0
+options = {{
+    "train_cfg.max_epochs": 2,
+    "custom_imports": dict(imports=["rfa_mmdet", "hold_hook"]),
+    "custom_hooks": [dict(type="HoldHook")],
+}}
+"""
 
 
 @pytest.fixture
@@ -24,18 +56,73 @@ def study(tmp_path):
     """Two stages of two methods and two seeds; run 1 is finished."""
     (tmp_path / "base.py").write_text("model = dict(type='A')")
     (tmp_path / "spec.py").write_text(SPEC)
-    found = load_study(tmp_path / "spec.py", tmp_path / "a work dir")
+    found = load_study(tmp_path / "spec.py", tmp_path / "work")
     found.runs()[1].update(train={}, test={})
     return found
 
 
-def sbatch(folder, monkeypatch, text):
-    """Put a stand-in for sbatch, and nothing else, onto the path."""
-    file = folder / "bin" / "sbatch"
-    file.parent.mkdir()
-    file.write_text(f"#!{sys.executable}\n{text}")
-    file.chmod(0o755)
-    monkeypatch.setenv("PATH", str(file.parent))
+@pytest.mark.slow
+def test_jobs_that_are_killed_or_queued_again_continue(cluster, run_tool, tiny_config, tmp_path):
+    # Names as files may have them, of which nothing means anything to Slurm or a shell.
+    folder = tmp_path / '100%j of "a" $x\'s #1'
+    folder.mkdir()
+    (folder / "hold_hook.py").write_text(HOLD)
+    spec, work_dir, hold = folder / "my $spec.py", folder / "work", folder / "hold"
+    spec.write_text(TRAININGS.format(base=str(tiny_config)))
+    hold.touch()
+
+    def ablate():
+        done = run_tool(
+            *(sys.executable, "tools/ablate.py", spec, "--work-dir", work_dir),
+            *("--slurm", "part", "--slurm-args", "cpus-per-task=1", "comment=two words"),
+            **{**cluster.environment, "PYTHONPATH": str(folder), "HOLD": str(hold)},
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout.split("submitted as ")[1].split(";")[0].split(", ")
+
+    def run_folder(method):
+        return work_dir / "runs" / "all" / method / "seed0"
+
+    def seen(method):
+        path = run_folder(method) / "train" / "batches.txt"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def states():
+        found = json.loads((work_dir / "results.json").read_text())["runs"]
+        return [run["state"] for run in found]
+
+    array, report = ablate()
+    wait_until(lambda: all("1 0" in seen(m) for m in ("plain", "rfaconv")), printed=cluster.jobs)
+    hold.unlink()
+    cluster.run("scontrol", "requeue", f"{array}_0")
+    cluster.run("scancel", f"{array}_1")
+    cluster.wait()
+    # Slurm ends a job's processes one after another: its training, or what waits for that.
+    assert states() in (["finished", "started"], ["finished", "failed"])
+    assert "report.html" in (work_dir / "slurm" / f"report-{report}.txt").read_text()
+    finished = (run_folder("plain") / "record.json").stat()
+    ablate()
+    cluster.wait()
+    assert "#SBATCH --array=1\n" in (work_dir / "slurm" / "1_all.sh").read_text()
+    assert states() == ["finished", "finished"]
+    assert (run_folder("plain") / "record.json").stat() == finished
+    for method in ("plain", "rfaconv"):
+        # Three batches an epoch; one of the second when it was ended, then that epoch again.
+        assert seen(method) == ["0 0", "0 1", "0 2", "1 0", "1 0", "1 1", "1 2"]
+        assert "--resume auto" in (run_folder(method) / "log.txt").read_text()
+    rows = list(csv.DictReader((work_dir / "table.csv").open()))
+    assert [(row["method"], row["verdict"]) for row in rows] == [
+        ("plain", ""),
+        ("rfaconv", "cannot be tested"),
+    ]
+
+
+@pytest.mark.slow
+def test_slurm_rejects_a_script(cluster, study, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    with pytest.raises(UserError, match=r"1_first.sh: .*invalid partition specified: gpus"):
+        submit(study, ["spec.py"], "gpus")
+    assert not cluster.jobs()
 
 
 def test_scripts_without_sbatch(study, monkeypatch, tmp_path):
@@ -52,40 +139,29 @@ def test_scripts_without_sbatch(study, monkeypatch, tmp_path):
         assert f"#SBATCH {line}\n" in first
     assert "#SBATCH --array=4,5,6,7%2\n" in later
     assert "--array" not in report
-    assert f"#SBATCH --output={study.work_dir.resolve()}/slurm/report-%j.txt\n" in report
 
 
-def test_scripts_call_ablate_from_here(study, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "executable", f"{tmp_path}/fake python")
-    fake = tmp_path / "fake python"
-    fake.write_text('#!/bin/sh\npwd; printf "<%s>" "$@"; echo')
-    fake.chmod(0o755)
-    scripts, _ = submit(study, ["a spec.py", "--work-dir", "$x"], "gpus")
-    said = [
-        subprocess.run(
-            ["bash", script],
-            cwd=tmp_path,
-            env={**os.environ, "SLURM_ARRAY_TASK_ID": "5"},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for script in scripts
-    ]
-    call = f"{os.getcwd()}\n<-m><rfa_mmdet><ablate><a spec.py><--work-dir><$x>"
-    assert said == [f"{call}<--run><5>\n", f"{call}<--run><5>\n", f"{call}<--report-only>\n"]
-
-
-def test_each_job_waits_for_the_one_before(study, monkeypatch, tmp_path):
-    log = tmp_path / "calls"
-    text = f"import sys; print(sys.argv[1:-1], file=open({str(log)!r}, 'a')); print('7;cluster')"
-    sbatch(tmp_path, monkeypatch, text)
-    assert submit(study, ["spec.py"], "gpus")[1] == ["7", "7", "7"]
-    waits = "['--parsable', '--dependency=afterany:7']"
-    assert log.read_text().splitlines() == ["['--parsable']", waits, waits]
-
-
-def test_sbatch_that_rejects_a_script(study, monkeypatch, tmp_path):
-    sbatch(tmp_path, monkeypatch, "raise SystemExit('invalid partition specified: gpus')")
-    with pytest.raises(UserError, match=r"1_first.sh.*: invalid partition specified: gpus"):
+def test_a_later_script_is_rejected_by_a_federation(study, monkeypatch, tmp_path):
+    """Clusters that share their jobs add their name to a number; one user may have few jobs."""
+    calls = tmp_path / "calls"
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(
+        f"#!{sys.executable}\nimport sys\nfile = open({str(calls)!r}, 'a+')\n"
+        "print(sys.argv[1:-1], file=file)\nfile.seek(0)\n"
+        "sys.exit('job limit' if len(list(file)) > 2 else print('7;cluster'))"
+    )
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(sbatch.parent))
+    with pytest.raises(UserError, match=r"3_report.sh.*: job limit; submitted before: 7, 7"):
         submit(study, ["spec.py"], "gpus")
+    waits = "['--parsable', '--dependency=afterany:7']"
+    assert calls.read_text().splitlines() == ["['--parsable']", waits, waits]
+
+
+@pytest.mark.parametrize("name", ["back\\slash", "two\nlines"])
+def test_names_that_cannot_stand_in_a_script(study, tmp_path, name):
+    moved = load_study(tmp_path / "spec.py", tmp_path / name)
+    with pytest.raises(UserError, match="take no backslash or line break"):
+        submit(moved, ["spec.py"], "gpus")
+    assert not (tmp_path / name).exists()
