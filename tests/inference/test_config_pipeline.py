@@ -130,6 +130,7 @@ def test_the_model_sees_what_a_data_set_gives_it(case, monkeypatch, tmp_path):
     )
     found = predict(detector, paths, tmp_path / "out", batch_size=2)
     assert not found.skipped
+    assert not found.undrawn
     assert len(seen) == len(dataset) == len(paths)
     for inputs, item in zip(seen, dataset, strict=True):
         assert inputs.dtype == item["inputs"].dtype
