@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from mmdet.visualization import get_palette
 from mmengine.config import Config
 
@@ -42,7 +41,7 @@ def class_colours(metainfo: Mapping[str, Any], number: int) -> list[Colour]:
         ((1, 2, 3), 3)
     """
     given = metainfo.get("palette")
-    if isinstance(given, str) or (given and np.ndim(given) == 1 and _is_colour(given)):
+    if isinstance(given, str) or _is_colour(given):
         try:
             given = get_palette(given if isinstance(given, str) else tuple(given), number)
         except (AssertionError, ValueError, KeyError):  # no such name, or a short one
@@ -55,7 +54,7 @@ def class_colours(metainfo: Mapping[str, Any], number: int) -> list[Colour]:
 def _is_colour(value: Any) -> bool:
     try:
         return len(value) == 3 and all(0 <= part <= 255 for part in value)
-    except TypeError:
+    except (TypeError, ValueError):
         return False
 
 

@@ -31,13 +31,13 @@ def picture_names(paths: Sequence[str], *endings: str) -> dict[str, list[Path]]:
     taken = {folder for one in relative.values() for folder in one.parents}
     found: dict[str, list[Path]] = {}
     # Those that keep their name come first, so that no other one takes it.
-    for path in sorted(paths, key=lambda path: relative[path].suffix.lower() not in _KEPT):
+    for path in sorted(relative, key=lambda path: relative[path].suffix.lower() not in _KEPT):
         for names in _candidates(relative[path], endings):
             if not taken & set(names):
                 break
         taken.update(names)
         found[path] = names
-    return {path: found[path] for path in paths}
+    return {path: found[path] for path in relative}
 
 
 def _candidates(image: Path, endings: Sequence[str]) -> Iterator[list[Path]]:

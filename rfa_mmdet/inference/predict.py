@@ -69,6 +69,12 @@ def predict(
     """
     found = Predictions(dict(images=[], categories=[], annotations=[]))
     folder = Path(folder)
+    try:  # now, not after hours
+        (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: cannot be written")
     names = picture_names(paths)
 
     def readable() -> Iterator[LoadedImage]:
