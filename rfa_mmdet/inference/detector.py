@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -169,7 +169,7 @@ class Detector:
             raise ConfigError("test_dataloader: is not there, and its pipeline loads the images")
         init_default_scope(cfg.get("default_scope") or "mmdet")
         content = read_checkpoint(checkpoint)  # before the model is built, for its errors
-        self.model = build_detector(cfg)
+        self.model = cast(Any, build_detector(cfg))
         own = self.model.module if isinstance(self.model, BaseTTAModel) else self.model
         load_weights(own, content, checkpoint)
         self.model.dataset_meta = _metainfo(cfg, found[0], content, checkpoint)

@@ -8,7 +8,7 @@ from mmengine.config import Config
 
 from rfa_mmdet.data.check.find import leaves
 
-Colour = tuple[int, int, int]
+Colour = tuple[int, ...]  # of red, green and blue
 
 
 def class_names(metainfo: Mapping[str, Any], number: int = 0) -> tuple[str, ...]:
@@ -40,7 +40,7 @@ def class_colours(metainfo: Mapping[str, Any], number: int) -> list[Colour]:
         >>> colours[0], len(set(colours))
         ((1, 2, 3), 3)
     """
-    given = metainfo.get("palette")
+    given: Any = metainfo.get("palette")
     if isinstance(given, str) or _is_colour(given):
         try:
             given = get_palette(given if isinstance(given, str) else tuple(given), number)
