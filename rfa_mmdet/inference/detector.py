@@ -202,6 +202,8 @@ class Detector:
         for transform in self._transforms:
             try:
                 results = transform(results)
+            except ImageError:
+                raise
             except Exception as error:  # decoders raise what they like
                 raise ImageError(_reason(transform, error, pixels is None)) from error
             if results is None:

@@ -130,6 +130,9 @@ def test_inputs_are_files_folders_and_patterns(images):
     assert find_images([str(images)]) == sorted([*flat, deep])
     assert find_images([f"{images}/val_*.jpg"]) == flat
     assert find_images([f"{images}/**/*.jpg"]) == sorted([*flat, deep])
+    (images / "more" / "a.JFIF").write_bytes((images / "val_0000.jpg").read_bytes())
+    assert find_images([f"{images}/more"]) == [str(images / "more" / "a.JFIF"), deep]
+    (images / "more" / "a.JFIF").unlink()
     assert find_images([deep, f"{images}/more", str(images)]) == [deep, *flat]
     assert find_images([str(images)], without=images / "more") == flat
     with pytest.raises(UserError, match="nothing but results"):
