@@ -1,5 +1,6 @@
 """Whole files: written completely or not at all, and a check whether an image file is complete."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -45,7 +46,10 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
         ['a.txt']
     """
     path = Path(path)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    # A short name: file systems take 255 bytes, which the file's own may use up.
+    own = hashlib.sha1(os.fsencode(path.name), usedforsecurity=False).hexdigest()[:16]
+    suffix = path.suffix if len(os.fsencode(path.suffix)) < 100 else ""
+    part = path.with_name(f".{own}.{os.getpid()}.part{suffix}")
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name the file to write")
     try:

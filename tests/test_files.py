@@ -32,6 +32,13 @@ def test_what_was_there_stays_where_writing_breaks_off(tmp_path, stop):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("name", ["é" * 125 + ".jpg", "a" * 255, "a." + "b" * 253])
+def test_names_as_long_as_a_file_system_takes(tmp_path, name):
+    with written_whole(tmp_path / name) as part:
+        part.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_paths_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a folder"), written_whole(tmp_path):

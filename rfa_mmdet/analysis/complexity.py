@@ -193,7 +193,8 @@ def detector_complexity(cfg: Config, image_size: tuple[int, int] = (800, 1333)) 
         of a cascade, and mask heads with ``test_cfg.rcnn.max_per_img`` detections.
 
     Raises:
-        ConfigError: The image size is not positive, or the detector is of another kind.
+        ConfigError: The image size is not positive, the detector is of another kind, or it takes
+            no such image.
 
     Example:
         >>> from mmengine.hub import get_config
@@ -216,8 +217,17 @@ def detector_complexity(cfg: Config, image_size: tuple[int, int] = (800, 1333)) 
             "counts this package's layers as well under RFA_MMDET_COMPAT=flop_counts"
         )
     divisor = getattr(detector.data_preprocessor, "pad_size_divisor", 1)
-    sides = (-(-side // divisor) * divisor for side in image_size)
-    return _count(network, (1, image_channels(detector), *sides))
+    sides = [-(-side // divisor) * divisor for side in image_size]
+    failures: list[Exception] = []
+    for channels in image_channels(detector):
+        try:
+            return _count(network, (1, channels, *sides))
+        except Exception as error:  # a model may say in any way that it takes other images
+            failures.append(error)
+    raise ConfigError(
+        f"model.type={type(detector).__name__!r}: takes no image of 1 to 16 channels and "
+        f"{sides[0]} x {sides[1]} pixels: {failures[0]}"
+    ) from failures[0]
 
 
 # --- all systems in one detector -----------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Pictures of a run: its curves, its detections beside the truth, its attention."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rfa_mmdet.analysis.attention_maps import Heat, focus
+from rfa_mmdet.inference.detector import draw
+from rfa_mmdet.texts import drawable, drawn_as_written
 
 
 def save_curves(scalars: Path, out: Path) -> None:
@@ -115,8 +116,6 @@ def draw_boxes(
         >>> draw_boxes(np.zeros((12, 16, 3), np.uint8), box, ["cell"], scale=2).shape
         (24, 32, 3)
     """
-    visualizer = DetLocalVisualizer()
-    visualizer.dataset_meta = dict(classes=tuple(classes), palette="random")
     truth = score_threshold is None
     boxes = InstanceData(bboxes=instances.bboxes * scale, labels=instances.labels)
     sample = DetDataSample()
@@ -125,19 +124,18 @@ def draw_boxes(
     else:
         boxes.scores = instances.scores
         sample.pred_instances = boxes
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Warning: The .* is out of bounds")
-        visualizer.add_datasample(
-            "boxes",
-            np.ascontiguousarray(image.repeat(scale, 0).repeat(scale, 1)),
-            sample,
-            draw_gt=truth,
-            draw_pred=not truth,
-            pred_score_thr=score_threshold or 0.0,
-        )
-    return visualizer.get_image()
+    return draw(
+        DetLocalVisualizer(),
+        np.ascontiguousarray(image.repeat(scale, 0).repeat(scale, 1)),
+        sample,
+        dict(classes=classes),
+        draw_gt=truth,
+        draw_pred=not truth,
+        pred_score_thr=score_threshold or 0.0,
+    )
 
 
+@drawn_as_written()
 def save_attention(image: np.ndarray, maps: dict[str, Tensor], out: Path) -> None:
     """Show the attention of RFAConv layers over an image.
 
@@ -167,7 +165,7 @@ def save_attention(image: np.ndarray, maps: dict[str, Tensor], out: Path) -> Non
         over = F.interpolate(strength, (height, width), mode="bilinear")[0, 0]
         above, below = axes[:, column]
         heat = lay_over(above, image, over)
-        above.set_title(f"{name}\nfocus, 0 to {strength.max():.2f}", fontsize=10)
+        above.set_title(f"{drawable(name)}\nfocus, 0 to {strength.max():.2f}", fontsize=10)
         figure.colorbar(heat, ax=above, fraction=0.046)
         side = round(attention.shape[2] ** 0.5)
         share = attention.mean((0, 1, 3, 4)).reshape(side, side).numpy()
@@ -182,6 +180,7 @@ def save_attention(image: np.ndarray, maps: dict[str, Tensor], out: Path) -> Non
     plt.close(figure)
 
 
+@drawn_as_written()
 def save_heats(
     image: np.ndarray, heats: Sequence[Heat], out: Path, seen: tuple[float, float] = (1, 1)
 ) -> None:
@@ -212,9 +211,8 @@ def save_heats(
         # A map that is the same everywhere has no scale of its own.
         reach = max(high - low, 1e-6)
         shown = lay_over(one, image, over, low, low + reach)
-        one.set_title(
-            f"{heat.layer}\n{heat.kind}: {heat.meaning}, {low:.3g} to {high:.3g}", fontsize=9
-        )
+        meaning = f"{heat.kind}: {heat.meaning}, {low:.3g} to {high:.3g}"
+        one.set_title(f"{drawable(heat.layer)}\n{meaning}", fontsize=9)
         figure.colorbar(shown, ax=one, fraction=0.046)
     for i, one in enumerate(axes.flat):
         one.set(xticks=[], yticks=[])
@@ -277,16 +275,18 @@ def save_side_by_side(pictures: dict[str, np.ndarray], out: Path) -> None:
         pictures (dict[str, np.ndarray]): Title to (H, W, 3) uint8, RGB.
         out (Path): PNG to write.
     """
+    titles = [drawable(title) for title in pictures]
     height, width = next(iter(pictures.values())).shape[:2]
-    figure, axes = plt.subplots(
-        *(1, len(pictures)),
-        figsize=(5 * len(pictures), 5 * height / width + 0.5),
-        layout="constrained",
-        squeeze=False,
-    )
-    for one, (title, picture) in zip(axes.flat, pictures.items(), strict=True):
-        one.imshow(picture)
-        one.set_title(title, fontsize=11)
-        one.set(xticks=[], yticks=[])
-    figure.savefig(out, dpi=120)
+    with drawn_as_written(titles):
+        figure, axes = plt.subplots(
+            *(1, len(pictures)),
+            figsize=(5 * len(pictures), 5 * height / width + 0.5),
+            layout="constrained",
+            squeeze=False,
+        )
+        for one, title, picture in zip(axes.flat, titles, pictures.values(), strict=True):
+            one.imshow(picture)
+            one.set_title(title, fontsize=11)
+            one.set(xticks=[], yticks=[])
+        figure.savefig(out, dpi=120)
     plt.close(figure)

@@ -20,6 +20,7 @@ from rfa_mmdet.studies import Run, Study, execute, load_study, run_all, submit, 
 from rfa_mmdet.studies.execute import RunFailed
 from rfa_mmdet.studies.results import read_run
 from rfa_mmdet.studies.tables import COLUMNS, records
+from rfa_mmdet.texts import printable
 
 SHOWN = ("method", "test", "difference", "p", "verdict")
 console = Console(highlight=False, soft_wrap=True)
@@ -56,7 +57,7 @@ def main() -> None:
         study = load_study(args.spec, args.work_dir)
         if args.list:
             for i, run in enumerate(study.runs()):
-                console.print(f"{i:4d}  {run}  {read_run(study, run)['state']}")
+                print(f"{i:4d}  {run}  {read_run(study, run)['state']}")
         elif args.run is not None:
             run_one(study, args.run)
         elif args.slurm is not None:
@@ -67,7 +68,7 @@ def main() -> None:
             if failed:
                 console.print(f"{len(failed)} of {len(study.runs())} runs failed:", style="red")
                 for run, error in failed.items():
-                    console.print(Text(f"  {run}: {error}"))
+                    print(f"  {run}: {printable(error)}")
                 sys.exit(1)
 
 
@@ -87,7 +88,9 @@ def run_the_rest(study: Study, jobs: int) -> dict[Run, str]:
     """Do all that is left, printing what becomes of it; return why runs failed."""
 
     def tell(run: Run, state: str) -> None:
-        console.print(Text(f"{run}: {state}"), style="red" if state.startswith("failed") else None)
+        console.print(
+            Text(f"{run}: {printable(state)}"), style="red" if state.startswith("failed") else None
+        )
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the processes too
     try:
@@ -103,9 +106,10 @@ def submit_all(study: Study, args: Namespace) -> None:
     options = [f"--{argument.lstrip('-')}" for argument in args.slurm_args]
     scripts, numbers = submit(study, arguments, args.slurm, args.jobs, options)
     for script in scripts:
-        console.print(f"wrote {script}")
+        print(f"wrote {printable(script)}")
     if numbers:
-        console.print(f"submitted as {', '.join(numbers)}; the report will be in {study.work_dir}")
+        where = printable(study.work_dir)
+        print(f"submitted as {', '.join(numbers)}; the report will be in {where}")
     else:
         console.print(
             "there is no sbatch here; submit them in this order, each after the first with"
@@ -117,7 +121,7 @@ def print_report(study: Study, summary: pd.DataFrame) -> None:
     """Print what of the summary fits into a terminal, and where the report is."""
     columns = [column for column in COLUMNS if column.title in SHOWN]
     for stage, rows in summary.groupby("stage", sort=False):
-        table = Table(title=f"{stage}: {study.metric}")
+        table = Table(title=Text(printable(f"{stage}: {study.metric}")))
         for column in columns:
             justify: Any = "left" if column.is_text else "right"
             table.add_column(column.title, justify=justify, no_wrap=column.title != "method")
@@ -125,4 +129,4 @@ def print_report(study: Study, summary: pd.DataFrame) -> None:
             table.add_row(*(Text(column.text(row)) for column in columns))
         console.print(table)
     for name in ("report.html", "table.md", "table.csv", "results.json"):
-        console.print(f"  {study.work_dir / name}")
+        print(f"  {printable(study.work_dir / name)}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rfa_mmdet.cli.command_line import config_parser, progress, user_errors
 from rfa_mmdet.config.read import load_config
@@ -21,6 +22,7 @@ from rfa_mmdet.data.check.images import NOT_DECODABLE
 from rfa_mmdet.data.check.report import some
 from rfa_mmdet.errors import ConfigError
 from rfa_mmdet.files import written_whole
+from rfa_mmdet.texts import cell, printable
 
 SPLITS = ("train", "val", "test")
 console = Console(highlight=False, soft_wrap=True)
@@ -59,7 +61,7 @@ def print_tables(found: Audit) -> None:
     for name in dict.fromkeys(name for counts in found.boxes.values() for name in counts):
         boxes = [found.boxes[split].get(name) for split in splits]
         cells = ("-" if n is None else f"{n:,}" if n else "[yellow]0[/]" for n in boxes)
-        classes.add_row(name.replace("[", "\\["), *cells)
+        classes.add_row(Text(printable(name)), *cells)
     for one in (table, classes):
         for column in one.columns[1:]:
             column.justify = "right"
@@ -68,11 +70,14 @@ def print_tables(found: Audit) -> None:
 
 def write_list(found: Audit, path: Path) -> None:
     """Write all problems as CSV, the worst kinds first."""
-    with written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with (
+        written_whole(path) as part,
+        part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(("kind", "split", "image", "what"))
         for problem in sorted(found.problems, key=lambda p: KINDS.index(p.kind)):
-            writer.writerow((problem.kind, problem.split, problem.path, problem.text))
+            writer.writerow(map(cell, (problem.kind, problem.split, problem.path, problem.text)))
 
 
 def main() -> int:
@@ -99,9 +104,9 @@ def main() -> int:
             (out / name).unlink(missing_ok=True)
         if found.problems:
             write_list(found, out / "problems.csv")
-            console.print(f"all problems: {out / 'problems.csv'}")
+            print(f"all problems: {printable(out / 'problems.csv')}")
         if save_contact_sheet(found, out / "worst.png"):
-            console.print(f"the worst:    {out / 'worst.png'}")
+            print(f"the worst:    {printable(out / 'worst.png')}")
     for key in found.skipped:
         print(f"warning: {key}: images not looked at one by one", file=sys.stderr)
     for warning in problems.warnings:

@@ -6,7 +6,7 @@ import sys
 import traceback
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from mmengine.config import Config, DictAction
@@ -18,6 +18,7 @@ from rfa_mmdet.config.check import check_config
 from rfa_mmdet.data.check import check_data
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.layers.warm_start.start import WarmStartError
+from rfa_mmdet.texts import printable
 
 
 def config_parser(description: str, example: str) -> ArgumentParser:
@@ -97,6 +98,34 @@ def progress(what: str) -> Callable[..., Iterable]:
     """
     console = Console(stderr=True)
     return lambda items, total=None: track(items, what, total=total, console=console)
+
+
+def print_left_out(
+    number: int, skipped: Mapping[str, str], undrawn: Mapping[str, str] | None = None
+) -> int:
+    """Say why images were left out, each in a line on stderr, and how many in a last line.
+
+    Args:
+        number (int): Of all images.
+        skipped (Mapping[str, str]): What is wrong with those that have no results, by path.
+        undrawn (Mapping[str, str] | None): Why others have no picture. Defaults to None.
+
+    Returns:
+        int: The exit code: 1 if any were left out.
+
+    Example:
+        >>> print_left_out(3, {"a.jpg": "missing"})
+        skipped 1 of 3 images
+        1
+    """
+    for what, images in (("skipped", skipped), ("no picture of", undrawn or {})):
+        for path, reason in images.items():
+            print(f"warning: {what} {printable(path)}: {printable(reason)}", file=sys.stderr)
+    said = [f"skipped {len(skipped)} of {number} images"] if skipped else []
+    said += [f"no picture of {len(undrawn)} of {number} images"] if undrawn else []
+    if said:
+        print("; ".join(said))
+    return int(bool(said))
 
 
 @contextmanager

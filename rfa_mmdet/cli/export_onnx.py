@@ -22,6 +22,7 @@ from rfa_mmdet.errors import ConfigError
 from rfa_mmdet.export import Comparison, export_onnx
 from rfa_mmdet.inference.detector import Detector
 from rfa_mmdet.inference.images import find_images
+from rfa_mmdet.texts import printable
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -102,8 +103,8 @@ def main() -> None:
             file=sys.stderr,
         )
     for path, damage in found.skipped.items():
-        print(f"warning: skipped {path}: {damage}", file=sys.stderr)
+        print(f"warning: skipped {printable(path)}: {printable(damage)}", file=sys.stderr)
     if found.skipped:
-        console.print(f"skipped {len(found.skipped)} of {len(paths)} images")
+        print(f"skipped {len(found.skipped)} of {len(paths)} images")
     for file, holds in files:
-        console.print(f"wrote: {file} ({holds})")
+        print(f"wrote: {printable(file)} ({holds})")

@@ -1,6 +1,9 @@
-"""Detect on images: annotated pictures, and all detections as COCO-format JSON."""
+"""Detect on images: annotated pictures, and all detections as COCO-format JSON.
 
-import sys
+The exit code is 0 where every image has detections and a picture, and 1 where one was left out, as
+the last line then says; the results of the others are written.
+"""
+
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -9,12 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rfa_mmdet.cli.command_line import config_parser, progress, user_errors
+from rfa_mmdet.cli.command_line import config_parser, print_left_out, progress, user_errors
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.config.read import load_config
 from rfa_mmdet.inference.detector import Detector
 from rfa_mmdet.inference.images import find_images
 from rfa_mmdet.inference.predict import Predictions, predict
+from rfa_mmdet.texts import printable
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -50,15 +54,16 @@ def print_table(found: Predictions, score: float) -> None:
     sure = Counter(a["category_id"] for a in found.coco["annotations"] if a["score"] >= score)
     for category in found.coco["categories"]:
         number = category["id"]
+        name = Text(printable(category["name"]))
         if total[number]:
-            table.add_row(Text(category["name"]), f"{total[number]:,}", f"{sure[number]:,}")
+            table.add_row(name, f"{total[number]:,}", f"{sure[number]:,}")
     table.add_section()
     table.add_row("all", f"{total.total():,}", f"{sure.total():,}")
     console.print(table)
 
 
-def main() -> None:
-    """Detect, write, and say what was found."""
+def main() -> int:
+    """Detect, write, and say what was found; return the exit code."""
     args = parse_args()
     out = Path(args.out or Path("work_dirs", Path(args.config).stem, "predictions"))
     with user_errors():
@@ -75,9 +80,8 @@ def main() -> None:
             progress("detecting"),
         )
     print_table(found, args.score)
-    for path, damage in found.skipped.items():
-        print(f"warning: skipped {path}: {damage}", file=sys.stderr)
-    if found.skipped:
-        print(f"skipped {len(found.skipped)} of {len(paths)} images")
-    print(f"pictures:   {out / 'pictures'}")
-    print(f"detections: {out / 'predictions.json'}")
+    print(f"pictures:   {printable(out / 'pictures')}")
+    print(f"detections: {printable(out / 'predictions.json')}")
+    if found.not_finite:
+        print(f"left out {found.not_finite:,} detections whose box or score is no number")
+    return print_left_out(len(paths), found.skipped, found.undrawn)

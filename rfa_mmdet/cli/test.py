@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import matplotlib
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
@@ -15,6 +16,7 @@ from rfa_mmdet.cli.command_line import prepare_run, run_parser, user_errors
 from rfa_mmdet.config.read import load_config
 from rfa_mmdet.errors import ConfigError, UserError
 from rfa_mmdet.files import written_whole
+from rfa_mmdet.inference.names import complete_palettes
 from rfa_mmdet.layers.warm_start.start import WarmStartError
 
 
@@ -72,15 +74,24 @@ def apply_args(cfg: Config, args) -> None:
         args.show, args.wait_time = False, 0
         # MMDetection would put a relative folder below <work dir>/<time>.
         args.show_dir = str(Path(args.show_dir).resolve())
+        matplotlib.rcParams["text.parse_math"] = False  # names of classes are no TeX
+        complete_palettes(cfg, "test")
         trigger_visualization_hook(cfg, args)
 
 
 def augment(cfg: Config) -> None:
     """Put the detector, and the images, into test-time augmentation."""
-    dataset = cfg.test_dataloader.dataset
-    while "dataset" in dataset:  # that is wrapped in others
-        dataset = dataset.dataset
-    dataset.pipeline = cfg.tta_pipeline
+
+    def replace(dataset: dict) -> None:
+        inner = [dataset["dataset"]] if "dataset" in dataset else dataset.get("datasets", [])
+        if not inner:
+            dataset["pipeline"] = cfg.tta_pipeline
+        elif "pipeline" in dataset:  # of images that are whole already
+            dataset["pipeline"] = []
+        for one in inner:
+            replace(one)
+
+    replace(cfg.test_dataloader.dataset)
     cfg.model = dict(**cfg.tta_model, module=cfg.model)
 
 

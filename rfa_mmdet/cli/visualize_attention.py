@@ -2,23 +2,26 @@
 
 Of RFAConv: where it prefers some positions of its window ('focus', 0 to 1). Of the others: how
 much they let through ('weight'). With --compare, the detections of two models side by side.
+The exit code is 1 where an image was left out, as the last line then says.
 """
 
-import os
-import sys
 from argparse import Namespace
-from collections import Counter
 from pathlib import Path
+
+from mmengine.model import BaseTTAModel
 
 from rfa_mmdet.analysis.attention_maps import attention_layers, heat_maps
 from rfa_mmdet.analysis.pictures import draw_boxes, save_heats, save_side_by_side
-from rfa_mmdet.cli.command_line import config_parser, progress, user_errors
+from rfa_mmdet.cli.command_line import config_parser, print_left_out, progress, user_errors
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.config.read import load_config
-from rfa_mmdet.errors import UserError
+from rfa_mmdet.errors import ConfigError
 from rfa_mmdet.files import written_whole
 from rfa_mmdet.inference.detector import Detector, LoadedImage
-from rfa_mmdet.inference.images import ImageError, find_images, none_readable
+from rfa_mmdet.inference.images import find_images, none_readable
+from rfa_mmdet.inference.picture_names import picture_names
+from rfa_mmdet.inference.predict import first_line
+from rfa_mmdet.texts import printable
 
 WIDTH = 320  # pixels that a picture of detections has at least
 
@@ -48,22 +51,21 @@ def load(config: str, checkpoint: str, device: str | None, options: dict) -> Det
     """Build a detector."""
     cfg = load_config(config, options)
     check_config(cfg)
-    return Detector(cfg, checkpoint, device)
-
-
-def picture_names(paths: list[str], common: str) -> dict[str, Path]:
-    """Return the name of each image's picture below the output folder."""
-    relative = {path: Path(os.path.relpath(os.path.abspath(path), common)) for path in paths}
-    times = Counter(one.with_suffix("") for one in relative.values())
-    return {
-        # Of a.jpg beside a.png, whole names.
-        path: one.with_suffix(".png" if times[one.with_suffix("")] == 1 else f"{one.suffix}.png")
-        for path, one in relative.items()
-    }
+    detector = Detector(cfg, checkpoint, device)
+    if isinstance(detector.model, BaseTTAModel):
+        raise ConfigError(
+            f"config={config!r}: model.type={type(detector.model).__name__!r} runs the detector "
+            "several times an image; name the config without test-time augmentation"
+        )
+    return detector
 
 
 def show(
-    args: Namespace, detectors: dict[str, Detector], images: dict[str, LoadedImage], out: Path
+    args: Namespace,
+    detectors: dict[str, Detector],
+    images: dict[str, LoadedImage],
+    heats_out: Path,
+    detections_out: Path,
 ) -> None:
     """Write the pictures of one image, as each detector's pipeline has loaded it."""
     first = next(iter(detectors))
@@ -72,12 +74,12 @@ def show(
         detectors[first].model, lambda: detectors[first].detect([images[first]]), args.layers
     )
     if not heats:
-        raise UserError(
+        raise ConfigError(
             f"--layers {args.layers!r}: none of these layers sees the whole image, only regions"
         )
     padded = sample.metainfo.get("batch_input_shape", sample.img_shape)
     seen = tuple(a / b for a, b in zip(sample.img_shape, padded, strict=True))
-    with written_whole(out) as part:
+    with written_whole(heats_out) as part:
         save_heats(rgb, heats, part, seen)
     if len(detectors) > 1:
         pictures = {}
@@ -87,12 +89,12 @@ def show(
             rgb = images[name].picture[..., ::-1]
             boxes = found.pred_instances.cpu()
             pictures[name] = draw_boxes(rgb, boxes, classes, args.score, -(-WIDTH // rgb.shape[1]))
-        with written_whole(out.with_name(f"{out.stem}_detections.png")) as part:
+        with written_whole(detections_out) as part:
             save_side_by_side(pictures, part)
 
 
-def main() -> None:
-    """Show every image that can be read."""
+def main() -> int:
+    """Show every image that can be read; return the exit code."""
     args = parse_args()
     folder = Path(args.out or Path("work_dirs", Path(args.config).stem, "attention"))
     with user_errors():
@@ -106,20 +108,17 @@ def main() -> None:
                 other = f"{other}, {Path(args.compare[1]).stem}"
             config, checkpoint = args.compare
             detectors[other] = load(config, checkpoint, args.device, {})
-        common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-        names_of = picture_names(paths, common)
+        pictures = picture_names(paths, ".png", "_detections.png")
         skipped: dict[str, str] = {}
         for path in progress("looking")(paths):
             try:
                 images = {name: detector.load(path) for name, detector in detectors.items()}
-            except ImageError as error:
-                skipped[path] = str(error)
-            else:
-                show(args, detectors, images, folder / names_of[path])
+                show(args, detectors, images, *(folder / name for name in pictures[path]))
+            except ConfigError:  # whatever the image
+                raise
+            except Exception as error:  # a model may fail in any way on an odd image
+                skipped[path] = first_line(error)
         if len(skipped) == len(paths):
             raise none_readable(skipped)
-    for path, damage in skipped.items():
-        print(f"warning: skipped {path}: {damage}", file=sys.stderr)
-    if skipped:
-        print(f"skipped {len(skipped)} of {len(paths)} images")
-    print(f"pictures: {folder}")
+    print(f"pictures: {printable(folder)}")
+    return print_left_out(len(paths), skipped)

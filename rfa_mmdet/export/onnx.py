@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.export.comparison import Comparison
 from rfa_mmdet.export.graph import Graph
-from rfa_mmdet.export.parts import parts
+from rfa_mmdet.export.parts import check_supported, parts
 from rfa_mmdet.files import written_whole
 from rfa_mmdet.inference.detector import Detector
 from rfa_mmdet.inference.images import ImageError, none_readable
@@ -46,6 +46,7 @@ def export_onnx(
         raise UserError(f"--out {out}: the file's name must end in .onnx")
     _need("onnx", "onnxruntime")
     model = detector.model
+    check_supported(model)
     batches, skipped = _batches(detector, paths)
     needed = parts(model, batches[0][0])
     files = []

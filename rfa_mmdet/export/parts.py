@@ -182,12 +182,22 @@ def parts(detector: BaseDetector, images: Tensor) -> list[Part]:
             DensePart(detector, "rpn_head", True, images, holds),
             *(RegionPart(head) for head in heads),
         ]
-    if isinstance(detector, SingleStageDetector) and hasattr(detector, "bbox_head"):
-        return [DensePart(detector, "bbox_head", False, images, "backbone, neck and head")]
-    raise _unsupported(detector)
+    check_supported(detector)
+    return [DensePart(detector, "bbox_head", False, images, "backbone, neck and head")]
 
 
-def _unsupported(detector: BaseDetector) -> UserError:
+def check_supported(detector: nn.Module) -> None:
+    """Refuse a detector of another kind, for which no image need be loaded.
+
+    Raises:
+        UserError: It is neither a single-stage detector nor Faster, Mask or Cascade R-CNN.
+    """
+    single = isinstance(detector, SingleStageDetector) and hasattr(detector, "bbox_head")
+    if not single and not region_heads(detector):
+        raise _unsupported(detector)
+
+
+def _unsupported(detector: nn.Module) -> UserError:
     return UserError(
         f"model.type={type(detector).__name__!r}: only single-stage detectors with anchors or "
         "points, and Faster, Mask and Cascade R-CNN with an RPN and without a shared head, can be "

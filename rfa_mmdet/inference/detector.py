@@ -1,26 +1,36 @@
 """A detector with its checkpoint, on images loaded by the pipeline of its config."""
 
 import copy
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
+import cv2
 import numpy as np
 import torch
-from mmdet.apis import DetInferencer
-from mmdet.models.backbones.csp_darknet import Focus
-from mmdet.registry import DATASETS, MODELS
+from mmcv.transforms import Compose as Nested
+from mmdet.registry import MODELS, VISUALIZERS
 from mmdet.structures import DetDataSample
+from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DefaultScope
+from mmengine.dataset import Compose
+from mmengine.device import get_device
+from mmengine.model import BaseTTAModel, revert_sync_batchnorm
+from mmengine.registry import FUNCTIONS, DefaultScope, init_default_scope
+from mmengine.runner import autocast
 from torch import nn
 
 from rfa_mmdet.checkpoints.files import read_checkpoint
 from rfa_mmdet.checkpoints.weights import load_weights
-from rfa_mmdet.errors import UserError
+from rfa_mmdet.data.check.classes import heads
+from rfa_mmdet.data.check.find import Leaf, leaves
+from rfa_mmdet.errors import ConfigError, UserError
 from rfa_mmdet.files import image_damage
 from rfa_mmdet.inference.images import ImageError
+from rfa_mmdet.inference.names import class_colours, class_names
+from rfa_mmdet.texts import drawable, drawn_as_written
 
 
 def check_device(device: str | None) -> None:
@@ -78,22 +88,22 @@ def load_detector(cfg: Config, checkpoint: str) -> nn.Module:
     return detector
 
 
-def image_channels(detector: nn.Module) -> int:
-    """Return the number of channels that a detector's first convolution expects of an image.
+def image_channels(detector: nn.Module) -> Iterator[int]:
+    """Yield how many channels an image of a detector may have, the likeliest number first.
 
-    Raises:
-        UserError: The detector has no convolution.
+    It is nowhere written down: the first convolution says it in most detectors, though not where
+    pixels become channels before it, or where another module is registered first. So whoever makes
+    an image tries one number after another.
 
     Example:
-        >>> image_channels(nn.Sequential(nn.ReLU(), nn.Conv2d(1, 8, 3)))
+        >>> next(image_channels(nn.Sequential(nn.ReLU(), nn.Conv2d(1, 8, 3))))
         1
+        >>> next(image_channels(nn.Sequential(nn.Flatten(), nn.Linear(48, 8))))
+        3
     """
-    for module in detector.modules():
-        if isinstance(module, Focus):  # YOLOX stacks 2 x 2 pixels as channels first
-            return module.conv.conv.in_channels // 4
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels
-    raise UserError(f"{type(detector).__name__}: has no convolution")
+    backbone = getattr(detector, "backbone", detector)
+    first = next((m for m in backbone.modules() if hasattr(m, "in_channels")), None)
+    yield from dict.fromkeys((getattr(first, "in_channels", 3), 3, 1, 4, 2, *range(5, 17)))
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,8 @@ class LoadedImage:
     def picture(self) -> np.ndarray:
         """The image for display: (H, W, 3) uint8, BGR.
 
-        An image with values above 255, such as 16-bit ones, is scaled so that its largest is 255.
+        Values that are not from 0 to 255, such as those of 16 bits, are spread over that range,
+        but for the darkest and brightest thousandth; a float image from 0 to 1 is scaled.
 
         Example:
             >>> grey = np.array([[0, 1000, 4000]], np.uint16)
@@ -123,39 +134,53 @@ class LoadedImage:
         """
         pixels = np.atleast_3d(self.pixels)
         colour = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., [0, 0, 0]]
-        most = colour.max(initial=0)
-        if most > 255:
-            colour = colour * (255.0 / most)
+        if colour.dtype != np.uint8:
+            colour = np.nan_to_num(colour.astype(np.float32))
+            most = colour.max(initial=0)
+            if most > 255:
+                low, high = np.percentile(colour, (0.1, 99.9))
+                low = low if high > low else 0
+                colour = (colour - low) * (255 / max(high - low, 1))
+            elif self.pixels.dtype.kind == "f" and most <= 1:
+                colour = colour * 255
         return np.ascontiguousarray(colour.clip(0, 255).astype(np.uint8))
 
 
-class Detector(DetInferencer):
-    """MMDetection's inferencer, with a checkpoint that must be the model's own.
+class Detector:
+    """A detector as a test of its config runs it, on image files.
 
     Args:
         cfg (Config): Of the detector.
-        checkpoint (str): File or URL.
+        checkpoint (str): File or URL, which must be the model's own.
         device (str | None): Defaults to None: a GPU where there is one.
 
+    Attributes:
+        model (nn.Module): In eval mode; its ``dataset_meta`` holds ``classes`` and ``palette``.
+
     Raises:
-        UserError: The checkpoint is missing, damaged, or of another model; or there is no such
-            device.
+        UserError: The checkpoint is missing, damaged, or of another model; the config has no test
+            data, whose pipeline loads images; or there is no such device.
     """
 
     def __init__(self, cfg: Config, checkpoint: str, device: str | None = None) -> None:
         check_device(device)
-        read_checkpoint(checkpoint)  # before the model is built, for its errors
-        self._checkpoint = checkpoint
-        super().__init__(cfg, checkpoint, device=device, show_progress=False)
-
-    def _load_weights_to_model(self, model: nn.Module, checkpoint: dict, cfg: Config) -> None:
-        load_weights(model, checkpoint, self._checkpoint)
-        meta = checkpoint.setdefault("meta", {})
-        if "dataset_meta" not in meta and "CLASSES" not in meta:
-            # Without names, MMDetection takes COCO's, whatever the number of classes.
-            dataset = DATASETS.build({**cfg.test_dataloader.dataset, "lazy_init": True})
-            meta["dataset_meta"] = dataset.metainfo
-        super()._load_weights_to_model(model, checkpoint, cfg)
+        found = leaves(cfg, "test")
+        if not found:
+            raise ConfigError("test_dataloader: is not there, and its pipeline loads the images")
+        init_default_scope(cfg.get("default_scope") or "mmdet")
+        content = read_checkpoint(checkpoint)  # before the model is built, for its errors
+        self.model = cast(Any, build_detector(cfg))
+        own = self.model.module if isinstance(self.model, BaseTTAModel) else self.model
+        load_weights(own, content, checkpoint)
+        self.model.dataset_meta = _metainfo(cfg, found[0], content, checkpoint)
+        self.model.to(device or get_device())
+        self._transforms = list(_flat(_pipeline(found)))
+        self._collate = _collate(cfg.test_dataloader)
+        self._half = bool((cfg.get("test_cfg") or {}).get("fp16"))
+        given = cfg.get("visualizer") or dict(type="DetLocalVisualizer")
+        # Its backends are for what a run logs.
+        built = VISUALIZERS.build({**given, "name": f"visualizer {id(self)}", "vis_backends": None})
+        self._visualizer = built if hasattr(built, "dataset_meta") else DetLocalVisualizer()
 
     def load(self, path: str) -> LoadedImage:
         """Load an image with the test pipeline of the config.
@@ -167,28 +192,37 @@ class Detector(DetInferencer):
             LoadedImage: To be given to :meth:`detect`.
 
         Raises:
-            ImageError: The file is missing, damaged, or cannot be decoded by the pipeline's loader.
+            ImageError: The file is missing, damaged, or not an image that the pipeline takes.
         """
         if damage := image_damage(path):
             raise ImageError(damage)
-        load_file, *transforms = self.pipeline.transforms
-        try:
-            results = load_file(path)
-        except AssertionError:  # mmcv's, if the decoder returns None
-            results = None
-        except Exception as error:  # decoders raise what they like
-            raise ImageError(f"not decodable: {error}") from error
-        if results is None:
-            raise ImageError(f"not decodable by {load_file.from_file.imdecode_backend}")
-        pixels = results["img"]
-        for transform in transforms:
-            results = transform(results)
+        # What a data set says of an image without annotations.
+        results: Any = dict(img_path=path, img_id=0, sample_idx=0, seg_map_path=None, instances=[])
+        pixels = None
+        for transform in self._transforms:
+            try:
+                results = transform(results)
+            except ImageError:
+                raise
+            except Exception as error:  # decoders raise what they like
+                raise ImageError(_reason(transform, error, pixels is None)) from error
+            if results is None:
+                raise ImageError(f"{type(transform).__name__} drops it")
+            if pixels is None and "img" in results:
+                pixels = results["img"].copy()
+                height, width = results.get("ori_shape", pixels.shape[:2])
+                results = {"height": height, "width": width, **results}
+                if pixels.shape[:2] != (height, width):  # loaded and resized in one
+                    pixels = cv2.resize(pixels, (width, height))
+        if pixels is None:
+            raise ImageError("the test pipeline loads no image: 'img' is in none of its results")
         return LoadedImage(path, pixels, results)
 
     def batch(self, images: Sequence[LoadedImage]) -> dict[str, Any]:
         """Collate images for the model's ``test_step``."""
-        return self.collate_fn([image.data for image in images])
+        return self._collate([image.data for image in images])
 
+    @torch.no_grad()
     def detect(self, images: Sequence[LoadedImage]) -> list[DetDataSample]:
         """Run the detector on a batch of images.
 
@@ -198,7 +232,8 @@ class Detector(DetInferencer):
         Returns:
             list[DetDataSample]: Detections of each image, in its own pixel coordinates.
         """
-        return self.forward(self.batch(images))
+        with autocast(enabled=self._half):
+            return self.model.test_step(self.batch(images))
 
     def draw(self, image: np.ndarray, sample: DetDataSample, score: float) -> np.ndarray:
         """Return an image with its detections.
@@ -212,5 +247,97 @@ class Detector(DetInferencer):
             np.ndarray: Of the same shape, BGR.
         """
         rgb = np.ascontiguousarray(image[..., ::-1])
-        self.visualizer.add_datasample("", rgb, sample, draw_gt=False, pred_score_thr=score)
-        return self.visualizer.get_image()[..., ::-1]
+        options = dict(draw_gt=False, pred_score_thr=score)
+        return draw(self._visualizer, rgb, sample, self.model.dataset_meta, **options)[..., ::-1]
+
+
+def draw(
+    visualizer: DetLocalVisualizer,
+    image: np.ndarray,
+    sample: DetDataSample,
+    metainfo: dict[str, Any],
+    **options: Any,
+) -> np.ndarray:
+    """Draw a sample with its classes' names as they are written, and a colour for every class.
+
+    Args:
+        visualizer (DetLocalVisualizer): Draws.
+        image (np.ndarray): (H, W, 3) uint8, RGB.
+        sample (DetDataSample): Truth, detections, or both.
+        metainfo (dict): ``classes`` and ``palette``, see :mod:`rfa_mmdet.inference.names`.
+        **options: Of the visualizer's ``add_datasample``.
+
+    Returns:
+        np.ndarray: (H, W, 3) uint8, RGB.
+    """
+    parts = [sample.get(key, {}) for key in ("gt_instances", "pred_instances")]
+    labels = [int(label) for part in parts for label in part.get("labels", ())]
+    names = [drawable(n) for n in class_names(metainfo, max(labels, default=-1) + 1)]
+    palette = class_colours(metainfo, len(names))
+    visualizer.dataset_meta = dict(classes=names, palette=palette)
+    with warnings.catch_warnings(), drawn_as_written(names):
+        warnings.filterwarnings("ignore", "Warning: The .* is out of bounds")
+        visualizer.add_datasample("", image, sample, **options)
+    return visualizer.get_image()
+
+
+def _metainfo(cfg: Config, leaf: Leaf, checkpoint: dict, name: str) -> dict[str, Any]:
+    """Return the classes that the checkpoint was trained for, and the config's colours."""
+    meta = checkpoint.get("meta") or {}
+    old = {"classes": meta["CLASSES"]} if "CLASSES" in meta else {}  # of MMDetection 2
+    theirs = {k.lower(): v for k, v in (meta.get("dataset_meta") or old).items()}
+    ours = leaf.build().metainfo
+    counts = dict(heads(cfg.model))
+    fitting = (
+        names
+        for names in (class_names(theirs), class_names(ours))
+        if names and all(len(names) == count for count in counts.values())
+    )
+    classes = next(fitting, class_names(theirs))
+    if not classes and counts:
+        key, count = next(iter(counts.items()))
+        raise ConfigError(
+            f"{key}.num_classes={count}, but checkpoint={name!r} names no classes and {leaf.key} "
+            f"{len(class_names(ours))}; write metainfo=dict(classes=(...)) into that data set"
+        )
+    classes = classes or class_names(ours)
+    palette = class_colours({**theirs, **ours}, len(classes))
+    return dict(classes=classes, palette=palette)
+
+
+def _pipeline(found: list[Leaf]) -> list:
+    """Return the pipeline from the file on, with those of the data set's wrappers behind it."""
+    pipelines = [[t for part in reversed(leaf.pipelines) for t in part] for leaf in found]
+    if any(other != pipelines[0] for other in pipelines):
+        raise ConfigError(
+            f"{found[0].key}.pipeline: is another one than that of the other test data sets, so "
+            "that it is not known how to load an image; name one data set as test_dataloader"
+        )
+    return Compose(pipelines[0]).transforms
+
+
+def _flat(transforms: Sequence) -> Iterator:
+    for one in transforms:
+        if isinstance(one, (Compose, Nested)):
+            yield from _flat(one.transforms)
+        else:
+            yield one
+
+
+def _collate(loader: dict) -> partial:
+    """Build the function as a Runner does."""
+    given = loader.get("collate_fn") or dict(type="pseudo_collate")
+    if not isinstance(given, dict):
+        return partial(given)
+    rest = {key: value for key, value in given.items() if key != "type"}
+    kind = given["type"]
+    return partial(FUNCTIONS.get(kind) if isinstance(kind, str) else kind, **rest)
+
+
+def _reason(transform: Any, error: Exception, loads: bool) -> str:
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if not loads:
+        return f"{type(transform).__name__} fails: {text}"
+    if isinstance(error, AssertionError):  # mmcv's, if the decoder returns None
+        return f"not decodable by {getattr(transform, 'imdecode_backend', 'its loader')}"
+    return f"not decodable: {text}"

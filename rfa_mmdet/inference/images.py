@@ -73,7 +73,8 @@ def find_images(inputs: Sequence[str], without: str | os.PathLike | None = None)
     return list(found.values())
 
 
-_ENDINGS = tuple(IMG_EXTENSIONS)
+# Names that JPEG files have too, and GIF; files of other names are read where they are named.
+_ENDINGS = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".gif")
 
 
 def _images_below(folder: str) -> list[str]:

@@ -12,14 +12,17 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from rfa_mmdet.files import written_whole
+from rfa_mmdet.texts import drawable, drawn_as_written
 
 _TAB20 = plt.get_cmap("tab20")
 _COLOURS = [_TAB20(i) for i in (*range(0, 20, 2), *range(1, 20, 2))]  # the strong ones first
 
 
+@drawn_as_written()
 def save_stage_curves(results: dict[str, Any], stage: str, out: Path) -> bool:
     """Plot losses and validations of a stage's finished runs: mean and range over the seeds.
 
@@ -43,16 +46,17 @@ def save_stage_curves(results: dict[str, Any], stage: str, out: Path) -> bool:
             if method in bands.index:
                 band = bands.loc[method]
                 over = 3 if method == results["baseline"] else 2
-                axes.plot(band["mean"], color=colour, zorder=over, label=method, **style)
+                axes.plot(band["mean"], color=colour, zorder=over, label=_label(method), **style)
                 area = dict(color=colour, alpha=0.12, linewidth=0)
                 axes.fill_between(band.index, band["min"], band["max"], **area)
     left.set(xlabel="iteration", ylabel="loss", title="Training")
-    right.set(xlabel="epoch", ylabel=results["metric"], title="Validation")
+    right.set(xlabel="epoch", ylabel=drawable(results["metric"]), title="Validation")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     _save(figure, left if left.lines else right, out)
     return True
 
 
+@drawn_as_written()
 def save_gains(results: dict[str, Any], summary: pd.DataFrame, out: Path) -> bool:
     """Plot the metric over time and over GFLOPs per image, from a stage's rows of the summary.
 
@@ -71,12 +75,12 @@ def save_gains(results: dict[str, Any], summary: pd.DataFrame, out: Path) -> boo
     colours = _colours(results)
     for axes, (title, cost) in zip(all_axes[0], costs.items(), strict=True):
         for x, row in zip(cost, known.itertuples(), strict=True):
-            style = dict(fmt="o", capsize=3, color=colours[row.method], label=row.method)
+            style = dict(fmt="o", capsize=3, color=colours[row.method], label=_label(row.method))
             axes.errorbar(x, row.mean, row.deviation, **style)
             if row.is_baseline:
                 axes.axhline(row.mean, color="black", linewidth=0.8, linestyle=":")
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set(xlabel=title, ylabel=f"{results['metric']}, mean ± deviation")
+        axes.set(xlabel=title, ylabel=f"{drawable(results['metric'])}, mean ± deviation")
     _save(figure, all_axes[0, 0], out)
     return True
 
@@ -87,12 +91,17 @@ def _colours(results: dict[str, Any]) -> dict[str, Any]:
     return {results["baseline"]: "black", **dict(zip(others, itertools.cycle(_COLOURS)))}
 
 
+def _label(method: str) -> str:
+    return f" {drawable(method)}"  # without the blank, matplotlib hides those that start with _
+
+
 def _save(figure: Figure, legend_of: Axes, out: Path) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = legend_of.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="outside right center")
-    with written_whole(out) as part:
+    texts = [text.get_text() for text in figure.findobj(Text)]
+    with written_whole(out) as part, drawn_as_written(texts):
         figure.savefig(part, dpi=120)
     plt.close(figure)

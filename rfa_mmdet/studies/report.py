@@ -19,6 +19,7 @@ from rfa_mmdet.studies.samples import draw_samples
 from rfa_mmdet.studies.study import Study
 from rfa_mmdet.studies.summary import LEVEL, MIN_PAIRS, summarise
 from rfa_mmdet.studies.tables import COLUMNS, markdown, records, spread
+from rfa_mmdet.texts import cell
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -62,11 +63,11 @@ def write_report(study: Study) -> pd.DataFrame:
         plots[stage] = [curves] * has_curves + [gains] * has_gains
     for name, text in (
         ("table.md", markdown(summary, results["metric"])),
-        ("table.csv", summary.to_csv(index=False)),
+        ("table.csv", summary.map(cell).to_csv(index=False)),
         ("report.html", page(results, summary, plots, folder / "samples")),
     ):
         with written_whole(folder / name) as part:
-            part.write_text(text, encoding="utf-8")
+            part.write_text(text, encoding="utf-8", errors="backslashreplace")
     return summary
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import mmcv
 import mmengine
+import numpy as np
 import torch
 from mmdet.registry import DATASETS
 from mmengine.config import Config
@@ -11,6 +12,7 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
 from rfa_mmdet.analysis.pictures import draw_boxes
+from rfa_mmdet.data.check.images import read_image
 from rfa_mmdet.files import written_whole
 from rfa_mmdet.studies.run import Run
 from rfa_mmdet.studies.study import Study
@@ -44,7 +46,10 @@ def draw_samples(study: Study) -> dict[str, Any]:
     rows = []
     for i in range(number):
         info = dataset.get_data_info(i * len(dataset) // number)
-        image = mmcv.imread(info["img_path"], channel_order="rgb")
+        image, _ = read_image(info["img_path"])
+        if image is None:
+            continue
+        image = np.ascontiguousarray(image[..., ::-1])
         scale = -(-MIN_WIDTH // image.shape[1])
         truth = InstanceData(
             bboxes=torch.Tensor([one["bbox"] for one in info["instances"]]).reshape(-1, 4),

@@ -139,6 +139,7 @@ def load_study(spec: str | os.PathLike, work_dir: str | os.PathLike | None = Non
     _require(not missing, f"spec={str(path)!r}: missing {', '.join(missing)}")
     methods = given["methods"]
     _check_named_dicts("methods", methods, "changes to the base")
+    _require("truth" not in methods, "methods: 'truth' names the boxes that are right; use another")
     baseline = given.get("baseline", next(iter(methods)))
     _require(baseline in methods, f"baseline={baseline!r}: must be one of {list(methods)}")
     which = given.get("checkpoint", "last")
@@ -183,6 +184,7 @@ def _merge(cfg: Config, name: str, options: dict) -> None:
 def _stages(spec: dict[str, Any], baseline: str) -> dict[str, Stage]:
     given = spec.get("stages", dict(all=dict()))
     _check_named_dicts("stages", given, "settings")
+    _require("report" not in given, "stages: 'report' is the name of the last job; use another one")
     known = list(spec["methods"])
     stages: dict[str, Stage] = {}
     for name, stage in given.items():
@@ -214,6 +216,7 @@ def _check_named_dicts(what: str, value: Any, holds: str) -> None:
     for name, one in value.items():
         valid = isinstance(name, str) and bool(_NAME.fullmatch(name))
         _require(valid, f"{what}: {name!r} names a folder; use only letters, digits and '_-+.'")
+        _require(len(name.encode()) <= 200, f"{what}: {name!r} is too long to name a folder")
         _require(isinstance(one, dict), f"{what}.{name}={one!r}: must be a dict of {holds}")
 
 

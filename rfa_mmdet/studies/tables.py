@@ -1,9 +1,12 @@
 """The columns of the summary as people read them, and the summary as Markdown."""
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pandas as pd
+
+from rfa_mmdet.texts import printable
 
 
 class Column(NamedTuple):
@@ -61,6 +64,12 @@ def markdown(summary: pd.DataFrame, metric: str) -> str:
     parts = []
     for stage, rows in summary.groupby("stage", sort=False):
         cells = [[column.text(row) for column in COLUMNS] for row in records(rows)]
+        cells = [[_escaped(text) for text in line] for line in cells]
         lines = "\n".join(f"| {' | '.join(line)} |" for line in (titles, rules, *cells))
-        parts.append(f"## {stage}: {metric}\n\n{lines}\n")
+        parts.append(f"## {_escaped(f'{stage}: {metric}')}\n\n{lines}\n")
     return "\n".join(parts)
+
+
+def _escaped(text: str) -> str:
+    """Take the meaning from what Markdown and its HTML would not show."""
+    return re.sub(r"[\\`*\[\]<>|$&]|\b_|_\b", r"\\\g<0>", printable(text))

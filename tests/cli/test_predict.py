@@ -44,7 +44,7 @@ def test_detections_are_those_of_mmdet_and_broken_images_are_skipped(
         *(sys.executable, "-W", "ignore", "tools/predict.py", tiny_config, checkpoint, images),
         *("--out", out, "--score", "0.94", "--batch-size", "3"),
     )
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 1, done.stdout
     assert "skipped 2 of 6 images" in done.stdout
     assert f"warning: skipped {images}/cut.jpg: truncated JPEG" in done.stdout
     assert f"warning: skipped {images}/text.png: not decodable" in done.stdout
@@ -130,6 +130,9 @@ def test_inputs_are_files_folders_and_patterns(images):
     assert find_images([str(images)]) == sorted([*flat, deep])
     assert find_images([f"{images}/val_*.jpg"]) == flat
     assert find_images([f"{images}/**/*.jpg"]) == sorted([*flat, deep])
+    (images / "more" / "a.JFIF").write_bytes((images / "val_0000.jpg").read_bytes())
+    assert find_images([f"{images}/more"]) == [str(images / "more" / "a.JFIF"), deep]
+    (images / "more" / "a.JFIF").unlink()
     assert find_images([deep, f"{images}/more", str(images)]) == [deep, *flat]
     assert find_images([str(images)], without=images / "more") == flat
     with pytest.raises(UserError, match="nothing but results"):

@@ -51,7 +51,15 @@ def one_channel(rng):
     return rng.integers(0, 256, SIZE, dtype=np.uint8)
 
 
+def four_channels(rng):
+    return rng.integers(0, 256, (*SIZE, 4), dtype=np.uint8)
+
+
 KINDS = {
+    "four channels": (
+        four_channels,
+        dict(channels=4, mean=[127.0], std=[60.0], load="color_type='unchanged'"),
+    ),
     "16-bit": (
         sixteen_bits,
         dict(channels=3, mean=[3e4] * 3, std=[2e4] * 3, load="color_type='unchanged'"),
@@ -130,12 +138,13 @@ def test_the_model_sees_what_a_data_set_gives_it(case, monkeypatch, tmp_path):
     )
     found = predict(detector, paths, tmp_path / "out", batch_size=2)
     assert not found.skipped
+    assert not found.undrawn
     assert len(seen) == len(dataset) == len(paths)
     for inputs, item in zip(seen, dataset, strict=True):
         assert inputs.dtype == item["inputs"].dtype
         assert torch.equal(inputs, item["inputs"])
     # It is no image of eight bits and three channels.
-    assert seen[0].shape[0] == (1 if "one" in kind else 3)
+    assert seen[0].shape[0] == KINDS[kind][1]["channels"]
     if "16" in kind:
         assert max(int(one.float().max()) for one in seen) > 255
     # The detections are those of the data set's items, and the pictures can be looked at.
@@ -178,7 +187,7 @@ def test_export_compares_on_such_images(case, tmp_path):
     assert list(found.skipped) == [paths[0]]
     assert found.images == len(paths) - 1
     assert found.detections > 0
-    channels = 1 if "one" in kind else 3
+    channels = KINDS[kind][1]["channels"]
     assert all(f"x {channels} x" in name for name in found.raw)
 
 
@@ -186,10 +195,9 @@ def test_complexity_takes_the_channels_of_the_model(case):
     kind, detector, cfg, _ = case
     found = detector_complexity(cfg, SIZE)
     assert found.parameters == sum(p.numel() for p in detector.model.parameters())
-    stem = 7 * 7 * 8 * (1 if "one" in kind else 3) * 32 * 32
-    cfg.model.backbone.in_channels = 6 - cfg.model.backbone.in_channels
-    other = 7 * 7 * 8 * (5 if "one" in kind else 3) * 32 * 32
-    assert detector_complexity(cfg, SIZE).flops - found.flops == other - stem
+    assert cfg.model.backbone.in_channels == KINDS[kind][1]["channels"]
+    cfg.model.backbone.in_channels += 1
+    assert detector_complexity(cfg, SIZE).flops - found.flops == 7 * 7 * 8 * 32 * 32
 
 
 def test_a_file_that_is_no_image_says_why(case, tmp_path):
@@ -216,6 +224,8 @@ def test_a_file_that_is_no_image_says_why(case, tmp_path):
         (np.full((2, 2, 3), 7.4, np.float32), 7),
         (np.full((2, 2, 3), 2**16 - 1, np.uint16), 255),
         (np.full((2, 2, 3), -5.0, np.float32), 0),
+        (np.full((2, 2), 1.0, np.float32), 255),
+        (np.full((2, 2, 3), np.nan, np.float32), 0),
     ],
 )
 def test_pictures_are_eight_bits_and_three_channels(pixels, expected):
@@ -223,3 +233,12 @@ def test_pictures_are_eight_bits_and_three_channels(pixels, expected):
     assert picture.dtype == np.uint8
     assert picture.shape == (2, 2, 3)
     assert (picture == expected).all()
+
+
+def test_a_picture_of_sixteen_bits_uses_all_greys():
+    pixels = np.linspace(7000, 9000, 10_000, dtype=np.uint16).reshape(100, 100)
+    pixels[50, 50] = 2**16 - 1  # a pixel that is broken
+    picture = LoadedImage("a.png", pixels, {}).picture
+    assert picture.min() == 0
+    assert picture.max() == 255
+    assert 120 < np.median(picture) < 135

@@ -1,5 +1,6 @@
 """The report in a browser: without network, sorted by a click, with its pictures."""
 
+import csv
 import html
 import json
 import re
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from rfa_mmdet.studies.plots import save_gains, save_stage_curves
-from rfa_mmdet.studies.report import page
+from rfa_mmdet.studies.report import page, write_report
+from rfa_mmdet.studies.study import load_study
 from rfa_mmdet.studies.summary import summarise
 from tests.helpers.results_of import results_of, run_result
 
@@ -100,6 +102,42 @@ def test_page_asks_nobody_and_escapes_what_it_shows(report):
     assert "a training iteration has 4 images" in words
     assert "Some CPU, 2 cores, 1 thread (torch 2)" in words
     assert "ours has the highest mean, 0.4600 ± 0.0100, +0.0400 from the baseline" in words
+
+
+def test_names_of_any_characters_in_every_file(tmp_path):
+    (tmp_path / "base.py").write_text("model = dict()")
+    (tmp_path / "$x$.py").write_text(
+        "base = 'base.py'; metric = 'a'; methods = {'_plain': {}, '+1+1': {}, '-猫': {}}"
+    )
+    study = load_study(tmp_path / "$x$.py", tmp_path / "out")
+    costs = dict.fromkeys(("parameters", "flops"), 10**6) | dict(
+        image_seconds=0.1, iteration_seconds=0.2
+    )
+    results = results_of({"_plain": [0.3, 0.2], "+1+1": [0.1, 0.2], "-猫": [0.1, 0.2]})
+    results["costs"] = dict(
+        machine=dict(cpu="<b>", cores=1, simd="", gpu=None),
+        **dict(versions={}, threads=1, image_size=[64, 64], train_batch=1),
+        methods=dict.fromkeys(results["methods"], costs),
+    )
+    results.update(name="$x$", metric="m|$x$/<b>_\n# [c](d)")
+    for run in results["runs"]:
+        run.update(losses=[(1, 2.0), (2, 1.0)], curve=[(1, 0.1)])
+    results["runs"][-1].update(state="failed", error="=1 \x1b[31m \udcff <script>")
+    study.work_dir.mkdir()
+    (study.work_dir / "results.json").write_text(json.dumps(results))
+    write_report(study)
+    with open(study.work_dir / "table.csv", newline="", encoding="utf-8") as file:
+        plain, plus, minus = csv.DictReader(file)
+    assert [row["method"] for row in (plain, plus, minus)] == ["_plain", "'+1+1", "'-猫"]
+    assert float(plus["difference"]) < 0
+    lines = (study.work_dir / "table.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == r"## all: m\|\$x\$/\<b\>\_\\n# \[c\](d)"
+    assert lines[4].startswith(r"| \_plain (baseline) |")
+    text = (study.work_dir / "report.html").read_text(encoding="utf-8")
+    assert "m|$x$/&lt;b&gt;_" in text
+    assert r"\udcff &lt;script&gt;" in text
+    for name in ("curves_all", "gains_all"):
+        assert cv2.imread(str(study.work_dir / f"{name}.png")).std() > 10
 
 
 def test_page_of_what_is_not_finished(tmp_path):

@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 from rfa_mmdet.data.check.audit import KINDS, Audit, Problem
 from rfa_mmdet.data.check.images import read_image
 from rfa_mmdet.files import written_whole
+from rfa_mmdet.texts import drawable, drawn_as_written
 
 _BAD, _GOOD = "#e8112d", "#3ddc84"
 # Of what has no place in a picture, nothing is shown.
@@ -60,17 +61,29 @@ def save_contact_sheet(
     if not shown:
         return None
     rows = -(-len(shown) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.6 * columns, 3.7 * rows), layout="constrained", squeeze=False
-    )
-    for one in axes.flat:
-        one.axis("off")
-    for one, (path, problems) in zip(axes.flat, shown, strict=False):
-        _draw(one, path, problems, found)
-    with written_whole(out) as part:
-        figure.savefig(part, dpi=100)
+    titles = [_title(path, problems) for path, problems in shown]
+    with drawn_as_written(titles):
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(3.6 * columns, 3.7 * rows), layout="constrained", squeeze=False
+        )
+        for one in axes.flat:
+            one.axis("off")
+        for one, title, (path, problems) in zip(axes.flat, titles, shown, strict=False):
+            _draw(one, path, problems, found)
+            one.set_title(title, fontsize=8, loc="left")
+        with written_whole(out) as part:
+            figure.savefig(part, dpi=100)
     plt.close(figure)
     return Path(out)
+
+
+def _title(path: str, problems: list[Problem]) -> str:
+    said = (p.text if p.text.startswith(p.kind) else f"{p.kind}: {p.text}" for p in problems)
+    texts = list(dict.fromkeys(said))
+    lines = [f"{os.path.basename(path)} ({problems[0].split})", *texts[:2]]
+    if len(texts) > 2:
+        lines.append(f"and {len(texts) - 2} more")
+    return "\n".join(drawable(line, 52) for line in lines)
 
 
 def _draw(axes, path: str, problems: list[Problem], found: Audit) -> None:
@@ -92,12 +105,6 @@ def _draw(axes, path: str, problems: list[Problem], found: Audit) -> None:
                 )
                 if colour == _BAD:  # a box without extent would not be seen
                     axes.plot((x1 + x2) / 2, (y1 + y2) / 2, "+", color=_BAD, ms=10, mew=2)
-    said = (p.text if p.text.startswith(p.kind) else f"{p.kind}: {p.text}" for p in problems)
-    texts = list(dict.fromkeys(said))
-    lines = [f"{os.path.basename(path)} ({problems[0].split})", *texts[:2]]
-    if len(texts) > 2:
-        lines.append(f"and {len(texts) - 2} more")
-    axes.set_title("\n".join(map(_short, lines)), fontsize=8, loc="left")
 
 
 def _frame(axes, width: int, height: int, boxes: list) -> None:
@@ -107,7 +114,3 @@ def _frame(axes, width: int, height: int, boxes: list) -> None:
     margin = 0.02 * max(width, height)
     axes.set_xlim(max(min(xs), -width / 2) - margin, min(max(xs), 1.5 * width) + margin)
     axes.set_ylim(min(max(ys), 1.5 * height) + margin, max(min(ys), -height / 2) - margin)
-
-
-def _short(text: str, length: int = 52) -> str:
-    return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -1,0 +1,73 @@
+"""The names and colours of a detector's classes, whatever a config or checkpoint says of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmdet.visualization import get_palette
+from mmengine.config import Config
+
+from rfa_mmdet.data.check.find import leaves
+
+Colour = tuple[int, ...]  # of red, green and blue
+
+
+def class_names(metainfo: Mapping[str, Any], number: int = 0) -> tuple[str, ...]:
+    """Return the names of a data set's classes.
+
+    Args:
+        metainfo (Mapping[str, Any]): Of a data set or a checkpoint. A string is the one class.
+        number (int): Names to return at least; unknown ones are called by their label.
+
+    Example:
+        >>> class_names(dict(classes="cat"), 2), class_names({}, 1), class_names(dict(classes=[7]))
+        (('cat', 'class 1'), ('class 0',), ('7',))
+    """
+    given = metainfo.get("classes") or ()
+    names = (given,) if isinstance(given, str) else tuple(map(str, given))
+    return (*names, *(f"class {label}" for label in range(len(names), number)))
+
+
+def class_colours(metainfo: Mapping[str, Any], number: int) -> list[Colour]:
+    """Return as many colours as there are classes: of the palette, and random ones after its end.
+
+    Args:
+        metainfo (Mapping[str, Any]): Whose ``palette`` may be short, missing or one of
+            MMDetection's names.
+        number (int): Of classes.
+
+    Example:
+        >>> colours = class_colours(dict(palette=[(1, 2, 3)]), 3)
+        >>> colours[0], len(set(colours))
+        ((1, 2, 3), 3)
+    """
+    given: Any = metainfo.get("palette")
+    if isinstance(given, str) or _is_colour(given):
+        try:
+            given = get_palette(given if isinstance(given, str) else tuple(given), number)
+        except (AssertionError, ValueError, KeyError):  # no such name, or a short one
+            given = None
+    known = [tuple(map(int, c)) for c in (() if given is None else given) if _is_colour(c)]
+    random = [tuple(map(int, c)) for c in get_palette("random", number)]
+    return [*known[:number], *random[len(known) :]]
+
+
+def _is_colour(value: Any) -> bool:
+    try:
+        return len(value) == 3 and all(0 <= part <= 255 for part in value)
+    except (TypeError, ValueError):
+        return False
+
+
+def complete_palettes(cfg: Config, split: str) -> None:
+    """Give every data set of a split as many colours as classes, for MMDetection's pictures.
+
+    Args:
+        cfg (Config): Changed in place, where a palette is too short.
+        split (str): 'train', 'val' or 'test'.
+    """
+    for leaf in leaves(cfg, split):
+        metainfo = leaf.build().metainfo
+        names: Sequence = class_names(metainfo)
+        colours = class_colours(metainfo, len(names))
+        if metainfo.get("palette") != colours:
+            leaf.cfg["metainfo"] = {**(leaf.cfg.get("metainfo") or {}), "palette": colours}
