@@ -102,7 +102,7 @@ def progress(what: str) -> Callable[..., Iterable]:
 
 def print_left_out(
     number: int, skipped: Mapping[str, str], undrawn: Mapping[str, str] | None = None
-) -> int:
+) -> None:
     """Say why images were left out, each in a line on stderr, and how many in a last line.
 
     Args:
@@ -110,13 +110,9 @@ def print_left_out(
         skipped (Mapping[str, str]): What is wrong with those that have no results, by path.
         undrawn (Mapping[str, str] | None): Why others have no picture. Defaults to None.
 
-    Returns:
-        int: The exit code: 1 if any were left out.
-
     Example:
         >>> print_left_out(3, {"a.jpg": "missing"})
         skipped 1 of 3 images
-        1
     """
     for what, images in (("skipped", skipped), ("no picture of", undrawn or {})):
         for path, reason in images.items():
@@ -125,7 +121,6 @@ def print_left_out(
     said += [f"no picture of {len(undrawn)} of {number} images"] if undrawn else []
     if said:
         print("; ".join(said))
-    return int(bool(said))
 
 
 @contextmanager

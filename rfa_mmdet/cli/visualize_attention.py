@@ -2,7 +2,6 @@
 
 Of RFAConv: where it prefers some positions of its window ('focus', 0 to 1). Of the others: how
 much they let through ('weight'). With --compare, the detections of two models side by side.
-The exit code is 1 where an image was left out, as the last line then says.
 """
 
 from argparse import Namespace
@@ -93,8 +92,8 @@ def show(
             save_side_by_side(pictures, part)
 
 
-def main() -> int:
-    """Show every image that can be read; return the exit code."""
+def main() -> None:
+    """Show every image that can be read."""
     args = parse_args()
     folder = Path(args.out or Path("work_dirs", Path(args.config).stem, "attention"))
     with user_errors():
@@ -121,4 +120,4 @@ def main() -> int:
         if len(skipped) == len(paths):
             raise none_readable(skipped)
     print(f"pictures: {printable(folder)}")
-    return print_left_out(len(paths), skipped)
+    print_left_out(len(paths), skipped)

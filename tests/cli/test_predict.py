@@ -44,7 +44,7 @@ def test_detections_are_those_of_mmdet_and_broken_images_are_skipped(
         *(sys.executable, "-W", "ignore", "tools/predict.py", tiny_config, checkpoint, images),
         *("--out", out, "--score", "0.94", "--batch-size", "3"),
     )
-    assert done.returncode == 1, done.stdout
+    assert done.returncode == 0, done.stdout
     assert "skipped 2 of 6 images" in done.stdout
     assert f"warning: skipped {images}/cut.jpg: truncated JPEG" in done.stdout
     assert f"warning: skipped {images}/text.png: not decodable" in done.stdout

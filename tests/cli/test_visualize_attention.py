@@ -38,7 +38,7 @@ def test_heat_maps_and_two_models_side_by_side(
         *(sys.executable, "tools/visualize_attention.py", other, weights, images),
         *("--layers", "layer[34]", "--compare", tiny_config, checkpoint, "--out", out),
     )
-    assert done.returncode == 1, done.stdout
+    assert done.returncode == 0, done.stdout
     assert "skipped 1 of 3 images" in done.stdout
     assert f"warning: skipped {images}/cut.jpg: truncated JPEG" in done.stdout
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*"))
