@@ -187,8 +187,8 @@ class _Reader:
                 f"{where} has no <bndbox> ({', '.join(CORNERS)})"
                 + (", only the rotated <robndbox>, which this detector cannot learn" * rotated)
             )
-        xyxy = tuple(self._corner(corners, key, where) for key in CORNERS)
-        return VocBox(name, xyxy, self._difficult(node, where))
+        x1, y1, x2, y2 = (self._corner(corners, key, where) for key in CORNERS)
+        return VocBox(name, (x1, y1, x2, y2), self._difficult(node, where))
 
     def _corner(self, node: Any, key: str, where: str) -> int:
         text = node.findtext(key)

@@ -9,8 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from mmdet.registry import DATASETS
 
-from rfa_mmdet.data.check import check_data
-from rfa_mmdet.data.voc import read_voc
+from rfa_mmdet.data.check import check_data, read_voc
 from tests.helpers.damaged_sets import (
     CLASSES,
     coco_content,
