@@ -109,6 +109,10 @@ def told(mended: Mapping[str, Sequence[str]]) -> str:
     return "put right: " + "; ".join(parts[:5]) + more
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
 class _Reader:
     def __init__(self, path: str, classes: Collection[str], mend: bool) -> None:
         self.path, self.classes, self.mend = path, classes, mend
@@ -139,14 +143,14 @@ class _Reader:
         return VocImage(filename, size, tuple(names), tuple(boxes), tuple(self.mended))
 
     def _fail(self, what: str) -> NoReturn:
-        raise DataError(f"{self.path}: {what}")
+        raise DataError(f"{self.path}: {_short(what)}")
 
     def _put_right(self, what: str) -> None:
         if not self.mend:
             self._fail(
                 f"MMDetection's XMLDataset cannot read this; type='AnyImageXMLDataset' can: {what}"
             )
-        self.mended.append(what)
+        self.mended.append(_short(what))
 
     def _parse(self, content: bytes) -> Any:
         try:

@@ -151,6 +151,11 @@ def test_what_cannot_be_read_is_refused_with_file_field_and_value(voc, content, 
     assert words in errors_of(config(voc_dataset(voc)))
 
 
+def test_long_values_are_not_shown_whole(voc):
+    write(voc, corner("5" * 8000))
+    assert len(errors_of(config(ours(voc)))) < 1000
+
+
 def test_what_difficult_means(voc):
     write(voc, "")
     path = voc / "Annotations" / "1.xml"
