@@ -1,7 +1,8 @@
 """Attention convolutions and plug-ins for MMDetection 3.x.
 
 ``custom_imports = dict(imports=["rfa_mmdet"])`` in a config registers everything below
-:mod:`rfa_mmdet.layers`, :mod:`rfa_mmdet.models` and :mod:`rfa_mmdet.hooks`.
+:mod:`rfa_mmdet.layers`, :mod:`rfa_mmdet.models` and :mod:`rfa_mmdet.hooks`, and the data sets of
+:mod:`rfa_mmdet.data.voc_dataset`.
 
 The formulas in :mod:`rfa_mmdet.ops` need torch alone and can be imported without MMEngine. Where
 MMEngine is installed but mmdet or mmcv's operators cannot be imported, importing this package is
@@ -26,7 +27,7 @@ _INSTALL_ONEDL = {"mmcv": "pip install onedl-mmcv", "mmdet": "pip install onedl-
 
 
 def register() -> None:
-    """Register every layer, model and hook; importing the package does it already.
+    """Register every layer, model, hook and data set; importing the package does it already.
 
     Raises:
         ImportError: MMEngine, mmcv's operators or MMDetection cannot be imported.
@@ -43,6 +44,7 @@ def register() -> None:
         except (ImportError, AssertionError) as error:  # mmdet asserts the versions that it takes
             raise ImportError(_explain(module, error)) from error
     from rfa_mmdet import compat, hooks, layers, models  # noqa: F401
+    from rfa_mmdet.data import voc_dataset  # noqa: F401
 
 
 def _explain(module: str, error: Exception) -> str:

@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """The config or the command line cannot be run as it is."""
+
+
+class DataError(UserError):
+    """The data cannot be trained on, or tested on, as they are."""

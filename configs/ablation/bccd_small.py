@@ -3,7 +3,7 @@
 # best epoch on val is tested once on test.
 #   python tools/ablate.py configs/ablation/bccd_small.py --jobs 2
 base = "../custom/retinanet_r18-rfaconv_fpn_50e_custom-voc.py"
-environment = dict(DATA_ROOT="data/BCCD", CLASSES="RBC,WBC,Platelets")
+environment = dict(DATA_ROOT="data/BCCD", CLASSES="RBC,WBC,Platelets", TEST_SET="test")
 metric = "coco/bbox_mAP"
 seeds = (0, 1, 2)
 checkpoint = "best"

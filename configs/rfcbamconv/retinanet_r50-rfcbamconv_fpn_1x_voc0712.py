@@ -1,4 +1,4 @@
-_base_ = "mmdet::pascal_voc/retinanet_r50_fpn_1x_voc0712.py"
+_base_ = "../_base_/retinanet_r50_fpn_1x_voc0712.py"
 custom_imports = dict(imports=["rfa_mmdet"])
 
 model = dict(

@@ -31,7 +31,8 @@ def shapes(tmp_path_factory) -> Path:
 @pytest.fixture
 def template(monkeypatch):
     def load(name: str, **variables: str) -> Config:
-        for key in ("VAL_SET", "IMG_DIR", "ANN_DIR", "TRAIN_ANN", "VAL_ANN"):
+        splits = [f"{s}_{k}" for s in ("TRAIN", "VAL", "TEST") for k in ("SET", "ANN", "IMG")]
+        for key in ("IMG_DIR", "ANN_DIR", *splits):
             monkeypatch.delenv(key, raising=False)
         for key, value in variables.items():
             monkeypatch.setenv(key, str(value))
@@ -116,7 +117,7 @@ def test_roboflow_voc_by_the_commands_of_the_readme(template, shapes, tmp_path):
     readme = (ROOT / "configs/custom/README.md").read_text()
     commands = readme.split("cd data/export && ")[1].split("&& cd -")[0]
     subprocess.run(["bash", "-ec", commands], cwd=tmp_path, check=True)
-    variables = dict(VAL_SET="valid", IMG_DIR=".", ANN_DIR=".")
+    variables = dict(VAL_SET="valid", TEST_SET="test", IMG_DIR=".", ANN_DIR=".")
     assert " ".join(f"{key}={value}" for key, value in variables.items()) in readme
     cfg = template("custom-voc", DATA_ROOT=tmp_path, CLASSES=GIVEN, **variables)
     check(cfg, shapes)
@@ -132,6 +133,57 @@ def test_other_places_in_coco_format(template, shapes, tmp_path):
         VAL_ANN="valid/_annotations.coco.json",
         VAL_IMG="valid",
     )
+    check(cfg, shapes)
+
+
+@pytest.fixture
+def without_test(shapes, tmp_path):
+    """A VOC layout without a third split, its images of several suffixes."""
+    make_shapes(tmp_path, num_train=8, num_val=8, image_size=(128, 96), seed=1, max_objects=5)
+    for i, path in enumerate(sorted(tmp_path.glob("JPEGImages/*.jpg"))):
+        path.rename(path.with_suffix((".JPG", ".jpeg", ".jpg")[i % 3]))
+    (tmp_path / "ImageSets" / "Main" / "test.txt").unlink(missing_ok=True)
+    return tmp_path
+
+
+def test_voc_without_a_test_split_is_tested_on_val(template, without_test):
+    cfg = template("custom-voc", DATA_ROOT=without_test, CLASSES=f"{','.join(CLASSES)},")
+    assert check_data(cfg, ("train", "val", "test")) == []
+    assert boxes(cfg, "test") == boxes(cfg, "val")
+    assert len({name for name, *_ in boxes(cfg, "train")}) == 8
+    other = template("custom-voc", DATA_ROOT=without_test, CLASSES="circle", VAL_SET="train")
+    assert other.test_dataloader.dataset.ann_file == "ImageSets/Main/train.txt"
+
+
+def test_a_test_split_that_is_not_tested_on_is_told(template, without_test):
+    lists = without_test / "ImageSets" / "Main"
+    shutil.copy(lists / "val.txt", lists / "test.txt")
+    cfg = template("custom-voc", DATA_ROOT=without_test, CLASSES=",".join(CLASSES))
+    assert check_data(cfg, ("train", "val")) == []
+    (warning,) = check_data(cfg, ("test",))
+    assert f"though {lists}/test.txt is there: TEST_SET=test" in warning
+    cfg = template("custom-voc", DATA_ROOT=without_test, CLASSES=",".join(CLASSES), TEST_SET="test")
+    assert check_data(cfg, ("test",)) == []
+
+
+def test_coco_is_tested_on_val_or_on_what_is_named(template):
+    cfg = template("custom-coco", VAL_ANN="v.json", VAL_IMG="v")
+    for key in ("ann_file", "data_prefix"):
+        assert cfg.test_dataloader.dataset[key] == cfg.val_dataloader.dataset[key]
+    assert cfg.test_evaluator == cfg.val_evaluator
+    cfg = template("custom-coco", TEST_ANN="t.json", TEST_IMG="t", DATA_ROOT="here")
+    assert cfg.test_dataloader.dataset.ann_file == "t.json"
+    assert cfg.test_dataloader.dataset.data_prefix == dict(img="t/")
+    assert cfg.test_evaluator.ann_file == "here/t.json"
+    assert cfg.val_evaluator.ann_file == "here/annotations/val.json"
+
+
+def test_roboflow_without_a_test_folder(template, shapes, tmp_path):
+    export_coco(shapes, tmp_path)
+    shutil.rmtree(tmp_path / "test")
+    cfg = template("roboflow", DATA_ROOT=tmp_path, CLASSES=GIVEN)
+    assert check_data(cfg, ("train", "val")) == []  # what training reads
+    cfg = template("roboflow", DATA_ROOT=tmp_path, CLASSES=GIVEN, TEST_SET="valid")
     check(cfg, shapes)
 
 

@@ -168,22 +168,24 @@ def test_missing_xml(voc):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("old", "new", "words"),
     [
-        ("<xmin>5</xmin>", ""),
-        ("<xmin>5</xmin>", "<xmin>five</xmin>"),
-        ("<xmin>5</xmin>", "<xmin>inf</xmin>"),
-        ("<width>64</width>", "<width>64.0</width>"),
-        ("<name>dog</name>", ""),
-        ("<difficult>0</difficult>", "<difficult>no</difficult>"),
+        ("<xmin>5</xmin>", "", "<bndbox> of object 1 ('dog') has no <xmin>, only <ymin>, <xmax>"),
+        ("<xmin>5</xmin>", "<xmin>five</xmin>", "<xmin> of object 1 ('dog') is 'five'"),
+        ("<xmin>5</xmin>", "<xmin>inf</xmin>", "<xmin> of object 1 ('dog') is 'inf'"),
+        ("<width>64</width>", "<width>64.0</width>", "<size> of 64.0 x 48"),
+        ("<name>dog</name>", "", "object 1 has no <name>"),
+        ("<difficult>0</difficult>", "<difficult>no</difficult>", "<difficult>no</difficult>"),
     ],
 )
-def test_xml_that_mmdet_cannot_read(voc, old, new):
+def test_xml_that_mmdet_cannot_read(voc, old, new, words):
     path = voc / "Annotations" / "1.xml"
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises((AttributeError, ValueError, TypeError, OverflowError)):
         DATASETS.build(voc_dataset(voc, pipeline=[]))
-    assert f"{path}: <size> needs" in errors_of(config(voc_dataset(voc)))
+    message = errors_of(config(voc_dataset(voc)))
+    assert f"1 of the 3 XML files that {voc}/train.txt asks for cannot be read: {path}: " in message
+    assert words in message
 
 
 @pytest.mark.parametrize("text", ["0\n1 \n2\n", "0\n1\n2\n\n", "0\n\n1\n", "0\n\t1\n"])

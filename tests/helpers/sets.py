@@ -84,8 +84,9 @@ def _write_voc(leaf: dict, shapes: Path, stems: list[str]) -> None:
     annotations = folder / leaf.get("ann_subdir", "Annotations")
     for place in (images, annotations):
         place.mkdir(parents=True, exist_ok=True)
-    for stem in stems:
-        shutil.copy(shapes / "JPEGImages" / f"{stem}.jpg", images)
+    for i, stem in enumerate(stems):
+        suffix = ".JPG" if leaf["type"] == "AnyImageXMLDataset" and i % 2 else ".jpg"
+        shutil.copy(shapes / "JPEGImages" / f"{stem}.jpg", images / f"{stem}{suffix}")
         tree = ET.parse(shapes / "Annotations" / f"{stem}.xml")
         for node in tree.getroot().findall("object/name"):
             node.text = names[node.text]

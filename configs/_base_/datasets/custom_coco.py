@@ -1,9 +1,14 @@
 # Any set in COCO format. From the environment, on the command line before the tool:
 #   DATA_ROOT  the folder; CLASSES  names as in the annotations, separated by commas;
-#   TRAIN_ANN, VAL_ANN, TRAIN_IMG, VAL_IMG  below DATA_ROOT, if other than here.
+#   TRAIN_ANN, VAL_ANN, TRAIN_IMG, VAL_IMG  below DATA_ROOT, if other than here;
+#   TEST_ANN, TEST_IMG  if other than VAL_ANN and VAL_IMG.
 dataset_type = "CocoDataset"
 data_root = "{{$DATA_ROOT:data/custom}}/"
-classes = tuple(name.strip() for name in "{{$CLASSES:object}}".split(","))
+classes = tuple(name.strip() for name in "{{$CLASSES:object}}".split(",") if name.strip())
+val_ann = "{{$VAL_ANN:annotations/val.json}}"
+val_img = "{{$VAL_IMG:val}}/"
+test_ann = "{{$TEST_ANN:VAL_ANN}}".replace("VAL_ANN", val_ann)
+test_img = "{{$TEST_IMG:VAL_IMG}}/".replace("VAL_IMG/", val_img)
 metainfo = dict(classes=classes)
 
 train_pipeline = [
@@ -46,16 +51,26 @@ val_dataloader = dict(
         type=dataset_type,
         data_root=data_root,
         metainfo=metainfo,
-        ann_file="{{$VAL_ANN:annotations/val.json}}",
-        data_prefix=dict(img="{{$VAL_IMG:val}}/"),
+        ann_file=val_ann,
+        data_prefix=dict(img=val_img),
         test_mode=True,
         pipeline=test_pipeline,
     ),
 )
-test_dataloader = val_dataloader
-val_evaluator = dict(
-    type="CocoMetric",
-    ann_file=data_root + "{{$VAL_ANN:annotations/val.json}}",
-    metric="bbox",
+test_dataloader = dict(
+    batch_size=1,
+    num_workers=2,
+    persistent_workers=True,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(
+        type=dataset_type,
+        data_root=data_root,
+        metainfo=metainfo,
+        ann_file=test_ann,
+        data_prefix=dict(img=test_img),
+        test_mode=True,
+        pipeline=test_pipeline,
+    ),
 )
-test_evaluator = val_evaluator
+val_evaluator = dict(type="CocoMetric", ann_file=data_root + val_ann, metric="bbox")
+test_evaluator = dict(type="CocoMetric", ann_file=data_root + test_ann, metric="bbox")

@@ -1,16 +1,19 @@
-# Any set in VOC layout (JPEGImages, Annotations, ImageSets/Main). From the environment, on the
-# command line before the tool:
+# Any set in VOC layout (JPEGImages, Annotations, ImageSets/Main), with images of any suffix. From
+# the environment, on the command line before the tool:
 #   DATA_ROOT  the folder; CLASSES  names as in the annotations, separated by commas;
-#   TRAIN_SET, VAL_SET, TEST_SET  image sets, if other than train, val and test;
+#   TRAIN_SET, VAL_SET  image sets, if other than train and val;
+#   TEST_SET  the one to test on, such as test, if other than VAL_SET;
 #   IMG_DIR, ANN_DIR  folders of images and of XML files, if other than in VOC.
-dataset_type = "XMLDataset"
+dataset_type = "AnyImageXMLDataset"
 data_root = "{{$DATA_ROOT:data/custom}}/"
-classes = tuple(name.strip() for name in "{{$CLASSES:object}}".split(","))
+classes = tuple(name.strip() for name in "{{$CLASSES:object}}".split(",") if name.strip())
+val_set = "{{$VAL_SET:val}}"
+test_set = "{{$TEST_SET:VAL_SET}}".replace("VAL_SET", val_set)
 
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True),
-    # XMLDataset keeps inverted and empty boxes, which turn a loss into NaN.
+    # Drops boxes of a pixel or less, from which nothing can be learnt.
     dict(type="FilterAnnotations", min_gt_bbox_wh=(1, 1)),
     dict(type="Resize", scale=(640, 640), keep_ratio=True),
     dict(type="RandomFlip", prob=0.5),
@@ -53,7 +56,7 @@ val_dataloader = dict(
     sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         **dataset,
-        ann_file="ImageSets/Main/{{$VAL_SET:val}}.txt",
+        ann_file=f"ImageSets/Main/{val_set}.txt",
         test_mode=True,
         pipeline=test_pipeline,
     ),
@@ -65,7 +68,7 @@ test_dataloader = dict(
     sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         **dataset,
-        ann_file="ImageSets/Main/{{$TEST_SET:test}}.txt",
+        ann_file=f"ImageSets/Main/{test_set}.txt",
         test_mode=True,
         pipeline=test_pipeline,
     ),

@@ -12,7 +12,6 @@ from itertools import islice
 from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
-import mmengine
 from mmdet.datasets import CocoDataset, XMLDataset
 from mmengine.config import Config
 
@@ -20,7 +19,7 @@ from rfa_mmdet.data.check.coco import read_coco
 from rfa_mmdet.data.check.find import Leaf, is_local, leaves
 from rfa_mmdet.data.check.images import NOT_DECODABLE, read_image
 from rfa_mmdet.data.check.report import DataError
-from rfa_mmdet.data.check.voc import read_voc
+from rfa_mmdet.data.check.voc import voc_images
 from rfa_mmdet.files import MISSING
 
 # What can be wrong with an image, the worst first; a run that reads one of the first three ends.
@@ -236,14 +235,11 @@ def _coco(dataset: CocoDataset) -> Iterator[Annotated]:
 
 def _voc(dataset: XMLDataset) -> Iterator[Annotated]:
     classes = set(dataset.metainfo.get("classes") or ())
-    root = dataset.sub_data_root
-    for name in mmengine.list_from_file(dataset.ann_file):
-        try:
-            image = read_voc(os.path.join(root, dataset.ann_subdir, f"{name}.xml"), classes)
-        except DataError:
+    for _, image in voc_images(dataset):
+        if isinstance(image, DataError):
             continue
         yield Annotated(
-            os.path.join(root, dataset.img_subdir, f"{name}.jpg"),
+            image.path,
             image.size if image.size and min(image.size) > 0 else None,
             tuple(Box(b.name, _from_zero(*b.xyxy)) for b in image.boxes),
             tuple(n for n in image.names if n not in classes),

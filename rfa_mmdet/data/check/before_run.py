@@ -14,6 +14,7 @@ from rfa_mmdet.data.check.images import check_images
 from rfa_mmdet.data.check.loaded import Loaded
 from rfa_mmdet.data.check.report import DataError, Findings, missing_path
 from rfa_mmdet.data.check.voc import check_voc
+from rfa_mmdet.data.voc_dataset import AnyImageXMLDataset
 
 
 def check_data(cfg: Config, splits: Sequence[str] = ("train", "val")) -> list[str]:
@@ -127,7 +128,11 @@ def _load(leaf: Leaf, dataset: BaseDataset, found: Findings) -> Loaded | None:
 
 def _kind(dataset: BaseDataset):
     """Return the check that fits; none does for a subclass that reads its files in its own way."""
-    for base, check in ((CocoDataset, check_coco), (XMLDataset, check_voc)):
+    for base, check in (
+        (CocoDataset, check_coco),
+        (XMLDataset, check_voc),
+        (AnyImageXMLDataset, check_voc),
+    ):
         own = (
             getattr(type(dataset), method) is not getattr(base, method, None)
             for method in ("load_data_list", "parse_data_info")

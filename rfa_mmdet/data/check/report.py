@@ -5,11 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
-from rfa_mmdet.errors import UserError
-
-
-class DataError(UserError):
-    """The data cannot be trained on, or tested on, as they are."""
+from rfa_mmdet.errors import DataError
 
 
 @dataclass

@@ -1,11 +1,9 @@
-"""Annotation files in Pascal VOC's format: a list of image names, an XML file for each."""
+"""Data sets in Pascal VOC's layout: a list of image names, an XML file for each."""
 
 import os
-import xml.etree.ElementTree as ET
-from collections import Counter
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
 
 from mmdet.datasets import XMLDataset
 
@@ -13,79 +11,34 @@ from rfa_mmdet.data.check.classes import class_source, metainfo_fix
 from rfa_mmdet.data.check.find import Leaf
 from rfa_mmdet.data.check.loaded import Loaded, kept
 from rfa_mmdet.data.check.report import DataError, Findings, missing_path, some
+from rfa_mmdet.data.voc import VocImage, read_voc, told
+from rfa_mmdet.data.voc_dataset import AnyImageXMLDataset, image_size, is_outside
 
 FILTER = "dict(type='FilterAnnotations', min_gt_bbox_wh=(1, 1))"
 
 
-@dataclass(frozen=True)
-class VocBox:
-    """A box: corners, and whether it is marked as difficult, which keeps it out of training."""
-
-    name: str
-    xyxy: tuple[int, int, int, int]
-    difficult: bool
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """Width and height."""
-        return self.xyxy[2] - self.xyxy[0], self.xyxy[3] - self.xyxy[1]
-
-
-@dataclass(frozen=True)
-class VocImage:
-    """An image's XML file.
-
-    Attributes:
-        size (tuple[int, int] | None): Width and height, if the file gives them.
-        names (list[str]): Of all objects.
-        boxes (list[VocBox]): Of the objects of the wanted classes.
-    """
-
-    size: tuple[int, int] | None
-    names: list[str]
-    boxes: list[VocBox]
-
-
-def read_voc(path: str, classes: Collection[str]) -> VocImage:
-    """Read an XML file as MMDetection does.
-
-    Args:
-        path (str): The XML file.
-        classes (Collection[str]): Objects of other names are not looked into.
+def voc_images(dataset: XMLDataset) -> Iterator[tuple[str, VocImage | DataError]]:
+    """Yield each image that a dataset lists, once: its name and what is known, or what is wrong.
 
     Raises:
-        DataError: It is missing, cut off, not XML, or MMDetection cannot read it.
+        DataError: The list cannot be read.
     """
-    try:
-        root: Any = ET.parse(path).getroot()
-        node = root.find("size")
-        size = None
-        if node is not None:
-            size = int(node.find("width").text), int(node.find("height").text)
-        objects = [(o.find("name").text, o) for o in root.findall("object")]
-        boxes = [_box(name, o) for name, o in objects if name in classes]
-    except FileNotFoundError as error:
-        raise DataError(missing_path(path)) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    except ET.ParseError as error:
-        raise DataError(
-            f"{path} ({os.path.getsize(path):,} bytes) is cut off or not XML: {error}"
-        ) from error
-    # A tag that is not there is a None without .text, or int(None).
-    except (AttributeError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(
-            f"{path}: <size> needs width and height as whole numbers; every <object> a name, and "
-            f"a bndbox of xmin, ymin, xmax, ymax ({error})"
-        ) from error
-    return VocImage(size, [name for name, _ in objects], boxes)
-
-
-def _box(name: str, node: Any) -> VocBox:
-    corners = node.find("bndbox")
-    x1, y1, x2, y2 = (int(float(corners.find(c).text)) for c in ("xmin", "ymin", "xmax", "ymax"))
-    difficult = node.find("difficult")
-    return VocBox(name, (x1, y1, x2, y2), difficult is not None and int(difficult.text) != 0)
+    folder = os.path.join(dataset.sub_data_root, dataset.ann_subdir)
+    images = os.path.join(dataset.sub_data_root, dataset.img_subdir)
+    for name in dict.fromkeys(_image_names(dataset)):
+        xml = os.path.join(folder, f"{name}.xml")
+        try:
+            if isinstance(dataset, AnyImageXMLDataset):
+                yield name, dataset.read(name)
+            else:
+                image = read_voc(xml, dataset.metainfo["classes"])
+                yield name, replace(image, path=os.path.join(images, f"{name}.jpg"))
+        except DataError as error:
+            yield name, error
+        except FileNotFoundError:
+            yield name, DataError(missing_path(xml))
+        except OSError as error:
+            yield name, DataError(f"{xml} cannot be read: {error.strerror}")
 
 
 def check_voc(leaf: Leaf, dataset: XMLDataset, found: Findings) -> Loaded:
@@ -95,30 +48,40 @@ def check_voc(leaf: Leaf, dataset: XMLDataset, found: Findings) -> Loaded:
         DataError: Nothing further can be said about the dataset.
     """
     classes = dataset.metainfo["classes"]
-    folder = os.path.join(dataset.sub_data_root, dataset.ann_subdir)
-    images, problems = {}, []
-    listed = _image_names(dataset.ann_file, folder)
-    twice = [name for name, count in Counter(listed).items() if count > 1]
+    images: dict[str, VocImage] = {}
+    problems, mended = [], defaultdict(list)
+    twice = [name for name, count in Counter(_image_names(dataset)).items() if count > 1]
     if twice:
         found.warnings.append(
             f"{leaf.key}: {dataset.ann_file} names {len(twice)} images more than once, and each "
             f"counts as often: {some(twice)}"
         )
-    for name in dict.fromkeys(listed):
-        try:
-            images[name] = read_voc(os.path.join(folder, f"{name}.xml"), set(classes))
-        except DataError as error:
-            problems.append(str(error))
+    beside = os.path.join(os.path.dirname(dataset.ann_file), "test.txt")
+    if leaf.key.startswith("test_") and os.path.isfile(beside) and dataset.ann_file != beside:
+        found.warnings.append(
+            f"{leaf.key} reads {dataset.ann_file}, though {beside} is there: TEST_SET=test, in the "
+            "templates of this package, tests on that"
+        )
+    for name, image in voc_images(dataset):
+        if isinstance(image, DataError):
+            problems.append(str(image))
+            continue
+        images[name] = image
+        for what in image.mended:
+            mended[what].append(name)
     if problems:
         raise DataError(
             f"{leaf.key}: {len(problems)} of the {len(images) + len(problems)} XML files that "
             f"{dataset.ann_file} asks for cannot be read: {some(problems, 3)}"
         )
+    if mended:
+        found.warnings.append(f"{leaf.key}: {told(mended)}")
     _check_names(leaf, dataset, images, found)
+    sizes = {name: _size(image) for name, image in images.items()}
     names = kept(
         dataset,
         list(images),
-        lambda name: min(images[name].size or (float("inf"),)),
+        lambda name: min(sizes[name] or (float("inf"),)),
         lambda name: bool(images[name].boxes),
     )
     if not names:
@@ -127,12 +90,22 @@ def check_voc(leaf: Leaf, dataset: XMLDataset, found: Findings) -> Loaded:
             f"(filter_cfg={dataset.filter_cfg}, indices={dataset._indices}). min_size goes by "
             "<size> in the XML files, which some tools write as 0"
         )
+    without = [name for name in images.keys() - set(names) if min(sizes[name] or (1,)) < 1]
+    if without:
+        found.warnings.append(
+            f"{leaf.key}: {len(without)} of {len(images)} images are left out by "
+            f"{dataset.filter_cfg}, as <size> is 0 in {some(sorted(without))}; "
+            "type='AnyImageXMLDataset' takes it from the image"
+        )
     boxes = _check_boxes(leaf, dataset, {name: images[name] for name in names}, found)
-    folder = os.path.join(dataset.sub_data_root, dataset.img_subdir)
-    return Loaded(tuple(classes), [os.path.join(folder, f"{name}.jpg") for name in names], boxes)
+    return Loaded(tuple(classes), [images[name].path for name in names], boxes)
 
 
-def _image_names(path: str, folder: str) -> list[str]:
+def _image_names(dataset: XMLDataset) -> list[str]:
+    if isinstance(dataset, AnyImageXMLDataset):
+        return dataset.image_ids()
+    path = dataset.ann_file
+    folder = os.path.join(dataset.sub_data_root, dataset.ann_subdir)
     with open(path, encoding="utf-8") as file:
         lines = [line.rstrip("\r\n") for line in file]
     # MMDetection takes a line as it is, blanks included, and an empty one as a name, too.
@@ -148,6 +121,14 @@ def _image_names(path: str, folder: str) -> list[str]:
             f"{os.path.join(folder, f'{line}.xml')!r}. Right would be {right}"
         )
     return lines
+
+
+def _size(image: VocImage) -> tuple[int, int] | None:
+    """Return width and height, or None where the image is missing, which is told elsewhere."""
+    try:
+        return image.size or image_size(image.path)
+    except FileNotFoundError:
+        return None
 
 
 def _check_names(leaf: Leaf, dataset: XMLDataset, images: dict, found: Findings) -> None:
@@ -174,36 +155,53 @@ def _check_names(leaf: Leaf, dataset: XMLDataset, images: dict, found: Findings)
 
 
 def _check_boxes(leaf: Leaf, dataset: XMLDataset, images: dict, found: Findings) -> int:
-    """Report inverted boxes; return the number of boxes to learn from."""
-    flat, learnt, risky = [], 0, 0
+    """Report boxes without anything in the image; return the number of boxes to learn from."""
+    flat, outside, learnt, risky = [], [], 0, 0
+    ours = isinstance(dataset, AnyImageXMLDataset)
     smallest = dataset.bbox_min_size
     for name, image in images.items():
         for box in image.boxes:
             # Boxes below bbox_min_size and difficult ones are kept out of the loss.
             ignored = box.difficult or (smallest is not None and min(box.sides) < smallest)
-            learnt += not ignored
-            if min(box.sides) <= 0:
+            empty = box.is_empty()
+            if empty:
                 flat.append(f"{name}.xml")
-                risky += not ignored
-    if not flat:
+            elif is_outside(box, image):
+                outside.append(f"{name}.xml")
+                empty = True
+            learnt += not (ignored or empty)
+            risky += empty and not (ignored or ours)
+    if not (flat or outside):
         return learnt
-    text = (
-        f"{leaf.key}: {len(flat)} boxes are inverted or empty (xmax <= xmin or ymax <= ymin), in "
-        f"{some(dict.fromkeys(flat))}"
-    )
-    filtered = any(
-        name == "FilterAnnotations" and transform.get("by_box", True)
-        for name, transform in leaf.transforms()
-    )
+    wrong = [
+        f"{len(files)} boxes {what}, in {some(dict.fromkeys(files))}"
+        for files, what in (
+            (flat, "are inverted or empty (xmax <= xmin or ymax <= ymin)"),
+            (outside, "lie outside of their image"),
+        )
+        if files
+    ]
+    text = f"{leaf.key}: {'; '.join(wrong)}"
     if dataset.test_mode:
         found.warnings.append(f"{text}; the evaluation counts them as missed")
-    elif filtered or not risky:
+    elif not risky or _is_filtered(leaf, behind_resize=bool(outside)):
         found.warnings.append(f"{text}; they are left out of training")
     else:
         # Box coders take the logarithm of the sides: NaN below zero, infinite at zero.
         found.errors.append(
             f"{text}. MMDetection's {type(dataset).__name__} keeps them, and the loss becomes NaN "
-            "or infinite. Mend the XML files, or add to the training pipeline, after "
-            f"LoadAnnotations:  {FILTER}"
+            "or infinite. Mend the XML files, or take type='AnyImageXMLDataset', or add to the "
+            f"training pipeline, after {'Resize' if outside else 'LoadAnnotations'}:  {FILTER}"
         )
-    return learnt - risky
+    return learnt
+
+
+def _is_filtered(leaf: Leaf, behind_resize: bool) -> bool:
+    """Tell whether the pipeline drops empty boxes; Resize makes one of a box outside the image."""
+    filtered = False
+    for name, transform in leaf.transforms():
+        if name == "FilterAnnotations" and transform.get("by_box", True):
+            filtered = True
+        elif "Resize" in name and behind_resize:
+            filtered = False
+    return filtered
