@@ -57,7 +57,7 @@ class VocImage:
         size (tuple[int, int] | None): Width and height, if the file gives them.
         names (tuple[str, ...]): Of all objects.
         boxes (tuple[VocBox, ...]): Of the objects of the wanted classes.
-        mended (tuple[str, ...]): What was put right.
+        corrected (tuple[str, ...]): What was put right.
         path (str): The image file, where it was looked for.
     """
 
@@ -65,7 +65,7 @@ class VocImage:
     size: tuple[int, int] | None
     names: tuple[str, ...]
     boxes: tuple[VocBox, ...]
-    mended: tuple[str, ...] = ()
+    corrected: tuple[str, ...] = ()
     path: str = ""
 
 
@@ -91,11 +91,11 @@ def read_voc(
     return _Reader(path, classes, mend).read(get(path, backend_args))
 
 
-def told(mended: Mapping[str, Sequence[str]]) -> str:
+def told(corrected: Mapping[str, Sequence[str]]) -> str:
     """Say what was put right, in one line.
 
     Args:
-        mended (Mapping[str, Sequence[str]]): By what it was, the images' ids.
+        corrected (Mapping[str, Sequence[str]]): By what it was, the images' ids.
 
     Example:
         >>> told({"encoding 'gbk'": ["a", "b", "c", "d"]})
@@ -103,7 +103,7 @@ def told(mended: Mapping[str, Sequence[str]]) -> str:
     """
     parts = [
         f"{what} ({len(ids)} XML files: {', '.join(ids[:3])}{', ...' * (len(ids) > 3)})"
-        for what, ids in mended.items()
+        for what, ids in corrected.items()
     ]
     more = f"; and {len(parts) - 5} other things" if len(parts) > 5 else ""
     return "put right: " + "; ".join(parts[:5]) + more
@@ -116,7 +116,7 @@ def _short(text: str) -> str:
 class _Reader:
     def __init__(self, path: str, classes: Collection[str], mend: bool) -> None:
         self.path, self.classes, self.mend = path, classes, mend
-        self.mended: list[str] = []
+        self.corrected: list[str] = []
 
     def read(self, content: bytes) -> VocImage:
         root = self._parse(content)
@@ -140,7 +140,7 @@ class _Reader:
                 boxes.append(self._box(node, name, f"object {number} ({name!r})"))
         filename = (root.findtext("filename") or "").strip() or None
         size = self._size(root.find("size"))
-        return VocImage(filename, size, tuple(names), tuple(boxes), tuple(self.mended))
+        return VocImage(filename, size, tuple(names), tuple(boxes), tuple(self.corrected))
 
     def _fail(self, what: str) -> NoReturn:
         raise DataError(f"{self.path}: {_short(what)}")
@@ -150,7 +150,7 @@ class _Reader:
             self._fail(
                 f"MMDetection's XMLDataset cannot read this; type='AnyImageXMLDataset' can: {what}"
             )
-        self.mended.append(_short(what))
+        self.corrected.append(_short(what))
 
     def _parse(self, content: bytes) -> Any:
         try:

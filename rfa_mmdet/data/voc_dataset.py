@@ -200,7 +200,7 @@ class AnyImageXMLDataset(XMLDataset):
         return replace(
             image,
             path=os.path.join(root, found or f"{img_id}.jpg"),
-            mended=(*image.mended, *filter(None, [note])),
+            corrected=(*image.corrected, *filter(None, [note])),
         )
 
     def size_of(self, image: VocImage) -> tuple[int, int]:
@@ -221,7 +221,7 @@ class AnyImageXMLDataset(XMLDataset):
             f"`classes` in `{type(self).__name__}` can not be None."
         )
         self.cat2label = {name: i for i, name in enumerate(self._metainfo["classes"])}
-        data_list, problems, mended = [], [], defaultdict(list)
+        data_list, problems, corrected = [], [], defaultdict(list)
         ids = self.image_ids()
         for img_id in ids:
             try:
@@ -230,16 +230,16 @@ class AnyImageXMLDataset(XMLDataset):
             except (DataError, FileNotFoundError) as error:
                 problems.append(str(error))
                 continue
-            for what in image.mended:
-                mended[what].append(img_id)
+            for what in image.corrected:
+                corrected[what].append(img_id)
         self._folders = None  # as large as the folder, and handed to every worker
         if problems:
             raise DataError(
                 f"{len(problems)} of the {len(ids)} images that {self.ann_file} lists cannot be "
                 f"read: {'; '.join(problems[:3])}"
             )
-        if mended:
-            print_log(f"{self.ann_file}: {told(mended)}", "current", logging.WARNING)
+        if corrected:
+            print_log(f"{self.ann_file}: {told(corrected)}", "current", logging.WARNING)
         return data_list
 
     def parse_data_info(self, img_info: dict) -> dict:

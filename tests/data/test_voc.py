@@ -60,7 +60,7 @@ SILENT = {
     "blanks around difficult": difficult(" 0 "),
     "part": DOG.replace("</object>", "<part><name>head</name><bndbox/></part></object>"),
 }
-MENDED = {
+CORRECTED = {
     "gbk": (declared("gbk", DOG.replace("</size>", "</size><folder>狗</folder>")), "'gbk'"),
     "utf-16 that is utf-8": (declared("utf-16", codec="utf-8"), "'utf-16' read as UTF-8"),
     "unknown encoding": (declared("klingon", codec="utf-8"), "'klingon' read as UTF-8"),
@@ -108,7 +108,7 @@ def test_files_that_mean_one_thing_are_read_without_a_word(voc, content):
     assert loaded(ours(voc)) == [BOX]
 
 
-@pytest.mark.parametrize(("content", "words"), MENDED.values(), ids=MENDED)
+@pytest.mark.parametrize(("content", "words"), CORRECTED.values(), ids=CORRECTED)
 def test_what_is_put_right_is_told_in_one_line(voc, content, words):
     write(voc, content)
     (warning,) = check_data(config(ours(voc)))
@@ -119,10 +119,10 @@ def test_what_is_put_right_is_told_in_one_line(voc, content, words):
 
 
 @pytest.mark.parametrize(
-    "case", MENDED.keys() - {"size of 0", "negative size", "blanks around a name"}
+    "case", sorted(CORRECTED.keys() - {"size of 0", "negative size", "blanks around a name"})
 )
 def test_of_mmdets_own_data_set_they_are_refused(voc, case):
-    content, words = MENDED[case]
+    content, words = CORRECTED[case]
     write(voc, content)
     message = errors_of(config(voc_dataset(voc)))
     assert "MMDetection's XMLDataset cannot read this; type='AnyImageXMLDataset' can" in message

@@ -49,7 +49,7 @@ def check_voc(leaf: Leaf, dataset: XMLDataset, found: Findings) -> Loaded:
     """
     classes = dataset.metainfo["classes"]
     images: dict[str, VocImage] = {}
-    problems, mended = [], defaultdict(list)
+    problems, corrected = [], defaultdict(list)
     twice = [name for name, count in Counter(_image_names(dataset)).items() if count > 1]
     if twice:
         found.warnings.append(
@@ -67,15 +67,15 @@ def check_voc(leaf: Leaf, dataset: XMLDataset, found: Findings) -> Loaded:
             problems.append(str(image))
             continue
         images[name] = image
-        for what in image.mended:
-            mended[what].append(name)
+        for what in image.corrected:
+            corrected[what].append(name)
     if problems:
         raise DataError(
             f"{leaf.key}: {len(problems)} of the {len(images) + len(problems)} XML files that "
             f"{dataset.ann_file} asks for cannot be read: {some(problems, 3)}"
         )
-    if mended:
-        found.warnings.append(f"{leaf.key}: {told(mended)}")
+    if corrected:
+        found.warnings.append(f"{leaf.key}: {told(corrected)}")
     _check_names(leaf, dataset, images, found)
     sizes = {name: _size(image) for name, image in images.items()}
     names = kept(
