@@ -2,11 +2,16 @@
 
 import inspect
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 Init = TypeVar("Init", bound=Callable[..., None])
+
+LARGEST = 2**20  # of every int: what is made of a few of them stays far from overflow
+LARGEST_WINDOW = 2**15  # positions; a channel has a weight for every two of them
+LARGEST_SIDE = 181  # of a square one
 
 
 def with_arguments_of(parent: type) -> Callable[[Init], Init]:
@@ -47,19 +52,36 @@ def with_arguments_of(parent: type) -> Callable[[Init], Init]:
     return decorate
 
 
-def positive_int(name: str, value: Any) -> int:
-    """Return ``value`` if it is a positive int.
+def positive_int(name: str, value: Any, largest: int = LARGEST) -> int:
+    """Return an int, or one of NumPy, as an int.
 
     Raises:
         TypeError: It is not an int.
-        ValueError: It is not positive.
+        ValueError: It is not from 1 to ``largest``.
 
     Example:
         >>> positive_int("groups", 0)
         Traceback (most recent call last):
         ValueError: groups=0: must be at least 1
     """
-    return _int_from(1, name, value)
+    return _int_from(1, name, value, largest)
+
+
+def odd_int(name: str, value: Any, largest: int = LARGEST) -> int:
+    """Return an odd int, of a kernel that has a centre and keeps the size.
+
+    Raises:
+        TypeError, ValueError: As of :func:`positive_int`, or it is even.
+
+    Example:
+        >>> odd_int("kernel_size", 4)
+        Traceback (most recent call last):
+        ValueError: kernel_size=4: must be odd, to keep the size
+    """
+    number = positive_int(name, value, largest)
+    if number % 2 == 0:
+        raise ValueError(f"{name}={number}: must be odd, to keep the size")
+    return number
 
 
 def int_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
@@ -67,7 +89,7 @@ def int_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
 
     Raises:
         TypeError: It is neither an int nor a pair of ints.
-        ValueError: One of the two is below ``minimum``.
+        ValueError: One of the two is below ``minimum``, or above 2**20.
 
     Example:
         >>> int_pair("stride", 2, minimum=1)
@@ -125,10 +147,13 @@ def check_feature_map(layer: str, x: Any, in_channels: int) -> None:
         raise ValueError(f"{layer}: input has an empty map (shape {shape})")
 
 
-def _int_from(minimum: int, name: str, value: Any) -> int:
+def _int_from(minimum: int, name: str, value: Any, largest: int = LARGEST) -> int:
     # bool is an int to Python, but bias=True in the wrong place is no kernel_size.
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}={value!r}: must be an int, not {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name}={value}: must be at least {minimum}")
-    return value
+    number = int(value)
+    if number < minimum:
+        raise ValueError(f"{name}={number}: must be at least {minimum}")
+    if number > largest:
+        raise ValueError(f"{name}={number}: must be at least {minimum} and at most {largest}")
+    return number

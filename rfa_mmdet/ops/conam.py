@@ -1,5 +1,7 @@
 """Parameter-free parts of confident attention, ConAM (arXiv 2110.14369)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -94,30 +96,28 @@ def spread_patches(value: Tensor, patch_size: int, size: tuple[int, int]) -> Ten
     return value[:, None, : size[0], : size[1]]
 
 
-def confidence_gate(x: Tensor, patch_size: int, scale_by_patches: bool, *layers: Tensor) -> Tensor:
+def confidence_gate(
+    x: Tensor,
+    patch_size: int,
+    scale_by_patches: bool,
+    mlp: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> Tensor:
     """Weigh the patches of a map, each by its confidence.
 
     Args:
         x (Tensor): (B, C, H, W).
         patch_size (int): Side of a patch.
         scale_by_patches (bool): Whether the mean over patches is 1, and not their sum.
-        *layers (Tensor): Weight and bias of both layers of the shared MLP.
+        mlp (Callable): The shared MLP, of the vectors of patches, (B, P, C), and of the map,
+            (B, C).
 
     Returns:
         Tensor: (B, 1, H, W), in x's dtype.
 
     Example:
-        >>> layers = torch.rand(4, 8), torch.rand(4), torch.rand(8, 4), torch.rand(8)
-        >>> confidence_gate(torch.ones(1, 8, 4, 4), 2, False, *layers).unique()
+        >>> confidence_gate(torch.ones(1, 8, 4, 4), 2, False, lambda *both: both).unique()
         tensor([0.2500])
     """
-
-    def mlp(vector: Tensor) -> Tensor:
-        # In the vector's precision even if the module was converted to half.
-        for weight, bias in (layers[:2], layers[2:]):
-            vector = torch.relu(F.linear(vector, weight.to(vector.dtype), bias.to(vector.dtype)))
-        return vector
-
     with no_autocast(x):
         values = at_least_float32(x)
         local = patch_means(values, patch_size)  # (B, C, rows, columns)
@@ -125,8 +125,7 @@ def confidence_gate(x: Tensor, patch_size: int, scale_by_patches: bool, *layers:
             means = values.mean((2, 3))
         else:
             means = map_means(local, patch_size, (x.shape[2], x.shape[3]))
-        whole = mlp(means)  # (B, C)
-        confidence = patch_confidence(mlp(local.flatten(2).transpose(1, 2)), whole)
+        confidence = patch_confidence(*mlp(local.flatten(2).transpose(1, 2), means))
         if scale_by_patches:
             confidence = confidence * confidence.shape[1]
         confidence = confidence.reshape(-1, *local.shape[2:])  # (B, rows, columns)

@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from mmcv.cnn import fuse_conv_bn
@@ -23,6 +24,8 @@ from tests.helpers.registered import (
     feature_map,
     required,
 )
+
+FAR = (20, 31, 61, 63, 100)  # powers of two beyond every sensible number
 
 
 def test_the_papers_names_are_registered_in_the_root():
@@ -158,6 +161,9 @@ def test_inputs_that_are_no_feature_map_are_refused(name):
         (8.0, TypeError, r"8\.0: must be an int, not float"),
         (True, TypeError, "True: must be an int, not bool"),
         ("8", TypeError, "'8': must be an int, not str"),
+        (np.float64(8), TypeError, r".*8\.0.*: must be an int, not float64"),
+        (np.True_, TypeError, r".*True.*: must be an int, not bool"),
+        *((2**n + 1, ValueError, f"{2**n + 1}: must be at least 1 and at most ") for n in FAR),
     ],
 )
 def test_integer_arguments_are_checked_when_the_layer_is_built(name, value, error, shown):
@@ -166,9 +172,43 @@ def test_integer_arguments_are_checked_when_the_layer_is_built(name, value, erro
     good = {"in_channels": CHANNELS, **required(name)}
     if name in CONVS:
         good |= dict(out_channels=8, kernel_size=3, padding=1)
+    numbers += [n for n in ("reduction", "factor", "spatial_kernel_size") if accepts(name, n)]
+    pairs = ("kernel_size", "stride", "dilation") if name in CONVS else ()
     for argument in numbers:
-        with pytest.raises(error, match=f"^{argument}={shown}"):
-            MODELS.get(name)(**{**good, argument: value})
+        for given in (value, (1, value), [value, 1]) if argument in pairs else (value,):
+            with pytest.raises(error, match=f"^{argument}={shown}"):
+                MODELS.get(name)(**{**good, argument: given})
+
+
+def test_numbers_of_numpy_count_as_ints(name):
+    good = {"in_channels": CHANNELS, **required(name)}
+    if name in CONVS:
+        good |= dict(out_channels=8, kernel_size=3, padding=1, stride=2, dilation=1, groups=4)
+    for kind in (np.int64, np.uint8):
+        theirs = {key: kind(value) for key, value in good.items()}
+        if name in CONVS:
+            theirs["kernel_size"] = [kind(3), 3]
+        torch.manual_seed(0)
+        layer = MODELS.get(name)(**theirs)
+        torch.manual_seed(0)
+        twin = MODELS.get(name)(**good)
+        assert repr(layer) == repr(twin)
+        torch.testing.assert_close(layer(feature_map()), twin(feature_map()))
+        for module in layer.modules():
+            assert not any(isinstance(value, np.generic) for value in vars(module).values())
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_a_window_and_its_padding_have_bounds(name):
+    with pytest.raises(ValueError, match=r"^kernel_size=\(183, 183\): must have at most 32768"):
+        MODELS.get(name)(4, 4, 183)
+    with pytest.raises(ValueError, match=r"^padding=None, dilation \* .*=2097152: must be"):
+        MODELS.get(name)(4, 4, 5, dilation=2**20)
+    with pytest.raises(ValueError, match=f"^padding={2**61}: must be at least 0 and at most"):
+        MODELS.get(name)(4, 4, 3, padding=(1, 2**61))
+    far = conv(name, CHANNELS, 8, 3, stride=2**20, padding=1)
+    near = conv(name, CHANNELS, 8, 3, stride=9, padding=1)
+    torch.testing.assert_close(far(feature_map()), near(feature_map()))
 
 
 @pytest.mark.parametrize("name", [n for n in CONVS + PLUGINS if accepts(n, "norm_cfg")])

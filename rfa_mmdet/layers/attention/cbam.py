@@ -5,11 +5,21 @@ spatial convolution, as the RFAConv paper (arXiv 2304.03198) compares it. Plain 
 stand for adaptive pooling; gates are float32 under mixed precision.
 """
 
+from typing import Any
+
+import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from rfa_mmdet.layers.arguments import check_feature_map, positive_int
-from rfa_mmdet.ops.cbam import channel_gate, spatial_gate, spatial_pools, weigh_channels_and_cells
+from rfa_mmdet.layers.arguments import LARGEST_SIDE, check_feature_map, odd_int, positive_int
+from rfa_mmdet.layers.untouched import are_plain, dtype_of, is_plain_conv
+from rfa_mmdet.ops.cbam import (
+    channel_gate,
+    in_fast_layout,
+    spatial_pools,
+    weigh_channels_and_cells,
+)
+from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
 from rfa_mmdet.ops.common.reductions import max_and_mean
 
 
@@ -31,11 +41,11 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, in_channels: int, reduction: int = 16) -> None:
         super().__init__()
-        self.in_channels = positive_int("in_channels", in_channels)
+        in_channels = self.in_channels = positive_int("in_channels", in_channels)
         hidden = max(1, in_channels // positive_int("reduction", reduction))
         self.mlp = nn.Sequential(
             nn.Conv2d(in_channels, hidden, 1, bias=False),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.Conv2d(hidden, in_channels, 1, bias=False),
         )
 
@@ -52,13 +62,49 @@ class ChannelAttention(nn.Module):
         Returns:
             Tensor: (B, C, 1, 1) in (0, 1).
         """
-        return channel_gate(*self.inputs(x)).to(x.dtype)
-
-    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return maxima and means of x's channels, (B, C, 1, 1), and the MLP's weights."""
         check_feature_map(type(self).__name__, x, self.in_channels)
-        squeeze, excite = list(self.mlp.parameters())  # torch 2.1 compiles no unpacked iterator
-        return *max_and_mean(x, (2, 3), squeeze.dtype), squeeze, excite
+        weights = self.weights()
+        if weights is not None:
+            return channel_gate(*self.pools(x, weights[0].dtype), *weights).to(x.dtype)
+        with no_autocast(x):
+            # Side by side: each module is called once.
+            pools = torch.cat(self.pools(x, dtype_of(self.mlp, x)), dim=2)  # (B, C, 2, 1)
+            both = self.mlp(pools)
+        return torch.sigmoid(at_least_float32(both[:, :, :1] + both[:, :, 1:])).to(x.dtype)
+
+    def pools(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return maxima and means of x's channels, (B, C, 1, 1)."""
+        return max_and_mean(x, (2, 3), dtype)
+
+    def weights(self) -> tuple[Tensor, Tensor] | None:
+        """Return those of both convolutions. None: the modules must be called."""
+        mlp = self.mlp
+        if not (are_plain(nn.Sequential, mlp) and len(mlp._modules) == 3):
+            return None
+        squeeze: Any
+        excite: Any
+        squeeze, act, excite = mlp._modules.values()
+        plain = is_plain_conv(squeeze, (1, 1)) and is_plain_conv(excite, (1, 1))
+        return (squeeze.weight, excite.weight) if plain and are_plain(nn.ReLU, act) else None
+
+
+def cell_gate(pools: Tensor, conv: nn.Module) -> Tensor:
+    """Weigh the cells of a map by a convolution of what was pooled over its channels.
+
+    Args:
+        pools (Tensor): (B, 2, H, W).
+        conv (nn.Module): Of two channels to one, keeping the size.
+
+    Returns:
+        Tensor: (B, 1, H, W) in (0, 1), at least float32.
+
+    Example:
+        >>> cell_gate(torch.rand(2, 2, 3, 5), nn.Conv2d(2, 1, 7, padding=3)).shape
+        torch.Size([2, 1, 3, 5])
+    """
+    with no_autocast(pools):
+        score = conv(in_fast_layout(pools.to(dtype_of(conv, pools))))
+    return torch.sigmoid(at_least_float32(score))
 
 
 @MODELS.register_module()
@@ -87,8 +133,7 @@ class CBAM(nn.Module):
     def __init__(self, in_channels: int, reduction: int = 16, kernel_size: int = 7) -> None:
         super().__init__()
         self.in_channels = positive_int("in_channels", in_channels)
-        if positive_int("kernel_size", kernel_size) % 2 == 0:
-            raise ValueError(f"kernel_size={kernel_size}: must be odd, to keep the size")
+        kernel_size = self.kernel_size = odd_int("kernel_size", kernel_size, LARGEST_SIDE)
         self.channel = ChannelAttention(in_channels, reduction)
         self.spatial = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
@@ -102,7 +147,20 @@ class CBAM(nn.Module):
             Tensor: (B, C, H, W).
         """
         check_feature_map("CBAM", x, self.in_channels)
-        return weigh_channels_and_cells(x, *self.channel.inputs(x), self.spatial.weight)
+        weights = self._weights()
+        if weights is not None:
+            pools = self.channel.pools(x, weights[0].dtype)
+            return weigh_channels_and_cells(x, *pools, *weights)
+        x = self.channel(x)
+        return x * cell_gate(spatial_pools(x), self.spatial).to(x.dtype)
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return those of all convolutions. None: the modules must be called."""
+        size, channel, spatial = self.kernel_size, self.channel, self.spatial
+        if not is_plain_conv(spatial, (size, size), padding=(size // 2, size // 2)):
+            return None
+        weights = channel.weights() if are_plain(ChannelAttention, channel) else None
+        return None if weights is None else (*weights, spatial.weight)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return the weights of channels and cells, multiplied, to be looked at.
@@ -114,5 +172,5 @@ class CBAM(nn.Module):
             Tensor: (B, C, H, W) in (0, 1).
         """
         check_feature_map("CBAM", x, self.in_channels)
-        channel, weight = self.channel.attention_map(x), self.spatial.weight
-        return channel * spatial_gate(spatial_pools(x * channel), weight).to(x.dtype)
+        channel = self.channel.attention_map(x)
+        return channel * cell_gate(spatial_pools(x * channel), self.spatial).to(x.dtype)

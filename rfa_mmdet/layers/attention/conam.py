@@ -10,10 +10,13 @@ Softmax and dot products are float32 under mixed precision. The parameters keep 
 names.
 """
 
+import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rfa_mmdet.layers.arguments import boolean, check_feature_map, positive_int
+from rfa_mmdet.layers.untouched import are_plain, dtype_of
 from rfa_mmdet.ops.conam import confidence_gate
 
 
@@ -58,8 +61,8 @@ class ConAM(nn.Module):
         self.patch_size = positive_int("patch_size", patch_size)
         self.hidden_channels = positive_int("hidden_channels", hidden_channels)
         self.scale_by_patches = boolean("scale_by_patches", scale_by_patches)
-        self.linear1 = nn.Linear(in_channels, hidden_channels)
-        self.linear2 = nn.Linear(hidden_channels, in_channels)
+        self.linear1 = nn.Linear(self.in_channels, self.hidden_channels)
+        self.linear2 = nn.Linear(self.hidden_channels, self.in_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Strengthen every patch by its confidence.
@@ -92,9 +95,23 @@ class ConAM(nn.Module):
                 f"ConAM: patch_size={self.patch_size} is larger than the map of {height} x {width} "
                 f"cells; valid here: 1 to {min(height, width)}"
             )
-        first, second = self.linear1, self.linear2
-        layers = first.weight, first.bias, second.weight, second.bias
-        return confidence_gate(x, self.patch_size, self.scale_by_patches, *layers)
+        return confidence_gate(x, self.patch_size, self.scale_by_patches, self._mlp)
+
+    def _mlp(self, local: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+        """Pass the vectors of patches, (B, P, C), and of the map, (B, C), through the MLP."""
+        layers = self.linear1, self.linear2
+        if are_plain(nn.Linear, *layers):
+            for layer in layers:
+                # In the vectors' precision even if the module was converted to half.
+                weight = layer.weight.to(local.dtype)
+                bias = None if layer.bias is None else layer.bias.to(local.dtype)
+                local, whole = (F.linear(vector, weight, bias).relu() for vector in (local, whole))
+            return local, whole
+        both = torch.cat([local, whole[:, None]], dim=1)  # each is called once
+        for layer in layers:
+            both = torch.relu(layer(both.to(dtype_of(layer, both))))
+        both = both.to(local.dtype)
+        return both[:, :-1], both[:, -1]
 
     def extra_repr(self) -> str:
         """Show the arguments that the children's lines do not."""

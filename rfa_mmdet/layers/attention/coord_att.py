@@ -4,14 +4,14 @@ Paper: "Coordinate Attention for Efficient Mobile Network Design", arXiv 2103.02
 stand for adaptive pooling; gates are float32 under mixed precision.
 """
 
-from collections.abc import Callable
-
+import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rfa_mmdet.layers.arguments import check_feature_map, positive_int
-from rfa_mmdet.ops.common.recompute import weigh
+from rfa_mmdet.layers.untouched import are_plain, dtype_of
+from rfa_mmdet.ops.common.recompute import recomputes, weigh
 from rfa_mmdet.ops.coord_att import coordinate_gates
 
 MIN_HIDDEN = 8
@@ -40,7 +40,7 @@ class CoordAtt(nn.Module):
 
     def __init__(self, in_channels: int, reduction: int = 32) -> None:
         super().__init__()
-        self.in_channels = positive_int("in_channels", in_channels)
+        in_channels = self.in_channels = positive_int("in_channels", in_channels)
         hidden = max(MIN_HIDDEN, in_channels // positive_int("reduction", reduction))
         self.conv1 = nn.Conv2d(in_channels, hidden, 1)
         self.bn1 = nn.BatchNorm2d(hidden)
@@ -58,11 +58,19 @@ class CoordAtt(nn.Module):
         Returns:
             tuple[Tensor, Tensor]: (B, C, H) and (B, C, W), at least float32.
         """
-        return coordinate_gates(rows, columns, self.bn1, *self._weights())
 
-    def _weights(self) -> tuple[Tensor, ...]:
-        convs = (self.conv1, self.conv_h, self.conv_w)
-        return tuple(parameter for conv in convs for parameter in conv.parameters())
+        def shared(means: Tensor) -> Tensor:
+            hidden: Tensor = self.act(self.bn1(self.conv1(means)))
+            return hidden
+
+        dtype = dtype_of(self.conv1, rows)
+        return coordinate_gates(rows, columns, shared, self.conv_h, self.conv_w, dtype)
+
+    def _gates_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights of rows, (B, C, H, 1), and of columns, (B, C, 1, W), of a map."""
+        dtype = dtype_of(self.conv1, x)
+        rows, columns = self.gates(x.mean(3, dtype=dtype), x.mean(2, dtype=dtype))
+        return rows.unsqueeze(3), columns.unsqueeze(2)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return the weights of rows and columns, multiplied, to be looked at.
@@ -74,9 +82,8 @@ class CoordAtt(nn.Module):
             Tensor: (B, C, H, W) in (0, 1).
         """
         check_feature_map("CoordAtt", x, self.in_channels)
-        dtype = self.conv1.weight.dtype
-        rows, columns = self.gates(x.mean(3, dtype=dtype), x.mean(2, dtype=dtype))
-        return (rows.unsqueeze(3) * columns.unsqueeze(2)).to(x.dtype)
+        rows, columns = self._gates_of(x)
+        return (rows * columns).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Weigh rows and columns.
@@ -88,28 +95,43 @@ class CoordAtt(nn.Module):
             Tensor: (B, C, H, W).
         """
         check_feature_map("CoordAtt", x, self.in_channels)
-        bn, weights = self.bn1, self._weights()
-        means = x.mean(3, dtype=weights[0].dtype), x.mean(2, dtype=weights[0].dtype)
-
-        def spread(norm: Callable[[Tensor], Tensor], *given: Tensor) -> tuple[Tensor, Tensor]:
-            rows, columns, *parameters = given
-            row_gate, column_gate = coordinate_gates(rows, columns, norm, *parameters)
-            return column_gate.unsqueeze(2).to(x.dtype), row_gate.unsqueeze(3).to(x.dtype)
-
-        def first(*_: Tensor) -> tuple[Tensor, Tensor]:
-            return spread(bn, *means, *weights)
-
-        if type(bn) is not nn.BatchNorm2d:  # SyncBatchNorm: once more would be to talk once more
-            column_gate, row_gate = first()
-            return x * column_gate * row_gate
+        convs, bn = (self.conv1, self.conv_h, self.conv_w), self.bn1
+        # SyncBatchNorm is called: to compute it once more would be to talk once more.
+        plain = are_plain(nn.Conv2d, *convs) and are_plain(nn.BatchNorm2d, bn)
+        if not (recomputes() and plain and are_plain(nn.Hardswish, self.act)):
+            rows, columns = self._gates_of(x)
+            return x * columns.to(x.dtype) * rows.to(x.dtype)
+        dtype = self.conv1.weight.dtype
+        means = x.mean(3, dtype=dtype), x.mean(2, dtype=dtype)
+        weights = [weight for conv in convs for weight in (conv.weight, conv.bias)]
         held = () if bn.training or bn.running_mean is None else (bn.running_mean, bn.running_var)
 
+        def spread(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+            return columns.unsqueeze(2).to(x.dtype), rows.unsqueeze(3).to(x.dtype)
+
+        def first(*_: Tensor) -> tuple[Tensor, Tensor]:
+            return spread(*self.gates(*means))
+
         def again(_: Tensor, scale: Tensor, shift: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+            rows, columns, weight, bias, weight_h, bias_h, weight_w, bias_w = given[:8]
             mean, var = given[8:] or (None, None)  # None: of the batch, not counted again
 
-            def norm(z: Tensor) -> Tensor:
-                return F.batch_norm(z, mean, var, scale, shift, not held, 0.0, bn.eps)
+            def shared(z: Tensor) -> Tensor:
+                z = self.conv1._conv_forward(z, weight, bias)
+                return F.hardswish(F.batch_norm(z, mean, var, scale, shift, not held, 0.0, bn.eps))
 
-            return spread(norm, *given[:8])
+            seconds = (
+                lambda z: self.conv_h._conv_forward(z, weight_h, bias_h),
+                lambda z: self.conv_w._conv_forward(z, weight_w, bias_w),
+            )
+            return spread(*coordinate_gates(rows, columns, shared, *seconds, dtype))
 
         return weigh(x, again, bn.weight, bn.bias, *means, *weights, *held, first=first)
+
+
+class CoordinateGates(CoordAtt):
+    """The weights of rows and columns alone, as a part of another layer."""
+
+    def forward(self, rows: Tensor, columns: Tensor) -> Tensor:  # type: ignore[override]
+        """Return what :meth:`gates` does, side by side: (B, C, H + W)."""
+        return torch.cat(self.gates(rows, columns), dim=2)

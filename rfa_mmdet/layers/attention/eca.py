@@ -10,7 +10,8 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from rfa_mmdet.layers.arguments import check_feature_map, positive_int
+from rfa_mmdet.layers.arguments import check_feature_map, odd_int, positive_int
+from rfa_mmdet.layers.untouched import dtype_of
 from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
 
 
@@ -39,10 +40,8 @@ class ECA(nn.Module):
         super().__init__()
         self.in_channels = positive_int("in_channels", in_channels)
         if kernel_size is None:
-            kernel_size = int(math.log2(in_channels) / 2 + 1 / 2) | 1
-        self.kernel_size = positive_int("kernel_size", kernel_size)
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={kernel_size}: must be odd, to have a centre")
+            kernel_size = int(math.log2(self.in_channels) / 2 + 1 / 2) | 1
+        kernel_size = self.kernel_size = odd_int("kernel_size", kernel_size)
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +67,7 @@ class ECA(nn.Module):
         check_feature_map("ECA", x, self.in_channels)
         # The channels lie along the convolution: (B, 1, C).
         with no_autocast(x):
-            means = x.mean((2, 3), dtype=self.conv.weight.dtype)
+            means = x.mean((2, 3), dtype=dtype_of(self.conv, x))
             score = self.conv(means.unsqueeze(1)).squeeze(1)
         return torch.sigmoid(at_least_float32(score)).to(x.dtype)[:, :, None, None]
 

@@ -8,13 +8,14 @@ pooling (the same numbers; they export with dynamic sizes); gates are float32 un
 precision. The parameters keep the published names.
 """
 
-from collections.abc import Callable
-
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rfa_mmdet.layers.arguments import check_feature_map, positive_int
-from rfa_mmdet.ops.common.recompute import weigh
+from rfa_mmdet.layers.untouched import are_plain, dtype_of, is_plain_conv
+from rfa_mmdet.ops.common.convolution import same_conv
+from rfa_mmdet.ops.common.recompute import is_recorded, recomputes, weigh
 from rfa_mmdet.ops.ema import ema_gate
 
 
@@ -41,8 +42,8 @@ class EMA(nn.Module):
 
     def __init__(self, in_channels: int, factor: int = 32) -> None:
         super().__init__()
-        self.in_channels = positive_int("in_channels", in_channels)
-        self.factor = positive_int("factor", factor)
+        in_channels = self.in_channels = positive_int("in_channels", in_channels)
+        factor = self.factor = positive_int("factor", factor)
         if in_channels % factor:
             divisors = [d for d in range(1, in_channels + 1) if in_channels % d == 0]
             raise ValueError(
@@ -63,7 +64,31 @@ class EMA(nn.Module):
         Returns:
             Tensor: (B, C, H, W).
         """
-        groups, gate, weights = self._inputs(x)
+        check_feature_map("EMA", x, self.in_channels)
+        groups, (conv1, conv3, gn) = self._groups(x), (self.conv1x1, self.conv3x3, self.gn)
+        if not (
+            recomputes()
+            and are_plain(nn.Conv2d, conv1)
+            and is_plain_conv(conv3, (3, 3), padding=(1, 1), bias=True)
+            and are_plain(nn.GroupNorm, gn)
+        ):
+            return self._joined(groups * self._gate(groups, x))
+        weights = [
+            weight for module in (conv1, conv3, gn) for weight in (module.weight, module.bias)
+        ]
+
+        def gate(groups: Tensor, *weights: Tensor) -> tuple[Tensor]:
+            weight1, bias1, weight3, bias3, scale, shift = weights
+            return ema_gate(
+                groups,
+                lambda means: conv1._conv_forward(means, weight1, bias1),
+                lambda groups: same_conv(groups, weight3, bias3),
+                lambda groups: F.group_norm(groups, gn.num_groups, scale, shift, gn.eps),
+                conv1.weight.dtype,
+                (x.shape[2], x.shape[3]),
+                self._norm_means(shift),
+            )
+
         return self._joined(weigh(groups, gate, *weights))
 
     def attention_map(self, x: Tensor) -> Tensor:
@@ -75,28 +100,32 @@ class EMA(nn.Module):
         Returns:
             Tensor: (B, C, H, W) in (0, 1), the same for the channels of a group.
         """
-        groups, gate, weights = self._inputs(x)
-        (weight,) = gate(groups, *weights)  # (B * factor, 1, H, W)
-        return self._joined(weight.expand_as(groups))
+        check_feature_map("EMA", x, self.in_channels)
+        groups = self._groups(x)
+        return self._joined(self._gate(groups, x).expand_as(groups))
+
+    def _groups(self, x: Tensor) -> Tensor:
+        """Return (B, C, H, W) as (B * factor, c, H, W)."""
+        groups: Tensor = x.unflatten(1, (self.factor, -1)).flatten(0, 1)
+        return groups
 
     def _joined(self, groups: Tensor) -> Tensor:
         """Return (B * factor, c, H, W) as (B, C, H, W)."""
         joined: Tensor = groups.unflatten(0, (-1, self.factor)).flatten(1, 2)
         return joined
 
-    def _inputs(self, x: Tensor) -> tuple[Tensor, Callable[..., tuple[Tensor]], tuple[Tensor, ...]]:
-        """Return the groups of channels, and how and of what their gates are made."""
-        check_feature_map("EMA", x, self.in_channels)
-        # (B, C, H, W) -> (B * factor, c, H, W)
-        groups = x.unflatten(1, (self.factor, -1)).flatten(0, 1)
-        modules = (self.conv1x1, self.conv3x3, self.gn)
-        weights = tuple(parameter for module in modules for parameter in module.parameters())
+    def _gate(self, groups: Tensor, x: Tensor) -> Tensor:
+        """Return the weights of the cells of the groups, (B * factor, 1, H, W)."""
+        modules = self.conv1x1, self.conv3x3, self.gn
+        # A graph reads the map, as FLOPs are counted there by the formula.
+        known = not is_recorded() and are_plain(nn.GroupNorm, self.gn)
+        means = self._norm_means(self.gn.bias) if known else None
+        size = x.shape[2], x.shape[3]
+        return ema_gate(groups, *modules, dtype_of(self.conv1x1, x), size, means)[0]
 
-        def gate(groups: Tensor, *weights: Tensor) -> tuple[Tensor]:
-            size = x.shape[2], x.shape[3]
-            return ema_gate(groups, *weights, eps=self.gn.eps, size=size)  # type: ignore[arg-type, misc]
-
-        return groups, gate, weights
+    def _norm_means(self, shift: Tensor | None) -> Tensor | None:
+        """Return the mean that the norm leaves each channel: it adds no other."""
+        return shift if self.gn.num_groups == self.gn.num_channels else None
 
     def extra_repr(self) -> str:
         """Show the arguments."""

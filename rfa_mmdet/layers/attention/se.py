@@ -9,6 +9,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import check_feature_map, positive_int
+from rfa_mmdet.layers.untouched import dtype_of
 from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
 
 
@@ -37,7 +38,7 @@ class SE(nn.Module):
         self, in_channels: int, reduction: int = 16, hidden_channels: int | None = None
     ) -> None:
         super().__init__()
-        self.in_channels = positive_int("in_channels", in_channels)
+        in_channels = self.in_channels = positive_int("in_channels", in_channels)
         self.hidden_channels = max(1, in_channels // positive_int("reduction", reduction))
         if hidden_channels is not None:
             if reduction != 16:
@@ -48,7 +49,7 @@ class SE(nn.Module):
             self.hidden_channels = positive_int("hidden_channels", hidden_channels)
         self.fc = nn.Sequential(
             nn.Linear(in_channels, self.hidden_channels, bias=False),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.Linear(self.hidden_channels, in_channels, bias=False),
         )
 
@@ -62,7 +63,7 @@ class SE(nn.Module):
             Tensor: (B, C, 1, 1), in x's dtype.
         """
         with no_autocast(x):
-            score = self.fc(x.mean((2, 3), dtype=next(self.fc.parameters()).dtype))
+            score = self.fc(x.mean((2, 3), dtype=dtype_of(self.fc, x)))
         return torch.sigmoid(at_least_float32(score)).to(x.dtype)[:, :, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,4 +88,12 @@ class SE(nn.Module):
             Tensor: (B, C, 1, 1) in (0, 1).
         """
         check_feature_map("SE", x, self.in_channels)
+        return self.gate(x)
+
+
+class ChannelGate(SE):
+    """The weights of the channels alone, (B, C, 1, 1), as a part of another layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the weights of the channels of (B, C, H, W)."""
         return self.gate(x)

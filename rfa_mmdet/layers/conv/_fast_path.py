@@ -1,7 +1,7 @@
 """Modules as plain tensors and numbers, so that kernels need not call them.
 
 The kernels know batch norm and ReLU. What else a config may name (GroupNorm, SiLU, ...), and
-modules with hooks, which a kernel would skip, run in plain torch.
+modules that must be called (untouched.py), run in plain torch.
 """
 
 from collections.abc import Callable
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rfa_mmdet.layers.untouched import are_plain, must_be_called
 from rfa_mmdet.ops.common.precision import at_least_float32, autocast_dtype, compute_dtype
 from rfa_mmdet.ops.common.recompute import is_recorded
-from rfa_mmdet.ops.common.torch_versions import COMPILES_OPERATORS, has_global_hooks, is_compiling
 from rfa_mmdet.ops.common.windows import Pair, Window
 from rfa_mmdet.ops.receptive_field import WindowFeatures, fold_batch_norm
 from rfa_mmdet.ops.receptive_field.backends import check_backend, use_kernels
+
+Convs = list[tuple[nn.Module, bool]]
 
 
 def check_choice(backend: str, operators: tuple[str, ...], norm: nn.Module, act: nn.Module) -> str:
@@ -54,16 +56,26 @@ def _check_modules(backend: str, norm: nn.Module, act: nn.Module) -> None:
             )
 
 
+def _check_convs(backend: str, convs: Convs) -> None:
+    for module, known in convs:
+        if not known:
+            raise ValueError(
+                f"backend={backend!r}: computes with the weights of plain convolutions, without "
+                f"hooks on them, not {module}; choose backend='auto'"
+            )
+
+
 def window_features(
     backend: str,
     operators: tuple[str, ...],
     x: Tensor,
     window: Window,
     pad: Callable[[Tensor], tuple[Tensor, Pair]],
+    convs: Convs,
     feature: nn.Conv2d | None,
     norm: nn.Module,
     act: nn.Module,
-    weight: Tensor,
+    conv: nn.Conv2d,
 ) -> WindowFeatures | None:
     """Return features without making them, and update the norm's running statistics.
 
@@ -73,9 +85,10 @@ def window_features(
         x (Tensor): (B, C, H, W).
         window (Window): Of the features.
         pad (Callable): Pads x where that is not by zeros; returns it, and the zeros to be added.
+        convs (list[tuple[nn.Module, bool]]): Whose weights are read, and whether they may be.
         feature (nn.Conv2d | None): Depthwise; what comes before the norm. None: nothing does.
         norm, act (nn.Module): Of the features. It is the norm's own ``training`` that counts.
-        weight (Tensor): Of the convolution of the features.
+        conv (nn.Conv2d): Of the features.
 
     Returns:
         WindowFeatures | None: None: the layer must compute them with its modules.
@@ -83,12 +96,13 @@ def window_features(
     Raises:
         ValueError, TypeError, RuntimeError: A backend asked for by name cannot compute this.
     """
-    if not use_kernels(backend, operators, x, weight):
+    # A module of another class may have no weight.
+    if type(conv) is nn.Conv2d and not use_kernels(backend, operators, x, conv.weight):
         return None
-    known = _knows_norm(norm) and is_plain_act(act)
-    if not known or not (feature is None or _is_plain_conv(feature)):
-        if backend != "auto":
+    if not (_knows_norm(norm) and is_plain_act(act) and all(known for _, known in convs)):
+        if backend not in ("auto", "reference"):
             _check_modules(backend, norm, act)
+            _check_convs(backend, convs)
         return None
     of_batch = uses_batch_statistics(norm)
     group = reduces_over(norm) if of_batch else None
@@ -125,26 +139,6 @@ def _window_values(x: Tensor, window: Window) -> Tensor:
     return identity.repeat(x.shape[1], 1, 1, 1)
 
 
-def must_be_called(module: nn.Module) -> bool:
-    """Whether a module has hooks, or a ``forward`` of its own, that a kernel would skip.
-
-    Example:
-        >>> must_be_called(nn.ReLU())
-        False
-    """
-    if is_compiling() and not COMPILES_OPERATORS:  # nor compiles what looks into a module
-        return True
-    own = module.__dict__
-    return bool(
-        has_global_hooks()
-        or "forward" in own
-        or own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-    )
-
-
 def is_batch_norm(norm: nn.Module) -> bool:
     """Whether a module computes what batch norm does, and no hook is on it.
 
@@ -155,7 +149,8 @@ def is_batch_norm(norm: nn.Module) -> bool:
         (True, False)
     """
     known = type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    return known and not must_be_called(norm)
+    # One inside makes its weight.
+    return known and not norm.__dict__["_modules"] and not must_be_called(norm)
 
 
 def is_no_norm(norm: nn.Module) -> bool:
@@ -180,10 +175,6 @@ def is_plain_act(act: nn.Module) -> bool:
 
 def _knows_norm(norm: nn.Module) -> bool:
     return is_batch_norm(norm) or is_no_norm(norm)
-
-
-def _is_plain_conv(conv: nn.Module) -> bool:
-    return type(conv) is nn.Conv2d and conv.bias is None and not must_be_called(conv)
 
 
 def uses_batch_statistics(norm: nn.Module) -> bool:
@@ -242,7 +233,7 @@ def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor | None] 
         >>> fold_norm(conv, norm.train()) is None
         True
     """
-    if not _is_plain_conv(conv) or is_recorded():
+    if is_recorded() or not are_plain(nn.Conv2d, conv) or conv.bias is not None:
         return None
     if is_no_norm(norm):
         return conv.weight, None

@@ -16,7 +16,7 @@ from typing import Any
 from mmengine.registry import MODELS
 from torch import Tensor
 
-from rfa_mmdet.layers.arguments import positive_int, with_arguments_of
+from rfa_mmdet.layers.arguments import LARGEST_SIDE, odd_int, with_arguments_of
 from rfa_mmdet.layers.attention.cbam import CBAM, ChannelAttention
 from rfa_mmdet.layers.attention.coord_att import CoordAtt
 from rfa_mmdet.layers.conv.base import AttentionConv2d
@@ -119,10 +119,7 @@ class CBAMConv(AttendedConv):
         self, *args: Any, reduction: int = 16, spatial_kernel_size: int = 7, **kwargs: Any
     ) -> None:
         # Under its name here: kernel_size is another argument.
-        if positive_int("spatial_kernel_size", spatial_kernel_size) % 2 == 0:
-            raise ValueError(
-                f"spatial_kernel_size={spatial_kernel_size}: must be odd, to keep the size"
-            )
+        odd_int("spatial_kernel_size", spatial_kernel_size, LARGEST_SIDE)
         attention = partial(CBAM, reduction=reduction, kernel_size=spatial_kernel_size)
         super().__init__(attention, *args, **kwargs)
 

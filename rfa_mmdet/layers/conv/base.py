@@ -1,12 +1,19 @@
 """The Conv2d contract: what mmcv and MMDetection expect of anything they build as a convolution."""
 
+import math
 from typing import Any, Literal, get_args
 
 from mmengine.model import kaiming_init
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rfa_mmdet.layers.arguments import boolean, check_feature_map, int_pair, positive_int
+from rfa_mmdet.layers.arguments import (
+    LARGEST_WINDOW,
+    boolean,
+    check_feature_map,
+    int_pair,
+    positive_int,
+)
 from rfa_mmdet.layers.warm_start.start import WarmStartable
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -61,11 +68,15 @@ class AttentionConv2d(WarmStartable):
         self.in_channels = positive_int("in_channels", in_channels)
         self.out_channels = positive_int("out_channels", out_channels)
         self.kernel_size = int_pair("kernel_size", kernel_size, minimum=1)
+        if math.prod(self.kernel_size) > LARGEST_WINDOW:
+            raise ValueError(
+                f"kernel_size={self.kernel_size}: must have at most {LARGEST_WINDOW} positions"
+            )
         self.stride = int_pair("stride", stride, minimum=1)
         self.dilation = int_pair("dilation", dilation, minimum=1)
         self.padding = self._resolve_padding(padding)
         self.groups = positive_int("groups", groups)
-        if in_channels % groups or out_channels % groups:
+        if self.in_channels % self.groups or self.out_channels % self.groups:
             raise ValueError(
                 f"groups={groups}: must divide in_channels={in_channels} "
                 f"and out_channels={out_channels}"
@@ -83,10 +94,9 @@ class AttentionConv2d(WarmStartable):
                 f"padding=None with the even kernel_size={self.kernel_size}: no padding of both "
                 "sides keeps the size; pass padding, or an odd kernel_size"
             )
-        vertical, horizontal = (
-            d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel_size, strict=True)
-        )
-        return vertical, horizontal
+        sides = zip(self.dilation, self.kernel_size, strict=True)
+        padding = tuple(d * (k - 1) // 2 for d, k in sides)
+        return int_pair("padding=None, dilation * (kernel_size - 1) / 2", padding, minimum=0)
 
     def plain_conv(self) -> nn.Conv2d:
         """Return a new plain convolution with this layer's arguments."""

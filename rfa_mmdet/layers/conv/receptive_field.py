@@ -8,19 +8,22 @@ its own way, and the final convolution sums them up.
 import math
 from typing import Any, ClassVar
 
+import torch
 from mmcv.cnn import build_activation_layer, build_norm_layer
 from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import with_arguments_of
-from rfa_mmdet.layers.conv._fast_path import (
-    check_choice,
-    fold_norm,
-    must_be_called,
-    window_features,
-)
+from rfa_mmdet.layers.conv._fast_path import Convs, check_choice, fold_norm, window_features
 from rfa_mmdet.layers.conv.base import AttentionConv2d
+from rfa_mmdet.layers.untouched import is_plain_conv, must_be_called
 from rfa_mmdet.layers.warm_start.identity import identity_features, identity_norm, norm_obstacle
-from rfa_mmdet.ops.common.windows import Window, convolve_weighed_windows
+from rfa_mmdet.ops.common.recompute import is_recorded
+from rfa_mmdet.ops.common.windows import (
+    Window,
+    convolve_weighed_windows,
+    convolve_windows,
+    lay_out,
+)
 from rfa_mmdet.ops.receptive_field import WindowFeatures
 
 
@@ -51,7 +54,7 @@ class ReceptiveFieldConv(AttentionConv2d):
         self,
         *args: Any,
         norm_cfg: dict[str, Any] | None = dict(type="BN"),
-        act_cfg: dict[str, Any] | None = dict(type="ReLU", inplace=True),
+        act_cfg: dict[str, Any] | None = dict(type="ReLU"),
         input_floor: float = 0.0,
         backend: str = "auto",
         **kwargs: Any,
@@ -133,7 +136,15 @@ class ReceptiveFieldConv(AttentionConv2d):
             normed = self.norm(self.feature(x))
         else:
             normed = self.feature._conv_forward(x, *folded)
-        features: Tensor = self.act(normed)  # (B, C * K, h, w)
+        return self.activated(normed)
+
+    def activated(self, normed: Tensor) -> Tensor:
+        """Return normalised responses (B, C * K, h, w), activated, as (B, C, K, h, w)."""
+        # Overwritten only where nobody else can have them.
+        if type(self.act) is nn.ReLU and self._untold() and not is_recorded():
+            features = torch.relu_(normed)
+        else:
+            features = self.act(normed)
         batch, wide, height, width = features.shape
         # No -1 for K: an empty batch could not tell it.
         positions = wide // self.in_channels
@@ -144,25 +155,52 @@ class ReceptiveFieldConv(AttentionConv2d):
 
         If they are returned, the norm's running statistics are updated.
         """
+        window = Window(self.kernel_size, self.stride, self.padding, self.dilation)
         return window_features(
             self.backend,
             self.operators,
             x,
-            Window(self.kernel_size, self.stride, self.padding, self.dilation),
+            window,
             self.pad,
+            self.uncalled(window),
             self.feature,
             self.norm,
             self.act,
-            self.conv.weight,
+            self.conv,
         )
 
-    def convolve(self, windows: Tensor, gates: tuple[Tensor, Tensor]) -> Tensor:
-        """Sum up weighed features: (B, C, K, h, w), or (B, C, kh, kw, h, w), to (B, O, h, w).
+    def uncalled(self, window: Window) -> Convs:
+        """Return the convolutions that the kernels do not call, and whether they need not be."""
+        conv, feature = self.conv, self.feature
+        found: Convs = [(conv, self._is_final(conv))]
+        if feature is not None:
+            plain = is_plain_conv(feature, *window, self.in_channels, self.padding_mode)
+            found.append((feature, plain))
+        return found
 
-        They are overwritten where no gradient is asked for.
+    def _is_final(self, conv: nn.Module) -> bool:
+        """Whether a module is the plain convolution of the windows, side by side."""
+        size = self.kernel_size
+        return is_plain_conv(conv, size, stride=size, groups=self.groups, bias=True)
+
+    def _untold(self) -> bool:
+        """Whether no hook can have kept the features for itself."""
+        made_by = (self.feature, self.norm, self.act)
+        return not any(must_be_called(module) for module in made_by if module is not None)
+
+    def convolve(self, windows: Tensor, *gates: Tensor) -> Tensor:
+        """Sum up features: (B, C, K, h, w), or (B, C, kh, kw, h, w), to (B, O, h, w).
+
+        With two gates, they are weighed by them, and overwritten where no gradient is asked for.
         """
-        # Unless a hook may have kept them for itself.
-        overwrite = not any(map(must_be_called, (self.feature, self.norm, self.act)))
-        return convolve_weighed_windows(
-            windows, gates, self.conv.weight, self.conv.bias, self.groups, overwrite
-        )
+        conv = self.conv
+        if not self._is_final(conv):
+            for gate in gates:
+                windows = windows * gate
+            out: Tensor = conv(lay_out(windows.flatten(2, -3), self.kernel_size))
+            return out
+        given = conv.weight, conv.bias, self.groups
+        if not gates:
+            return convolve_windows(windows, *given)
+        first, second = gates
+        return convolve_weighed_windows(windows, (first, second), *given, self._untold())

@@ -12,12 +12,18 @@ channels instead of a k-fold enlarged map (the same sum).
 from functools import wraps
 from typing import Any
 
+import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from rfa_mmdet.layers.arguments import with_arguments_of
+from rfa_mmdet.layers.arguments import int_pair, with_arguments_of
+from rfa_mmdet.layers.conv._fast_path import Convs
 from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
-from rfa_mmdet.ops.receptive_field import receptive_field_attention, receptive_field_mean, rfa_conv
+from rfa_mmdet.layers.untouched import dtype_of, is_plain_conv
+from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
+from rfa_mmdet.ops.common.windows import Window
+from rfa_mmdet.ops.receptive_field import receptive_field_attention, receptive_field_mean
 
 
 @MODELS.register_module()
@@ -76,8 +82,11 @@ class RFAConv(ReceptiveFieldConv):
     ) -> Any:
         """Return the layer, or a plain convolution for a 1x1 window, with nothing to weigh."""
         layer = super().__new__(cls)
-        known = isinstance(kernel_size, (int, tuple, list))  # else __init__ refuses it
-        if not known or kernel_size not in (1, (1, 1), [1, 1]):
+        try:
+            pointwise = int_pair("kernel_size", kernel_size, minimum=1) == (1, 1)
+        except (TypeError, ValueError):  # __init__ refuses it
+            return layer
+        if not pointwise:
             return layer
         cls.__init__(layer, in_channels, out_channels, kernel_size, *args, **kwargs)  # checks all
         return layer.plain_conv()
@@ -96,24 +105,18 @@ class RFAConv(ReceptiveFieldConv):
             Tensor: (B, out_channels, h, w).
         """
         self.check_input(x)
-        conv, attention = self.conv, self.attention.weight
         features = self.window_features(x)
         if features is not None:
-            return features.attend(attention, conv.weight, conv.bias, self.groups)
-        padded, padding = self.pad(x)
-        return rfa_conv(
-            padded,
-            attention,
-            None if self.feature is None else self.feature.weight,
-            conv.weight,
-            conv.bias,
-            norm=self.norm,
-            act=self.act,
-            stride=self.stride,
-            padding=padding,
-            dilation=self.dilation,
-            groups=self.groups,
-        )
+            conv = self.conv
+            return features.attend(self.attention.weight, conv.weight, conv.bias, self.groups)
+        attention = self._attention(x)
+        if self.feature is not None:
+            windows = self.features(x)
+        else:
+            padded, padding = self.pad(x)
+            values = F.unfold(padded, self.kernel_size, self.dilation, padding, self.stride)
+            windows = self.activated(self.norm(values.unflatten(2, attention.shape[3:])))
+        return self.convolve(windows * attention.to(windows.dtype))
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return how the positions of each window are weighed, to be looked at.
@@ -125,6 +128,23 @@ class RFAConv(ReceptiveFieldConv):
             Tensor: (B, in_channels, K, h, w), sums to 1 over K.
         """
         self.check_input(x)
+        return self._attention(x)
+
+    def _attention(self, x: Tensor) -> Tensor:
         padded, padding = self.pad(x)
         mean = receptive_field_mean(padded, self.kernel_size, self.stride, padding, self.dilation)
-        return receptive_field_attention(mean, self.attention.weight)
+        attention = self.attention
+        if self._is_attention(attention):
+            return receptive_field_attention(mean, attention.weight)
+        with no_autocast(mean):
+            logits = attention(mean.to(dtype_of(attention, x)))  # (B, C * K, h, w)
+        return torch.softmax(at_least_float32(logits).unflatten(1, (self.in_channels, -1)), dim=2)
+
+    def _is_attention(self, conv: nn.Module) -> bool:
+        """Whether a module is the plain convolution of the means."""
+        return is_plain_conv(conv, (1, 1), groups=self.in_channels)
+
+    def uncalled(self, window: Window) -> Convs:
+        """Return the convolutions that the kernels do not call, and whether they need not be."""
+        attention = self.attention
+        return [*super().uncalled(window), (attention, self._is_attention(attention))]

@@ -7,8 +7,8 @@ side by side, as the means of the rows and columns of that layout are means over
 numbers).
 
 On a CPU, in float32 and bfloat16, with batch norm or none and ReLU or none, C++ kernels compute the
-same without storing the features (``_fast_path.py``). Traces, exports and modules with hooks, which
-must be called, always take the formula.
+same without storing the features (``_fast_path.py``). Traces, exports and touched modules, which
+must be called (``untouched.py``), always take the formula.
 """
 
 from typing import Any
@@ -18,8 +18,9 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 from rfa_mmdet.layers.arguments import with_arguments_of
-from rfa_mmdet.layers.attention.coord_att import CoordAtt
+from rfa_mmdet.layers.attention.coord_att import CoordinateGates
 from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
+from rfa_mmdet.layers.untouched import are_plain, dtype_of
 
 
 @MODELS.register_module()
@@ -49,7 +50,7 @@ class RFCAConv(ReceptiveFieldConv):
     @with_arguments_of(ReceptiveFieldConv)
     def __init__(self, *args: Any, reduction: int = 32, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.coordinate = CoordAtt(self.in_channels, reduction)
+        self.coordinate = CoordinateGates(self.in_channels, reduction)
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
         """Return values under which both gates are 1/2."""
@@ -70,7 +71,8 @@ class RFCAConv(ReceptiveFieldConv):
         self.check_input(x)
         features = self.window_features(x)
         if features is None:
-            return self.convolve(*self._weighed(x))
+            windows, gates = self._weighed(x)
+            return self.convolve(windows, *gates)
         gates = self._gates(*features.coordinate_means())
         return features.convolve(gates, self.conv.weight, self.conv.bias, self.groups)
 
@@ -93,7 +95,7 @@ class RFCAConv(ReceptiveFieldConv):
         features = self.features(x)
         batch, channels, _, height, width = features.shape
         features = features.reshape(batch, channels, kh, kw, height, width)
-        dtype = self.coordinate.conv1.weight.dtype
+        dtype = dtype_of(self.coordinate.conv1, x)
         rows, columns = features.mean((3, 5), dtype=dtype), features.mean((2, 4), dtype=dtype)
         row_gate, column_gate = [gate.to(features.dtype) for gate in self._gates(rows, columns)]
         return features, (row_gate[:, :, :, None, :, None], column_gate[:, :, None, :, None, :])
@@ -104,8 +106,11 @@ class RFCAConv(ReceptiveFieldConv):
         Row y * kh + i of the layout holds position i of row y of windows; the attention treats
         every row alike, so that their order does not matter.
         """
-        means = (side.to(self.coordinate.conv1.weight.dtype) for side in (rows, columns))
         # Concatenated, as flattening them does not export with dynamic sizes.
-        means = (torch.cat(side.unbind(2), dim=2) for side in means)
-        row_gate, column_gate = self.coordinate.gates(*means)  # (B, C, kh * h), (B, C, kw * w)
+        means = [torch.cat(side.unbind(2), dim=2) for side in (rows, columns)]
+        if are_plain(CoordinateGates, self.coordinate):
+            row_gate, column_gate = self.coordinate.gates(*means)  # (B, C, kh * h), (B, C, kw * w)
+        else:  # one tensor, as hooks expect
+            sizes = [side.shape[2] for side in means]
+            row_gate, column_gate = self.coordinate(*means).split(sizes, dim=2)
         return row_gate.reshape(rows.shape), column_gate.reshape(columns.shape)

@@ -9,8 +9,8 @@ published argument is named ``ratio``), and the spatial ones from the features b
 weighed.
 
 On a CPU, in float32 and bfloat16, with batch norm or none and ReLU or none, C++ kernels compute the
-same without storing the features (``_fast_path.py``). Traces, exports and modules with hooks, which
-must be called, always take the formula.
+same without storing the features (``_fast_path.py``). Traces, exports and touched modules, which
+must be called (``untouched.py``), always take the formula.
 Of equal maxima over the channels, the kernels give the gradient to the first, the formula to all.
 """
 
@@ -21,10 +21,10 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import positive_int, with_arguments_of
-from rfa_mmdet.layers.attention.se import SE
+from rfa_mmdet.layers.attention.cbam import cell_gate
+from rfa_mmdet.layers.attention.se import ChannelGate
 from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
-from rfa_mmdet.ops.cbam import in_fast_layout
-from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
+from rfa_mmdet.layers.untouched import dtype_of
 from rfa_mmdet.ops.common.reductions import max_and_mean
 from rfa_mmdet.ops.common.windows import lay_out, take_apart
 
@@ -56,7 +56,7 @@ class RFCBAMConv(ReceptiveFieldConv):
         super().__init__(*args, **kwargs)
         # SE itself takes None, for a width by reduction.
         hidden_channels = positive_int("hidden_channels", hidden_channels)
-        self.se = SE(self.in_channels, hidden_channels=hidden_channels)
+        self.se = ChannelGate(self.in_channels, hidden_channels=hidden_channels)
         self.spatial = nn.Conv2d(2, 1, 3, padding=1, bias=False)
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
@@ -75,7 +75,8 @@ class RFCBAMConv(ReceptiveFieldConv):
         self.check_input(x)
         features = self.window_features(x)
         if features is None:
-            return self.convolve(*self._weighed(x))
+            windows, gates = self._weighed(x)
+            return self.convolve(windows, *gates)
         channel, spatial = self._gates(x, features.max_and_mean())
         gates = channel.flatten(1), spatial.flatten(1, 2)
         return features.convolve(gates, self.conv.weight, self.conv.bias, self.groups)
@@ -96,7 +97,7 @@ class RFCBAMConv(ReceptiveFieldConv):
     def _weighed(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the features, (B, C, K, h, w), and their gates."""
         features = self.features(x)
-        pooled = max_and_mean(features, 1, self.spatial.weight.dtype, keepdim=False)
+        pooled = max_and_mean(features, 1, dtype_of(self.spatial, x), keepdim=False)
         channel, spatial = self._gates(x, torch.stack(pooled, dim=1))
         return features, (channel.to(features.dtype), spatial.to(features.dtype))
 
@@ -105,8 +106,5 @@ class RFCBAMConv(ReceptiveFieldConv):
 
         ``pooled`` is (B, 2, K, h, w): maximum and mean of the features over the channels.
         """
-        with no_autocast(x):
-            laid_out = lay_out(pooled.to(self.spatial.weight.dtype), self.kernel_size)
-            score = self.spatial(in_fast_layout(laid_out))  # (B, 1, h * kh, w * kw)
-        spatial = torch.sigmoid(at_least_float32(score))
-        return self.se.gate(x).unsqueeze(4), take_apart(spatial, self.kernel_size)
+        spatial = cell_gate(lay_out(pooled, self.kernel_size), self.spatial)  # (B, 1, hkh, wkw)
+        return self.se(x).unsqueeze(4), take_apart(spatial, self.kernel_size)

@@ -50,7 +50,9 @@ def matching(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> froz
     return frozenset(
         name
         for name, value in own.items()
-        if getattr(state_dict.get(prefix + name), "shape", None) == value.shape
+        # A quantised module's state holds more than tensors.
+        if isinstance(value, Tensor)
+        and getattr(state_dict.get(prefix + name), "shape", None) == value.shape
     )
 
 

@@ -60,7 +60,9 @@ def recomputes() -> bool:
     return torch.is_grad_enabled() and not is_recorded()
 
 
-def weigh(x: Tensor, gates_of: Gates, *tensors: Tensor, first: Gates | None = None) -> Tensor:
+def weigh(
+    x: Tensor, gates_of: Gates, *tensors: Tensor | None, first: Gates | None = None
+) -> Tensor:
     """Multiply a map by gates made from it.
 
     Not differentiable twice, unless a graph is recorded (:func:`is_recorded`).
@@ -69,7 +71,7 @@ def weigh(x: Tensor, gates_of: Gates, *tensors: Tensor, first: Gates | None = No
         x (Tensor): Any shape.
         gates_of (Callable): Makes one gate or two, each to be broadcast to ``x`` and in its dtype,
             from ``x`` and ``tensors``, and depends on nothing else.
-        *tensors (Tensor): Parameters and whatever else the gates need.
+        *tensors (Tensor | None): Parameters and whatever else the gates need.
         first (Callable | None): Called in place of ``gates_of`` in the forward pass: it gives the
             same and may have side effects, such as to update statistics.
 
@@ -113,7 +115,7 @@ def gradients_of_gates(products: Tensor, first: Tensor, second: Tensor) -> tuple
 class _WeighByGates(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gates_of: Gates, first: Gates | None, x: Tensor, *tensors: Tensor
+        ctx: Any, gates_of: Gates, first: Gates | None, x: Tensor, *tensors: Tensor | None
     ) -> Tensor:
         ctx.gates_of = gates_of
         ctx.save_for_backward(x, *tensors)
@@ -128,8 +130,8 @@ class _WeighByGates(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[2:]
-        inputs = [
-            tensor.detach().requires_grad_(need)
+        inputs: list[Any] = [
+            tensor if tensor is None else tensor.detach().requires_grad_(need)
             for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
         ]
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
@@ -142,7 +144,7 @@ class _WeighByGates(torch.autograd.Function):
         else:
             of_gates = gradients_of_gates(products, *values)
         del products
-        learnt = [tensor for tensor in inputs if tensor.requires_grad]
+        learnt = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
         found = iter(torch.autograd.grad(gates, learnt, of_gates, allow_unused=True))
         gradients = [next(found) if need else None for need in needed]
         if needed[0]:

@@ -270,8 +270,8 @@ def test_the_convolutions_use_the_plugins_themselves():
     assert type(CBAM(16).channel) is ChannelAttention
     assert type(CBAMConv(16, 8, 3).attention) is CBAM
     assert type(CAConv(16, 8, 3).attention) is CoordAtt
-    assert type(RFCAConv(16, 8, 3).coordinate) is CoordAtt
-    assert type(RFCBAMConv(16, 8, 3).se) is SE
+    assert isinstance(RFCAConv(16, 8, 3).coordinate, CoordAtt)
+    assert isinstance(RFCBAMConv(16, 8, 3).se, SE)
 
 
 @pytest.mark.parametrize(

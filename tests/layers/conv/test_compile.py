@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 
 from rfa_mmdet import layers
-from rfa_mmdet.layers.conv import _fast_path
+from rfa_mmdet.layers import untouched
 from rfa_mmdet.ops.receptive_field import backends
 from tests.helpers.backends import require, run
 from tests.helpers.formulas import Case
@@ -58,7 +58,7 @@ def test_compiles_as_one_graph_with_the_kernels(name, training, dynamic):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_where_the_kernels_cannot_be_compiled_plain_torch_is_with_one_notice(name, monkeypatch):
     monkeypatch.setattr(backends, "COMPILES_OPERATORS", False)
-    monkeypatch.setattr(_fast_path, "COMPILES_OPERATORS", False)
+    monkeypatch.setattr(untouched, "COMPILES_OPERATORS", False)
     backends._warn_once.cache_clear()
     layer = CASE.build(getattr(layers, name))
     eager, x = copy.deepcopy(layer), torch.randn(2, 6, 9, 11)

@@ -24,6 +24,12 @@ using c10::optional; // a class of its own there, which alone is known to schema
 using std::optional;
 #endif
 
+// Within these, of which layers/arguments.py has the first two as well, no size below overflows, and
+// no kernel's own buffers outgrow memory.
+constexpr int64_t kLargest = 1 << 20; // kernel size, stride, padding, dilation
+constexpr int64_t kPositions = 1 << 15; // of a window
+constexpr int64_t kWindows = (int64_t{1} << 31) - 1; // of a map
+
 // Arguments are checked, then converted: the kernels take contiguous memory, and compute parameters
 // and sums in the compute type. Gradients are returned in the types of what they are of.
 
@@ -35,15 +41,19 @@ Geometry geometry_of(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, In
   TORCH_CHECK_VALUE(x.dim() == 4, "x: must be (B, C, H, W), not ", x.sizes());
   TORCH_CHECK_VALUE(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, "x of shape ", x.sizes(),
                     ": only the batch may be empty");
-  for (const auto& pair : {kernel, stride, padding, dilation}) {
-    TORCH_CHECK_VALUE(pair.size() == 2, "kernel_size, stride, padding and dilation: must be pairs");
-  }
-  TORCH_CHECK_VALUE(kernel[0] > 0 && kernel[1] > 0 && stride[0] > 0 && stride[1] > 0 &&
-                        dilation[0] > 0 && dilation[1] > 0,
-                    "kernel_size=", kernel, ", stride=", stride, ", dilation=", dilation,
-                    ": must be at least 1");
-  TORCH_CHECK_VALUE(padding[0] >= 0 && padding[1] >= 0, "padding=", padding,
-                    ": must be at least 0");
+  const auto check_pair = [](const char* name, IntArrayRef pair, int64_t least) {
+    TORCH_CHECK_VALUE(pair.size() == 2, name, "=", pair, ": must be a pair");
+    for (const int64_t value : pair) {
+      TORCH_CHECK_VALUE(value >= least && value <= kLargest, name, "=", pair, ": must be at least ",
+                        least, " and at most ", kLargest);
+    }
+  };
+  check_pair("kernel_size", kernel, 1);
+  check_pair("stride", stride, 1);
+  check_pair("padding", padding, 0);
+  check_pair("dilation", dilation, 1);
+  TORCH_CHECK_VALUE(kernel[0] * kernel[1] <= kPositions, "kernel_size=", kernel,
+                    ": must have at most ", kPositions, " positions");
   Geometry g{x.size(0), x.size(1), x.size(2), x.size(3), outputs, groups,
              kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1],
              dilation[0], dilation[1], 0, 0};
@@ -53,6 +63,11 @@ Geometry geometry_of(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, In
                     " is smaller than the window: kernel_size=", kernel, ", dilation=", dilation);
   g.h = high / g.sh + 1;
   g.w = wide / g.sw + 1;
+  TORCH_CHECK_VALUE(g.h <= kWindows / g.w, "x of shape ", x.sizes(), " with padding=", padding,
+                    " has ", g.h, " x ", g.w, " windows; at most ", kWindows, " are computed");
+  // One window takes no step. The buffers would be as wide as it.
+  g.sh = g.h == 1 ? 1 : g.sh;
+  g.sw = g.w == 1 ? 1 : g.sw;
   return g;
 }
 
@@ -153,6 +168,7 @@ struct Convolution {
 
   Convolution(const Geometry& g, const Tensor& x, const Tensor& weight_,
               const optional<Tensor>& bias_ = {}) {
+    TORCH_CHECK_VALUE(g.O > 0, "weight of shape ", weight_.sizes(), ": has no outputs");
     TORCH_CHECK_VALUE(g.groups > 0 && g.C % g.groups == 0 && g.O % g.groups == 0, "groups=",
                       g.groups, ": must divide the channels ", g.C, " and ", g.O);
     check_size("weight", weight_, {g.O, g.C / g.groups, g.kh, g.kw});

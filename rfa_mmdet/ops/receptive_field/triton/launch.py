@@ -24,6 +24,7 @@ SCRATCH_BYTES = 128 * 2**20  # of the backward
 # Triton's interpreter runs each operation in NumPy: the fewer tiles, the faster.
 INTERPRETED = triton.knobs.runtime.interpret
 LARGE_SPAN = 2**31 - 1  # offsets beyond it need 64 bits
+LARGEST = 2**20  # number of a window, as of the C++ kernels
 
 
 def check(name: str, x: Tensor) -> None:
@@ -160,7 +161,13 @@ def splits(x: Tensor, tiles: int, blocks: int) -> int:
 
 
 def constants_of(window: Window) -> dict[str, int]:
-    """Return a window as the kernels' constants."""
+    """Return a window as the kernels' constants.
+
+    Raises:
+        ValueError: One of its numbers is negative, or so large that 32 bits could overflow.
+    """
+    if not all(0 <= n <= LARGEST for pair in window for n in pair):
+        raise ValueError(f"{window}: must hold numbers of at most {LARGEST}")
     names = ("KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW")
     return dict(zip(names, (n for pair in window for n in pair), strict=True))
 
