@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mmdet.models.test_time_augs import DetTTAModel
+from mmdet.models import DetTTAModel
 from mmengine.model import BaseModel
 from torch import nn
 
