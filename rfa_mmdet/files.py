@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from rfa_mmdet.errors import UserError
 
@@ -61,6 +62,33 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # moved, never written, or no folder for it
             part.unlink()
+
+
+def check_folder(folder: str | os.PathLike, what: str) -> None:
+    """Refuse a folder that cannot be written to, before anything is computed for it.
+
+    Args:
+        folder (str | os.PathLike): It need not be there yet, and is not made.
+        what (str): What the user calls it, for the error.
+
+    Raises:
+        UserError: It, or the folder that it would be made in, is no folder or cannot be written.
+
+    Example:
+        >>> check_folder("/dev/null/runs", "--work-dir")
+        Traceback (most recent call last):
+        rfa_mmdet.errors.UserError: --work-dir=/dev/null/runs: /dev/null is no folder
+    """
+    place = Path(folder).absolute()
+    try:
+        while not place.exists() and not place.is_symlink():
+            place = place.parent
+        if not place.is_dir():
+            raise UserError(f"{what}={folder}: {place} is no folder")
+        with TemporaryFile(dir=place):  # permissions alone do not tell: of root, of full disks
+            pass
+    except OSError as error:
+        raise UserError(f"{what}={folder}: cannot be written: {error.strerror}") from error
 
 
 def image_damage(path: str) -> str | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from rfa_mmdet.checkpoints.pretrained import fetch
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
 
@@ -40,6 +41,8 @@ def read_checkpoint(source: str | Path) -> dict:
         Traceback (most recent call last):
         rfa_mmdet.errors.UserError: /no/such.pth: no such file
     """
+    if "://" in str(source):
+        fetch(str(source))
     try:
         content = CheckpointLoader.load_checkpoint(str(source), "cpu", logger="silent")
     except FileNotFoundError as error:

@@ -1,14 +1,56 @@
-"""Weights that must be a model's own."""
+"""Weights that must be a model's own, or some of them.
 
-from torch import nn
+MMEngine only logs the names of what does not fit, and keeps random weights there.
+"""
 
+import logging
+import re
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.model import BaseTTAModel
+from mmengine.runner import Runner, find_latest_checkpoint
+from torch import Tensor, nn
+
+from rfa_mmdet.checkpoints.files import read_checkpoint
 from rfa_mmdet.errors import UserError
+from rfa_mmdet.hooks.new_layers import bare
+
+
+def state_of(checkpoint: dict, name: str) -> dict[str, Tensor]:
+    """Return a checkpoint's state dict, without what DDP puts before the names.
+
+    Args:
+        checkpoint (dict): As :func:`~rfa_mmdet.checkpoints.files.read_checkpoint` returns it.
+        name (str): Of the file, for the error.
+
+    Raises:
+        UserError: It holds none.
+
+    Example:
+        >>> import torch
+        >>> list(state_of(dict(state_dict={"module.weight": torch.ones(1)}), "a.pth"))
+        ['weight']
+    """
+    state = checkpoint.get("state_dict", checkpoint)
+    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not named or not any(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"checkpoint={name!r} holds no weights of a model")
+    return _like(state, ((re.sub(r"^module\.", "", key), state[key]) for key in state))
+
+
+def _like(state: dict, items: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return a state dict of other items, with the versions of modules that torch notes in one."""
+    found = OrderedDict(items)
+    found._metadata = getattr(state, "_metadata", {})  # type: ignore[attr-defined]
+    return found
 
 
 def load_weights(model: nn.Module, checkpoint: dict, name: str) -> None:
     """Load a checkpoint into the model that it was saved from.
-
-    MMEngine only logs what does not fit, and keeps random weights there.
 
     Args:
         model (nn.Module): Takes the weights.
@@ -23,7 +65,10 @@ def load_weights(model: nn.Module, checkpoint: dict, name: str) -> None:
         Traceback (most recent call last):
         rfa_mmdet.errors.UserError: checkpoint='a.pth' is of another model...
     """
-    state = checkpoint.get("state_dict", checkpoint)
+    state = state_of(checkpoint, name)
+    # MMDetection 2.x kept averages of the weights, which it had swapped with them, as buffers.
+    averages = {f"ema_{key.replace('.', '_')}" for key in model.state_dict()}
+    state = _like(state, (item for item in state.items() if item[0] not in averages))
     try:
         result = model.load_state_dict(state, strict=False)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -33,17 +78,100 @@ def load_weights(model: nn.Module, checkpoint: dict, name: str) -> None:
             f"checkpoint={name!r} is of another model than the config: {first}"
             f"{f' (and {more} more)' if more > 0 else ''}"
         ) from error
+    if difference := _difference(result.missing_keys, result.unexpected_keys):
+        raise UserError(f"checkpoint={name!r} is of another model than the config: {difference}")
+
+
+def _difference(missing: Iterable[str], unexpected: Iterable[str]) -> str:
+    """Say which names differ, if any do."""
     # Old checkpoints do not count batches.
-    missing = [k for k in result.missing_keys if not k.endswith("num_batches_tracked")]
-    if missing or result.unexpected_keys:
-        parts = [
-            f"{len(keys)} parameters {what}, such as {keys[0]}"
-            for keys, what in (
-                (missing, "of the config's model are not in it"),
-                (result.unexpected_keys, "in it are not the model's"),
-            )
-            if keys
-        ]
-        raise UserError(
-            f"checkpoint={name!r} is of another model than the config: {'; '.join(parts)}"
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    parts = [
+        f"{len(keys)} parameters {what}, such as {keys[0]}"
+        for keys, what in (
+            (missing, "of the config's model are not in it"),
+            (list(unexpected), "in it are not the model's"),
         )
+        if keys
+    ]
+    return "; ".join(parts)
+
+
+class OwnWeightsRunner(Runner):
+    """MMEngine's Runner, for tests: it loads a checkpoint of its own model, or none."""
+
+    def load_checkpoint(
+        self, filename: str, map_location: Any = "cpu", *args: Any, **kwargs: Any
+    ) -> dict:
+        """Load a checkpoint by :func:`load_weights`; hooks are asked before, as in the base class.
+
+        Raises:
+            UserError: It is missing, damaged, or of another model.
+        """
+        checkpoint = read_checkpoint(filename)
+        state = state_of(checkpoint, filename)
+        checkpoint = {
+            **checkpoint,
+            "state_dict": state,
+        }  # also where the file was no more than that
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        model = bare(self.model)
+        model = model.module if isinstance(model, BaseTTAModel) else model
+        load_weights(model, checkpoint, filename)
+        self.logger.info(f"Load checkpoint from {filename}")
+        return checkpoint
+
+
+class StartHook(Hook):
+    """Looks at the checkpoint that a training starts from, and says what does not come from it.
+
+    Raises:
+        UserError: It has nothing of the model.
+    """
+
+    priority = "HIGHEST"
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Look at it before it is loaded, and before other hooks do."""
+        name = str(runner._load_from or find_latest_checkpoint(runner.work_dir))
+        state = state_of(checkpoint, name)
+        checkpoint["state_dict"] = state  # also where the file was no more than that
+        own = bare(runner.model).state_dict()
+        fit = [key for key in own if key in state and _shape(state[key]) == _shape(own[key])]
+        if not fit:
+            raise UserError(
+                f"load_from={name!r} is of another model than the config: none of its {len(state)} "
+                f"parameters, such as {next(iter(state))}, is one of the model's {len(own)}, such "
+                f"as {next(iter(own))}, by name and shape"
+            )
+        if runner._resume:
+            _tell_resumed(runner, checkpoint, name)
+        elif len(fit) < len(own) / 2:
+            print_log(
+                f"load_from={name!r} has only {len(fit)} of the model's {len(own)} parameters, by "
+                "name and shape; the others keep their initial values",
+                logger="current",
+                level=logging.WARNING,
+            )
+
+
+def _shape(value: Any) -> Any:
+    return getattr(value, "shape", None)
+
+
+def _tell_resumed(runner: Runner, checkpoint: dict, name: str) -> None:
+    """Say that the config's optimizer and schedule have no effect."""
+    optimizer = checkpoint.get("optimizer")
+    if optimizer is None:
+        text = f"--resume: {name} has no state of the optimizer, which starts anew"
+        print_log(text, logger="current", level=logging.WARNING)
+        return
+    groups = (optimizer.get("param_groups"), runner.optim_wrapper.param_groups)
+    theirs, ours = (g[0].get("initial_lr", g[0].get("lr")) if g else None for g in groups)
+    print_log(
+        "--resume: optimizer and schedule are the checkpoint's, whatever the config says "
+        f"(learning rate {theirs} there, {ours} here); to train its weights with others, leave out "
+        f"--resume and give --cfg-options load_from={name}",
+        logger="current",
+        level=logging.INFO if theirs == ours else logging.WARNING,
+    )

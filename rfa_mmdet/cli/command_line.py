@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 import warnings
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -13,10 +13,13 @@ from mmengine.config import Config, DictAction
 from rich.console import Console
 from rich.progress import track
 
+from rfa_mmdet.checkpoints.pretrained import fetch_all
 from rfa_mmdet.cli.distributed import launched_rank, prepare_group
-from rfa_mmdet.config.check import check_config
+from rfa_mmdet.config.check import check_config, check_run
+from rfa_mmdet.config.read import load_config
 from rfa_mmdet.data.check import check_data
 from rfa_mmdet.errors import UserError
+from rfa_mmdet.files import check_folder
 from rfa_mmdet.layers.warm_start.start import WarmStartError
 from rfa_mmdet.texts import printable
 
@@ -69,21 +72,48 @@ def run_parser(description: str, example: str) -> ArgumentParser:
     return parser
 
 
+def load_run(args: Namespace, *splits: str) -> Config:
+    """Read the config of a run, and check that it has what one needs.
+
+    Args:
+        args (Namespace): Of :func:`run_parser`.
+        *splits (str): Of 'train', 'val' and 'test', those that the run reads.
+
+    Returns:
+        Config: With the arguments of every run laid over it.
+
+    Raises:
+        UserError: The config cannot be read, or lacks something.
+    """
+    cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+    check_config(cfg)
+    warnings = check_run(cfg, splits)
+    check_folder(cfg.work_dir, "work_dir")
+    if launched_rank(cfg.launcher) == 0:
+        _print_warnings(warnings)
+    return cfg
+
+
 def prepare_run(cfg: Config, *splits: str) -> None:
     """Check all that can be known before a run, then make the group of its processes.
 
     Args:
-        cfg (Config): From :func:`~rfa_mmdet.config.read.load_config`.
+        cfg (Config): From :func:`load_run`.
         *splits (str): Of 'train', 'val' and 'test', those whose data the run reads.
 
     Raises:
-        UserError: The config or the data cannot be run.
+        UserError: The config or the data cannot be run, or pretrained weights cannot be had.
     """
     check_config(cfg)
     if launched_rank(cfg.launcher) == 0:  # one look at the files is enough
-        for warning in check_data(cfg, splits):
-            print(f"warning: {warning}", file=sys.stderr)
+        fetch_all(cfg, "train" in splits)
+        _print_warnings(check_data(cfg, splits))
     prepare_group(cfg)
+
+
+def _print_warnings(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def progress(what: str) -> Callable[..., Iterable]:
@@ -132,10 +162,10 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
     RFA_MMDET_TRACEBACK=1 in the environment shows the traceback as well.
 
     Args:
-        *errors (type[Exception]): What to treat so. Default: what building a run from a config
-            raises for a wrong one, with the place that raised it.
+        *errors (type[Exception]): What to treat so. Default: all that is raised, as building a run
+            from a wrong config may raise anything; with the place that raised it.
     """
-    errors = errors or (ValueError, TypeError, KeyError, FileNotFoundError)
+    errors = errors or (Exception,)
     # MMEngine's import of it, which the user cannot fix.
     warnings.filterwarnings("ignore", "pkg_resources is deprecated as an API", UserWarning)
     shown, sys.excepthook = sys.excepthook, _hide_lost_readers(sys.excepthook)
@@ -150,6 +180,7 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
         if os.environ.get("RFA_MMDET_TRACEBACK") == "1":
             traceback.print_exc()
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        message = message if str(message).strip() else type(error).__name__
         rank = os.environ.get("RANK")
         who = f"[rank {rank}] " if rank not in (None, "0") else ""
         print(f"{who}error: {message}", file=sys.stderr)

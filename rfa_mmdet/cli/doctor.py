@@ -39,6 +39,9 @@ FORKS = {"mmcv": "onedl-mmcv", "mmdet": "onedl-mmdetection", "mmengine": "onedl-
 LIBRARIES = ("numpy", "cv2", "pycocotools", "matplotlib", "scipy", "shapely", "rich")
 FOR_TOOLS = ("pandas", "jinja2")
 DISTRIBUTIONS = {"cv2": "opencv-python"}  # where pip has another name than Python
+# Where torch keeps weights that it has downloaded.
+HOME = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch")
+CACHE = Path(os.environ.get("TORCH_HOME", HOME), "hub", "checkpoints").expanduser()
 SECONDS = 300  # for one import: a cold disk may need a minute
 
 # What is tried with each package once it is imported; `facts` is handed back.
@@ -466,6 +469,9 @@ class Doctor:
         if "NVCC" in env:
             yield "nvcc", env["NVCC"], ""
         yield "GPU", ", ".join(torch.get("gpus") or self.gpus) or "none", ""
+        found = ", ".join(sorted(file.name[:-13] for file in CACHE.glob(f"resnet*-{8 * '?'}.pth")))
+        more = "" if found else ", where the first training from torchvision:// downloads them"
+        yield "weights", found or "none", f"{CACHE}{more}"
 
 
 def report(doctor: Doctor) -> int:

@@ -10,10 +10,9 @@ from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
 from mmengine.fileio import dump
 from mmengine.logging import print_log
-from mmengine.runner import Runner
 
-from rfa_mmdet.cli.command_line import prepare_run, run_parser, user_errors
-from rfa_mmdet.config.read import load_config
+from rfa_mmdet.checkpoints.weights import OwnWeightsRunner
+from rfa_mmdet.cli.command_line import load_run, prepare_run, run_parser, user_errors
 from rfa_mmdet.errors import ConfigError, UserError
 from rfa_mmdet.files import written_whole
 from rfa_mmdet.inference.names import complete_palettes
@@ -100,12 +99,12 @@ def main() -> None:
     args = parse_args()
     setup_cache_size_limit_of_dynamo()
     with user_errors():
-        cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+        cfg = load_run(args, "test")
         apply_args(cfg, args)
         prepare_run(cfg, "test")
         if args.tta:
             augment(cfg)
-        runner = Runner.from_cfg(cfg)
+        runner = OwnWeightsRunner.from_cfg(cfg)
         if args.out is not None:
             runner.test_evaluator.metrics.append(DumpWhole(out_file_path=args.out))
     with user_errors(UserError, WarmStartError):

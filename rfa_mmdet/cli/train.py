@@ -7,8 +7,9 @@ from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from rfa_mmdet.cli.command_line import prepare_run, run_parser, user_errors
-from rfa_mmdet.config.read import load_config
+from rfa_mmdet.checkpoints.weights import StartHook
+from rfa_mmdet.cli.command_line import load_run, prepare_run, run_parser, user_errors
+from rfa_mmdet.config.plain import type_name
 from rfa_mmdet.errors import ConfigError, UserError
 from rfa_mmdet.layers.warm_start.start import WarmStartError
 
@@ -48,9 +49,10 @@ def add_tensorboard(cfg: Config) -> None:
     if find_spec("tensorboard") is None:
         raise ConfigError("--tensorboard: tensorboard is not installed: pip install tensorboard")
     if cfg.get("visualizer") is None:
-        cfg.visualizer = dict(type="DetLocalVisualizer", name="visualizer")
+        # With its scope, as pure-Python configs have no default one.
+        cfg.visualizer = dict(type="mmdet.DetLocalVisualizer", name="visualizer")
     backends = cfg.visualizer.get("vis_backends") or [dict(type="LocalVisBackend")]
-    if not any(str(backend["type"]).endswith("TensorboardVisBackend") for backend in backends):
+    if not any(type_name(backend["type"]) == "TensorboardVisBackend" for backend in backends):
         cfg.visualizer.vis_backends = [*backends, dict(type="TensorboardVisBackend")]
 
 
@@ -60,7 +62,8 @@ def keep_best(cfg: Config) -> None:
         return
     hooks = cfg.setdefault("default_hooks", {})
     hook = hooks.setdefault("checkpoint", dict(type="CheckpointHook", interval=1))
-    if hook is not None and "save_best" not in hook:
+    known = hook is not None and type_name(hook.get("type", "CheckpointHook")) == "CheckpointHook"
+    if known and "save_best" not in hook:
         # Of some, such as LVIS's bbox_AP, MMEngine does not know that more is better.
         hook.update(save_best="auto", rule="greater")
 
@@ -85,10 +88,9 @@ def check_last_checkpoint(work_dir: str) -> None:
 def apply_args(cfg: Config, args) -> None:
     """Lay train's own arguments over the config."""
     if args.amp:
-        if cfg.optim_wrapper.get("type", "OptimWrapper") not in ("OptimWrapper", "AmpOptimWrapper"):
-            raise ConfigError(
-                f"--amp: cannot replace optim_wrapper.type={cfg.optim_wrapper.type!r}"
-            )
+        kind = type_name(cfg.optim_wrapper.get("type", "OptimWrapper"))
+        if kind not in ("OptimWrapper", "AmpOptimWrapper"):
+            raise ConfigError(f"--amp: cannot replace optim_wrapper.type={kind!r}")
         cfg.optim_wrapper.type = "AmpOptimWrapper"
         cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
     if args.auto_scale_lr:
@@ -110,14 +112,41 @@ def apply_args(cfg: Config, args) -> None:
     keep_best(cfg)
     # So that a resumed run draws the same random numbers as one that was not interrupted.
     cfg.train_dataloader.persistent_workers = False
+
+
+def add_hooks(cfg: Config) -> None:
+    """Add this package's hooks, and the import that makes them known to whoever reads the config.
+
+    Example:
+        >>> cfg = Config(dict(launcher="none"))
+        >>> add_hooks(cfg)
+        >>> cfg.custom_imports
+        {'imports': ['rfa_mmdet']}
+    """
     # Each process sees other images: with batch norm statistics of their own, ranks would validate
     # with other models than the one that rank 0 saves.
     own = HOOKS if cfg.launcher == "none" else (*HOOKS, "SyncBuffersHook")
-    present = {hook["type"] for hook in cfg.get("custom_hooks", [])}
-    cfg.custom_hooks = [
-        *cfg.get("custom_hooks", []),
-        *(dict(type=h) for h in own if h not in present),
-    ]
+    hooks = cfg.get("custom_hooks", [])
+    present = {type_name(hook.get("type")) for hook in hooks if isinstance(hook, dict)}
+    cfg.custom_hooks = [*hooks, *(dict(type=h) for h in own if h not in present)]
+    imports = cfg.setdefault("custom_imports", {}).get("imports") or []
+    imports = [imports] if isinstance(imports, str) else [*imports]
+    if not any(name.split(".")[0] == "rfa_mmdet" for name in imports):
+        cfg.custom_imports.imports = [*imports, "rfa_mmdet"]
+
+
+def build_run(cfg: Config) -> Runner:
+    """Build all that a training is made of, in the Runner's own order, before it begins."""
+    runner = Runner.from_cfg(cfg)
+    runner.register_hook(StartHook())
+    _ = runner.train_loop
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
+    runner.auto_scale_lr = None  # it is scaled
+    if runner.param_schedulers is not None:
+        runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
+    _ = runner.val_loop
+    return runner
 
 
 def main() -> None:
@@ -125,9 +154,10 @@ def main() -> None:
     args = parse_args()
     setup_cache_size_limit_of_dynamo()
     with user_errors():
-        cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+        cfg = load_run(args, "train", "val")
         apply_args(cfg, args)
         prepare_run(cfg, "train", "val")
-        runner = Runner.from_cfg(cfg)
+        add_hooks(cfg)
+        runner = build_run(cfg)
     with user_errors(UserError, WarmStartError):
         runner.train()

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from rfa_mmdet.compat import flop_counts, safe_loading, whole_files
+from rfa_mmdet.compat import flop_counts, safe_loading, torchvision_weights, whole_files
 from rfa_mmdet.errors import UserError
 
 VARIABLE = "RFA_MMDET_COMPAT"
@@ -48,6 +48,15 @@ PATCHES = (
         "can be killed",
         "mmengine 0.10",
         whole_files.apply,
+        on_import=True,
+    ),
+    Patch(
+        "torchvision_weights",
+        "MMEngine's loader of torchvision://",
+        "a ResNet-50 of MMDetection starts from torchvision://resnet50, for which MMEngine imports "
+        "torchvision, a package that nothing else needs; nor does it check the hash of the file",
+        "mmengine 0.10",
+        torchvision_weights.apply,
         on_import=True,
     ),
     Patch(

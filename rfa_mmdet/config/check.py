@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 import mmcv.ops
 import mmdet.registry
 import mmengine.registry
 import torch
+from mmdet.datasets.transforms import Albu
+from mmdet.models.detectors import DetectionTransformer, SingleStageDetector, TwoStageDetector
 from mmengine.config import Config
 from mmengine.registry import Registry
 
+from rfa_mmdet.config.plain import type_name
 from rfa_mmdet.errors import ConfigError
 
 PACKAGE = "rfa_mmdet"
@@ -33,7 +36,40 @@ BUILT = (
     "visualizer",
     "log_processor",
 )
-SYNC_BN = ("SyncBN", "MMSyncBN", "NaiveSyncBN1d", "NaiveSyncBN2d", "NaiveSyncBN3d")
+# What a Runner wants all of, or nothing of.
+GROUPS = {
+    "train": ("train_dataloader", "train_cfg", "optim_wrapper"),
+    "val": ("val_dataloader", "val_cfg", "val_evaluator"),
+    "test": ("test_dataloader", "test_cfg", "test_evaluator"),
+}
+# Keys of MMDetection 2.x that nothing reads since 3.0, and what took their place.
+OLD_KEYS = {
+    **dict(data="train_dataloader, val_dataloader and test_dataloader", runner="train_cfg"),
+    **dict(optimizer="optim_wrapper", optimizer_config="optim_wrapper", fp16="optim_wrapper"),
+    **dict(
+        lr_config="param_scheduler", momentum_config="param_scheduler", total_epochs="train_cfg"
+    ),
+    **dict(evaluation="val_evaluator and train_cfg", checkpoint_config="default_hooks.checkpoint"),
+    **dict(log_config="default_hooks.logger and visualizer"),
+}
+OLD_DATA = {"samples_per_gpu", "workers_per_gpu", "train", "val", "test"}
+MIGRATION = "https://mmdetection.readthedocs.io/en/latest/migration/config_migration.html"
+PACKAGES = ("mmdet", "mmengine", "mmcv", PACKAGE)  # which build what a ``type`` in them names
+SYNC_BN = ("SyncBatchNorm", "SyncBN", "MMSyncBN", "NaiveSyncBN1d", "NaiveSyncBN2d", "NaiveSyncBN3d")
+
+
+class _Typed(NamedTuple):
+    """A ``type`` of a config.
+
+    Attributes:
+        path (str): Such as 'model.backbone.type'.
+        kind (Any): Its value: a name, or in pure-Python configs a class or function.
+        built (bool): Whether it is sure to be looked up in MMDetection's registries.
+    """
+
+    path: str
+    kind: Any
+    built: bool
 
 
 def check_config(cfg: Config) -> None:
@@ -43,37 +79,159 @@ def check_config(cfg: Config) -> None:
         cfg (Config): A detector's config, with ``cfg.launcher`` set.
 
     Raises:
-        ConfigError: A ``type`` that is registered nowhere (with the nearest names); this package
-            used but not imported by ``custom_imports``; SyncBN in several processes, or mixed
-            precision, without CUDA.
+        ConfigError: A config of MMDetection 2.x, or without a model; a ``type`` that is registered
+            nowhere (with the nearest names); this package used but not imported by
+            ``custom_imports``; SyncBN in several processes, or mixed precision, without CUDA.
 
     Example:
         >>> check_config(Config(dict(launcher="none", model=dict(type="RetinaNett"))))
         Traceback (most recent call last):
         rfa_mmdet.errors.ConfigError: model.type='RetinaNett' is registered nowhere...
     """
-    types = [(path, name) for path, name in _types(cfg) if not isinstance(name, type)]
-    _check_registered(types)
-    _check_custom_imports(cfg, types)
+    _check_version(cfg)
+    model = cfg.get("model")
+    if not isinstance(model, dict) or "type" not in model:
+        what = "has no model" if model is None else f"model={str(model)[:80]!r}"
+        raise ConfigError(f"{_name(cfg)}{what}: model must be a dict with the 'type' of a detector")
+    known = _registered()
+    types = list(_types(cfg, known))
+    _check_registered(types, known)
+    _check_custom_imports(cfg, types, known)
     if not torch.cuda.is_available():
         _check_cpu(cfg, types)
 
 
-def _types(cfg: Config) -> Iterator[tuple[str, Any]]:
-    """Yield ('model.backbone.type', 'ResNet') for every ``type`` that a Runner would build."""
+def check_run(cfg: Config, splits: tuple[str, ...]) -> list[str]:
+    """Raise if a Runner could not train or test with ``cfg``, beyond :func:`check_config`.
 
-    def walk(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    Args:
+        cfg (Config): A detector's config.
+        splits (tuple[str, ...]): Of 'train', 'val' and 'test', those that the run reads.
+
+    Returns:
+        list[str]: Warnings, of what has no effect.
+
+    Raises:
+        ConfigError: A data loader, loop or evaluator is missing; the default scope is; masks are
+            evaluated of a detector that finds boxes.
+
+    Example:
+        >>> check_run(Config(dict(train_cfg=dict(max_epochs=1))), ("train",))
+        Traceback (most recent call last):
+        rfa_mmdet.errors.ConfigError: config has train_cfg, but no train_dataloader and no ...
+    """
+    for split, group in GROUPS.items():
+        there = [key for key in group if cfg.get(key) is not None]
+        lacking = " and no ".join(key for key in group if key not in there)
+        if lacking and (there or split == splits[0]):
+            have = f"has {' and '.join(there)}, but no" if there else "has no"
+            raise ConfigError(f"{_name(cfg)}{have} {lacking}: a run needs all three")
+    model = cfg.model["type"]
+    is_scoped = cfg.get("default_scope") or not isinstance(model, str) or "." in model
+    if not is_scoped and model not in mmengine.registry.MODELS.module_dict:
+        raise ConfigError(
+            f"{_name(cfg)}has no default_scope, so that model.type={model!r} is not looked for in "
+            "MMDetection; add default_scope = 'mmdet'"
+        )
+    for split in splits:
+        if split != "train":
+            _check_masks(cfg, f"{split}_evaluator")
+    old = _old_keys(cfg)
+    return [f"{key}: is read by MMDetection 2.x alone; now it is {OLD_KEYS[key]}" for key in old]
+
+
+def _name(cfg: Config) -> str:
+    return f"config={cfg.filename!r}: " if cfg.filename else "config "
+
+
+def _old_keys(cfg: Config) -> list[str]:
+    """Return the keys of MMDetection 2.x that are no variables of which use was made."""
+    found = [key for key in OLD_KEYS if cfg.get(key) and not _occurs(cfg[key], cfg)]
+    is_variable = not isinstance(cfg.get("data"), dict) or OLD_DATA.isdisjoint(cfg.data)
+    return [key for key in found if key != "data" or not is_variable]
+
+
+def _occurs(value: Any, cfg: Config) -> bool:
+    def walk(node: Any) -> bool:
+        children = node.values() if isinstance(node, dict) else node
+        inside = isinstance(node, (dict, list, tuple)) and any(map(walk, children))
+        return inside or node == value
+
+    return any(walk(cfg.get(key)) for key in BUILT)
+
+
+def _check_version(cfg: Config) -> None:
+    old = _old_keys(cfg)
+    # train_cfg and test_cfg have an old meaning too.
+    if old and not any(cfg.get(key) for group in GROUPS.values() for key in group[::2]):
+        raise ConfigError(
+            f"{_name(cfg)}is of MMDetection 2.x, as it has {', '.join(old)} and no data loader of "
+            f"3.x; how to rewrite it: {MIGRATION}"
+        )
+
+
+def _check_masks(cfg: Config, key: str) -> None:
+    """Raise if masks are to be evaluated that the detector does not find.
+
+    CocoMetric finds out when the first epoch is over.
+    """
+    model = _unwrapped(cfg.model)
+    kind = _resolve(model.get("type"))
+    head = _unwrapped(model.get("roi_head") or model.get("bbox_head"))
+    if not isinstance(kind, type) or not isinstance(head, dict):
+        return
+    if issubclass(kind, TwoStageDetector):
+        masks = any("mask" in part for part in head)
+    elif issubclass(kind, (SingleStageDetector, DetectionTransformer)):
+        masks = any("mask" in name for name in dir(_resolve(head.get("type"))))
+    else:
+        return  # It may find masks in its own way.
+    metrics = cfg.get(key)
+    for metric in metrics if isinstance(metrics, (list, tuple)) else [metrics]:
+        wanted = metric.get("metric", ()) if isinstance(metric, dict) else ()
+        wanted = [wanted] if isinstance(wanted, str) else wanted or ()
+        if not masks and "segm" in wanted:
+            raise ConfigError(
+                f"{key}.metric={metric['metric']!r}: evaluates masks, but model.type="
+                f"{type_name(model['type'])!r} has no head that finds them; take 'bbox', or a "
+                "detector such as MaskRCNN with a roi_head.mask_head"
+            )
+
+
+def _unwrapped(cfg: Any) -> Any:
+    """Return the config of what Retrofit edits."""
+    while isinstance(cfg, dict) and type_name(cfg.get("type")).lower() == "retrofit":
+        cfg = cfg["module"]
+    return cfg
+
+
+def _resolve(kind: Any) -> Any:
+    """Return the class of a model's ``type``, or None."""
+    return mmdet.registry.MODELS.get(kind) if isinstance(kind, str) else kind
+
+
+def _types(cfg: Config, known: dict[str, Any]) -> Iterator[_Typed]:
+    """Yield every ``type`` that a Runner would build."""
+
+    def walk(node: Any, path: str, built: bool) -> Iterator[_Typed]:
         if isinstance(node, dict):
             if "type" in node:
-                yield f"{path}.type", node["type"]
+                kind = node["type"]
+                built &= node.get("_scope_", PACKAGE) in PACKAGES
+                yield _Typed(f"{path}.type", kind, built)
+                cls = known.get(type_name(kind)) if isinstance(kind, str) else kind
+                if isinstance(cls, type) and issubclass(cls, Albu):
+                    return  # Its transforms are albumentations' own.
+                # What else is below a class of somebody else is for that class to read.
+                built &= getattr(cls, "__module__", PACKAGE).split(".")[0] in PACKAGES
             for key, value in node.items():
-                yield from walk(value, f"{path}.{key}")
+                yield from walk(value, f"{path}.{key}", built)
         elif isinstance(node, (list, tuple)):
             for i, value in enumerate(node):
-                yield from walk(value, f"{path}[{i}]")
+                yield from walk(value, f"{path}[{i}]", built)
 
     for key in BUILT:
-        yield from walk(cfg.get(key), key)
+        yield from walk(cfg.get(key), key, (cfg.get("default_scope") or PACKAGE) in PACKAGES)
 
 
 def _registered() -> dict[str, Any]:
@@ -91,13 +249,12 @@ def _registered() -> dict[str, Any]:
     return {**vars(mmcv.ops), **found}
 
 
-def _check_registered(types: list[tuple[str, Any]]) -> None:
-    known = _registered()
-    for path, name in types:
+def _check_registered(types: list[_Typed], known: dict[str, Any]) -> None:
+    for path, name, built in types:
         scope, _, bare = name.rpartition(".") if isinstance(name, str) else ("", "", "")
         # Lower-case types are switches inside a module (FPG's 'conv'), not registered names; other
         # packages' scopes ('mmpretrain.ConvNeXt') import themselves when they are built.
-        if not bare or bare.islower() or scope not in ("", "mmdet", "mmengine", "mmcv"):
+        if not (built and bare) or bare.islower() or scope not in ("", "mmdet", "mmengine", "mmcv"):
             continue
         if bare not in known:
             near = get_close_matches(bare, known, n=3, cutoff=0.5)
@@ -108,13 +265,14 @@ def _check_registered(types: list[tuple[str, Any]]) -> None:
             )
 
 
-def _check_custom_imports(cfg: Config, types: list[tuple[str, Any]]) -> None:
-    imports = cfg.get("custom_imports", {}).get("imports", [])
+def _check_custom_imports(cfg: Config, types: list[_Typed], known: dict[str, Any]) -> None:
+    imports = cfg.get("custom_imports", {}).get("imports") or []
     imports = [imports] if isinstance(imports, str) else imports
-    if any(name.split(".")[0] == PACKAGE for name in imports):
+    # A pure-Python config imports what it names.
+    modules = [*imports, *(getattr(kind, "__module__", "") for _, kind, _ in types)]
+    if any(module.split(".")[0] == PACKAGE for module in modules):
         return
-    known = _registered()
-    for path, name in types:
+    for path, name, _ in types:
         module = getattr(known.get(name), "__module__", "") if isinstance(name, str) else ""
         if module.split(".")[0] == PACKAGE:
             raise ConfigError(
@@ -124,8 +282,8 @@ def _check_custom_imports(cfg: Config, types: list[tuple[str, Any]]) -> None:
             )
 
 
-def _check_cpu(cfg: Config, types: list[tuple[str, Any]]) -> None:
-    amp = next((p for p, name in types if name == "AmpOptimWrapper"), None)
+def _check_cpu(cfg: Config, types: list[_Typed]) -> None:
+    amp = next((p for p, kind, _ in types if type_name(kind) == "AmpOptimWrapper"), None)
     if amp:
         raise ConfigError(
             f"{amp}='AmpOptimWrapper': MMEngine's mixed precision needs CUDA, and torch "
@@ -133,7 +291,8 @@ def _check_cpu(cfg: Config, types: list[tuple[str, Any]]) -> None:
         )
     if cfg.launcher == "none":
         return  # The Runner turns SyncBN into BN, which is the same for one process.
-    sync = next((f"{p}={name!r}" for p, name in types if name in SYNC_BN), None)
+    names = ((path, type_name(kind)) for path, kind, _ in types)
+    sync = next((f"{path}={name!r}" for path, name in names if name in SYNC_BN), None)
     if cfg.get("sync_bn"):
         sync = f"sync_bn={cfg.sync_bn!r}"
     if sync:

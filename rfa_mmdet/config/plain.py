@@ -7,9 +7,19 @@ from mmengine.config import Config
 from mmengine.registry import MODELS as LAYERS
 
 
+def type_name(kind: Any) -> str:
+    """Return the bare name of a ``type``, which pure-Python configs give as a class or function.
+
+    Example:
+        >>> type_name("mmdet.ResNet"), type_name(Config), type_name(None)
+        ('ResNet', 'Config', '')
+    """
+    return str(getattr(kind, "__name__", kind or "")).rpartition(".")[2]
+
+
 def _is_retrofit(node: Any) -> bool:
-    name = node.get("type") if isinstance(node, dict) else None
-    return isinstance(name, str) and name.rpartition(".")[2] == "Retrofit"
+    # The function that is registered as Retrofit is called retrofit.
+    return isinstance(node, dict) and type_name(node.get("type")).lower() == "retrofit"
 
 
 # Retrofit's arguments.

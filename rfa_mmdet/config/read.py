@@ -2,8 +2,10 @@
 
 import inspect
 import os
+import traceback
 from collections.abc import Mapping
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ _READ_KEYS = {
     *("auto_scale_lr", "custom_imports", "find_unused_parameters", "model_wrapper_cfg", "sync_bn"),
     *("tta_model", "tta_pipeline", "activation_checkpointing", "compile", "runner_type"),
 }
+_OWN_HOOKS = ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
+_SUFFIXES = (".py", ".json", ".yaml", ".yml")
 
 
 def load_config(
@@ -30,7 +34,8 @@ def load_config(
     """Read a config file and apply overrides to it.
 
     Args:
-        path (str | os.PathLike): Config file.
+        path (str | os.PathLike): Config file, or one of a package, such as
+            ``mmdet::retinanet/retinanet_r50_fpn_1x_coco.py``.
         cfg_options (Mapping[str, Any] | None): Dotted key to value, such as
             ``{"train_cfg.max_epochs": 24}``. Defaults to None.
         work_dir (str | None): Where a run writes. Defaults to None: as the config says, else
@@ -38,41 +43,120 @@ def load_config(
         launcher (str): What started the processes of a run. Defaults to 'none'.
 
     Returns:
-        Config: With ``launcher`` and ``work_dir`` set. Its default scope becomes the current one.
+        Config: With ``launcher`` and ``work_dir`` set, and without keys of a run that are None:
+        left out means the same. Its default scope becomes the current one.
 
     Raises:
-        ConfigError: The file or one of its bases is missing or does not parse, or an option names
-            what no run reads.
+        ConfigError: The file or one of its bases is missing or cannot be read as a config, or an
+            option names what no run reads.
 
     Example:
         >>> load_config("no_such_config.py")
         Traceback (most recent call last):
         rfa_mmdet.errors.ConfigError: config='no_such_config.py': no such file
     """
-    path = Path(path)
-    if not path.is_file():
-        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise ConfigError(f"config={str(path)!r}: no such file{hint}")
+    path = _find(path)
     try:
         cfg = Config.fromfile(path)
-    except (FileNotFoundError, ImportError, SyntaxError, ConfigParsingError) as error:
-        raise ConfigError(f"config={str(path)!r}: {error}") from error
+        _import_all(cfg._cfg_dict)
+    except Exception as error:  # a config is code, which may raise anything
+        raise ConfigError(f"config={str(path)!r}: {_reason(error, path)}") from error
     options = dict(cfg_options or {})
     _check_options(cfg, options)
-    cfg.merge_from_dict(options)
+    try:
+        cfg.merge_from_dict(options)
+    except (KeyError, TypeError, IndexError, AssertionError) as error:
+        raise ConfigError(f"--cfg-options: {_one_line(error)}") from error
+    # But for the default scope, for which None has a meaning of its own in pure-Python configs.
+    for key in _read_by_runs() - {"default_scope"}:
+        if key in cfg and cfg[key] is None:
+            cfg.pop(key)
+    for key, hook in list(cfg.get("default_hooks", {}).items()):
+        # To MMEngine None is no hook of its own, and an error in the place of any other.
+        if hook is None and key not in _OWN_HOOKS:
+            cfg.default_hooks.pop(key)
     cfg.launcher = launcher
     if work_dir is not None:
         cfg.work_dir = work_dir
-    elif cfg.get("work_dir") is None:
+    elif "work_dir" not in cfg:
         cfg.work_dir = str(Path("work_dirs", path.stem))
     # What is built before the Runner, such as the data sets that are checked, is looked up there.
-    init_default_scope(cfg.get("default_scope") or "mmengine")
+    # Pure-Python configs have None: then a registry looks among its own names, MMDetection's.
+    if cfg.get("default_scope", "mmengine") is not None:
+        init_default_scope(cfg.get("default_scope", "mmengine"))
     return cfg
 
 
+def _find(path: str | os.PathLike) -> Path:
+    """Return the path of a config file that is there."""
+    package, is_packaged, name = str(path).partition("::")
+    places = [Path(path)]
+    if is_packaged:
+        spec = find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise ConfigError(f"config={str(path)!r}: no package {package!r} is installed")
+        home = Path(spec.submodule_search_locations[0])
+        places = [home / ".mim" / "configs" / name, home.parent / "configs" / name]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        if places[0].exists():
+            what = "is a folder, not a config" if places[0].is_dir() else "is no regular file"
+            raise ConfigError(f"config={str(path)!r}: {what}")
+        beside = [
+            p.name for place in places for p in place.parent.glob("*") if p.suffix in _SUFFIXES
+        ]
+        near = get_close_matches(places[0].name, beside, n=3)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise ConfigError(f"config={str(path)!r}: no such file{hint}")
+    if found.suffix not in _SUFFIXES:
+        raise ConfigError(f"config={str(path)!r}: a config ends in {', '.join(_SUFFIXES)}")
+    return found
+
+
+def _import_all(node: Any) -> None:
+    """Have a pure-Python config import what it names, which it puts off until that is read."""
+    if isinstance(node, (dict, list, tuple)):
+        for child in node.values() if isinstance(node, dict) else node:
+            _import_all(child)
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """Say in one line why MMEngine cannot read a config."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    # MMEngine's functions that read a file, one inside the other.
+    calls = [f for f, _ in frames if f.f_code.co_name in ("_file2dict", "_parse_lazy_import")]
+    files = list(dict.fromkeys(os.path.basename(f.f_locals["filename"]) for f in calls))
+    if isinstance(error, RecursionError):
+        return f"its bases lead in a circle: {', '.join(files[:5])}"
+    if isinstance(error, ImportError) and error.__cause__ is not None:
+        cause: BaseException = error.__cause__  # without the whole sys.path, which MMEngine adds
+        return f"custom_imports: {_one_line(cause.__context__ or cause)}"
+    if isinstance(error, TypeError) and "import_modules_from_strings" in str(error):
+        return "custom_imports must be a dict, as in custom_imports = dict(imports=['my_package'])"
+    if isinstance(error, AttributeError) and files and not files[-1].endswith(".py"):
+        return "holds no dict"
+    in_base = files and files[-1] != path.name and not isinstance(error, OSError)
+    where = f"{files[-1]}: " if in_base else ""
+    line = next((n for f, n in reversed(frames) if f.f_code.co_name == "<module>"), None)
+    text = _one_line(error)
+    if isinstance(error, SyntaxError) and error.lineno:
+        line, text = error.lineno, error.msg
+    if not isinstance(error, (OSError, ImportError, ConfigParsingError)):
+        text = f"{type(error).__name__}: {text}"
+    return f"{where}{f'line {line}: ' if line else ''}{text}"
+
+
+def _one_line(error: BaseException) -> str:
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split())
+
+
+def _read_by_runs() -> set[str]:
+    return {*inspect.signature(Runner.__init__).parameters, *_READ_KEYS} - {"self", "cfg"}
+
+
 def _check_options(cfg: Config, options: dict[str, Any]) -> None:
-    read = {*inspect.signature(Runner.__init__).parameters, *_READ_KEYS} - {"self", "cfg"}
+    read = _read_by_runs()
     for key in options:
         top = key.split(".")[0]
         if top in read:

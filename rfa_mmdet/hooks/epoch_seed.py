@@ -39,7 +39,7 @@ class EpochSeedHook(Hook):
         loader.worker_init_fn = None
         # Where the config names no seed, the Runner drew one for the sampler before it took over
         # that of the checkpoint.
-        randomness = runner.cfg.get("randomness", {})
+        randomness = runner.cfg.get("randomness") or {}
         if hasattr(loader.sampler, "seed") and not randomness.get("diff_rank_seed", False):
             loader.sampler.seed = runner.seed
 

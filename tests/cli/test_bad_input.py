@@ -1,6 +1,7 @@
 """Each kind of bad input ends tools/train.py or tools/test.py in one error, before training."""
 
 import json
+import logging
 import runpy
 import shutil
 import sys
@@ -14,10 +15,12 @@ from tests.helpers.paths import ROOT
 def fails(capsys, monkeypatch, shapes, tiny_config, tmp_path):
     """Run a tool in this process; return what it printed as its error."""
 
-    def run(*arguments, tool="train", config=tiny_config, data=shapes):
+    def run(*arguments, tool="train", config=tiny_config, data=shapes, work_dir=tmp_path):
         monkeypatch.chdir(ROOT)
         monkeypatch.setenv("DATA_ROOT", str(data))
-        argv = [f"tools/{tool}.py", str(config), *map(str, arguments), "--work-dir", str(tmp_path)]
+        # MMEngine's logger may have kept the stream of an earlier test, which is closed.
+        monkeypatch.setattr(logging, "raiseExceptions", False)
+        argv = [f"tools/{tool}.py", str(config), *map(str, arguments), "--work-dir", str(work_dir)]
         monkeypatch.setattr(sys, "argv", argv)
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(f"tools/{tool}.py", run_name="__main__")
@@ -168,6 +171,47 @@ def test_checkpoint_that_is_missing_or_no_checkpoint(fails, tmp_path):
     broken = tmp_path / "broken.pth"
     broken.write_bytes(b"PK\x03\x04 and then nothing")
     assert str(broken) in fails(broken, tool="test")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim_wrapper = dict(optimizer=dict(lrr=1))", "unexpected keyword argument 'lrr'"),
+        ("param_scheduler = [dict(type='MultiStepLR', mile=1)]", "argument 'mile'"),
+        ("val_evaluator = dict(metric='bbx')", "metric should be one of"),
+        ("val_evaluator = dict(metric=['segm'])", "has no head that finds them"),
+        ("val_cfg = None", "but no val_cfg"),
+        ("load_from = 'no_such.pth'", "load_from='no_such.pth': no such file"),
+        ("load_from = 'http://127.0.0.1:9/a.pth'", "cannot be downloaded"),
+        ("data = dict(samples_per_gpu=2)\nmodel = None", "has no model"),
+        (
+            "model = dict(backbone=dict(init_cfg=dict("
+            "_delete_=True, type='Pretrained', checkpoint='torchvision://resnet5')))",
+            "init_cfg.checkpoint='torchvision://resnet5': no such weights; nearest: torchvision://",
+        ),
+    ],
+)
+def test_configs_that_cannot_be_run(fails, tiny_config, tmp_path, text, message):
+    assert message in fails(config=with_model(tiny_config, tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("place", "message"), [("file", "no folder"), ("file/x", "no folder"), ("/proc/x", "cannot")]
+)
+@pytest.mark.parametrize("tool", ["train", "test"])
+def test_work_dir_that_cannot_be_written(fails, tmp_path, place, message, tool):
+    (tmp_path / "file").touch()
+    checkpoint = [tmp_path / "file"] if tool == "test" else []
+    error = fails(*checkpoint, tool=tool, work_dir=tmp_path / place)
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_checkpoint_of_another_model(fails, checkpoint, tiny_config, tmp_path):
+    config = with_model(tiny_config, tmp_path, "model = dict(backbone=dict(depth=34))")
+    error = fails(checkpoint, tool="test", config=config)
+    assert "is of another model than the config: " in error
+    assert "parameters of the config's model are not in it, such as backbone.layer" in error
 
 
 def test_out_that_is_no_pickle(fails, tmp_path):

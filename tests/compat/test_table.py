@@ -63,7 +63,7 @@ def test_a_name_that_is_no_patch_ends_the_import():
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == (
         "rfa_mmdet.errors.UserError: RFA_MMDET_COMPAT='-whole_file': 'whole_file': no such patch; "
-        "there are safe_loading, whole_files, flop_counts"
+        "there are safe_loading, whole_files, torchvision_weights, flop_counts"
     )
     with pytest.raises(UserError, match="'nothing': no such patch"):
         apply("nothing")

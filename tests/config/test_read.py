@@ -45,13 +45,67 @@ def test_what_no_run_reads_is_named(config):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("name", "text", "message"),
     [
-        ("a = (", "never closed"),
-        ("_base_ = 'none.py'", r"none\.py"),
-        ("custom_imports = dict(imports=['no_such_module'])", "no_such_module"),
+        ("some.py", "a = (", r"line 1: SyntaxError: .*never closed"),
+        ("some.py", "a = 1\nb = c", r"line 2: NameError: name 'c'"),
+        ("some.py", "a = 1\n\x00", "null byte|source code"),
+        ("some.py", "_base_ = 'none.py'", r"none\.py"),
+        ("some.py", "_base_ = 'wrong.py'", r"wrong\.py: line 1: NameError"),
+        ("some.py", "_base_ = 'some.py'", r"bases lead in a circle: some\.py"),
+        (
+            "some.py",
+            "custom_imports = dict(imports=['no_such_module'])",
+            "imports: .*no_such_module",
+        ),
+        ("some.py", "custom_imports = 'no_such_module'", "custom_imports must be a dict"),
+        ("some.py", "from mmdet.models import NoSuch\nmodel = dict(type=NoSuch)", "import NoSuch"),
+        ("some.json", '{"a": ', "JSONDecodeError"),
+        ("some.yaml", "a: [1", "ParserError"),
+        ("some.json", "[1]", "holds no dict"),
+        ("some.txt", "a = 1", r"ends in \.py, \.json"),
+        ("some.py/x", "", "is a folder, not a config"),
     ],
 )
-def test_files_that_do_not_parse(config, text, message):
-    with pytest.raises(ConfigError, match=message):
-        load_config(config(text))
+def test_files_that_do_not_parse(tmp_path, name, text, message):
+    (tmp_path / "wrong.py").write_text("a = b")
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path = tmp_path / "some.py" if name.endswith("/x") else path
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.json", '{"train_cfg": {"max_epochs": 2}}'), ("a.yml", "train_cfg: {}")]
+)
+def test_json_and_yaml(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert "train_cfg" in load_config(tmp_path / name)
+
+
+def test_configs_of_packages():
+    cfg = load_config("mmdet::retinanet/retinanet_r18_fpn_1x_coco.py")
+    assert cfg.model.backbone.depth == 18
+    assert cfg.work_dir == "work_dirs/retinanet_r18_fpn_1x_coco"
+    with pytest.raises(ConfigError, match=r"near it: retinanet_r18_fpn_1x_coco\.py"):
+        load_config("mmdet::retinanet/retinanet_r18_fpn_1x_coc.py")
+    with pytest.raises(ConfigError, match="no package 'no_such' is installed"):
+        load_config("no_such::retinanet/retinanet_r18_fpn_1x_coco.py")
+
+
+def test_none_means_left_out(config):
+    keys = "custom_hooks custom_imports visualizer val_dataloader auto_scale_lr env_cfg randomness"
+    hooks = "default_hooks = dict(visualization=None, logger=None)"
+    cfg = load_config(config("\n".join([*(f"{key} = None" for key in keys.split()), hooks])))
+    assert not cfg.keys() & {*keys.split()}
+    assert cfg.default_hooks == dict(logger=None)  # which removes MMEngine's own
+
+
+def test_default_scope_of_pure_python_configs_stays_none(config):
+    text = "from mmdet.models import ResNet\nmodel = dict(type=ResNet)\ndefault_scope = None"
+    cfg = load_config(config(text))
+    assert cfg.default_scope is None
+    assert cfg.model.type.__name__ == "ResNet"

@@ -26,7 +26,9 @@ def heads(model: dict) -> Iterator[tuple[str, int]]:
     """
 
     def walk(node: Any, key: str, name: str) -> Iterator[tuple[str, int]]:
-        if isinstance(node, dict) and node.get("type") == "Retrofit":
+        # In pure-Python configs the type is the function itself, retrofit.
+        kind = node.get("type") if isinstance(node, dict) else None
+        if str(getattr(kind, "__name__", kind)).rpartition(".")[2].lower() == "retrofit":
             yield from walk(node.get("module"), f"{key}.module", name)
         elif isinstance(node, dict) and name not in _OTHER_HEADS:
             # A mask head without classes of its own ignores the number.

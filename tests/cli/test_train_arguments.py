@@ -1,0 +1,59 @@
+"""What tools/train.py lays over configs of every style."""
+
+from argparse import Namespace
+
+import pytest
+from mmdet.visualization import DetLocalVisualizer
+from mmengine.config import Config
+from mmengine.hooks import CheckpointHook
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.visualization import TensorboardVisBackend
+
+from rfa_mmdet.cli.train import add_hooks, apply_args
+from rfa_mmdet.errors import ConfigError
+from rfa_mmdet.hooks import CalibrationHook, EpochSeedHook
+
+ARGS = dict(amp=False, auto_scale_lr=False, resume=None, tensorboard=False)
+
+
+def applied(cfg, launcher="none", **args):
+    cfg = Config({"launcher": launcher, "train_dataloader": {}, **cfg})
+    apply_args(cfg, Namespace(**{**ARGS, **args}))
+    add_hooks(cfg)
+    return cfg
+
+
+@pytest.mark.parametrize("kind", [OptimWrapper, "OptimWrapper", "mmengine.OptimWrapper", None])
+def test_amp_takes_the_place_of_the_plain_wrapper(kind):
+    given = dict(type=kind) if kind else {}
+    wrapper = applied(dict(optim_wrapper=given), amp=True).optim_wrapper
+    assert wrapper == dict(type="AmpOptimWrapper", loss_scale="dynamic")
+
+
+def test_amp_stays_and_others_are_refused():
+    given = dict(type=AmpOptimWrapper, loss_scale=2.0)
+    assert applied(dict(optim_wrapper=given), amp=True).optim_wrapper.loss_scale == 2.0
+    with pytest.raises(ConfigError, match=r"cannot replace optim_wrapper\.type='CheckpointHook'"):
+        applied(dict(optim_wrapper=dict(type=CheckpointHook)), amp=True)
+
+
+def test_tensorboard_that_is_there_as_a_class_is_not_added():
+    backends = [dict(type=TensorboardVisBackend)]
+    visualizer = dict(type=DetLocalVisualizer, vis_backends=backends)
+    assert applied(dict(visualizer=visualizer), tensorboard=True).visualizer == visualizer
+
+
+@pytest.mark.parametrize("hooks", [[dict(type=EpochSeedHook), dict(type=CalibrationHook)], []])
+def test_hooks_are_there_once_and_known_to_who_reads_the_config(hooks):
+    cfg = applied(dict(custom_hooks=hooks, custom_imports=dict(imports="other")))
+    names = [getattr(hook.type, "__name__", hook.type) for hook in cfg.custom_hooks]
+    assert sorted(names) == ["CalibrationHook", "EpochSeedHook", "NewLayersHook"]
+    assert cfg.custom_imports.imports == ["other", "rfa_mmdet"]
+
+
+def test_of_a_checkpoint_hook_of_somebody_else_nothing_is_known():
+    evaluator = dict(type="CocoMetric")
+    for kind, expected in ((CheckpointHook, "auto"), ("CheckpointHook", "auto"), ("Mine", None)):
+        hooks = dict(checkpoint=dict(type=kind))
+        cfg = applied(dict(val_evaluator=evaluator, default_hooks=hooks))
+        assert cfg.default_hooks.checkpoint.get("save_best") == expected

@@ -1,0 +1,144 @@
+"""What a config's check refuses, and what it must not."""
+
+import pytest
+from mmdet.models import ResNet, RetinaNet
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.optim import AmpOptimWrapper
+from torch import nn
+
+from rfa_mmdet.config.check import check_config, check_run
+from rfa_mmdet.config.plain import plain_base
+from rfa_mmdet.errors import ConfigError
+from rfa_mmdet.layers import RFAConv
+from rfa_mmdet.models.retrofit import retrofit
+
+RETINANET = "mmdet::retinanet/retinanet_r18_fpn_1x_coco.py"
+MASK_RCNN = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"
+
+
+def changed(changes, base=RETINANET, **more):
+    """A config of mmdet with other entries."""
+    cfg = get_config(base)
+    cfg.launcher = "none"
+    cfg.merge_from_dict({**changes, **more})
+    return cfg
+
+
+def albu(name):
+    blur = dict(type="OneOf", transforms=[dict(type=name, p=1.0)])
+    return dict(type="Albu", transforms=[blur], bbox_params=dict(type="BboxParams"))
+
+
+class Strangers(nn.Module):
+    """Of a user's own module; what its arguments mean is its business."""
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        changed({"train_dataloader.dataset.pipeline": [albu("MedianBlur")]}),
+        changed({"model": dict(type=Strangers, part=dict(type="NotRegistered"))}),
+        changed({"model.backbone": dict(type=ResNet, norm_cfg=dict(type=nn.BatchNorm2d))}),
+        changed({"model.backbone": dict(type="ConvNeXt", _scope_="mmpretrain")}),
+        changed({"train_dataloader.collate_fn": dict(type=len)}),
+        changed({"model.backbone": dict(type=retrofit, module={}, edits=[])}),
+        Config(dict(launcher="none", model=dict(type=RetinaNet), custom_hooks=[])),
+    ],
+)
+def test_right_configs_pass(cfg):
+    check_config(cfg)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model.neck.type": "FPNN"},
+            r"neck\.type='FPNN' is registered nowhere; nearest: FPN",
+        ),
+        (
+            {"train_dataloader.dataset.pipeline": [dict(type="Albo", transforms=[])]},
+            r"pipeline\[0\]\.type='Albo' is registered nowhere; nearest: Albu",
+        ),
+        (
+            {"optim_wrapper.type": AmpOptimWrapper},
+            "type='AmpOptimWrapper'.*needs CUDA",
+        ),
+        ({"model": "RetinaNet"}, "model='RetinaNet': model must be a dict"),
+        ({"model": dict(_delete_=True, backbone={})}, "model must be a dict with the 'type'"),
+    ],
+)
+def test_wrong_configs_are_refused(changes, message, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=message):
+        check_config(changed(changes))
+
+
+def test_configs_of_old_mmdetection():
+    old = dict(
+        model=dict(type="RetinaNet"),
+        data=dict(samples_per_gpu=2, train=dict(type="CocoDataset")),
+        optimizer=dict(type="SGD", lr=0.01),
+        evaluation=dict(interval=1),
+        runner=dict(type="EpochBasedRunner", max_epochs=12),
+    )
+    with pytest.raises(ConfigError, match=r"2\.x, as it has data, runner, optimizer.*migration"):
+        check_config(Config(old))
+    # Beside what 3.x reads it changes nothing, and that is said.
+    warnings = check_run(changed({"optimizer": dict(type="SGD", lr=9.0)}), ("train", "val"))
+    assert warnings == ["optimizer: is read by MMDetection 2.x alone; now it is optim_wrapper"]
+    optimizer = dict(type="SGD", lr=9.0)
+    used = changed({"optimizer": optimizer, "data": dict(data_root="x")})
+    used.optim_wrapper.optimizer = optimizer
+    assert check_run(used, ("train", "val")) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"val_dataloader": None}, "has val_cfg and val_evaluator, but no val_dataloader"),
+        ({"test_cfg": None}, "has test_dataloader and test_evaluator, but no test_cfg"),
+        ({"train_dataloader": None, "optim_wrapper": None}, "no train_dataloader and no optim_wr"),
+        ({"default_scope": None}, "add default_scope = 'mmdet'"),
+        ({"val_evaluator.metric": ["bbox", "segm"]}, r"val_evaluator\.metric=.*'RetinaNet' has no"),
+        (
+            {"model.bbox_head": dict(type="Retrofit", module=dict(type="RetinaHead"), edits=[])}
+            | {"val_evaluator.metric": "segm"},
+            "masks",
+        ),
+    ],
+)
+def test_what_a_runner_needs(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        check_run(changed(changes), ("train", "val"))
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        (MASK_RCNN, {}),
+        ("mmdet::rtmdet/rtmdet-ins_s_8xb32-300e_coco.py", {}),
+        ("mmdet::solo/solo_r50_fpn_1x_coco.py", {}),
+        ("mmdet::yolact/yolact_r50_1xb8-55e_coco.py", {}),
+        ("mmdet::queryinst/queryinst_r50_fpn_1x_coco.py", {}),
+        ("mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py", {}),
+        (
+            MASK_RCNN,
+            {"model.roi_head": dict(_delete_=True, type="Retrofit", module=dict(mask_head={}))},
+        ),
+        (RETINANET, dict(val_dataloader=None, val_cfg=None, val_evaluator=None)),
+    ],
+)
+def test_what_a_runner_can_do(base, changes):
+    assert check_run(changed(changes, base), ("train", "val")) == []
+
+
+@pytest.mark.parametrize("kind", ["Retrofit", "mmdet.Retrofit", retrofit])
+def test_plain_base_of_types_that_are_names_or_functions(kind):
+    conv = dict(type="RFAConv")
+    backbone = dict(type=kind, module=dict(type=ResNet), edits=[dict(where="x", conv=conv)])
+    head = dict(type="X", conv_cfg=dict(type=RFAConv))
+    plain = plain_base(Config(dict(model=dict(type=RetinaNet, backbone=backbone, bbox_head=head))))
+    assert plain.model.backbone == dict(type=ResNet)
+    assert plain.model.bbox_head == dict(type="X")
