@@ -103,7 +103,7 @@ def _check_step(
                 shape = shape_of(of_id[i])
             elif shape != ():
                 continue  # of a form of its own
-            if value is not None and (shape_of(value) != shape if shape else not is_number(value)):
+            if not (shape_of(value) == shape if shape else is_number(value)):
                 odd = f"{what}.state[{i}][{key!r}] is {shape_of(value)}"
                 raise Damaged(f"{odd}, and its parameter {shape_of(of_id[i])}")
 

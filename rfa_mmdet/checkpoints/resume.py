@@ -6,7 +6,6 @@ the files that the run before named its best and its oldest.
 """
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -54,9 +53,11 @@ def taken_up(content: dict, runner: Any, optimizer: bool = True, schedules: bool
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
         if runner.param_schedulers is not None:
             runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
-    own_schedules = dict(_schedulers(runner.param_schedulers))
+    own_schedules = _by_optimizer(runner.param_schedulers or [])
     wanted = ["meta", "message_hub", "state_dict"]
-    wanted += ["optimizer"] * optimizer + ["param_schedulers"] * (schedules and bool(own_schedules))
+    wanted += ["optimizer"] * optimizer + ["param_schedulers"] * (
+        schedules and any(own_schedules.values())
+    )
     missing = [part for part in wanted if part not in content]
     if missing:
         raise Damaged(
@@ -144,19 +145,18 @@ def _check_model(content: dict, model: Any) -> None:
             )
 
 
-def _schedulers(found: Any) -> Iterator[tuple[str | None, list]]:
-    """Yield the name of an optimizer, if there are several, and its schedulers or their states."""
-    if isinstance(found, dict):
-        yield from found.items()
-    elif found:
-        yield None, found
+def _by_optimizer(found: Any) -> dict:
+    """Return schedulers, or their states, by the optimizer's name; None if there is one alone."""
+    return found if isinstance(found, dict) else {None: found}
 
 
 def _check_schedules(states: Any, own: dict[str | None, list]) -> None:
-    given = dict(_schedulers(states))
+    given = _by_optimizer(states)
     for name, schedulers in own.items():
         what = "its param_schedulers" + (f"[{name!r}]" if name else "")
         states = given.get(name)
+        if not schedulers:
+            continue
         if not isinstance(states, list):
             raise Damaged(f"{what} is a {type(states).__name__}, not a list")
         if len(states) != len(schedulers):

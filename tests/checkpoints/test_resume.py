@@ -290,12 +290,14 @@ WRONG = {
     "empty": (put("optimizer", "state", value={}), "state is empty, and the config's AdamW keeps"),
     "ids": (put(*GROUP, "params", value=[[], 1]), r"params=\[\[\], 1\], not a list of numbers"),
     "no moment": (put("optimizer", "state", 0, "exp_avg", value=1.0), "is no tensor but a float"),
+    "no count": (put("optimizer", "state", 0, "step", value=None), r"\['step'\] is no tensor but"),
     "moment": (drop("optimizer", "state", 0, "exp_avg"), "it has no exp_avg"),
     "shape": (
         put("optimizer", "state", 0, "exp_avg", value=torch.ones(7)),
         r"state\[0\]\['exp_avg'\] is \(7,\), and its parameter \(1, 2\)",
     ),
     "schedules": (put("param_schedulers", value={}), "its param_schedulers is a NoneType, not"),
+    "no schedule": (put("param_schedulers", value=torch.ones(0)), "schedulers is a Tensor, not a"),
     "method": (
         put("param_schedulers", 0, "_get_value", value=3),
         "does not fit to the config's LinearLR: '_get_value' is 3",
