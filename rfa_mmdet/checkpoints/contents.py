@@ -72,9 +72,9 @@ def is_number(value: Any) -> bool:
 
 
 def alike(value: Any, own: Any) -> bool:
-    """Whether a value could stand where a scheduler has another one."""
-    if own is None or value is None:
-        return not callable(value)
+    """Whether a value could stand where an optimizer or scheduler has another one."""
+    if own is None or isinstance(own, bool):
+        return value is None or is_number(value)
     if is_number(own):
         return is_number(value)
     if isinstance(own, (list, tuple)):

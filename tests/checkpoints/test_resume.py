@@ -305,6 +305,7 @@ WRONG = {
     "owner": (put("param_schedulers", 0, "optimizer", value=3), "LinearLR: 'optimizer' is 3"),
     "step": (put("param_schedulers", 0, "last_step", value="x"), "LinearLR: 'last_step' is 'x'"),
     "name": (put("param_schedulers", 0, "param_name", value="params"), "'param_name' is 'params'"),
+    "end": (put("param_schedulers", 0, "end", value=None), "LinearLR: 'end' is None"),
     "bases": (put("param_schedulers", 0, "base_values", value=["x"]), "LinearLR: 'base_values'"),
     "another": (lambda c: c["param_schedulers"].reverse(), "does not fit to the config's LinearLR"),
     "weights": (
