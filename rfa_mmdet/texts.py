@@ -23,6 +23,21 @@ def printable(text: object) -> str:
     return "".join(_escaped(c) if _breaks(c) else c for c in str(text))
 
 
+def shown(text: object, longest: int = 80) -> str:
+    r"""Return what a file says as it may stand in a message: printable, and not too long.
+
+    Args:
+        text (object): Of :func:`str`.
+        longest (int): Characters; of longer ones the end is left out. Defaults to 80.
+
+    Example:
+        >>> print(shown("a\x1b[31mb" + 100 * "c", 20))
+        a\x1b[31mbccccccc...
+    """
+    text = printable(str(text)[: longest + 1])
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
 def cell(value: Any) -> Any:
     """Return the cell of a CSV file that a spreadsheet shows and does not run.
 

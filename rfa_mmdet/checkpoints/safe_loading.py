@@ -15,10 +15,13 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from rfa_mmdet.checkpoints import stand_ins, tensors
+from rfa_mmdet.checkpoints.contents import check_weights
+from rfa_mmdet.checkpoints.resume import taken_up
 from rfa_mmdet.checkpoints.torch_files import Tables, read
 from rfa_mmdet.checkpoints.unpickler import Callee, Damaged, Refused, UnknownNames
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.ops.common.torch_versions import HAS_SAFE_GLOBALS
+from rfa_mmdet.texts import shown
 
 
 class _Loading(NamedTuple):
@@ -35,6 +38,8 @@ class _Loading(NamedTuple):
 
 
 _LOADING: ContextVar[_Loading | None] = ContextVar("loading", default=None)
+# The Runner that resumes in this thread, and whether with its optimizer and schedulers.
+_RESUMING: ContextVar[tuple[Any, bool, bool] | None] = ContextVar("resuming", default=None)
 
 
 class UnsafeCheckpointError(UserError):
@@ -124,6 +129,8 @@ def _broken(name: str, size: int, error: Damaged) -> BrokenCheckpointError:
 def load_safely(load_checkpoint: Callable) -> Callable:
     """Wrap MMEngine's ``CheckpointLoader.load_checkpoint``, which then loads by :func:`load`.
 
+    What it returns are weights, and where a Runner resumes, the state of one that fits to it.
+
     Args:
         load_checkpoint (Callable): The function of the class method; takes the class first.
 
@@ -135,9 +142,43 @@ def load_safely(load_checkpoint: Callable) -> Callable:
     def wrapped(cls, filename, map_location=None, logger="current"):
         token = _LOADING.set(_Loading(str(filename), stand_ins.user_names()))
         try:
-            return load_checkpoint(cls, filename, map_location, logger)
+            content = load_checkpoint(cls, filename, map_location, logger)
         finally:
             _LOADING.reset(token)
+        try:
+            check_weights(content)
+            resuming = _RESUMING.get()
+            return content if resuming is None else taken_up(content, *resuming)
+        except Damaged as error:
+            raise BrokenCheckpointError(f"{filename}: {error}") from error
+
+    return wrapped
+
+
+def resume_safely(resume: Callable) -> Callable:
+    """Wrap ``resume`` of MMEngine's Runner, which takes what it needs of a checkpoint and no more.
+
+    Args:
+        resume (Callable): The method.
+
+    Returns:
+        Callable: With the same signature, for a loader with :func:`load_safely`.
+    """
+
+    @functools.wraps(resume)
+    def wrapped(
+        self, filename, resume_optimizer=True, resume_param_scheduler=True, *args, **kwargs
+    ):
+        token = _RESUMING.set((self, resume_optimizer, resume_param_scheduler))
+        try:
+            return resume(self, filename, resume_optimizer, resume_param_scheduler, *args, **kwargs)
+        except UserError:
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+            what = shown(f"{type(error).__name__}: {error}", 300)
+            raise BrokenCheckpointError(f"{filename}: cannot be resumed: {what}") from error
+        finally:
+            _RESUMING.reset(token)
 
     return wrapped
 

@@ -6,11 +6,13 @@ puts the real objects in their places when the pickle has ended.
 """
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable
+import re
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
@@ -18,8 +20,11 @@ from rfa_mmdet.checkpoints.tensors import Storage, resolve_storage
 from rfa_mmdet.checkpoints.unpickler import Callee, Refused, StandIn, require
 from rfa_mmdet.ops.common.torch_versions import safe_globals
 
-# Real, fixed-size and free of structure; "O8" is object.
-_DTYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "O8")
+# Numbers, strings of a fixed size, and objects; free of structure.
+_DTYPES = re.compile("b1|[iu][1248]|f[248]|c8|c16|O8|[US][1-9][0-9]{0,4}")
+# No run's data is as deep or large. MMEngine walks through it by recursion, and through a part that
+# stands in several places once for each.
+_DEEPEST, _MOST = 100, 2**24
 _STATISTICS = ("min", "max", "current", "mean")
 _ANNEALING = ("_annealing_cos", "_annealing_linear")
 _HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
@@ -30,7 +35,7 @@ class _DType(StandIn):
     path = "numpy.dtype"
 
     def __init__(self, code: Any, *_: Any):
-        require(type(code) is str and code in _DTYPES)
+        require(type(code) is str and _DTYPES.fullmatch(code) is not None)
         self.value = np.dtype(code)
 
     def build(self, state: Any) -> None:
@@ -68,14 +73,8 @@ class _Array(StandIn):
             )
             flat = np.frombuffer(bytearray(data), dtype)  # bytearray: writable
         self.value = flat.reshape(shape, order="F" if fortran else "C")
-
-    def resolve(self, seen: dict) -> np.ndarray:
-        require(self.value is not None, "numpy.ndarray without content")
-        if self.value.dtype.hasobject and id(self) not in seen:
-            seen[id(self)] = self
-            for index, item in np.ndenumerate(self.value):
-                self.value[index] = _resolve(item, seen)
-        return self.value
+        if dtype.kind == "U":
+            self.value.tolist()  # fails for what is no character
 
 
 class _History(StandIn):
@@ -86,18 +85,22 @@ class _History(StandIn):
     def build(self, state: Any) -> None:
         self.state = state
 
-    def resolve(self, seen: dict) -> HistoryBuffer:
+    def resolve(self) -> HistoryBuffer:
+        require(type(self.state) is dict, "HistoryBuffer with odd state")
+        # "statistics_methods" is left out: HistoryBuffer has its own.
+        arrays = [self.state.get(key) for key in ("_log_history", "_count_history")]
+        max_length = self.state.get("max_length")
+        require(type(max_length) is int, "HistoryBuffer with odd state")
+        require(
+            all(
+                type(a) is _Array and a.value is not None and a.value.dtype.kind in "biuf"
+                for a in arrays
+            ),
+            "HistoryBuffer with odd state",
+        )
+        log, count = (array.value for array in arrays)
+        require(log.ndim == 1 and log.shape == count.shape, "HistoryBuffer of odd size")
         if self.value is None:
-            require(type(self.state) is dict, "HistoryBuffer with odd state")
-            # "statistics_methods" is left out: HistoryBuffer has its own.
-            log, count = (self.state.get(key) for key in ("_log_history", "_count_history"))
-            max_length = self.state.get("max_length")
-            require(
-                type(log) is _Array and type(count) is _Array and type(max_length) is int,
-                "HistoryBuffer with odd state",
-            )
-            log, count = log.resolve(seen), count.resolve(seen)
-            require(log.ndim == 1 and log.shape == count.shape, "HistoryBuffer of odd size")
             self.value = HistoryBuffer(max_length=max_length)
             self.value._log_history, self.value._count_history = log, count
         return self.value
@@ -112,6 +115,13 @@ def _scalar(dtype: Any, data: Any) -> np.generic:
     require(type(dtype) is _DType and not dtype.value.hasobject and type(data) is bytes)
     require(len(data) == dtype.value.itemsize)
     return np.frombuffer(data, dtype.value)[0]
+
+
+def _config_dict(items: Any) -> ConfigDict:
+    require(type(items) is dict)
+    made = ConfigDict()
+    dict.update(made, items)  # ConfigDict's own copies what stands in it
+    return made
 
 
 def _getattr(owner: Any, name: Any) -> Any:
@@ -131,6 +141,7 @@ NAMES = {
     for callee in (
         Callee(_HISTORY, new=_History),
         Callee(_ONE_CYCLE),
+        Callee("mmengine.config.config.ConfigDict", _config_dict),
         Callee("builtins.getattr", _getattr),
         Callee("numpy.dtype", _DType),
         Callee("numpy.ndarray"),
@@ -158,49 +169,95 @@ def resolve(value: Any) -> Any:
         Any: The value, or what it stood for.
 
     Raises:
-        Refused: A stand-in has no content, or the data is nested too deeply.
+        Refused: A stand-in has no content, or the data is nested too deeply, contains itself, or is
+            shared so often that whoever walks through it does not come to an end.
 
     Example:
         >>> resolve([1, Callee("a.b", value=str)])
         [1, <class 'str'>]
     """
     try:
-        return _resolve(value, {})
+        return _Resolver().real(value)
     except ValueError as error:
         raise Refused(f"asks for {error}") from error
-    except RecursionError as error:
-        raise Refused("nests its data too deeply") from error
 
 
-def _resolve(value: Any, seen: dict) -> Any:
-    if isinstance(value, _DType):
-        return value.value
-    if isinstance(value, (_Array, _History)):
-        return value.resolve(seen)
-    if isinstance(value, Storage):
-        return resolve_storage(value)
-    if isinstance(value, Callee):
-        require(value.value is not None, f"{value.path} as a value")
-        return value.value
-    if type(value) is tuple:
-        if id(value) not in seen:
-            items = tuple(_resolve(item, seen) for item in value)
+class _Resolver:
+    """Visits each object once, and counts how many it would be with shared ones once for each use.
+
+    Attributes:
+        seen (dict): Id of an object to it, which keeps the id its own, and to what it stood for
+            and the number of values in that. None stands there while it is visited.
+    """
+
+    def __init__(self) -> None:
+        self.seen: dict[int, tuple[Any, Any, int] | None] = {}
+        self.depth = 0
+
+    def real(self, value: Any) -> Any:
+        return self.visit(value)[0]
+
+    def visit(self, value: Any) -> tuple[Any, int]:
+        if isinstance(value, _DType):
+            return value.value, 1
+        if isinstance(value, _History):
+            return value.resolve(), 1
+        if isinstance(value, Storage):
+            return resolve_storage(value), 1
+        if isinstance(value, Callee):
+            require(value.value is not None, f"{value.path} as a value")
+            return value.value, 1
+        if not isinstance(value, (tuple, dict, list, deque, _Array)):
+            return value, 1
+        if id(value) in self.seen:
+            found = self.seen[id(value)]
+            if found is None:
+                raise Refused("asks for data that contains itself")
+            return found[1:]
+        self.seen[id(value)] = None
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise Refused("nests its data too deeply")
+        made, count = self.inside(value)
+        if count > _MOST:
+            raise Refused("repeats its data too often")
+        self.depth -= 1
+        self.seen[id(value)] = value, made, count
+        return made, count
+
+    def inside(self, value: Any) -> tuple[Any, int]:
+        if isinstance(value, _Array):
+            require(value.value is not None, "numpy.ndarray without content")
+            if value.value.dtype.hasobject:
+                return value.value, self.replace(value.value, np.ndenumerate(value.value))
+            return value.value, 1
+        if isinstance(value, tuple):
+            items = list(value)
+            count = self.replace(items, enumerate(value))
             same = all(a is b for a, b in zip(items, value, strict=True))
-            seen[id(value)] = value if same else items, value  # which keeps the id its own
-        return seen[id(value)][0]
-    if isinstance(value, (dict, list)) and id(value) not in seen:
-        seen[id(value)] = value
-        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-            value[key] = _resolve(item, seen)
-        if type(value) is OrderedDict:
-            _resolve(vars(value), seen)
-    return value
+            return value if same else tuple(items), count
+        if isinstance(value, dict):
+            count = self.replace(value, list(dict.items(value)))
+            if type(value) is OrderedDict:
+                count += self.visit(vars(value))[1]
+            return value, count
+        return value, self.replace(value, list(enumerate(value)))
+
+    def replace(self, target: Any, items: Iterable) -> int:
+        count = 1
+        put = dict.__setitem__ if isinstance(target, dict) else type(target).__setitem__
+        for key, item in items:
+            made, number = self.visit(item)
+            count += number
+            if made is not item:
+                put(target, key, made)
+        return count
 
 
 def user_names() -> dict[str, Callee]:
     """Return what the user allowed by ``torch.serialization.add_safe_globals``, where torch has it.
 
-    Modules that torch never allows are left out.
+    Modules that torch never allows are left out, and what it allows itself of its process groups.
     """
     named = (
         item if isinstance(item, tuple) else (item, f"{item.__module__}.{item.__qualname__}")
@@ -210,6 +267,7 @@ def user_names() -> dict[str, Callee]:
         path: _real(path, target)
         for target, path in named
         if path.rpartition(".")[0] not in ("sys", "os", "posix", "nt")
+        and not path.startswith("torch.distributed.")
     }
 
 

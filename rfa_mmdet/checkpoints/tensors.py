@@ -5,8 +5,11 @@ reaches out of it, and keeps what it could not check yet in a list of the proces
 """
 
 import math
-from collections import Counter, OrderedDict
+import os
+import pathlib
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from datetime import date, datetime, time, timedelta, timezone
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -202,9 +205,40 @@ def _counter(counts: Any) -> Counter:
     return Counter(counts)
 
 
+_FACTORIES = (list, dict, int, float, str, bool, tuple, set, OrderedDict)
+
+
+def _default_dict(factory: Any = None) -> defaultdict:
+    if factory is None:
+        return defaultdict()
+    require(isinstance(factory, Callee))
+    kinds = {f"{kind.__module__}.{kind.__name__}": kind for kind in _FACTORIES}
+    require(factory.path in kinds, factory.path)
+    return defaultdict(kinds[factory.path])
+
+
+def _deque(items: Any = (), maxlen: Any = None) -> deque:
+    require(items == () and (maxlen is None or type(maxlen) is int))
+    return deque(maxlen=maxlen)
+
+
 def _set(items: Any) -> set:
     require(type(items) is list and all(map(is_plain, items)))
     return set(items)
+
+
+def _frozen_set(items: Any) -> frozenset:
+    return frozenset(_set(items))
+
+
+def _of_scalars(kind: type) -> Callable[..., Any]:
+    """Return a class of the standard library that only keeps its arguments, for plain ones."""
+
+    def make(*args: Any) -> Any:
+        require(all(is_plain(arg) or type(arg) in (timedelta, timezone) for arg in args))
+        return kind(*args)
+
+    return make
 
 
 def _complex(real: Any, imag: Any) -> complex:
@@ -260,6 +294,14 @@ _TENSORS: dict[str, Callable[..., Tensor]] = {
     "torch._utils._rebuild_parameter_with_state": _parameter,
 }
 
+# Of the other system, where there is no such path: without access to files.
+_PATHS = {
+    "PurePosixPath": pathlib.PurePosixPath,
+    "PureWindowsPath": pathlib.PureWindowsPath,
+    "PosixPath": pathlib.Path if os.name == "posix" else pathlib.PurePosixPath,
+    "WindowsPath": pathlib.Path if os.name == "nt" else pathlib.PureWindowsPath,
+}
+
 _OTHERS: dict[str, Callable[..., Any] | None] = {
     "torch._tensor._rebuild_from_type_v2": _from_type,
     "torch.Tensor": None,
@@ -269,6 +311,16 @@ _OTHERS: dict[str, Callable[..., Any] | None] = {
     "collections.OrderedDict": _ordered_dict,
     "collections.Counter": _counter,
     "builtins.set": _set,
+    "builtins.frozenset": _frozen_set,
+    "collections.deque": _deque,
+    "collections.defaultdict": _default_dict,
+    # what a defaultdict makes
+    **{f"builtins.{kind.__name__}": None for kind in _FACTORIES[:-2]},
+    **{
+        f"{kind.__module__}.{kind.__name__}": _of_scalars(kind)
+        for kind in (slice, range, date, datetime, time, timedelta, timezone)
+    },
+    **{f"pathlib.{name}": _of_scalars(kind) for name, kind in _PATHS.items()},
     "builtins.complex": _complex,
     "builtins.bytes": _bytes,
     "builtins.bytearray": _bytearray,

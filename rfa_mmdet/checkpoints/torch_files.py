@@ -77,7 +77,7 @@ def read(file: BinaryIO, map_location: Any, tables: Tables, encoding: str = "utf
     except _MovingError as error:
         raise error.error from error
     except _DAMAGE as error:
-        raise Damaged(f"{type(error).__name__}: {error}".partition("\n")[0][:200]) from error
+        raise Damaged(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
 
 
 class _Reader:
@@ -121,7 +121,11 @@ class _Reader:
 
     def storage(self, asked: StorageId, order: str) -> torch.UntypedStorage:
         """Read the storage that stands at the file's position."""
-        storage = torch.UntypedStorage(asked.nbytes)
+        try:
+            storage = torch.UntypedStorage(asked.nbytes)
+        except (RuntimeError, MemoryError) as error:
+            what = f"storage {asked.key} of {asked.nbytes} bytes does not fit into memory"
+            raise Damaged(what) from error
         if asked.nbytes:
             data = memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
             done = 0
@@ -167,6 +171,8 @@ class _Zip(_Reader):
         order = "little"
         if f"{self.top}byteorder" in self.records:
             order = self.file.read(self.go_to("byteorder")).decode()
+            if order not in ("little", "big"):
+                raise Damaged(f"its byte order is {order!r}")
         storages = {}
         for key, asked in self.scan(BytesIO(data)).items():
             found = self.go_to(f"data/{key}")

@@ -11,17 +11,27 @@ A pickle is read twice: :class:`Scanner` makes nothing and finds all that it ask
 
 import pickle
 import pickletools
-from collections import Counter, OrderedDict
+from _compat_pickle import NAME_MAPPING
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 
+from rfa_mmdet.texts import shown
+
 _SCALARS = (str, bytes, int, float, bool, type(None))
 
 
-class Refused(Exception):
+class _Told(Exception):
+    """Repeats what a file says, as it may stand in a message."""
+
+    def __init__(self, what: str):
+        super().__init__(shown(what, 800))
+
+
+class Refused(_Told):
     """The pickle asks for something that it may not have; says what, after 'its pickle'."""
 
 
@@ -30,10 +40,10 @@ class UnknownNames(Refused):
 
     def __init__(self, names: list[str]):
         more = f" and {len(names) - 9} more" if len(names) > 9 else ""
-        super().__init__(f"asks for {', '.join(name[:80] for name in names[:9])}{more}")
+        super().__init__(f"asks for {', '.join(map(shown, names[:9]))}{more}")
 
 
-class Damaged(Exception):
+class Damaged(_Told):
     """The file is cut off, or no checkpoint; says how."""
 
 
@@ -123,14 +133,15 @@ def set_attributes(target: Any, state: Any, plain: bool = False) -> None:
     """
     require(type(state) is dict, "with odd attributes")
     for name, value in state.items():
-        require(type(name) is str and not hasattr(type(target), name), f"with attribute {name!r}")
-        require(not plain or is_plain(value), f"with attribute {name!r}")
+        what = f"with attribute {shown(name)!r}"
+        require(type(name) is str and not hasattr(type(target), name), what)
+        require(not plain or is_plain(value), what)
     target.__dict__.update(state)
 
 
 def _show(value: Any) -> str:
     if type(value) in _SCALARS:
-        return repr(value)[:60]
+        return repr(value[:60] if isinstance(value, (str, bytes)) else value)[:60]
     return value.path if isinstance(value, (Callee, StandIn)) else type(value).__name__
 
 
@@ -205,7 +216,8 @@ class _Machine(pickle._Unpickler):
         self._name(module, name)
 
     def _name(self, module: str, name: str) -> None:
-        # Python 2's name, which Python 3 writes as well up to protocol 2
+        # Python 2's names, which Python 3 writes as well up to protocol 2
+        module, name = NAME_MAPPING.get((module, name), (module, name))
         path = f"{'builtins' if module == '__builtin__' else module}.{name}"
         self.append(self._named(path))
 
@@ -246,6 +258,10 @@ class Scanner(_Machine):
         del self.stack[-2:]
         self.append(None)
 
+    def _made_of_marked(self) -> None:
+        self.pop_mark()
+        self.append(None)
+
     def _binpersid(self) -> None:
         found = _storage_id(self.stack.pop())
         self.storages.setdefault(found.key, found)
@@ -257,6 +273,7 @@ class Scanner(_Machine):
         pickle.SETITEM[0]: _drop_two,
         pickle.SETITEMS[0]: _Machine.pop_mark,
         pickle.ADDITEMS[0]: _Machine.pop_mark,
+        pickle.FROZENSET[0]: _made_of_marked,
         pickle.REDUCE[0]: _made,
         pickle.NEWOBJ[0]: _made,
         pickle.BUILD[0]: _drop_one,
@@ -308,7 +325,7 @@ class Maker(_Machine):
         try:
             return function(*args)
         except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:
-            reason = (str(error).splitlines() or [""])[0][:150]
+            reason = shown((str(error).splitlines() or [""])[0], 150)
             raise Refused(f"{_asked(path, args)}, {reason}") from error
 
     def _reduce(self) -> None:
@@ -335,11 +352,11 @@ class Maker(_Machine):
 
     def _append(self) -> None:
         item = self.stack.pop()
-        self._target(list).append(item)
+        self._target(list, deque).append(item)
 
     def _appends(self) -> None:
         items = self.pop_mark()
-        self._target(list).extend(items)
+        self._target(list, deque).extend(items)
 
     def _setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -352,8 +369,12 @@ class Maker(_Machine):
         items = self.pop_mark()
         self._target(set).update(map(self._key, items))
 
+    def _frozen_set(self) -> None:
+        items = self.pop_mark()  # which changes what append is
+        self.append(frozenset(map(self._key, items)))
+
     def _set_items(self, items: list) -> None:
-        target = self._target(dict, OrderedDict, Counter)
+        target = self._target(dict, OrderedDict, Counter, defaultdict)
         for key, value in zip(items[::2], items[1::2], strict=True):
             target[self._key(key)] = value
 
@@ -374,6 +395,7 @@ class Maker(_Machine):
         pickle.SETITEM[0]: _setitem,
         pickle.SETITEMS[0]: _setitems,
         pickle.ADDITEMS[0]: _additems,
+        pickle.FROZENSET[0]: _frozen_set,
         pickle.REDUCE[0]: _reduce,
         pickle.NEWOBJ[0]: _newobj,
         pickle.BUILD[0]: _build,

@@ -14,6 +14,7 @@ from rich.text import Text
 from rfa_mmdet.checkpoints.convert import Conversion, convert_checkpoint
 from rfa_mmdet.cli.command_line import user_errors
 from rfa_mmdet.errors import UserError
+from rfa_mmdet.texts import shown
 
 
 def parse_args() -> Namespace:
@@ -37,7 +38,7 @@ def print_table(conversion: Conversion) -> None:
     table.add_column("keys renamed", justify="right")
     for layer in conversion.layers:
         prefix = layer.prefix.removesuffix(".") or "(the whole file)"
-        table.add_row(Text(prefix), layer.system, str(layer.renamed))
+        table.add_row(Text(shown(prefix, 500)), layer.system, str(layer.renamed))
     Console().print(table)
 
 

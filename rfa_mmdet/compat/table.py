@@ -33,10 +33,15 @@ class Patch(NamedTuple):
 PATCHES = (
     Patch(
         "safe_loading",
-        "mmengine.runner.checkpoint.CheckpointLoader.load_checkpoint, and torch.load inside of it",
+        "mmengine.runner.checkpoint.CheckpointLoader.load_checkpoint, and torch.load inside of "
+        "it; resume of Runner and FlexibleRunner, CheckpointHook.before_train, "
+        "BaseInferencer._init_model; OneDL's _safe_torch_load",
         "torch 2.6 and later refuse MMEngine's training checkpoints, so --resume fails; older "
-        "torch runs any code that a checkpoint contains. The tools read checkpoints by MMEngine's "
-        "loader too, and so need the patch, or another safe load there",
+        "torch runs any code that a checkpoint contains. A resume executes the text in "
+        "meta['config'], takes over what does not fit to the run, and removes the file that the "
+        "checkpoint calls its best; an inferencer without a config executes the text in cfg. The "
+        "tools read checkpoints by MMEngine's loader too, and so need the patch, or another safe "
+        "load there",
         "mmengine 0.10, on any torch",
         safe_loading.apply,
         on_import=True,

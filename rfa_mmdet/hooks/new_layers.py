@@ -10,7 +10,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
-_META = "rfa_mmdet_filled"
+FILLED = "rfa_mmdet_filled"
 
 
 def bare(model: nn.Module) -> BaseModel:
@@ -42,7 +42,7 @@ class NewLayersHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Remember what the run before had found filled, if this is a resume."""
         if runner._resume:
-            self._resumed = checkpoint.get("meta", {}).get(_META)
+            self._resumed = checkpoint.get("meta", {}).get(FILLED)
 
     def before_train(self, runner: Runner) -> None:
         """Settle what trains."""
@@ -66,7 +66,7 @@ class NewLayersHook(Hook):
             for name in new.layers
         }
         if starts:
-            checkpoint["meta"][_META] = starts
+            checkpoint["meta"][FILLED] = starts
 
 
 def new_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -4,11 +4,15 @@ import pickle
 import struct
 import tarfile
 
+import numpy as np
 import pytest
 import torch
-from mmengine.runner.checkpoint import _load_checkpoint
 
-from rfa_mmdet.checkpoints.safe_loading import BrokenCheckpointError, UnsafeCheckpointError
+from rfa_mmdet.checkpoints.safe_loading import (
+    BrokenCheckpointError,
+    UnsafeCheckpointError,
+    load,
+)
 from tests.helpers.raw_checkpoints import number, storage, tensor, torchscript, unicode, write_raw
 
 V2 = b"ctorch._utils\n_rebuild_tensor_v2\n"
@@ -107,7 +111,7 @@ def test_pickle_is_refused(tmp_path, name, zipped):
     defaults = torch._utils._rebuild_tensor_v2.__defaults__
     write_raw(path, b"\x80\x02" + data + b".", zipped)
     with pytest.raises(UnsafeCheckpointError, match=f"^{path}: not loaded, .*{asked}") as info:
-        _load_checkpoint(str(path))
+        load(path)
     assert len(str(info.value)) < 900
     assert torch._utils._rebuild_tensor_v2.__defaults__ == defaults
     assert "__defaults__" not in vars(torch.Tensor)
@@ -140,7 +144,7 @@ def test_bytes_that_are_no_pickle_are_damage(tmp_path, data, reason, zipped):
     if not data and not zipped:  # the list of keys takes its place
         reason = "KeyError|EOF|of bytes|EOFError|IndexError"
     with pytest.raises(BrokenCheckpointError, match=f"{path} .*incomplete, or no.*({reason})"):
-        _load_checkpoint(str(path))
+        load(path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -149,19 +153,40 @@ def test_any_place_of_the_memo_can_be_used(tmp_path, index, zipped):
     path = tmp_path / "a.pth"
     place = struct.pack("<I", index)
     write_raw(path, b"\x80\x02]r" + place + b"j" + place + b"\x86.", zipped)
-    first, second = _load_checkpoint(str(path))
+    first, second = load(path)
     assert first is second
 
 
-def test_shared_tuples_take_no_time(tmp_path):
-    """Each holds the one before twice: 2**100 of them, were they looked at one by one."""
-    path = tmp_path / "a.pth"
-    write_raw(path, b"\x80\x02)" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(100)) + b".", 1)
-    value = _load_checkpoint(str(path))
-    for _ in range(100):
-        assert value[0] is value[1]
-        value = value[0]
+@pytest.mark.parametrize("kind", ["tuple", "list", "dict", "array"])
+def test_shared_parts_take_no_time(tmp_path, kind):
+    """Each holds the one before twice; MMEngine looks at each of them when it saves."""
+
+    def nested(levels):
+        value = ()
+        for _ in range(levels):
+            array = np.empty(2, object)
+            array[:] = [value, value]
+            twice = dict(tuple=(value, value), list=[value, value], array=array)
+            value = dict(twice, dict=dict(a=value, b=value))[kind]
+        return value
+
+    torch.save(nested(20), tmp_path / "a.pth")
+    value = load(tmp_path / "a.pth")
+    for _ in range(20):
+        value, other = value.values() if kind == "dict" else value
+        assert value is other
     assert value == ()
+    torch.save(nested(90), tmp_path / "b.pth")
+    with pytest.raises(UnsafeCheckpointError, match="its pickle repeats its data too often"):
+        load(tmp_path / "b.pth")
+
+
+def test_data_that_contains_itself_is_refused(tmp_path):
+    content = dict(a=[])
+    content["a"].append(content)
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(UnsafeCheckpointError, match="asks for data that contains itself"):
+        load(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -169,7 +194,7 @@ def test_a_pickle_inside_is_only_bytes(tmp_path, zipped):
     path = tmp_path / "a.pth"
     content = dict(a=LOOKS_LIKE_ONE, b=LOOKS_LIKE_ONE.decode("latin1"))
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    assert _load_checkpoint(str(path)) == content
+    assert load(path) == content
 
 
 # ------------------------------------------------------------------ tensors and their storages
@@ -179,7 +204,7 @@ def test_a_pickle_inside_is_only_bytes(tmp_path, zipped):
 def test_tensor_inside_its_storage(tmp_path, zipped):
     path = tmp_path / "a.pth"
     write_raw(path, b"\x80\x02" + tensor("k", 4, 1, (2, 2), (1, 1)) + b".", zipped, k=FOUR)
-    assert _load_checkpoint(str(path)).tolist() == [[1, 2], [2, 3]]
+    assert load(path).tolist() == [[1, 2], [2, 3]]
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -208,7 +233,7 @@ def test_tensor_out_of_its_storage_is_refused(tmp_path, offset, size, stride, zi
     path = tmp_path / "evil.pth"
     write_raw(path, b"\x80\x02" + tensor("k", 4, offset, size, stride) + b".", zipped, k=FOUR)
     with pytest.raises(UnsafeCheckpointError, match=r"_rebuild_tensor_v2\(.*(shape|storage)"):
-        _load_checkpoint(str(path))
+        load(path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -217,7 +242,7 @@ def test_storage_of_another_length_is_damage(tmp_path, numel, zipped):
     path = tmp_path / "evil.pth"
     write_raw(path, b"\x80\x02" + tensor("k", numel, 0, (0,), (1,)) + b".", zipped, k=FOUR)
     with pytest.raises(BrokenCheckpointError, match="storage k has"):
-        _load_checkpoint(str(path))
+        load(path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -225,7 +250,7 @@ def test_missing_storage_is_damage(tmp_path, zipped):
     path = tmp_path / "evil.pth"
     write_raw(path, b"\x80\x02" + tensor("other", 4, 0, (4,), (1,)) + b".", zipped, k=FOUR)
     with pytest.raises(BrokenCheckpointError, match=r"data/other is missing|KeyError"):
-        _load_checkpoint(str(path))
+        load(path)
 
 
 def test_hooks_are_refused(tmp_path):
@@ -234,14 +259,14 @@ def test_hooks_are_refused(tmp_path):
     data = tensor("k", 4, 0, (4,), (1,)).replace(hooks, hooks + b"K\x01K\x01s")
     write_raw(path, b"\x80\x02" + data + b".", True, k=FOUR)
     with pytest.raises(UnsafeCheckpointError, match=r"_rebuild_tensor_v2\(.*with hooks"):
-        _load_checkpoint(str(path))
+        load(path)
 
 
 def test_torchscript_is_refused(tmp_path):
     path = tmp_path / "script.pth"
     path.write_bytes(torchscript())
     with pytest.raises(UnsafeCheckpointError, match="TorchScript archive, which holds code"):
-        _load_checkpoint(str(path))
+        load(path)
 
 
 def test_tar_file_is_no_checkpoint(tmp_path):
@@ -251,4 +276,4 @@ def test_tar_file_is_no_checkpoint(tmp_path):
     with tarfile.open(path, "w") as file:
         file.add(tmp_path / "storages", "storages")
     with pytest.raises(BrokenCheckpointError, match=r"incomplete, or no checkpoint of torch.save"):
-        _load_checkpoint(str(path))
+        load(path)

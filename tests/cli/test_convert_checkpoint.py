@@ -261,8 +261,8 @@ def broken(path):
         (lambda path: path.write_bytes(pickle.dumps(Hostile())), "not loaded|no checkpoint"),
         (lambda path: saved([torch.ones(1)], path), "holds a list, not a dict"),
         (lambda path: saved({}, path), "no layer with published names"),
-        (lambda path: saved({0: torch.ones(1)}, path), "no layer with published names"),
-        (lambda path: saved(dict(state_dict=[1]), path), "no layer with published names"),
+        (lambda path: saved({0: torch.ones(1)}, path), "its state dict has the key 0"),
+        (lambda path: saved(dict(state_dict=[1]), path), "its state_dict is a list, not a"),
     ],
     ids=[
         *("missing", "folder", "empty", "text", "cut", "unsafe", "unsafe-pickle"),

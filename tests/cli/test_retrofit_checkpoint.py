@@ -175,11 +175,13 @@ def test_files_that_hold_something_else(detectors, fails, tmp_path):
     text.write_text("no checkpoint")
     assert str(text) in fails(config, text)
     numbers = tmp_path / "numbers.pth"
-    for value in (dict(state_dict=[1]), dict(a=1)):
+    for value, told in (
+        (dict(state_dict=[1]), "its state_dict is a list, not a dict"),
+        (dict(a=1), "holds no state dict"),
+        ([1, 2], "holds a list, not a dict"),
+    ):
         torch.save(value, numbers)
-        assert fails(config, numbers) == f"error: {numbers}: holds no state dict"
-    torch.save([1, 2], numbers)
-    assert fails(config, numbers) == f"error: {numbers}: holds a list, not a dict"
+        assert fails(config, numbers) == f"error: {numbers}: {told}"
     shapes = torch.load(source)
     shapes["state_dict"]["backbone.layer3.0.conv1.weight"] = torch.zeros(9, 9, 3, 3)
     torch.save(shapes, numbers)

@@ -21,10 +21,17 @@ import rfa_mmdet
 import torch
 from mmengine.analysis import complexity_analysis
 from mmengine.fileio import LocalBackend, get_file_backend
+from mmengine.hooks import CheckpointHook
+from mmengine.infer import BaseInferencer
+from mmengine.runner import FlexibleRunner, Runner
 from mmengine.runner.checkpoint import CheckpointLoader
 print(*(name for name, there in dict(
     safe_loading=all(
-        hasattr(f, "__wrapped__") for f in (CheckpointLoader.load_checkpoint, torch.load)
+        hasattr(f, "__wrapped__")
+        for f in (
+            *(CheckpointLoader.load_checkpoint, torch.load, Runner.resume, FlexibleRunner.resume),
+            *(CheckpointHook.before_train, BaseInferencer._init_model),
+        )
     ),
     whole_files=type(get_file_backend("a.pth")) is not LocalBackend,
     flop_counts="aten::softmax" in complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS,

@@ -1,5 +1,7 @@
 """A real run of MMEngine whose checkpoints hold all that one may, and all that may be in one."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 
 from rfa_mmdet.compat.safe_loading import apply
+
+_NUMBERS = itertools.count()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,42 +33,57 @@ class ToyModel(BaseModel):
 class ToyMetric(BaseMetric):
     default_prefix = "toy"
 
+    def __init__(self, accuracy):
+        super().__init__()
+        self.accuracy = accuracy
+
     def process(self, data_batch, data_samples):
         self.results.append(1)
 
     def compute_metrics(self, results):
-        return dict(acc=np.float32(0.5))
+        return dict(acc=np.float32(self.accuracy), loss=0.5, names=["a"])
 
 
-def make_runner(work_dir, epochs, resume=False):
+class ToyData(list):
+    def __init__(self, items, metainfo=None):
+        super().__init__(items)
+        self.metainfo = metainfo or {}
+
+
+def make_runner(work_dir, epochs, resume=False, metainfo=None, accuracy=0.5, **kwargs):
+    data = ToyData((dict(x=torch.ones(2) * i) for i in range(4)), metainfo)
     loader = dict(
-        dataset=[dict(x=torch.ones(2) * i) for i in range(4)],
+        dataset=data,
         batch_size=2,
         num_workers=0,
         sampler=dict(type="DefaultSampler", shuffle=False),
     )
-    return Runner(
+    checkpoint = dict(
+        dict(type="CheckpointHook", interval=1, save_best="toy/acc", rule="greater"),
+        **kwargs.pop("checkpoint", {}),
+    )
+    default = dict(
         model=ToyModel(),
-        work_dir=str(work_dir),
-        experiment_name=f"toy{epochs}{resume}",
-        train_dataloader=loader,
-        val_dataloader=loader,
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
-        val_cfg=dict(),
-        val_evaluator=Evaluator([ToyMetric()]),
         optim_wrapper=dict(optimizer=dict(type="AdamW", lr=0.01)),
         param_scheduler=[
             dict(type="LinearLR", start_factor=0.1, end=2, by_epoch=False),
             dict(type="CosineAnnealingLR", T_max=4, convert_to_iter_based=True),
         ],
-        default_hooks=dict(
-            logger=dict(type="LoggerHook", interval=1),
-            checkpoint=dict(type="CheckpointHook", interval=1, save_best="toy/acc"),
-        ),
         custom_hooks=[dict(type="EMAHook")],
+    )
+    return Runner(
+        work_dir=str(work_dir),
+        experiment_name=f"toy{next(_NUMBERS)}",  # MMEngine keeps what it makes under a name
+        train_dataloader=loader,
+        val_dataloader=loader,
+        val_cfg=dict(),
+        val_evaluator=Evaluator([ToyMetric(accuracy)]),
+        default_hooks=dict(logger=dict(type="LoggerHook", interval=1), checkpoint=checkpoint),
         default_scope="mmengine",
         log_level="ERROR",
         resume=resume,
+        **{**default, **kwargs},
     )
 
 

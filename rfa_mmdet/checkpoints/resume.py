@@ -1,0 +1,177 @@
+"""What a Runner takes up of a checkpoint: what it needs to go on, where it fits to this run.
+
+MMEngine believes what a checkpoint says: it executes ``meta['config']``, copies all of
+``message_hub`` over what the run knows of itself, replaces attributes of schedulers, and removes
+the files that the run before named its best and its oldest.
+"""
+
+import re
+from typing import Any
+
+import numpy as np
+from mmengine.logging import HistoryBuffer, print_log
+from mmengine.model import is_model_wrapper
+from mmengine.runner import EpochBasedTrainLoop, Runner
+from torch import Tensor
+
+from rfa_mmdet.checkpoints.contents import (
+    alike,
+    is_name,
+    require_dict,
+    require_names,
+    shape_of,
+    such_as,
+)
+from rfa_mmdet.checkpoints.optimizer_states import check_optimizers
+from rfa_mmdet.checkpoints.unpickler import Damaged
+from rfa_mmdet.hooks.new_layers import FILLED
+
+# What every run says of itself; a stranger's config would go into this run's own checkpoints.
+_OWN_INFO = re.compile(
+    "cfg|experiment_name|mmengine_version|last_ckpt|dataset_meta|loop_stage|eta|epoch|iter"
+    "|max_epochs|max_iters|(val|test)/.*"
+)
+
+
+def taken_up(content: dict, runner: Any, optimizer: bool = True, schedules: bool = True) -> dict:
+    """Return what a run takes up of a checkpoint.
+
+    Args:
+        content (dict): Of the file.
+        runner (Any): The Runner, with model, optimizer and schedulers as they are at the start.
+        optimizer (bool): Whether the optimizer's state is wanted.
+        schedules (bool): Whether the schedulers' states are wanted.
+
+    Returns:
+        dict: With the same parts.
+
+    Raises:
+        Damaged: A part is missing, or does not fit to this run.
+    """
+    here = isinstance(runner, Runner)  # and not FlexibleRunner, which may keep a part of the model
+    if here:  # as resume does afterwards
+        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+        if runner.param_schedulers is not None:
+            runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
+    own_schedules = _by_optimizer(runner.param_schedulers or [])
+    wanted = ["meta", "message_hub", "state_dict"]
+    wanted += ["optimizer"] * optimizer + ["param_schedulers"] * (
+        schedules and any(own_schedules.values())
+    )
+    missing = [part for part in wanted if part not in content]
+    if missing:
+        raise Damaged(
+            f"has no {' and no '.join(missing)}, so no run can be resumed from it; best_*.pth is "
+            "saved without, epoch_*.pth with all; load_from takes the weights alone"
+        )
+    meta = {key: value for key, value in content["meta"].items() if key != "config"}
+    _check_progress(meta, runner)
+    if here:
+        _check_model(content, runner.model)
+    if here and optimizer:
+        check_optimizers(content["optimizer"], runner.optim_wrapper)
+    if schedules:
+        _check_schedules(content.get("param_schedulers"), own_schedules)
+    return {**content, "meta": meta, "message_hub": _hub(content["message_hub"])}
+
+
+def _check_progress(meta: dict, runner: Any) -> None:
+    by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
+    # By epochs, batches may be larger now. By iterations, MMEngine skips those done one by one.
+    for key, most in (
+        ("epoch", runner.max_epochs),
+        ("iter", None if by_epoch else runner.max_iters),
+    ):
+        done = meta.get(key)
+        if not isinstance(done, (int, np.integer)) or not 0 <= done < 2**62:
+            raise Damaged(f"its meta has {key}={done!r}, which is no number of what was done")
+        if most and done > most:
+            raise Damaged(
+                f"was saved at {key} {done}, beyond the config's train_cfg.max_{key}s={most}"
+            )
+    for name, filled in require_names(meta.get(FILLED, {}), f"its meta[{FILLED!r}]").items():
+        if not isinstance(filled, list) or not all(map(is_name, filled)):
+            raise Damaged(f"its meta[{FILLED!r}][{name!r}] is no list of names")
+    seed = meta.get("seed", 0)
+    if seed is not None and not (isinstance(seed, (int, np.integer)) and 0 <= seed < 2**32):
+        raise Damaged(f"its meta has seed={seed!r}; right are 0 to {2**32 - 1}")
+
+
+def _hub(hub: Any) -> dict:
+    """Return MMEngine's log history, and what its hooks and the user's own said of the run."""
+    hub = require_dict(hub, "its message_hub")
+    scalars, info, resumed = (
+        require_names(hub.get(part), f"its message_hub[{part!r}]")
+        for part in ("log_scalars", "runtime_info", "resumed_keys")
+    )
+    scalars = {
+        key: value
+        for key, value in scalars.items()
+        if isinstance(value, HistoryBuffer) and len(value.data[0])  # others end logging
+    }
+    info = {key: value for key, value in info.items() if not _OWN_INFO.fullmatch(key)}
+    # The others would each be a warning, and False an error once this run says the same.
+    kept = scalars.keys() | info.keys()
+    resumed = {key: True for key, value in resumed.items() if value is True and key in kept}
+    return dict(log_scalars=scalars, runtime_info=info, resumed_keys=resumed)
+
+
+def _check_model(content: dict, model: Any) -> None:
+    model = model.module if is_model_wrapper(model) else model
+    given = {key.removeprefix("module."): value for key, value in content["state_dict"].items()}
+    own = model.state_dict()
+    missing = [k for k, p in model.named_parameters() if p.requires_grad and k not in given]
+    if missing:
+        raise Damaged(f"is of another model than the config: it lacks {such_as(missing)}")
+    other = [
+        f"{key} ({shape_of(given[key])} there, {shape_of(value)} here)"
+        for key, value in own.items()
+        if isinstance(value, Tensor) and key in given and shape_of(given[key]) != shape_of(value)
+    ]
+    if other:
+        raise Damaged(f"is of another model than the config: other shapes have {such_as(other)}")
+    averaged = content.get("ema_state_dict")
+    if averaged is not None:
+        names = require_names(averaged, "its ema_state_dict")
+        own_names = {f"module.{key}" for key in content["state_dict"]}
+        odd = [key for key in names if key.startswith("module.") and key not in own_names]
+        if odd:
+            raise Damaged(f"its ema_state_dict averages what it does not have: {such_as(odd)}")
+        shapes = {"steps": (), **{f"module.{key}": shape_of(value) for key, value in given.items()}}
+        odd = [k for k, v in averaged.items() if k in shapes and shape_of(v) != shapes[k]]
+        if odd:
+            raise Damaged(
+                f"other shapes than its weights have in its ema_state_dict {such_as(odd)}"
+            )
+
+
+def _by_optimizer(found: Any) -> dict:
+    """Return schedulers, or their states, by the optimizer's name; None if there is one alone."""
+    return found if isinstance(found, dict) else {None: found}
+
+
+def _check_schedules(states: Any, own: dict[str | None, list]) -> None:
+    given = _by_optimizer(states)
+    for name, schedulers in own.items():
+        what = "its param_schedulers" + (f"[{name!r}]" if name else "")
+        states = given.get(name)
+        if not schedulers:
+            continue
+        if not isinstance(states, list):
+            raise Damaged(f"{what} is a {type(states).__name__}, not a list")
+        if len(states) != len(schedulers):
+            print_log(
+                f"{what} has {len(states)} schedules and the config {len(schedulers)}: they go on "
+                "one by one, in the config's order, as far as there are both",
+                logger="current",
+                level=30,
+            )
+        for scheduler, state in zip(schedulers, states, strict=False):
+            kind = type(scheduler).__name__
+            like = {key: value for key, value in vars(scheduler).items() if key != "optimizer"}
+            for key, value in require_dict(state, what).items():
+                fits = key in like and alike(value, like[key])
+                if not fits or (key == "param_name" and value != like[key]):
+                    raise Damaged(
+                        f"{what} does not fit to the config's {kind}: {key!r} is {value!r}"
+                    )
