@@ -30,7 +30,7 @@ def coco_content():
         categories=[dict(id=10 + i, name=name) for i, name in enumerate(CLASSES)],
         annotations=[
             dict(
-                id=i,
+                id=i + 1,  # 0 is no id for pycocotools
                 image_id=i % 4,
                 category_id=10 + i % 3,
                 bbox=[5, 5, 20, 20],

@@ -1,11 +1,18 @@
 """How findings about data are collected and worded."""
 
 import os
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from typing import Any
 
 from rfa_mmdet.errors import UserError
+from rfa_mmdet.files import file_kind
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 60
+_LONGEST = 300  # of an item, such as a path
 
 
 class DataError(UserError):
@@ -29,10 +36,32 @@ class Findings:
     def raise_errors(self) -> None:
         """Raise one :class:`DataError` with all errors, if there are any."""
         if len(self.errors) == 1:
-            raise DataError(self.errors[0])
+            raise DataError(printable(self.errors[0]))
         if self.errors:
-            lines = "".join(f"\n  - {error}" for error in self.errors)
+            lines = "".join(f"\n  - {printable(error)}" for error in self.errors)
             raise DataError(f"{len(self.errors)} problems with the data:{lines}")
+
+
+def printable(text: str) -> str:
+    r"""Return a text that a terminal shows and does not obey.
+
+    Example:
+        >>> print(printable("red: \x1b[31m"))
+        red: \x1b[31m
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def shown(value: Any) -> str:
+    """Return a value from a file as Python would write it, shortened.
+
+    Example:
+        >>> shown("traffic light"), len(shown("a" * 8000))
+        ("'traffic light'", 60)
+    """
+    return _short.repr(value)
 
 
 def some(items: Iterable, limit: int = 5) -> str:
@@ -42,13 +71,18 @@ def some(items: Iterable, limit: int = 5) -> str:
         >>> some(["a", "b", "c"], limit=2)
         'a, b, ... (3 in all)'
     """
-    items = [str(item) for item in items]
+    items = [_shortened(printable(str(item))) for item in items]
     more = f", ... ({len(items)} in all)" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
 
 
+def _shortened(text: str) -> str:
+    half = _LONGEST // 2
+    return text if len(text) <= _LONGEST else f"{text[:half]}...{text[-half:]}"
+
+
 def missing_path(path: str) -> str:
-    """Say that ``path`` is not there, and what is there instead.
+    """Say that ``path`` is no file, and what is there instead.
 
     Example:
         >>> missing_path("/no/such/file.json")
@@ -62,7 +96,7 @@ def missing_path(path: str) -> str:
         near = _near(os.path.basename(folder), os.path.dirname(folder))
         return f"{path} does not exist; neither does its folder, from {folder!r} on{near}"
     if os.path.exists(path):
-        return f"{path} is not a file"
+        return f"{path} is {file_kind(path)}, not a file"
     return f"{path} does not exist{_near(name, folder) or f'; nothing like it in {folder!r}'}"
 
 
