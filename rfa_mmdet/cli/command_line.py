@@ -65,22 +65,31 @@ def run_parser(description: str, example: str) -> ArgumentParser:
         default="none",
         help="what started several processes of this tool (default: %(default)s)",
     )
+    parser.add_argument(
+        "--check-data",
+        choices=["full", "quick", "off"],
+        default="quick",
+        help="look at the annotations and every image, or the annotations and some images of each "
+        "data set, or nothing, before the run (default: %(default)s)",
+    )
     return parser
 
 
-def prepare_run(cfg: Config, *splits: str) -> None:
+def prepare_run(cfg: Config, *splits: str, images: str = "quick") -> None:
     """Check all that can be known before a run, then make the group of its processes.
 
     Args:
         cfg (Config): From :func:`~rfa_mmdet.config.read.load_config`.
         *splits (str): Of 'train', 'val' and 'test', those whose data the run reads.
+        images (str): --check-data: 'full' or 'quick', see
+            :func:`~rfa_mmdet.data.check.check_data`, or 'off'.
 
     Raises:
         UserError: The config or the data cannot be run.
     """
     check_config(cfg)
-    if launched_rank(cfg.launcher) == 0:  # one look at the files is enough
-        for warning in check_data(cfg, splits):
+    if images != "off" and launched_rank(cfg.launcher) == 0:  # one look at the files is enough
+        for warning in check_data(cfg, splits, images):
             print(f"warning: {warning}", file=sys.stderr)
     prepare_cpu_group(cfg)
 

@@ -91,7 +91,7 @@ def main() -> None:
     with user_errors():
         cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
         apply_args(cfg, args)
-        prepare_run(cfg, "test")
+        prepare_run(cfg, "test", images=args.check_data)
         if args.tta:
             augment(cfg)
         runner = Runner.from_cfg(cfg)

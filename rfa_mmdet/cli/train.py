@@ -127,7 +127,7 @@ def main() -> None:
     with user_errors():
         cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
         apply_args(cfg, args)
-        prepare_run(cfg, "train", "val")
+        prepare_run(cfg, "train", "val", images=args.check_data)
         runner = Runner.from_cfg(cfg)
     with user_errors(UserError, WarmStartError):
         runner.train()

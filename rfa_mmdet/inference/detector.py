@@ -20,7 +20,7 @@ from rfa_mmdet.checkpoints.files import read_checkpoint
 from rfa_mmdet.checkpoints.weights import load_weights
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import image_damage
-from rfa_mmdet.inference.images import ImageError
+from rfa_mmdet.inference.images import ImageError, transformed
 
 
 def check_device(device: str | None) -> None:
@@ -167,7 +167,8 @@ class Detector(DetInferencer):
             LoadedImage: To be given to :meth:`detect`.
 
         Raises:
-            ImageError: The file is missing, damaged, or cannot be decoded by the pipeline's loader.
+            ImageError: The file is missing, damaged, cannot be decoded by the pipeline's loader, or
+                is so narrow that resizing leaves nothing of it.
         """
         if damage := image_damage(path):
             raise ImageError(damage)
@@ -182,7 +183,7 @@ class Detector(DetInferencer):
             raise ImageError(f"not decodable by {load_file.from_file.imdecode_backend}")
         pixels = results["img"]
         for transform in transforms:
-            results = transform(results)
+            results = transformed(transform, results)
         return LoadedImage(path, pixels, results)
 
     def batch(self, images: Sequence[LoadedImage]) -> dict[str, Any]:

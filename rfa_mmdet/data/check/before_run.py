@@ -10,7 +10,7 @@ from mmengine.dataset import BaseDataset
 
 from rfa_mmdet.data.check.classes import check_given, check_heads, check_same_labels
 from rfa_mmdet.data.check.coco import check_coco, check_evaluator
-from rfa_mmdet.data.check.coco_file import read_coco
+from rfa_mmdet.data.check.coco_file import garbage_kept, read_coco
 from rfa_mmdet.data.check.find import Evaluator, Leaf, evaluators, is_local, leaves
 from rfa_mmdet.data.check.images import check_images
 from rfa_mmdet.data.check.loaded import Loaded
@@ -44,6 +44,7 @@ def check_data(
     return found.warnings
 
 
+@garbage_kept()
 def find_problems(cfg: Config, splits: Sequence[str], images: str = "full") -> Findings:
     """Do what :func:`check_data` does, and return what was found, without raising.
 
@@ -84,6 +85,7 @@ def find_problems(cfg: Config, splits: Sequence[str], images: str = "full") -> F
         check_heads(cfg.model, *labelled[0], found)
         if not cfg.model.get("language_model"):
             check_same_labels(labelled, found)
+    found.errors = [*map(printable, found.errors)]
     found.warnings = [*map(printable, found.warnings)]
     return found
 

@@ -36,9 +36,9 @@ class Findings:
     def raise_errors(self) -> None:
         """Raise one :class:`DataError` with all errors, if there are any."""
         if len(self.errors) == 1:
-            raise DataError(printable(self.errors[0]))
+            raise DataError(self.errors[0])
         if self.errors:
-            lines = "".join(f"\n  - {printable(error)}" for error in self.errors)
+            lines = "".join(f"\n  - {error}" for error in self.errors)
             raise DataError(f"{len(self.errors)} problems with the data:{lines}")
 
 
