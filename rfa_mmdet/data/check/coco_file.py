@@ -226,11 +226,12 @@ def _read_json(path: str) -> Any:
             raise DataError(missing_path(path))
         with open(path, "rb") as file:
             data = file.read()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    try:
         with garbage_kept():
             # Of bytes, json would guess UTF-16 too, which pycocotools does not read.
             return json.loads(data.decode())
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except RecursionError as error:
         raise DataError(f"{path} is nested too deeply to be COCO's format") from error
     except ValueError as error:  # of JSON, of text, or a number of more than 4300 digits

@@ -201,5 +201,9 @@ def shorter_side(width: int, height: int, name: str, transform: dict) -> int:
     pairs = [s if isinstance(s, (tuple, list)) else (s, s) for s in scales]
     if name == "RandomResize":  # between the first and the last, or times a ratio
         pairs = [tuple(int(min(side) * least) for side in zip(*pairs, strict=True))]
-    keeps = transform.get("keep_ratio") or name == "ResizeShortestEdge"
-    return min(min(mmcv.rescale_size(size, tuple(p)) if keeps else p) for p in pairs)
+    if not transform.get("keep_ratio") and name != "ResizeShortestEdge":
+        return min(map(min, pairs))
+    rescaled = [mmcv.rescale_size(size, tuple(p), return_scale=True) for p in pairs]
+    if name == "FixScaleResize":  # which does not round
+        return min(int(min(size) * factor) for _, factor in rescaled)
+    return min(min(new) for new, _ in rescaled)
