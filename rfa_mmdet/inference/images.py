@@ -3,6 +3,7 @@
 import glob
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mmcv
 from mmdet.apis.det_inferencer import IMG_EXTENSIONS
@@ -30,8 +31,10 @@ def transformed(transform: Callable, results: dict) -> dict:
     except Exception as error:  # of the library that resizes
         height, width = results["img"].shape[:2] if "img" in results else (1, 1)
         scale = results.get("scale")
-        resized = isinstance(scale, tuple) and min(scale) >= 0
-        if resized and min(*scale, *mmcv.rescale_size((width, height), scale)) == 0:
+        left: Any = (1, 1)
+        if isinstance(scale, tuple):
+            left = scale if min(scale) == 0 else mmcv.rescale_size((width, height), scale)
+        if min(left) == 0:
             text = f"{width} x {height} pixels, of which resizing to {scale} leaves a side of 0"
             raise ImageError(text) from error
         raise

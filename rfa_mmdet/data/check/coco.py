@@ -153,8 +153,8 @@ def _boxes(
         found.warnings.append(
             f"{leaf.key}: classes {some(map(shown, unused))} have no box in {path}"
         )
-    names = Counter(image["file_name"] for image in images)
-    twice = [name for name, count in names.items() if count > 1]
+    counts = Counter(image["file_name"] for image in images)
+    twice = [name for name, count in counts.items() if count > 1]
     if twice:
         found.warnings.append(
             f"{leaf.key}: {len(twice)} image files are named by more than one of the images of "

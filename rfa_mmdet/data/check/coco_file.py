@@ -81,10 +81,13 @@ class Flag(Kind):
     """Yes or no."""
 
     code = "int(v)"
-    made = int
 
     def __str__(self) -> str:
         return "0 or 1"
+
+    def made(self, value: Any) -> Any:
+        """See :class:`Kind`."""
+        return int(value)
 
     def holds(self, value: Any) -> bool:
         """See :class:`Kind`."""

@@ -145,7 +145,7 @@ def _check_sizes(leaf: Leaf, given: dict, real: dict, found: Findings) -> None:
     gone: dict[tuple[int, int], str] = {}
     for name, transform in resizings(leaf):
         for size in set(sizes.values()) - gone.keys():
-            if shorter_side(*size, name, transform) == 0:
+            if shorter_side(size[0], size[1], name, transform) == 0:
                 gone[size] = name
     lost = {path: size for path, size in sizes.items() if size in gone}
     if lost:
