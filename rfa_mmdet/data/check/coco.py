@@ -11,7 +11,7 @@ import pycocotools.mask
 from mmdet.datasets import CocoDataset
 
 from rfa_mmdet.data.check.classes import class_source, metainfo_fix
-from rfa_mmdet.data.check.coco_file import LARGEST_SIDE, Number, mend
+from rfa_mmdet.data.check.coco_file import LARGEST_SIDE, Number, mend, of_no_category
 from rfa_mmdet.data.check.find import Evaluator, Leaf
 from rfa_mmdet.data.check.loaded import Loaded, kept
 from rfa_mmdet.data.check.report import DataError, Findings, shown, some
@@ -36,6 +36,7 @@ def check_coco(leaf: Leaf, dataset: CocoDataset, content: dict, found: Findings)
     """
     classes = tuple(dataset.metainfo["classes"])
     labels = _labels(leaf, dataset.ann_file, classes, content["categories"], found)
+    found.errors += [f"{leaf.key}: {text}" for text in of_no_category(dataset.ann_file, content)]
     images, boxes = _boxes(leaf, dataset, content, found)
     folder = dataset.data_prefix["img"]
     return Loaded(
@@ -287,6 +288,9 @@ def check_evaluator(
             "that MMDetection would print one class's AP beside another's name. Sort them in all "
             f"annotation files, that of training included{mend(path, sort)}"
         )
+    for text in of_no_category(path, content):
+        if not any(text in error for error in found.errors):  # of the dataset's own file
+            say(text)
     columns = _Columns(content, labels)
     if not (columns.wanted & ~columns.crowd).any():
         say(

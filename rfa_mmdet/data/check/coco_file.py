@@ -269,7 +269,7 @@ def _no_json(path: str, data: bytes, error: ValueError) -> str:
 
 
 def _problems(path: str, content: dict, evaluated: bool) -> Iterator[str]:
-    images, annotations, categories = (content[name] for name in _LISTS)
+    images, annotations = content["images"], content["annotations"]
     of = {name: _Entries(path, name, content[name]) for name in _LISTS}
     # pycocotools takes names for ids as well, if all are.
     named = bool(images) and all(isinstance(image.get("id"), str) for image in images)
@@ -308,7 +308,6 @@ def _problems(path: str, content: dict, evaluated: bool) -> Iterator[str]:
     yield from check("area", Number(), absent=area)
     yield from check("iscrowd", Flag(), needed=evaluated, absent=crowd)
     yield from check("ignore", Flag(), needed=False)
-    yield from _of_no_category(path, annotations, categories)
 
 
 class _Entries(NamedTuple):
@@ -384,20 +383,20 @@ def _can_be_made(kind: Kind, values: list) -> bool:
     return False
 
 
-def _of_no_category(path: str, annotations: list, categories: list) -> Iterator[str]:
-    """Yield annotations that MMDetection would leave out, or whose labels are shifted."""
-    used = [annotation.get("category_id") for annotation in annotations]
-    known = [category.get("id") for category in categories]
-    try:
-        counts = Counter(used)
-        absent = {number: n for number, n in counts.items() if number not in {*known, None}}
-    except TypeError:  # of lists, which are told already, as are others of the wrong type
-        return
-    if ID.wrong([v for v in (*counts, *known) if v is not None]):
-        return
+def of_no_category(path: str, content: dict) -> Iterator[str]:
+    """Yield annotations that MMDetection would leave out, or whose labels are shifted.
+
+    Args:
+        path (str): Of the file.
+        content (dict): From :func:`read_coco`.
+    """
+    used = [annotation["category_id"] for annotation in content["annotations"]]
+    known = [category["id"] for category in content["categories"]]
+    counts = Counter(used)
+    absent = {number: n for number, n in counts.items() if number not in {*known}}
     if not absent:
         return
-    steps = [step for step in (1, -1) if {n + step for n in counts if n is not None} <= {*known}]
+    steps = [step for step in (1, -1) if {n + step for n in counts} <= {*known}]
     if steps:
         fix = f"[a.update(category_id=a['category_id'] + {steps[0]}) for a in c['annotations']]"
         what = f"all would be {steps[0]} off, as where one counts from 0 and the other from 1"
