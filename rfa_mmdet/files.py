@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,15 +11,30 @@ from tempfile import TemporaryFile
 from rfa_mmdet.errors import UserError
 
 MISSING = "missing"
+# Decoded, an image of so many pixels takes 0.8 GB. OpenCV reads the variable too, for its own
+# limit of four times as many.
+MAX_PIXELS = int(os.environ.get("OPENCV_IO_MAX_IMAGE_PIXELS") or 2**28)
+_MAX_BYTES = 2**31 - 1  # decoders count in int
+_KINDS = {
+    stat.S_IFREG: "a file",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+}
 # How complete image files end, and how files start that only have an image's name.
 _TAIL = 64
 _PADDING = b"\0\r\n \t"
 _JPEG_END = b"\xff\xd9"
 _PNG_END = b"IEND\xaeB`\x82"
-_NO_IMAGE = {
+_KNOWN = {
     b"version https://git-lfs": "a Git LFS pointer (run git lfs pull)",
     b"<!DOCTYPE": "a web page",
     b"<html": "a web page",
+    b"\x1f\x8b": "compressed (run gunzip)",
+    b"BZh": "compressed (run bunzip2)",
+    b"\xfd7zXZ": "compressed (run unxz)",
+    b"\x28\xb5\x2f\xfd": "compressed (run unzstd)",
+    b"PK\x03\x04": "a zip archive (run unzip)",
 }
 
 
@@ -91,39 +107,116 @@ def check_folder(folder: str | os.PathLike, what: str) -> None:
         raise UserError(f"{what}={folder}: cannot be written: {error.strerror}") from error
 
 
+def file_kind(path: str | os.PathLike) -> str:
+    """Return what stands under a path, without opening it: a FIFO would wait for its writer.
+
+    Raises:
+        OSError: Nothing does, or a folder on the way cannot be read.
+
+    Example:
+        >>> file_kind("/"), file_kind("/dev/null")
+        ('a folder', 'a device')
+    """
+    return _KINDS.get(stat.S_IFMT(os.stat(path).st_mode), "a device")
+
+
+def known_as(head: bytes) -> str | None:
+    """Return what a file is that was taken for an image or for text, by its first bytes.
+
+    Example:
+        >>> known_as(b"<!DOCTYPE html>")
+        'a web page'
+    """
+    return next((what for start, what in _KNOWN.items() if head.startswith(start)), None)
+
+
+def image_size(path: str) -> tuple[int, int] | None:
+    """Return width and height by the header of an image file, nothing decoded.
+
+    A JPEG that its EXIF orientation turns has the sides it has after that, as decoders give it.
+
+    Args:
+        path (str): Of a file that exists; of other kinds than BMP, GIF, JPEG, JPEG 2000, PNG, PPM
+            and TIFF the size is not known: None.
+    """
+    from PIL import (  # here: `rfa_mmdet.ops` needs torch alone
+        BmpImagePlugin,
+        GifImagePlugin,
+        Jpeg2KImagePlugin,
+        JpegImagePlugin,
+        PngImagePlugin,
+        PpmImagePlugin,
+        TiffImagePlugin,
+    )
+
+    # Image.open would refuse large images, and those of many pixels warn, before it tells a size.
+    for kind in (
+        JpegImagePlugin.JpegImageFile,
+        PngImagePlugin.PngImageFile,
+        BmpImagePlugin.BmpImageFile,
+        TiffImagePlugin.TiffImageFile,
+        PpmImagePlugin.PpmImageFile,
+        GifImagePlugin.GifImageFile,
+        Jpeg2KImagePlugin.Jpeg2KImageFile,
+    ):
+        size = None
+        with suppress(Exception), kind(path) as image:  # damaged headers raise what they like
+            size = image.size
+            if kind is JpegImagePlugin.JpegImageFile and image.getexif().get(0x0112, 1) > 4:
+                size = size[::-1]
+        if size:
+            return size
+    return None
+
+
 def image_damage(path: str) -> str | None:
     """Return what is wrong with an image file, or None.
 
-    JPEG and PNG must end as they should; other formats are taken as they are.
+    JPEG and PNG must end as they should; other formats are taken as they are. None may be larger
+    than OpenCV should decode.
 
     Example:
         >>> image_damage("/no/such/file.jpg")
         'missing'
+        >>> image_damage("/dev/zero")
+        'not a file but a device'
     """
     try:
+        kind = file_kind(path)
+        if kind != "a file":
+            return f"not a file but {kind}"
         with open(path, "rb") as file:
             head = file.read(32)
             size = file.seek(0, os.SEEK_END)
             file.seek(-min(_TAIL, size), os.SEEK_END)
             tail = file.read()
-            if not size:
-                return "empty (0 bytes)"
-            if head.startswith(b"\xff\xd8"):
-                # Cameras append things to a picture, so it may end before the file does.
-                whole = tail.rstrip(_PADDING).endswith(_JPEG_END)
-                if not whole and not _jpeg_ends(path):
-                    return f"truncated JPEG ({size:,} bytes, no end marker FFD9)"
-            elif head.startswith(b"\x89PNG"):
-                if _PNG_END not in tail and not _contains(path, _PNG_END):
-                    return f"truncated PNG ({size:,} bytes, no IEND)"
-            else:
-                what = next((w for start, w in _NO_IMAGE.items() if head.startswith(start)), None)
-                return what and f"no image but {what}"
+        if not size:
+            return "empty (0 bytes)"
+        if size > _MAX_BYTES:
+            return f"{size:,} bytes, above the limit of {_MAX_BYTES:,}"
+        if head.startswith(b"\xff\xd8"):
+            # Cameras append things to a picture, so it may end before the file does.
+            whole = tail.rstrip(_PADDING).endswith(_JPEG_END)
+            if not whole and not _jpeg_ends(path):
+                return f"truncated JPEG ({size:,} bytes, no end marker FFD9)"
+        elif head.startswith(b"\x89PNG"):
+            if _PNG_END not in tail and not _contains(path, _PNG_END):
+                return f"truncated PNG ({size:,} bytes, no IEND)"
+        elif what := known_as(head):
+            return f"no image but {what}"
+        width, height = image_size(path) or (1, 1)
     except (FileNotFoundError, NotADirectoryError):
         return MISSING
     except OSError as error:
         return f"unreadable ({error.strerror})"
-    return None
+    except ValueError:  # a NUL in the name, or half a character
+        return f"{MISSING} (no file can have this name)"
+    if width * height > MAX_PIXELS:
+        return (
+            f"{width} x {height} pixels, above the limit of {MAX_PIXELS:,}; the environment's "
+            "OPENCV_IO_MAX_IMAGE_PIXELS raises it"
+        )
+    return None if width and height else f"{width} x {height} pixels"
 
 
 def _jpeg_ends(path: str) -> bool:

@@ -69,6 +69,13 @@ def run_parser(description: str, example: str) -> ArgumentParser:
         default="none",
         help="what started several processes of this tool (default: %(default)s)",
     )
+    parser.add_argument(
+        "--check-data",
+        choices=["full", "quick", "off"],
+        default="quick",
+        help="look at the annotations and every image, or the annotations and some images of each "
+        "data set, or nothing, before the run (default: %(default)s)",
+    )
     return parser
 
 
@@ -94,12 +101,14 @@ def load_run(args: Namespace, *splits: str) -> Config:
     return cfg
 
 
-def prepare_run(cfg: Config, *splits: str) -> None:
+def prepare_run(cfg: Config, *splits: str, images: str = "quick") -> None:
     """Check all that can be known before a run, then make the group of its processes.
 
     Args:
         cfg (Config): From :func:`load_run`.
         *splits (str): Of 'train', 'val' and 'test', those whose data the run reads.
+        images (str): --check-data: 'full' or 'quick', see
+            :func:`~rfa_mmdet.data.check.check_data`, or 'off'.
 
     Raises:
         UserError: The config or the data cannot be run, or pretrained weights cannot be had.
@@ -107,7 +116,8 @@ def prepare_run(cfg: Config, *splits: str) -> None:
     check_config(cfg)
     if launched_rank(cfg.launcher) == 0:  # one look at the files is enough
         fetch_all(cfg, "train" in splits)
-        _print_warnings(check_data(cfg, splits))
+        if images != "off":
+            _print_warnings(check_data(cfg, splits, images))
     prepare_group(cfg)
 
 

@@ -101,7 +101,7 @@ def main() -> None:
     with user_errors():
         cfg = load_run(args, "test")
         apply_args(cfg, args)
-        prepare_run(cfg, "test")
+        prepare_run(cfg, "test", images=args.check_data)
         if args.tta:
             augment(cfg)
         runner = OwnWeightsRunner.from_cfg(cfg)

@@ -156,7 +156,7 @@ def main() -> None:
     with user_errors():
         cfg = load_run(args, "train", "val")
         apply_args(cfg, args)
-        prepare_run(cfg, "train", "val")
+        prepare_run(cfg, "train", "val", images=args.check_data)
         add_hooks(cfg)
         runner = build_run(cfg)
     with user_errors(UserError, WarmStartError):

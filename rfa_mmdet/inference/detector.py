@@ -28,7 +28,7 @@ from rfa_mmdet.data.check.classes import heads
 from rfa_mmdet.data.check.find import Leaf, leaves
 from rfa_mmdet.errors import ConfigError, UserError
 from rfa_mmdet.files import image_damage
-from rfa_mmdet.inference.images import ImageError
+from rfa_mmdet.inference.images import ImageError, transformed
 from rfa_mmdet.inference.names import class_colours, class_names
 from rfa_mmdet.texts import drawable, drawn_as_written
 
@@ -201,7 +201,7 @@ class Detector:
         pixels = None
         for transform in self._transforms:
             try:
-                results = transform(results)
+                results = transformed(transform, results)
             except ImageError:
                 raise
             except Exception as error:  # decoders raise what they like

@@ -2,15 +2,42 @@
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import mmcv
 from mmdet.apis.det_inferencer import IMG_EXTENSIONS
 
 from rfa_mmdet.errors import UserError
+from rfa_mmdet.files import file_kind
 
 
 class ImageError(UserError):
     """An image file cannot be read. The message gives the reason without the path."""
+
+
+def transformed(transform: Callable, results: dict) -> dict:
+    """Apply a transform of a pipeline to an image.
+
+    Args:
+        transform (Callable): Of mmcv or MMDetection.
+        results (dict): What it takes; 'img' is the image.
+
+    Raises:
+        ImageError: Resized to the pipeline's scale, one side of the image would be 0.
+    """
+    try:
+        return transform(results)
+    except Exception as error:  # of the library that resizes
+        height, width = results["img"].shape[:2] if "img" in results else (1, 1)
+        scale = results.get("scale")
+        left: Any = (1, 1)
+        if isinstance(scale, tuple):
+            left = scale if min(scale) == 0 else mmcv.rescale_size((width, height), scale)
+        if min(left) == 0:
+            text = f"{width} x {height} pixels, of which resizing to {scale} leaves a side of 0"
+            raise ImageError(text) from error
+        raise
 
 
 def none_readable(skipped: dict[str, str]) -> UserError:
@@ -61,6 +88,8 @@ def find_images(inputs: Sequence[str], without: str | os.PathLike | None = None)
         else:
             names = sorted(glob.glob(one, recursive=True))
             files = [n for n in names if os.path.isfile(n) and n.lower().endswith(_ENDINGS)]
+            if os.path.exists(one):
+                raise UserError(f"input {one!r}: is {file_kind(one)}, not a file")
             if not files:
                 pattern = glob.has_magic(one)
                 raise UserError(f"input {one!r}: no {'file matches' if pattern else 'such file'}")

@@ -46,7 +46,9 @@ def test_finds_the_dataset_in_every_wrapper(coco):
     found = leaves(cfg, "train")
     key = "train_dataloader.dataset.dataset.dataset.dataset.datasets"
     assert [leaf.key for leaf in found] == [f"{key}.0", f"{key}.1"]
-    assert next(name for name, _ in found[0].transforms()) == "FilterAnnotations"
+    # In the order in which they run.
+    names = [name for name, _ in found[0].transforms()]
+    assert names == ["LoadImageFromFile", "LoadAnnotations", "FilterAnnotations"]
     message = errors_of(cfg)
     assert f"{key}.1.ann_file='gone.json'" in message
     assert f"{key}.0" not in message

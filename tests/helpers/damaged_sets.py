@@ -30,7 +30,7 @@ def coco_content():
         categories=[dict(id=10 + i, name=name) for i, name in enumerate(CLASSES)],
         annotations=[
             dict(
-                id=i,
+                id=i + 1,  # 0 is no id for pycocotools
                 image_id=i % 4,
                 category_id=10 + i % 3,
                 bbox=[5, 5, 20, 20],
@@ -137,3 +137,41 @@ def edit_json(path, change):
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def told_of(coco, change, split="train", **dataset):
+    """Errors and warnings, as lines, for a file after a change to its content."""
+    edit_json(coco / f"{split}.json", change)
+    evaluator = dict(
+        type="CocoMetric", ann_file=str(coco / "val.json"), **dataset.pop("metric", {})
+    )
+    cfg = config(
+        coco_dataset(coco, **dataset), coco_dataset(coco, "val"), None, val_evaluator=evaluator
+    )
+    try:
+        return check_data(cfg, ("train", "val") if split == "val" else ("train",))
+    except DataError as error:
+        return str(error).splitlines()
+
+
+def setting(name, /, **values):
+    """A change of the second entry of a list; None takes a field away."""
+
+    def change(content):
+        for key, value in values.items():
+            if value is None:
+                content[name][1].pop(key, None)
+            else:
+                content[name][1][key] = value
+
+    return change
+
+
+def every(name, key, make):
+    """A change of a field of all entries of a list."""
+
+    def change(content):
+        for entry in content[name]:
+            entry[key] = make(entry.get(key))
+
+    return change

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from mmdet.datasets import CocoDataset, XMLDataset
 from mmengine.config import Config
 
-from rfa_mmdet.data.check.coco import read_coco
+from rfa_mmdet.data.check.coco_file import read_coco
 from rfa_mmdet.data.check.find import Leaf, is_local, leaves
 from rfa_mmdet.data.check.images import NOT_DECODABLE, read_image
 from rfa_mmdet.data.check.report import DataError

@@ -1,11 +1,12 @@
 """Do the classes of the datasets fit each other, and the model's heads?"""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from rfa_mmdet.data.check.find import Leaf
-from rfa_mmdet.data.check.report import DataError, Findings, some
+from rfa_mmdet.data.check.report import DataError, Findings, literal, some
 
 # Heads that count something else than the dataset's classes.
 _OTHER_HEADS = ("rpn_head", "semantic_head", "panoptic_head", "panoptic_fusion_head")
@@ -70,7 +71,7 @@ def check_heads(model: dict, leaf: Leaf, labels: tuple[str, ...], found: Finding
         else ""
     )
     found.errors.append(
-        f"{have}, but {leaf.key} has {len(labels)} classes: {some(map(repr, labels), 80)} "
+        f"{have}, but {leaf.key} has {len(labels)} classes: {some(map(literal, labels), 80)} "
         f"({class_source(leaf)}). Right would be --cfg-options {fix}{limit}, or other classes"
     )
 
@@ -86,8 +87,8 @@ def check_same_labels(labelled: list[tuple[Leaf, tuple[str, ...]]], found: Findi
         first, expected = labelled[0]
         if labels != expected:
             found.errors.append(
-                f"{leaf.key} numbers its classes {some(map(repr, labels), 80)}, but {first.key} "
-                f"{some(map(repr, expected), 80)}: the same label would mean different classes. "
+                f"{leaf.key} numbers its classes {some(map(literal, labels), 80)}, but {first.key} "
+                f"{some(map(literal, expected), 80)}: the same label would mean different classes. "
                 "For COCO files the order of their 'categories' counts"
             )
 
@@ -96,7 +97,8 @@ def check_given(leaf: Leaf) -> None:
     """Check ``metainfo.classes`` as written, before MMDetection takes a string apart.
 
     Raises:
-        DataError: It is a bare string that is not the name of a file of classes.
+        DataError: It is a bare string that is not the name of a file of classes, or not of
+            different names.
     """
     classes = (leaf.cfg.get("metainfo") or {}).get("classes")
     if isinstance(classes, str) and "://" not in classes and not os.path.isfile(classes):
@@ -105,6 +107,13 @@ def check_given(leaf: Leaf) -> None:
             f"a class, and no file of that name exists. For one class, mind the comma: "
             f"metainfo=dict(classes=({classes!r},))"
         )
+    names = classes if isinstance(classes, (list, tuple)) else ()
+    odd = [literal(name) for name in names if not isinstance(name, str) or not name]
+    if odd:
+        raise DataError(f"{leaf.key}.metainfo.classes: {some(odd)} is no text; classes are names")
+    twice = [literal(name) for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"{leaf.key}.metainfo.classes has {some(twice)} more than once")
 
 
 def class_source(leaf: Leaf) -> str:
@@ -119,9 +128,16 @@ def class_source(leaf: Leaf) -> str:
 
 def metainfo_fix(leaf: Leaf, names: tuple[str, ...]) -> str:
     """Say how to pass ``names`` as classes."""
-    text = f"To use the file's own, write metainfo=dict(classes={names!r}) into the dataset"
+    written = repr(names)
+    if len(written) > 4000:  # which nobody would paste
+        written = f"({some(map(literal, names))})"
+    text = f"To use the file's own, write metainfo=dict(classes={written}) into the dataset"
     # MMEngine's parser of the command line drops blanks and takes digits for numbers.
-    if names and all(name.replace("-", "").replace("_", "").isalpha() for name in names):
+    if (
+        len(written) < 4000
+        and names
+        and all(name.replace("-", "").replace("_", "").isalpha() for name in names)
+    ):
         listed = "".join(f"{name}," for name in names)
         text += f', or --cfg-options {leaf.key}.metainfo.classes="({listed})"'
     return f"{text}, and as many num_classes into the heads"

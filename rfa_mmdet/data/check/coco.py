@@ -1,119 +1,51 @@
-"""Annotation files in COCO's format."""
+"""Datasets and evaluators that read annotation files in COCO's format."""
 
-import gc
-import json
-import math
 import os
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
+import numpy as np
+import pycocotools.mask
 from mmdet.datasets import CocoDataset
 
 from rfa_mmdet.data.check.classes import class_source, metainfo_fix
-from rfa_mmdet.data.check.find import Leaf
+from rfa_mmdet.data.check.coco_file import LARGEST_SIDE, Number, mend, of_no_category
+from rfa_mmdet.data.check.find import Evaluator, Leaf
 from rfa_mmdet.data.check.loaded import Loaded, kept
-from rfa_mmdet.data.check.report import DataError, Findings, some
+from rfa_mmdet.data.check.report import DataError, Findings, literal, some
 
-# What MMDetection reads of every entry.
-_ENTRIES = {
-    "images": ("id", "file_name", "width", "height"),
-    "annotations": ("id", "image_id", "category_id", "bbox", "area"),
-    "categories": ("id", "name"),
-}
+_COORDINATE = Number(-LARGEST_SIDE, LARGEST_SIDE)
+_RUN = Number(0, 2**31, whole=True)
+# Compressed masks are decoded to be checked, which takes long for all.
+_DECODED = 300
 
 
-def read_coco(path: str, annotated: bool = True) -> dict:
-    """Read an annotation file.
+def check_coco(leaf: Leaf, dataset: CocoDataset, content: dict, found: Findings) -> Loaded:
+    """Check the content of the annotation file of a COCO dataset.
 
     Args:
-        path (str): Of a file that exists.
-        annotated (bool): Whether ``annotations`` must be there. The images that COCO publishes
-            for submissions have none.
-
-    Returns:
-        dict: Its content; every list is there, every entry has what MMDetection reads.
-
-    Raises:
-        DataError: It is cut off, not JSON, or not in COCO's format.
-    """
-    size = f"{os.path.getsize(path):,} bytes"
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-        # Collecting garbage amid the millions of new objects of COCO triples the time.
-        gc.disable()
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path} ({size}) is cut off or not JSON: {error.msg} at character {error.pos:,} "
-            f"(line {error.lineno}); copy or export it again"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} ({size}) is not JSON: no text at byte {error.start:,}") from error
-    finally:
-        gc.enable()
-    if not isinstance(content, dict):
-        raise DataError(
-            f"{path} holds a {type(content).__name__}; COCO's format is a dict with {_lists()}"
-        )
-    if not annotated:
-        content.setdefault("annotations", [])
-    for name, keys in _ENTRIES.items():
-        if not isinstance(content.get(name), list):
-            raise DataError(
-                f"{path} has no list {name!r}, only {some(map(repr, content), 8)}; COCO's format "
-                f"needs {_lists()}"
-            )
-        _check_entries(path, name, content[name], keys)
-    return content
-
-
-def _lists() -> str:
-    return ", ".join(map(repr, _ENTRIES))
-
-
-def _check_entries(path: str, name: str, entries: list, keys: tuple[str, ...]) -> None:
-    lacking = [
-        f"{name}[{i}] (id {entry.get('id') if isinstance(entry, dict) else '?'})"
-        for i, entry in enumerate(entries)
-        if not isinstance(entry, dict) or any(entry.get(key) is None for key in keys)
-    ]
-    if lacking:
-        raise DataError(
-            f"{path}: {some(lacking)} lack one of {', '.join(map(repr, keys))}, which MMDetection "
-            "reads of every entry"
-        )
-    repeated = [i for i, count in Counter(e["id"] for e in entries).items() if count > 1]
-    if repeated:
-        raise DataError(
-            f"{path}: ids of {name!r} must be unique, but more than one has: {some(repeated)}"
-        )
-    if name == "annotations":
-        wrong = [e["id"] for e in entries if not _is_box(e["bbox"])]
-        if wrong:
-            raise DataError(
-                f"{path}: bbox of annotations {some(wrong)} is not [x, y, w, h] in finite numbers"
-            )
-
-
-def _is_box(bbox: Any) -> bool:
-    if not isinstance(bbox, list) or len(bbox) != 4:
-        return False
-    return all(isinstance(value, (int, float)) and math.isfinite(value) for value in bbox)
-
-
-def check_coco(leaf: Leaf, dataset: CocoDataset, found: Findings) -> Loaded:
-    """Check the annotation file of a COCO dataset, which must exist.
+        leaf (Leaf): The dataset's place in the config.
+        dataset (CocoDataset): Built, not loaded.
+        content (dict): From :func:`~rfa_mmdet.data.check.coco_file.read_coco`.
+        found (Findings): Takes errors and warnings.
 
     Raises:
         DataError: Nothing further can be said about the dataset.
     """
-    content = read_coco(dataset.ann_file, annotated=not dataset.test_mode)
     classes = tuple(dataset.metainfo["classes"])
     labels = _labels(leaf, dataset.ann_file, classes, content["categories"], found)
+    found.errors += [f"{leaf.key}: {text}" for text in of_no_category(dataset.ann_file, content)]
     images, boxes = _boxes(leaf, dataset, content, found)
     folder = dataset.data_prefix["img"]
-    return Loaded(labels, [os.path.join(folder, i["file_name"]) for i in images], boxes)
+    return Loaded(
+        labels,
+        [os.path.join(folder, image["file_name"]) for image in images],
+        boxes,
+        [(int(image["width"]), int(image["height"])) for image in images],
+        {image["id"] for image in images},
+    )
 
 
 def _labels(leaf: Leaf, path: str, classes: tuple, categories: list, found: Findings) -> tuple:
@@ -123,9 +55,9 @@ def _labels(leaf: Leaf, path: str, classes: tuple, categories: list, found: Find
         # The categories that are there would move up into the wrong labels.
         raise DataError(
             f"{leaf.key}: {len(absent)} of its {len(classes)} classes are no categories of "
-            f"{path}: {some(map(repr, absent))}. The file's categories: "
-            f"{some(map(repr, names), 80)}; the dataset's classes: "
-            f"{some(map(repr, classes), 80)} ({class_source(leaf)}). "
+            f"{path}: {some(map(literal, absent))}. The file's categories: "
+            f"{some(map(literal, names), 80)}; the dataset's classes: "
+            f"{some(map(literal, classes), 80)} ({class_source(leaf)}). "
             f"{metainfo_fix(leaf, names)}"
         )
     # MMDetection numbers labels in the order of the file, whatever the order of the classes.
@@ -133,75 +65,250 @@ def _labels(leaf: Leaf, path: str, classes: tuple, categories: list, found: Find
     if len(set(labels)) < len(labels):
         repeated = [name for name, count in Counter(labels).items() if count > 1]
         raise DataError(
-            f"{path}: several categories have the same name ({some(map(repr, repeated))}); "
+            f"{path}: several categories have the same name ({some(map(literal, repeated))}); "
             "each would get a label of its own, more than the head has. Merge them"
         )
     if labels != classes:
         found.warnings.append(
-            f"{leaf.key}: classes={classes!r} are in another order than the categories of "
-            f"{path}, and MMDetection numbers labels in the order of the file, so pictures would "
-            f"show wrong names. Right would be classes={labels!r}"
+            f"{leaf.key}: classes={some(map(literal, classes), 80)} are in another order than the "
+            f"categories of {path}, and MMDetection numbers labels in the order of the file, so "
+            f"pictures would show wrong names. Right would be classes={labels!r}"
         )
     return labels
+
+
+class _Columns:
+    """The annotations of a file as arrays, for the images and classes of a dataset.
+
+    Attributes:
+        image (np.ndarray): Where in ``images`` an annotation's image is; -1: it has none.
+        wanted (np.ndarray): Whether it is of one of the classes and of an image.
+        crowd (np.ndarray): Whether it is a region, from which nothing is learnt.
+    """
+
+    def __init__(self, content: dict, classes: Sequence[str]) -> None:
+        annotations = content["annotations"]
+        self.ids = {c["id"] for c in content["categories"] if c["name"] in classes}
+        place = {image["id"]: i for i, image in enumerate(content["images"])}
+        self.image = np.array([place.get(a["image_id"], -1) for a in annotations], dtype=int)
+        of_class = np.array([a["category_id"] in self.ids for a in annotations], dtype=bool)
+        self.wanted = of_class & (self.image >= 0)
+        self.crowd = np.array([bool(a.get("iscrowd")) for a in annotations], dtype=bool)
+
+    def dropped(self, content: dict) -> dict[str, np.ndarray]:
+        """Return by reason which of the wanted annotations MMDetection leaves out."""
+        annotations = content["annotations"]
+        flat = chain.from_iterable(a["bbox"] for a in annotations)
+        x, y, w, h = np.fromiter(flat, float).reshape(-1, 4).T
+        area = np.array([a["area"] for a in annotations], dtype=float)
+        sizes = np.array([(i["width"], i["height"]) for i in content["images"]], dtype=float)
+        width, height = sizes.reshape(-1, 2)[self.image].T if len(sizes) else (w, h)
+        # What CocoDataset.parse_data_info drops.
+        over = (np.minimum(x + w, width) <= np.maximum(x, 0)) | (
+            np.minimum(y + h, height) <= np.maximum(y, 0)
+        )
+        left = self.wanted & ~np.array([bool(a.get("ignore")) for a in annotations], dtype=bool)
+        reasons = {
+            "are inverted or empty (w <= 0 or h <= 0)": (w <= 0) | (h <= 0),
+            "are narrower than 1 pixel": (w < 1) | (h < 1),
+            "have an area of 0 or less": area <= 0,
+            "are outside the width and height that the file gives the image": over,
+        }
+        found = {}
+        for reason, where in reasons.items():
+            found[reason] = left & where
+            left &= ~where
+        self.left = left
+        return found
 
 
 def _boxes(
     leaf: Leaf, dataset: CocoDataset, content: dict, found: Findings
 ) -> tuple[list[dict], int]:
-    classes = dataset.metainfo["classes"]
-    wanted = {c["id"] for c in content["categories"] if c["name"] in classes}
-    by_id = {image["id"]: image for image in content["images"]}
-    annotated, used = set(), set()
-    learnt: Counter[int] = Counter()
-    flat, lost = [], []
-    for ann in content["annotations"]:
-        image = by_id.get(ann["image_id"])
-        if image is None:
-            lost.append(ann["id"])
-            continue
-        if ann["category_id"] not in wanted:
-            continue
-        used.add(ann["category_id"])
-        annotated.add(ann["image_id"])
-        x, y, w, h = ann["bbox"]
-        if w <= 0 or h <= 0:
-            flat.append(image["file_name"])
-        # The rest is what CocoDataset.parse_data_info drops or marks as ignored.
-        elif (
-            min(w, h) >= 1
-            and ann["area"] > 0
-            and min(x + w, image["width"]) > max(x, 0)
-            and min(y + h, image["height"]) > max(y, 0)
-            and not ann.get("ignore")
-            and not ann.get("iscrowd")
-        ):
-            learnt[ann["image_id"]] += 1
-    if flat:
+    classes, path = dataset.metainfo["classes"], dataset.ann_file
+    images, annotations = content["images"], content["annotations"]
+    columns = _Columns(content, classes)
+    then = "counted as missed in evaluation" if dataset.test_mode else "left out of training"
+    dropped = {}
+    for reason, where in columns.dropped(content).items():
+        if count := int(where.sum()):
+            names = (images[i]["file_name"] for i in np.unique(columns.image[where]))
+            dropped[reason] = count
+            found.warnings.append(
+                f"{leaf.key}: {count} of {len(annotations)} boxes of {path} {reason} and will be "
+                f"{then}, in {some(names)}"
+            )
+    if leaf.asks("with_mask"):
+        masked = np.flatnonzero(columns.left)
+        found.errors += [f"{leaf.key}: {text}" for text in _masks(path, content, masked)]
+        _check_polygons_only(leaf, path, annotations, masked[~columns.crowd[masked]], found)
+    lost = np.flatnonzero(columns.image < 0)
+    if len(lost):
         found.warnings.append(
-            f"{leaf.key}: {len(flat)} boxes of {dataset.ann_file} are inverted or empty "
-            f"(w <= 0 or h <= 0) and will be dropped, in {some(dict.fromkeys(flat))}"
+            f"{leaf.key}: {len(lost)} annotations of {path} have an image_id that no image has, "
+            f"and are ignored: ids {some(literal(annotations[i]['id']) for i in lost)}"
         )
-    if lost:
-        found.warnings.append(
-            f"{leaf.key}: {len(lost)} annotations of {dataset.ann_file} have an image_id that no "
-            f"image has, and are ignored: ids {some(lost)}"
-        )
-    unused = [c["name"] for c in content["categories"] if c["id"] in wanted - used]
+    used = {annotations[i]["category_id"] for i in np.flatnonzero(columns.wanted)}
+    unused = [c["name"] for c in content["categories"] if c["id"] in columns.ids - used]
     if unused and used and not dataset.test_mode:
         found.warnings.append(
-            f"{leaf.key}: classes {some(map(repr, unused))} have no box in {dataset.ann_file}"
+            f"{leaf.key}: classes {some(map(literal, unused))} have no box in {path}"
         )
-    images = kept(
+    counts = Counter(image["file_name"] for image in images)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        found.warnings.append(
+            f"{leaf.key}: {len(twice)} image files are named by more than one of the images of "
+            f"{path}, each with its own boxes alone: {some(twice)}"
+        )
+    annotated = {images[i]["id"] for i in np.unique(columns.image[columns.wanted])}
+    read = kept(
         dataset,
-        content["images"],
+        images,
         lambda image: min(image["width"], image["height"]),
         lambda image: image["id"] in annotated,
     )
-    if not images:
+    if not read:
         raise DataError(
-            f"{leaf.key}: none of the {len(content['images'])} images of {dataset.ann_file} is "
-            f"left to read (filter_cfg={dataset.filter_cfg}, indices={dataset._indices}); "
-            f"{len(content['annotations'])} annotations, {len(annotated)} images with one of the "
-            "classes"
+            f"{leaf.key}: none of the {len(images)} images of {path} is left to read "
+            f"(filter_cfg={dataset.filter_cfg}, indices={dataset._indices}); "
+            f"{len(annotations)} annotations, {len(annotated)} images with one of the classes"
         )
-    return images, sum(learnt[image["id"]] for image in images)
+    smallest = 0 if dataset.test_mode else (dataset.filter_cfg or {}).get("min_size", 0)
+    small = [i["file_name"] for i in images if min(i["width"], i["height"]) < smallest]
+    if small:
+        found.warnings.append(
+            f"{leaf.key}: {len(small)} of {len(images)} images are left out, as filter_cfg asks "
+            f"for a min_size of {smallest}: {some(small)}"
+        )
+    ids = {image["id"] for image in read}
+    of_read = np.array([image["id"] in ids for image in images], dtype=bool)
+    learnt = int((columns.left & ~columns.crowd & of_read[columns.image]).sum())
+    return read, learnt
+
+
+def _masks(path: str, content: dict, chosen: np.ndarray) -> Iterator[str]:
+    """Yield what is wrong with the masks of some annotations, for one that reads masks."""
+    annotations = content["annotations"]
+    size_of = {i["id"]: (i["width"], i["height"]) for i in content["images"]}
+    wrong: dict[str, list[int]] = {}
+    compressed = []
+    for i in chosen:
+        annotation = annotations[i]
+        mask = annotation.get("segmentation")
+        reason = _mask_problem(mask, size_of[annotation["image_id"]])
+        if reason:
+            wrong.setdefault(reason, []).append(i)
+        elif isinstance(mask, dict) and isinstance(mask["counts"], str):
+            compressed.append(i)
+    for i in compressed[:: -(-len(compressed) // _DECODED) or 1]:
+        try:
+            pycocotools.mask.decode(annotations[i]["segmentation"])
+        except ValueError:
+            wrong.setdefault("with 'counts' that are damaged", []).append(i)
+    for reason, indices in wrong.items():
+        ids = some((literal(annotations[i]["id"]) for i in indices), 3)
+        yield (
+            f"{path}: {len(indices)} of {len(annotations)} annotations have a 'segmentation' "
+            f"{reason} (ids {ids}), but masks are asked for; it must be a list of polygons "
+            "[x1, y1, x2, y2, x3, y3, ...], or a dict of 'size' and 'counts'. Take these "
+            "annotations out, or use no masks (a detector without mask head, with_mask=False)"
+        )
+
+
+def _mask_problem(mask: Any, size: tuple[int, int]) -> str | None:
+    if mask is None or mask in ([], {}, ""):
+        return "that is missing or empty"
+    if isinstance(mask, list):
+        if not all(isinstance(polygon, list) for polygon in mask):
+            return f"such as {literal(mask)}"
+        if any(len(polygon) < 6 or len(polygon) % 2 for polygon in mask):
+            return "with polygons of fewer than 3 points, or half a point"
+        if _COORDINATE.wrong([*chain.from_iterable(mask)]):
+            return f"with points that are no numbers or above {LARGEST_SIDE:,}"
+        return None
+    if not isinstance(mask, dict) or "size" not in mask or "counts" not in mask:
+        return f"such as {literal(mask)}"
+    if mask["size"] != [size[1], size[0]]:
+        return "whose 'size' is not [height, width] of the image"
+    counts = mask["counts"]
+    if isinstance(counts, list):
+        if _RUN.wrong(counts) or sum(counts) != size[0] * size[1]:
+            return "with 'counts' that do not add up to the pixels of the image"
+        return None
+    return None if isinstance(counts, str) and counts else "with 'counts' of another type"
+
+
+def _check_polygons_only(
+    leaf: Leaf, path: str, annotations: list, chosen: np.ndarray, found: Findings
+) -> None:
+    polygons = any(
+        name == "LoadAnnotations" and not transform.get("poly2mask", True)
+        for name, transform in leaf.transforms()
+    )
+    bits = [i for i in chosen if isinstance(annotations[i].get("segmentation"), dict)]
+    if polygons and bits:
+        found.errors.append(
+            f"{leaf.key}: {len(bits)} of {len(annotations)} annotations of {path} have a "
+            "'segmentation' of 'counts', which LoadAnnotations with poly2mask=False takes out of "
+            f"training (ids {some(literal(annotations[i]['id']) for i in bits)}); poly2mask=True "
+            "reads both kinds"
+        )
+
+
+def check_evaluator(
+    metric: Evaluator, content: dict, loaded: Sequence[Loaded], found: Findings
+) -> None:
+    """Check that what a CocoMetric evaluates with is what the datasets of its split read.
+
+    Args:
+        metric (Evaluator): The metric and its annotation file.
+        content (dict): Of that file.
+        loaded (Sequence[Loaded]): The split's datasets, at least one.
+        found (Findings): Takes errors and warnings.
+    """
+    path, labels = metric.ann_file, loaded[0].labels
+    categories = content["categories"]
+    ids = [category["id"] for category in categories if category["name"] in labels]
+    sort = "c['categories'].sort(key=lambda k: k['id'])"
+    if metric.cfg.get("sort_categories"):
+        categories = sorted(categories, key=lambda category: category["id"])
+    names = tuple(category["name"] for category in categories if category["name"] in labels)
+    say: Callable[[str], None] = lambda text: found.errors.append(f"{metric.key}: {text}")  # noqa: E731
+    if names != labels:
+        say(
+            f"{path} numbers the classes {some(map(literal, names), 80)}, but the dataset "
+            f"{some(map(literal, labels), 80)}: detections would be compared with boxes of other "
+            "classes. The order of 'categories' counts, and must be the same in all files"
+        )
+        return
+    if metric.cfg.get("classwise") and ids != sorted(ids):
+        say(
+            f"classwise=True, but the 'categories' of {path} are not in the order of their ids, so "
+            "that MMDetection would print one class's AP beside another's name. Sort them in all "
+            f"annotation files, that of training included{mend(path, sort)}"
+        )
+    for text in of_no_category(path, content):
+        if not any(text in error for error in found.errors):  # of the dataset's own file
+            say(text)
+    columns = _Columns(content, labels)
+    if not (columns.wanted & ~columns.crowd).any():
+        say(
+            f"none of the {len(content['annotations'])} annotations of {path} is a box of the "
+            f"classes {some(map(literal, labels), 80)} in one of its images: AP would be -1"
+        )
+    if "segm" in metric.names:
+        for text in _masks(path, content, np.flatnonzero(columns.wanted)):
+            say(text)
+    every = {image["id"] for image in content["images"]}
+    read = set().union(*(one.ids for one in loaded))
+    if not read <= every:
+        say(
+            f"{len(read - every)} of the {len(read)} images that the split reads are not in "
+            f"{path} (ids {some(map(literal, read - every))}); the evaluation would fail"
+        )
+    elif read != every:
+        found.warnings.append(
+            f"{metric.key}: evaluates the {len(every)} images of {path}, of which "
+            f"{len(every - read)} are not read: their boxes count as missed"
+        )

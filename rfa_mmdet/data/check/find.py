@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mmdet.registry import DATASETS
+from mmdet.evaluation import CocoMetric
+from mmdet.registry import DATASETS, METRICS
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 
@@ -28,8 +29,12 @@ class Leaf:
         return DATASETS.build({**self.cfg, "lazy_init": True, "pipeline": []})
 
     def transforms(self) -> Iterator[tuple[str, dict]]:
-        """Yield name and config of every transform, those nested in other transforms too."""
-        yield from _typed(self.pipelines)
+        """Yield name and config of every transform as they run, those nested in others too."""
+        yield from _typed(self.pipelines[::-1])
+
+    def asks(self, what: str) -> bool:
+        """Tell whether annotations are loaded with an option, such as 'with_mask'."""
+        return any(name == "LoadAnnotations" and t.get(what) for name, t in self.transforms())
 
 
 def leaves(cfg: Config, split: str) -> list[Leaf]:
@@ -59,13 +64,42 @@ def leaves(cfg: Config, split: str) -> list[Leaf]:
     return list(walk(loader["dataset"], f"{split}_dataloader.dataset", ())) if loader else []
 
 
-def evaluator_files(cfg: Config, split: str) -> Iterator[tuple[str, str]]:
-    """Yield config key and path of the annotation files that a split's evaluators read.
+@dataclass(frozen=True)
+class Evaluator:
+    """A metric that reads an annotation file.
+
+    Attributes:
+        key (str): Where it is in the config.
+        cfg (dict): Its config.
+    """
+
+    key: str
+    cfg: dict
+
+    @property
+    def ann_file(self) -> str:
+        """Its annotation file."""
+        return self.cfg["ann_file"]
+
+    @property
+    def names(self) -> list[str]:
+        """What a CocoMetric measures, such as 'bbox' and 'segm'; nothing if it only writes."""
+        found = [] if self.cfg.get("format_only") else self.cfg.get("metric", "bbox")
+        return [found] if isinstance(found, str) else list(found)
+
+    @property
+    def is_coco(self) -> bool:
+        """Whether it is MMDetection's CocoMetric itself."""
+        return METRICS.get(_name(self.cfg["type"])) is CocoMetric
+
+
+def evaluators(cfg: Config, split: str) -> Iterator[Evaluator]:
+    """Yield the evaluators of a split that read annotation files of this machine.
 
     Example:
         >>> evaluator = [dict(type="CocoMetric", ann_file="a.json"), dict(type="VOCMetric")]
-        >>> list(evaluator_files(Config(dict(val_evaluator=evaluator)), "val"))
-        [('val_evaluator.0.ann_file', 'a.json')]
+        >>> [e.key for e in evaluators(Config(dict(val_evaluator=evaluator)), "val")]
+        ['val_evaluator.0']
     """
     key = f"{split}_evaluator"
     found = cfg.get(key) or []
@@ -73,7 +107,7 @@ def evaluator_files(cfg: Config, split: str) -> Iterator[tuple[str, str]]:
     metrics.update((f"{key}.{i}", m) for i, m in enumerate(found if not metrics else ()))
     for name, metric in metrics.items():
         if metric.get("ann_file") and is_local(metric["ann_file"], metric.get("backend_args")):
-            yield f"{name}.ann_file", metric["ann_file"]
+            yield Evaluator(name, metric)
 
 
 def is_local(path: str, backend_args: dict | None) -> bool:
@@ -90,11 +124,13 @@ def is_local(path: str, backend_args: dict | None) -> bool:
 def _typed(node: Any) -> Iterator[tuple[str, dict]]:
     if isinstance(node, dict):
         if "type" in node:
-            # MMEngine's new-style configs hold the class itself.
-            kind: Any = node["type"]
-            name = kind if isinstance(kind, str) else kind.__name__
-            yield name.rpartition(".")[2], node
+            yield _name(node["type"]), node
         node = list(node.values())
     if isinstance(node, (list, tuple)):
         for child in node:
             yield from _typed(child)
+
+
+def _name(kind: Any) -> str:
+    """Return the name of a type; MMEngine's new-style configs hold the class itself."""
+    return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]

@@ -1,9 +1,13 @@
 """Are the image files there, and whole? By their first and last bytes, or by decoding them."""
 
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.pool import ThreadPool
+from typing import Any
 
 import mmcv
 import numpy as np
@@ -11,10 +15,19 @@ from rich.console import Console
 from rich.progress import track
 
 from rfa_mmdet.data.check.find import Leaf
+from rfa_mmdet.data.check.loaded import Loaded
 from rfa_mmdet.data.check.report import Findings, missing_path, some
-from rfa_mmdet.files import MISSING, image_damage
+from rfa_mmdet.files import MISSING, image_damage, image_size
 
 NOT_DECODABLE = "not decodable"
+SAMPLE = 300  # images of a dataset that a quick check opens
+_MIXING = ("Mosaic", "CachedMosaic", "MixUp", "CachedMixUp")
+_RESIZING = (
+    *("Resize", "FixScaleResize", "FixShapeResize", "ResizeShortestEdge"),
+    *("RandomResize", "RandomChoiceResize", *_MIXING),
+)
+# Behind these, an image has other sides than those of its file.
+_RESHAPING = ("Crop", "Pad", "Expand", "Affine")
 
 
 def read_image(path: str) -> tuple[np.ndarray | None, str | None]:
@@ -62,22 +75,35 @@ def damaged_images(paths: Sequence[str], threads: int = 16) -> dict[str, str]:
         return {path: damage for path, damage in zip(paths, damages, strict=True) if damage}
 
 
-def check_images(leaf: Leaf, paths: Sequence[str], found: Findings) -> None:
-    """Report the files that are missing or damaged.
+def check_images(leaf: Leaf, loaded: Loaded, found: Findings, images: str = "full") -> None:
+    """Report the files that are missing or damaged, or from which a resizing leaves nothing.
 
     Args:
         leaf (Leaf): The dataset.
-        paths (Sequence[str]): Its image files.
-        found (Findings): Takes the errors.
+        loaded (Loaded): Its image files, and their sizes if the annotations give them.
+        found (Findings): Takes errors and warnings.
+        images (str): 'full' opens every file; 'quick' opens some, and looks for the names of the
+            others in their folders.
     """
-    damages = damaged_images(paths)
+    paths, opened = loaded.images, loaded.images
+    if images == "quick" and len(paths) > SAMPLE:
+        step = (len(paths) - 1) / (SAMPLE - 1)
+        opened = [*{paths[round(i * step)]: 0 for i in range(SAMPLE)}]
+        found.warnings.append(
+            f"{leaf.key}: opened {len(opened)} of {len(paths)} images, and looked for the names of "
+            "the others; --check-data full opens all"
+        )
+        opened = [*dict.fromkeys([*opened, *_no_files(paths)])]
+    damages = damaged_images(opened)
     missing = [path for path, damage in damages.items() if damage == MISSING]
     if missing:
-        folder = os.path.commonpath([os.path.dirname(path) for path in missing])
+        folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in missing])
         names = some(os.path.relpath(path, folder) for path in missing)
+        windows = sum("\\" in path for path in missing)
+        hint = f" {windows} have '\\' in their names, which should be '/'." if windows else ""
         found.errors.append(
             f"{leaf.key}: {len(missing)} of {len(paths)} images are missing from {folder!r} "
-            f"(data_prefix={dict(leaf.cfg.get('data_prefix') or {})}): {names}. "
+            f"(data_prefix={dict(leaf.cfg.get('data_prefix') or {})}): {names}.{hint} "
             f"{missing_path(missing[0])}"
         )
     rest = [f"{path}: {damage}" for path, damage in damages.items() if damage != MISSING]
@@ -85,3 +111,100 @@ def check_images(leaf: Leaf, paths: Sequence[str], found: Findings) -> None:
         found.errors.append(
             f"{leaf.key}: {len(rest)} of {len(paths)} images are damaged: {some(rest)}"
         )
+    real = {path: size for path in opened if path not in damages and (size := image_size(path))}
+    given = {path: size for path, size in zip(paths, loaded.sizes or (), strict=False) if size}
+    _check_sizes(leaf, given, real, found)
+
+
+def _no_files(paths: Sequence[str]) -> list[str]:
+    """Return the paths under whose names no files stand, by one look into each folder."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        names[os.path.dirname(path)].append(path)
+    rest = []
+    for folder, own in names.items():
+        files = set()
+        with suppress(OSError), os.scandir(folder or ".") as entries:
+            files = {entry.name for entry in entries if entry.is_file()}
+        rest += [path for path in own if os.path.basename(path) not in files]
+    return rest
+
+
+def _check_sizes(leaf: Leaf, given: dict, real: dict, found: Findings) -> None:
+    """Report images of another size than annotated, and those that no resizing should see."""
+    others = {path: size for path, size in real.items() if given.get(path, size) != size}
+    if others:
+        texts = (
+            "{}: {} x {}, annotated {} x {}".format(path, *size, *given[path])
+            for path, size in others.items()
+        )
+        found.warnings.append(
+            f"{leaf.key}: {len(others)} of {len(real)} images that were opened have another width "
+            f"and height than their annotations say: {some(texts, 3)}"
+        )
+    sizes = given | real
+    gone: dict[tuple[int, int], str] = {}
+    for name, transform in resizings(leaf):
+        for size in set(sizes.values()) - gone.keys():
+            if shorter_side(size[0], size[1], name, transform) == 0:
+                gone[size] = name
+    lost = {path: size for path, size in sizes.items() if size in gone}
+    if lost:
+        texts = ("{} ({} x {})".format(path, *size) for path, size in lost.items())
+        found.errors.append(
+            f"{leaf.key}: {len(lost)} of {len(sizes)} images would have a side of 0 pixels after "
+            f"{' and '.join(dict.fromkeys(gone.values()))} of the pipeline, which would end the "
+            f"run: {some(texts)}. Take them out of the annotations"
+        )
+
+
+def resizings(leaf: Leaf) -> Iterator[tuple[str, dict]]:
+    """Yield name and config of the transforms that resize an image as it comes from its file."""
+    for name, transform in leaf.transforms():
+        if any(word in name for word in _RESHAPING):
+            return
+        if name in _RESIZING:
+            yield name, transform
+
+
+def shorter_side(width: int, height: int, name: str, transform: dict) -> int:
+    """Return the shortest side that a resizing may leave of an image.
+
+    Args:
+        width, height (int): Of the image.
+        name (str): Of the transform, such as 'Resize'.
+        transform (dict): Its config.
+
+    Example:
+        >>> shorter_side(3000, 1, "Resize", dict(scale=(1333, 800), keep_ratio=True))
+        0
+        >>> shorter_side(3000, 1, "Resize", dict(scale=(1333, 800)))
+        800
+    """
+    size = (width, height)
+    if name in _MIXING:
+        wide, high = transform.get("img_scale", (640, 640))
+        return int(min(size) * min(wide / width, high / height))
+    if name == "FixShapeResize":
+        scales: Any = [(transform["width"], transform["height"])]
+    elif name == "ResizeShortestEdge":
+        edge, longest = transform["scale"], transform.get("max_size")
+        scales = [(longest or math.inf, min(edge) if isinstance(edge, (tuple, list)) else edge)]
+    else:
+        scales = transform.get("scales", transform.get("scale"))
+        several = isinstance(scales, (list, tuple)) and isinstance(scales[0], (list, tuple))
+        scales = scales if several or "scales" in transform else [scales]
+    if scales == [None]:
+        factor = transform.get("scale_factor") or 1
+        wide, high = factor if isinstance(factor, (tuple, list)) else (factor, factor)
+        return min(int(width * wide + 0.5), int(height * high + 0.5))
+    least = min(transform.get("ratio_range") or (1,))
+    pairs = [s if isinstance(s, (tuple, list)) else (s, s) for s in scales]
+    if name == "RandomResize":  # between the first and the last, or times a ratio
+        pairs = [tuple(int(min(side) * least) for side in zip(*pairs, strict=True))]
+    if not transform.get("keep_ratio") and name != "ResizeShortestEdge":
+        return min(map(min, pairs))
+    rescaled = [mmcv.rescale_size(size, tuple(p), return_scale=True) for p in pairs]
+    if name == "FixScaleResize":  # which does not round
+        return min(int(min(size) * factor) for _, factor in rescaled)
+    return min(min(new) for new, _ in rescaled)

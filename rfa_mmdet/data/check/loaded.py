@@ -1,7 +1,7 @@
 """What the annotation files of a dataset say, as far as the other checks need it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mmengine.dataset import BaseDataset
@@ -15,11 +15,15 @@ class Loaded:
         labels (tuple[str, ...]): The class names by label, as the dataset numbers them.
         images (list[str]): The image files that a run would read.
         boxes (int): How many boxes a training would learn from.
+        sizes (list[tuple[int, int] | None] | None): Width and height of each image, where given.
+        ids (set): What evaluators call the images; of COCO.
     """
 
     labels: tuple[str, ...]
     images: list[str]
     boxes: int
+    sizes: list[tuple[int, int] | None] | None = None
+    ids: set = field(default_factory=set)
 
 
 def kept(

@@ -1,11 +1,19 @@
 """How findings about data are collected and worded."""
 
 import os
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from typing import Any
 
 from rfa_mmdet.errors import DataError
+from rfa_mmdet.files import file_kind
+from rfa_mmdet.texts import printable
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 60
+_LONGEST = 300  # of an item, such as a path
 
 
 @dataclass
@@ -31,6 +39,16 @@ class Findings:
             raise DataError(f"{len(self.errors)} problems with the data:{lines}")
 
 
+def literal(value: Any) -> str:
+    """Return a value from a file as Python would write it, shortened.
+
+    Example:
+        >>> literal("traffic light"), len(literal("a" * 8000))
+        ("'traffic light'", 60)
+    """
+    return _short.repr(value)
+
+
 def some(items: Iterable, limit: int = 5) -> str:
     """Return the first few items as text, and how many more there are.
 
@@ -38,13 +56,18 @@ def some(items: Iterable, limit: int = 5) -> str:
         >>> some(["a", "b", "c"], limit=2)
         'a, b, ... (3 in all)'
     """
-    items = [str(item) for item in items]
+    items = [_shortened(printable(str(item))) for item in items]
     more = f", ... ({len(items)} in all)" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
 
 
+def _shortened(text: str) -> str:
+    half = _LONGEST // 2
+    return text if len(text) <= _LONGEST else f"{text[:half]}...{text[-half:]}"
+
+
 def missing_path(path: str) -> str:
-    """Say that ``path`` is not there, and what is there instead.
+    """Say that ``path`` is no file, and what is there instead.
 
     Example:
         >>> missing_path("/no/such/file.json")
@@ -58,7 +81,7 @@ def missing_path(path: str) -> str:
         near = _near(os.path.basename(folder), os.path.dirname(folder))
         return f"{path} does not exist; neither does its folder, from {folder!r} on{near}"
     if os.path.exists(path):
-        return f"{path} is not a file"
+        return f"{path} is {file_kind(path)}, not a file"
     return f"{path} does not exist{_near(name, folder) or f'; nothing like it in {folder!r}'}"
 
 

@@ -98,7 +98,8 @@ def check_voc(leaf: Leaf, dataset: XMLDataset, found: Findings) -> Loaded:
             "type='AnyImageXMLDataset' takes it from the image"
         )
     boxes = _check_boxes(leaf, dataset, {name: images[name] for name in names}, found)
-    return Loaded(tuple(classes), [images[name].path for name in names], boxes)
+    paths = [images[name].path for name in names]
+    return Loaded(tuple(classes), paths, boxes, [sizes[name] for name in names])
 
 
 def _image_names(dataset: XMLDataset) -> list[str]:

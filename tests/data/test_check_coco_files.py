@@ -1,0 +1,96 @@
+"""COCO files that are no JSON or of another form, and names that terminals should not see."""
+
+import codecs
+import gzip
+import subprocess
+
+import pytest
+
+from rfa_mmdet.data.check import check_data
+from tests.helpers.damaged_sets import CLASSES, coco_dataset, config, errors_of, setting, told_of
+
+
+@pytest.mark.parametrize("entry", [None, 7, "image", [1]])
+@pytest.mark.parametrize("name", ["images", "annotations", "categories"])
+def test_entries_that_are_no_dicts(coco, name, entry):
+    (line,) = told_of(coco, lambda content: content[name].insert(1, entry))
+    assert f"train.json: 1 entries are no dicts: {name}[1]" in line
+
+
+@pytest.mark.parametrize("name", ["images", "annotations", "categories"])
+@pytest.mark.parametrize("value", [None, {}, {"1": {}}, "list", 7])
+def test_a_list_of_another_type(coco, name, value):
+    (line,) = told_of(coco, lambda content: content.update({name: value}))
+    assert f"train.json has no list '{name}'" in line
+    assert f"'{name}' ({type(value).__name__})" in line
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (lambda text: b"", "is cut off or not JSON"),
+        (lambda text: codecs.BOM_UTF8 + text, "begins with a byte order mark"),
+        (lambda text: text.decode().encode("utf-16"), "is text in UTF-16"),
+        (lambda text: text.decode().encode("utf-16-be"), "is text in UTF-16"),
+        (lambda text: text.decode().encode("utf-32"), "is text in UTF-32"),
+        (gzip.compress, "is not JSON but compressed (run gunzip)"),
+        (lambda text: text.replace(b"cat", b"ca\xe9"), "no text in UTF-8 at byte"),
+        (lambda text: text + b"\n" + text, "goes on after the end of its JSON with another value"),
+        (lambda text: text + b"garbage", "goes on after the end of its JSON with 'garbage'"),
+        (lambda text: b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        (lambda text: b"<!DOCTYPE html>", "not JSON but a web page"),
+        (lambda text: b"[" * 200_000, "nested too deeply"),
+        (lambda text: text.replace(b"400", b"4" * 5000), "digits"),
+        (lambda text: b"null", "holds a NoneType"),
+        (lambda text: b'"' + b"a" * 9000 + b'"', "holds a str"),
+    ],
+)
+def test_files_that_are_no_json(coco, data, words):
+    path = coco / "train.json"
+    path.write_bytes(data(path.read_bytes()))
+    (line,) = (line for line in told_of_file(coco))
+    assert words in line
+    assert str(path) in line
+
+
+def told_of_file(coco):
+    message = errors_of(config(coco_dataset(coco), model=None))
+    assert len(message) < 1000
+    return message.splitlines()
+
+
+def test_a_byte_order_mark_goes_by_the_command(coco):
+    path = coco / "train.json"
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    (line,) = told_of_file(coco)
+    subprocess.run(line[line.index("sed -i") :], shell=True, check=True)
+    assert check_data(config(coco_dataset(coco), model=None)) == []
+
+
+# --- names
+
+
+def test_long_and_odd_names_do_not_fill_the_terminal(coco):
+    long = "a" * 8000
+
+    def change(content):
+        content["categories"].append(dict(id=50, name=long))
+        content["categories"].append(dict(id=51, name="‮evil"))
+
+    classes = (*CLASSES, long[:-1], "gone\x1b[2J")
+    for message in (
+        "\n".join(told_of(coco, change, metainfo=dict(classes=classes))),
+        "\n".join(told_of(coco, setting("images", file_name=long + ".jpg"))),
+    ):
+        assert len(message) < 2500
+        assert "\x1b" not in message
+        assert "‮" not in message
+
+
+def test_classes_that_are_given_twice_or_are_no_text(coco):
+    for classes, words in (
+        (("cat", "cat", "dog"), "'cat' more than once"),
+        (("cat", 7), "7 is no text"),
+    ):
+        (line,) = told_of(coco, lambda content: None, metainfo=dict(classes=classes))
+        assert words in line
