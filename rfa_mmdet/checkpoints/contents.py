@@ -30,7 +30,7 @@ def check_weights(content: Any) -> None:
     state = content
     if "state_dict" in content:
         state = require_dict(content["state_dict"], "its state_dict")
-        meta = require_dict(content.get("meta", {}), "its meta")
+        meta = require_dict(content.get("meta") or {}, "its meta")
         if meta.get("dataset_meta") is not None:
             require_names(meta["dataset_meta"], "its meta['dataset_meta']")
     require_names(state, "its state dict")

@@ -163,6 +163,12 @@ def print_left_out(
         print("; ".join(said))
 
 
+_OF_A_WRONG_CONFIG = (
+    *(AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, TypeError),
+    *(ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError),
+)
+
+
 @contextmanager
 def user_errors(*errors: type[Exception]) -> Iterator[None]:
     """End the process with one message, ``error: ...``, and exit code 1 where the user is at fault.
@@ -172,10 +178,10 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
     RFA_MMDET_TRACEBACK=1 in the environment shows the traceback as well.
 
     Args:
-        *errors (type[Exception]): What to treat so. Default: all that is raised, as building a run
-            from a wrong config may raise anything; with the place that raised it.
+        *errors (type[Exception]): What to treat so. Default: what building a run from a config
+            raises for a wrong one, with the place that raised it.
     """
-    errors = errors or (Exception,)
+    errors = errors or _OF_A_WRONG_CONFIG
     # MMEngine's import of it, which the user cannot fix.
     warnings.filterwarnings("ignore", "pkg_resources is deprecated as an API", UserWarning)
     shown, sys.excepthook = sys.excepthook, _hide_lost_readers(sys.excepthook)

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -74,24 +73,29 @@ def test_training_with_workers(interrupted, tiny_config, tmp_path):
     assert os.path.getsize(last) > 0
 
 
-def test_check_data(interrupted, shapes, tmp_path):
-    root = shutil.copytree(shapes, tmp_path / "data")
-    image = root / "JPEGImages" / "train_0000.jpg"
-    image.unlink()
-    os.mkfifo(image)  # which is read until somebody writes
+# Reads no image to its end, as of a disk that does not answer.
+HOLD = """
+import time
+import mmcv
 
-    def being_read(printed):
-        try:
-            opened.append(os.open(image, os.O_WRONLY | os.O_NONBLOCK))
-        except OSError:  # the reader has gone
-            return False
-        return True
+def hold(content):
+    print("held", flush=True)
+    time.sleep(10_000)
 
-    opened = []
-    config = "configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py"
+mmcv.imfrombytes = hold
+"""
+
+
+def test_check_data(interrupted, environment, shapes, tmp_path):
+    (tmp_path / "hold.py").write_text(HOLD)
+    base = ROOT / "configs" / "demo" / "retinanet_r18-rfaconv_fpn_6e_shapes.py"
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"_base_ = {str(base)!r}\ncustom_imports = dict(imports=['rfa_mmdet', 'hold'])"
+    )
+    path = os.pathsep.join(filter(None, [str(tmp_path), environment.get("PYTHONPATH")]))
     command = ("check_data", config, "--out", tmp_path / "out")
-    interrupted(being_read, *command, DATA_ROOT=str(root))
-    os.close(*opened)
+    interrupted(lambda printed: "held" in printed, *command, DATA_ROOT=str(shapes), PYTHONPATH=path)
     assert not (tmp_path / "out").exists()
 
 

@@ -168,7 +168,7 @@ def test_checkpoint_of_another_model(fails, tiny_config, checkpoint, shapes, tmp
     assert "parameters of the config's model are not in it, such as backbone.layer" in message
     torch.save(dict(state_dict={}), tmp_path / "empty.pth")
     message = fails("predict", tiny_config, tmp_path / "empty.pth", image, "--out", tmp_path)
-    assert "are not in it" in message
+    assert "empty.pth' holds no weights of a model" in message
     (tmp_path / "cut.pth").write_bytes(checkpoint.read_bytes()[:-1000])
     message = fails("predict", tiny_config, tmp_path / "cut.pth", image, "--out", tmp_path)
     assert "cut.pth" in message

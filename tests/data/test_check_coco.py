@@ -108,10 +108,10 @@ def test_wrong_values_are_counted_by_field(coco):
 def test_the_command_in_a_message_mends_the_file(coco, change, split):
     lines = told_of(coco, change, split)
     for _ in range(2):  # two fields may be wrong
-        line = next((line for line in lines if "To mend the file:  " in line), None)
+        line = next((line for line in lines if "To fix the file:  " in line), None)
         if line is None:
             break
-        subprocess.run(line.split("To mend the file:  ")[1], shell=True, check=True)
+        subprocess.run(line.split("To fix the file:  ")[1], shell=True, check=True)
         lines = told_of(coco, lambda content: None, split)
     assert lines == []
     assert len(json.loads((coco / f"{split}.json").read_text())["annotations"]) == 6
@@ -120,7 +120,7 @@ def test_the_command_in_a_message_mends_the_file(coco, change, split):
 def test_the_command_takes_out_annotations_of_no_category(coco):
     (line,) = told_of(coco, setting("annotations", category_id=99))
     assert "1 of 6 annotations have a 'category_id' of no category: 99 (1)" in line
-    subprocess.run(line.split("To mend the file:  ")[1], shell=True, check=True)
+    subprocess.run(line.split("To fix the file:  ")[1], shell=True, check=True)
     assert told_of(coco, lambda content: None) == []
     assert len(json.loads((coco / "train.json").read_text())["annotations"]) == 5
 
@@ -132,7 +132,7 @@ def test_file_names_from_urls(coco):
 
     (line,) = told_of(coco, change)
     assert "4 of 4 images have no 'file_name'" in line
-    subprocess.run(line.split("To mend the file:  ")[1], shell=True, check=True)
+    subprocess.run(line.split("To fix the file:  ")[1], shell=True, check=True)
     assert told_of(coco, lambda content: None) == []
 
 

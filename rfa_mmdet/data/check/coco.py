@@ -11,7 +11,7 @@ import pycocotools.mask
 from mmdet.datasets import CocoDataset
 
 from rfa_mmdet.data.check.classes import class_source, metainfo_fix
-from rfa_mmdet.data.check.coco_file import LARGEST_SIDE, Number, mend, of_no_category
+from rfa_mmdet.data.check.coco_file import LARGEST_SIDE, Number, of_no_category, to_fix
 from rfa_mmdet.data.check.find import Evaluator, Leaf
 from rfa_mmdet.data.check.loaded import Loaded, kept
 from rfa_mmdet.data.check.report import DataError, Findings, literal, some
@@ -286,7 +286,7 @@ def check_evaluator(
         say(
             f"classwise=True, but the 'categories' of {path} are not in the order of their ids, so "
             "that MMDetection would print one class's AP beside another's name. Sort them in all "
-            f"annotation files, that of training included{mend(path, sort)}"
+            f"annotation files, that of training included{to_fix(path, sort)}"
         )
     for text in of_no_category(path, content):
         if not any(text in error for error in found.errors):  # of the dataset's own file

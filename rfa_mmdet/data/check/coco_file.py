@@ -203,12 +203,12 @@ def garbage_kept() -> Iterator[None]:
             gc.enable()
 
 
-def mend(path: str, statement: str) -> str:
+def to_fix(path: str, statement: str) -> str:
     """Return, as the end of a message, the command that changes the content ``c`` of a file.
 
     Example:
-        >>> mend("a.json", "c['images'].sort(key=str)")[:38]
-        '. To mend the file:  python -c "import'
+        >>> to_fix("a.json", "c['images'].sort(key=str)")[:37]
+        '. To fix the file:  python -c "import'
     """
     if not statement:
         return ""
@@ -217,7 +217,7 @@ def mend(path: str, statement: str) -> str:
         "json.dump(c, open(p, 'w'))"
     )
     plain = not set(code) & set('"$`\\!')
-    return ". To mend the file:  python -c " + (f'"{code}"' if plain else shlex.quote(code))
+    return ". To fix the file:  python -c " + (f'"{code}"' if plain else shlex.quote(code))
 
 
 def _lists() -> str:
@@ -300,7 +300,7 @@ def _problems(path: str, content: dict, evaluated: bool) -> Iterator[str]:
     if evaluated and (zeros := ids.count(0)):
         yield (
             f"{path}: {zeros} of {len(ids)} annotations have the 'id' 0, which pycocotools takes "
-            f"for no match, so that AP would be too low; ids must begin at 1{mend(path, number)}"
+            f"for no match, so that AP would be too low; ids must begin at 1{to_fix(path, number)}"
         )
     yield from of["annotations"].repeated(number)
     yield from check("image_id", id_of_image)
@@ -327,7 +327,7 @@ class _Entries(NamedTuple):
             key (str): The field.
             kind (Kind): What it must be.
             needed (bool): Whether it must be there. Null is as good as missing.
-            absent, wrong (str): What mends the one or the other, see :func:`mend`.
+            absent, wrong (str): What fixes the one or the other, see :func:`to_fix`.
         """
         entries = self.entries
         values: list = [entry.get(key) for entry in entries]
@@ -340,7 +340,7 @@ class _Entries(NamedTuple):
             if needed:
                 yield (
                     f"{self.path}: {len(lacking)} of {len(entries)} {self.name} have no {key!r}: "
-                    f"{self._places(lacking)}; it must be {kind}{mend(self.path, absent)}"
+                    f"{self._places(lacking)}; it must be {kind}{to_fix(self.path, absent)}"
                 )
             values = [values[i] for i in where]
         bad = kind.wrong(values)
@@ -356,7 +356,7 @@ class _Entries(NamedTuple):
             f"{self.path}: {len(bad)} of {len(entries)} {self.name} have a wrong {key!r}, such as "
             f"{some((f'{value} ({count})' for value, count in counts), 3)}, at "
             f"{self._places([where[i] for i in bad])}; it must be {kind}"
-            f"{mend(self.path, wrong)}"
+            f"{to_fix(self.path, wrong)}"
         )
 
     def repeated(self, fix: str = "") -> Iterator[str]:
@@ -369,7 +369,8 @@ class _Entries(NamedTuple):
             if twice:
                 yield (
                     f"{self.path}: the 'id' of {self.name} must be unique, but more than one has: "
-                    f"{some(f'{literal(i)} ({n})' for i, n in twice.items())}{mend(self.path, fix)}"
+                    f"{some(f'{literal(i)} ({n})' for i, n in twice.items())}"
+                    f"{to_fix(self.path, fix)}"
                 )
 
     def _places(self, indices: Sequence[int]) -> str:
@@ -410,6 +411,6 @@ def of_no_category(path: str, content: dict) -> Iterator[str]:
     listed = some((f"{literal(number)} ({n})" for number, n in absent.items()), 5)
     yield (
         f"{path}: {sum(absent.values())} of {len(used)} annotations have a 'category_id' of no "
-        f"category: {listed}; the categories: {some(map(literal, sorted(known, key=str)), 8)}; {what}"
-        f"{mend(path, fix)}"
+        f"category: {listed}; the categories: {some(map(literal, sorted(known, key=str)), 8)}; "
+        f"{what}{to_fix(path, fix)}"
     )
