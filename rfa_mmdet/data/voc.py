@@ -70,16 +70,16 @@ class VocImage:
 
 
 def read_voc(
-    path: str, classes: Collection[str], mend: bool = False, backend_args: dict | None = None
+    path: str, classes: Collection[str], correct: bool = False, backend_args: dict | None = None
 ) -> VocImage:
     """Read an XML file.
 
     Args:
         path (str): The XML file.
         classes (Collection[str]): Objects of other names are not looked into.
-        mend (bool): Put right what can mean one thing only: encodings, an empty or odd difficult,
-            a size that is none, blanks around names. Without it, what MMDetection's XMLDataset
-            cannot read is an error.
+        correct (bool): Put right what can mean one thing only: encodings, an empty or odd
+            difficult, a size that is none, blanks around names. Without it, what MMDetection's
+            XMLDataset cannot read is an error.
         backend_args (dict | None): Of MMEngine's file backend. Defaults to None: local.
 
     Raises:
@@ -88,7 +88,7 @@ def read_voc(
     """
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe would block
         raise DataError(f"{path}: is not a file")
-    return _Reader(path, classes, mend).read(get(path, backend_args))
+    return _Reader(path, classes, correct).read(get(path, backend_args))
 
 
 def told(corrected: Mapping[str, Sequence[str]]) -> str:
@@ -114,8 +114,8 @@ def _short(text: str) -> str:
 
 
 class _Reader:
-    def __init__(self, path: str, classes: Collection[str], mend: bool) -> None:
-        self.path, self.classes, self.mend = path, classes, mend
+    def __init__(self, path: str, classes: Collection[str], correct: bool) -> None:
+        self.path, self.classes, self.correct = path, classes, correct
         self.corrected: list[str] = []
 
     def read(self, content: bytes) -> VocImage:
@@ -146,7 +146,7 @@ class _Reader:
         raise DataError(f"{self.path}: {_short(what)}")
 
     def _put_right(self, what: str) -> None:
-        if not self.mend:
+        if not self.correct:
             self._fail(
                 f"MMDetection's XMLDataset cannot read this; type='AnyImageXMLDataset' can: {what}"
             )
@@ -154,7 +154,7 @@ class _Reader:
 
     def _parse(self, content: bytes) -> Any:
         try:
-            return ET.fromstring(content.strip() if self.mend else content)
+            return ET.fromstring(content.strip() if self.correct else content)
         # The last two for encodings that expat does not know.
         except (ET.ParseError, LookupError, ValueError) as error:
             reason = str(error)
@@ -178,7 +178,7 @@ class _Reader:
         name = node.findtext("name")
         if name is None or not name.strip():
             self._fail(f"object {number} has {'no' if name is None else 'an empty'} <name>")
-        if self.mend and name not in self.classes and name.strip() in self.classes:
+        if self.correct and name not in self.classes and name.strip() in self.classes:
             self._put_right(f"blanks around <name>{name.strip()}</name> left out")
             return name.strip()
         return name
@@ -228,7 +228,7 @@ class _Reader:
         except (TypeError, ValueError):
             size, valid = None, False
         # MMDetection takes any whole number.
-        if not valid and (self.mend or size is None):
+        if not valid and (self.correct or size is None):
             self._put_right(f"<size> of {width} x {height} taken from the image")
             return None
         return size

@@ -161,7 +161,7 @@ def test_what_difficult_means(voc):
     path = voc / "Annotations" / "1.xml"
     for text, expected in {"1": True, " 2 ": True, "-1": True, "True": True, "1.0": True}.items():
         path.write_text(difficult(text))
-        (box,) = read_voc(str(path), CLASSES, mend=True).boxes
+        (box,) = read_voc(str(path), CLASSES, correct=True).boxes
         assert box.difficult == expected
 
 
