@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-import matplotlib
-from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
@@ -14,8 +12,8 @@ from mmengine.logging import print_log
 from rfa_mmdet.checkpoints.weights import OwnWeightsRunner
 from rfa_mmdet.cli.command_line import load_run, prepare_run, run_parser, user_errors
 from rfa_mmdet.errors import ConfigError, UserError
-from rfa_mmdet.files import written_whole
-from rfa_mmdet.inference.names import complete_palettes
+from rfa_mmdet.files import check_folder, written_whole
+from rfa_mmdet.inference.truth_and_detections import TruthAndDetectionsHook
 from rfa_mmdet.layers.warm_start.start import WarmStartError
 
 
@@ -70,12 +68,7 @@ def apply_args(cfg: Config, args) -> None:
             "configs/retinanet/retinanet_tta.py is an example to put into _base_"
         )
     if args.show_dir is not None:
-        args.show, args.wait_time = False, 0
-        # MMDetection would put a relative folder below <work dir>/<time>.
-        args.show_dir = str(Path(args.show_dir).resolve())
-        matplotlib.rcParams["text.parse_math"] = False  # names of classes are no TeX
-        complete_palettes(cfg, "test")
-        trigger_visualization_hook(cfg, args)
+        check_folder(args.show_dir, "--show-dir")
 
 
 def augment(cfg: Config) -> None:
@@ -107,5 +100,8 @@ def main() -> None:
         runner = OwnWeightsRunner.from_cfg(cfg)
         if args.out is not None:
             runner.test_evaluator.metrics.append(DumpWhole(out_file_path=args.out))
+        if args.show_dir is not None:
+            own = cfg.get("default_hooks", {}).get("visualization") or {}
+            runner.register_hook(TruthAndDetectionsHook(args.show_dir, own.get("score_thr", 0.3)))
     with user_errors(UserError, WarmStartError):
         runner.test()

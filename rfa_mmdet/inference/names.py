@@ -1,12 +1,9 @@
 """The names and colours of a detector's classes, whatever a config or checkpoint says of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from mmdet.visualization import get_palette
-from mmengine.config import Config
-
-from rfa_mmdet.data.check.find import leaves
 
 Colour = tuple[int, ...]  # of red, green and blue
 
@@ -56,18 +53,3 @@ def _is_colour(value: Any) -> bool:
         return len(value) == 3 and all(0 <= part <= 255 for part in value)
     except (TypeError, ValueError):
         return False
-
-
-def complete_palettes(cfg: Config, split: str) -> None:
-    """Give every data set of a split as many colours as classes, for MMDetection's pictures.
-
-    Args:
-        cfg (Config): Changed in place, where a palette is too short.
-        split (str): 'train', 'val' or 'test'.
-    """
-    for leaf in leaves(cfg, split):
-        metainfo = leaf.build().metainfo
-        names: Sequence = class_names(metainfo)
-        colours = class_colours(metainfo, len(names))
-        if metainfo.get("palette") != colours:
-            leaf.cfg["metainfo"] = {**(leaf.cfg.get("metainfo") or {}), "palette": colours}

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import signal
 import sys
 
@@ -59,6 +60,39 @@ def test_test_prints_metrics_draws_and_dumps(trained, tiny_config, run_tool, tmp
     tested = json.loads(next((tmp_path / "work").glob("*/*.json")).read_text())
     log = pd.read_json(next(trained.glob("*/vis_data/scalars.json")), lines=True)
     assert tested["coco/bbox_mAP"] == log["coco/bbox_mAP"].dropna().iloc[-1]
+
+
+def test_a_picture_of_every_image_whatever_it_is_called(
+    trained, tiny_config, shapes, run_tool, tmp_path
+):
+    root = shutil.copytree(shapes, tmp_path / "data")
+    content = json.loads((root / "annotations" / "val.json").read_text())
+    # Of one name, but for the folder; as OpenCV cannot write it.
+    for image, name in zip(
+        content["images"], ("a/x.jpg", "b/x.jpg", "x.jfif", "y.jpg"), strict=True
+    ):
+        (root / "JPEGImages" / name).parent.mkdir(exist_ok=True)
+        (root / "JPEGImages" / image["file_name"]).rename(root / "JPEGImages" / name)
+        image["file_name"] = name
+    content["categories"][0]["name"] = "$x$ [red]"
+    (root / "annotations" / "val.json").write_text(json.dumps(content))
+    names = ["$x$ [red]", *(category["name"] for category in content["categories"][1:])]
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"_base_ = {str(tiny_config)!r}\n"
+        f"metainfo = dict(classes={tuple(names)!r}, palette=[(9, 9, 9)])\n"
+        "test_dataloader = dict(dataset=dict(metainfo=metainfo))\n"
+    )
+    done = run_tool(
+        *(sys.executable, "tools/test.py", config, trained / "epoch_3.pth"),
+        *("--work-dir", tmp_path / "work", "--show-dir", tmp_path / "shown"),
+        DATA_ROOT=str(root),
+    )
+    assert done.returncode == 0, done.stdout
+    shown = sorted(
+        str(p.relative_to(tmp_path / "shown")) for p in (tmp_path / "shown").rglob("*.*")
+    )
+    assert shown == ["a/x.jpg", "b/x.jpg", "x.jfif.png", "y.jpg"]
 
 
 @pytest.mark.parametrize(

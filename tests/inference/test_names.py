@@ -1,7 +1,5 @@
 """Names and colours of classes, whatever configs and checkpoints say, in pictures and files."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,7 @@ from rfa_mmdet.checkpoints.files import read_checkpoint
 from rfa_mmdet.data.shapes import CLASSES
 from rfa_mmdet.errors import ConfigError
 from rfa_mmdet.inference.detector import Detector, draw
-from rfa_mmdet.inference.names import class_colours, class_names, complete_palettes
+from rfa_mmdet.inference.names import class_colours, class_names
 from rfa_mmdet.inference.picture_names import picture_names
 
 SAMPLE = DetDataSample(
@@ -59,22 +57,6 @@ def test_names_of_any_kind_are_drawn(classes):
     image = np.full((100, 200, 3), 90, np.uint8)
     drawn = draw(DetLocalVisualizer(), image, SAMPLE, dict(classes=classes), draw_gt=False)
     assert (drawn != 90).any(2).mean() > 0.02
-
-
-def test_palettes_of_data_sets_are_completed(tiny_config, shapes, monkeypatch):
-    monkeypatch.setenv("DATA_ROOT", str(shapes))
-    cfg = Config.fromfile(tiny_config)
-    dataset = cfg.test_dataloader.dataset
-    dataset.metainfo.palette = [(1, 2, 3)]
-    cfg.test_dataloader.dataset = dict(
-        type="ConcatDataset", datasets=[dataset, copy.deepcopy(dataset)]
-    )
-    complete_palettes(cfg, "test")
-    first, second = cfg.test_dataloader.dataset.datasets
-    assert first.metainfo == second.metainfo
-    assert first.metainfo.classes == CLASSES
-    assert first.metainfo.palette[0] == (1, 2, 3)
-    assert len(first.metainfo.palette) == len(CLASSES)
 
 
 @pytest.mark.parametrize(

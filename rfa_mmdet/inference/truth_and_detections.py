@@ -1,0 +1,71 @@
+"""Pictures of a test: the truth beside the detections, of every image."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mmcv
+from mmdet.structures import DetDataSample
+from mmdet.visualization import DetLocalVisualizer
+from mmengine.fileio import get
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.runner import Runner
+
+from rfa_mmdet.files import written_whole
+from rfa_mmdet.inference.detector import draw
+from rfa_mmdet.inference.picture_names import picture_names
+from rfa_mmdet.inference.predict import first_line
+from rfa_mmdet.texts import printable
+
+
+class TruthAndDetectionsHook(Hook):
+    """Draws every image of a test, whatever its file and its classes are called.
+
+    MMDetection's own hook writes images of one name over each other, and ends the test at a name
+    that OpenCV cannot write. An image of which no picture can be made is told at the end.
+
+    Args:
+        folder (str | Path): Where the pictures go.
+        score (float): Detections below are not drawn. Defaults to 0.3.
+    """
+
+    def __init__(self, folder: str | Path, score: float = 0.3) -> None:
+        self.folder, self.score = Path(folder), score
+        self.names: dict[str, list[Path]] = {}
+        self.undrawn: dict[str, str] = {}
+
+    def before_test(self, runner: Runner) -> None:
+        """Name the pictures."""
+        dataset = runner.test_dataloader.dataset
+        self.visualizer = DetLocalVisualizer()
+        paths = [dataset.get_data_info(i)["img_path"] for i in range(len(dataset))]
+        self.names = picture_names(paths)
+
+    def after_test_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Sequence[DetDataSample] | None = None,
+    ) -> None:
+        """Draw the images of a batch."""
+        metainfo = runner.test_dataloader.dataset.metainfo
+        for sample in outputs or ():
+            try:
+                image = mmcv.imfrombytes(get(sample.img_path), channel_order="rgb")
+                options = dict(pred_score_thr=self.score)
+                drawn = draw(self.visualizer, image, sample, metainfo, **options)
+                with written_whole(self.folder / self.names[sample.img_path][0]) as part:
+                    mmcv.imwrite(drawn[..., ::-1], str(part))
+            except Exception as error:  # decoders raise what they like
+                self.undrawn[sample.img_path] = first_line(error)
+
+    def after_test(self, runner: Runner) -> None:
+        """Say of how many images there is no picture."""
+        for path, reason in list(self.undrawn.items())[:1]:
+            print_log(
+                f"no picture of {len(self.undrawn)} images, such as {printable(path)}: "
+                f"{printable(reason)}",
+                logger="current",
+            )
