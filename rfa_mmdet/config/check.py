@@ -14,6 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import Registry
 
 from rfa_mmdet.config.plain import type_name
+from rfa_mmdet.data.check.find import leaves
 from rfa_mmdet.errors import ConfigError
 
 PACKAGE = "rfa_mmdet"
@@ -113,7 +114,7 @@ def check_run(cfg: Config, splits: tuple[str, ...]) -> list[str]:
 
     Raises:
         ConfigError: A data loader, loop or evaluator is missing; the default scope is; masks are
-            evaluated of a detector that finds boxes.
+            evaluated of a detector that finds boxes, or not loaded for a mask head.
 
     Example:
         >>> check_run(Config(dict(train_cfg=dict(max_epochs=1))), ("train",))
@@ -133,9 +134,11 @@ def check_run(cfg: Config, splits: tuple[str, ...]) -> list[str]:
             f"{_name(cfg)}has no default_scope, so that model.type={model!r} is not looked for in "
             "MMDetection; add default_scope = 'mmdet'"
         )
-    for split in splits:
-        if split != "train":
-            _check_masks(cfg, f"{split}_evaluator")
+    if finds_masks := _finds_masks(cfg):
+        _check_trained_masks(cfg, splits)
+    elif finds_masks is not None:
+        for split in splits:
+            _check_evaluated_masks(cfg, f"{split}_evaluator")
     old = _old_keys(cfg)
     return [f"{key}: is read by MMDetection 2.x alone; now it is {OLD_KEYS[key]}" for key in old]
 
@@ -170,27 +173,46 @@ def _check_version(cfg: Config) -> None:
         )
 
 
-def _check_masks(cfg: Config, key: str) -> None:
+def _finds_masks(cfg: Config) -> bool | None:
+    """Whether a detector has heads that find masks; None where it may do so in its own way."""
+    model = _unwrapped(cfg.model)
+    kind = _resolve(model.get("type"))
+    head = _unwrapped(model.get("roi_head") or model.get("bbox_head"))
+    if not isinstance(kind, type) or not isinstance(head, dict):
+        return None
+    if issubclass(kind, TwoStageDetector):
+        return any("mask" in part for part, own in head.items() if own is not None)
+    if issubclass(kind, (SingleStageDetector, DetectionTransformer)):
+        return any("mask" in name for name in dir(_resolve(head.get("type"))))
+    return None
+
+
+def _check_trained_masks(cfg: Config, splits: tuple[str, ...]) -> None:
+    """Raise if no masks are loaded for a mask head, which would fail in the first iteration."""
+    model = _unwrapped(cfg.model)
+    if "train" not in splits or not _unwrapped(model.get("roi_head") or {}).get("mask_head"):
+        return
+    for leaf in leaves(cfg, "train"):
+        for name, transform in leaf.transforms():
+            if name == "LoadAnnotations" and not transform.get("with_mask"):
+                raise ConfigError(
+                    f"{leaf.key}: its pipeline loads no masks, which model.roi_head.mask_head "
+                    "learns from; write dict(type='LoadAnnotations', with_bbox=True, "
+                    "with_mask=True), or model.roi_head.mask_head=None"
+                )
+
+
+def _check_evaluated_masks(cfg: Config, key: str) -> None:
     """Raise if masks are to be evaluated that the detector does not find.
 
     CocoMetric finds out when the first epoch is over.
     """
     model = _unwrapped(cfg.model)
-    kind = _resolve(model.get("type"))
-    head = _unwrapped(model.get("roi_head") or model.get("bbox_head"))
-    if not isinstance(kind, type) or not isinstance(head, dict):
-        return
-    if issubclass(kind, TwoStageDetector):
-        masks = any("mask" in part for part in head)
-    elif issubclass(kind, (SingleStageDetector, DetectionTransformer)):
-        masks = any("mask" in name for name in dir(_resolve(head.get("type"))))
-    else:
-        return  # It may find masks in its own way.
     metrics = cfg.get(key)
     for metric in metrics if isinstance(metrics, (list, tuple)) else [metrics]:
         wanted = metric.get("metric", ()) if isinstance(metric, dict) else ()
         wanted = [wanted] if isinstance(wanted, str) else wanted or ()
-        if not masks and "segm" in wanted:
+        if "segm" in wanted:
             raise ConfigError(
                 f"{key}.metric={metric['metric']!r}: evaluates masks, but model.type="
                 f"{type_name(model['type'])!r} has no head that finds them; take 'bbox', or a "

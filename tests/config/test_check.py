@@ -115,6 +115,21 @@ def test_what_a_runner_needs(changes, message):
 
 
 @pytest.mark.parametrize(
+    "base", [MASK_RCNN, "mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py"]
+)
+def test_masks_must_be_loaded_for_a_mask_head(base):
+    cfg = changed({"train_dataloader.dataset.pipeline.1.with_mask": False}, base)
+    with pytest.raises(
+        ConfigError, match=r"^train_dataloader.dataset: its pipeline loads no masks"
+    ):
+        check_run(cfg, ("train", "val"))
+    assert check_run(cfg, ("test",)) == []
+    without = {"model.roi_head.mask_head": None, "model.roi_head.mask_roi_extractor": None}
+    cfg.merge_from_dict({**without, "val_evaluator.metric": "bbox"})
+    assert check_run(cfg, ("train", "val")) == []
+
+
+@pytest.mark.parametrize(
     ("base", "changes"),
     [
         (MASK_RCNN, {}),
