@@ -30,7 +30,8 @@ def check_weights(content: Any) -> None:
     state = content
     if "state_dict" in content:
         state = require_dict(content["state_dict"], "its state_dict")
-        meta = require_dict(content.get("meta") or {}, "its meta")
+        meta = content.get("meta")
+        meta = {} if meta is None else require_dict(meta, "its meta")
         if meta.get("dataset_meta") is not None:
             require_names(meta["dataset_meta"], "its meta['dataset_meta']")
     require_names(state, "its state dict")

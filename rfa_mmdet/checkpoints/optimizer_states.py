@@ -85,19 +85,19 @@ def _check_step(
     kind = type(optimizer).__name__
     for key in group:
         if key in given and key != "params" and not alike(given[key], group[key]):
-            raise Damaged(f"{what} does not fit to the config's {kind}: {key!r} is {given[key]!r}")
+            raise Damaged(f"{what} does not fit the config's {kind}: {key!r} is {given[key]!r}")
     try:
         kept = _step(optimizer, given)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise Damaged(f"{what} does not fit to the config's {kind}: {reason}") from error
+        raise Damaged(f"{what} does not fit the config's {kind}: {reason}") from error
     if kept and not entries:
         raise Damaged(f"{what}.state is empty, and the config's {kind} keeps {', '.join(kept)}")
     for i in given["params"]:
         entry = require_dict(entries.get(i, {}), f"{what}.state[{i}]")
         for key, like in kept.items() if entry else ():
             if key not in entry:
-                raise Damaged(f"{what} does not fit to the config's {kind}: it has no {key}")
+                raise Damaged(f"{what} does not fit the config's {kind}: it has no {key}")
             value, shape = entry[key], shape_of(like)
             if shape == _TRIED:
                 shape = shape_of(of_id[i])

@@ -1,4 +1,4 @@
-"""What a Runner takes up of a checkpoint: what it needs to go on, where it fits to this run.
+"""What a Runner takes from a checkpoint: what it needs to continue, where it fits this run.
 
 MMEngine believes what a checkpoint says: it executes ``meta['config']``, copies all of
 ``message_hub`` over what the run knows of itself, replaces attributes of schedulers, and removes
@@ -34,7 +34,7 @@ _OWN_INFO = re.compile(
 
 
 def taken_up(content: dict, runner: Any, optimizer: bool = True, schedules: bool = True) -> dict:
-    """Return what a run takes up of a checkpoint.
+    """Return what a run takes from a checkpoint.
 
     Args:
         content (dict): Of the file.
@@ -46,7 +46,7 @@ def taken_up(content: dict, runner: Any, optimizer: bool = True, schedules: bool
         dict: With the same parts.
 
     Raises:
-        Damaged: A part is missing, or does not fit to this run.
+        Damaged: A part is missing, or does not fit this run.
     """
     here = isinstance(runner, Runner)  # and not FlexibleRunner, which may keep a part of the model
     if here:  # as resume does afterwards
@@ -58,7 +58,7 @@ def taken_up(content: dict, runner: Any, optimizer: bool = True, schedules: bool
     wanted += ["optimizer"] * optimizer + ["param_schedulers"] * (
         schedules and any(own_schedules.values())
     )
-    missing = [part for part in wanted if part not in content]
+    missing = [part for part in wanted if content.get(part) is None]
     if missing:
         raise Damaged(
             f"has no {' and no '.join(missing)}, so no run can be resumed from it; best_*.pth is "
@@ -84,7 +84,7 @@ def _check_progress(meta: dict, runner: Any) -> None:
     ):
         done = meta.get(key)
         if not isinstance(done, (int, np.integer)) or not 0 <= done < 2**62:
-            raise Damaged(f"its meta has {key}={done!r}, which is no number of what was done")
+            raise Damaged(f"its meta has {key}={done!r}; it must be a count")
         if most and done > most:
             raise Damaged(
                 f"was saved at {key} {done}, beyond the config's train_cfg.max_{key}s={most}"
@@ -129,7 +129,7 @@ def _check_model(content: dict, model: Any) -> None:
         if isinstance(value, Tensor) and key in given and shape_of(given[key]) != shape_of(value)
     ]
     if other:
-        raise Damaged(f"is of another model than the config: other shapes have {such_as(other)}")
+        raise Damaged(f"is of another model than the config: shapes differ of {such_as(other)}")
     averaged = content.get("ema_state_dict")
     if averaged is not None:
         names = require_names(averaged, "its ema_state_dict")
@@ -140,9 +140,7 @@ def _check_model(content: dict, model: Any) -> None:
         shapes = {"steps": (), **{f"module.{key}": shape_of(value) for key, value in given.items()}}
         odd = [k for k, v in averaged.items() if k in shapes and shape_of(v) != shapes[k]]
         if odd:
-            raise Damaged(
-                f"other shapes than its weights have in its ema_state_dict {such_as(odd)}"
-            )
+            raise Damaged(f"its ema_state_dict has other shapes than its weights: {such_as(odd)}")
 
 
 def _by_optimizer(found: Any) -> dict:
@@ -161,8 +159,8 @@ def _check_schedules(states: Any, own: dict[str | None, list]) -> None:
             raise Damaged(f"{what} is a {type(states).__name__}, not a list")
         if len(states) != len(schedulers):
             print_log(
-                f"{what} has {len(states)} schedules and the config {len(schedulers)}: they go on "
-                "one by one, in the config's order, as far as there are both",
+                f"{what} has {len(states)} schedules and the config {len(schedulers)}: "
+                "they resume pairwise, in the config's order",
                 logger="current",
                 level=30,
             )
@@ -172,6 +170,4 @@ def _check_schedules(states: Any, own: dict[str | None, list]) -> None:
             for key, value in require_dict(state, what).items():
                 fits = key in like and alike(value, like[key])
                 if not fits or (key == "param_name" and value != like[key]):
-                    raise Damaged(
-                        f"{what} does not fit to the config's {kind}: {key!r} is {value!r}"
-                    )
+                    raise Damaged(f"{what} does not fit the config's {kind}: {key!r} is {value!r}")

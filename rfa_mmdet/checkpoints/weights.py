@@ -12,7 +12,7 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import EpochBasedTrainLoop, Runner, find_latest_checkpoint
 from torch import Tensor, nn
 
 from rfa_mmdet.checkpoints.files import read_checkpoint
@@ -161,13 +161,21 @@ def _shape(value: Any) -> Any:
 
 def _tell_resumed(runner: Runner, checkpoint: dict, name: str) -> None:
     """Say that the config's optimizer and schedule have no effect."""
-    optimizer = checkpoint.get("optimizer")
-    if optimizer is None:
-        text = f"--resume: {name} has no state of the optimizer, which starts anew"
-        print_log(text, logger="current", level=logging.WARNING)
-        return
-    groups = (optimizer.get("param_groups"), runner.optim_wrapper.param_groups)
-    theirs, ours = (g[0].get("initial_lr", g[0].get("lr")) if g else None for g in groups)
+    unit = "epoch" if isinstance(runner.train_loop, EpochBasedTrainLoop) else "iter"
+    most = getattr(runner, f"max_{unit}s")
+    if checkpoint["meta"].get(unit) == most:
+        print_log(
+            f"--resume: {name} is of the last of train_cfg.max_{unit}s={most}: nothing is left to "
+            "train",
+            logger="current",
+            level=logging.WARNING,
+        )
+    groups = (checkpoint["optimizer"].get("param_groups"), runner.optim_wrapper.param_groups)
+    # Of several optimizers, no one rate is the run's.
+    theirs, ours = (
+        g[0].get("initial_lr", g[0].get("lr")) if g and isinstance(g, list) else None
+        for g in groups
+    )
     print_log(
         "--resume: optimizer and schedule are the checkpoint's, whatever the config says "
         f"(learning rate {theirs} there, {ours} here); to train its weights with others, leave out "

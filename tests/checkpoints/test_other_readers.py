@@ -59,7 +59,7 @@ def test_the_flexible_runner_resumes_as_safely(tmp_path):
     content["param_schedulers"][0]["_get_value"] = 3
     torch.save(content, path)
     runner = make_flexible_runner(tmp_path, "flexible3", 2, resume=True, load_from=path)
-    with pytest.raises(BrokenCheckpointError, match="does not fit to the config's LinearLR"):
+    with pytest.raises(BrokenCheckpointError, match="does not fit the config's LinearLR"):
         runner.train()
 
 
