@@ -1,4 +1,4 @@
-"""Names that strangers gave to files and classes, as they may stand in terminals, tables, pictures.
+"""Names of files and classes made safe for terminals, tables and pictures.
 
 A name can hold anything: line breaks, bytes that are no UTF-8, formulas of a spreadsheet, TeX.
 """

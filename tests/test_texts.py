@@ -1,4 +1,4 @@
-"""Names that strangers gave, in one line, in a spreadsheet, in a picture."""
+"""Names of any characters: in one line, in a spreadsheet, in a picture."""
 
 import csv
 import io

@@ -26,7 +26,7 @@ from rfa_mmdet.checkpoints.optimizer_states import check_optimizers
 from rfa_mmdet.checkpoints.unpickler import Damaged
 from rfa_mmdet.hooks.new_layers import FILLED
 
-# What every run says of itself; a stranger's config would go into this run's own checkpoints.
+# What every run says of itself; another run's config would get into this run's checkpoints.
 _OWN_INFO = re.compile(
     "cfg|experiment_name|mmengine_version|last_ckpt|dataset_meta|loop_stage|eta|epoch|iter"
     "|max_epochs|max_iters|(val|test)/.*"

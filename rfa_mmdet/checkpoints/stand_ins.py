@@ -22,8 +22,8 @@ from rfa_mmdet.ops.common.torch_versions import safe_globals
 
 # Numbers, strings of a fixed size, and objects; free of structure.
 _DTYPES = re.compile("b1|[iu][1248]|f[248]|c8|c16|O8|[US][1-9][0-9]{0,4}")
-# No run's data is as deep or large. MMEngine walks through it by recursion, and through a part that
-# stands in several places once for each.
+# No run's data is as deep or large. MMEngine walks through it recursively, and visits a shared
+# part once for every place that refers to it.
 _DEEPEST, _MOST = 100, 2**24
 _STATISTICS = ("min", "max", "current", "mean")
 _ANNEALING = ("_annealing_cos", "_annealing_linear")
@@ -120,7 +120,7 @@ def _scalar(dtype: Any, data: Any) -> np.generic:
 def _config_dict(items: Any) -> ConfigDict:
     require(type(items) is dict)
     made = ConfigDict()
-    dict.update(made, items)  # ConfigDict's own copies what stands in it
+    dict.update(made, items)  # ConfigDict's own update copies the values
     return made
 
 

@@ -1,7 +1,7 @@
-"""Which modules a layer may leave uncalled, as it computes what they would from their weights.
+"""Which modules a layer need not call, because it computes from their weights what they would.
 
-What tools do to a module would go unseen then: hooks, a weight that is made anew in every call,
-another module in its place. Modules that were touched are called.
+That would miss what tools have done to a module: hooks, a weight recomputed in every call, another
+module in its place. Modules that tools have touched are called.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""A Runner takes up of a checkpoint what it needs, and nothing else that MMEngine would believe."""
+"""A Runner takes from a checkpoint what it needs, and nothing else that MMEngine would trust."""
 
 import os
 import shutil

@@ -265,7 +265,7 @@ def _no_json(path: str, data: bytes, error: ValueError) -> str:
     if error.msg == "Extra data":
         rest = error.doc[error.pos :].lstrip()
         more = "another value (JSON lines?)" if rest[:1] in "{[" else f"{literal(rest[:20])}"
-        return f"{what} goes on after the end of its JSON with {more}, {where}"
+        return f"{what} has more after the end of its JSON: {more}, {where}"
     return f"{what} is cut off or not JSON: {error.msg} {where}; copy or export it again"
 
 
