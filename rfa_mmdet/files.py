@@ -63,10 +63,11 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
         ['a.txt']
     """
     path = Path(path)
-    # A short name: file systems take 255 bytes, which the file's own may use up.
-    own = hashlib.sha1(os.fsencode(path.name), usedforsecurity=False).hexdigest()[:16]
-    suffix = path.suffix if len(os.fsencode(path.suffix)) < 100 else ""
-    part = path.with_name(f".{own}.{os.getpid()}.part{suffix}")
+    name, suffix = path.stem, path.suffix
+    if len(os.fsencode(path.name)) > 200:  # of the 255 bytes that file systems take
+        name = hashlib.sha1(os.fsencode(path.name), usedforsecurity=False).hexdigest()
+        suffix = suffix if len(os.fsencode(suffix)) < 100 else ""
+    part = path.with_name(f".{name}.{os.getpid()}.part{suffix}")
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name the file to write")
     try:
