@@ -191,7 +191,7 @@ def _check_boxes(leaf: Leaf, dataset: XMLDataset, images: dict, found: Findings)
         # Box coders take the logarithm of the sides: NaN below zero, infinite at zero.
         found.errors.append(
             f"{text}. MMDetection's {type(dataset).__name__} keeps them, and the loss becomes NaN "
-            "or infinite. Mend the XML files, or take type='AnyImageXMLDataset', or add to the "
+            "or infinite. Fix the XML files, or take type='AnyImageXMLDataset', or add to the "
             f"training pipeline, after {'Resize' if outside else 'LoadAnnotations'}:  {FILTER}"
         )
     return learnt
