@@ -58,7 +58,9 @@ def _check_optimizer(state: Any, wrapper: OptimWrapper, what: str) -> None:
     of_id = dict(zip(ids, (p for g in optimizer.param_groups for p in g["params"]), strict=True))
     unknown = [key for key in entries if key not in of_id]
     if unknown:
-        raise Damaged(f"{what}.state has the key {unknown[0]!r}, and its param_groups have not")
+        raise Damaged(
+            f"{what}.state has the key {unknown[0]!r}, which is in none of its param_groups"
+        )
     for group, given in zip(optimizer.param_groups, groups, strict=True):
         _check_step(optimizer, group, given, entries, of_id, what)
     settings = state.get("base_param_settings")

@@ -118,7 +118,7 @@ def fetch(source: str) -> None:
     if file.is_file():
         if digits and not _sha256(file).startswith(digits):
             print(
-                f"warning: {source}: {file} is not torchvision's file, of which the SHA-256 begins "
+                f"warning: {source}: {file} is not torchvision's file, whose SHA-256 begins "
                 f"with {digits}; it is used as it is",
                 file=sys.stderr,
             )
@@ -131,8 +131,8 @@ def fetch(source: str) -> None:
     except (OSError, RuntimeError) as error:  # RuntimeError: another hash
         reason = getattr(error, "reason", None) or error
         raise UserError(
-            f"{source!r}: {url} cannot be downloaded ({reason}); fetch it elsewhere and put it at "
-            f"{file}, or name a file that is here"
+            f"{source!r}: {url} cannot be downloaded ({reason}); download it elsewhere and put it "
+            f"at {file}, or name a file that is here"
         ) from error
 
 

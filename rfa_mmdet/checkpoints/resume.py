@@ -129,7 +129,7 @@ def _check_model(content: dict, model: Any) -> None:
         if isinstance(value, Tensor) and key in given and shape_of(given[key]) != shape_of(value)
     ]
     if other:
-        raise Damaged(f"is of another model than the config: shapes differ of {such_as(other)}")
+        raise Damaged(f"is of another model than the config: these shapes differ: {such_as(other)}")
     averaged = content.get("ema_state_dict")
     if averaged is not None:
         names = require_names(averaged, "its ema_state_dict")

@@ -31,14 +31,16 @@ def keep_to_own_files(before_train: Callable) -> Callable:
         ids = info.get("keep_ckpt_ids", [])
         if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
             del info["keep_ckpt_ids"]
-            runner.logger.warning("the checkpoint's keep_ckpt_ids are no list of numbers: left out")
+            runner.logger.warning(
+                "the checkpoint's keep_ckpt_ids are not a list of numbers: ignored"
+            )
         paths = {key: info.pop(key) for key in list(info) if key.startswith("best_ckpt")}
         before_train(self, runner)
         for key, path in paths.items():
             score = key.replace("best_ckpt", "best_score", 1)
             if not is_number(info.get(score, 0.0)):
                 del info[score]
-                runner.logger.warning(f"the checkpoint's {shown(score)} is no number: left out")
+                runner.logger.warning(f"the checkpoint's {shown(score)} is not a number: ignored")
             name = re.split(r"[/\\]", path)[-1] if isinstance(path, str) else ""
             own = self.file_backend.join_path(self.out_dir, name)
             suffix = PurePath(self.filename_tmpl).suffix

@@ -165,7 +165,7 @@ def _tell_resumed(runner: Runner, checkpoint: dict, name: str) -> None:
     most = getattr(runner, f"max_{unit}s")
     if checkpoint["meta"].get(unit) == most:
         print_log(
-            f"--resume: {name} is of the last of train_cfg.max_{unit}s={most}: nothing is left to "
+            f"--resume: {name} has completed train_cfg.max_{unit}s={most}: nothing is left to "
             "train",
             logger="current",
             level=logging.WARNING,

@@ -1,4 +1,4 @@
-"""What a checkpoint holds is data for MMEngine, and nothing that it runs, believes or removes."""
+"""What a checkpoint holds is data for MMEngine, and nothing that it runs, trusts or removes."""
 
 from functools import cache, wraps
 

@@ -38,7 +38,7 @@ PATCHES = (
         "BaseInferencer._init_model; OneDL's _safe_torch_load",
         "torch 2.6 and later refuse MMEngine's training checkpoints, so --resume fails; older "
         "torch runs any code that a checkpoint contains. A resume executes the text in "
-        "meta['config'], takes over what does not fit to the run, and removes the file that the "
+        "meta['config'], takes over what does not fit the run, and removes the file that the "
         "checkpoint calls its best; an inferencer without a config executes the text in cfg. The "
         "tools read checkpoints by MMEngine's loader too, and so need the patch, or another safe "
         "load there",

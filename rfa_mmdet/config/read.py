@@ -100,7 +100,7 @@ def _find(path: str | os.PathLike) -> Path:
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         if places[0].exists():
-            what = "is a folder, not a config" if places[0].is_dir() else "is no regular file"
+            what = "is a folder, not a config" if places[0].is_dir() else "is not a regular file"
             raise ConfigError(f"config={str(path)!r}: {what}")
         beside = [
             p.name for place in places for p in place.parent.glob("*") if p.suffix in _SUFFIXES
@@ -127,7 +127,7 @@ def _reason(error: Exception, path: Path) -> str:
     calls = [f for f, _ in frames if f.f_code.co_name in ("_file2dict", "_parse_lazy_import")]
     files = list(dict.fromkeys(os.path.basename(f.f_locals["filename"]) for f in calls))
     if isinstance(error, RecursionError):
-        return f"its bases lead in a circle: {', '.join(files[:5])}"
+        return f"its bases form a cycle: {', '.join(files[:5])}"
     if isinstance(error, ImportError) and error.__cause__ is not None:
         cause: BaseException = error.__cause__  # without the whole sys.path, which MMEngine adds
         return f"custom_imports: {_one_line(cause.__context__ or cause)}"

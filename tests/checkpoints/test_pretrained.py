@@ -76,7 +76,7 @@ def test_a_file_in_the_cache_is_used_without_a_network(cache, monkeypatch, capsy
     name_weights(monkeypatch, f"{NOWHERE}/resnet50-00000000.pth")
     torch.save(dict(a=torch.ones(2)), cache / "resnet50-00000000.pth")
     assert read_checkpoint("torchvision://resnet50")["a"].tolist() == [1, 1]
-    assert "is not torchvision's file, of which the SHA-256 begins" in capsys.readouterr().err
+    assert "is not torchvision's file, whose SHA-256 begins" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("source", ["torchvision://resnet50", f"{NOWHERE}/resnet50-00000000.pth"])

@@ -286,7 +286,7 @@ WRONG = {
     "entry": (put("optimizer", "state", 0, value=[]), r"state\[0\] is a list, not a dict"),
     "keys": (
         lambda c: c["optimizer"].update(state={"0": c["optimizer"]["state"][0]}),
-        "optimizer.state has the key '0', and its param_groups have not",
+        "optimizer.state has the key '0', which is in none of its",
     ),
     "empty": (put("optimizer", "state", value={}), "state is empty, and the config's AdamW keeps"),
     "ids": (put(*GROUP, "params", value=[[], 1]), r"params=\[\[\], 1\], not a list of numbers"),

@@ -118,6 +118,4 @@ def test_resuming_says_that_the_config_does_not_set_the_learning_rate(tmp_path):
     assert "(learning rate 0.05 there, 0.5 here)" in line
     assert f"load_from={path}" in line
     (log,) = trained(tmp_path, "c", epochs=1, resume=True, load_from=str(path))
-    assert (
-        "epoch_1.pth is of the last of train_cfg.max_epochs=1: nothing is left" in log.read_text()
-    )
+    assert "epoch_1.pth has completed train_cfg.max_epochs=1: nothing is left" in log.read_text()

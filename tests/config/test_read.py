@@ -52,7 +52,7 @@ def test_what_no_run_reads_is_named(config):
         ("some.py", "a = 1\n\x00", "null byte|source code"),
         ("some.py", "_base_ = 'none.py'", r"none\.py"),
         ("some.py", "_base_ = 'wrong.py'", r"wrong\.py: line 1: NameError"),
-        ("some.py", "_base_ = 'some.py'", r"bases lead in a circle: some\.py"),
+        ("some.py", "_base_ = 'some.py'", r"bases form a cycle: some\.py"),
         (
             "some.py",
             "custom_imports = dict(imports=['no_such_module'])",

@@ -110,7 +110,7 @@ def check_given(leaf: Leaf) -> None:
     names = classes if isinstance(classes, (list, tuple)) else ()
     odd = [literal(name) for name in names if not isinstance(name, str) or not name]
     if odd:
-        raise DataError(f"{leaf.key}.metainfo.classes: {some(odd)} is no text; classes are names")
+        raise DataError(f"{leaf.key}.metainfo.classes: {some(odd)} is not text; classes are names")
     twice = [literal(name) for name, count in Counter(names).items() if count > 1]
     if twice:
         raise DataError(f"{leaf.key}.metainfo.classes has {some(twice)} more than once")
