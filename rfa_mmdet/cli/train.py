@@ -87,6 +87,11 @@ def check_last_checkpoint(work_dir: str) -> None:
 
 def apply_args(cfg: Config, args) -> None:
     """Lay train's own arguments over the config."""
+    if type_name(cfg.get("runner_type") or "Runner") != "Runner":
+        raise ConfigError(
+            f"runner_type={cfg.runner_type!r}: this tool trains with MMEngine's Runner; leave it "
+            "out, or use MMDetection's own tools/train.py"
+        )
     if args.amp:
         kind = type_name(cfg.optim_wrapper.get("type", "OptimWrapper"))
         if kind not in ("OptimWrapper", "AmpOptimWrapper"):

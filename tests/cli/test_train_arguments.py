@@ -57,3 +57,9 @@ def test_of_a_checkpoint_hook_of_somebody_else_nothing_is_known():
         hooks = dict(checkpoint=dict(type=kind))
         cfg = applied(dict(val_evaluator=evaluator, default_hooks=hooks))
         assert cfg.default_hooks.checkpoint.get("save_best") == expected
+
+
+def test_another_runner_is_not_ignored():
+    cfg = Config(dict(runner_type="FlexibleRunner"))
+    with pytest.raises(ConfigError, match=r"^runner_type='FlexibleRunner': this tool trains with"):
+        apply_args(cfg, Namespace(**ARGS))
