@@ -73,7 +73,11 @@ class Slices:
         bottom = (rows.stop - 1) * stride - padding + dilation * (kernel - 1) + 1
         height = self.x.shape[2]
         first, last = min(max(top, 0), height), min(max(bottom, 0), height)
-        return slice(first, last), min(max(-top, 0), bottom - top), max(bottom - max(height, top), 0)
+        return (
+            slice(first, last),
+            min(max(-top, 0), bottom - top),
+            max(bottom - max(height, top), 0),
+        )
 
     def _windows(self, images: slice, rows: slice) -> Tensor:
         band, above, below = self._band(rows)

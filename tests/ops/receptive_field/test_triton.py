@@ -94,7 +94,7 @@ LARGE = [  # more than one tile in each direction, which takes the interpreter t
 
 
 def compare_forward(case: Case) -> None:
-    from rfa_mmdet.ops.receptive_field.triton import launch as backend
+    from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
     inputs = case.make()
     order = ("x", "attention", "feature", "shift")
@@ -116,7 +116,7 @@ def compare_forward(case: Case) -> None:
 
 
 def compare_backward(case: Case, needs=(True,) * 4) -> list[Tensor | None]:
-    from rfa_mmdet.ops.receptive_field.triton import launch as backend
+    from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
     inputs = case.make()
     truth = exact(inputs)
@@ -177,7 +177,7 @@ def test_only_what_is_needed_is_computed(case, needed):
 )
 @pytest.mark.parametrize("rows", [2])
 def test_chunks_add_up(case, rows, monkeypatch):
-    from rfa_mmdet.ops.receptive_field.triton import launch as backend
+    from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
     whole = compare_backward(case)
     k, width = case.kernel[0] * case.kernel[1], out_size(case)[1]
@@ -189,7 +189,7 @@ def test_chunks_add_up(case, rows, monkeypatch):
 
 @runs
 def test_gradient_of_any_strides():
-    from rfa_mmdet.ops.receptive_field.triton import launch as backend
+    from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
     case = Case()
     inputs = case.make()
@@ -221,7 +221,7 @@ def test_gradient_of_any_strides():
 )
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_moments_are_those_of_the_windows(case, offset):
-    from rfa_mmdet.ops.receptive_field.triton import launch as backend
+    from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
     case = replace(case, padding=(0, 0)) if offset else case  # zeros would be the deviation
     x = case.make()["x"]
@@ -252,7 +252,7 @@ def test_moments_are_those_of_the_windows(case, offset):
     ids=names,
 )
 def test_gradient_through_the_moments_is_a_fold_of_windows(case):
-    from rfa_mmdet.ops.receptive_field.triton import launch as backend
+    from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
     x = case.make()["x"]
     c, k = case.channels, case.kernel[0] * case.kernel[1]
@@ -270,7 +270,7 @@ def test_gradient_through_the_moments_is_a_fold_of_windows(case):
 
 @runs
 def test_nan_and_infinity_come_through():
-    from rfa_mmdet.ops.receptive_field.triton import launch as backend
+    from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
     case = Case(batch=1, channels=1, outputs=1, size=(7, 7), bias=False)
     for value in (torch.nan, torch.inf):
@@ -287,7 +287,7 @@ def test_nan_and_infinity_come_through():
 
 @runs
 def test_what_it_does_not_take_is_named():
-    from rfa_mmdet.ops.receptive_field.triton import launch as backend
+    from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
     x = torch.ones(1, 1, 3, 3, dtype=torch.float64, device=DEVICE)
     with pytest.raises(TypeError, match=r"x is torch\.float64: .* float32, float16 and bfloat16"):
@@ -308,9 +308,9 @@ def test_many_tiles_on_a_gpu(case, channels_last, dtype):
 
 @functools.cache
 def register_in_the_place_of_the_cpus() -> None:
-    from rfa_mmdet.ops.receptive_field.triton import launch
+    from rfa_mmdet.ops.receptive_field.triton import operators
 
-    launch.register("CPU")
+    operators.register("CPU")
 
 
 @runs
