@@ -12,8 +12,8 @@ x BLOCK_C channels, and columns in NCHW, where BLOCK_C is 1.
 The language is that of Triton 2.1, which torch 2.1 brings: no tuples, and no matrix products, which
 each version and each GPU treats in its own way. cuBLAS has them.
 
-What unroll.py puts in: KH, KW, K = KH * KW, PAIRS = K * (K + 1) // 2, and NEW, the rows of a window
-that a step down loads.
+What unroll.py puts in: KH, KW, K = KH * KW, PAIRS = K * (K + 1) // 2, NEW, the rows of a window
+that a step down loads, and the numbers of launch.py.
 """
 
 # What unroll.py puts in is undefined here, and its arrays have no types.
@@ -24,8 +24,6 @@ import triton
 import triton.language as tl
 
 from rfa_mmdet.ops.receptive_field.triton.unroll import unroll as unroll
-
-SAMPLES = 8  # of a channel's values, whose mean is taken off all against cancellation
 
 
 @triton.jit
@@ -55,6 +53,11 @@ def _load(x, offset, mask, row, H, x_row):
     """A row of the map, zero beside it."""
     mask = mask & (row >= 0) & (row < H)
     return tl.load(x + (offset + row * x_row), mask=mask, other=0.0)
+
+
+@triton.jit
+def _gate(at, mask):
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -152,6 +155,8 @@ def features_kernel(
     x,  # (B, C, H, W)
     table,  # (C, K * (K + 2)) or, in channels_last, its transpose: attention, shift, kernels
     units,  # out
+    first,  # gates: of channels (B, C) or rows (B, C, KH, h)
+    second,  # of positions (B, K, h, w) or columns (B, C, KW, w)
     images,  # of the chunk
     first_image,
     first_row,
@@ -160,6 +165,7 @@ def features_kernel(
     C,
     H,
     W,
+    h,
     w,
     stride_h,
     stride_w,
@@ -169,13 +175,17 @@ def features_kernel(
     dilation_w,
     steps,
     CHANNELS_LAST: tl.constexpr,
-    ATTEND: tl.constexpr,
+    GATES: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Features act(kernels @ window + shift), weighed by softmax(attention * mean of window)."""
+    """Features act(kernels @ window + shift), weighed by what GATES says.
+
+    By ATTENTION, softmax(attention * mean of window), or two gates; or BARE.
+    """
     near, tap, coming, score, bias, weight, power = [], [], [], [], [], [], []
+    gate, of_column = [], []
     image, column, left, c, real = _columns(images, C, w, stride_w, pad_w, BLOCK_Q, BLOCK_C)
     x_column = C if CHANNELS_LAST else 1
     x_channel = 1 if CHANNELS_LAST else H * W
@@ -188,11 +198,11 @@ def features_kernel(
         for j in unroll(K):
             at = table + (of_channel + (2 * K + i * K + j) * next_row)[None, :]
             weight[i * K + j] = tl.load(at, mask=(c < C)[None, :], other=0.0)
-    if ATTEND:
+    if GATES == ATTENTION:
         for i in unroll(K):
             at = table + (of_channel + i * next_row)[None, :]
             # Of the taps' sum, to the base 2.
-            score[i] = tl.load(at, mask=(c < C)[None, :], other=0.0) * (1.4426950408889634 / K)
+            score[i] = tl.load(at, mask=(c < C)[None, :], other=0.0) * (LOG2_E / K)
         highest = score[0]
         lowest = score[0]
         for i in unroll(K):
@@ -204,6 +214,17 @@ def features_kernel(
         seen = (left >= -j * dilation_w) & (left < W - j * dilation_w)
         near[j] = seen[:, None] & real
     start = tl.program_id(2) * steps
+    number = first_image + image
+    at_row = first_row + start
+    # Where a gate of this row is, of a position or of rows.
+    cell = ((number * (K * h) + at_row) * w + column)[:, None] + (c * 0)[None, :]
+    in_rows = (number * (C * KH * h))[:, None] + (c * (KH * h))[None, :] + at_row
+    if GATES == CHANNELS:
+        gate_of_channel = _gate(first + ((number * C)[:, None] + c[None, :]), real)
+    if GATES == ROWS:
+        at = (number * (C * KW * w) + column)[:, None] + (c * (KW * w))[None, :]
+        for j in unroll(KW):
+            of_column[j] = _gate(second + (at + j * w), real)
     unit = _unit(image, column, start, rows, w, c, C, pitch, K, CHANNELS_LAST)
     next_unit = C if CHANNELS_LAST else pitch
     down = w * (K * C) if CHANNELS_LAST else w
@@ -229,7 +250,7 @@ def features_kernel(
                 at = offset + j * dilation_w * x_column
                 row = top + (KH - NEW + i) * dilation_h
                 coming[i * KW + j] = _load(x, at, near[j], row, H, x_row)
-        if ATTEND:
+        if GATES == ATTENTION:
             total = tap[0]
             for n in unroll(K - 1):
                 total += tap[n + 1]
@@ -239,16 +260,28 @@ def features_kernel(
                 power[i] = tl.math.exp2(total * score[i] - largest)
                 powers += power[i]
             inverse = 1.0 / powers
+            for i in unroll(K):
+                gate[i] = power[i] * inverse
+        if GATES == CHANNELS:
+            for i in unroll(K):
+                gate[i] = gate_of_channel * _gate(second + cell + i * (h * w), real)
+        if GATES == ROWS:
+            for i in unroll(KH):
+                of_row = _gate(first + in_rows + i * h, real)
+                for j in unroll(KW):
+                    gate[i * KW + j] = of_row * of_column[j]
         for i in unroll(K):
             z = bias[i] + weight[i * K] * tap[0]
             for n in unroll(K - 1):
                 z += weight[i * K + n + 1] * tap[n + 1]
             u = z
-            if ATTEND:
-                u = z * (power[i] * inverse)
+            if GATES != BARE:
+                u = z * gate[i]
             if RELU:
                 u = tl.where(z <= 0, 0.0, u)  # lets NaN through, as torch's does
-            tl.store(units + unit + i * next_unit, u.to(units.dtype.element_ty), mask=real)
+            tl.store(units + (unit + i * next_unit), u.to(units.dtype.element_ty), mask=real)
+        cell += w
+        in_rows += 1
         unit += down
         line += 1
 
@@ -258,7 +291,10 @@ def gradient_kernel(
     table,  # as of features_kernel
     units,  # in: gradient of the weighed features; out: these
     slopes,  # out, as units: gradient of what the activation takes
-    means,  # out, one a channel and position: that of each tap through the attention
+    others,  # out: ATTENTION: gradient of each tap through it, one a channel and position; else,
+    # as units: gradient of the product of both gates
+    first,  # gates, as of features_kernel
+    second,
     sums,  # (parts, K * (K + 2), C): the first 2 * K, gradients of the table, are written
     add,  # whether to add to them what is there
     images,
@@ -269,6 +305,7 @@ def gradient_kernel(
     C,
     H,
     W,
+    h,
     w,
     stride_h,
     stride_w,
@@ -278,13 +315,14 @@ def gradient_kernel(
     dilation_w,
     steps,
     CHANNELS_LAST: tl.constexpr,
+    GATES: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradients up to the activation and the attention, of features that are weighed by it."""
+    """Gradients up to the activation, and up to the attention or the gates."""
     near, tap, coming, score, bias, weight, power = [], [], [], [], [], [], []
-    product, share, of_score, of_bias = [], [], [], []
+    product, gate, of_column, of_score, of_bias = [], [], [], [], []
     image, column, left, c, real = _columns(images, C, w, stride_w, pad_w, BLOCK_Q, BLOCK_C)
     x_column = C if CHANNELS_LAST else 1
     x_channel = 1 if CHANNELS_LAST else H * W
@@ -292,26 +330,39 @@ def gradient_kernel(
     of_channel = c if CHANNELS_LAST else c * (K * (K + 2))
     next_row = C if CHANNELS_LAST else 1
     for i in unroll(K):
-        at = table + (of_channel + i * next_row)[None, :]
-        score[i] = tl.load(at, mask=(c < C)[None, :], other=0.0) * (1.4426950408889634 / K)
         at = table + (of_channel + (K + i) * next_row)[None, :]
         bias[i] = tl.load(at, mask=(c < C)[None, :], other=0.0)
         for j in unroll(K):
             at = table + (of_channel + (2 * K + i * K + j) * next_row)[None, :]
             weight[i * K + j] = tl.load(at, mask=(c < C)[None, :], other=0.0)
-        of_score[i] = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
         of_bias[i] = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
-    highest = score[0]
-    lowest = score[0]
-    for i in unroll(K):
-        highest = tl.maximum(highest, score[i])
-        lowest = tl.minimum(lowest, score[i])
+    if GATES == ATTENTION:
+        for i in unroll(K):
+            at = table + (of_channel + i * next_row)[None, :]
+            score[i] = tl.load(at, mask=(c < C)[None, :], other=0.0) * (LOG2_E / K)
+            of_score[i] = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+        highest = score[0]
+        lowest = score[0]
+        for i in unroll(K):
+            highest = tl.maximum(highest, score[i])
+            lowest = tl.minimum(lowest, score[i])
     offset = ((first_image + image) * (C * H * W) + left * x_column)[:, None]
     offset = offset + (c * x_channel)[None, :]
     for j in unroll(KW):
         seen = (left >= -j * dilation_w) & (left < W - j * dilation_w)
         near[j] = seen[:, None] & real
     start = tl.program_id(2) * steps
+    number = first_image + image
+    at_row = first_row + start
+    # Where a gate of this row is, of a position or of rows.
+    cell = ((number * (K * h) + at_row) * w + column)[:, None] + (c * 0)[None, :]
+    in_rows = (number * (C * KH * h))[:, None] + (c * (KH * h))[None, :] + at_row
+    if GATES == CHANNELS:
+        gate_of_channel = _gate(first + ((number * C)[:, None] + c[None, :]), real)
+    if GATES == ROWS:
+        at = (number * (C * KW * w) + column)[:, None] + (c * (KW * w))[None, :]
+        for j in unroll(KW):
+            of_column[j] = _gate(second + (at + j * w), real)
     unit = _unit(image, column, start, rows, w, c, C, pitch, K, CHANNELS_LAST)
     next_unit = C if CHANNELS_LAST else pitch
     down = w * (K * C) if CHANNELS_LAST else w
@@ -339,50 +390,70 @@ def gradient_kernel(
                 at = offset + j * dilation_w * x_column
                 row = top + (KH - NEW + i) * dilation_h
                 coming[i * KW + j] = _load(x, at, near[j], row, H, x_row)
-        total = tap[0]
-        for n in unroll(K - 1):
-            total += tap[n + 1]
-        largest = tl.where(total < 0, lowest, highest) * total
-        powers = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
-        for i in unroll(K):
-            power[i] = tl.math.exp2(total * score[i] - largest)
-            powers += power[i]
-        inverse = 1.0 / powers
+        if GATES == ATTENTION:
+            total = tap[0]
+            for n in unroll(K - 1):
+                total += tap[n + 1]
+            largest = tl.where(total < 0, lowest, highest) * total
+            powers = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+            for i in unroll(K):
+                power[i] = tl.math.exp2(total * score[i] - largest)
+                powers += power[i]
+            inverse = 1.0 / powers
+            for i in unroll(K):
+                gate[i] = power[i] * inverse
+        if GATES == CHANNELS:
+            for i in unroll(K):
+                gate[i] = gate_of_channel * _gate(second + cell + i * (h * w), real)
+        if GATES == ROWS:
+            for i in unroll(KH):
+                of_row = _gate(first + in_rows + i * h, real)
+                for j in unroll(KW):
+                    gate[i * KW + j] = of_row * of_column[j]
         weighed = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
         for i in unroll(K):
             z = bias[i] + weight[i * K] * tap[0]
             for n in unroll(K - 1):
                 z += weight[i * K + n + 1] * tap[n + 1]
-            share[i] = power[i] * inverse
-            passed = share[i]
+            passed = gate[i]
             if RELU:
                 passed = tl.where(z <= 0, 0.0, passed)
             to = unit + i * next_unit
             grad = tl.load(units + to, mask=real, other=0.0).to(tl.float32)
             u = z * passed
-            product[i] = grad * u
-            weighed += product[i]
             slope = grad * passed
             of_bias[i] += slope
             tl.store(units + to, u.to(units.dtype.element_ty), mask=real)
             tl.store(slopes + to, slope.to(slopes.dtype.element_ty), mask=real)
-        level = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
-        for i in unroll(K):
-            of_logit = product[i] - share[i] * weighed
-            of_score[i] += of_logit * total
-            level += of_logit * score[i]
-        # score is log2(e) / K times the attention.
-        level = level * 0.6931471805599453
-        tl.store(means + of_mean, level.to(means.dtype.element_ty), mask=real)
+            if GATES == ATTENTION:
+                product[i] = grad * u
+                weighed += product[i]
+            else:
+                of_gate = grad * z
+                if RELU:
+                    of_gate = tl.where(z <= 0, 0.0, of_gate)
+                tl.store(others + to, of_gate.to(others.dtype.element_ty), mask=real)
+        if GATES == ATTENTION:
+            level = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+            for i in unroll(K):
+                of_logit = product[i] - gate[i] * weighed
+                of_score[i] += of_logit * total
+                level += of_logit * score[i]
+            level = level * (1 / LOG2_E)  # score is log2(e) / K times the attention
+            tl.store(others + of_mean, level.to(others.dtype.element_ty), mask=real)
+        cell += w
+        in_rows += 1
         unit += down
         of_mean += down_mean
         line += 1
     part = tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
     to = sums + part * (K * (K + 2) * C) + c
+    known = (c < C) & (add != 0)
     for i in unroll(K):
-        before = tl.load(to + i * C, mask=(c < C) & (add != 0), other=0.0)
-        tl.store(to + i * C, before + tl.sum(of_score[i], 0) * (1 / K), mask=c < C)
-        before = tl.load(to + (K + i) * C, mask=(c < C) & (add != 0), other=0.0)
+        if GATES == ATTENTION:
+            before = tl.load(to + i * C, mask=known, other=0.0)
+            tl.store(to + i * C, before + tl.sum(of_score[i], 0) * (1 / K), mask=c < C)
+        before = tl.load(to + (K + i) * C, mask=known, other=0.0)
         tl.store(to + (K + i) * C, before + tl.sum(of_bias[i], 0), mask=c < C)
 
 
@@ -390,8 +461,8 @@ def products_kernel(
     x,  # (B, C, H, W)
     table,  # as of features_kernel
     slopes,  # in: gradient of what the activation takes; out: of the taps
-    features,  # ATTEND: of gradient_kernel's ``means``; else features, where ``slopes`` are theirs
-    sums,  # (parts, K * (K + 2), C): the last K * K are written, and without ATTEND K before them
+    others,  # ATTENTION: of gradient_kernel; BARE: features, and ``slopes`` are their gradient
+    sums,  # (parts, K * (K + 2), C): the last K * K are written, and K before them if BARE
     add,
     images,
     first_image,
@@ -401,6 +472,7 @@ def products_kernel(
     C,
     H,
     W,
+    h,
     w,
     stride_h,
     stride_w,
@@ -410,7 +482,7 @@ def products_kernel(
     dilation_w,
     steps,
     CHANNELS_LAST: tl.constexpr,
-    ATTEND: tl.constexpr,
+    GATES: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -463,15 +535,15 @@ def products_kernel(
                 row = top + (KH - NEW + i) * dilation_h
                 coming[i * KW + j] = _load(x, at, near[j], row, H, x_row)
         level = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
-        if ATTEND:
-            level += tl.load(features + of_mean, mask=real, other=0.0).to(tl.float32)
+        if GATES == ATTENTION:
+            level += tl.load(others + of_mean, mask=real, other=0.0).to(tl.float32)
         for j in unroll(K):
             of_tap[j] = level
         for i in unroll(K):
             slope = tl.load(slopes + (unit + i * next_unit), mask=real, other=0.0).to(tl.float32)
-            if not ATTEND:
+            if GATES == BARE:
                 if RELU:
-                    f = tl.load(features + (unit + i * next_unit), mask=real, other=0.0)
+                    f = tl.load(others + (unit + i * next_unit), mask=real, other=0.0)
                     slope = tl.where(f > 0, slope, 0.0)
                 of_bias[i] += slope
             for j in unroll(K):
@@ -486,7 +558,7 @@ def products_kernel(
     part = tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
     to = sums + part * (K * (K + 2) * C) + c
     known = (c < C) & (add != 0)
-    if not ATTEND:
+    if GATES == BARE:
         for i in unroll(K):
             before = tl.load(to + (K + i) * C, mask=known, other=0.0)
             tl.store(to + (K + i) * C, before + tl.sum(of_bias[i], 0), mask=c < C)

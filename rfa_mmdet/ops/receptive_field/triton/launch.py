@@ -56,7 +56,7 @@ def kernel(name: str, kernel_size: tuple[int, int], new: int) -> Any:
         NEW=new,
         HIGH=2 * high - 1,
         WIDE=2 * wide - 1,
-        SAMPLES=8,
+        **NUMBERS,
     )
     names = inspect.signature(function).parameters
     # Compiled once for all values of its numbers.
@@ -64,12 +64,23 @@ def kernel(name: str, kernel_size: tuple[int, int], new: int) -> Any:
     return triton.jit(function, do_not_specialize=numbers)
 
 
+# What weighs the features: nothing, the attention of RFAConv, or two gates, which are of channels
+# and positions, or of rows and columns.
+BARE, ATTENTION, CHANNELS, ROWS = range(4)
+NUMBERS = dict(
+    BARE=BARE,
+    ATTENTION=ATTENTION,
+    CHANNELS=CHANNELS,
+    ROWS=ROWS,
+    SAMPLES=8,  # of a channel's values, whose mean is taken off against cancellation
+    LOG2_E=1.4426950408889634,
+)
 CONSTANTS = (
-    *("CHANNELS_LAST", "ATTEND", "RELU", "ADD", "STRIDE_H", "STRIDE_W"),
+    *("CHANNELS_LAST", "GATES", "RELU", "ADD", "STRIDE_H", "STRIDE_W"),
     *("BLOCK_Q", "BLOCK_C", "BLOCK_P"),
 )
 POINTERS = (
-    *("x", "table", "units", "slopes", "means", "features", "taps", "given", "grad_x"),
+    *("x", "table", "units", "slopes", "others", "first", "second", "taps", "given", "grad_x"),
     *("sums", "shifts", "mean", "covariance", "attention", "shift", "feature"),
 )
 
@@ -92,18 +103,20 @@ class Maps(NamedTuple):
     @property
     def new(self) -> int:
         """Rows of a window that are not in the one above."""
-        step, apart = self.window.stride[0], self.window.dilation[0]
-        return (
-            min(step // apart, self.window.kernel_size[0])
-            if step % apart == 0
-            else (self.window.kernel_size[0])
-        )
+        (high, _), (step, _), _, (apart, _) = self.window
+        return min(step // apart, high) if step % apart == 0 else high
 
     def numbers(self) -> tuple[int, ...]:
-        """Return C, H, W, w, then strides, padding and dilation, as the kernels take them."""
+        """Return C, H, W, h, w, then strides, padding and dilation, as the kernels take them."""
         window = self.window
         pairs = (*window.stride, *window.padding, *window.dilation)
-        return (*self.x.shape[1:], self.size[1], *pairs)
+        return (*self.x.shape[1:], *self.size, *pairs)
+
+    def new_map(self, channels: int, size: tuple[int, int]) -> Tensor:
+        """Return new memory for a map, in the type and memory format of x."""
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        shape = (self.x.shape[0], channels, *size)
+        return torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=layout)
 
     def tile(self, columns: int) -> dict[str, int]:
         """Return BLOCK_Q and BLOCK_C: a warp's lanes along channels, or along columns in NCHW."""
@@ -199,21 +212,40 @@ def moments(maps: Maps) -> tuple[Tensor, Tensor]:
     return mean, covariance
 
 
-def features(maps: Maps, table: Tensor, attend: bool, relu: bool, units: Tensor, c: Chunk) -> None:
+class Gates(NamedTuple):
+    """What the features are weighed by.
+
+    Attributes:
+        kind (int): BARE, ATTENTION, CHANNELS or ROWS.
+        first, second (Tensor | None): The gates: (B, C) and (B, K, h, w), or (B, C, kh, h) and
+            (B, C, kw, w).
+    """
+
+    kind: int
+    first: Tensor | None = None
+    second: Tensor | None = None
+
+    def pointers(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both, or anything in their place."""
+        if self.first is None or self.second is None:
+            return x, x
+        return self.first, self.second
+
+
+def features(
+    maps: Maps, table: Tensor, gates: Gates, relu: bool, units: Tensor, chunk: Chunk
+) -> None:
     """Launch the kernel of a chunk's features."""
-    tile, grid, steps = maps.of_chunk(c, RESIDENT + 1)
+    tile, grid, steps = maps.of_chunk(chunk, RESIDENT + 1)
     launch(
         kernel("features_kernel", maps.window.kernel_size, maps.new),
         grid,
         maps.x,
-        (maps.x, table, units, *c.numbers(), *maps.numbers(), steps),
-        dict(
-            CHANNELS_LAST=maps.channels_last,
-            ATTEND=attend,
-            RELU=relu,
-            num_stages=1,
-            **tile,
+        (
+            *(maps.x, table, units, *gates.pointers(maps.x)),
+            *(*chunk.numbers(), *maps.numbers(), steps),
         ),
+        dict(CHANNELS_LAST=maps.channels_last, GATES=gates.kind, RELU=relu, num_stages=1, **tile),
     )
 
 
@@ -226,56 +258,51 @@ def parts(maps: Maps, c: Chunk) -> int:
 def gradient(
     maps: Maps,
     table: Tensor,
+    gates: Gates,
     relu: bool,
     units: Tensor,
     slopes: Tensor,
-    means: Tensor,
+    others: Tensor,
     sums: Tensor,
     add: bool,
-    c: Chunk,
+    chunk: Chunk,
 ) -> None:
-    """Launch the kernel of the gradients up to activation and attention."""
-    tile, grid, steps = maps.of_chunk(c)
+    """Launch the kernel of the gradients up to the activation, and the attention or the gates."""
+    tile, grid, steps = maps.of_chunk(chunk)
     launch(
         kernel("gradient_kernel", maps.window.kernel_size, maps.new),
         grid,
         maps.x,
         (
-            *(maps.x, table, units, slopes, means, sums, int(add)),
-            *(*c.numbers(), *maps.numbers(), steps),
+            *(maps.x, table, units, slopes, others, *gates.pointers(maps.x), sums, int(add)),
+            *(*chunk.numbers(), *maps.numbers(), steps),
         ),
-        dict(CHANNELS_LAST=maps.channels_last, RELU=relu, num_stages=1, **tile),
+        dict(CHANNELS_LAST=maps.channels_last, GATES=gates.kind, RELU=relu, num_stages=1, **tile),
     )
 
 
 def products(
     maps: Maps,
     table: Tensor,
-    attend: bool,
+    kind: int,
     relu: bool,
     slopes: Tensor,
-    features: Tensor,
+    others: Tensor,
     sums: Tensor,
     add: bool,
-    c: Chunk,
+    chunk: Chunk,
 ) -> None:
     """Launch the kernel of the gradients of kernels and taps."""
-    tile, grid, steps = maps.of_chunk(c)
+    tile, grid, steps = maps.of_chunk(chunk)
     launch(
         kernel("products_kernel", maps.window.kernel_size, maps.new),
         grid,
         maps.x,
         (
-            *(maps.x, table, slopes, features, sums, int(add)),
-            *(*c.numbers(), *maps.numbers(), steps),
+            *(maps.x, table, slopes, others, sums, int(add)),
+            *(*chunk.numbers(), *maps.numbers(), steps),
         ),
-        dict(
-            CHANNELS_LAST=maps.channels_last,
-            ATTEND=attend,
-            RELU=relu,
-            num_stages=1,
-            **tile,
-        ),
+        dict(CHANNELS_LAST=maps.channels_last, GATES=kind, RELU=relu, num_stages=1, **tile),
     )
 
 

@@ -22,7 +22,7 @@ def unroll(count: int) -> range:
     raise TypeError("unroll() is for the source of kernels; see unrolled()")
 
 
-def unrolled(function: Callable[..., Any], **constants: int) -> Callable[..., Any]:
+def unrolled(function: Callable[..., Any], **constants: float) -> Callable[..., Any]:
     """Write a function out.
 
     Loops over ``unroll(n)`` become n copies of their body, and elements of lists become variables
@@ -30,7 +30,7 @@ def unrolled(function: Callable[..., Any], **constants: int) -> Callable[..., An
 
     Args:
         function (Callable): With source.
-        constants (int): What names of its source stand for.
+        constants (float): What names of its source stand for.
 
     Returns:
         Callable: The function, with source, of the same name and globals.
@@ -67,7 +67,7 @@ def unrolled(function: Callable[..., Any], **constants: int) -> Callable[..., An
 class _Unroll(ast.NodeTransformer):
     """Write out statements, given what names stand for."""
 
-    def __init__(self, constants: dict[str, int]) -> None:
+    def __init__(self, constants: dict[str, float]) -> None:
         self.constants = constants
 
     def block(self, statements: list[ast.stmt]) -> list[ast.stmt]:
