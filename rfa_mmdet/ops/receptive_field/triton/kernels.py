@@ -56,8 +56,8 @@ def _load(x, offset, mask, row, H, x_row):
 
 
 @triton.jit
-def _gate(at, mask):
-    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+def _gate(gate, offset, mask):
+    return tl.load(gate + offset, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -216,15 +216,19 @@ def features_kernel(
     start = tl.program_id(2) * steps
     number = first_image + image
     at_row = first_row + start
-    # Where a gate of this row is, of a position or of rows.
-    cell = ((number * (K * h) + at_row) * w + column)[:, None] + (c * 0)[None, :]
-    in_rows = (number * (C * KH * h))[:, None] + (c * (KH * h))[None, :] + at_row
+    # Where a gate of this row is, of a position or of rows. That their lanes go along the channels,
+    # as in all else, is said: none has two elements, so that nothing is read at once for it.
+    cell = ((number * (K * h) + at_row) * w + column)[:, None] + (c // C)[None, :]  # + 0
+    cell = tl.max_contiguous(cell, [1, BLOCK_C])
+    in_rows = (number * (C * KH * h) + at_row)[:, None] + (c * (KH * h))[None, :]
+    in_rows = tl.max_contiguous(in_rows, [1, BLOCK_C])
     if GATES == CHANNELS:
-        gate_of_channel = _gate(first + ((number * C)[:, None] + c[None, :]), real)
+        gate_of_channel = _gate(first, (number * C)[:, None] + c[None, :], real)
     if GATES == ROWS:
         at = (number * (C * KW * w) + column)[:, None] + (c * (KW * w))[None, :]
+        at = tl.max_contiguous(at, [1, BLOCK_C])
         for j in unroll(KW):
-            of_column[j] = _gate(second + (at + j * w), real)
+            of_column[j] = _gate(second, at + j * w, real)
     unit = _unit(image, column, start, rows, w, c, C, pitch, K, CHANNELS_LAST)
     next_unit = C if CHANNELS_LAST else pitch
     down = w * (K * C) if CHANNELS_LAST else w
@@ -264,10 +268,10 @@ def features_kernel(
                 gate[i] = power[i] * inverse
         if GATES == CHANNELS:
             for i in unroll(K):
-                gate[i] = gate_of_channel * _gate(second + cell + i * (h * w), real)
+                gate[i] = gate_of_channel * _gate(second, cell + ((line - start) * w + i * (h * w)), real)
         if GATES == ROWS:
             for i in unroll(KH):
-                of_row = _gate(first + in_rows + i * h, real)
+                of_row = _gate(first, in_rows + (line - start + i * h), real)
                 for j in unroll(KW):
                     gate[i * KW + j] = of_row * of_column[j]
         for i in unroll(K):
@@ -280,8 +284,6 @@ def features_kernel(
             if RELU:
                 u = tl.where(z <= 0, 0.0, u)  # lets NaN through, as torch's does
             tl.store(units + (unit + i * next_unit), u.to(units.dtype.element_ty), mask=real)
-        cell += w
-        in_rows += 1
         unit += down
         line += 1
 
@@ -354,15 +356,19 @@ def gradient_kernel(
     start = tl.program_id(2) * steps
     number = first_image + image
     at_row = first_row + start
-    # Where a gate of this row is, of a position or of rows.
-    cell = ((number * (K * h) + at_row) * w + column)[:, None] + (c * 0)[None, :]
-    in_rows = (number * (C * KH * h))[:, None] + (c * (KH * h))[None, :] + at_row
+    # Where a gate of this row is, of a position or of rows. That their lanes go along the channels,
+    # as in all else, is said: none has two elements, so that nothing is read at once for it.
+    cell = ((number * (K * h) + at_row) * w + column)[:, None] + (c // C)[None, :]  # + 0
+    cell = tl.max_contiguous(cell, [1, BLOCK_C])
+    in_rows = (number * (C * KH * h) + at_row)[:, None] + (c * (KH * h))[None, :]
+    in_rows = tl.max_contiguous(in_rows, [1, BLOCK_C])
     if GATES == CHANNELS:
-        gate_of_channel = _gate(first + ((number * C)[:, None] + c[None, :]), real)
+        gate_of_channel = _gate(first, (number * C)[:, None] + c[None, :], real)
     if GATES == ROWS:
         at = (number * (C * KW * w) + column)[:, None] + (c * (KW * w))[None, :]
+        at = tl.max_contiguous(at, [1, BLOCK_C])
         for j in unroll(KW):
-            of_column[j] = _gate(second + (at + j * w), real)
+            of_column[j] = _gate(second, at + j * w, real)
     unit = _unit(image, column, start, rows, w, c, C, pitch, K, CHANNELS_LAST)
     next_unit = C if CHANNELS_LAST else pitch
     down = w * (K * C) if CHANNELS_LAST else w
@@ -404,10 +410,10 @@ def gradient_kernel(
                 gate[i] = power[i] * inverse
         if GATES == CHANNELS:
             for i in unroll(K):
-                gate[i] = gate_of_channel * _gate(second + cell + i * (h * w), real)
+                gate[i] = gate_of_channel * _gate(second, cell + ((line - start) * w + i * (h * w)), real)
         if GATES == ROWS:
             for i in unroll(KH):
-                of_row = _gate(first + in_rows + i * h, real)
+                of_row = _gate(first, in_rows + (line - start + i * h), real)
                 for j in unroll(KW):
                     gate[i * KW + j] = of_row * of_column[j]
         weighed = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
@@ -441,8 +447,6 @@ def gradient_kernel(
                 level += of_logit * score[i]
             level = level * (1 / LOG2_E)  # score is log2(e) / K times the attention
             tl.store(others + of_mean, level.to(others.dtype.element_ty), mask=real)
-        cell += w
-        in_rows += 1
         unit += down
         of_mean += down_mean
         line += 1
