@@ -268,7 +268,9 @@ def features_kernel(
                 gate[i] = power[i] * inverse
         if GATES == CHANNELS:
             for i in unroll(K):
-                gate[i] = gate_of_channel * _gate(second, cell + ((line - start) * w + i * (h * w)), real)
+                gate[i] = gate_of_channel * _gate(
+                    second, cell + ((line - start) * w + i * (h * w)), real
+                )
         if GATES == ROWS:
             for i in unroll(KH):
                 of_row = _gate(first, in_rows + (line - start + i * h), real)
@@ -410,7 +412,9 @@ def gradient_kernel(
                 gate[i] = power[i] * inverse
         if GATES == CHANNELS:
             for i in unroll(K):
-                gate[i] = gate_of_channel * _gate(second, cell + ((line - start) * w + i * (h * w)), real)
+                gate[i] = gate_of_channel * _gate(
+                    second, cell + ((line - start) * w + i * (h * w)), real
+                )
         if GATES == ROWS:
             for i in unroll(KH):
                 of_row = _gate(first, in_rows + (line - start + i * h), real)
@@ -782,3 +786,121 @@ def covariance_kernel(
     tl.store(covariance + c * (K * K) + i * K + j, found.to(tl.float32), mask=c < C)
     level = first.to(tl.float32) + tl.load(shifts + c, mask=c < C, other=0.0)
     tl.store(mean + c * K + i, level, mask=(c < C) & (i == j))
+
+
+def fold_moments_kernel(
+    mean,  # (C, K), of the windows
+    covariance,  # (C, K, K)
+    feature,  # (C, K, K)
+    weight,  # (C, K), as all of the norm, where AFFINE
+    bias,  # where SHIFTED
+    folded,  # out: (C, K, K)
+    shift,  # out: (C, K), as what follows
+    response_mean,  # out
+    variance,  # out, unbiased
+    inverse,  # out: 1 / sqrt(biased variance + eps)
+    eps,
+    correction,  # count / (count - 1)
+    C,
+    AFFINE: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Batch norm, folded into the kernel of one response of each channel."""
+    w = []
+    i = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    real = c < C
+    level = tl.zeros((BLOCK_C,), tl.float32)
+    for j in unroll(K):
+        w[j] = tl.load(feature + (c * (K * K) + i * K + j), mask=real, other=0.0)
+        level += w[j] * tl.load(mean + (c * K + j), mask=real, other=0.0)
+    var = tl.zeros((BLOCK_C,), tl.float32)
+    for j in unroll(K):
+        row = tl.zeros((BLOCK_C,), tl.float32)
+        for n in unroll(K):
+            row += w[n] * tl.load(covariance + (c * (K * K) + j * K + n), mask=real, other=0.0)
+        var += row * w[j]
+    var = tl.maximum(var, 0.0)  # rounding may leave a variance of zero a little below it
+    one = 1.0 / tl.sqrt(var + eps)
+    scale = one
+    if AFFINE:
+        scale = one * tl.load(weight + (c * K + i), mask=real, other=0.0)
+    offset = -scale * level
+    if SHIFTED:
+        offset += tl.load(bias + (c * K + i), mask=real, other=0.0)
+    for j in unroll(K):
+        tl.store(folded + (c * (K * K) + i * K + j), w[j] * scale, mask=real)
+    tl.store(shift + (c * K + i), offset, mask=real)
+    tl.store(response_mean + (c * K + i), level, mask=real)
+    tl.store(variance + (c * K + i), var * correction, mask=real)
+    tl.store(inverse + (c * K + i), one, mask=real)
+
+
+def fold_moments_gradient_kernel(
+    of_folded,  # (C, K, K)
+    of_shift,  # (C, K)
+    feature,  # as of fold_moments_kernel, and so on
+    weight,
+    mean,
+    covariance,
+    response_mean,
+    inverse,
+    of_feature,  # out: (C, K, K)
+    of_weight,  # out: (C, K)
+    slope,  # out: (C, K, K)
+    constant,  # out: (C, K)
+    share,  # 1 / count
+    C,
+    AFFINE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Gradient of the kernel of one response, and one row of slope and constant: see README.md."""
+    w, row = [], []
+    own = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    real = c < C
+    level = tl.zeros((BLOCK_C,), tl.float32)
+    for n in unroll(K):
+        row[n] = tl.zeros((BLOCK_C,), tl.float32)
+    i = 0
+    while i < K:
+        of_scale = tl.zeros((BLOCK_C,), tl.float32)
+        for j in unroll(K):
+            w[j] = tl.load(feature + (c * (K * K) + i * K + j), mask=real, other=0.0)
+            at = of_folded + (c * (K * K) + i * K + j)
+            of_scale += w[j] * tl.load(at, mask=real, other=0.0)
+        s = tl.load(of_shift + (c * K + i), mask=real, other=0.0)
+        of_scale -= s * tl.load(response_mean + (c * K + i), mask=real, other=0.0)
+        one = tl.load(inverse + (c * K + i), mask=real, other=0.0)
+        scale = one
+        of_one = of_scale
+        if AFFINE:
+            a = tl.load(weight + (c * K + i), mask=real, other=0.0)
+            scale = one * a
+            of_one = of_scale * a
+        of_mean = -scale * s
+        twice_of_var = -(one * one * one) * of_one
+        # Tap ``own`` of this response's kernel.
+        tap = tl.load(feature + (c * (K * K) + i * K + own), mask=real, other=0.0)
+        level += of_mean * tap
+        for n in unroll(K):
+            row[n] += twice_of_var * tap * w[n]
+        if i == own:
+            tl.store(of_weight + (c * K + i), of_scale * one, mask=real)
+            for j in unroll(K):
+                through = tl.zeros((BLOCK_C,), tl.float32)
+                for n in unroll(K):
+                    at = covariance + (c * (K * K) + j * K + n)
+                    through += w[n] * tl.load(at, mask=real, other=0.0)
+                at = c * (K * K) + i * K + j
+                found = scale * tl.load(of_folded + at, mask=real, other=0.0)
+                found += of_mean * tl.load(mean + (c * K + j), mask=real, other=0.0)
+                tl.store(of_feature + at, found + twice_of_var * through, mask=real)
+        i += 1
+    level = level * share
+    for n in unroll(K):
+        row[n] = row[n] * share
+        level -= row[n] * tl.load(mean + (c * K + n), mask=real, other=0.0)
+        tl.store(slope + (c * (K * K) + own * K + n), row[n], mask=real)
+    tl.store(constant + (c * K + own), level, mask=real)

@@ -76,12 +76,14 @@ NUMBERS = dict(
     LOG2_E=1.4426950408889634,
 )
 CONSTANTS = (
-    *("CHANNELS_LAST", "GATES", "RELU", "ADD", "STRIDE_H", "STRIDE_W"),
+    *("CHANNELS_LAST", "GATES", "RELU", "ADD", "AFFINE", "SHIFTED", "STRIDE_H", "STRIDE_W"),
     *("BLOCK_Q", "BLOCK_C", "BLOCK_P"),
 )
 POINTERS = (
     *("x", "table", "units", "slopes", "others", "first", "second", "taps", "given", "grad_x"),
-    *("sums", "shifts", "mean", "covariance", "attention", "shift", "feature"),
+    *("sums", "shifts", "mean", "covariance", "attention", "shift", "feature", "weight", "bias"),
+    *("folded", "response_mean", "variance", "inverse", "of_folded", "of_shift", "of_feature"),
+    *("of_weight", "slope", "constant"),
 )
 
 
@@ -382,3 +384,61 @@ def add_up(maps: Maps, sums: Tensor, attention: Tensor, shift: Tensor, feature: 
         (sums, attention, shift, feature, parts, channels),
         dict(BLOCK_P=32, BLOCK_C=32, num_warps=4, num_stages=1),
     )
+
+
+def fold_moments(
+    mean: Tensor,
+    covariance: Tensor,
+    feature: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    count: int,
+) -> tuple[Tensor, ...]:
+    """Launch the kernel of ``statistics.py``'s operator."""
+    channels, k = mean.shape
+    folded = torch.empty_like(feature)
+    found = tuple(mean.new_empty(channels * k) for _ in range(4))
+    launch(
+        kernel("fold_moments_kernel", (k, 1), 1),
+        (k, triton.cdiv(channels, 32)),
+        mean,
+        (
+            *(mean, covariance, feature, mean if weight is None else weight),
+            *(mean if bias is None else bias, folded, *found, eps, count / (count - 1), channels),
+        ),
+        dict(AFFINE=weight is not None, SHIFTED=bias is not None, **SMALL),
+    )
+    return folded, *found
+
+
+def fold_moments_backward(
+    of_folded: Tensor,
+    of_shift: Tensor,
+    feature: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    covariance: Tensor,
+    response_mean: Tensor,
+    inverse: Tensor,
+    count: int,
+) -> tuple[Tensor, ...]:
+    """Launch the kernel of its gradient."""
+    channels, k = mean.shape
+    of_feature, of_weight = torch.empty_like(feature), torch.empty_like(inverse)
+    slope, constant = torch.empty_like(covariance), torch.empty_like(mean)
+    launch(
+        kernel("fold_moments_gradient_kernel", (k, 1), 1),
+        (k, triton.cdiv(channels, 32)),
+        mean,
+        (
+            *(of_folded, of_shift, feature, mean if weight is None else weight, mean, covariance),
+            *(response_mean, inverse, of_feature, of_weight, slope, constant),
+            *(1 / max(count, 1), channels),
+        ),
+        dict(AFFINE=weight is not None, **SMALL),
+    )
+    return of_feature, of_weight, slope, constant
+
+
+SMALL = dict(BLOCK_C=32, num_warps=1, num_stages=1)  # of a lane a channel

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from rfa_mmdet.ops.common.recompute import gradients_of_gates
 from rfa_mmdet.ops.common.windows import Pair, Window
-from rfa_mmdet.ops.receptive_field import plain
+from rfa_mmdet.ops.receptive_field import plain, statistics
 from rfa_mmdet.ops.receptive_field.schema import NAMESPACE
 from rfa_mmdet.ops.receptive_field.triton import launch
 from rfa_mmdet.ops.receptive_field.triton.chunks import (
+    POSITIONS,
     Products,
     chunk_bytes,
     chunks,
@@ -51,6 +52,26 @@ def window_moments_backward(x: Tensor, slope: Tensor, constant: Tensor, *window:
     grad_x = torch.empty_like(maps.x)
     launch.moments_gradient(maps, table_of(maps, constant, slope), None, grad_x)
     return grad_x
+
+
+def fold_moments(
+    mean: Tensor, covariance: Tensor, feature: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    """See statistics.py."""
+    if mean.dtype != torch.float32 or mean.shape[1] > POSITIONS or not mean.numel():
+        return statistics.fold_moments(mean, covariance, feature, *others)
+    return launch.fold_moments(mean, covariance, feature.contiguous(), *others)
+
+
+def fold_moments_backward(
+    of_feature: Tensor, of_shift: Tensor, feature: Tensor, weight: Tensor | None, *others: Any
+) -> tuple[Tensor, ...]:
+    """See statistics.py."""
+    mean = others[0]
+    if mean.dtype != torch.float32 or mean.shape[1] > POSITIONS or not mean.numel():
+        return statistics.fold_moments_backward(of_feature, of_shift, feature, weight, *others)
+    dense = (t.contiguous() for t in (of_feature, of_shift, feature))
+    return launch.fold_moments_backward(*dense, weight, *others)
 
 
 def rfa_conv(
@@ -398,7 +419,7 @@ def _of_bare(
 KERNELS = (
     *(window_moments, window_moments_backward, rfa_conv, rfa_conv_backward),
     *(gated_conv, gated_conv_backward, pool_channels, pool_channels_backward),
-    *(pool_coordinates, pool_coordinates_backward),
+    *(pool_coordinates, pool_coordinates_backward, fold_moments, fold_moments_backward),
 )
 _LIBRARY = torch.library.Library(NAMESPACE, "IMPL")
 
