@@ -284,4 +284,4 @@ def update_running(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
     if factor is None:  # cumulative average
         factor = 1 / count.to(mean.dtype) if count is not None else 0.0
     for running, new in ((norm.running_mean, mean), (norm.running_var, var)):
-        running.copy_(running * (1 - factor) + new * factor)
+        running.lerp_(new.to(running.dtype), factor)

@@ -15,6 +15,12 @@ from rfa_mmdet.ops.common.precision import no_autocast
 from rfa_mmdet.ops.common.torch_versions import is_compiling
 from rfa_mmdet.ops.common.windows import Pair, Window
 from rfa_mmdet.ops.receptive_field.schema import LIBRARY
+from rfa_mmdet.ops.receptive_field.statistics import (
+    fold_responses,
+    of_responses,
+    response_moments,
+    through_moments,
+)
 
 # Statistics of a batch are kept where the input has at least so many times their elements.
 KEEP_FROM = 12
@@ -208,17 +214,17 @@ def _fold(
     group: Any = None,
 ) -> tuple[Folded, tuple[Tensor, ...], int | Tensor]:
     """Return the results of ``fold_batch_norm``, the statistics behind them and their count."""
+    total: int | Tensor = window.count(x)
     with no_autocast(x):
         first, second = _ops.window_moments(x, *window)
-        mean, var = _response_moments(feature, first, second)
-        total, mean, var = _over_ranks(window.count(x), mean, var, group)
-        r = torch.rsqrt(var + eps)
-        scale = r if weight is None else r * weight
-        shift = -scale * mean
-        shift = shift if bias is None else shift + bias
-        unbiased = var * (total / (total - 1))
-        folded = feature * scale.view(-1, 1, 1, 1), shift, mean, unbiased
-    return folded, (first, second, mean, r), total
+        if group is None:
+            found = _ops.fold_moments(first, second, feature, weight, bias, eps, total)
+        else:
+            own = response_moments(feature, first, second)
+            total, mean, var = _over_ranks(window.count(x), *own, group)
+            found = fold_responses(feature, weight, bias, eps, mean, var, total)
+    folded, shift, mean, unbiased, inverse = found
+    return (folded, shift, mean, unbiased), (first, second, mean, inverse), total
 
 
 class FoldBatchNorm(Function):
@@ -254,47 +260,41 @@ class FoldBatchNorm(Function):
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, feature, weight and bias."""
         _refuse_second_derivative()
-        x, feature, weight, first, second, mean, r = ctx.saved_tensors
+        x, feature, weight, first, second, mean, inverse = ctx.saved_tensors
         need_x, need_feature, need_weight, need_bias = ctx.needs_input_grad[:4]
         count = ctx.window.count(x)
         if ctx.again:
-            first, second, mean, r = _fold(x, feature, weight, None, ctx.eps, ctx.window)[1]
+            kept = _fold(x, feature, weight, None, ctx.eps, ctx.window)[1]
+            first, second, mean, inverse = kept
+        of_x: Tensor | None = None
         with no_autocast(x):
-            scale = r if weight is None else r * weight
-            of_scale = (of_folded * feature).sum((1, 2, 3)) - of_shift * mean
-            of_r = of_scale if weight is None else of_scale * weight
-            of_mean, of_var = -scale * of_shift, -0.5 * r**3 * of_r
-            if ctx.group is not None:
-                own = _response_moments(feature, first, second)[0]
+            if ctx.group is None:
+                of_feature, of_weight, slope, constant = _ops.fold_moments_backward(
+                    of_folded, of_shift, feature, weight, first, second, mean, inverse, count
+                )
+            else:
+                of_scale, of_mean, of_var, scale = of_responses(
+                    of_folded, of_shift, feature, weight, mean, inverse
+                )
+                own = response_moments(feature, first, second)[0]
                 of_mean, of_var = _sum_over_ranks(of_mean, of_var, ctx.group)
                 # This rank's statistics count by its share of the windows.
                 share = count / ctx.total
                 of_mean, of_var = share * (of_mean + 2 * of_var * (own - mean)), share * of_var
-            channels, positions = first.shape
-            of_mean, of_var = (t.view(channels, positions, 1) for t in (of_mean, of_var))
-            kernels = feature.view(channels, positions, positions)
-            of_feature: Tensor | None = None
-            of_x: Tensor | None = None
-            if need_feature:
-                of_moments = of_mean * first.unsqueeze(1)
-                of_moments = of_moments + 2 * of_var * torch.matmul(kernels, second)
-                of_feature = scale.view(-1, 1, 1, 1) * of_folded + of_moments.view_as(feature)
+                through, slope, constant = through_moments(
+                    of_mean, of_var, feature, first, second, count
+                )
+                of_feature = torch.addcmul(through, scale.view(-1, 1, 1, 1), of_folded)
+                of_weight = of_scale * inverse
             if need_x and count:
-                slope = torch.matmul(kernels.mT, 2 * of_var * kernels) / count
-                constant = (of_mean * kernels).sum(1) / count
-                constant = constant - torch.matmul(slope, first.unsqueeze(2)).squeeze(2)
                 of_x = _ops.window_moments_backward(x, slope, constant, *ctx.window)
-        of_weight = of_scale * r if need_weight else None
-        return of_x, of_feature, of_weight, of_shift if need_bias else None, *(None,) * 6
-
-
-def _response_moments(feature: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance (C * K,) of each response from those of the windows."""
-    kernels = feature.view(second.shape)
-    mean = (kernels * first.unsqueeze(1)).sum(2)
-    # Rounding may leave a variance of zero a little below it.
-    var = (torch.matmul(kernels, second) * kernels).sum(2).clamp_min(0)
-    return mean.flatten(), var.flatten()
+        return (
+            *(
+                of_x,
+                *_wanted((of_feature, of_weight, of_shift), (need_feature, need_weight, need_bias)),
+            ),
+            *(None,) * 6,
+        )
 
 
 def _over_ranks(

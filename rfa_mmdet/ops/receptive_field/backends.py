@@ -66,7 +66,9 @@ def _missing(backend: str) -> str | None:
         if not torch.cuda.is_available():
             return "there is no CUDA device"
         try:
-            importlib.import_module("rfa_mmdet.ops.receptive_field.triton.launch").register("CUDA")
+            importlib.import_module("rfa_mmdet.ops.receptive_field.triton.operators").register(
+                "CUDA"
+            )
         except ModuleNotFoundError as error:
             return f"triton cannot be imported ({error}): pip install triton"
         except Exception as error:  # an old one fails in any way; torch wants it, so no advice

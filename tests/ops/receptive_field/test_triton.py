@@ -9,7 +9,9 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -71,20 +73,20 @@ CASES = [
     Case(batch=1, channels=2, size=(8, 8)),  # 64 positions, then one more, then one less
     Case(batch=1, channels=2, size=(5, 13)),
     Case(batch=1, channels=2, size=(7, 9), channels_last=True),
-    Case(stride=(2, 2), channels=4, outputs=6, groups=2, size=(7, 8), bias=False),
+    Case(stride=(2, 2), channels=2, outputs=6, size=(7, 8), bias=False),
     Case(stride=(2, 3), dilation=(2, 1), padding=(2, 0), size=(9, 11), channels_last=True),
-    Case(channels=4, outputs=8, groups=4, relu=False, channels_last=True),
+    Case(channels=4, outputs=8, relu=False, channels_last=True),
     Case(kernel=(1, 1), padding=(0, 0)),
     Case(kernel=(2, 4), padding=(0, 3)),
     Case(kernel=(1, 5), padding=(3, 2), stride=(3, 1), channels_last=True),
+    # What plain torch computes: more than 9 positions, and groups.
     Case(kernel=(2, 5), padding=(1, 2), channels=2, dilation=(1, 2), size=(4, 7), batch=1),
     Case(kernel=(4, 3), channels=2, stride=(2, 1), size=(6, 5), batch=1, channels_last=True),
-    Case(kernel=(5, 2), padding=(2, 1), channels=2, groups=2, relu=False, size=(4, 3)),
+    Case(channels=4, outputs=8, groups=2, size=(4, 3)),
     Case(magnitude=1e4),
     Case(magnitude=1e-4),
     Case(dtype=torch.float16),
     Case(dtype=torch.bfloat16, channels_last=True),
-    Case(dtype=torch.bfloat16, kernel=(2, 5), padding=(1, 2), channels=2, size=(4, 5)),
 ]
 LARGE = [  # more than one tile in each direction, which takes the interpreter too long
     Case(channels=40, outputs=200, size=(37, 53)),
@@ -94,7 +96,7 @@ LARGE = [  # more than one tile in each direction, which takes the interpreter t
 
 
 def compare_forward(case: Case) -> None:
-    from rfa_mmdet.ops.receptive_field.triton import launch as backend
+    from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
     inputs = case.make()
     order = ("x", "attention", "feature", "shift")
@@ -116,7 +118,7 @@ def compare_forward(case: Case) -> None:
 
 
 def compare_backward(case: Case, needs=(True,) * 4) -> list[Tensor | None]:
-    from rfa_mmdet.ops.receptive_field.triton import launch as backend
+    from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
     inputs = case.make()
     truth = exact(inputs)
@@ -158,7 +160,7 @@ def test_gradients_are_those_of_the_formula(case):
 
 
 @runs
-@pytest.mark.parametrize("case", [Case(), Case(kernel=(2, 5), channels=2, size=(4, 5))], ids=names)
+@pytest.mark.parametrize("case", [Case(channels_last=True)], ids=names)
 @pytest.mark.parametrize("needed", range(4))
 def test_only_what_is_needed_is_computed(case, needed):
     compare_backward(case, tuple(i == needed for i in range(4)))
@@ -168,28 +170,31 @@ def test_only_what_is_needed_is_computed(case, needed):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(batch=1, channels=2, size=(5, 4)),
+        Case(batch=1, channels=1, size=(5, 4)),
+        Case(batch=3, channels=1, size=(3, 2), channels_last=True),  # chunks of whole images
         Case(size=(7, 3), stride=(2, 2), dilation=(2, 2), channels=2, channels_last=True),
-        Case(size=(9, 4), stride=(3, 1), kernel=(2, 1), padding=(3, 0), channels=2),
-        Case(kernel=(5, 2), padding=(2, 1), channels=1, size=(3, 2), batch=1),
+        Case(size=(9, 4), stride=(3, 1), kernel=(2, 1), padding=(3, 0), channels_last=True),
+        Case(size=(6, 2), dilation=(2, 1), padding=(2, 1), channels_last=True),
     ],
     ids=names,
 )
-@pytest.mark.parametrize("rows", [2])
+@pytest.mark.parametrize("rows", [1, 2, 7])
 def test_chunks_add_up(case, rows, monkeypatch):
-    from rfa_mmdet.ops.receptive_field.triton import launch as backend
+    from rfa_mmdet.ops.receptive_field.triton import chunks
 
     whole = compare_backward(case)
     k, width = case.kernel[0] * case.kernel[1], out_size(case)[1]
-    row = 2 * k * case.channels * width * case.dtype.itemsize
-    monkeypatch.setattr(backend, "SCRATCH_BYTES", rows * row)
+    monkeypatch.setattr(
+        chunks, "chunk_bytes", lambda x, share: rows * k * case.channels * width * x.itemsize
+    )
+    compare_forward(case)
     for found, expected in zip(compare_backward(case), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @runs
 def test_gradient_of_any_strides():
-    from rfa_mmdet.ops.receptive_field.triton import launch as backend
+    from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
     case = Case()
     inputs = case.make()
@@ -221,7 +226,7 @@ def test_gradient_of_any_strides():
 )
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_moments_are_those_of_the_windows(case, offset):
-    from rfa_mmdet.ops.receptive_field.triton import launch as backend
+    from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
     case = replace(case, padding=(0, 0)) if offset else case  # zeros would be the deviation
     x = case.make()["x"]
@@ -252,7 +257,7 @@ def test_moments_are_those_of_the_windows(case, offset):
     ids=names,
 )
 def test_gradient_through_the_moments_is_a_fold_of_windows(case):
-    from rfa_mmdet.ops.receptive_field.triton import launch as backend
+    from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
     x = case.make()["x"]
     c, k = case.channels, case.kernel[0] * case.kernel[1]
@@ -270,7 +275,7 @@ def test_gradient_through_the_moments_is_a_fold_of_windows(case):
 
 @runs
 def test_nan_and_infinity_come_through():
-    from rfa_mmdet.ops.receptive_field.triton import launch as backend
+    from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
     case = Case(batch=1, channels=1, outputs=1, size=(7, 7), bias=False)
     for value in (torch.nan, torch.inf):
@@ -285,13 +290,108 @@ def test_nan_and_infinity_come_through():
         assert torch.equal(y[0, 0].isfinite().cpu(), expected)
 
 
-@runs
-def test_what_it_does_not_take_is_named():
-    from rfa_mmdet.ops.receptive_field.triton import launch as backend
+@dataclass(frozen=True)
+class Operator:
+    """An operator of features that are weighed by gates or pooled, forward and backward."""
 
-    x = torch.ones(1, 1, 3, 3, dtype=torch.float64, device=DEVICE)
-    with pytest.raises(TypeError, match=r"x is torch\.float64: .* float32, float16 and bfloat16"):
-        backend.window_moments(x, *Case().window)
+    name: str
+    made: Callable[[Case, Callable[..., Tensor]], dict[str, Tensor]]  # what it takes besides
+
+    def arguments(self, case: Case) -> dict[str, Tensor]:
+        random = torch.Generator().manual_seed(2)
+        inputs = case.make()
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=random).to(DEVICE)
+
+        taken = {n: inputs[n] for n in ("x", "feature", "shift")}
+        more = self.made(case, uniform)
+        if self.name == "gated_conv":
+            more["weight"], more["bias"] = inputs["weight"], inputs["bias"]
+        return taken | more
+
+    def run(self, case: Case, backend: Any, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        x, feature, shift, *others = tensors.values()
+        more: tuple[Any, ...] = (*others,)
+        if self.name == "gated_conv":
+            more = (*others, *case.window, 1)
+        elif self.name == "pool_channels":
+            more = (True, *case.window)
+        else:
+            more = case.window
+        found = getattr(backend, self.name)(x, feature, shift, case.relu, *more)
+        return found if isinstance(found, tuple) else (found,)
+
+    def back(self, case: Case, backend: Any, tensors: dict, grads: tuple, made: tuple) -> tuple:
+        x, feature, shift, *others = tensors.values()
+        run = getattr(backend, f"{self.name}_backward")
+        taken = (x, feature, shift, case.relu)
+        if self.name == "gated_conv":
+            *gates, weight, _ = others
+            return run(grads[0], *taken, *gates, weight, (True,) * 4, *case.window, 1)
+        if self.name == "pool_channels":
+            return run(grads[0], *taken, made[1], (True, True), *case.window)
+        return run(*grads, *taken, (True, True), *case.window)
+
+
+def by_channel(case: Case, make: Callable[..., Tensor]) -> dict[str, Tensor]:
+    k = case.kernel[0] * case.kernel[1]
+    return dict(first=make(case.batch, case.channels), second=make(case.batch, k, *out_size(case)))
+
+
+def by_row(case: Case, make: Callable[..., Tensor]) -> dict[str, Tensor]:
+    (high, wide), (height, width) = case.kernel, out_size(case)
+    shape = (case.batch, case.channels)
+    return dict(first=make(*shape, high, height), second=make(*shape, wide, width))
+
+
+OPERATORS = [
+    Operator("gated_conv", by_channel),
+    Operator("gated_conv", by_row),
+    Operator("pool_channels", lambda case, make: {}),
+    Operator("pool_coordinates", lambda case, make: {}),
+]
+
+
+@runs
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(channels=2, batch=1),
+        Case(channels=35, size=(5, 3), batch=1, channels_last=True),
+        Case(stride=(2, 1), kernel=(3, 2), relu=False, channels_last=True),
+        Case(dtype=torch.bfloat16, channels_last=True),
+    ],
+    ids=names,
+)
+@pytest.mark.parametrize("of", OPERATORS, ids=lambda of: f"{of.name}-{of.made.__name__}")
+@pytest.mark.parametrize("rows", [2, 1000])
+def test_gates_and_pools_are_those_of_plain_torch(of, case, rows, monkeypatch):
+    """Which test_plain.py compares with the formulas."""
+    from rfa_mmdet.ops.receptive_field import plain
+    from rfa_mmdet.ops.receptive_field.triton import chunks
+    from rfa_mmdet.ops.receptive_field.triton import operators as backend
+
+    k, width = case.kernel[0] * case.kernel[1], out_size(case)[1]
+    monkeypatch.setattr(
+        chunks, "chunk_bytes", lambda x, share: rows * k * case.channels * width * x.itemsize
+    )
+    inputs = of.arguments(case)
+    truth = {n: None if t is None else t.cpu().double() for n, t in inputs.items()}
+    found, expected = of.run(case, backend, inputs), of.run(case, plain, truth)
+    tolerance = SHARE[case.dtype] * TOLERANCES[case.dtype].output
+    assert error(found[0], expected[0]) < tolerance
+    random = torch.Generator().manual_seed(3)
+    outputs = 2 if of.name == "pool_coordinates" else 1
+    grads = [torch.randn(t.shape, generator=random).to(t.dtype) for t in expected[:outputs]]
+    grads = [g.to(f.dtype) for g, f in zip(grads, found, strict=False)]
+    exactly = of.back(case, plain, truth, tuple(g.double() for g in grads), expected)
+    # Half precision may take another channel for the largest: its choice is given.
+    made = (found[0], expected[1].to(DEVICE).float()) if len(found) == 2 else found
+    gradients = of.back(case, backend, inputs, tuple(g.to(DEVICE) for g in grads), made)
+    tolerance = SHARE[case.dtype] * TOLERANCES[case.dtype].gradient
+    for gradient, exact_one in zip(gradients, exactly, strict=True):
+        assert error(gradient, exact_one) < 2 * tolerance  # gates are rounded, and their product
 
 
 @on_cuda
@@ -308,9 +408,9 @@ def test_many_tiles_on_a_gpu(case, channels_last, dtype):
 
 @functools.cache
 def register_in_the_place_of_the_cpus() -> None:
-    from rfa_mmdet.ops.receptive_field.triton import launch
+    from rfa_mmdet.ops.receptive_field.triton import operators
 
-    launch.register("CPU")
+    operators.register("CPU")
 
 
 @runs

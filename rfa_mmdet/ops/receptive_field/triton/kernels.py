@@ -1,1358 +1,906 @@
-"""Triton kernels of RFAConv: pointer arithmetic only; launch.py launches them.
+"""Triton kernels of receptive-field features: launch.py launches them, unroll.py writes them out.
 
-Words: a *position* is one cell of the output, over the images of a batch; a *tap* is one of the K
-values that a window holds of one channel; a *coefficient* is a parameter of one channel, a row of
-``table``, (rows, C) float32 (see ``launch.coefficients``).
+Words: a *tap* is one of the K values that a window holds of one channel; a *unit* is a feature of a
+window, weighed or not, one of K a channel and position; a *chunk* is the part of the output that a
+launch computes: some rows of one image, or whole images.
 
-Two orientations of one code. POSITION_AXIS is the axis of a tile that runs along positions, the
-last one in NCHW (1), the first in channels_last (0), so that neighbouring lanes of a warp read
-neighbouring addresses in both. The other axis runs along channels.
+A thread goes down a column of windows of one channel. It holds the K * K coefficients of the
+channel and the K taps in registers: a step down loads only the taps of new rows, and nothing else.
+Lanes of a warp are neighbours in memory: channels in channels_last, where a tile is BLOCK_Q columns
+x BLOCK_C channels, and columns in NCHW, where BLOCK_C is 1.
 
-What costs time here, beside the matrix products, is not the K * K multiply-adds of an element but
-the fetching of their K * K coefficients into registers. Every kernel therefore gives a thread few
-channels and several positions: a tile is PARTS tiles, each of which reuses the coefficients.
+The language is that of Triton 2.1, which torch 2.1 brings: no tuples, and no matrix products, which
+each version and each GPU treats in its own way. cuBLAS has them.
 
-Windows of at most 9 positions live in registers, and their loops are unrolled (SMALL). Larger ones
-read each tap again where it is needed, from the first-level cache, in loops that are not unrolled:
-625 multiply-adds of a 5 x 5 kernel in a row would take minutes to compile and spill.
+What unroll.py puts in: KH, KW, K = KH * KW, PAIRS = K * (K + 1) // 2, NEW, the rows of a window
+that a step down loads, and the numbers of launch.py.
 """
 
-# Triton's compiler knows the sum of tuples, not unpacking in a display.
-# ruff: noqa: RUF005
+# What unroll.py puts in is undefined here, and its arrays have no types.
+# ruff: noqa: F821
+# mypy: ignore-errors
 
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-# Every new value of these would compile a kernel anew, if it is 1 or the first multiple of 16.
-SIZES = (
-    "count",
-    "tiles",
-    "H",
-    "W",
-    "h",
-    "w",
-    "first_image",
-    "first_row",
-    "rows",
-    "M",
-    "N",
-    "inner",
-)
-SIZES += ("first_input_row", "input_rows")
-SIZES += tuple(f"{map_}_{axis}" for map_ in "xy" for axis in ("image", "channel", "row", "column"))
-
-
-def kernel(function):
-    """Compile for a layer's constants, not for the sizes of its maps."""
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return triton.jit(function, do_not_specialize=[name for name in names if name in SIZES])
+from rfa_mmdet.ops.receptive_field.triton.unroll import unroll as unroll
 
 
 @triton.jit
-def _along_positions(vector, POSITION_AXIS: tl.constexpr):
-    """(BLOCK_P,) to the shape that broadcasts along the channels of a tile."""
-    return tl.expand_dims(vector, 1 - POSITION_AXIS)
-
-
-@triton.jit
-def _along_channels(vector, POSITION_AXIS: tl.constexpr):
-    """(BLOCK_C,) to the shape that broadcasts along the positions of a tile."""
-    return tl.expand_dims(vector, POSITION_AXIS)
-
-
-@triton.jit
-def _coefficient(table, row, channel, in_block, C, POSITION_AXIS: tl.constexpr):
-    """Row of the table for the channels of a tile; zero beside them."""
-    value = tl.load(table + row * C + channel, mask=in_block, other=0.0)
-    return _along_channels(value, POSITION_AXIS)
-
-
-@triton.jit
-def _locate(position, first_image, first_row, rows, w, LARGE: tl.constexpr):
-    """Image, row and column of positions counted from the first row of a chunk."""
-    line = position // w
-    column = position - line * w
-    image = line // rows
-    row = line - image * rows + first_row
-    image = image + first_image
-    if LARGE:  # offsets into a map of more than 2**31 values
-        image = image.to(tl.int64)
-        row = row.to(tl.int64)
-        column = column.to(tl.int64)
-    return image, row, column
-
-
-@triton.jit
-def _tap(
-    corner,  # pointer to tap 0 of each element of a tile
-    top,  # first row and column of the window, (BLOCK_P,)
-    left,
-    j,
-    mask,
-    H,
-    W,
-    x_row,
-    x_column,
-    KW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    POSITION_AXIS: tl.constexpr,
-):
-    """Tap j of a tile in float32; the padding's are zero and never read."""
-    down = (j // KW) * DH
-    right = (j % KW) * DW
-    inside = (top >= -down) & (top < H - down) & (left >= -right) & (left < W - right)
-    mask = _along_positions(inside, POSITION_AXIS) & mask
-    # One pointer to the window and a scalar step: no more address arithmetic than that.
-    return tl.load(corner + (down * x_row + right * x_column), mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _rectify(z, RELU: tl.constexpr):
-    """ReLU that lets NaN through, as torch's does."""
-    if RELU:
-        z = tl.where(z < 0, 0.0, z)
-    return z
-
-
-@triton.jit
-def _scores(table, channel, in_block, C, K: tl.constexpr, POSITION_AXIS: tl.constexpr):
-    """What the attention multiplies a window's mean with: K tiles, the largest, the smallest."""
-    scores = ()
-    for i in tl.static_range(K):
-        scores = scores + (_coefficient(table, i, channel, in_block, C, POSITION_AXIS),)
-    highest = scores[0]
-    lowest = scores[0]
-    for i in tl.static_range(1, K):
-        highest = tl.maximum(highest, scores[i])
-        lowest = tl.minimum(lowest, scores[i])
-    return scores, highest, lowest
-
-
-@triton.jit
-def _softmax(taps, part: tl.constexpr, scores, highest, lowest, K: tl.constexpr):
-    """Mean of the window, and K shares."""
-    mean = taps[part * K]
-    for j in tl.static_range(1, K):
-        mean += taps[part * K + j]
-    mean = mean * (1.0 / K)
-    exponent = mean * LOG2_E
-    # The largest logit, against overflow, without a pass over them.
-    largest = tl.where(mean < 0, lowest, highest) * exponent
-    powers = ()
-    total = tl.zeros_like(mean)
-    for i in tl.static_range(K):
-        power = tl.exp2(exponent * scores[i] - largest)
-        powers = powers + (power,)
-        total += power
-    inverse = 1.0 / total
-    shares = ()
-    for i in tl.static_range(K):
-        shares = shares + (powers[i] * inverse,)
-    return mean, shares
-
-
-@triton.jit
-def _kernel_row(
-    table,
-    i,
-    channel,
-    in_block,
+def _columns(
+    images,
     C,
-    K: tl.constexpr,
-    POSITION_AXIS: tl.constexpr,
-):
-    """Row i of the features' kernels, K tiles."""
-    row = ()
-    for j in tl.static_range(K):
-        n = 2 * K + i * K + j
-        row = row + (_coefficient(table, n, channel, in_block, C, POSITION_AXIS),)
-    return row
-
-
-@triton.jit
-def _feature(
-    taps,
-    part: tl.constexpr,
-    i: tl.constexpr,
-    row_of_i,
-    shift,
-    K: tl.constexpr,
-):
-    """Feature i before its ReLU."""
-    z = tl.zeros_like(taps[part * K]) + shift
-    for j in tl.static_range(K):
-        z += row_of_i[j] * taps[part * K + j]
-    return z
-
-
-@triton.jit
-def _side_by_side(parts, PARTS: tl.constexpr, POSITION_AXIS: tl.constexpr):
-    """Join PARTS (1, 2 or 4) tiles along their positions."""
-    # tl.join puts the parts into one thread's registers; what follows only renames.
-    if PARTS == 1:
-        joined = parts[0]
-    elif PARTS == 2:
-        joined = tl.join(parts[0], parts[1])
-        if POSITION_AXIS == 1:
-            joined = tl.permute(joined, (0, 2, 1))
-            joined = tl.reshape(joined, (joined.shape[0], 2 * joined.shape[2]))
-        else:
-            joined = tl.permute(joined, (2, 0, 1))
-            joined = tl.reshape(joined, (2 * joined.shape[1], joined.shape[2]))
-    else:
-        tl.static_assert(PARTS == 4)
-        # The last axis but one counts within a pair, the last one counts pairs.
-        joined = tl.join(tl.join(parts[0], parts[1]), tl.join(parts[2], parts[3]))
-        if POSITION_AXIS == 1:
-            joined = tl.permute(joined, (0, 3, 2, 1))
-            joined = tl.reshape(joined, (joined.shape[0], 4 * joined.shape[3]))
-        else:
-            joined = tl.permute(joined, (3, 2, 0, 1))
-            joined = tl.reshape(joined, (4 * joined.shape[2], joined.shape[3]))
-    return joined
-
-
-@triton.jit
-def _anchor(tile, COMPILED: tl.constexpr):
-    """Keep the layout in which a tile was computed up to here.
-
-    On sm_80 the compiler moves the change to the matrix product's layout up to the loads, so that
-    each warp computes the features of all: 8 times the work. It cannot move it past this copy.
-    """
-    if COMPILED:  # the interpreter knows no assembler
-        if tile.dtype.primitive_bitwidth == 32:
-            tile = tl.inline_asm_elementwise(
-                "mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=False, pack=1
-            )
-        else:
-            tile = tl.inline_asm_elementwise(
-                "mov.b16 $0, $1;", "=h,h", [tile], dtype=tile.dtype, is_pure=False, pack=1
-            )
-    return tile
-
-
-@triton.jit
-def _dot(a, b, total, PRECISION: tl.constexpr, COMPILED: tl.constexpr):
-    """Compute total + a @ b in float32."""
-    if not COMPILED:  # the interpreter of Triton 3.6 multiplies the bits of bfloat16 as integers
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision=PRECISION)
-
-
-@kernel
-def forward_kernel(
-    x,  # (B, C, H, W), any strides
-    table,  # (rows, C) float32
-    weight,  # (O, K, C / groups), contiguous
-    bias,  # (O,) float32
-    y,  # (B, O, h, w), any strides
-    count,  # B * h * w
-    H,
-    W,
-    h,
     w,
-    x_image,
-    x_channel,
-    x_row,
-    x_column,
-    y_image,
-    y_channel,
-    y_row,
-    y_column,
-    C: tl.constexpr,
-    CG: tl.constexpr,  # channels and outputs of a group
-    OG: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    RELU: tl.constexpr,
-    BIAS: tl.constexpr,
-    POSITION_AXIS: tl.constexpr,
-    LARGE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    COMPILED: tl.constexpr,
-    SMALL: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_P: tl.constexpr,  # positions of one part
+    stride_w,
+    pad_w,
+    BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_O: tl.constexpr,
 ):
-    """Output of one tile of positions and one block of a group's outputs."""
-    K: tl.constexpr = KH * KW
-    TILE_P: tl.constexpr = PARTS * BLOCK_P
-    COLUMNS: tl.constexpr = (C // CG) * ((OG + BLOCK_O - 1) // BLOCK_O)
-    # Programs that share positions are neighbours: x comes from memory once.
-    tile = tl.program_id(0) // COLUMNS
-    block = tl.program_id(0) % COLUMNS
-    group = block // ((OG + BLOCK_O - 1) // BLOCK_O)
-    output = (block % ((OG + BLOCK_O - 1) // BLOCK_O)) * BLOCK_O + tl.arange(0, BLOCK_O)
-    real_output = output < OG
-    output = group * OG + output
+    """Image, column of the output and first column of the window (BLOCK_Q,); channel (BLOCK_C,).
 
-    corners = ()
-    tops = ()
-    lefts = ()
-    real = ()
-    for part in tl.static_range(PARTS):
-        position = tile * TILE_P + part * BLOCK_P + tl.arange(0, BLOCK_P)
-        image, row, column = _locate(position, 0, 0, h, w, LARGE)
-        top = row * SH - PH
-        left = column * SW - PW
-        corners = corners + (image * x_image + top * x_row + left * x_column,)
-        tops = tops + (top,)
-        lefts = lefts + (left,)
-        real = real + (_along_positions(position < count, POSITION_AXIS),)
+    And which of the tile's elements are real, (BLOCK_Q, BLOCK_C).
+    """
+    q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    image = q // w
+    column = q - image * w
+    real = (q < images * w)[:, None] & (c < C)[None, :]
+    return image, column, column * stride_w - pad_w, c, real
 
-    if POSITION_AXIS == 1:
-        total = tl.zeros((BLOCK_O, TILE_P), tl.float32)
+
+@triton.jit
+def _load(x, offset, mask, row, H, x_row):
+    """A row of the map, zero beside it."""
+    mask = mask & (row >= 0) & (row < H)
+    return tl.load(x + (offset + row * x_row), mask=mask, other=0.0)
+
+
+@triton.jit
+def _gate(gate, offset, mask):
+    return tl.load(gate + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _unit(image, column, row, rows, w, c, C, pitch, N, CHANNELS_LAST: tl.constexpr):
+    """Offset of the first of N units of each element: (positions, N, C) or (C, N, pitch)."""
+    position = (image * rows + row) * w + column
+    if CHANNELS_LAST:
+        offset = (position * (N * C))[:, None] + c[None, :]
     else:
-        total = tl.zeros((TILE_P, BLOCK_O), tl.float32)
-
-    for start in range(0, CG, BLOCK_C):
-        inner = start + tl.arange(0, BLOCK_C)
-        in_block = inner < CG
-        channel = group * CG + inner
-        here = _along_channels(in_block, POSITION_AXIS)
-        wide = channel.to(tl.int64) if LARGE else channel
-        channel_offset = _along_channels(wide * x_channel, POSITION_AXIS)
-        # Of this block's channels at window position 0: (BLOCK_O, BLOCK_C), or its transpose.
-        unit = tl.expand_dims(output * (K * CG), POSITION_AXIS) + tl.expand_dims(
-            inner, 1 - POSITION_AXIS
-        )
-        real_unit = tl.expand_dims(real_output, POSITION_AXIS) & tl.expand_dims(
-            in_block, 1 - POSITION_AXIS
-        )
-        if SMALL:
-            taps = ()  # PARTS * K tiles, as are weights
-            for part in tl.static_range(PARTS):
-                corner = x + (_along_positions(corners[part], POSITION_AXIS) + channel_offset)
-                for j in tl.static_range(K):
-                    tap = _tap(
-                        corner,
-                        tops[part],
-                        lefts[part],
-                        j,
-                        real[part] & here,
-                        H,
-                        W,
-                        x_row,
-                        x_column,
-                        KW,
-                        DH,
-                        DW,
-                        POSITION_AXIS,
-                    )
-                    taps = taps + (tap,)
-            scores, highest, lowest = _scores(table, channel, in_block, C, K, POSITION_AXIS)
-            shares = ()
-            for part in tl.static_range(PARTS):
-                mean, shares_of_part = _softmax(taps, part, scores, highest, lowest, K)
-                shares = shares + shares_of_part
-            for i in tl.static_range(K):
-                row_of_i = _kernel_row(table, i, channel, in_block, C, K, POSITION_AXIS)
-                shift = _coefficient(table, K + i, channel, in_block, C, POSITION_AXIS)
-                units = ()
-                for part in tl.static_range(PARTS):
-                    z = _feature(taps, part, i, row_of_i, shift, K)
-                    u = _rectify(z, RELU) * shares[part * K + i]
-                    units = units + (_anchor(u.to(x.dtype.element_ty), COMPILED),)
-                u = _side_by_side(units, PARTS, POSITION_AXIS)
-                weights = tl.load(weight + unit + i * CG, mask=real_unit, other=0.0)
-                if POSITION_AXIS == 1:
-                    total = _dot(weights, u, total, PRECISION, COMPILED)
-                else:
-                    total = _dot(u, weights, total, PRECISION, COMPILED)
-        else:
-            tl.static_assert(PARTS == 1)
-            mask = real[0] & here
-            corner = x + (_along_positions(corners[0], POSITION_AXIS) + channel_offset)
-            mean, largest, sum_of_powers = _attend_loop(
-                corner,
-                table,
-                tops[0],
-                lefts[0],
-                channel,
-                in_block,
-                mask,
-                H,
-                W,
-                x_row,
-                x_column,
-                C,
-                K,
-                KW,
-                DH,
-                DW,
-                POSITION_AXIS,
-            )
-            for i in range(K):
-                z = _feature_loop(
-                    corner,
-                    table,
-                    tops[0],
-                    lefts[0],
-                    i,
-                    channel,
-                    in_block,
-                    mask,
-                    H,
-                    W,
-                    x_row,
-                    x_column,
-                    C,
-                    K,
-                    KW,
-                    DH,
-                    DW,
-                    POSITION_AXIS,
-                )
-                score = _coefficient(table, i, channel, in_block, C, POSITION_AXIS)
-                share = tl.exp2(mean * LOG2_E * score - largest) / sum_of_powers
-                u = _anchor((_rectify(z, RELU) * share).to(x.dtype.element_ty), COMPILED)
-                weights = tl.load(weight + unit + i * CG, mask=real_unit, other=0.0)
-                if POSITION_AXIS == 1:
-                    total = _dot(weights, u, total, PRECISION, COMPILED)
-                else:
-                    total = _dot(u, weights, total, PRECISION, COMPILED)
-
-    if BIAS:
-        offset = tl.load(bias + output, mask=real_output, other=0.0)
-        total += tl.expand_dims(offset, POSITION_AXIS)
-    position = tile * TILE_P + tl.arange(0, TILE_P)
-    image, row, column = _locate(position, 0, 0, h, w, LARGE)
-    if LARGE:
-        output = output.to(tl.int64)
-    to = _along_positions(image * y_image + row * y_row + column * y_column, POSITION_AXIS)
-    to = to + tl.expand_dims(output * y_channel, POSITION_AXIS)
-    real_total = _along_positions(position < count, POSITION_AXIS)
-    real_total = real_total & tl.expand_dims(real_output, POSITION_AXIS)
-    tl.store(y + to, total.to(y.dtype.element_ty), mask=real_total)
+        offset = position[:, None] + (c * N * pitch)[None, :]
+    return offset
 
 
-@triton.jit
-def _attend_loop(
-    corner,
-    table,
-    top,
-    left,
-    channel,
-    in_block,
-    mask,
-    H,
-    W,
-    x_row,
-    x_column,
-    C,
-    K: tl.constexpr,
-    KW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    POSITION_AXIS: tl.constexpr,
-):
-    """Window mean, the largest of its logits (base 2), and the softmax's denominator."""
-    mean = tl.zeros(mask.shape, tl.float32)
-    for j in range(K):
-        mean += _tap(
-            corner,
-            top,
-            left,
-            j,
-            mask,
-            H,
-            W,
-            x_row,
-            x_column,
-            KW,
-            DH,
-            DW,
-            POSITION_AXIS,
-        )
-    mean = mean * (1.0 / K)
-    highest = _coefficient(table, 0, channel, in_block, C, POSITION_AXIS)
-    lowest = highest
-    for i in range(1, K):
-        score = _coefficient(table, i, channel, in_block, C, POSITION_AXIS)
-        highest = tl.maximum(highest, score)
-        lowest = tl.minimum(lowest, score)
-    largest = tl.where(mean < 0, lowest, highest) * (mean * LOG2_E)
-    sum_of_powers = tl.zeros_like(mean)
-    for i in range(K):
-        score = _coefficient(table, i, channel, in_block, C, POSITION_AXIS)
-        sum_of_powers += tl.exp2(mean * LOG2_E * score - largest)
-    return mean, largest, sum_of_powers
-
-
-@triton.jit
-def _feature_loop(
-    corner,
-    table,
-    top,
-    left,
-    i,
-    channel,
-    in_block,
-    mask,
-    H,
-    W,
-    x_row,
-    x_column,
-    C,
-    K: tl.constexpr,
-    KW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    POSITION_AXIS: tl.constexpr,
-):
-    """Feature i before its ReLU."""
-    z = tl.zeros(mask.shape, tl.float32)
-    z += _coefficient(table, K + i, channel, in_block, C, POSITION_AXIS)
-    for j in range(K):
-        tap = _tap(
-            corner,
-            top,
-            left,
-            j,
-            mask,
-            H,
-            W,
-            x_row,
-            x_column,
-            KW,
-            DH,
-            DW,
-            POSITION_AXIS,
-        )
-        row = 2 * K + i * K + j
-        z += tap * _coefficient(table, row, channel, in_block, C, POSITION_AXIS)
-    return z
-
-
-@kernel
 def moments_kernel(
-    x,  # (B, C, H, W), any strides
-    shift,  # (C,) float32
-    sums,  # (SPLITS, K + K * (K + 1) / 2, C) float32; (SPLITS, K + K * K, C) where not SMALL
-    count,
-    tiles,  # of BLOCK_P positions
+    x,  # (B, C, H, W)
+    sums,  # out: (parts, K + PAIRS, C)
+    shifts,  # out: (C,), taken off each value
+    images,
+    C,
     H,
     W,
     h,
     w,
-    x_image,
-    x_channel,
-    x_row,
-    x_column,
-    C,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    POSITION_AXIS: tl.constexpr,
-    LARGE: tl.constexpr,
-    SMALL: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    steps,  # rows of a program
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sums of the shifted taps and of their products, over every SPLITS-th tile of positions."""
-    K: tl.constexpr = KH * KW
-    split = tl.program_id(0)
-    splits = tl.num_programs(0)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_block = channel < C
-    here = _along_channels(in_block, POSITION_AXIS)
-    s = _along_channels(tl.load(shift + channel, mask=in_block, other=0.0), POSITION_AXIS)
-    wide = channel.to(tl.int64) if LARGE else channel
-    channel_offset = _along_channels(wide * x_channel, POSITION_AXIS)
-    if POSITION_AXIS == 1:
-        zero = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-    else:
-        zero = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    # One sum a lane; the lanes are added up once, at the end.
-    firsts = ()
-    for _ in tl.static_range(K):
-        firsts = firsts + (zero,)
-    seconds = ()
-    if SMALL:
-        for _ in tl.static_range(K * (K + 1) // 2):
-            seconds = seconds + (zero,)
-    else:
-        for _ in tl.static_range(K):
-            seconds = seconds + (zero,)
-    tile = split
-    while tile < tiles:
-        position = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-        image, row, column = _locate(position, 0, 0, h, w, LARGE)
-        mask = _along_positions(position < count, POSITION_AXIS) & here
-        top = row * SH - PH
-        left = column * SW - PW
-        corner = image * x_image + top * x_row + left * x_column
-        corner = x + (_along_positions(corner, POSITION_AXIS) + channel_offset)
-        taps = ()
-        for j in tl.static_range(K):
-            tap = _tap(
-                corner,
-                top,
-                left,
-                j,
-                mask,
-                H,
-                W,
-                x_row,
-                x_column,
-                KW,
-                DH,
-                DW,
-                POSITION_AXIS,
-            )
-            # Zeros of the padding count as values, and are shifted like them.
-            taps = taps + (tl.where(mask, tap - s, 0.0),)
-        added = ()
-        for j in tl.static_range(K):
-            added = added + (firsts[j] + taps[j],)
-        firsts = added
-        added = ()
-        if SMALL:
-            for i in tl.static_range(K):
-                for j in tl.static_range(i, K):
-                    # Pairs (i, j) with i <= j, row after row.
-                    second = seconds[i * K - i * (i - 1) // 2 + j - i]
-                    added = added + (second + taps[i] * taps[j],)
-        else:
-            i = tl.program_id(2)
-            tap = _tap(
-                corner,
-                top,
-                left,
-                i,
-                mask,
-                H,
-                W,
-                x_row,
-                x_column,
-                KW,
-                DH,
-                DW,
-                POSITION_AXIS,
-            )
-            tap = tl.where(mask, tap - s, 0.0)
-            for j in tl.static_range(K):
-                added = added + (seconds[j] + tap * taps[j],)
-        seconds = added
-        tile += splits
-    if SMALL:
-        rows = split * (K + K * (K + 1) // 2)
-        for j in tl.static_range(K):
-            to = sums + (rows + j) * C + channel
-            tl.store(to, tl.sum(firsts[j], POSITION_AXIS), mask=in_block)
-        for pair in tl.static_range(K * (K + 1) // 2):
-            to = sums + (rows + K + pair) * C + channel
-            tl.store(to, tl.sum(seconds[pair], POSITION_AXIS), mask=in_block)
-    else:
-        rows = split * (K + K * K)
-        i = tl.program_id(2)
-        for j in tl.static_range(K):
-            to = sums + (rows + K + i * K + j) * C + channel
-            tl.store(to, tl.sum(seconds[j], POSITION_AXIS), mask=in_block)
-            if i == 0:
-                to = sums + (rows + j) * C + channel
-                tl.store(to, tl.sum(firsts[j], POSITION_AXIS), mask=in_block)
+    """Sums of the taps, and of the products of two, i <= j."""
+    near, tap, coming, first, second = [], [], [], [], []
+    image, _, left, c, real = _columns(images, C, w, stride_w, pad_w, BLOCK_Q, BLOCK_C)
+    x_column = C if CHANNELS_LAST else 1
+    x_channel = 1 if CHANNELS_LAST else H * W
+    x_row = W * x_column
+    cells = images * H * W // (2 * SAMPLES)
+    shift = tl.zeros((1, BLOCK_C), tl.float32)
+    for i in unroll(SAMPLES):
+        cell = cells * (2 * i + 1)
+        at = cell // (H * W) * (C - x_column) * (H * W) + cell * x_column
+        value = tl.load(x + at + (c * x_channel)[None, :], mask=(c < C)[None, :], other=0.0)
+        shift += value.to(tl.float32) * (1 / SAMPLES)
+    one = tl.program_id(0) + tl.program_id(2) == 0
+    tl.store(shifts + c[None, :], shift, mask=(c < C)[None, :] & one)
+    offset = (image * (C * H * W) + left * x_column)[:, None] + (c * x_channel)[None, :]
+    for j in unroll(KW):
+        seen = (left >= -j * dilation_w) & (left < W - j * dilation_w)
+        near[j] = seen[:, None] & real
+    for n in unroll(K):
+        first[n] = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+    for n in unroll(PAIRS):
+        second[n] = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+    start = tl.program_id(2) * steps
+    top = start * stride_h - pad_h
+    for i in unroll(KH):
+        for j in unroll(KW):
+            at = offset + j * dilation_w * x_column
+            value = _load(x, at, near[j], top + i * dilation_h, H, x_row)
+            if i < KH - NEW:
+                tap[(i + NEW) * KW + j] = value.to(tl.float32) - shift
+            else:
+                coming[(i - KH + NEW) * KW + j] = value
+    line = start
+    last = tl.minimum(start + steps, h)
+    while line < last:
+        for n in unroll(K - NEW * KW):
+            tap[n] = tap[n + NEW * KW]
+        for n in unroll(NEW * KW):
+            tap[K - NEW * KW + n] = coming[n].to(tl.float32) - shift
+        top += stride_h
+        for i in unroll(NEW):
+            for j in unroll(KW):
+                at = offset + j * dilation_w * x_column
+                row = top + (KH - NEW + i) * dilation_h
+                coming[i * KW + j] = _load(x, at, near[j], row, H, x_row)
+        for i in unroll(K):
+            first[i] += tap[i]
+            for j in unroll(K - i):
+                second[i * K - i * (i - 1) // 2 + j] += tap[i] * tap[i + j]
+        line += 1
+    part = tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
+    to = sums + part * ((K + PAIRS) * C) + c
+    for n in unroll(K):
+        tl.store(to + n * C, tl.sum(tl.where(real, first[n], 0.0), 0), mask=c < C)
+    for n in unroll(PAIRS):
+        tl.store(to + (K + n) * C, tl.sum(tl.where(real, second[n], 0.0), 0), mask=c < C)
 
 
-@triton.jit
-def _row_in_scratch(channel, i, CG, K: tl.constexpr):
-    """Row of unit i of a channel: as in the weight, the channels of a group are neighbours."""
-    return (channel // CG) * (K * CG) + i * CG + channel % CG
-
-
-@kernel
-def window_gradient_kernel(
-    x,  # (B, C, H, W), any strides
-    table,
-    units,  # in: gradient of the units, out: the units; (K * C, count) by its strides
-    folds,  # out: gradient of the taps, likewise
-    sums,  # out: (SPLITS, 2 * K + K * K, C) float32: of attention, shift, products
+def features_kernel(
+    x,  # (B, C, H, W)
+    table,  # (C, K * (K + 2)) or, in channels_last, its transpose: attention, shift, kernels
+    units,  # out
+    first,  # gates: of channels (B, C) or rows (B, C, KH, h)
+    second,  # of positions (B, K, h, w) or columns (B, C, KW, w)
+    images,  # of the chunk
     first_image,
     first_row,
-    rows,  # of the output, in the chunk
-    count,  # positions of the chunk
-    tiles,
+    rows,
+    pitch,
+    C,
     H,
     W,
+    h,
     w,
-    x_image,
-    x_channel,
-    x_row,
-    x_column,
-    unit_stride,
-    position_stride,
-    C: tl.constexpr,  # constants, as the registers are just enough
-    CG: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    steps,
+    CHANNELS_LAST: tl.constexpr,
+    GATES: tl.constexpr,
     RELU: tl.constexpr,
-    NEED_X: tl.constexpr,
-    NEED_SUMS: tl.constexpr,
-    POSITION_AXIS: tl.constexpr,
-    LARGE: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Everything between the two matrix products of the backward, for small windows."""
-    K: tl.constexpr = KH * KW
-    split = tl.program_id(0)
-    splits = tl.num_programs(0)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_block = channel < C
-    here = _along_channels(in_block, POSITION_AXIS)
-    wide = channel.to(tl.int64) if LARGE else channel
-    channel_offset = _along_channels(wide * x_channel, POSITION_AXIS)
-    if POSITION_AXIS == 1:
-        zero = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-    else:
-        zero = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    # One sum a lane; the lanes are added up once, at the end.
-    attentions = ()
-    shifts = ()
-    products = ()
-    if NEED_SUMS:
-        for _ in tl.static_range(K):
-            attentions = attentions + (zero,)
-            shifts = shifts + (zero,)
-        for _ in tl.static_range(K * K):
-            products = products + (zero,)
-    tile = split
-    while tile < tiles:
-        taps = ()
-        places = ()  # in units and folds, of unit 0
-        masks = ()
-        for part in tl.static_range(PARTS):
-            position = (tile * PARTS + part) * BLOCK_P + tl.arange(0, BLOCK_P)
-            image, row, column = _locate(position, first_image, first_row, rows, w, LARGE)
-            mask = _along_positions(position < count, POSITION_AXIS) & here
-            top = row * SH - PH
-            left = column * SW - PW
-            corner = image * x_image + top * x_row + left * x_column
-            corner = x + (_along_positions(corner, POSITION_AXIS) + channel_offset)
-            for j in tl.static_range(K):
-                tap = _tap(
-                    corner, top, left, j, mask, H, W, x_row, x_column, KW, DH, DW, POSITION_AXIS
-                )
-                taps = taps + (tap,)
-            place = _along_channels(_row_in_scratch(channel, 0, CG, K), POSITION_AXIS) * unit_stride
-            places = places + (place + _along_positions(position, POSITION_AXIS) * position_stride,)
-            masks = masks + (mask,)
-        scores, highest, lowest = _scores(table, channel, in_block, C, K, POSITION_AXIS)
-        shares = ()
-        means = ()
-        gradients = ()  # of the taps, PARTS * K
-        for part in tl.static_range(PARTS):
-            mean, shares_of_part = _softmax(taps, part, scores, highest, lowest, K)
-            means = means + (mean,)
-            shares = shares + shares_of_part
-            for _ in tl.static_range(K):
-                gradients = gradients + (zero,)
-        slopes = ()  # share * gradient of the share, K * PARTS
-        totals = ()
-        for _ in tl.static_range(PARTS):
-            totals = totals + (zero,)
-        new_shifts = ()
-        new_products = ()
-        for i in tl.static_range(K):
-            row_of_i = _kernel_row(table, i, channel, in_block, C, K, POSITION_AXIS)
-            shift = _coefficient(table, K + i, channel, in_block, C, POSITION_AXIS)
-            features = ()  # their gradients, of each part
-            new_totals = ()
-            for part in tl.static_range(PARTS):
-                f = _rectify(_feature(taps, part, i, row_of_i, shift, K), RELU)
-                share = shares[part * K + i]
-                place = places[part] + i * CG * unit_stride
-                du = tl.load(units + place, mask=masks[part], other=0.0).to(tl.float32)
-                tl.store(units + place, (f * share).to(units.dtype.element_ty), mask=masks[part])
-                slope = du * f * share
-                slopes = slopes + (slope,)
-                new_totals = new_totals + (totals[part] + slope,)
-                df = du * share
-                if RELU:
-                    df = tl.where(f > 0, df, 0.0)
-                features = features + (df,)
-            totals = new_totals
-            if NEED_X:
-                new_gradients = ()
-                for part in tl.static_range(PARTS):
-                    for j in tl.static_range(K):
-                        gradient = gradients[part * K + j]
-                        gradient += row_of_i[j] * features[part]
-                        new_gradients = new_gradients + (gradient,)
-                gradients = new_gradients
-            if NEED_SUMS:
-                total = shifts[i]
-                for part in tl.static_range(PARTS):
-                    total += features[part]
-                new_shifts = new_shifts + (total,)
-                for j in tl.static_range(K):
-                    total = products[i * K + j]
-                    for part in tl.static_range(PARTS):
-                        total += features[part] * taps[part * K + j]
-                    new_products = new_products + (total,)
-        if NEED_SUMS:
-            shifts = new_shifts
-            products = new_products
-            new_attentions = ()
-            for i in tl.static_range(K):
-                total = attentions[i]
-                for part in tl.static_range(PARTS):
-                    logit = slopes[i * PARTS + part] - shares[part * K + i] * totals[part]
-                    total += logit * means[part]
-                new_attentions = new_attentions + (total,)
-            attentions = new_attentions
-        if NEED_X:
-            for part in tl.static_range(PARTS):
-                through_mean = zero
-                for i in tl.static_range(K):
-                    logit = slopes[i * PARTS + part] - shares[part * K + i] * totals[part]
-                    through_mean += scores[i] * logit
-                for j in tl.static_range(K):
-                    gradient = gradients[part * K + j] + through_mean * (1.0 / K)
-                    to = folds + places[part] + j * CG * unit_stride
-                    tl.store(to, gradient.to(folds.dtype.element_ty), mask=masks[part])
-        tile += splits
-    if NEED_SUMS:
-        first = sums + split * ((2 * K + K * K) * C) + channel
-        for i in tl.static_range(K):
-            tl.store(first + i * C, tl.sum(attentions[i], POSITION_AXIS), mask=in_block)
-            tl.store(first + (K + i) * C, tl.sum(shifts[i], POSITION_AXIS), mask=in_block)
-        for n in tl.static_range(K * K):
-            total = tl.sum(products[n], POSITION_AXIS)
-            tl.store(first + (2 * K + n) * C, total, mask=in_block)
+    """Features act(kernels @ window + shift), weighed by what GATES says.
 
-
-@kernel
-def product_kernel(
-    a,  # (groups, M, inner) by its strides
-    b,  # (groups, inner, N) by its strides
-    c,  # (splits, groups, M, N), N contiguous
-    M,
-    N,
-    inner,
-    a_group,
-    a_m,
-    a_inner,
-    b_group,
-    b_inner,
-    b_n,
-    c_split,
-    c_group,
-    c_m,
-    ADD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    COMPILED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Compute c = a @ b, or c += a @ b; split s takes every splits-th block of the inner axis."""
-    group = tl.program_id(1)
-    split = tl.program_id(2)
-    splits = tl.num_programs(2)
-    blocks = tl.cdiv(N, BLOCK_N)
-    m = (tl.program_id(0) // blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = split * BLOCK_K + tl.arange(0, BLOCK_K)
-    a += group * a_group
-    b += group * b_group
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    left = inner - split * BLOCK_K  # a count down, as the interpreter cannot range() over a tensor
-    while left > 0:
-        real = k < inner
-        to = a + m[:, None] * a_m + k[None, :] * a_inner
-        x = tl.load(to, mask=(m < M)[:, None] & real[None, :], other=0.0)
-        to = b + k[:, None] * b_inner + n[None, :] * b_n
-        y = tl.load(to, mask=real[:, None] & (n < N)[None, :], other=0.0)
-        total = _dot(x, y, total, PRECISION, COMPILED)
-        k += splits * BLOCK_K
-        left -= splits * BLOCK_K
-    to = c + split * c_split + group * c_group + m[:, None] * c_m + n[None, :]
-    real = (m < M)[:, None] & (n < N)[None, :]
-    if ADD:
-        total += tl.load(to, mask=real, other=0.0)
-    tl.store(to, total.to(c.dtype.element_ty), mask=real)
-
-
-@kernel
-def fold_kernel(
-    folds,  # gradient of the taps
-    grad_x,  # (B, C, H, W) float32
-    first_image,
-    first_row,  # of the chunk's output
-    rows,
-    first_input_row,
-    input_rows,
-    count,  # input cells: images * input_rows * W
-    W,
-    w,
-    x_image,
-    x_channel,
-    x_row,
-    x_column,
-    unit_stride,
-    position_stride,
-    C,
-    CG,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    ADD: tl.constexpr,
-    POSITION_AXIS: tl.constexpr,
-    LARGE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Sum up, for each cell of the input, the gradients of all taps that it was.
-
-    A gather, not a scatter: no two programs write to one cell, and the order of the sum is fixed.
+    By ATTENTION, softmax(attention * mean of window), or two gates; or BARE.
     """
-    K: tl.constexpr = KH * KW
-    channel_blocks = tl.cdiv(C, BLOCK_C)
-    channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    cell = (tl.program_id(0) // channel_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
-    in_block = channel < C
-    image, row, column = _locate(cell, 0, first_input_row, input_rows, W, False)
-    mask = _along_positions(cell < count, POSITION_AXIS) & _along_channels(in_block, POSITION_AXIS)
-    base = _along_channels(_row_in_scratch(channel, 0, CG, K), POSITION_AXIS) * unit_stride
-    if POSITION_AXIS == 1:
-        total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-    else:
-        total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for j in range(K):
-        down = row + PH - (j // KW) * DH
-        right = column + PW - (j % KW) * DW
-        out_row = down // SH - first_row
-        out_column = right // SW
-        seen = (down >= 0) & (right >= 0) & (out_row >= 0) & (out_row < rows) & (out_column < w)
-        seen = seen & (out_row * SH == down - first_row * SH) & (out_column * SW == right)
-        position = (image * rows + out_row) * w + out_column
-        place = base + j * CG * unit_stride
-        place = place + _along_positions(position, POSITION_AXIS) * position_stride
-        seen = _along_positions(seen, POSITION_AXIS) & mask
-        total += tl.load(folds + place, mask=seen, other=0.0).to(tl.float32)
-    image = image + first_image
-    if LARGE:
-        image = image.to(tl.int64)
-        row = row.to(tl.int64)
-        channel = channel.to(tl.int64)
-    to = _along_positions(image * x_image + row * x_row + column * x_column, POSITION_AXIS)
-    to = grad_x + (to + _along_channels(channel * x_channel, POSITION_AXIS))
-    if ADD:
-        total += tl.load(to, mask=mask, other=0.0)
-    tl.store(to, total, mask=mask)
-
-
-@kernel
-def correct_kernel(
-    grad_x,  # (B, C, H, W) float32, any strides, changed in place
-    x,
-    table,  # (K + K * K, C) float32: constant, then Q
-    count,  # B * H * W
-    H,
-    W,
-    h,
-    w,
-    y_image,  # of grad_x
-    y_channel,
-    y_row,
-    y_column,
-    x_image,
-    x_channel,
-    x_row,
-    x_column,
-    C,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    POSITION_AXIS: tl.constexpr,
-    LARGE: tl.constexpr,
-    SMALL: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Subtract fold(constant + Q window) from grad_x: a gather over the windows that see a cell."""
-    K: tl.constexpr = KH * KW
-    channel_blocks = tl.cdiv(C, BLOCK_C)
-    channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tile = tl.program_id(0) // channel_blocks
-    cell = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    in_block = channel < C
-    image, row, column = _locate(cell, 0, 0, H, W, LARGE)
-    mask = _along_positions(cell < count, POSITION_AXIS) & _along_channels(in_block, POSITION_AXIS)
-    wide = channel.to(tl.int64) if LARGE else channel
-    # What the windows that see a cell hold lies up to one window less a step away from it.
-    top = row - (KH - 1) * DH
-    left = column - (KW - 1) * DW
-    corner = image * x_image + top * x_row + left * x_column
-    corner = _along_positions(corner, POSITION_AXIS) + _along_channels(
-        wide * x_channel, POSITION_AXIS
-    )
-    corner = x + corner
-    if POSITION_AXIS == 1:
-        total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-    else:
-        total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    WIDE: tl.constexpr = 2 * KW - 1
-    if SMALL:
-        near = ()
-        for n in tl.static_range((2 * KH - 1) * WIDE):
-            value = _tap(
-                corner, top, left, n, mask, H, W, x_row, x_column, WIDE, DH, DW, POSITION_AXIS
-            )
-            near = near + (value,)
-        for j in tl.static_range(K):
-            part = tl.zeros_like(total)
-            part += _coefficient(table, j, channel, in_block, C, POSITION_AXIS)
-            for n in tl.static_range(K):
-                q = _coefficient(table, K + j * K + n, channel, in_block, C, POSITION_AXIS)
-                # Tap n of the window whose tap j this cell is.
-                part += q * near[(n // KW - j // KW + KH - 1) * WIDE + n % KW - j % KW + KW - 1]
-            seen = _sees(row, column, j, h, w, KW, SH, SW, PH, PW, DH, DW)
-            total += tl.where(_along_positions(seen, POSITION_AXIS), part, 0.0)
-    else:
-        for j in range(K):
-            part = tl.zeros_like(total)
-            part += _coefficient(table, j, channel, in_block, C, POSITION_AXIS)
-            for n in range(K):
-                q = _coefficient(table, K + j * K + n, channel, in_block, C, POSITION_AXIS)
-                place = (n // KW - j // KW + KH - 1) * WIDE + n % KW - j % KW + KW - 1
-                part += q * _tap(
-                    corner,
-                    top,
-                    left,
-                    place,
-                    mask,
-                    H,
-                    W,
-                    x_row,
-                    x_column,
-                    WIDE,
-                    DH,
-                    DW,
-                    POSITION_AXIS,
+    near, tap, coming, score, bias, weight, power = [], [], [], [], [], [], []
+    gate, of_column = [], []
+    image, column, left, c, real = _columns(images, C, w, stride_w, pad_w, BLOCK_Q, BLOCK_C)
+    x_column = C if CHANNELS_LAST else 1
+    x_channel = 1 if CHANNELS_LAST else H * W
+    x_row = W * x_column
+    of_channel = c if CHANNELS_LAST else c * (K * (K + 2))
+    next_row = C if CHANNELS_LAST else 1
+    for i in unroll(K):
+        at = table + (of_channel + (K + i) * next_row)[None, :]
+        bias[i] = tl.load(at, mask=(c < C)[None, :], other=0.0)
+        for j in unroll(K):
+            at = table + (of_channel + (2 * K + i * K + j) * next_row)[None, :]
+            weight[i * K + j] = tl.load(at, mask=(c < C)[None, :], other=0.0)
+    if GATES == ATTENTION:
+        for i in unroll(K):
+            at = table + (of_channel + i * next_row)[None, :]
+            # Of the taps' sum, to the base 2.
+            score[i] = tl.load(at, mask=(c < C)[None, :], other=0.0) * (LOG2_E / K)
+        highest = score[0]
+        lowest = score[0]
+        for i in unroll(K):
+            highest = tl.maximum(highest, score[i])
+            lowest = tl.minimum(lowest, score[i])
+    offset = ((first_image + image) * (C * H * W) + left * x_column)[:, None]
+    offset = offset + (c * x_channel)[None, :]
+    for j in unroll(KW):
+        seen = (left >= -j * dilation_w) & (left < W - j * dilation_w)
+        near[j] = seen[:, None] & real
+    start = tl.program_id(2) * steps
+    number = first_image + image
+    at_row = first_row + start
+    # Where a gate of this row is, of a position or of rows. That their lanes go along the channels,
+    # as in all else, is said: none has two elements, so that nothing is read at once for it.
+    cell = ((number * (K * h) + at_row) * w + column)[:, None] + (c // C)[None, :]  # + 0
+    cell = tl.max_contiguous(cell, [1, BLOCK_C])
+    in_rows = (number * (C * KH * h) + at_row)[:, None] + (c * (KH * h))[None, :]
+    in_rows = tl.max_contiguous(in_rows, [1, BLOCK_C])
+    if GATES == CHANNELS:
+        gate_of_channel = _gate(first, (number * C)[:, None] + c[None, :], real)
+    if GATES == ROWS:
+        at = (number * (C * KW * w) + column)[:, None] + (c * (KW * w))[None, :]
+        at = tl.max_contiguous(at, [1, BLOCK_C])
+        for j in unroll(KW):
+            of_column[j] = _gate(second, at + j * w, real)
+    unit = _unit(image, column, start, rows, w, c, C, pitch, K, CHANNELS_LAST)
+    next_unit = C if CHANNELS_LAST else pitch
+    down = w * (K * C) if CHANNELS_LAST else w
+    top = (first_row + start) * stride_h - pad_h
+    for i in unroll(KH):
+        for j in unroll(KW):
+            at = offset + j * dilation_w * x_column
+            value = _load(x, at, near[j], top + i * dilation_h, H, x_row)
+            if i < KH - NEW:
+                tap[(i + NEW) * KW + j] = value.to(tl.float32)
+            else:
+                coming[(i - KH + NEW) * KW + j] = value
+    line = start
+    last = tl.minimum(start + steps, rows)
+    while line < last:
+        for n in unroll(K - NEW * KW):
+            tap[n] = tap[n + NEW * KW]
+        for n in unroll(NEW * KW):
+            tap[K - NEW * KW + n] = coming[n].to(tl.float32)
+        top += stride_h
+        for i in unroll(NEW):
+            for j in unroll(KW):
+                at = offset + j * dilation_w * x_column
+                row = top + (KH - NEW + i) * dilation_h
+                coming[i * KW + j] = _load(x, at, near[j], row, H, x_row)
+        if GATES == ATTENTION:
+            total = tap[0]
+            for n in unroll(K - 1):
+                total += tap[n + 1]
+            largest = tl.where(total < 0, lowest, highest) * total
+            powers = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+            for i in unroll(K):
+                power[i] = tl.math.exp2(total * score[i] - largest)
+                powers += power[i]
+            inverse = 1.0 / powers
+            for i in unroll(K):
+                gate[i] = power[i] * inverse
+        if GATES == CHANNELS:
+            for i in unroll(K):
+                gate[i] = gate_of_channel * _gate(
+                    second, cell + ((line - start) * w + i * (h * w)), real
                 )
-            seen = _sees(row, column, j, h, w, KW, SH, SW, PH, PW, DH, DW)
-            total += tl.where(_along_positions(seen, POSITION_AXIS), part, 0.0)
-    to = image * y_image + row * y_row + column * y_column
-    to = _along_positions(to, POSITION_AXIS) + _along_channels(wide * y_channel, POSITION_AXIS)
-    to = grad_x + to
-    tl.store(to, tl.load(to, mask=mask, other=0.0) - total, mask=mask)
+        if GATES == ROWS:
+            for i in unroll(KH):
+                of_row = _gate(first, in_rows + (line - start + i * h), real)
+                for j in unroll(KW):
+                    gate[i * KW + j] = of_row * of_column[j]
+        for i in unroll(K):
+            z = bias[i] + weight[i * K] * tap[0]
+            for n in unroll(K - 1):
+                z += weight[i * K + n + 1] * tap[n + 1]
+            u = z
+            if GATES != BARE:
+                u = z * gate[i]
+            if RELU:
+                u = tl.where(z <= 0, 0.0, u)  # lets NaN through, as torch's does
+            tl.store(units + (unit + i * next_unit), u.to(units.dtype.element_ty), mask=real)
+        unit += down
+        line += 1
 
 
-@triton.jit
-def _sees(
-    row,
-    column,
-    j,
+def gradient_kernel(
+    x,  # (B, C, H, W)
+    table,  # as of features_kernel
+    units,  # in: gradient of the weighed features; out: these
+    slopes,  # out, as units: gradient of what the activation takes
+    others,  # out: ATTENTION: gradient of each tap through it, one a channel and position; else,
+    # as units: gradient of the product of both gates
+    first,  # gates, as of features_kernel
+    second,
+    sums,  # (parts, K * (K + 2), C): the first 2 * K, gradients of the table, are written
+    add,  # whether to add to them what is there
+    images,
+    first_image,
+    first_row,
+    rows,
+    pitch,
+    C,
+    H,
+    W,
     h,
     w,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-):
-    """Whether there is a window whose tap j is the input cell (row, column)."""
-    down = row + PH - (j // KW) * DH
-    right = column + PW - (j % KW) * DW
-    on_grid = (down % SH == 0) & (right % SW == 0)
-    inside = (down >= 0) & (down < h * SH) & (right >= 0) & (right < w * SW)
-    return on_grid & inside
-
-
-@kernel
-def large_window_gradient_kernel(
-    x,  # (B, C, H, W), any strides
-    table,
-    units,  # in: gradient of the units, out: the units; (K * C, count) by its strides
-    features,  # out: gradient of the normed features, likewise
-    means,  # out: gradient of the windows' means; (C, count) by its strides
-    sums,  # out: (tiles, K, C) float32: of attention
-    first_image,
-    first_row,
-    rows,
-    count,
-    H,
-    W,
-    w,
-    x_image,
-    x_channel,
-    x_row,
-    x_column,
-    unit_stride,
-    position_stride,
-    mean_channel,
-    mean_position,
-    C,
-    CG,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    steps,
+    CHANNELS_LAST: tl.constexpr,
+    GATES: tl.constexpr,
     RELU: tl.constexpr,
-    NEED_GRADIENTS: tl.constexpr,
-    POSITION_AXIS: tl.constexpr,
-    LARGE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Units and gradient of the features, where a window does not fit into registers."""
-    K: tl.constexpr = KH * KW
-    channel_blocks = tl.cdiv(C, BLOCK_C)
-    channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tile = tl.program_id(0) // channel_blocks
-    in_block = channel < C
-    wide = channel.to(tl.int64) if LARGE else channel
-    position = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    image, row, column = _locate(position, first_image, first_row, rows, w, LARGE)
-    mask = _along_positions(position < count, POSITION_AXIS) & _along_channels(
-        in_block, POSITION_AXIS
-    )
-    top = row * SH - PH
-    left = column * SW - PW
-    corner = image * x_image + top * x_row + left * x_column
-    corner = _along_positions(corner, POSITION_AXIS) + _along_channels(
-        wide * x_channel, POSITION_AXIS
-    )
-    corner = x + corner
-    place = _along_channels(_row_in_scratch(channel, 0, CG, K), POSITION_AXIS) * unit_stride
-    place = place + _along_positions(position, POSITION_AXIS) * position_stride
-    mean, largest, powers = _attend_loop(
-        corner,
-        table,
-        top,
-        left,
-        channel,
-        in_block,
-        mask,
-        H,
-        W,
-        x_row,
-        x_column,
-        C,
-        K,
-        KW,
-        DH,
-        DW,
-        POSITION_AXIS,
-    )
-    exponent = mean * LOG2_E
-    weighed = tl.zeros_like(mean)
-    through_mean = tl.zeros_like(mean)
-    through_total = tl.zeros_like(mean)
-    for i in range(K):
-        z = _feature_loop(
-            corner,
-            table,
-            top,
-            left,
-            i,
-            channel,
-            in_block,
-            mask,
-            H,
-            W,
-            x_row,
-            x_column,
-            C,
-            K,
-            KW,
-            DH,
-            DW,
-            POSITION_AXIS,
-        )
-        f = _rectify(z, RELU)
-        score = _coefficient(table, i, channel, in_block, C, POSITION_AXIS)
-        share = tl.exp2(exponent * score - largest) / powers
-        to = units + place + i * CG * unit_stride
-        if NEED_GRADIENTS:
-            du = tl.load(to, mask=mask, other=0.0).to(tl.float32)
-            slope = du * f * share
-            weighed += slope
-            through_mean += score * slope
-            through_total += score * share
-            df = du * share
+    """Gradients up to the activation, and up to the attention or the gates."""
+    near, tap, coming, score, bias, weight, power = [], [], [], [], [], [], []
+    product, gate, of_column, of_score, of_bias = [], [], [], [], []
+    image, column, left, c, real = _columns(images, C, w, stride_w, pad_w, BLOCK_Q, BLOCK_C)
+    x_column = C if CHANNELS_LAST else 1
+    x_channel = 1 if CHANNELS_LAST else H * W
+    x_row = W * x_column
+    of_channel = c if CHANNELS_LAST else c * (K * (K + 2))
+    next_row = C if CHANNELS_LAST else 1
+    for i in unroll(K):
+        at = table + (of_channel + (K + i) * next_row)[None, :]
+        bias[i] = tl.load(at, mask=(c < C)[None, :], other=0.0)
+        for j in unroll(K):
+            at = table + (of_channel + (2 * K + i * K + j) * next_row)[None, :]
+            weight[i * K + j] = tl.load(at, mask=(c < C)[None, :], other=0.0)
+        of_bias[i] = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+    if GATES == ATTENTION:
+        for i in unroll(K):
+            at = table + (of_channel + i * next_row)[None, :]
+            score[i] = tl.load(at, mask=(c < C)[None, :], other=0.0) * (LOG2_E / K)
+            of_score[i] = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+        highest = score[0]
+        lowest = score[0]
+        for i in unroll(K):
+            highest = tl.maximum(highest, score[i])
+            lowest = tl.minimum(lowest, score[i])
+    offset = ((first_image + image) * (C * H * W) + left * x_column)[:, None]
+    offset = offset + (c * x_channel)[None, :]
+    for j in unroll(KW):
+        seen = (left >= -j * dilation_w) & (left < W - j * dilation_w)
+        near[j] = seen[:, None] & real
+    start = tl.program_id(2) * steps
+    number = first_image + image
+    at_row = first_row + start
+    # Where a gate of this row is, of a position or of rows. That their lanes go along the channels,
+    # as in all else, is said: none has two elements, so that nothing is read at once for it.
+    cell = ((number * (K * h) + at_row) * w + column)[:, None] + (c // C)[None, :]  # + 0
+    cell = tl.max_contiguous(cell, [1, BLOCK_C])
+    in_rows = (number * (C * KH * h) + at_row)[:, None] + (c * (KH * h))[None, :]
+    in_rows = tl.max_contiguous(in_rows, [1, BLOCK_C])
+    if GATES == CHANNELS:
+        gate_of_channel = _gate(first, (number * C)[:, None] + c[None, :], real)
+    if GATES == ROWS:
+        at = (number * (C * KW * w) + column)[:, None] + (c * (KW * w))[None, :]
+        at = tl.max_contiguous(at, [1, BLOCK_C])
+        for j in unroll(KW):
+            of_column[j] = _gate(second, at + j * w, real)
+    unit = _unit(image, column, start, rows, w, c, C, pitch, K, CHANNELS_LAST)
+    next_unit = C if CHANNELS_LAST else pitch
+    down = w * (K * C) if CHANNELS_LAST else w
+    of_mean = _unit(image, column, start, rows, w, c, C, pitch, 1, CHANNELS_LAST)
+    down_mean = w * C if CHANNELS_LAST else w
+    top = (first_row + start) * stride_h - pad_h
+    for i in unroll(KH):
+        for j in unroll(KW):
+            at = offset + j * dilation_w * x_column
+            value = _load(x, at, near[j], top + i * dilation_h, H, x_row)
+            if i < KH - NEW:
+                tap[(i + NEW) * KW + j] = value.to(tl.float32)
+            else:
+                coming[(i - KH + NEW) * KW + j] = value
+    line = start
+    last = tl.minimum(start + steps, rows)
+    while line < last:
+        for n in unroll(K - NEW * KW):
+            tap[n] = tap[n + NEW * KW]
+        for n in unroll(NEW * KW):
+            tap[K - NEW * KW + n] = coming[n].to(tl.float32)
+        top += stride_h
+        for i in unroll(NEW):
+            for j in unroll(KW):
+                at = offset + j * dilation_w * x_column
+                row = top + (KH - NEW + i) * dilation_h
+                coming[i * KW + j] = _load(x, at, near[j], row, H, x_row)
+        if GATES == ATTENTION:
+            total = tap[0]
+            for n in unroll(K - 1):
+                total += tap[n + 1]
+            largest = tl.where(total < 0, lowest, highest) * total
+            powers = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+            for i in unroll(K):
+                power[i] = tl.math.exp2(total * score[i] - largest)
+                powers += power[i]
+            inverse = 1.0 / powers
+            for i in unroll(K):
+                gate[i] = power[i] * inverse
+        if GATES == CHANNELS:
+            for i in unroll(K):
+                gate[i] = gate_of_channel * _gate(
+                    second, cell + ((line - start) * w + i * (h * w)), real
+                )
+        if GATES == ROWS:
+            for i in unroll(KH):
+                of_row = _gate(first, in_rows + (line - start + i * h), real)
+                for j in unroll(KW):
+                    gate[i * KW + j] = of_row * of_column[j]
+        weighed = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+        for i in unroll(K):
+            z = bias[i] + weight[i * K] * tap[0]
+            for n in unroll(K - 1):
+                z += weight[i * K + n + 1] * tap[n + 1]
+            passed = gate[i]
             if RELU:
-                df = tl.where(f > 0, df, 0.0)
-            tl.store(
-                features + place + i * CG * unit_stride,
-                df.to(features.dtype.element_ty),
-                mask=mask,
-            )
-            # The sum over all i is not known yet: the first of two parts.
-            part = tl.sum(slope * mean, POSITION_AXIS)
-            tl.store(sums + (tile * K + i) * C + channel, part, mask=in_block)
-        tl.store(to, (f * share).to(units.dtype.element_ty), mask=mask)
-    if NEED_GRADIENTS:
-        at = _along_channels(channel * mean_channel, POSITION_AXIS)
-        at = means + (at + _along_positions(position * mean_position, POSITION_AXIS))
-        tl.store(at, through_mean - weighed * through_total, mask=mask)
-        tl.debug_barrier()  # a lane may have written what another one reads
-        for i in range(K):
-            score = _coefficient(table, i, channel, in_block, C, POSITION_AXIS)
-            share = tl.exp2(exponent * score - largest) / powers
-            to = sums + (tile * K + i) * C + channel
-            part = tl.load(to, mask=in_block, other=0.0)
-            part -= tl.sum(tl.where(mask, share * weighed * mean, 0.0), POSITION_AXIS)
-            tl.store(to, part, mask=in_block)
+                passed = tl.where(z <= 0, 0.0, passed)
+            to = unit + i * next_unit
+            grad = tl.load(units + to, mask=real, other=0.0).to(tl.float32)
+            u = z * passed
+            slope = grad * passed
+            of_bias[i] += slope
+            tl.store(units + to, u.to(units.dtype.element_ty), mask=real)
+            tl.store(slopes + to, slope.to(slopes.dtype.element_ty), mask=real)
+            if GATES == ATTENTION:
+                product[i] = grad * u
+                weighed += product[i]
+            else:
+                of_gate = grad * z
+                if RELU:
+                    of_gate = tl.where(z <= 0, 0.0, of_gate)
+                tl.store(others + to, of_gate.to(others.dtype.element_ty), mask=real)
+        if GATES == ATTENTION:
+            level = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+            for i in unroll(K):
+                of_logit = product[i] - gate[i] * weighed
+                of_score[i] += of_logit * total
+                level += of_logit * score[i]
+            level = level * (1 / LOG2_E)  # score is log2(e) / K times the attention
+            tl.store(others + of_mean, level.to(others.dtype.element_ty), mask=real)
+        unit += down
+        of_mean += down_mean
+        line += 1
+    part = tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
+    to = sums + part * (K * (K + 2) * C) + c
+    known = (c < C) & (add != 0)
+    for i in unroll(K):
+        if GATES == ATTENTION:
+            before = tl.load(to + i * C, mask=known, other=0.0)
+            tl.store(to + i * C, before + tl.sum(of_score[i], 0) * (1 / K), mask=c < C)
+        before = tl.load(to + (K + i) * C, mask=known, other=0.0)
+        tl.store(to + (K + i) * C, before + tl.sum(of_bias[i], 0), mask=c < C)
 
 
-@kernel
-def large_products_kernel(
-    x,  # (B, C, H, W), any strides
-    features,  # gradient of the normed features
-    sums,  # out: (SPLITS, K + K * K, C) float32: of shift, products
+def products_kernel(
+    x,  # (B, C, H, W)
+    table,  # as of features_kernel
+    slopes,  # in: gradient of what the activation takes; out: of the taps
+    others,  # ATTENTION: of gradient_kernel; BARE: features, and ``slopes`` are their gradient
+    sums,  # (parts, K * (K + 2), C): the last K * K are written, and K before them if BARE
+    add,
+    images,
     first_image,
     first_row,
     rows,
-    count,
-    tiles,
+    pitch,
+    C,
+    H,
+    W,
+    h,
+    w,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    steps,
+    CHANNELS_LAST: tl.constexpr,
+    GATES: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Gradients of the kernels and of the taps."""
+    near, tap, coming, weight, of_weight, of_bias, of_tap = [], [], [], [], [], [], []
+    image, column, left, c, real = _columns(images, C, w, stride_w, pad_w, BLOCK_Q, BLOCK_C)
+    x_column = C if CHANNELS_LAST else 1
+    x_channel = 1 if CHANNELS_LAST else H * W
+    x_row = W * x_column
+    of_channel = c if CHANNELS_LAST else c * (K * (K + 2))
+    next_row = C if CHANNELS_LAST else 1
+    for i in unroll(K):
+        of_bias[i] = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+        for j in unroll(K):
+            at = table + (of_channel + (2 * K + i * K + j) * next_row)[None, :]
+            weight[i * K + j] = tl.load(at, mask=(c < C)[None, :], other=0.0)
+            of_weight[i * K + j] = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+    offset = ((first_image + image) * (C * H * W) + left * x_column)[:, None]
+    offset = offset + (c * x_channel)[None, :]
+    for j in unroll(KW):
+        seen = (left >= -j * dilation_w) & (left < W - j * dilation_w)
+        near[j] = seen[:, None] & real
+    start = tl.program_id(2) * steps
+    unit = _unit(image, column, start, rows, w, c, C, pitch, K, CHANNELS_LAST)
+    next_unit = C if CHANNELS_LAST else pitch
+    down = w * (K * C) if CHANNELS_LAST else w
+    of_mean = _unit(image, column, start, rows, w, c, C, pitch, 1, CHANNELS_LAST)
+    down_mean = w * C if CHANNELS_LAST else w
+    top = (first_row + start) * stride_h - pad_h
+    for i in unroll(KH):
+        for j in unroll(KW):
+            at = offset + j * dilation_w * x_column
+            value = _load(x, at, near[j], top + i * dilation_h, H, x_row)
+            if i < KH - NEW:
+                tap[(i + NEW) * KW + j] = value.to(tl.float32)
+            else:
+                coming[(i - KH + NEW) * KW + j] = value
+    line = start
+    last = tl.minimum(start + steps, rows)
+    while line < last:
+        for n in unroll(K - NEW * KW):
+            tap[n] = tap[n + NEW * KW]
+        for n in unroll(NEW * KW):
+            tap[K - NEW * KW + n] = coming[n].to(tl.float32)
+        top += stride_h
+        for i in unroll(NEW):
+            for j in unroll(KW):
+                at = offset + j * dilation_w * x_column
+                row = top + (KH - NEW + i) * dilation_h
+                coming[i * KW + j] = _load(x, at, near[j], row, H, x_row)
+        level = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+        if GATES == ATTENTION:
+            level += tl.load(others + of_mean, mask=real, other=0.0).to(tl.float32)
+        for j in unroll(K):
+            of_tap[j] = level
+        for i in unroll(K):
+            slope = tl.load(slopes + (unit + i * next_unit), mask=real, other=0.0).to(tl.float32)
+            if GATES == BARE:
+                if RELU:
+                    f = tl.load(others + (unit + i * next_unit), mask=real, other=0.0)
+                    slope = tl.where(f > 0, slope, 0.0)
+                of_bias[i] += slope
+            for j in unroll(K):
+                of_weight[i * K + j] += slope * tap[j]
+                of_tap[j] += slope * weight[i * K + j]
+        for j in unroll(K):
+            to = slopes + (unit + j * next_unit)
+            tl.store(to, of_tap[j].to(slopes.dtype.element_ty), mask=real)
+        unit += down
+        of_mean += down_mean
+        line += 1
+    part = tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
+    to = sums + part * (K * (K + 2) * C) + c
+    known = (c < C) & (add != 0)
+    if GATES == BARE:
+        for i in unroll(K):
+            before = tl.load(to + (K + i) * C, mask=known, other=0.0)
+            tl.store(to + (K + i) * C, before + tl.sum(of_bias[i], 0), mask=c < C)
+    for n in unroll(K * K):
+        before = tl.load(to + (2 * K + n) * C, mask=known, other=0.0)
+        tl.store(to + (2 * K + n) * C, before + tl.sum(of_weight[n], 0), mask=c < C)
+
+
+def fold_kernel(
+    taps,  # gradient of the taps, as units
+    grad_x,  # out: (B, C, H, W)
+    given_until,  # the rows above it hold a part of their sum, to which this one is added
+    first_input_row,
+    last_input_row,
+    images,
+    first_image,
+    first_row,
+    rows,
+    pitch,
+    C,
     H,
     W,
     w,
-    x_image,
-    x_channel,
-    x_row,
-    x_column,
-    unit_stride,
-    position_stride,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    steps,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sum of the gradients of all taps that a value of the map is."""
+    near, unit = [], []
+    image, column, _, c, real = _columns(images, C, W, 1, 0, BLOCK_Q, BLOCK_C)
+    x_column = C if CHANNELS_LAST else 1
+    x_channel = 1 if CHANNELS_LAST else H * W
+    next_unit = C if CHANNELS_LAST else pitch
+    down = w * (K * C) if CHANNELS_LAST else w
+    for j in unroll(KW):
+        right = column + pad_w - j * dilation_w
+        seen = (right >= 0) & (right < w * STRIDE_W) & (right % STRIDE_W == 0)
+        near[j] = seen[:, None] & real
+        unit[j] = _unit(image, right // STRIDE_W, 0, rows, w, c, C, pitch, K, CHANNELS_LAST)
+    start = first_input_row + tl.program_id(2) * steps
+    to = ((first_image + image) * (C * H * W) + column * x_column)[:, None]
+    to = grad_x + (to + (c * x_channel)[None, :])
+    row = start
+    last = tl.minimum(start + steps, last_input_row)
+    while row < last:
+        at = to + row * W * x_column
+        total = tl.load(at, mask=real & (row < given_until), other=0.0).to(tl.float32)
+        for i in unroll(KH):
+            below = row + pad_h - i * dilation_h
+            line = below // STRIDE_H - first_row
+            there = (below >= 0) & (below % STRIDE_H == 0) & (line >= 0) & (line < rows)
+            for j in unroll(KW):
+                of_tap = unit[j] + (line * down + (i * KW + j) * next_unit)
+                total += tl.load(taps + of_tap, mask=near[j] & there, other=0.0).to(tl.float32)
+        tl.store(at, total.to(grad_x.dtype.element_ty), mask=real)
+        row += 1
+
+
+def moments_gradient_kernel(
+    x,  # (B, C, H, W)
+    table,  # (C, K * (K + 1)) or, in channels_last, its transpose: constant, slope
+    given,  # to which it is added, where ADD
+    grad_x,  # out
+    images,
     C,
-    CG,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    POSITION_AXIS: tl.constexpr,
-    LARGE: tl.constexpr,
+    H,
+    W,
+    h,
+    w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    steps,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Fold of constant + slope @ window, where slope is symmetric.
+
+    What the windows hold that see a value lies up to a window less a step away: HIGH x WIDE values
+    around it, of which a step down loads the last NEW rows.
+    """
+    near, seen, value, weight, bias = [], [], [], [], []
+    image, column, _, c, real = _columns(images, C, W, 1, 0, BLOCK_Q, BLOCK_C)
+    x_column = C if CHANNELS_LAST else 1
+    x_channel = 1 if CHANNELS_LAST else H * W
+    x_row = W * x_column
+    of_channel = c if CHANNELS_LAST else c * (K * (K + 1))
+    next_row = C if CHANNELS_LAST else 1
+    for i in unroll(K):
+        at = table + (of_channel + i * next_row)[None, :]
+        bias[i] = tl.load(at, mask=(c < C)[None, :], other=0.0)
+        for j in unroll(K - i):
+            at = table + (of_channel + (K + i * K + i + j) * next_row)[None, :]
+            weight[i * K + i + j] = tl.load(at, mask=(c < C)[None, :], other=0.0)
+    for j in unroll(KW):
+        right = column + pad_w - j * dilation_w
+        inside = (right >= 0) & (right < w * STRIDE_W) & (right % STRIDE_W == 0)
+        seen[j] = inside[:, None] & real
+    offset = (image * (C * H * W) + column * x_column)[:, None] + (c * x_channel)[None, :]
+    for j in unroll(WIDE):
+        aside = column + (j - KW + 1) * dilation_w
+        near[j] = ((aside >= 0) & (aside < W))[:, None] & real
+    start = tl.program_id(2) * steps
+    for i in unroll(HIGH - NEW):
+        for j in unroll(WIDE):
+            at = offset + (j - KW + 1) * dilation_w * x_column
+            found = _load(x, at, near[j], start + (i - KH + 1) * dilation_h, H, x_row)
+            value[(i + NEW) * WIDE + j] = found.to(tl.float32)
+    row = start
+    last = tl.minimum(start + steps, H)
+    while row < last:
+        for n in unroll((HIGH - NEW) * WIDE):
+            value[n] = value[n + NEW * WIDE]
+        for i in unroll(NEW):
+            for j in unroll(WIDE):
+                at = offset + (j - KW + 1) * dilation_w * x_column
+                down = row + (HIGH - NEW + i - KH + 1) * dilation_h
+                found = _load(x, at, near[j], down, H, x_row)
+                value[(HIGH - NEW + i) * WIDE + j] = found.to(tl.float32)
+        total = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+        if ADD:
+            total += tl.load(given + (offset + row * x_row), mask=real, other=0.0).to(tl.float32)
+        for i in unroll(KH):
+            below = row + pad_h - i * dilation_h
+            there = (below >= 0) & (below < h * STRIDE_H) & (below % STRIDE_H == 0)
+            for j in unroll(KW):
+                part = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32) + bias[i * KW + j]
+                for m in unroll(KH):
+                    for n in unroll(KW):
+                        # Tap (m, n) of the window whose tap (i, j) this is.
+                        part += (
+                            weight[min(i * KW + j, m * KW + n) * K + max(i * KW + j, m * KW + n)]
+                            * value[(m - i + KH - 1) * WIDE + n - j + KW - 1]
+                        )
+                total += tl.where(seen[j] & there, part, 0.0)
+        to = grad_x + (offset + row * x_row)
+        tl.store(to, total.to(grad_x.dtype.element_ty), mask=real)
+        row += 1
+
+
+def sums_kernel(
+    sums,  # (parts, K * (K + 2), C)
+    attention,  # out: (C * K,), of any type, as the others
+    shift,  # out: (C * K,)
+    feature,  # out: (C * K * K,)
+    parts,
+    C,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sums of a feature's gradient, and of its products with the taps, for large windows."""
-    K: tl.constexpr = KH * KW
-    split = tl.program_id(0)
-    splits = tl.num_programs(0)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    i = tl.program_id(2)
-    in_block = channel < C
-    here = _along_channels(in_block, POSITION_AXIS)
-    wide = channel.to(tl.int64) if LARGE else channel
-    channel_offset = _along_channels(wide * x_channel, POSITION_AXIS)
-    unit = _along_channels(_row_in_scratch(channel, i, CG, K), POSITION_AXIS) * unit_stride
-    if POSITION_AXIS == 1:
-        zero = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    """Add up the parts of the gradients of a table, one of its rows a program."""
+    row = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    start = 0
+    while start < parts:
+        part = start + tl.arange(0, BLOCK_P)
+        at = sums + (part * (K * (K + 2) * C) + row * C)[:, None] + c[None, :]
+        total += tl.load(at, mask=(part < parts)[:, None] & (c < C)[None, :], other=0.0)
+        start += BLOCK_P
+    found = tl.sum(total, 0)
+    if row < K:
+        tl.store(attention + c * K + row, found.to(attention.dtype.element_ty), mask=c < C)
+    elif row < 2 * K:
+        tl.store(shift + c * K + row - K, found.to(shift.dtype.element_ty), mask=c < C)
     else:
-        zero = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    shift = zero
-    products = ()
-    for _ in tl.static_range(K):
-        products = products + (zero,)
-    tile = split
-    while tile < tiles:
-        position = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-        image, row, column = _locate(position, first_image, first_row, rows, w, LARGE)
-        mask = _along_positions(position < count, POSITION_AXIS) & here
-        top = row * SH - PH
-        left = column * SW - PW
-        corner = image * x_image + top * x_row + left * x_column
-        corner = x + (_along_positions(corner, POSITION_AXIS) + channel_offset)
-        place = unit + _along_positions(position, POSITION_AXIS) * position_stride
-        df = tl.load(features + place, mask=mask, other=0.0).to(tl.float32)
-        shift += df
-        added = ()
-        for j in tl.static_range(K):
-            tap = _tap(corner, top, left, j, mask, H, W, x_row, x_column, KW, DH, DW, POSITION_AXIS)
-            added = added + (products[j] + df * tap,)
-        products = added
-        tile += splits
-    first = sums + split * ((K + K * K) * C) + channel
-    tl.store(first + i * C, tl.sum(shift, POSITION_AXIS), mask=in_block)
-    for j in tl.static_range(K):
-        total = tl.sum(products[j], POSITION_AXIS)
-        tl.store(first + (K + i * K + j) * C, total, mask=in_block)
+        at = feature + c * (K * K) + row - 2 * K
+        tl.store(at, found.to(feature.dtype.element_ty), mask=c < C)
 
 
-@kernel
-def large_taps_kernel(
-    table,
-    features,  # gradient of the normed features
-    means,  # gradient of the windows' means
-    folds,  # out: gradient of the taps
-    count,
-    unit_stride,
-    position_stride,
-    mean_channel,
-    mean_position,
+def covariance_kernel(
+    sums,  # (parts, K + PAIRS, C), of moments_kernel
+    shifts,  # (C,)
+    mean,  # out: (C, K)
+    covariance,  # out: (C, K, K)
+    parts,
+    count,  # of the windows
     C,
-    CG,
-    K: tl.constexpr,
-    POSITION_AXIS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradient of the taps from those of features and means, for large windows."""
-    channel_blocks = tl.cdiv(C, BLOCK_C)
-    channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    position = (tl.program_id(0) // channel_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
-    in_block = channel < C
-    mask = _along_positions(position < count, POSITION_AXIS) & _along_channels(
-        in_block, POSITION_AXIS
-    )
-    place = _along_channels(_row_in_scratch(channel, 0, CG, K), POSITION_AXIS) * unit_stride
-    place = place + _along_positions(position, POSITION_AXIS) * position_stride
-    to = _along_channels(channel * mean_channel, POSITION_AXIS)
-    to = means + (to + _along_positions(position * mean_position, POSITION_AXIS))
-    level = tl.load(to, mask=mask, other=0.0) * (1.0 / K)
-    for j in range(K):
-        total = level
-        for i in range(K):
-            at = features + place + i * CG * unit_stride
-            df = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-            row = 2 * K + i * K + j
-            total += df * _coefficient(table, row, channel, in_block, C, POSITION_AXIS)
-        at = folds + place + j * CG * unit_stride
-        tl.store(at, total.to(folds.dtype.element_ty), mask=mask)
+    """Mean and covariance of the taps from the parts of their sums: a pair of taps a program."""
+    i = tl.program_id(0) // K
+    j = tl.program_id(0) % K
+    low = tl.minimum(i, j)
+    high = tl.maximum(i, j)
+    row = K + low * K - low * (low - 1) // 2 + high - low
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    rows = K + K * (K + 1) // 2
+    # Few numbers, of which two nearly cancel out.
+    both = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
+    one = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
+    other = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
+    start = 0
+    while start < parts:
+        part = start + tl.arange(0, BLOCK_P)
+        at = sums + (part * (rows * C))[:, None] + c[None, :]
+        real = (part < parts)[:, None] & (c < C)[None, :]
+        both += tl.load(at + row * C, mask=real, other=0.0).to(tl.float64)
+        one += tl.load(at + i * C, mask=real, other=0.0).to(tl.float64)
+        other += tl.load(at + j * C, mask=real, other=0.0).to(tl.float64)
+        start += BLOCK_P
+    first = tl.sum(one, 0) / count
+    found = tl.sum(both, 0) / count - first * (tl.sum(other, 0) / count)
+    tl.store(covariance + c * (K * K) + i * K + j, found.to(tl.float32), mask=c < C)
+    level = first.to(tl.float32) + tl.load(shifts + c, mask=c < C, other=0.0)
+    tl.store(mean + c * K + i, level, mask=(c < C) & (i == j))
+
+
+def fold_moments_kernel(
+    mean,  # (C, K), of the windows
+    covariance,  # (C, K, K)
+    feature,  # (C, K, K)
+    weight,  # (C, K), as all of the norm, where AFFINE
+    bias,  # where SHIFTED
+    folded,  # out: (C, K, K)
+    shift,  # out: (C, K), as what follows
+    response_mean,  # out
+    variance,  # out, unbiased
+    inverse,  # out: 1 / sqrt(biased variance + eps)
+    eps,
+    correction,  # count / (count - 1)
+    C,
+    AFFINE: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Batch norm, folded into the kernel of one response of each channel."""
+    w = []
+    i = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    real = c < C
+    level = tl.zeros((BLOCK_C,), tl.float32)
+    for j in unroll(K):
+        w[j] = tl.load(feature + (c * (K * K) + i * K + j), mask=real, other=0.0)
+        level += w[j] * tl.load(mean + (c * K + j), mask=real, other=0.0)
+    var = tl.zeros((BLOCK_C,), tl.float32)
+    for j in unroll(K):
+        row = tl.zeros((BLOCK_C,), tl.float32)
+        for n in unroll(K):
+            row += w[n] * tl.load(covariance + (c * (K * K) + j * K + n), mask=real, other=0.0)
+        var += row * w[j]
+    var = tl.maximum(var, 0.0)  # rounding may leave a variance of zero a little below it
+    one = 1.0 / tl.sqrt(var + eps)
+    scale = one
+    if AFFINE:
+        scale = one * tl.load(weight + (c * K + i), mask=real, other=0.0)
+    offset = -scale * level
+    if SHIFTED:
+        offset += tl.load(bias + (c * K + i), mask=real, other=0.0)
+    for j in unroll(K):
+        tl.store(folded + (c * (K * K) + i * K + j), w[j] * scale, mask=real)
+    tl.store(shift + (c * K + i), offset, mask=real)
+    tl.store(response_mean + (c * K + i), level, mask=real)
+    tl.store(variance + (c * K + i), var * correction, mask=real)
+    tl.store(inverse + (c * K + i), one, mask=real)
+
+
+def fold_moments_gradient_kernel(
+    of_folded,  # (C, K, K)
+    of_shift,  # (C, K)
+    feature,  # as of fold_moments_kernel, and so on
+    weight,
+    mean,
+    covariance,
+    response_mean,
+    inverse,
+    of_feature,  # out: (C, K, K)
+    of_weight,  # out: (C, K)
+    slope,  # out: (C, K, K)
+    constant,  # out: (C, K)
+    share,  # 1 / count
+    C,
+    AFFINE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Gradient of the kernel of one response, and one row of slope and constant: see README.md."""
+    w, row = [], []
+    own = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    real = c < C
+    level = tl.zeros((BLOCK_C,), tl.float32)
+    for n in unroll(K):
+        row[n] = tl.zeros((BLOCK_C,), tl.float32)
+    i = 0
+    while i < K:
+        of_scale = tl.zeros((BLOCK_C,), tl.float32)
+        for j in unroll(K):
+            w[j] = tl.load(feature + (c * (K * K) + i * K + j), mask=real, other=0.0)
+            at = of_folded + (c * (K * K) + i * K + j)
+            of_scale += w[j] * tl.load(at, mask=real, other=0.0)
+        s = tl.load(of_shift + (c * K + i), mask=real, other=0.0)
+        of_scale -= s * tl.load(response_mean + (c * K + i), mask=real, other=0.0)
+        one = tl.load(inverse + (c * K + i), mask=real, other=0.0)
+        scale = one
+        of_one = of_scale
+        if AFFINE:
+            a = tl.load(weight + (c * K + i), mask=real, other=0.0)
+            scale = one * a
+            of_one = of_scale * a
+        of_mean = -scale * s
+        twice_of_var = -(one * one * one) * of_one
+        # Tap ``own`` of this response's kernel.
+        tap = tl.load(feature + (c * (K * K) + i * K + own), mask=real, other=0.0)
+        level += of_mean * tap
+        for n in unroll(K):
+            row[n] += twice_of_var * tap * w[n]
+        if i == own:
+            tl.store(of_weight + (c * K + i), of_scale * one, mask=real)
+            for j in unroll(K):
+                through = tl.zeros((BLOCK_C,), tl.float32)
+                for n in unroll(K):
+                    at = covariance + (c * (K * K) + j * K + n)
+                    through += w[n] * tl.load(at, mask=real, other=0.0)
+                at = c * (K * K) + i * K + j
+                found = scale * tl.load(of_folded + at, mask=real, other=0.0)
+                found += of_mean * tl.load(mean + (c * K + j), mask=real, other=0.0)
+                tl.store(of_feature + at, found + twice_of_var * through, mask=real)
+        i += 1
+    level = level * share
+    for n in unroll(K):
+        row[n] = row[n] * share
+        level -= row[n] * tl.load(mean + (c * K + n), mask=real, other=0.0)
+        tl.store(slope + (c * (K * K) + own * K + n), row[n], mask=real)
+    tl.store(constant + (c * K + own), level, mask=real)

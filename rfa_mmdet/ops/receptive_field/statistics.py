@@ -1,0 +1,127 @@
+"""From the moments of windows to folded batch norm, and back: small algebra of each channel.
+
+README.md derives the formulas. Here they are in plain torch, for every device; on a GPU, where the
+25 small operations of a backward pass would take as long as the rest, each direction is one kernel.
+Shapes: mean (C, K) and covariance (C, K, K) of the windows' values, feature (C * K, 1, kh, kw); all
+else (C * K,).
+"""
+
+import torch
+from torch import Tensor
+
+from rfa_mmdet.ops.receptive_field.schema import LIBRARY
+
+LIBRARY.define(
+    "fold_moments(Tensor mean, Tensor covariance, Tensor feature, Tensor? weight, Tensor? bias, "
+    "float eps, int count) -> "
+    "(Tensor feature, Tensor shift, Tensor mean, Tensor variance, Tensor inverse)"
+)
+LIBRARY.define(
+    "fold_moments_backward(Tensor of_feature, Tensor of_shift, Tensor feature, Tensor? weight, "
+    "Tensor mean, Tensor covariance, Tensor response_mean, Tensor inverse, int count) -> "
+    "(Tensor feature, Tensor weight, Tensor slope, Tensor constant)"
+)
+
+
+def response_moments(feature: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of each response from those of the windows."""
+    kernels = feature.view(covariance.shape)
+    of_responses = (kernels * mean.unsqueeze(1)).sum(2)
+    # Rounding may leave a variance of zero a little below it.
+    var = (torch.matmul(kernels, covariance) * kernels).sum(2).clamp_min(0)
+    return of_responses.flatten(), var.flatten()
+
+
+def fold_responses(
+    feature: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mean: Tensor,
+    var: Tensor,
+    count: int | Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Fold batch norm into the kernels whose responses have this mean and biased variance.
+
+    Returns:
+        tuple[Tensor, ...]: Feature, shift, mean, unbiased variance, and 1 / sqrt(var + eps).
+    """
+    inverse = torch.rsqrt(var + eps)
+    scale = inverse if weight is None else inverse * weight
+    shift = -scale * mean
+    shift = shift if bias is None else shift + bias
+    return feature * scale.view(-1, 1, 1, 1), shift, mean, var * (count / (count - 1)), inverse
+
+
+def fold_moments(
+    mean: Tensor,
+    covariance: Tensor,
+    feature: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    count: int,
+) -> tuple[Tensor, ...]:
+    """Fold batch norm on the statistics of windows' values; as :func:`fold_responses`."""
+    of_responses = response_moments(feature, mean, covariance)
+    return fold_responses(feature, weight, bias, eps, *of_responses, count)
+
+
+def of_responses(
+    of_feature: Tensor,
+    of_shift: Tensor,
+    feature: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    inverse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of a response's scale, of its mean and variance, and its scale."""
+    scale = inverse if weight is None else inverse * weight
+    of_scale = (of_feature * feature).sum((1, 2, 3)) - of_shift * mean
+    of_inverse = of_scale if weight is None else of_scale * weight
+    return of_scale, -scale * of_shift, -0.5 * inverse**3 * of_inverse, scale
+
+
+def through_moments(
+    of_mean: Tensor,
+    of_var: Tensor,
+    feature: Tensor,
+    mean: Tensor,
+    covariance: Tensor,
+    count: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of feature through mean and variance, and slope and constant.
+
+    slope (C, K, K) and constant (C, K) give the gradient of a window: constant + slope @ window.
+    """
+    of_mean, of_var = (t.view(*mean.shape, 1) for t in (of_mean, of_var))
+    kernels = feature.view(covariance.shape)
+    of_feature = of_mean * mean.unsqueeze(1) + 2 * of_var * torch.matmul(kernels, covariance)
+    slope = torch.matmul(kernels.mT, 2 * of_var * kernels) / max(count, 1)
+    constant = (of_mean * kernels).sum(1) / max(count, 1)
+    constant = constant - torch.matmul(slope, mean.unsqueeze(2)).squeeze(2)
+    return of_feature.view_as(feature), slope, constant
+
+
+def fold_moments_backward(
+    of_feature: Tensor,
+    of_shift: Tensor,
+    feature: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    covariance: Tensor,
+    response_mean: Tensor,
+    inverse: Tensor,
+    count: int,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of feature and weight, and slope and constant for the map's."""
+    of_scale, of_mean, of_var, scale = of_responses(
+        of_feature, of_shift, feature, weight, response_mean, inverse
+    )
+    through, slope, constant = through_moments(of_mean, of_var, feature, mean, covariance, count)
+    found = torch.addcmul(through, scale.view(-1, 1, 1, 1), of_feature)
+    return found, of_scale * inverse, slope, constant
+
+
+LIBRARY.impl("fold_moments", fold_moments, "CompositeExplicitAutograd")
+LIBRARY.impl("fold_moments_backward", fold_moments_backward, "CompositeExplicitAutograd")

@@ -1,0 +1,167 @@
+"""Chunks of the output, whose features stay in the second-level cache, and their products."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rfa_mmdet.ops.common.windows import Window
+from rfa_mmdet.ops.receptive_field.triton.launch import Chunk, Maps
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+POSITIONS = 9  # of a window: more do not fit into registers
+OFFSETS = 2**31 - 2**24  # elements that 32 bits can tell apart, and what lies beside a map
+BLOCKS = 65_535  # of a grid's second and third axis
+LEAST_BYTES = 2**23  # of a chunk's features, on a GPU with little cache
+
+
+def takes(x: Tensor, weight: Tensor | None, window: Window, groups: int = 1) -> bool:
+    """Whether there are kernels for a map (B, C, H, W)."""
+    height, width = window.output_size(x.shape[2:])
+    outputs = 1 if weight is None else weight.shape[0]
+    return (
+        x.dtype in DTYPES
+        and window.positions <= POSITIONS
+        and groups == 1
+        and 0 < x.numel() < OFFSETS
+        and 0 < x.shape[0] * height * width * max(outputs, 1) < OFFSETS
+        and x.shape[1] <= BLOCKS
+        and all(0 <= n <= 2**20 for pair in window for n in pair)
+        # A row of the output is the smallest chunk.
+        and window.positions * x.shape[1] * width < OFFSETS
+    )
+
+
+def maps_of(x: Tensor, window: Window) -> Maps:
+    """Return a map as the kernels read it; a copy if it is neither NCHW nor channels_last."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    if not channels_last:
+        x = x.contiguous()
+    return Maps(x, window, channels_last, window.output_size(x.shape[2:]))
+
+
+def chunk_bytes(x: Tensor, share: int) -> int:
+    """Return how many bytes of features to make at a time: a share of the second-level cache."""
+    if not x.is_cuda:
+        return LEAST_BYTES
+    cache: int = getattr(torch.cuda.get_device_properties(x.device), "L2_cache_size", 0)
+    return max(cache // share, LEAST_BYTES)
+
+
+def chunks(maps: Maps, limit: int) -> Iterator[Chunk]:
+    """Divide the output into parts of one size whose features take ``limit`` bytes at most."""
+    images, channels = maps.x.shape[:2]
+    height, width = maps.size
+    of_row = maps.window.positions * channels * width * maps.x.element_size()
+    rows = max(1, limit // of_row)
+    at_once, rows = (max(1, rows // height), height) if rows >= height else (1, rows)
+    at_once = -(-images // -(-images // at_once))
+    rows = -(-height // -(-height // rows))
+    # Whole vectors, so that each channel begins where one can be read at once.
+    pitch = -(-at_once * rows * width // 16) * 16
+    for image in range(0, images, at_once):
+        for row in range(0, height, rows):
+            sizes = min(at_once, images - image), min(rows, height - row)
+            yield Chunk(image, sizes[0], row, sizes[1], (at_once, rows), pitch)
+
+
+def table_of(maps: Maps, *parameters: Tensor) -> Tensor:
+    """Gather parameters, (C * n, ...) each, channel by channel: neighbours as the lanes are."""
+    channels = maps.x.shape[1]
+    table = [p.reshape(channels, -1).float() for p in parameters]
+    if maps.channels_last:
+        return torch.cat([p.t() for p in table], 0)
+    return torch.cat(table, 1)
+
+
+class Products:
+    """The convolution as a matrix product of weight and units, and its gradients.
+
+    Units of P positions are (P, K * C) in channels_last and (C * K, pitch) in NCHW.
+    """
+
+    def __init__(self, maps: Maps, weight: Tensor | None) -> None:
+        self.maps = maps
+        self.units = maps.window.positions * maps.x.shape[1]
+        if weight is not None:
+            self.shape = weight.shape
+            # (O, K * C) and (O, C * K)
+            order = weight.permute(0, 2, 3, 1) if maps.channels_last else weight
+            self.weight = order.to(maps.x.dtype).reshape(len(weight), -1).contiguous()
+        self.of_weight: Tensor | None = None
+
+    def buffer(self, rows: int, chunk: Chunk) -> Tensor:
+        """Return new memory for ``rows`` values of each position of a chunk."""
+        positions = chunk.pitch
+        shape = (positions, rows) if self.maps.channels_last else (rows, positions)
+        return self.maps.x.new_empty(shape)
+
+    def _positions(self, units: Tensor, chunk: Chunk) -> Tensor:
+        count = chunk.images * chunk.rows * self.maps.size[1]
+        return units[:count] if self.maps.channels_last else units[:, :count]
+
+    def _of_map(self, y: Tensor, chunk: Chunk) -> Tensor:
+        """View a chunk of a map (B, O, h, w), in the format of x: (P, O), or (n, O, positions)."""
+        y = y[chunk.image : chunk.image + chunk.images, :, chunk.row : chunk.row + chunk.rows]
+        if self.maps.channels_last:
+            return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
+        return y.flatten(2)
+
+    def write(self, y: Tensor, units: Tensor, bias: Tensor | None, chunk: Chunk) -> None:
+        """Compute a chunk of y, (B, O, h, w)."""
+        units, y = self._positions(units, chunk), self._of_map(y, chunk)
+        if self.maps.channels_last:
+            if bias is None:
+                torch.mm(units, self.weight.t(), out=y)
+            else:
+                torch.addmm(bias, units, self.weight.t(), out=y)
+            return
+        units = units.unflatten(1, (chunk.images, -1)).transpose(0, 1)
+        weight = self.weight.expand(chunk.images, -1, -1)
+        if bias is None:
+            torch.bmm(weight, units, out=y)
+        else:
+            torch.baddbmm(bias.view(1, -1, 1), weight, units, out=y)
+
+    def gradient(self, grad_y: Tensor, chunk: Chunk) -> Tensor:
+        """Return a chunk of the gradient of y, as one matrix: (P, O) or (O, P)."""
+        grad = self._of_map(grad_y, chunk).to(self.maps.x.dtype)
+        if self.maps.channels_last:
+            return grad.contiguous()
+        return grad.transpose(0, 1).flatten(1)
+
+    def units_gradient(self, grad: Tensor, units: Tensor, chunk: Chunk) -> None:
+        """Compute the gradient of the units."""
+        units = self._positions(units, chunk)
+        if self.maps.channels_last:
+            torch.mm(grad, self.weight, out=units)
+        else:
+            torch.mm(self.weight.t(), grad, out=units)
+
+    def add_weight_gradient(self, grad: Tensor, units: Tensor, chunk: Chunk) -> None:
+        """Add a chunk's part of the weight's gradient: in float32, as there are several."""
+        units = self._positions(units, chunk)
+        a, b = (grad.t(), units) if self.maps.channels_last else (grad, units.t())
+        if self.of_weight is None:
+            self.of_weight = torch.mm(a, b)
+        elif self.of_weight.dtype == a.dtype == torch.float32:
+            self.of_weight.addmm_(a, b)
+        else:
+            self.of_weight = self.of_weight.float().add_(torch.mm(a, b))
+
+    def weight_gradient(self, dtype: torch.dtype) -> Tensor:
+        """Return the gradient of the weight, (O, C, kh, kw)."""
+        assert self.of_weight is not None
+        outputs, channels, *kernel_size = self.shape
+        if not self.maps.channels_last:
+            return self.of_weight.view(self.shape).to(dtype)
+        found = self.of_weight.view(outputs, *kernel_size, channels).permute(0, 3, 1, 2)
+        return found.to(dtype)
+
+    def windows(self, units: Tensor, chunk: Chunk) -> Tensor:
+        """View the units of a chunk as (n, C, kh, kw, rows, w)."""
+        units, (high, wide) = self._positions(units, chunk), self.maps.window.kernel_size
+        places = (chunk.images, chunk.rows, self.maps.size[1])
+        if self.maps.channels_last:
+            return units.view(*places, high, wide, -1).permute(0, 5, 3, 4, 1, 2)
+        return units.unflatten(1, places).unflatten(0, (-1, high, wide)).permute(3, 0, 1, 2, 4, 5)

@@ -1,0 +1,434 @@
+"""The operators' kernels for CUDA: features of chunks by Triton, and their products by cuBLAS.
+
+What there are no kernels for, such as windows of more than 9 positions, ``plain.py`` computes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rfa_mmdet.ops.common.recompute import gradients_of_gates
+from rfa_mmdet.ops.common.windows import Pair, Window
+from rfa_mmdet.ops.receptive_field import plain, statistics
+from rfa_mmdet.ops.receptive_field.schema import NAMESPACE
+from rfa_mmdet.ops.receptive_field.triton import launch
+from rfa_mmdet.ops.receptive_field.triton.chunks import (
+    POSITIONS,
+    Products,
+    chunk_bytes,
+    chunks,
+    maps_of,
+    table_of,
+    takes,
+)
+from rfa_mmdet.ops.receptive_field.triton.launch import (
+    ATTENTION,
+    BARE,
+    CHANNELS,
+    ROWS,
+    Chunk,
+    Gates,
+    Maps,
+)
+
+# Shares of the second-level cache: forward, one buffer of features; backward, two, or three.
+FORWARD, BACKWARD, GATED = 2, 4, 6
+
+
+def window_moments(x: Tensor, *window: Pair) -> tuple[Tensor, Tensor]:
+    """See schema.py."""
+    if not takes(x, None, Window(*window)):
+        return plain.window_moments(x, *window)
+    return launch.moments(maps_of(x, Window(*window)))
+
+
+def window_moments_backward(x: Tensor, slope: Tensor, constant: Tensor, *window: Pair) -> Tensor:
+    """See schema.py."""
+    if not takes(x, None, Window(*window)):
+        return plain.window_moments_backward(x, slope, constant, *window)
+    maps = maps_of(x, Window(*window))
+    grad_x = torch.empty_like(maps.x)
+    launch.moments_gradient(maps, table_of(maps, constant, slope), None, grad_x)
+    return grad_x
+
+
+def fold_moments(
+    mean: Tensor, covariance: Tensor, feature: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    """See statistics.py."""
+    if mean.dtype != torch.float32 or mean.shape[1] > POSITIONS or not mean.numel():
+        return statistics.fold_moments(mean, covariance, feature, *others)
+    return launch.fold_moments(mean, covariance, feature.contiguous(), *others)
+
+
+def fold_moments_backward(
+    of_feature: Tensor, of_shift: Tensor, feature: Tensor, weight: Tensor | None, *others: Any
+) -> tuple[Tensor, ...]:
+    """See statistics.py."""
+    mean = others[0]
+    if mean.dtype != torch.float32 or mean.shape[1] > POSITIONS or not mean.numel():
+        return statistics.fold_moments_backward(of_feature, of_shift, feature, weight, *others)
+    dense = (t.contiguous() for t in (of_feature, of_shift, feature))
+    return launch.fold_moments_backward(*dense, weight, *others)
+
+
+def rfa_conv(
+    x: Tensor,
+    attention: Tensor,
+    feature: Tensor,
+    shift: Tensor,
+    relu: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    *window_and_groups: Any,
+) -> Tensor:
+    """See schema.py."""
+    *window, groups = window_and_groups
+    if not takes(x, weight, Window(*window), groups):
+        return plain.rfa_conv(x, attention, feature, shift, relu, weight, bias, *window_and_groups)
+    maps = maps_of(x, Window(*window))
+    table = table_of(maps, attention, shift, feature)
+    return _convolve(maps, table, Gates(ATTENTION), relu, weight, bias)
+
+
+def gated_conv(
+    x: Tensor,
+    feature: Tensor,
+    shift: Tensor,
+    relu: bool,
+    first: Tensor,
+    second: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *window_and_groups: Any,
+) -> Tensor:
+    """See schema.py."""
+    *window, groups = window_and_groups
+    if not takes(x, weight, Window(*window), groups):
+        return plain.gated_conv(
+            x, feature, shift, relu, first, second, weight, bias, *window_and_groups
+        )
+    maps = maps_of(x, Window(*window))
+    gates = _gates(first, second)
+    return _convolve(maps, _bare_table(maps, feature, shift), gates, relu, weight, bias)
+
+
+def _gates(first: Tensor, second: Tensor) -> Gates:
+    return Gates(CHANNELS if first.dim() == 2 else ROWS, first.contiguous(), second.contiguous())
+
+
+def _bare_table(maps: Maps, feature: Tensor, shift: Tensor) -> Tensor:
+    """Return a table of which no kernel reads the rows of attention."""
+    return table_of(maps, shift, shift, feature)
+
+
+def _convolve(
+    maps: Maps, table: Tensor, gates: Gates, relu: bool, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    product, y = Products(maps, weight), maps.new_map(weight.shape[0], maps.size)
+    units: Tensor | None = None
+    for chunk in chunks(maps, chunk_bytes(maps.x, FORWARD)):
+        units = product.buffer(product.units, chunk) if units is None else units
+        launch.features(maps, table, gates, relu, units, chunk)
+        product.write(y, units, bias, chunk)
+    return y
+
+
+class _Backward:
+    """Buffers of a backward pass, and what all of them do chunk by chunk.
+
+    Nothing is added up by atomics: two runs give the same bits.
+    """
+
+    def __init__(
+        self, maps: Maps, table: Tensor, relu: bool, weight: Tensor | None, needs: Sequence[bool]
+    ) -> None:
+        self.maps, self.table, self.relu = maps, table, relu
+        self.need_x, self.need_features = needs
+        self.products = Products(maps, weight)
+        self.none = maps.x.new_empty(0)
+        self.grad_x = torch.empty_like(maps.x) if self.need_x else self.none
+        self.sums: Tensor | None = None
+        self.buffers: dict[str, Tensor] = {}
+
+    def buffer(self, name: str, chunk: Chunk, rows: int = 0) -> Tensor:
+        """Return the buffer of a name; of ``rows`` values a position, by default K * C."""
+        if name not in self.buffers:  # the first chunk is the largest
+            self.buffers[name] = self.products.buffer(rows or self.products.units, chunk)
+        return self.buffers[name]
+
+    def add(self, chunk: Chunk, kind: int, others: Tensor) -> None:
+        """Add up the gradients of table and map, from those in the buffer ``slopes``."""
+        slopes = self.buffer("slopes", chunk)
+        sums, add = self.partial_sums(chunk)
+        launch.products(self.maps, self.table, kind, self.relu, slopes, others, sums, add, chunk)
+        if self.need_x:
+            launch.fold(self.maps, slopes, self.grad_x, chunk)
+
+    def partial_sums(self, chunk: Chunk) -> tuple[Tensor, bool]:
+        """Return the parts of the table's gradient, and whether chunks before are in them."""
+        channels = self.maps.x.shape[1]
+        if self.sums is None:
+            shape = (launch.parts(self.maps, chunk), self.table.numel() // channels, channels)
+            self.sums = self.maps.x.new_empty(shape, dtype=torch.float32)
+        return self.sums, chunk.image + chunk.row > 0
+
+    def gradients(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """Return those of x, and of attention, feature and shift."""
+        if not self.need_features:
+            return self.grad_x, *(self.none for _ in parameters)
+        found = tuple(torch.empty_like(p) for p in parameters)
+        assert self.sums is not None
+        attention, feature, shift = found
+        launch.add_up(self.maps, self.sums, attention, shift, feature)
+        return self.grad_x, *found
+
+
+def _of_weighed(
+    grad_y: Tensor,
+    run: _Backward,
+    gates: Gates,
+    weight: Tensor,
+    needs: Sequence[bool],
+    of_gates: Callable[[Tensor, Chunk], None] | None,
+) -> tuple[Tensor, Tensor]:
+    """Go through all chunks of a convolution, and return the gradients of weight and bias.
+
+    ``of_gates`` is called with the gradient of the product of both gates.
+    """
+    maps, product = run.maps, run.products
+    need_kernels = needs[0] or needs[1] or of_gates is not None
+    share = BACKWARD if of_gates is None else GATED
+    for chunk in chunks(maps, chunk_bytes(maps.x, share)) if need_kernels or needs[2] else ():
+        grad, units = product.gradient(grad_y, chunk), run.buffer("units", chunk)
+        if not need_kernels:
+            launch.features(maps, run.table, gates, run.relu, units, chunk)
+            product.add_weight_gradient(grad, units, chunk)
+            continue
+        product.units_gradient(grad, units, chunk)
+        slopes = run.buffer("slopes", chunk)
+        others = run.buffer("others", chunk, maps.x.shape[1] if of_gates is None else 0)
+        launch.gradient(
+            *(maps, run.table, gates, run.relu, units, slopes, others),
+            *(*run.partial_sums(chunk), chunk),
+        )
+        if needs[2]:
+            product.add_weight_gradient(grad, units, chunk)
+        if of_gates is not None:
+            of_gates(others, chunk)
+        if needs[0] or needs[1]:
+            run.add(chunk, gates.kind, others)
+    of_bias = run.none
+    if needs[3]:
+        of_bias = grad_y.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype)
+    return product.weight_gradient(weight.dtype) if needs[2] else run.none, of_bias
+
+
+def rfa_conv_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    attention: Tensor,
+    feature: Tensor,
+    shift: Tensor,
+    relu: bool,
+    weight: Tensor,
+    needs: Sequence[bool],
+    *window_and_groups: Any,
+) -> tuple[Tensor, ...]:
+    """See schema.py."""
+    *window, groups = window_and_groups
+    if not takes(x, weight, Window(*window), groups):
+        return plain.rfa_conv_backward(
+            grad_y, x, attention, feature, shift, relu, weight, needs, *window_and_groups
+        )
+    maps = maps_of(x, Window(*window))
+    table = table_of(maps, attention, shift, feature)
+    run = _Backward(maps, table, relu, weight, needs[:2])
+    of_weight, of_bias = _of_weighed(grad_y, run, Gates(ATTENTION), weight, needs, None)
+    return *run.gradients(attention, feature, shift), of_weight, of_bias
+
+
+def gated_conv_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    feature: Tensor,
+    shift: Tensor,
+    relu: bool,
+    first: Tensor,
+    second: Tensor,
+    weight: Tensor,
+    needs: Sequence[bool],
+    *window_and_groups: Any,
+) -> tuple[Tensor, ...]:
+    """See schema.py."""
+    *window, groups = window_and_groups
+    if not takes(x, weight, Window(*window), groups):
+        return plain.gated_conv_backward(
+            grad_y, x, feature, shift, relu, first, second, weight, needs, *window_and_groups
+        )
+    maps = maps_of(x, Window(*window))
+    run = _Backward(maps, _bare_table(maps, feature, shift), relu, weight, needs[:2])
+    totals = [torch.zeros_like(t, dtype=torch.float32) for t in (first, second)]
+
+    def add(products: Tensor, chunk: Chunk) -> None:
+        products = run.products.windows(products, chunk)
+        found = gradients_of_gates(products, *_gate_windows(maps, chunk, first, second))
+        for total, part in zip(_gate_windows(maps, chunk, *totals), found, strict=True):
+            total += part
+
+    of_weight, of_bias = _of_weighed(grad_y, run, _gates(first, second), weight, needs, add)
+    of_x, _, of_feature, of_shift = run.gradients(shift, feature, shift)
+    of_gates = (total.to(t.dtype) for total, t in zip(totals, (first, second), strict=True))
+    return of_x, of_feature, of_shift, *of_gates, of_weight, of_bias
+
+
+def _gate_windows(maps: Maps, chunk: Chunk, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """View the gates of a chunk as what is broadcast to (n, C, kh, kw, rows, w)."""
+    first, second = (t[chunk.image : chunk.image + chunk.images] for t in (first, second))
+    rows = slice(chunk.row, chunk.row + chunk.rows)
+    if first.dim() == 2:
+        second = second[:, :, rows].unflatten(1, maps.window.kernel_size)
+        return first[:, :, None, None, None, None], second.unsqueeze(1)
+    return first[..., rows][:, :, :, None, :, None], second[:, :, None, :, None, :]
+
+
+def pool_channels(
+    x: Tensor, feature: Tensor, shift: Tensor, relu: bool, indexed: bool, *window: Pair
+) -> tuple[Tensor, Tensor]:
+    """See schema.py."""
+    if not takes(x, None, Window(*window)):
+        return plain.pool_channels(x, feature, shift, relu, indexed, *window)
+    maps = maps_of(x, Window(*window))
+    places = (maps.window.positions, *maps.size)
+    pooled = x.new_empty((x.shape[0], 2, *places), dtype=torch.float32)
+    largest = x.new_empty((x.shape[0], *places) if indexed else (0,), dtype=torch.float32)
+    for features, images, rows in _bare_features(maps, feature, shift, relu):
+        features = features.flatten(2, 3)  # (n, C, K, rows, w)
+        most, index = features.max(1)
+        pooled[images, 0, :, rows] = most
+        pooled[images, 1, :, rows] = features.mean(1, dtype=torch.float32)
+        if indexed:
+            largest[images, :, rows] = index.float()
+    return pooled, largest
+
+
+def pool_coordinates(
+    x: Tensor, feature: Tensor, shift: Tensor, relu: bool, *window: Pair
+) -> tuple[Tensor, Tensor]:
+    """See schema.py."""
+    if not takes(x, None, Window(*window)):
+        return plain.pool_coordinates(x, feature, shift, relu, *window)
+    maps = maps_of(x, Window(*window))
+    (high, wide), (height, width) = maps.window.kernel_size, maps.size
+    of_rows = x.new_empty((*x.shape[:2], high, height), dtype=torch.float32)
+    of_columns = x.new_zeros((*x.shape[:2], wide, width), dtype=torch.float32)
+    for features, images, rows in _bare_features(maps, feature, shift, relu):
+        of_rows[images, ..., rows] = features.mean((3, 5), dtype=torch.float32)
+        of_columns[images] += features.sum((2, 4), dtype=torch.float32)
+    return of_rows, of_columns / (high * height)
+
+
+def _bare_features(maps: Maps, feature: Tensor, shift: Tensor, relu: bool) -> Any:
+    """Yield features (n, C, kh, kw, rows, w), and the images and rows that they are of."""
+    table, product = _bare_table(maps, feature, shift), Products(maps, None)
+    units: Tensor | None = None
+    for chunk in chunks(maps, chunk_bytes(maps.x, FORWARD)):
+        units = product.buffer(product.units, chunk) if units is None else units
+        launch.features(maps, table, Gates(BARE), relu, units, chunk)
+        images, rows = (
+            slice(chunk.image, chunk.image + chunk.images),
+            slice(chunk.row, chunk.row + chunk.rows),
+        )
+        yield product.windows(units, chunk), images, rows
+
+
+def pool_channels_backward(
+    grad: Tensor,
+    x: Tensor,
+    feature: Tensor,
+    shift: Tensor,
+    relu: bool,
+    largest: Tensor,
+    needs: Sequence[bool],
+    *window: Pair,
+) -> tuple[Tensor, ...]:
+    """See schema.py."""
+    if not takes(x, None, Window(*window)):
+        return plain.pool_channels_backward(grad, x, feature, shift, relu, largest, needs, *window)
+
+    def write(slopes: Tensor, images: slice, rows: slice) -> None:
+        slopes = slopes.flatten(2, 3)
+        of_largest, of_mean = grad[images, :, :, rows].to(slopes.dtype).split(1, 1)
+        slopes.copy_(of_mean / x.shape[1])
+        index = largest[images, :, rows].long().unsqueeze(1)
+        slopes.scatter_add_(1, index, of_largest)
+
+    return _of_bare(x, feature, shift, relu, needs, Window(*window), write)
+
+
+def pool_coordinates_backward(
+    grad_rows: Tensor,
+    grad_columns: Tensor,
+    x: Tensor,
+    feature: Tensor,
+    shift: Tensor,
+    relu: bool,
+    needs: Sequence[bool],
+    *window: Pair,
+) -> tuple[Tensor, ...]:
+    """See schema.py."""
+    if not takes(x, None, Window(*window)):
+        return plain.pool_coordinates_backward(
+            grad_rows, grad_columns, x, feature, shift, relu, needs, *window
+        )
+    (high, wide), (height, width) = window[0], Window(*window).output_size(x.shape[2:])
+    of_rows, of_columns = grad_rows / (wide * width), grad_columns / (high * height)
+
+    def write(slopes: Tensor, images: slice, rows: slice) -> None:
+        first = of_rows[images, ..., rows][:, :, :, None, :, None]
+        slopes.copy_(first + of_columns[images][:, :, None, :, None, :])
+
+    return _of_bare(x, feature, shift, relu, needs, Window(*window), write)
+
+
+def _of_bare(
+    x: Tensor,
+    feature: Tensor,
+    shift: Tensor,
+    relu: bool,
+    needs: Sequence[bool],
+    window: Window,
+    write: Callable[[Tensor, slice, slice], None],
+) -> tuple[Tensor, ...]:
+    """Return the gradients of x, feature and shift from that of the features, by chunks."""
+    maps = maps_of(x, window)
+    run = _Backward(maps, _bare_table(maps, feature, shift), relu, None, needs)
+    for chunk in chunks(maps, chunk_bytes(x, BACKWARD)):
+        slopes, features = run.buffer("slopes", chunk), run.buffer("features", chunk)
+        images = slice(chunk.image, chunk.image + chunk.images)
+        write(run.products.windows(slopes, chunk), images, slice(chunk.row, chunk.row + chunk.rows))
+        if relu:
+            launch.features(maps, run.table, Gates(BARE), relu, features, chunk)
+        run.add(chunk, BARE, features)
+    of_x, _, of_feature, of_shift = run.gradients(shift, feature, shift)
+    return of_x, of_feature, of_shift
+
+
+KERNELS = (
+    *(window_moments, window_moments_backward, rfa_conv, rfa_conv_backward),
+    *(gated_conv, gated_conv_backward, pool_channels, pool_channels_backward),
+    *(pool_coordinates, pool_coordinates_backward, fold_moments, fold_moments_backward),
+)
+_LIBRARY = torch.library.Library(NAMESPACE, "IMPL")
+
+
+def register(key: str) -> None:
+    """Register the kernels for a dispatch key, once.
+
+    Args:
+        key (str): 'CUDA'; 'CPU' where Triton's interpreter is to take the place of the C++ kernels.
+    """
+    for function in KERNELS:
+        _LIBRARY.impl(function.__name__, function, key)
