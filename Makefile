@@ -20,7 +20,7 @@ SETUP := $(shell command -v python3 || echo python) tools/setup_env.py --venv "$
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo bench test test-slow test-all test-prebuilt lint format clean
+.PHONY: help env demo bench gpu test test-slow test-all test-prebuilt lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +38,11 @@ bench: env  ## measure every op on 2 CPU threads against the formulas and the pl
 	    --out benchmarks/results/cpu_bfloat16.json
 	@"$(PYTHON)" -m benchmarks.report benchmarks/results/*.json \
 	    --table benchmarks/table.md --plot docs/images/benchmark.png
+
+OUT ?= work_dirs/gpu
+
+gpu: env  ## check and measure everything on a GPU in ten minutes; JSON, table and log in OUT
+	@"$(PYTHON)" -m benchmarks.gpu --out "$(OUT)"
 
 # The tools of lint are pinned in the current stack only.
 test: $(if $(filter $(STACK),current),lint,env)  ## lint, then the tests that take seconds, in two processes

@@ -1,6 +1,7 @@
-"""Make a Markdown table and a plot from the JSON files of benchmarks/run.py.
+"""Make a Markdown table and a plot from the JSON files of benchmarks/run.py and benchmarks/gpu.py.
 
-Ratios are geometric means over the shapes of a file. What no file holds is 'not measured'.
+Ratios are geometric means over the shapes of a file. What no file holds is 'not measured'. The
+targets' GPU columns are of benchmarks/gpu.py alone.
 """
 
 import json
@@ -32,10 +33,49 @@ def parse_args() -> Namespace:
         "--table benchmarks/table.md --plot docs/images/benchmark.png",
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("results", nargs="+", type=Path, metavar="JSON", help="of run.py")
+    parser.add_argument("results", nargs="+", type=Path, metavar="JSON", help="of run.py or gpu.py")
     parser.add_argument("--table", type=Path, help="Markdown to write; default: print it")
     parser.add_argument("--plot", type=Path, help="PNG to write, of the first file")
     return parser.parse_args()
+
+
+def runs_of(content: dict) -> list[dict]:
+    """Return the runs of a file: itself, or those of gpu.py's steps, one for each configuration.
+
+    A case that a later step measured again takes the place of the earlier one.
+
+    Args:
+        content (dict): Of run.py or gpu.py.
+
+    Returns:
+        list[dict]: Of run.py, with ``of_gpu_steps`` if they come from gpu.py.
+
+    Example:
+        >>> runs_of({"device": "cpu", "results": []})
+        [{'device': 'cpu', 'results': []}]
+    """
+    if "steps" not in content:
+        return [content]
+    found: dict[tuple, dict] = {}
+    for run in (step["result"] for step in content["steps"]):
+        if not run or "results" not in run:
+            continue
+        key = run["dtype"], run["channels_last"]
+        old = found.get(key, {"results": [], "failed": [], "detector": None})
+        commands = [old["command"], run["command"]] if "command" in old else [run["command"]]
+        found[key] = {
+            **run,
+            "of_gpu_steps": True,
+            "command": " && ".join(commands),
+            "results": _latest([*old["results"], *run["results"]], "op", "shape"),
+            "failed": _latest([*old["failed"], *run["failed"]], "op", "candidate"),
+            "detector": run["detector"] or old["detector"],
+        }
+    return list(found.values())
+
+
+def _latest(entries: list[dict], *keys: str) -> list[dict]:
+    return list({str([entry[key] for key in keys]): entry for entry in entries}.values())
 
 
 def mean_ratio(run: dict, candidate: str, mode: str, baseline: str) -> float | None:
@@ -144,6 +184,11 @@ TARGETS = (
 )  # fmt: skip
 
 
+def configuration(run: dict) -> str:
+    """Return the type and, if it is not the usual one, the layout that a run measured."""
+    return run["dtype"] + (", channels_last" if run["channels_last"] else "")
+
+
 def best_rfaconv(run: dict) -> str | None:
     """Return the fastest of RFAConv's backends in inference: what 'auto' stands for."""
     own = of_op(run, "RFAConv")
@@ -167,12 +212,12 @@ def targets_table(runs: list[dict]) -> list[str]:
         for device in ("cpu", "cuda"):
             texts = []
             for run in runs:
-                if run["device"] != device:
+                if run["device"] != device or ("of_gpu_steps" in run) != (device == "cuda"):
                     continue
                 value = target.value(of_op(run, "RFAConv"), best_rfaconv(run) or "")
                 if value is not None:
                     verdict = "" if target.met(value, device) else ", missed"
-                    texts.append(f"{value:.2f}x ({run['dtype']}{verdict})")
+                    texts.append(f"{value:.2f}x ({configuration(run)}{verdict})")
             cells += [target.limit(device), "<br>".join(texts) or NOT_MEASURED]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -201,8 +246,8 @@ def run_table(run: dict) -> list[str]:
     fewest = min(counts.values(), default=0)
     of_plugins = "" if fewest == len(shapes) else f" ({fewest} for plug-ins, which have no stride)"
     lines = [
-        f"**{where}; {run['dtype']}; {run['threads']} threads; torch {run['versions']['torch']}; "
-        f"{len(shapes)} shapes{of_plugins}.** `{run['command']}`",
+        f"**{where}; {configuration(run)}; {run['threads']} threads; "
+        f"torch {run['versions']['torch']}; {len(shapes)} shapes{of_plugins}.** `{run['command']}`",
         "",
         "| | inference: faster than the formula | than it compiled | time / plain's "
         "| forward + backward: faster than the formula | than it compiled | time / plain's "
@@ -235,6 +280,47 @@ def run_table(run: dict) -> list[str]:
             f"{detector['time_ratio']['q75']:.2f}; {seconds['RFAConv']['median']:.2f} s against "
             f"{seconds['plain']['median']:.2f} s), {detector['peak_ratio']:.2f}x the peak memory.",
         ]
+    return lines
+
+
+def steps_table(content: dict) -> list[str]:
+    """Write what became of each of gpu.py's steps.
+
+    Args:
+        content (dict): Of gpu.py.
+
+    Returns:
+        list[str]: Lines of Markdown.
+    """
+    where = ", ".join(content["gpus"]) or "no GPU"
+    counts = Counter(step["state"] for step in content["steps"])
+    states = ", ".join(f"{number} {state}" for state, number in counts.items())
+    lines = [
+        f"**{where}; torch {content['torch']}; {states}.** `{content['command']}`",
+        "",
+        "| step | | seconds | |",
+        "|---|---|---:|---|",
+    ]
+    for step in content["steps"]:
+        said = step["said"].replace("|", r"\|")
+        lines.append(f"| {step['name']} | {step['state']} | {step['seconds']:.0f} | {said} |")
+    return lines
+
+
+def tables(contents: list[dict]) -> list[str]:
+    """Write everything: the targets, then each file.
+
+    Args:
+        contents (list[dict]): Of run.py or gpu.py.
+
+    Returns:
+        list[str]: Lines of Markdown.
+    """
+    lines = targets_table([run for content in contents for run in runs_of(content)])
+    for content in contents:
+        lines += ["", *steps_table(content)] if "steps" in content else []
+        for run in runs_of(content):
+            lines += ["", *run_table(run)]
     return lines
 
 
@@ -277,19 +363,18 @@ def write_plot(run: dict, path: Path) -> None:
 def main() -> None:
     """Write what the command line asks for."""
     args = parse_args()
-    runs = []
+    contents = []
     for path in args.results:
         try:
-            run = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise SystemExit(f"error: {path}: cannot be read as JSON of run.py: {error}") from None
-        if not isinstance(run, dict) or not {"results", "machine", "device"} <= run.keys():
-            raise SystemExit(f"error: {path}: holds no results of run.py")
-        runs.append(run)
-    lines = targets_table(runs)
-    for run in runs:
-        lines += ["", *run_table(run)]
-    text = "\n".join(lines) + "\n"
+        if not isinstance(content, dict) or not (
+            "steps" in content or {"results", "machine", "device"} <= content.keys()
+        ):
+            raise SystemExit(f"error: {path}: holds no results of run.py or gpu.py")
+        contents.append(content)
+    text = "\n".join(tables(contents)) + "\n"
     if args.table:
         with written_whole(args.table) as part:
             part.write_text(text, encoding="utf-8")
@@ -297,7 +382,8 @@ def main() -> None:
     else:
         print(text, end="")
     if args.plot:
-        if not candidates(runs[0]):
+        runs = [run for run in runs_of(contents[0]) if candidates(run)]
+        if not runs:
             raise SystemExit(f"error: {args.results[0]}: holds no op to draw")
         write_plot(runs[0], args.plot)
         print(f"wrote: {args.plot}")

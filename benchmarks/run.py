@@ -7,8 +7,10 @@ benchmarks/report.py makes the table and the plot.
 """
 
 import json
+import math
 import shlex
 import sys
+import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,7 @@ from benchmarks.sizes import SIZES, InputSize
 from rfa_mmdet.analysis.machine import describe_machine
 from rfa_mmdet.cli.command_line import user_errors
 from rfa_mmdet.errors import UserError
+from rfa_mmdet.files import written_whole
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 # Odd sizes: borders of every kind of tile. Small enough for float64.
@@ -55,9 +58,9 @@ def parse_args(argv: list[str]) -> Namespace:
         nargs="+",
         choices=SIZES,
         default=["r50-800x1333", "r50-512x512", "small"],
-        help="lists of shapes (default: all but tiny)",
+        help="lists of shapes (default: all but gpu and tiny)",
     )
-    add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    add("--device", default="cpu", help="cpu, cuda or cuda:1 (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="half ones run under autocast")
     add("--threads", type=int, default=2, help="on the CPU (default: %(default)s)")
     add("--channels-last", action="store_true", help="memory format of inputs and convolutions")
@@ -77,6 +80,13 @@ def parse_args(argv: list[str]) -> Namespace:
         help="to spend on each mode of each shape (default: %(default)s)",
     )
     add("--rounds", type=int, default=3, help="at least so many, whatever they take (%(default)s)")
+    add(
+        "--stop-after",
+        type=float,
+        default=math.inf,
+        metavar="S",
+        help="begin nothing new after so many seconds; what is left is named (default: no limit)",
+    )
     add(
         "--candidate",
         action="append",
@@ -232,9 +242,10 @@ def check(
 def main(argv: list[str]) -> int:
     """Measure what the command line asks for; 1 if an op is not what its formula says."""
     args = parse_args(argv)
+    end = time.monotonic() + args.stop_after
     torch.set_num_threads(args.threads)
     shapes = [shape for name in args.shapes for shape in SIZES[name]]
-    results, failed, missing = [], [], {}
+    results, failed, missing, left_out = [], [], {}, []
     content = {
         **describe_machine(args.device),
         "device": args.device.type,
@@ -244,12 +255,23 @@ def main(argv: list[str]) -> int:
         "command": shlex.join(["python", "-m", "benchmarks.run", *argv]),
         "failed": failed,
         "not_available": missing,
+        "no_time_left": left_out,
         "results": results,
         "detector": None,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     # What an interrupted run had measured stays here.
     unfinished = args.out.with_name(f"{args.out.name}.unfinished")
+
+    def keep() -> None:
+        with written_whole(unfinished) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def is_over(*what: str) -> bool:
+        if over := time.monotonic() >= end:
+            left_out.extend(what)
+        return over
+
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -258,28 +280,33 @@ def main(argv: list[str]) -> int:
         task = progress.add_task("", total=total)
         for op in args.ops:
             progress.update(task, description=f"{op}: parity")
+            if is_over(*(f"{op} {shape}" for shape in own[op])):
+                continue
             makers, not_here = builders(op, args.candidate, args.device)
             missing |= not_here
             for name in list(makers):
                 if reasons := check(op, makers[name], own[op], args):
                     del makers[name]
                     failed.append({"op": op, "candidate": name, "reasons": reasons})
+                    keep()
             for shape in own[op]:
                 progress.update(task, description=f"{op} {shape}")
-                if makers:
+                if makers and not is_over(f"{op} {shape}"):
                     layers = {name: make(shape) for name, make in makers.items()}
                     result = measure_case(Case(op, shape, layers, args), args)
                     results.append({"op": op, "shape": vars(shape), **result})
+                    keep()
                 progress.advance(task)
-            unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        if args.detector:
+        if args.detector and not is_over("RetinaNet"):
             progress.update(task, description=f"RetinaNet {args.detector} x {args.detector}")
             content["detector"] = measure_detector(
                 args.detector, args.device, DTYPES[args.dtype], 10 * args.seconds, args.rounds
             )
             progress.advance(task)
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    keep()
     unfinished.replace(args.out)
+    if left_out:
+        print(f"no time left: {', '.join(left_out)}")
     for name, reason in missing.items():
         print(f"not here: {name}: {reason}")
     for failure in failed:

@@ -33,6 +33,7 @@ def _resnet50(batch: int, height: int, width: int) -> list[InputSize]:
 SIZES: dict[str, list[InputSize]] = {
     "r50-800x1333": _resnet50(1, 800, 1344),
     "r50-512x512": _resnet50(2, 512, 512),
+    "gpu": _resnet50(2, 800, 1344),  # two images, as MMDetection's configs give each GPU
     "small": [
         InputSize(4, 64, 40, 40),
         InputSize(4, 128, 20, 20),
