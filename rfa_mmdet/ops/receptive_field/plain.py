@@ -110,12 +110,13 @@ class _Features:
 
     def gradients(self) -> tuple[Tensor, ...]:
         """Return those of x, feature, shift and attention, empty where they are not needed."""
+        of_x, inputs = self.of_x.to(self.slices.x.dtype), [t for t in self.inputs if t is not None]
+        if not self.need_features:
+            return of_x, *(t.new_empty(0) for t in inputs)
         of_features, *of_logits = self.of_maps.split(self.positions, 1)
         found = [of_features[..., :-1], of_features[..., -1]]
         found += [t[..., :-1].mean(2) for t in of_logits]
-        inputs = [t if self.need_features else t[:0] for t in self.inputs if t is not None]
-        of_inputs = (g.reshape(t.shape).to(t.dtype) for g, t in zip(found, inputs, strict=True))
-        return self.of_x.to(self.slices.x.dtype), *of_inputs
+        return of_x, *(g.reshape(t.shape).to(t.dtype) for g, t in zip(found, inputs, strict=True))
 
 
 class _Product:

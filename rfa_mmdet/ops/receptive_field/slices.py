@@ -67,9 +67,13 @@ class Slices:
         centre: Tensor | None = None,
     ) -> None:
         self.x, self.window = x, Window(*window)
-        self.group, self.split, self.centre = x.shape[1] // groups, split, centre
+        self.group, self.split = x.shape[1] // groups, split
         self.size = self.window.output_size(x.shape[2:])
         self.dtype = compute_dtype(x.dtype)
+        above, side = self.window.padding
+        self._padded = F.pad(x, (side, side, above, above)) if above or side else x
+        if centre is not None:
+            self._padded = self._padded - centre
         size = CPU_BYTES if x.device.type == "cpu" else GPU_BYTES
         self.limit = size // torch.finfo(self.dtype).bits * 8  # elements
         self._scratch: dict[str, Tensor] = {}
@@ -129,22 +133,19 @@ class Slices:
 
     def add_to(self, grad_x: Tensor, block: Block, grad: Tensor) -> None:
         """Add the gradient of a block's windows, (C', K, P), to that of x."""
-        (kh, kw), (sy, sx), (_, side), (dy, dx) = self.window
-        band, above, below = self._band(block.place.rows)
-        height, width = band.stop - band.start, self.x.shape[3]
+        (kh, kw), (sy, sx), (above, side), (dy, dx) = self.window
+        place, (height, width) = block.place, self.x.shape[2:]
         grad = grad.view(self.shape(block))
         channels, _, _, images, rows, columns = grad.shape
+        of_block = grad_x[place.images, block.channels].transpose(0, 1)
         # First along the rows, then down the columns: kw + kh additions, not kw * kh.
-        wide = grad.new_zeros(channels, kh, images, rows, width + 2 * side)
+        wide = grad.new_zeros(channels, kh, images, rows, width)
         for j in range(kw):
-            wide[..., j * dx : j * dx + sx * (columns - 1) + 1 : sx] += grad[:, :, j]
-        tall = grad.new_zeros(channels, images, above + height + below, width)
+            to, of = _inside(j * dx - side, sx, columns, width)
+            wide[..., to] += grad[:, :, j, ..., of]
         for i in range(kh):
-            tall[:, :, i * dy : i * dy + sy * (rows - 1) + 1 : sy] += wide[
-                :, i, ..., side : side + width
-            ]
-        inside = tall[:, :, above : above + height].transpose(0, 1)
-        grad_x[block.place.images, block.channels, band] += inside
+            to, of = _inside(i * dy - above + sy * place.rows.start, sy, rows, height)
+            of_block[:, :, to] += wide[:, i, :, of]
 
     def shape(self, block: Block) -> tuple[int, ...]:
         """Return (C', kh, kw, n, rows, w)."""
@@ -154,35 +155,33 @@ class Slices:
         counts = _length(place.images), _length(place.rows), self.size[1]
         return _length(channels), *self.window.kernel_size, *counts
 
-    def _band(self, rows: slice) -> tuple[slice, int, int]:
-        """Return the rows of x below windows, and how many rows of zeros are above and below."""
-        (kernel, _), (stride, _), (padding, _), (dilation, _) = self.window
-        top = rows.start * stride - padding
-        bottom = (rows.stop - 1) * stride - padding + dilation * (kernel - 1) + 1
-        height = self.x.shape[2]
-        first, last = min(max(top, 0), height), min(max(bottom, 0), height)
-        return (
-            slice(first, last),
-            min(max(-top, 0), bottom - top),
-            max(bottom - max(height, top), 0),
-        )
-
     def _windows(self, place: Place, channels: slice) -> Tensor:
-        _, (sy, sx), (_, side), (dy, dx) = self.window
-        band, above, below = self._band(place.rows)
-        x = self.x[place.images, channels, band]
-        if side or above or below:
-            x = F.pad(x, (side, side, above, below))
-        if self.centre is not None:
-            x = x - self.centre[channels]
+        _, (sy, sx), _, (dy, dx) = self.window
+        x = self._padded[place.images, channels, sy * place.rows.start :]
         shape = self._shape(place, channels)
         of_image, of_channel, of_row, of_column = x.stride()
         strides = (of_channel, dy * of_row, dx * of_column, of_image, sy * of_row, sx * of_column)
         positions, count = self.window.positions, shape[3] * shape[4] * shape[5]
+        before = self._scratch.get("windows")
         windows = self.scratch("windows", shape[0], positions + 1, count)
+        if windows is not before:
+            windows[:, positions] = 1
         windows[:, :positions].view(shape).copy_(x.as_strided(shape, strides))
-        windows[:, positions] = 1
         return windows
+
+
+def _inside(offset: int, step: int, count: int, size: int) -> tuple[slice, slice]:
+    """Return which of the cells offset, offset + step, ... are in range(size), and their numbers.
+
+    Example:
+        >>> _inside(-1, 2, 4, 5)
+        (slice(1, 4, 2), slice(1, 3, None))
+    """
+    first = max(0, -(offset // step))
+    last = max(first, min(count, (size - 1 - offset) // step + 1))
+    if first == last:
+        return slice(0), slice(0)
+    return slice(offset + step * first, offset + step * (last - 1) + 1, step), slice(first, last)
 
 
 def _length(of: slice) -> int:
