@@ -1,11 +1,11 @@
 """The operators in plain torch, for every device that has no kernels of its own.
 
-The features of a few rows of windows at a time are made, used in one matrix product, and dropped;
-backward passes make them again. So they need a small part of the memory of the formula, which makes
-the features of the whole map and keeps them.
+The features of a block of windows are made, used in a matrix product, and dropped; backward passes
+make them again. So they need a small part of the memory of the formula, which makes the features of
+the whole map and keeps them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from rfa_mmdet.ops.common.precision import compute_dtype, no_autocast
 from rfa_mmdet.ops.common.recompute import gradients_of_gates
 from rfa_mmdet.ops.receptive_field.schema import LIBRARY, empty_output
-from rfa_mmdet.ops.receptive_field.slices import Slice, Slices
+from rfa_mmdet.ops.receptive_field.slices import Block, Slices
 
 KERNELS: list[Callable[..., Any]] = []
 
@@ -33,126 +33,196 @@ def _register(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Features:
-    """Features act(feature @ window + shift) of slices, (n, C, K, rows * w), and their gradients."""
+    """Features act(feature @ window + shift) of blocks, (C', K, P), and their gradients.
+
+    Given the weight of RFAConv's attention over the positions of a window, that attention as well:
+    its logits are a product with the window, too.
+    """
 
     def __init__(
-        self, slices: Slices, feature: Tensor, shift: Tensor, relu: bool, needs: Sequence[bool]
+        self,
+        slices: Slices,
+        feature: Tensor,
+        shift: Tensor,
+        relu: bool,
+        needs: Sequence[bool] = (False, False),
+        attention: Tensor | None = None,
     ) -> None:
         positions = slices.window.positions
-        self.slices, self.relu, self.shapes = slices, relu, (feature.shape, shift.shape)
-        self.need_x, self.need_features = needs
-        self.kernels = feature.reshape(-1, positions, positions)  # (C, K, K)
-        self.shift = shift.reshape(-1, positions, 1)  # (C, K, 1)
+        self.slices, self.relu, self.positions = slices, relu, positions
+        self.inputs, (self.need_x, self.need_features) = (feature, shift, attention), needs
+        kernels = feature.reshape(-1, positions, positions)
+        self.maps = torch.cat([kernels, shift.reshape(-1, positions, 1)], 2)  # (C, K, K + 1)
+        if attention is not None:
+            # Of the mean of the window, to which the column of the shift adds nothing.
+            logits = (attention.to(slices.dtype) / positions).reshape(-1, positions, 1)
+            logits = F.pad(logits.expand_as(kernels), (0, 1))
+            self.maps = torch.cat([self.maps, logits], 1)  # (C, 2 * K, K + 1)
         self.of_x = slices.empty_gradient(self.need_x)
-        self.of_kernels = torch.zeros_like(self.kernels)
-        self.of_shift = torch.zeros_like(self.shift)
+        self.of_maps = torch.zeros_like(self.maps) if self.need_features else self.maps[:0]
 
-    def of(self, part: Slice) -> Tensor:
-        features = torch.matmul(self.kernels, part.windows).add_(self.shift)
+    def of(self, block: Block) -> Tensor:
+        features = self._responses("features", block, slice(self.positions))
         return features.relu_() if self.relu else features
 
-    def add(self, part: Slice, features: Tensor, grad: Tensor, extra: Tensor | None = None) -> None:
-        """Add up gradients, given that of the features; ``extra`` goes to all values of a window.
+    def attention(self, block: Block) -> Tensor:
+        logits = self._responses("logits", block, slice(self.positions, None))
+        return torch.softmax(logits, 1, out=self._scratch("attention", block))
 
-        Overwrites ``grad``.
-        """
+    def _responses(self, name: str, block: Block, rows: slice) -> Tensor:
+        maps = self.maps[block.channels, rows]
+        return torch.bmm(maps, block.windows, out=self._scratch(name, block))
+
+    def _scratch(self, name: str, block: Block, times: int = 1) -> Tensor:
+        channels, _, count = block.windows.shape
+        return self.slices.scratch(name, channels, times * self.positions, count)
+
+    def weigh(self, features: Tensor, weights: Tensor) -> Tensor:
+        return torch.mul(features, weights, out=self.slices.scratch("weighed", *features.shape))
+
+    def add(self, block: Block, features: Tensor, grad: Tensor) -> None:
+        """Add up gradients, given that of the features; overwrites it."""
+        self._add(block, features, grad, grad)
+
+    def add_with_attention(
+        self, block: Block, features: Tensor, attention: Tensor, weighed: Tensor, grad: Tensor
+    ) -> None:
+        """Add up gradients, given that of the weighed features; overwrites them."""
+        grads = self._scratch("grads", block, 2)
+        of_features, of_logits = grads.chunk(2, 1)
+        products = weighed.mul_(grad)
+        total = products.sum(1, keepdim=True)
+        torch.addcmul(products, attention, total, value=-1, out=of_logits)
+        torch.mul(grad, attention, out=of_features)
+        self._add(block, features, of_features, grads)
+
+    def _add(self, block: Block, features: Tensor, of_features: Tensor, grads: Tensor) -> None:
         if self.relu:
-            grad.masked_fill_(features <= 0, 0)
+            torch.ops.aten.threshold_backward.grad_input(
+                of_features, features, 0, grad_input=of_features
+            )
         if self.need_features:
-            self.of_kernels += torch.matmul(grad, part.windows.mT).sum(0)
-            self.of_shift += grad.sum((0, 3)).unsqueeze(2)
+            self.of_maps[block.channels].baddbmm_(grads, block.windows.mT)
         if self.need_x:
-            of_windows = torch.matmul(self.kernels.mT, grad)
-            if extra is not None:
-                of_windows += extra
-            self.slices.add_to(self.of_x, part, of_windows)
+            back = self.maps[block.channels, :, :-1].mT
+            of_windows = torch.bmm(back, grads, out=self._scratch("of_windows", block))
+            self.slices.add_to(self.of_x, block, of_windows)
 
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return those of x, feature and shift, empty where they are not needed."""
-        feature, shift = self.of_kernels.view(self.shapes[0]), self.of_shift.view(self.shapes[1])
+    def gradients(self) -> tuple[Tensor, ...]:
+        """Return those of x, feature, shift and attention, empty where they are not needed."""
+        of_x, inputs = self.of_x.to(self.slices.x.dtype), [t for t in self.inputs if t is not None]
         if not self.need_features:
-            feature, shift = feature.new_empty(0), shift.new_empty(0)
-        return self.of_x.to(self.slices.x.dtype), feature, shift
+            return of_x, *(t.new_empty(0) for t in inputs)
+        of_features, *of_logits = self.of_maps.split(self.positions, 1)
+        found = [of_features[..., :-1], of_features[..., -1]]
+        found += [t[..., :-1].mean(2) for t in of_logits]
+        return of_x, *(g.reshape(t.shape).to(t.dtype) for g, t in zip(found, inputs, strict=True))
 
 
 class _Product:
-    """The convolution of weighed features, (n, C, K, rows * w), and its gradients."""
+    """The convolution of weighed features, (C', K, P), and its gradients."""
 
     def __init__(self, x: Tensor, weight: Tensor, groups: int) -> None:
-        self.weight, self.groups, self.dtype = weight, groups, x.dtype
-        self.pointwise = weight.flatten(1)[:, :, None, None]  # (O, C / G * K, 1, 1)
-        self.of_weight = torch.zeros_like(weight, dtype=compute_dtype(x.dtype))
+        self.shape, self.dtype, self.sums = weight.shape, x.dtype, compute_dtype(x.dtype)
+        self.weight = weight.reshape(groups, len(weight) // groups, -1)  # (G, O / G, C / G * K)
+        self.of_weight = self.weight[:0]
 
-    def _maps(self, weighed: Tensor, part: Slice) -> Tensor:
-        """Return (n, C * K, rows, w)."""
-        rows = part.rows.stop - part.rows.start
-        return weighed.to(self.dtype).flatten(1, 2).unflatten(2, (rows, -1))
+    def convolve(
+        self, slices: Slices, weigh: Callable[[Block], Tensor], bias: Tensor | None
+    ) -> Tensor:
+        y = empty_output(slices.x, self.weight.view(self.shape), *slices.window)
+        for place in slices.places():
+            of_y = place.of(y)
+            shape = *self.weight.shape[:2], of_y[0].numel()
+            total = self.weight.new_zeros(shape, dtype=self.sums)
+            for block in slices.blocks(place):
+                weighed = weigh(block)
+                at = self._of(block.channels)
+                _add_product(total[at[0]], self.weight[at], self._grouped(weighed, at))
+            if bias is not None:
+                total += bias.view(*shape[:2], 1)
+            of_y.copy_(total.view(of_y.shape))
+        return y
 
-    def write(self, y: Tensor, part: Slice, weighed: Tensor, bias: Tensor | None) -> None:
-        maps = self._maps(weighed, part)
-        part.of(y).copy_(F.conv2d(maps, self.pointwise, bias, groups=self.groups))
+    def backwards(self, slices: Slices, grad_y: Tensor) -> Iterator[tuple[Block, Tensor]]:
+        """Yield each block, and the gradient (G, O / G, P) of the output at its place."""
+        self.of_weight = torch.zeros_like(self.weight, dtype=self.sums)
+        for place in slices.places():
+            of_y = place.of(grad_y).reshape(*self.weight.shape[:2], -1)
+            for block in slices.blocks(place):
+                yield block, of_y
 
-    def add(self, part: Slice, weighed: Tensor, grad_y: Tensor, needs: Sequence[bool]) -> Tensor:
-        """Add up the gradient of the weight, and return that of the weighed features."""
-        of_weighed, of_weight, _ = torch.ops.aten.convolution_backward(
-            *(part.of(grad_y), self._maps(weighed, part), self.pointwise, None),
-            *((1, 1), (0, 0), (1, 1), False, (0, 0), self.groups),
-            (needs[0] or needs[1], needs[2], False),
-        )
-        if of_weight is not None:
-            self.of_weight += of_weight.view_as(self.weight)
-        return of_weighed if of_weighed is None else of_weighed.to(weighed.dtype).view_as(weighed)
+    def gradient(self, block: Block, weighed: Tensor, of_y: Tensor, need_weight: bool) -> Tensor:
+        """Return the gradient of weighed features, and add up that of the weight."""
+        at = self._of(block.channels)
+        of_y = of_y[at[0]]
+        if need_weight:
+            _add_product(self.of_weight[at], of_y, self._grouped(weighed, at).mT)
+        return _product(self.weight[at].mT, of_y).view_as(weighed).to(weighed.dtype)
 
     def gradients(self, grad_y: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """Return those of weight and bias, empty where they are not needed."""
-        weight = self.of_weight if needs[2] else self.weight.new_empty(0)
-        dtype = self.of_weight.dtype
-        bias = grad_y.sum((0, 2, 3), dtype=dtype) if needs[3] else weight.new_empty(0)
+        weight = self.of_weight.view(self.shape) if needs[2] else self.weight.new_empty(0)
+        bias = grad_y.sum((0, 2, 3), dtype=self.sums) if needs[3] else weight.new_empty(0)
         return weight.to(self.dtype), bias.to(self.dtype)
 
+    def _of(self, channels: slice) -> tuple[slice, slice, slice]:
+        """Return where the weights of some channels are."""
+        group, positions = self.shape[1], self.shape[2] * self.shape[3]
+        first, last = channels.start // group, -(-channels.stop // group)
+        start = channels.start - first * group
+        stop = start + min(channels.stop - channels.start, group)
+        return slice(first, last), slice(None), slice(start * positions, stop * positions)
 
-class _Attention:
-    """RFAConv's attention over the positions of each window, (n, C, K, rows * w)."""
+    def _grouped(self, weighed: Tensor, at: tuple[slice, slice, slice]) -> Tensor:
+        return weighed.to(self.dtype).view(at[0].stop - at[0].start, -1, weighed.shape[2])
 
-    def __init__(self, attention: Tensor, slices: Slices) -> None:
-        self.attention, self.positions = attention, slices.window.positions
-        self.weight = attention.reshape(-1, self.positions, 1).to(slices.dtype)  # (C, K, 1)
-        self.of_weight = torch.zeros_like(self.weight)
 
-    def of(self, part: Slice) -> Tensor:
-        return torch.softmax(self.weight * part.windows.mean(2, keepdim=True), 2)
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    if a.is_cuda and a.dtype == torch.float32:
+        # Whether TF32 may be used is another setting for convolutions than for products of
+        # matrices, and another default.
+        return as_convolution(a, b)
+    if len(a) == 1:  # several times faster than of batches, in bfloat16 on a CPU
+        return torch.mm(a[0], b[0]).unsqueeze(0)
+    return torch.bmm(a, b)
 
-    def add(self, part: Slice, attention: Tensor, products: Tensor) -> Tensor:
-        """Add up the gradient of the weight, and return that of all values of a window.
 
-        ``products``, of the attention and its gradient, are overwritten.
-        """
-        of_logits = products.sub_(attention * products.sum(2, keepdim=True))
-        mean = part.windows.mean(2, keepdim=True)
-        self.of_weight += torch.matmul(of_logits, mean.mT).sum(0)
-        return torch.matmul(self.weight.mT, of_logits).div_(self.positions)
+def as_convolution(a: Tensor, b: Tensor) -> Tensor:
+    """Return the products a @ b of two batches of matrices, as a grouped convolution.
 
-    def gradient(self, needed: bool) -> Tensor:
-        of_weight = self.of_weight.view_as(self.attention) if needed else self.weight.new_empty(0)
-        return of_weight.to(self.attention.dtype)
+    Example:
+        >>> a, b = torch.rand(2, 3, 4), torch.rand(2, 4, 5)
+        >>> torch.allclose(as_convolution(a, b), a @ b)
+        True
+    """
+    groups, rows, terms = a.shape
+    maps = b.reshape(1, groups * terms, 1, -1)
+    kernels = a.reshape(groups * rows, terms, 1, 1)
+    return F.conv2d(maps, kernels, groups=groups).view(groups, rows, -1)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype and not total.is_cuda:
+        total.baddbmm_(a, b)
+    else:
+        total += _product(a, b)
 
 
 @_register
 def window_moments(x: Tensor, *window: Any) -> tuple[Tensor, Tensor]:
     """See schema.py."""
-    slices = Slices(x, window)
-    count = slices.window.count(x)
     # Squares of values far from zero would lose the variance.
-    centre = x.mean((0, 2, 3), dtype=slices.dtype).view(-1, 1, 1)
-    positions = slices.window.positions
-    first = centre.new_zeros(x.shape[1], positions, 1)
-    second = centre.new_zeros(x.shape[1], positions, positions)
-    for part in slices:
-        values = part.windows - centre
-        first += values.sum((0, 3)).unsqueeze(2)
-        second += torch.matmul(values, values.mT).sum(0)
-    first, second = first / count, second / count
-    return (first + centre).squeeze(2), second - first * first.mT
+    centre = x.mean((0, 2, 3), dtype=compute_dtype(x.dtype)).view(-1, 1, 1)
+    slices = Slices(x, window, centre=centre)
+    size = slices.window.positions + 1
+    sums = centre.new_zeros(x.shape[1], size, size)
+    for place in slices.places():
+        for block in slices.blocks(place):
+            sums[block.channels].baddbmm_(block.windows, block.windows.mT)
+    sums /= slices.window.count(x)
+    first = sums[:, :-1, -1:]
+    return (first + centre).squeeze(2), sums[:, :-1, :-1] - first * first.mT
 
 
 @_register
@@ -160,8 +230,10 @@ def window_moments_backward(x: Tensor, slope: Tensor, constant: Tensor, *window:
     """See schema.py."""
     slices = Slices(x, window)
     of_x = slices.empty_gradient(True)
-    for part in slices:
-        slices.add_to(of_x, part, torch.matmul(slope, part.windows).add_(constant.unsqueeze(2)))
+    maps = torch.cat([slope, constant.unsqueeze(2)], 2)
+    for place in slices.places():
+        for block in slices.blocks(place):
+            slices.add_to(of_x, block, torch.bmm(maps[block.channels], block.windows))
     return of_x.to(x.dtype)
 
 
@@ -178,13 +250,11 @@ def rfa_conv(
 ) -> Tensor:
     """See schema.py."""
     *window, groups = window_and_groups
-    slices = Slices(x, window)
-    features = _Features(slices, feature, shift, relu, (False, False))
-    attend, product = _Attention(attention, slices), _Product(x, weight, groups)
-    y = empty_output(x, weight, *slices.window)
-    for part in slices:
-        product.write(y, part, features.of(part).mul_(attend.of(part)), bias)
-    return y
+    slices = Slices(x, window, groups)
+    features = _Features(slices, feature, shift, relu, attention=attention)
+    return _Product(x, weight, groups).convolve(
+        slices, lambda block: features.of(block).mul_(features.attention(block)), bias
+    )
 
 
 @_register
@@ -201,41 +271,43 @@ def rfa_conv_backward(
 ) -> tuple[Tensor, ...]:
     """See schema.py."""
     *window, groups = window_and_groups
-    slices = Slices(x, window)
-    features = _Features(slices, feature, shift, relu, needs[:2])
-    attend, product = _Attention(attention, slices), _Product(x, weight, groups)
-    for part in slices:
-        made, weights = features.of(part), attend.of(part)
-        grad = product.add(part, made * weights, grad_y, needs)
+    slices = Slices(x, window, groups)
+    features = _Features(slices, feature, shift, relu, needs[:2], attention)
+    product = _Product(x, weight, groups)
+    for block, of_y in product.backwards(slices, grad_y):
+        made, weights = features.of(block), features.attention(block)
+        weighed = features.weigh(made, weights)
+        grad = product.gradient(block, weighed, of_y, needs[2])
         if needs[0] or needs[1]:
-            grad *= weights
-            features.add(part, made, grad, attend.add(part, weights, grad * made))
-    of_x, *of_features = features.gradients()
-    return of_x, attend.gradient(needs[1]), *of_features, *product.gradients(grad_y, needs)
+            features.add_with_attention(block, made, weights, weighed, grad)
+    of_x, of_feature, of_shift, of_attention = features.gradients()
+    return of_x, of_attention, of_feature, of_shift, *product.gradients(grad_y, needs)
 
 
 class _Gates:
-    """Two gates, as views of slices, to be broadcast to (n, C, kh, kw, rows, w)."""
+    """Two gates, as views of blocks, to be broadcast to (C', kh, kw, n, rows, w)."""
 
     def __init__(self, first: Tensor, second: Tensor, slices: Slices) -> None:
-        self.tensors = first, second
-        self.kernel_size = slices.window.kernel_size
+        self.tensors, self.slices = (first, second), slices
 
-    def of(self, part: Slice) -> tuple[Tensor, Tensor]:
-        first, second = (t[part.images] for t in self.tensors)
+    def of(self, block: Block) -> tuple[Tensor, Tensor]:
+        first, second = (t[block.place.images] for t in self.tensors)
+        rows = block.place.rows
         if first.dim() == 2:  # of channels and positions
-            second = second[..., part.rows, :].unflatten(1, self.kernel_size)
-            return first[:, :, None, None, None, None], second.unsqueeze(1)
-        return first[..., part.rows][:, :, :, None, :, None], second[:, :, None, :, None, :]
+            second = second[..., rows, :].transpose(0, 1)
+            second = second.unflatten(0, self.slices.window.kernel_size).unsqueeze(0)
+            return first[:, block.channels].T[:, None, None, :, None, None], second
+        first, second = first[:, block.channels, :, rows], second[:, block.channels]
+        first, second = first.permute(1, 2, 0, 3), second.permute(1, 2, 0, 3)
+        return first[:, :, None, :, :, None], second[:, None, :, :, None]
 
-    def laid_out(self, values: Tensor, part: Slice) -> Tensor:
-        """Return values (n, C, K, rows * w) as what the gates are broadcast to."""
-        rows = part.rows.stop - part.rows.start
-        return values.view(*values.shape[:2], *self.kernel_size, rows, -1)
-
-    def weigh(self, values: Tensor, part: Slice) -> Tensor:
-        first, second = self.of(part)
-        return (self.laid_out(values, part) * first).mul_(second).view_as(values)
+    def product(self, block: Block) -> Tensor:
+        """Return (C', K, P)."""
+        first, second = self.of(block)
+        shape = self.slices.shape(block)
+        out = self.slices.scratch("gates", *shape)
+        torch.mul(*(t.to(out.dtype) for t in (first, second)), out=out)
+        return out.view(shape[0], -1, shape[3] * shape[4] * shape[5])
 
 
 @_register
@@ -252,13 +324,11 @@ def gated_conv(
 ) -> Tensor:
     """See schema.py."""
     *window, groups = window_and_groups
-    slices = Slices(x, window)
-    features = _Features(slices, feature, shift, relu, (False, False))
-    gates, product = _Gates(first, second, slices), _Product(x, weight, groups)
-    y = empty_output(x, weight, *slices.window)
-    for part in slices:
-        product.write(y, part, gates.weigh(features.of(part), part), bias)
-    return y
+    slices = Slices(x, window, groups)
+    features, gates = _Features(slices, feature, shift, relu), _Gates(first, second, slices)
+    return _Product(x, weight, groups).convolve(
+        slices, lambda block: features.of(block).mul_(gates.product(block)), bias
+    )
 
 
 @_register
@@ -276,19 +346,20 @@ def gated_conv_backward(
 ) -> tuple[Tensor, ...]:
     """See schema.py."""
     *window, groups = window_and_groups
-    slices = Slices(x, window)
+    slices = Slices(x, window, groups)
     features = _Features(slices, feature, shift, relu, needs[:2])
     gates, product = _Gates(first, second, slices), _Product(x, weight, groups)
     of_first, of_second = (torch.zeros_like(t, dtype=slices.dtype) for t in (first, second))
     of_gates = _Gates(of_first, of_second, slices)
-    for part in slices:
-        made = features.of(part)
-        grad = product.add(part, gates.weigh(made, part), grad_y, (True, True, needs[2]))
-        products = gates.laid_out(grad * made, part)
-        found = gradients_of_gates(products, *(t.to(slices.dtype) for t in gates.of(part)))
-        for total, own in zip(of_gates.of(part), found, strict=True):
+    for block, of_y in product.backwards(slices, grad_y):
+        made, gate = features.of(block), gates.product(block)
+        weighed = features.weigh(made, gate)
+        grad = product.gradient(block, weighed, of_y, needs[2])
+        products = torch.mul(made, grad, out=weighed).view(slices.shape(block))
+        found = gradients_of_gates(products, *(t.to(slices.dtype) for t in gates.of(block)))
+        for total, own in zip(of_gates.of(block), found, strict=True):
             total += own
-        features.add(part, made, gates.weigh(grad, part))
+        features.add(block, made, grad.mul_(gate))
     return (
         *features.gradients(),
         *(of_first.to(first.dtype), of_second.to(second.dtype)),
@@ -301,17 +372,19 @@ def pool_channels(
     x: Tensor, feature: Tensor, shift: Tensor, relu: bool, indexed: bool, *window: Any
 ) -> tuple[Tensor, Tensor]:
     """See schema.py."""
-    slices = Slices(x, window)
-    features = _Features(slices, feature, shift, relu, (False, False))
+    slices = Slices(x, window, split=False)
+    features = _Features(slices, feature, shift, relu)
     maps = (slices.window.positions, *slices.size)
     pooled = x.new_empty((x.shape[0], 2, *maps), dtype=slices.dtype)
     largest = x.new_empty((x.shape[0], *maps) if indexed else (0,), dtype=slices.dtype)
-    for part in slices:
-        made, of_part = features.of(part), part.of(pooled)
-        of_part[:, 0] = made.amax(1).view_as(of_part[:, 0])
-        of_part[:, 1] = made.mean(1).view_as(of_part[:, 1])
-        if indexed:
-            part.of(largest).copy_(made.argmax(1).view_as(of_part[:, 0]))
+    for place in slices.places():
+        of_place = place.of(pooled)
+        for block in slices.blocks(place):
+            made = features.of(block)
+            of_place[0] = made.amax(0).view_as(of_place[0])
+            of_place[1] = made.mean(0).view_as(of_place[1])
+            if indexed:
+                place.of(largest).copy_(made.argmax(0).view_as(of_place[0]))
     return pooled, largest
 
 
@@ -327,14 +400,17 @@ def pool_channels_backward(
     *window: Any,
 ) -> tuple[Tensor, ...]:
     """See schema.py."""
-    slices = Slices(x, window)
+    slices = Slices(x, window, split=False)
     features = _Features(slices, feature, shift, relu, needs)
-    for part in slices:
-        made = features.of(part)
-        of_largest, of_mean = part.of(grad).flatten(3).to(slices.dtype).split(1, 1)
-        of_features = (of_mean / x.shape[1]).repeat(1, x.shape[1], 1, 1)
-        index = part.of(largest).flatten(2).long().unsqueeze(1)
-        features.add(part, made, of_features.scatter_add_(1, index, of_largest))
+    for place in slices.places():
+        of_place, index = place.of(grad).to(slices.dtype), place.of(largest).long()
+        for block in slices.blocks(place):
+            made = features.of(block)
+            of_made = slices.scratch("of_made", *made.shape)
+            of_largest, of_mean = of_place.reshape(2, *made.shape[1:])
+            of_made.copy_(of_mean / len(made))
+            of_made.scatter_add_(0, index.reshape(1, *made.shape[1:]), of_largest.unsqueeze(0))
+            features.add(block, made, of_made)
     return features.gradients()
 
 
@@ -344,15 +420,16 @@ def pool_coordinates(
 ) -> tuple[Tensor, Tensor]:
     """See schema.py."""
     slices = Slices(x, window)
-    features = _Features(slices, feature, shift, relu, (False, False))
+    features = _Features(slices, feature, shift, relu)
     (kh, kw), (height, width) = slices.window.kernel_size, slices.size
     rows = x.new_zeros((*x.shape[:2], kh, height), dtype=slices.dtype)
     columns = x.new_zeros((*x.shape[:2], kw, width), dtype=slices.dtype)
-    means = _Gates(rows, columns, slices)
-    for part in slices:
-        made = means.laid_out(features.of(part), part)
-        for total in means.of(part):
-            total += made.sum_to_size(total.shape)
+    sums = _Gates(rows, columns, slices)
+    for place in slices.places():
+        for block in slices.blocks(place):
+            made = features.of(block).view(slices.shape(block))
+            for total in sums.of(block):
+                total += made.sum_to_size(total.shape)
     return rows / (kw * width), columns / (kh * height)
 
 
@@ -372,8 +449,11 @@ def pool_coordinates_backward(
     features = _Features(slices, feature, shift, relu, needs)
     (kh, kw), (height, width) = slices.window.kernel_size, slices.size
     grads = _Gates(grad_rows / (kw * width), grad_columns / (kh * height), slices)
-    for part in slices:
-        made = features.of(part)
-        of_rows, of_columns = grads.of(part)
-        features.add(part, made, (of_rows + of_columns).reshape(made.shape).to(slices.dtype))
+    for place in slices.places():
+        for block in slices.blocks(place):
+            made = features.of(block)
+            of_rows, of_columns = (t.to(slices.dtype) for t in grads.of(block))
+            of_made = slices.scratch("of_made", *slices.shape(block))
+            torch.add(of_rows, of_columns, out=of_made)
+            features.add(block, made, of_made.view(made.shape))
     return features.gradients()

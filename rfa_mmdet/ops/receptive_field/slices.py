@@ -1,7 +1,7 @@
-"""The windows of a map, a few rows at a time."""
+"""The windows of a map, block by block: of some positions, and of some channels there."""
 
 from collections.abc import Iterator, Sequence
-from itertools import product
+from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -11,95 +11,185 @@ from torch.nn import functional as F
 from rfa_mmdet.ops.common.precision import compute_dtype
 from rfa_mmdet.ops.common.windows import Window
 
-# Bytes of the windows of a slice: what stays in a core's cache, or keeps a GPU busy. A larger part
-# of a large input costs little.
-CPU_BYTES, GPU_BYTES = 2**20, 2**23
-PART_OF_INPUT = 8
+# Bytes of the features of a block: a few such blocks stay in a core's cache; a GPU takes longer to
+# compute one than to launch what computes it.
+CPU_BYTES, GPU_BYTES = 2**20, 2**24
 
 
-class Slice(NamedTuple):
-    """Windows of some rows of some images.
+class Place(NamedTuple):
+    """Rows of windows, of some images.
 
     Attributes:
         images (slice): Of the batch.
         rows (slice): Of the output.
-        windows (Tensor): (n, C, K, rows * w), in the type that is computed in.
     """
 
     images: slice
     rows: slice
-    windows: Tensor
 
-    def of(self, y: Tensor) -> Tensor:
-        """Return this slice of a map (B, ..., h, w)."""
-        return y[self.images][..., self.rows, :]
+    def of(self, maps: Tensor) -> Tensor:
+        """View this place in maps (B, C, ..., h, w), channels first: (C, ..., n, rows, w)."""
+        return maps[self.images][..., self.rows, :].movedim(0, -3)
+
+
+class Block(NamedTuple):
+    """Windows of some channels at a place.
+
+    Attributes:
+        place (Place): Of P = n * rows * w positions.
+        channels (slice): Of the input.
+        windows (Tensor): (C', K + 1, P), in the type that is computed in. The last of each window
+            is 1, so that matrices for the windows have a column to be added.
+    """
+
+    place: Place
+    channels: slice
+    windows: Tensor
 
 
 class Slices:
-    """Iterates over the windows of a map (B, C, H, W), slice by slice."""
+    """Iterates over the windows of a map.
 
-    def __init__(self, x: Tensor, window: Sequence[Any]) -> None:
+    Args:
+        x (Tensor): (B, C, H, W).
+        window (Sequence): The fields of a Window.
+        groups (int): Of channels. A block has whole groups or a part of one.
+        split (bool): Whether a block may have a part of the channels. Defaults to True.
+        centre (Tensor | None): (C, 1, 1), subtracted from the windows' values. None: nothing is.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        window: Sequence[Any],
+        groups: int = 1,
+        split: bool = True,
+        centre: Tensor | None = None,
+    ) -> None:
         self.x, self.window = x, Window(*window)
+        self.group, self.split = x.shape[1] // groups, split
         self.size = self.window.output_size(x.shape[2:])
         self.dtype = compute_dtype(x.dtype)
+        above, side = self.window.padding
+        self._padded = F.pad(x, (side, side, above, above)) if above or side else x
+        if centre is not None:
+            self._padded = self._padded - centre
+        size = CPU_BYTES if x.device.type == "cpu" else GPU_BYTES
+        self.limit = size // torch.finfo(self.dtype).bits * 8  # elements
+        self._scratch: dict[str, Tensor] = {}
 
-    def __iter__(self) -> Iterator[Slice]:
+    def places(self) -> Iterator[Place]:
+        """Yield the places where there are windows, each once."""
         batch, channels = self.x.shape[:2]
         height, width = self.size
         if 0 in (batch, channels, height, width):
             return
-        least = CPU_BYTES if self.x.device.type == "cpu" else GPU_BYTES
-        limit = max(least, self.x.numel() * self.x.element_size() // PART_OF_INPUT)
-        row = channels * self.window.positions * width * self.dtype.itemsize
-        rows = min(height, max(1, limit // row))
-        images = max(1, limit // (row * rows)) if rows == height else 1
+        positions = self.limit // (channels * self.window.positions)
+        # A product of few positions reads the whole weight for them: rather fewer channels.
+        square = isqrt(self.limit)
+        if self.split and positions < square // 2:
+            positions = square
+        rows = _evenly(height, positions // width)
+        images = _evenly(batch, positions // (height * width)) if rows == height else 1
         for image in range(0, batch, images):
             of_images = slice(image, min(batch, image + images))
             for y in range(0, height, rows):
-                of_rows = slice(y, min(height, y + rows))
-                yield Slice(of_images, of_rows, self._windows(of_images, of_rows))
+                yield Place(of_images, slice(y, min(height, y + rows)))
+
+    def blocks(self, place: Place) -> Iterator[Block]:
+        """Yield the blocks of a place. Each overwrites the windows of the one before."""
+        channels, group = self.x.shape[1], self.group
+        step = channels
+        if self.split:
+            count = _length(place.images) * _length(place.rows) * self.size[1]
+            most = max(1, self.limit // (self.window.positions * count))
+            if most >= group:
+                step = group * _evenly(channels // group, most // group)
+            else:
+                step = _evenly(group, most)
+        width = max(step, group)
+        for first in range(0, channels, width):
+            last = min(channels, first + width)
+            for start in range(first, last, step):
+                of_channels = slice(start, min(last, start + step))
+                yield Block(place, of_channels, self._windows(place, of_channels))
+
+    def scratch(self, name: str, *shape: int) -> Tensor:
+        """Return memory of a name; it is the same as before if the shape is.
+
+        New memory costs a CPU as much time as what is computed in it.
+        """
+        found = self._scratch.get(name)
+        if found is None or found.shape != shape:
+            found = self._scratch[name] = self.x.new_empty(shape, dtype=self.dtype)
+        return found
 
     def empty_gradient(self, needed: bool) -> Tensor:
         """Return zeros to add up the gradient of x in; of no elements if it is not needed.
 
-        In the type that is computed in, since slices have rows of x in common.
+        In the type that is computed in, since places have rows of x in common.
         """
         return self.x.new_zeros(self.x.shape if needed else (0,), dtype=self.dtype)
 
-    def _band(self, rows: slice) -> tuple[slice, int, int]:
-        """Return the rows of x below windows, and how many rows of zeros are above and below."""
-        (kernel, _), (stride, _), (padding, _), (dilation, _) = self.window
-        top = rows.start * stride - padding
-        bottom = (rows.stop - 1) * stride - padding + dilation * (kernel - 1) + 1
-        height = self.x.shape[2]
-        first, last = min(max(top, 0), height), min(max(bottom, 0), height)
-        return (
-            slice(first, last),
-            min(max(-top, 0), bottom - top),
-            max(bottom - max(height, top), 0),
-        )
+    def add_to(self, grad_x: Tensor, block: Block, grad: Tensor) -> None:
+        """Add the gradient of a block's windows, (C', K, P), to that of x."""
+        (kh, kw), (sy, sx), (above, side), (dy, dx) = self.window
+        place, (height, width) = block.place, self.x.shape[2:]
+        grad = grad.view(self.shape(block))
+        channels, _, _, images, rows, columns = grad.shape
+        of_block = grad_x[place.images, block.channels].transpose(0, 1)
+        # First along the rows, then down the columns: kw + kh additions, not kw * kh.
+        wide = grad.new_zeros(channels, kh, images, rows, width)
+        for j in range(kw):
+            to, of = _inside(j * dx - side, sx, columns, width)
+            wide[..., to] += grad[:, :, j, ..., of]
+        for i in range(kh):
+            to, of = _inside(i * dy - above + sy * place.rows.start, sy, rows, height)
+            of_block[:, :, to] += wide[:, i, :, of]
 
-    def _windows(self, images: slice, rows: slice) -> Tensor:
-        band, above, below = self._band(rows)
-        side = self.window.padding[1]
-        x = F.pad(self.x[images, :, band].to(self.dtype), (side, side, above, below))
-        return self._taps(x, rows).reshape(*x.shape[:2], self.window.positions, -1)
+    def shape(self, block: Block) -> tuple[int, ...]:
+        """Return (C', kh, kw, n, rows, w)."""
+        return self._shape(block.place, block.channels)
 
-    def _taps(self, padded: Tensor, rows: slice) -> Tensor:
-        """View a band of x as the values of its windows, (n, C, kh, kw, rows, w)."""
-        kernel_size, (sy, sx), _, (dy, dx) = self.window
-        of_image, of_channel, y, x = padded.stride()
-        shape = (*padded.shape[:2], *kernel_size, rows.stop - rows.start, self.size[1])
-        return padded.as_strided(shape, (of_image, of_channel, dy * y, dx * x, sy * y, sx * x))
+    def _shape(self, place: Place, channels: slice) -> tuple[int, ...]:
+        counts = _length(place.images), _length(place.rows), self.size[1]
+        return _length(channels), *self.window.kernel_size, *counts
 
-    def add_to(self, grad_x: Tensor, part: Slice, grad_windows: Tensor) -> None:
-        """Add the gradient of a slice's windows, (n, C, K, rows * w), to that of x."""
-        band, above, below = self._band(part.rows)
-        side, height, width = self.window.padding[1], band.stop - band.start, self.x.shape[3]
-        shape = (*grad_windows.shape[:2], above + height + below, width + 2 * side)
-        padded = grad_windows.new_zeros(shape)
-        taps = self._taps(padded, part.rows)
-        grad = grad_windows.view(taps.shape)
-        for i, j in product(*map(range, self.window.kernel_size)):  # one does not overlap itself
-            taps[:, :, i, j] += grad[:, :, i, j]
-        grad_x[part.images, :, band] += padded[:, :, above : above + height, side : side + width]
+    def _windows(self, place: Place, channels: slice) -> Tensor:
+        _, (sy, sx), _, (dy, dx) = self.window
+        x = self._padded[place.images, channels, sy * place.rows.start :]
+        shape = self._shape(place, channels)
+        of_image, of_channel, of_row, of_column = x.stride()
+        strides = (of_channel, dy * of_row, dx * of_column, of_image, sy * of_row, sx * of_column)
+        positions, count = self.window.positions, shape[3] * shape[4] * shape[5]
+        before = self._scratch.get("windows")
+        windows = self.scratch("windows", shape[0], positions + 1, count)
+        if windows is not before:
+            windows[:, positions] = 1
+        windows[:, :positions].view(shape).copy_(x.as_strided(shape, strides))
+        return windows
+
+
+def _inside(offset: int, step: int, count: int, size: int) -> tuple[slice, slice]:
+    """Return which of the cells offset, offset + step, ... are in range(size), and their numbers.
+
+    Example:
+        >>> _inside(-1, 2, 4, 5)
+        (slice(1, 4, 2), slice(1, 3, None))
+    """
+    first = max(0, -(offset // step))
+    last = max(first, min(count, (size - 1 - offset) // step + 1))
+    if first == last:
+        return slice(0), slice(0)
+    return slice(offset + step * first, offset + step * (last - 1) + 1, step), slice(first, last)
+
+
+def _length(of: slice) -> int:
+    length: int = of.stop - of.start
+    return length
+
+
+def _evenly(total: int, most: int) -> int:
+    """Return the size of as many parts of a total as it takes if none has more than ``most``."""
+    parts = -(-total // max(1, most))
+    return -(-total // parts)
