@@ -16,7 +16,7 @@ from rfa_mmdet.ops.common.precision import at_least_float32, autocast_dtype, com
 from rfa_mmdet.ops.common.recompute import is_recorded
 from rfa_mmdet.ops.common.windows import Pair, Window
 from rfa_mmdet.ops.receptive_field import WindowFeatures, fold_batch_norm
-from rfa_mmdet.ops.receptive_field.backends import check_backend, use_kernels
+from rfa_mmdet.ops.receptive_field.backends import check_backend, use_operators
 
 Convs = list[tuple[nn.Module, bool]]
 
@@ -97,7 +97,7 @@ def window_features(
         ValueError, TypeError, RuntimeError: A backend asked for by name cannot compute this.
     """
     # A module of another class may have no weight.
-    if type(conv) is nn.Conv2d and not use_kernels(backend, operators, x, conv.weight):
+    if type(conv) is nn.Conv2d and not use_operators(backend, operators, x, conv.weight):
         return None
     if not (_knows_norm(norm) and is_plain_act(act) and all(known for _, known in convs)):
         if backend not in ("auto", "reference"):

@@ -16,6 +16,7 @@ if not hasattr(triton, "knobs"):  # before the kernels, which its language canno
 
 from rfa_mmdet.ops.common.windows import Pair, Window
 from rfa_mmdet.ops.receptive_field.schema import NAMESPACE
+from rfa_mmdet.ops.receptive_field.self_check import or_plain
 from rfa_mmdet.ops.receptive_field.triton import kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -737,4 +738,4 @@ def register(key: str) -> None:
         key (str): 'CUDA'; 'CPU' where Triton's interpreter is to take the place of the C++ kernels.
     """
     for function in (window_moments, window_moments_backward, rfa_conv, rfa_conv_backward):
-        _LIBRARY.impl(function.__name__, function, key)
+        _LIBRARY.impl(function.__name__, or_plain(function), key)
