@@ -76,7 +76,7 @@ from mmdet.registry import MODELS
 MODELS.get("RFAResNet")
 from rfa_mmdet.ops.receptive_field.backends import missing
 cpu, triton = missing("cpu"), missing("triton")
-names = f"{'reference' if triton else 'triton'} on a GPU, {'reference' if cpu else 'cpu'} else"
+names = f"{'plain torch' if triton else 'triton'} on a GPU, {'plain torch' if cpu else 'cpu'} else"
 facts.update(backend=names, slow=cpu)
 """,
     **dict.fromkeys((*LIBRARIES, *FOR_TOOLS), ""),
@@ -389,7 +389,8 @@ class Doctor:
         """What would be slow: kernels that are not built, a GPU that would not be used."""
         torch, slow = self.facts["torch"], self.facts["rfa_mmdet"].get("slow")
         if slow:
-            text = "the receptive-field convolutions run in slow, plain torch on the CPU"
+            text = "the receptive-field convolutions run in plain torch on the CPU, slower than by "
+            text += "kernels"
             yield Problem(f"{text}: {slow}", self.build_kernels(), False)
         if "version" not in torch:
             return

@@ -56,7 +56,7 @@ def test_nothing_is_wrong(sick):
     assert "error" not in out
     assert "warning" not in out
     assert "operators compiled for the CPU" in out
-    assert "backend: reference on a GPU, cpu else" in out
+    assert "backend: plain torch on a GPU, cpu else" in out
     assert re.search(r"stack +current +torch 2\.13\.0, mmengine 0\.10\.7, mmcv 2\.1\.0, ", out)
     assert re.search(r"compiler +gcc 12\.2\.0\n", out)
     assert re.search(r"nvcc +13\.0\.88\n", out)
@@ -383,8 +383,8 @@ def test_kernels_that_are_not_built(sick):
     sick.add("rfa_mmdet", files={"ops/receptive_field/backends": missing})
     code, out = sick.examine()
     assert code == 0
-    assert "backend: triton on a GPU, reference else" in out
-    assert "convolutions run in slow, plain torch on the CPU: no compiler" in out
+    assert "backend: triton on a GPU, plain torch else" in out
+    assert "in plain torch on the CPU, slower than by kernels: no compiler" in out
     assert fixes(out)[0].endswith(f"-e {ROOT}")
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from rfa_mmdet.layers import RFAConv
 from rfa_mmdet.ops.receptive_field.backends import missing
 from tests.helpers.formulas import Case
+from tests.helpers.paths import ROOT
 
 
 def require(backend: str) -> None:
@@ -21,6 +23,12 @@ def require(backend: str) -> None:
     if backend == "cpu" and compiler and os.environ.get("RFA_MMDET_BUILD") != "0":
         pytest.fail(f"{reason}; or in place, `python setup.py build_ext --inplace`")
     pytest.skip(reason)
+
+
+def copy_without_kernels(folder: Path) -> None:
+    """Copy the package to where its C++ kernels are not built."""
+    built = shutil.ignore_patterns("*.so", "__pycache__", "_cpu_*.stamp")
+    shutil.copytree(ROOT / "rfa_mmdet", folder / "rfa_mmdet", ignore=built)
 
 
 def build(case: Case, **kwargs) -> RFAConv:

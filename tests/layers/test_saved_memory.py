@@ -34,7 +34,7 @@ def kept(module: torch.nn.Module, shape: InputSize) -> int:
 def test_at_most_half_of_the_formulas(op, shape, training):
     layer = build(op, shape).train(training)
     if hasattr(layer, "backend"):
-        layer.backend = "reference"  # as on other devices
+        layer.backend = "reference"  # as where modules are called
     formula = Formula(op, layer).train(training)
     ours, theirs = kept(layer, shape), kept(formula, shape)
     assert ours <= 0.5 * theirs
@@ -69,7 +69,7 @@ def test_conam_keeps_what_its_formula_keeps(shape):
 @pytest.mark.parametrize("made", [True, False])
 def test_statistics_are_counted_once(kind, made):
     layer = kind(8) if kind is CoordAtt else kind(8, 4, 3)
-    if made:  # as on other devices
+    if made:  # as where modules are called
         layer.backend = "reference"
     norms = [m for m in layer.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     for step in (1, 2, 3):

@@ -1,11 +1,12 @@
 """Modules as plain tensors and numbers, so that kernels need not call them.
 
-The kernels know batch norm and ReLU. What else a config may name (GroupNorm, SiLU, ...), and
-modules that must be called (untouched.py), run in plain torch.
+The operators know batch norm and ReLU. What else a config may name (GroupNorm, SiLU, ...), and
+modules that must be called (untouched.py), run by the formula.
 """
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from rfa_mmdet.ops.common.precision import at_least_float32, autocast_dtype, com
 from rfa_mmdet.ops.common.recompute import is_recorded
 from rfa_mmdet.ops.common.windows import Pair, Window
 from rfa_mmdet.ops.receptive_field import WindowFeatures, fold_batch_norm
-from rfa_mmdet.ops.receptive_field.backends import check_backend, use_kernels
+from rfa_mmdet.ops.receptive_field.backends import check_backend, use_operators
 
 Convs = list[tuple[nn.Module, bool]]
 
@@ -97,15 +98,18 @@ def window_features(
         ValueError, TypeError, RuntimeError: A backend asked for by name cannot compute this.
     """
     # A module of another class may have no weight.
-    if type(conv) is nn.Conv2d and not use_kernels(backend, operators, x, conv.weight):
-        return None
+    formula = type(conv) is nn.Conv2d and not use_operators(backend, operators, x, conv.weight)
     if not (_knows_norm(norm) and is_plain_act(act) and all(known for _, known in convs)):
-        if backend not in ("auto", "reference"):
+        if not formula and backend not in ("auto", "reference"):
             _check_modules(backend, norm, act)
             _check_convs(backend, convs)
-        return None
+        formula = True
     of_batch = uses_batch_statistics(norm)
     group = reduces_over(norm) if of_batch else None
+    if group is not None and not is_recorded():
+        formula = _agree(norm, group, formula, backend, x.device)
+    if formula:
+        return None
     # An empty batch, and one value a channel, which has no variance, are for torch to treat; but
     # ranks that reduce together must all take the same path.
     if group is None and window.count(x) < (2 if of_batch else 1):
@@ -131,6 +135,43 @@ def window_features(
             scale, shift = scale.to(dtype), shift.to(dtype)
         kernels = kernels * scale.view(-1, 1, 1, 1)
     return WindowFeatures(x, kernels, shift, type(act) is nn.ReLU, window)
+
+
+# By norm, the group that it reduces over and whether its ranks take the formula.
+_AGREED: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
+
+
+def _agree(norm: nn.Module, group: Any, formula: bool, backend: str, device: torch.device) -> bool:
+    """Take the formula on all ranks of SyncBatchNorm if one of them must.
+
+    It reduces other tensors than the operators do, and ranks that differ would wait for each other
+    without end. The ranks are asked in the first forward pass of each norm.
+
+    Raises:
+        RuntimeError: Not all can take it, or one that could do without no longer can.
+    """
+    known, agreed = _AGREED.get(norm, (None, False))
+    if known is not group:
+        named = backend not in ("auto", "reference")
+        choice = torch.tensor([formula, named and not formula], device=device, dtype=torch.uint8)
+        choices = [torch.empty_like(choice) for _ in range(torch.distributed.get_world_size(group))]
+        torch.distributed.all_gather(choices, choice, group=group)
+        formulas, insisting = ([r for r, c in enumerate(choices) if c[i]] for i in (0, 1))
+        if formulas and insisting:
+            raise RuntimeError(
+                f"SyncBatchNorm: ranks {formulas} of its group take the formula "
+                "(backend='reference', another dtype, a hook or a replaced module), and ranks "
+                f"{insisting} ask for kernels by name; do the same on all, or choose 'auto'"
+            )
+        agreed = bool(formulas)
+        _AGREED[norm] = group, agreed
+    if formula and not agreed:
+        raise RuntimeError(
+            "SyncBatchNorm: this rank must now take the formula (backend='reference', another "
+            "dtype, a hook or a replaced module), and its group began with the operators; make "
+            "such changes on every rank before the first forward pass"
+        )
+    return agreed
 
 
 def _window_values(x: Tensor, window: Window) -> Tensor:

@@ -39,10 +39,11 @@ class ReceptiveFieldConv(AttentionConv2d):
             exact: below it, the activation cuts off. 0 behind a ReLU. Else the features start
             shifted by it, and the bias, which is needed then, takes the shift off again.
             Defaults to 0.
-        backend (str): 'reference': plain torch. 'cpu', 'triton': kernels that do not store the
+        backend (str): 'reference': the formula. 'cpu', 'triton': kernels that do not store the
             features, for batch norm or none and ReLU or none, float32 and bfloat16 (Triton float16
-            as well, the CPU float64). 'auto': those of x's device where they can compute this, else
-            plain torch. Traces and exports always hold plain torch. Defaults to 'auto'.
+            as well, the CPU float64). 'auto': those of x's device, or where it has none, the same
+            in plain torch; the formula where they cannot compute this, and in traces and exports.
+            Under SyncBatchNorm, if one rank takes the formula, all do. Defaults to 'auto'.
     """
 
     # Of torch.ops.rfa_mmdet, what the layer calls.
@@ -151,7 +152,7 @@ class ReceptiveFieldConv(AttentionConv2d):
         return features.reshape(batch, self.in_channels, positions, height, width)
 
     def window_features(self, x: Tensor) -> WindowFeatures | None:
-        """Return the features of a map (B, C, H, W) for the kernels. None: plain torch must run.
+        """Return the features of a map (B, C, H, W) for the operators. None: the formula must run.
 
         If they are returned, the norm's running statistics are updated.
         """

@@ -37,8 +37,10 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
         ...     (a @ a).dtype
         torch.float32
     """
-    # There is no autocast for meta tensors.
-    return nullcontext() if x.is_meta else autocast(x.device.type, enabled=False)
+    # Some devices have no autocast, and to switch it off there raises.
+    if autocast_dtype_on(x.device.type) is None:
+        return nullcontext()
+    return autocast(x.device.type, enabled=False)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -1,7 +1,8 @@
 """What differs between the supported versions of torch; nothing else asks for a version."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -73,3 +74,65 @@ has_global_hooks = getattr(
         or _module._global_backward_pre_hooks
     ),
 )
+
+
+# Settings of TF32 by operation, with others to inherit from: since 2.9, where to read the old ones
+# raises once the two differ. Both are of the whole process.
+_HAS_PRECISIONS = hasattr(torch.backends, "fp32_precision")
+
+
+def convolves_in_tf32() -> bool:
+    """Whether cuDNN may round the operands of float32 convolutions to TF32: unless told otherwise.
+
+    Example:
+        >>> convolves_in_tf32()
+        True
+    """
+    if _HAS_PRECISIONS:
+        return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+    return torch.backends.cudnn.allow_tf32
+
+
+def products_as_convolutions(dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Return a context in which matrix products on a GPU round as its convolutions do.
+
+    A layer that is a convolution to its user follows cuDNN's switch of TF32, which is on by
+    default, and not that of matrix products, which is off.
+
+    Args:
+        dtype (torch.dtype): Of the products; those of float32 alone have a choice.
+
+    Example:
+        >>> with products_as_convolutions(torch.float32):
+        ...     y = torch.ones(2, 3) @ torch.ones(3, 4)
+    """
+    if dtype != torch.float32 or _multiplies_in_tf32() == convolves_in_tf32():
+        return nullcontext()
+    return _products_in_tf32(convolves_in_tf32())
+
+
+def _multiplies_in_tf32() -> bool:
+    if _HAS_PRECISIONS:
+        return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+    return torch.backends.cuda.matmul.allow_tf32
+
+
+@contextmanager
+def _products_in_tf32(allowed: bool) -> Iterator[None]:
+    if not _HAS_PRECISIONS:
+        before = torch.get_float32_matmul_precision()  # 'medium' says more than the switch
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    products: Any = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = "none"  # inherits
+        if products.fp32_precision != before:
+            products.fp32_precision = before

@@ -1,13 +1,17 @@
-"""Which kernels of the operators are there, and whether a layer should call them.
+"""Which kernels of the operators are there, and whether a layer should call the operators.
 
-PyTorch's dispatcher picks the kernel by the device. What is left to decide is whether to call the
-operator at all, or the formula in plain torch.
+PyTorch's dispatcher picks the kernel by the device, and plain torch, slice by slice, where there is
+none. What is left to decide is whether to call the operator at all, or the formula.
 """
 
 import functools
 import importlib
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +19,24 @@ from torch import Tensor
 from rfa_mmdet.ops.common.precision import autocast_dtype
 from rfa_mmdet.ops.common.recompute import needs_plain_operators
 from rfa_mmdet.ops.common.torch_versions import COMPILES_OPERATORS, is_compiling
+from rfa_mmdet.ops.receptive_field import self_check
 from rfa_mmdet.ops.receptive_field.schema import NAMESPACE, OPERATORS
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 _DEVICES = {"cpu": "cpu", "triton": "cuda"}  # the type of the device that each is for
-_DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16, torch.float64),
-    "triton": (torch.float32, torch.bfloat16, torch.float16),
-}
+_HALF = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {"cpu": (torch.float32, torch.bfloat16, torch.float64), "triton": _HALF}
 _AUTO = {device: name for name, device in _DEVICES.items()}
 BUILD_ADVICE = (
     "build it with `make env`, or with `pip install` of this package where a "
     "C++ compiler and torch are installed"
 )
+CAPTURED = (
+    "in a CUDA graph that is being captured, kernels cannot be compiled and checked; run the layer "
+    "once before"
+)
+# What torch asks for before it multiplies matrices under use_deterministic_algorithms(True).
+DETERMINISTIC_CUBLAS = (":4096:8", ":16:8")
 
 
 def has_kernel(operator: str, backend: str) -> bool:
@@ -63,15 +72,17 @@ def _missing(backend: str) -> str | None:
         reason = load_cpu_kernels(Path(__file__).parent)
         return reason and f"{reason}: {BUILD_ADVICE}"
     if backend == "triton":
+        if torch.version.hip is not None:
+            return "the Triton kernels are for NVIDIA's GPUs, and this torch is for AMD's"
         if not torch.cuda.is_available():
             return "there is no CUDA device"
         try:
-            importlib.import_module("rfa_mmdet.ops.receptive_field.triton.operators").register(
-                "CUDA"
-            )
-        except ModuleNotFoundError as error:
-            return f"triton cannot be imported ({error}): pip install triton"
+            operators = "rfa_mmdet.ops.receptive_field.triton.operators"
+            importlib.import_module(operators).register("CUDA")
         except Exception as error:  # an old one fails in any way; torch wants it, so no advice
+            if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+                name = "triton-windows" if sys.platform == "win32" else "triton"
+                return f"triton is not installed: pip install {name}"
             return f"the Triton kernels cannot be imported ({type(error).__name__}: {error})"
     return None
 
@@ -144,11 +155,11 @@ def check_backend(backend: str, operators: tuple[str, ...] = ()) -> str:
     return backend
 
 
-def use_kernels(backend: str, operators: tuple[str, ...], x: Tensor, weight: Tensor) -> bool:
-    """Decide between the operators and the formula in plain torch.
+def use_operators(backend: str, operators: tuple[str, ...], x: Tensor, weight: Tensor) -> bool:
+    """Decide between the operators and the formula.
 
     The formula is for whatever looks at the operators that run: tracers, exports, transforms of
-    torch.func, modes that count or fake them.
+    torch.func, modes that count or fake them. And for float64, with which others are compared.
 
     Args:
         backend (str): The user's choice, checked by :func:`check_backend`.
@@ -162,11 +173,11 @@ def use_kernels(backend: str, operators: tuple[str, ...], x: Tensor, weight: Ten
     Raises:
         ValueError: The backend asked for by name does not run on x's device.
         TypeError: It does not compute in x's type.
-        RuntimeError: It cannot be used in this process.
+        RuntimeError: It cannot be used in this process, or does not compute the formula.
 
     Example:
         >>> x, weight = torch.ones(1, 1, 3, 3).double(), torch.ones(1, 1, 3, 3).double()
-        >>> use_kernels("auto", ("rfa_conv",), x, weight)
+        >>> use_operators("auto", ("rfa_conv",), x, weight)
         False
     """
     if backend == "reference" or needs_plain_operators() or _is_watched(x, weight):
@@ -179,27 +190,75 @@ def use_kernels(backend: str, operators: tuple[str, ...], x: Tensor, weight: Ten
     same = same and (weight.dtype == x.dtype or autocast_dtype(weight) == dtype)
     if backend != "auto":
         _check_input(backend, x, weight, dtype, same)
+        if backend == "triton":
+            _insist(*_case(operators, x, dtype))
         return True
-    chosen = _AUTO.get(x.device.type)
-    # float64 is for comparisons, and the formula is what to compare with.
-    if chosen is None or not same or dtype == torch.float64 or dtype not in _DTYPES[chosen]:
+    own = _AUTO.get(x.device.type, "")
+    if x.is_meta or not same or dtype == torch.float64 or dtype not in _DTYPES.get(own, _HALF):
         return False
-    reason = missing(chosen)
-    if reason:
-        _notice(reason)
-        return False
-    usable: bool = _has_kernels(operators, chosen)
-    return usable
+    reason = missing(own) if own else "there are kernels for CPUs and NVIDIA's GPUs only"
+    obstacle = None
+    if own == "triton":
+        obstacle = _gpu_obstacle(reason is None, *_case(operators, x, dtype))
+    if obstacle or reason:
+        _notice(obstacle or reason)
+    return obstacle is None
+
+
+def _case(operators: tuple[str, ...], x: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Return what is to be checked on a GPU, as torch.compile can hand it on."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return x.device, dtype, last, torch.is_grad_enabled(), operators
 
 
 @torch.compiler.assume_constant_result
-def _has_kernels(operators: tuple[str, ...], backend: str) -> bool:
-    return _has_loaded_kernels(operators, backend)
+def _gpu_obstacle(has_kernels: bool, *of_case: Any) -> str | None:
+    """Tell why the formula must run on a GPU; check the kernels at their first use."""
+    if torch.are_deterministic_algorithms_enabled() and not _multiplies_deterministically():
+        return (
+            "under torch.use_deterministic_algorithms(True) matrix products on a GPU need "
+            "CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"
+        )
+    if not has_kernels:
+        return None
+    case = self_check.Case(*of_case)
+    if _is_captured_unchecked(case):
+        return CAPTURED
+    error = self_check.failure(case)
+    if error is not None:
+        _warn_once(_describe(case, error))
+    return None
 
 
-@functools.cache  # asked in every forward, and only once all are loaded
-def _has_loaded_kernels(operators: tuple[str, ...], backend: str) -> bool:
-    return all(has_kernel(operator, backend) for operator in operators)
+@torch.compiler.assume_constant_result
+def _insist(*of_case: Any) -> None:
+    case = self_check.Case(*of_case)
+    if _is_captured_unchecked(case):
+        raise RuntimeError(f"backend='triton': {CAPTURED}")
+    error = self_check.failure(case)
+    if error is not None:
+        raise RuntimeError(f"backend='triton': {_describe(case, error)}") from error
+
+
+def _is_captured_unchecked(case: self_check.Case) -> bool:
+    on_gpu = case.device.type == "cuda" and not self_check.is_known(case)
+    return on_gpu and torch.cuda.is_current_stream_capturing()
+
+
+def _multiplies_deterministically() -> bool:
+    configured = os.environ.get("CUBLAS_WORKSPACE_CONFIG") in DETERMINISTIC_CUBLAS
+    return configured or torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _describe(case: self_check.Case, error: Exception) -> str:
+    remedy = ""
+    if isinstance(error, subprocess.CalledProcessError) or "C compiler" in str(error):
+        remedy = "; Triton needs a C compiler and Python's headers, such as gcc and python3-dev"
+    words = " ".join(str(error).split())[:500]  # a compiler's may be pages
+    return (
+        f"on {case.device}, in {case.dtype}, the Triton kernels failed their self-check: "
+        f"{type(error).__name__}: {words}{remedy}"
+    )
 
 
 def _is_watched(*tensors: Tensor) -> bool:
@@ -236,6 +295,6 @@ def _notice(reason: str) -> None:
 @functools.cache
 def _warn_once(reason: str) -> None:
     warnings.warn(
-        f"the receptive-field convolutions run in plain torch, several times slower: {reason}",
+        f"the receptive-field convolutions run in plain torch, slower than by kernels: {reason}",
         stacklevel=2,
     )

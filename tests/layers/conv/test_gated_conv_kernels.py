@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from rfa_mmdet.ops.common.windows import Window
-from rfa_mmdet.ops.receptive_field import WindowFeatures, autograd, backends
+from rfa_mmdet.ops.receptive_field import WindowFeatures, autograd
 from tests.helpers import formulas
 from tests.helpers.backends import require, run
 from tests.helpers.formulas import Case, Exact, relative_error
@@ -271,20 +271,6 @@ def test_features_are_made_where_somebody_needs_them(name, training):
     assert build(name, dataclasses.replace(case, act="SiLU")).window_features(x) is None
     one = torch.rand(1, 3, 1, 1)
     assert (layer.window_features(one) is None) == training  # torch says why it cannot
-
-
-@each
-@pytest.mark.parametrize("training", [True, False])
-def test_without_the_kernels_the_formula_runs(name, training, monkeypatch):
-    case = Case(training=training, channels=16)
-    layer, x = build(name, case), case.input()
-    expected = run(copy.deepcopy(layer), x)
-    monkeypatch.setattr(backends, "missing", lambda backend: "none here")
-    backends._warn_once.cache_clear()
-    with pytest.warns(UserWarning, match=r"convolutions run in plain torch.*none here"):
-        found = run(layer, x)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 # --------------------------------------------------------------------------- operators

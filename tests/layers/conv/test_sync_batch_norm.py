@@ -3,26 +3,32 @@
 import os
 import subprocess
 import sys
-import textwrap
 
 import pytest
 
-from tests.helpers.backends import require
+from tests.helpers.backends import copy_without_kernels, require
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import PATIENCE
 
-RANK = """
+START = """
 import copy, os, sys
+{setup}
+if WITHOUT_KERNELS and os.environ["RANK"] == "1":
+    sys.path.insert(0, WITHOUT_KERNELS)
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from rfa_mmdet import layers
+from rfa_mmdet.ops.receptive_field.backends import missing
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-{setup}
+assert bool(missing("cpu")) == bool(WITHOUT_KERNELS and rank)
+"""
+
+SAME = """
 whole = torch.randn(sum(SIZES), 6, 9, 11, generator=torch.Generator().manual_seed(1)) + 2
 upstream = torch.randn(sum(SIZES), 5, 9, 11, generator=torch.Generator().manual_seed(2))
 start = sum(SIZES[:rank])
@@ -59,17 +65,68 @@ for step in range(2):
         close(a, b)
     close(layer.norm.running_mean, joined.norm.running_mean)
     close(layer.norm.running_var, joined.norm.running_var)
+"""
+
+# What ranks say where one cannot do as the other. torch's own SyncBatchNorm, which the formula
+# calls, takes no tensors of the CPU: it shows by its words.
+DIFFERENT = """
+def attempt(layer):
+    try:
+        layer(torch.randn(2, 4, 7, 6, generator=torch.Generator().manual_seed(0)))
+        return "kernels"
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+
+
+def make(backend="auto"):
+    layer = layers.RFAConv(4, 6, 3, backend=backend)
+    layer.norm = nn.SyncBatchNorm.convert_sync_batchnorm(layer.norm)
+    return layer
+
+
+FORMULA = "SyncBatchNorm expected input tensor to be on GPU"
+
+layer = make()
+if rank == 1:
+    layer.norm.register_forward_hook(lambda *args: None)
+for _ in range(2):
+    assert FORMULA in attempt(layer)
+
+layer = make("auto" if rank else "reference")
+assert FORMULA in attempt(layer)
+
+layer = make("reference" if rank else "cpu")
+said = attempt(layer)
+assert "ranks [1] of its group take the formula" in said, said
+assert "ranks [0] ask for kernels by name" in said
+
+# Nobody can be asked again: the other ranks do not know.
+layer = make()
+assert attempt(layer) == "kernels"
+if rank == 0:
+    layer.norm.register_forward_hook(lambda *args: None)
+    assert "this rank must now take the formula" in attempt(layer)
+
+# Another group is asked anew.
+layer = make()
+assert attempt(layer) == "kernels"
+layer.norm.process_group = dist.new_group([0, 1])
+layer.backend = "auto" if rank else "reference"
+assert FORMULA in attempt(layer)
+"""
+
+END = """
 print("agrees", flush=True)
 # Gloo's thread may need the interpreter for the last of its work, and dies where that is gone.
 os._exit(0)
 """
 
 
-def run_ranks(**settings) -> None:
+def run_ranks(body: str, without_kernels: str = "", **settings) -> None:
     require("cpu")
-    code = textwrap.dedent(RANK).format(
-        setup="\n".join(f"{name.upper()} = {value!r}" for name, value in settings.items())
-    )
+    settings["without_kernels"] = without_kernels
+    setup = "\n".join(f"{name.upper()} = {value!r}" for name, value in settings.items())
+    code = START.format(setup=setup) + body + END
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node=2", "--no-python", sys.executable, "-W", "ignore", "-c", code]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -82,7 +139,7 @@ def run_ranks(**settings) -> None:
 @pytest.mark.parametrize(
     ("kind", "sizes", "parallel", "static"),
     [
-        ("RFAConv", (3, 1), False, False),
+        pytest.param("RFAConv", (3, 1), False, False, marks=pytest.mark.slow),
         pytest.param("RFAConv", (2, 2), True, False, marks=pytest.mark.slow),
         pytest.param("RFAConv", (1, 2), True, True, marks=pytest.mark.slow),
         pytest.param("RFAConv", (2, 0), False, False, marks=pytest.mark.slow),
@@ -90,4 +147,14 @@ def run_ranks(**settings) -> None:
     ],
 )
 def test_two_ranks_agree_with_the_joined_batch(kind, sizes, parallel, static):
-    run_ranks(kind=kind, sizes=sizes, parallel=parallel, static=static, backend="auto")
+    run_ranks(SAME, kind=kind, sizes=sizes, parallel=parallel, static=static, backend="auto")
+
+
+def test_a_rank_without_kernels_agrees_with_one_that_has_them(tmp_path):
+    copy_without_kernels(tmp_path)
+    settings = dict(kind="RFAConv", sizes=(3, 1), parallel=False, static=False, backend="auto")
+    run_ranks(SAME, str(tmp_path), **settings)
+
+
+def test_ranks_take_the_formula_together_or_say_why_not():
+    run_ranks(DIFFERENT)

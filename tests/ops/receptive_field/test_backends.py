@@ -1,42 +1,26 @@
-"""Where the kernels run, and what is said where they cannot."""
+"""Where the operators run, on which kernels, and what is said where there are none."""
 
-import shutil
+import inspect
 import subprocess
 import sys
 import types
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from rfa_mmdet.ops.receptive_field import backends
-from rfa_mmdet.ops.receptive_field.backends import check_backend, load_cpu_kernels, use_kernels
-from tests.helpers.backends import require
-from tests.helpers.paths import ROOT
+from rfa_mmdet.ops.receptive_field.backends import check_backend, load_cpu_kernels, use_operators
+from rfa_mmdet.ops.receptive_field.self_check import Case
+from tests.helpers.backends import copy_without_kernels, require
 from tests.helpers.torch_features import AUTOCAST_TYPES
 
-RFA_CONV = ("rfa_conv", "window_moments")
-
-
-@pytest.fixture
-def available(monkeypatch):
-    """Let a set of backends be available."""
-
-    def only(*names):
-        monkeypatch.setattr(backends, "missing", lambda n: None if n in names else "none here")
-        monkeypatch.setattr(backends, "has_kernel", lambda operator, backend: backend in names)
-        backends._has_loaded_kernels.cache_clear()
-        backends._warn_once.cache_clear()
-
-    yield only
-    backends._has_loaded_kernels.cache_clear()
-    backends._warn_once.cache_clear()
+RFA_CONV = ("rfa_conv",)
 
 
 def use(name, dtype=torch.float32, device="cpu", weight_dtype=None):
     x = torch.empty(1, 1, 3, 3, dtype=dtype, device=device)
-    return use_kernels(name, RFA_CONV, x, x.to(weight_dtype or dtype))
+    return use_operators(name, RFA_CONV, x, x.to(weight_dtype or dtype))
 
 
 def test_unknown_backend():
@@ -44,17 +28,16 @@ def test_unknown_backend():
         check_backend("gpu")
 
 
-@pytest.mark.parametrize("name", ["cpu", "triton"])
-def test_missing_backend_raises_when_asked_for_by_name(available, name):
-    available()
-    with pytest.raises(RuntimeError, match=f"backend='{name}': none here"):
-        check_backend(name)
-    with pytest.raises(RuntimeError, match=f"backend='{name}': none here"):
-        use(name)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_backend_that_cannot_be_used_raises_when_asked_for_by_name():
+    with pytest.raises(RuntimeError, match="backend='triton': there is no CUDA device"):
+        check_backend("triton")
+    with pytest.raises(RuntimeError, match="backend='triton': there is no CUDA device"):
+        use("triton")
 
 
-def test_a_backend_without_a_kernel_of_the_layers_operators_is_refused(available, monkeypatch):
-    available("triton")
+def test_a_backend_without_a_kernel_of_the_layers_operators_is_refused(monkeypatch):
+    monkeypatch.setattr(backends, "missing", lambda backend: None)
     monkeypatch.setattr(backends, "has_kernel", lambda operator, _: operator != "gated_conv")
     assert check_backend("triton", ("rfa_conv",)) == "triton"
     with pytest.raises(ValueError, match="backend='triton': has no kernel of gated_conv; choose"):
@@ -62,45 +45,32 @@ def test_a_backend_without_a_kernel_of_the_layers_operators_is_refused(available
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_auto_takes_the_kernels_where_they_know_the_type(available, dtype):
-    available("cpu")
+def test_auto_takes_the_operators_in_the_types_that_they_know(dtype):
     assert use("auto", dtype) == (dtype in (torch.float32, torch.bfloat16))
     assert not use("auto", dtype, "meta")
     assert not use("reference", dtype)
 
 
-def test_modes_that_fake_or_count_operators_see_the_formula(available):
-    available("cpu")
+def test_modes_that_fake_or_count_operators_see_the_formula():
     with torch._subclasses.FakeTensorMode():
         assert not use("auto")
         assert not use("cpu")
 
 
-def test_auto_never_raises_and_warns_once(available):
-    available()
-    with pytest.warns(UserWarning, match="several times slower: none here"):
-        assert not use("auto")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not use("auto")
-
-
-def test_auto_leaves_mixed_types_to_torch_and_its_words(available):
-    available("cpu")
+def test_auto_leaves_mixed_types_to_torch_and_its_words():
     assert not use("auto", torch.bfloat16, weight_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("dtype", AUTOCAST_TYPES)
-def test_autocast_decides_on_the_type(available, dtype):
-    available("cpu")
+def test_autocast_decides_on_the_type(dtype):
     with torch.autocast("cpu", dtype=dtype):
         assert use("auto") == (dtype == torch.bfloat16)
         assert use("auto", torch.bfloat16, weight_dtype=torch.float32) == use("auto")
         assert not use("auto", torch.float64)
 
 
-def test_a_backend_asked_for_by_name_insists(available):
-    available("cpu", "triton")
+def test_a_backend_asked_for_by_name_insists(monkeypatch):
+    monkeypatch.setattr(backends, "missing", lambda backend: None)
     assert use("cpu", torch.float64)
     with pytest.raises(TypeError, match=r"backend='cpu': .* not torch.float16"):
         use("cpu", torch.float16)
@@ -112,27 +82,41 @@ def test_a_backend_asked_for_by_name_insists(available):
         use("cpu", device="meta")
 
 
-def test_where_nothing_is_built_plain_torch_runs_with_one_notice(tmp_path):
-    """In a copy of the package without the libraries."""
-    built = shutil.ignore_patterns("*.so", "__pycache__", "_cpu_*.stamp")
-    shutil.copytree(ROOT / "rfa_mmdet", tmp_path / "rfa_mmdet", ignore=built)
-    code = """
-import warnings, torch
-from rfa_mmdet.layers import RFAConv
-layer = RFAConv(2, 3, 3)
+# --------------------------------------------------------------------------- without kernels
+
+UNBUILT = """
+import copy, warnings, torch
+from rfa_mmdet import layers
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    for _ in range(3):
-        layer(torch.rand(2, 2, 5, 5)).sum().backward()
+    for layer in (layers.RFAConv(4, 6, 3), layers.RFCBAMConv(4, 6, 3), layers.RFCAConv(4, 6, 3)):
+        formula = copy.deepcopy(layer)
+        formula.backend = "reference"
+        for training in (True, False):
+            x = torch.randn(2, 4, 7, 6, requires_grad=True)
+            upstream = torch.randn(2, 6, 7, 6)
+            found, expected = (
+                [y, *torch.autograd.grad(y, [x, *one.parameters()], upstream)]
+                for one in (layer, formula)
+                for y in [one.train(training)(x)]
+            )
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert layer.window_features(x) is not None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
 print([str(w.message) for w in caught if "plain torch" in str(w.message)])
 try:
-    RFAConv(2, 3, 3, backend="cpu")
+    layers.RFAConv(2, 3, 3, backend="cpu")
 except RuntimeError as error:
     print(error)
 """
+
+
+def test_where_nothing_is_built_the_operators_run_in_plain_torch_with_one_notice(tmp_path):
+    copy_without_kernels(tmp_path)
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env={"PYTHONPATH": str(tmp_path), "PATH": ""},
+        [sys.executable, "-W", "ignore", "-c", UNBUILT],
+        env={"PYTHONPATH": str(tmp_path), "PATH": "", "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -140,29 +124,60 @@ except RuntimeError as error:
     )
     assert result.returncode == 0, result.stderr
     notices, error = result.stdout.strip().split("\n")
-    assert notices.count("several times slower: the C++ extension is not built") == 1
+    assert notices.count("in plain torch, slower than by kernels: the C++ extension is not") == 1
+    assert notices.count("make env") == 1
     assert "make env" in error
     assert "backend='cpu'" in error
 
 
 @pytest.fixture
-def asked_anew():
+def on_a_gpu(monkeypatch):
+    """As far as what torch says of one."""
     backends._missing.cache_clear()
-    yield
-    backends._missing.cache_clear()
-
-
-def test_a_triton_older_than_the_kernels_is_the_reason(asked_anew, monkeypatch):
-    old = types.ModuleType("triton")
-    old.__version__ = "2.1.0"
-    monkeypatch.setitem(sys.modules, "triton", old)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     name = "rfa_mmdet.ops.receptive_field.triton.launch"
     monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    reason = "the kernels need triton 3.4 or later, and here is 2.1.0"
-    assert reason in backends.missing("triton")
-    with pytest.raises(RuntimeError, match=f"backend='triton': .*{reason}"):
+    yield monkeypatch
+    backends._missing.cache_clear()
+
+
+def test_amds_gpus_have_no_kernels(on_a_gpu):
+    on_a_gpu.setattr(torch.version, "hip", "6.4.0")
+    assert backends.missing("triton") == (
+        "the Triton kernels are for NVIDIA's GPUs, and this torch is for AMD's"
+    )
+
+
+def test_a_triton_that_is_not_installed_is_the_reason(on_a_gpu):
+    on_a_gpu.setitem(sys.modules, "triton", None)
+    assert "triton is not installed: pip install triton" in backends.missing("triton")
+
+
+def test_a_triton_that_lacks_what_the_kernels_need_is_the_reason(on_a_gpu):
+    on_a_gpu.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    sys.modules["triton"].__version__ = "1.0"
+    assert "the Triton kernels cannot be imported (" in backends.missing("triton")
+    with pytest.raises(RuntimeError, match="backend='triton': the Triton kernels cannot be"):
         check_backend("triton")
+
+
+def test_no_c_compiler_is_named_with_what_to_install(monkeypatch, tmp_path):
+    build = pytest.importorskip("triton.runtime.build")._build
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    lists = [[]] * (len(inspect.signature(build).parameters) - 3)
+    with pytest.raises(RuntimeError) as raised:
+        build("launcher", "launcher.c", str(tmp_path), *lists)
+    case = Case(torch.device("cuda", 0), torch.float16, False, True, RFA_CONV)
+    said = backends._describe(case, raised.value)
+    assert said.startswith(
+        "on cuda:0, in torch.float16, the Triton kernels failed their self-check"
+    )
+    assert "RuntimeError: Failed to find C compiler" in said
+    assert said.endswith("such as gcc and python3-dev")
+
+
+# --------------------------------------------------------------------------- C++
 
 
 def test_a_library_of_other_sources_is_not_used(monkeypatch):

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from rfa_mmdet.ops.common.recompute import gradients_of_gates
+from rfa_mmdet.ops.common.torch_versions import products_as_convolutions
 from rfa_mmdet.ops.common.windows import Pair, Window
 from rfa_mmdet.ops.receptive_field import plain, statistics
 from rfa_mmdet.ops.receptive_field.schema import NAMESPACE
+from rfa_mmdet.ops.receptive_field.self_check import FAILED
 from rfa_mmdet.ops.receptive_field.triton import launch
 from rfa_mmdet.ops.receptive_field.triton.chunks import (
     POSITIONS,
@@ -54,11 +56,17 @@ def window_moments_backward(x: Tensor, slope: Tensor, constant: Tensor, *window:
     return grad_x
 
 
+def _takes_moments(mean: Tensor) -> bool:
+    failed = any(device == mean.device for device, _ in FAILED)
+    small = 0 < mean.numel() and mean.shape[1] <= POSITIONS
+    return mean.dtype == torch.float32 and small and not failed
+
+
 def fold_moments(
     mean: Tensor, covariance: Tensor, feature: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
     """See statistics.py."""
-    if mean.dtype != torch.float32 or mean.shape[1] > POSITIONS or not mean.numel():
+    if not _takes_moments(mean):
         return statistics.fold_moments(mean, covariance, feature, *others)
     return launch.fold_moments(mean, covariance, feature.contiguous(), *others)
 
@@ -68,7 +76,7 @@ def fold_moments_backward(
 ) -> tuple[Tensor, ...]:
     """See statistics.py."""
     mean = others[0]
-    if mean.dtype != torch.float32 or mean.shape[1] > POSITIONS or not mean.numel():
+    if not _takes_moments(mean):
         return statistics.fold_moments_backward(of_feature, of_shift, feature, weight, *others)
     dense = (t.contiguous() for t in (of_feature, of_shift, feature))
     return launch.fold_moments_backward(*dense, weight, *others)
@@ -129,10 +137,11 @@ def _convolve(
 ) -> Tensor:
     product, y = Products(maps, weight), maps.new_map(weight.shape[0], maps.size)
     units: Tensor | None = None
-    for chunk in chunks(maps, chunk_bytes(maps.x, FORWARD)):
-        units = product.buffer(product.units, chunk) if units is None else units
-        launch.features(maps, table, gates, relu, units, chunk)
-        product.write(y, units, bias, chunk)
+    with products_as_convolutions(y.dtype):
+        for chunk in chunks(maps, chunk_bytes(maps.x, FORWARD)):
+            units = product.buffer(product.units, chunk) if units is None else units
+            launch.features(maps, table, gates, relu, units, chunk)
+            product.write(y, units, bias, chunk)
     return y
 
 
@@ -246,7 +255,8 @@ def rfa_conv_backward(
     maps = maps_of(x, Window(*window))
     table = table_of(maps, attention, shift, feature)
     run = _Backward(maps, table, relu, weight, needs[:2])
-    of_weight, of_bias = _of_weighed(grad_y, run, Gates(ATTENTION), weight, needs, None)
+    with products_as_convolutions(x.dtype):
+        of_weight, of_bias = _of_weighed(grad_y, run, Gates(ATTENTION), weight, needs, None)
     return *run.gradients(attention, feature, shift), of_weight, of_bias
 
 
@@ -278,7 +288,9 @@ def gated_conv_backward(
         for total, part in zip(_gate_windows(maps, chunk, *totals), found, strict=True):
             total += part
 
-    of_weight, of_bias = _of_weighed(grad_y, run, _gates(first, second), weight, needs, add)
+    with products_as_convolutions(x.dtype):
+        gates = _gates(first, second)
+        of_weight, of_bias = _of_weighed(grad_y, run, gates, weight, needs, add)
     of_x, _, of_feature, of_shift = run.gradients(shift, feature, shift)
     of_gates = (total.to(t.dtype) for total, t in zip(totals, (first, second), strict=True))
     return of_x, of_feature, of_shift, *of_gates, of_weight, of_bias

@@ -1,0 +1,299 @@
+"""Whether the GPU's kernels compute the formulas, found out here before a layer relies on them.
+
+Triton compiles them on the user's machine, for a GPU and by a version that nobody may have tried.
+"""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rfa_mmdet.ops.common.precision import compute_dtype, no_autocast
+from rfa_mmdet.ops.common.tolerances import TOLERANCES
+from rfa_mmdet.ops.common.torch_versions import convolves_in_tf32
+from rfa_mmdet.ops.common.windows import Window, convolve_windows
+from rfa_mmdet.ops.receptive_field.functional import WindowFeatures, fold_batch_norm
+from rfa_mmdet.ops.receptive_field.reference import receptive_field_attention, receptive_field_mean
+
+BATCH, CHANNELS, GROUPS, SIZE, EPS = 2, 32, 1, (7, 5), 1e-5
+WINDOW = Window((3, 3), padding=(1, 1))
+K = WINDOW.positions
+PATIENCE = 300  # seconds; less than a rank waits for another one in a collective
+
+
+class Case(NamedTuple):
+    """What kernels are compiled for.
+
+    Attributes:
+        device (torch.device): With its index.
+        dtype (torch.dtype): Of the input, as it is computed in.
+        channels_last (bool): Whether its channels are next to each other.
+        gradients (bool): Whether there will be a backward pass.
+        operators (tuple[str, ...]): What the layer calls.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    channels_last: bool
+    gradients: bool
+    operators: tuple[str, ...]
+
+
+PASSED: set[Case] = set()
+# By device and dtype: where the operators run in plain torch.
+FAILED: dict[tuple[torch.device, torch.dtype], Exception] = {}
+
+
+def is_known(case: Case) -> bool:
+    """Whether the result of a case is known, without a check now.
+
+    Example:
+        >>> is_known(Case(torch.device("cuda", 0), torch.float32, False, True, ()))
+        False
+    """
+    return case in PASSED or (case.device, case.dtype) in FAILED
+
+
+def failure(case: Case) -> Exception | None:
+    """Check a case once a process, and tell what was wrong.
+
+    Args:
+        case (Case): Whose kernels are registered.
+
+    Returns:
+        Exception | None: What the kernels raised, or an ``ArithmeticError`` that says how far they
+        are from the formula: for this or another case of the device and the type, whose operators
+        run in plain torch from then on. None: nothing is wrong.
+
+    Example:
+        >>> failure(Case(torch.device("cpu"), torch.float64, False, True, ()))
+    """
+    if not is_known(case):
+        if case.device.type == "cuda" and os.environ.get("LOCAL_RANK", "0") == "0":
+            _announce()
+        with one_process_at_a_time(triton_cache()):
+            error = _failure(case)
+        if error is None:
+            PASSED.add(case)
+        else:
+            FAILED[case.device, case.dtype] = error
+    return FAILED.get((case.device, case.dtype))
+
+
+def _failure(case: Case) -> Exception | None:
+    try:
+        compare(case)
+    except Exception as error:  # a compiler may raise anything
+        traceback.clear_frames(error.__traceback__)  # which hold tensors
+        return error
+    return None
+
+
+def triton_cache() -> Path:
+    """Return the folder in which Triton keeps what it compiled.
+
+    Example:
+        >>> triton_cache().name
+        'cache'
+    """
+    home = os.environ.get("TRITON_HOME", "~")
+    return Path(os.environ.get("TRITON_CACHE_DIR") or f"{home}/.triton/cache").expanduser()
+
+
+@cache
+def _announce() -> None:
+    print(
+        "rfa_mmdet: compiling and checking the GPU kernels of the receptive-field convolutions; "
+        f"once compiled, they are kept in {triton_cache()}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+@contextmanager
+def one_process_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait for other processes that are in here, since Triton would compile the same in each.
+
+    The lock is the system's, and goes with the process that holds it. Whoever has waited for
+    :data:`PATIENCE`, or has no such locks, goes on without it: that costs time alone.
+
+    Args:
+        folder (Path): Shared by them.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> with one_process_at_a_time(Path(mkdtemp())):
+        ...     pass
+    """
+    try:
+        import fcntl
+
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "rfa_mmdet.lock").open("w")
+    except (ImportError, OSError):  # Windows; a folder that cannot be written to
+        yield
+        return
+    with file:
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+            except OSError:  # a file system without locks
+                break
+        yield  # closing the file unlocks it
+
+
+def compare(case: Case) -> None:
+    """Compute a small case by the operators and by the formula.
+
+    Nothing of it depends on, or changes, what the caller has switched on: autocast, inference mode,
+    hooks on saved tensors, the state of random numbers.
+
+    Args:
+        case (Case): Of any device that the operators run on.
+
+    Raises:
+        ArithmeticError: They differ.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(case.gradients),
+        torch.autograd.graph.saved_tensors_hooks(_same, _same),
+        no_autocast(torch.empty(0, device=case.device)),
+    ):
+        given = _inputs(case)
+        expected = _compute(case, {k: t.cpu().double() for k, t in given.items()}, _Formula.of)
+        found = _compute(case, given, _window_features)
+    dtype = case.dtype
+    if dtype == torch.float32 and case.device.type == "cuda" and convolves_in_tf32():
+        dtype = torch.float16  # whose precision TF32 has
+    for name, exact in expected.items():
+        of_gradient = name.startswith("the gradient")
+        limit = TOLERANCES[dtype].layer_gradient if of_gradient else TOLERANCES[dtype].output
+        difference = (found[name].cpu().double() - exact).abs().max() / exact.abs().max()
+        if not difference <= limit:  # or NaN
+            raise ArithmeticError(
+                f"{name} differs from the formula by {float(difference):.1e} of its largest "
+                f"value; rounding explains {limit:.1e}"
+            )
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _spread(shape: tuple[int, ...], start: int) -> Tensor:
+    """Return numbers between -0.5 and 0.5, all over the place but always the same ones."""
+    n = torch.arange(start, start + torch.Size(shape).numel(), dtype=torch.float64, device="cpu")
+    return (n.square() * 0.6180339887498949).remainder(1).sub(0.5).view(shape)
+
+
+def _inputs(case: Case) -> dict[str, Tensor]:
+    wide, (height, width) = CHANNELS * K, SIZE
+    kh, kw = WINDOW.kernel_size
+    gates = (BATCH, CHANNELS), (BATCH, K, height, width)
+    if "pool_coordinates" in case.operators:
+        gates = (BATCH, CHANNELS, kh, height), (BATCH, CHANNELS, kw, width)
+    shapes: dict[str, tuple[int, ...]] = dict(
+        x=(BATCH, CHANNELS, height, width),
+        feature=(wide, 1, kh, kw),
+        scale=(wide,),
+        offset=(wide,),
+        weight=(CHANNELS, CHANNELS // GROUPS, kh, kw),
+        bias=(CHANNELS,),
+    )
+    if "rfa_conv" in case.operators:
+        shapes["attention"] = (wide, 1, 1, 1)
+    if "gated_conv" in case.operators:
+        shapes["first"], shapes["second"] = gates
+    given = {}
+    for i, (name, shape) in enumerate(shapes.items()):
+        # What features are made of stays in float32, as in the layers; nothing has a mean of 0.
+        dtype = case.dtype if name in ("x", "weight", "bias") else compute_dtype(case.dtype)
+        value = _spread(shape, 1000 * i).add(0.2).to(case.device, dtype)
+        if name == "x" and case.channels_last:
+            value = value.contiguous(memory_format=torch.channels_last)
+        given[name] = value.requires_grad_(case.gradients)
+    return given
+
+
+def _compute(
+    case: Case, given: dict[str, Tensor], make: Callable[..., tuple[Any, Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """Return what the operators return, and the gradients of what they are given."""
+    features, mean, variance = make(**{k: given[k] for k in ("x", "feature", "scale", "offset")})
+    found = {"the mean": mean, "the variance": variance}
+    outputs: dict[str, Tensor] = {}
+    conv = given["weight"], given["bias"], GROUPS
+    if "rfa_conv" in case.operators:
+        outputs["rfa_conv"] = features.attend(given["attention"], *conv)
+    if "pool_channels" in case.operators:
+        outputs["pool_channels"] = features.max_and_mean()
+    if "pool_coordinates" in case.operators:
+        outputs["rows"], outputs["columns"] = features.coordinate_means()
+    if "gated_conv" in case.operators:
+        outputs["gated_conv"] = features.convolve((given["first"], given["second"]), *conv)
+    if case.gradients and outputs:
+        upstream = [
+            torch.empty_like(y).copy_(_spread(tuple(y.shape), 500 * i))
+            for i, y in enumerate(outputs.values())
+        ]
+        gradients = torch.autograd.grad([*outputs.values()], [*given.values()], upstream)
+        found.update(zip((f"the gradient of {name}" for name in given), gradients, strict=True))
+    return {name: y.detach() for name, y in {**found, **outputs}.items()}
+
+
+def _window_features(
+    x: Tensor, feature: Tensor, scale: Tensor, offset: Tensor
+) -> tuple[WindowFeatures, Tensor, Tensor]:
+    feature, shift, mean, var = fold_batch_norm(x, feature, scale, offset, EPS, WINDOW)
+    return WindowFeatures(x, feature, shift, True, WINDOW), mean, var
+
+
+class _Formula(NamedTuple):
+    """What :class:`WindowFeatures` computes, from features (B, C, K, h, w) that are in memory."""
+
+    x: Tensor
+    features: Tensor
+
+    @classmethod
+    def of(
+        cls, x: Tensor, feature: Tensor, scale: Tensor, offset: Tensor
+    ) -> tuple["_Formula", Tensor, Tensor]:
+        responses = F.conv2d(x, feature, None, *WINDOW[1:], groups=CHANNELS)
+        var, mean = torch.var_mean(responses.detach(), (0, 2, 3))
+        normed = F.batch_norm(responses, None, None, scale, offset, True, 0.0, EPS)
+        return cls(x, normed.relu().unflatten(1, (CHANNELS, K))), mean, var
+
+    def attend(self, attention: Tensor, *conv: Any) -> Tensor:
+        mean = receptive_field_mean(self.x, *WINDOW)
+        return convolve_windows(self.features * receptive_field_attention(mean, attention), *conv)
+
+    def max_and_mean(self) -> Tensor:
+        return torch.stack([self.features.amax(1), self.features.mean(1)], 1)
+
+    def coordinate_means(self) -> tuple[Tensor, Tensor]:
+        windows = self.features.unflatten(2, WINDOW.kernel_size)  # (B, C, kh, kw, h, w)
+        return windows.mean((3, 5)), windows.mean((2, 4))
+
+    def convolve(self, gates: tuple[Tensor, Tensor], *conv: Any) -> Tensor:
+        first, second = gates
+        if first.dim() == 2:  # of channels and positions
+            weighed = self.features * first[:, :, None, None, None] * second[:, None]
+        else:
+            windows = self.features.unflatten(2, WINDOW.kernel_size)
+            weighed = windows * first[:, :, :, None, :, None] * second[:, :, None, :, None]
+            weighed = weighed.flatten(2, 3)
+        return convolve_windows(weighed, *conv)

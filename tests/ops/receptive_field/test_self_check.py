@@ -1,0 +1,340 @@
+"""Kernels are compared with the formulas before a layer relies on them."""
+
+import os
+import signal
+from itertools import product
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rfa_mmdet.ops.receptive_field import backends, plain, schema, self_check
+from rfa_mmdet.ops.receptive_field.self_check import Case, compare, failure, or_plain
+from tests.helpers.backends import require
+
+LAYERS = [
+    ("rfa_conv",),
+    ("pool_channels", "gated_conv"),
+    ("pool_coordinates", "gated_conv"),
+]
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch):
+    monkeypatch.setattr(self_check, "PASSED", set())
+    monkeypatch.setattr(self_check, "FAILED", {})
+    backends._warn_once.cache_clear()
+    yield
+    backends._warn_once.cache_clear()
+
+
+@pytest.fixture
+def register():
+    """Put kernels into the place of those of the CPU, as long as a test runs."""
+    libraries = [torch.library.Library(schema.NAMESPACE, "IMPL")]
+    yield lambda kernel: libraries[0].impl(kernel.__name__, or_plain(kernel), "CPU")
+    getattr(libraries[0], "_destroy", lambda: None)()
+    libraries.clear()
+
+
+@pytest.mark.parametrize("operators", LAYERS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_right_kernels_pass(operators, dtype):
+    require("cpu")
+    for channels_last, gradients in product((False, True), repeat=2):
+        case = Case(CPU, dtype, channels_last, gradients, operators)
+        assert failure(case) is None
+        assert self_check.is_known(case)
+    assert len(self_check.PASSED) == 4
+
+
+def test_every_operator_is_called():
+    called = set()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Record():
+        for operators in LAYERS:
+            compare(Case(CPU, torch.float32, False, True, operators))
+    assert called >= {f"rfa_mmdet.{operator}.default" for operator in schema.OPERATORS}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_value_is_where_rounding_decides_on_a_gradient(dtype):
+    given = self_check._inputs(Case(CPU, dtype, False, False, LAYERS[0]))
+    x, feature, scale, offset = (given[k].double() for k in ("x", "feature", "scale", "offset"))
+    responses = torch.nn.functional.conv2d(x, feature, padding=1, groups=self_check.CHANNELS)
+    normed = torch.nn.functional.batch_norm(
+        responses, None, None, scale, offset, True, 0.0, self_check.EPS
+    )
+    assert normed.abs().min() > 1e-5  # ReLU's corner
+    first, second = normed.unflatten(1, (self_check.CHANNELS, -1)).topk(2, dim=1)[0].unbind(1)
+    assert first.min() > 0
+    assert (first - second).min() > 1e-5  # another maximum
+
+
+def scaled(operator: str, position: int, factor: float):
+    """A kernel of which one result is wrong."""
+    kernel = getattr(plain, operator)
+
+    # The signature tells which argument is x.
+    def wrong(*args):
+        found = kernel(*args)
+        if isinstance(found, torch.Tensor):
+            return found * factor
+        return tuple(t * factor if i == position else t for i, t in enumerate(found))
+
+    wrong.__wrapped__ = kernel
+    wrong.__name__ = operator
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("operator", "position", "factor", "words"),
+    [
+        ("rfa_conv", 0, 1.001, "rfa_conv differs from the formula by 1.0e-03 of its largest"),
+        ("rfa_conv", 0, float("nan"), "rfa_conv differs from the formula by nan"),
+        ("window_moments", 0, 1.001, "the mean differs"),
+        ("window_moments", 1, 1.001, "the variance differs"),
+        ("window_moments_backward", 0, 0.9, "the gradient of x differs"),
+        ("rfa_conv_backward", 1, 1.1, "the gradient of attention differs"),
+        ("rfa_conv_backward", 5, 1.1, "the gradient of bias differs"),
+    ],
+)
+def test_wrong_kernels_fail_and_plain_torch_takes_their_place(
+    register, operator, position, factor, words
+):
+    register(scaled(operator, position, factor))
+    case = Case(CPU, torch.float32, False, True, LAYERS[0])
+    with pytest.warns(UserWarning, match=f"in plain torch.*failed their self-check.*{words}"):
+        assert backends._gpu_obstacle(True, *case) is None
+    assert (CPU, torch.float32) in self_check.FAILED
+    compare(case)  # now in plain torch
+    with pytest.raises(ArithmeticError, match="differs"):
+        # Other types are not concerned.
+        compare(case._replace(dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=f"backend='triton': on cpu.*{words}") as raised:
+        backends._insist(*case._replace(operators=LAYERS[1]))
+    assert type(raised.value.__cause__) is ArithmeticError
+
+
+def test_the_warning_comes_once(register, recwarn):
+    register(scaled("rfa_conv", 0, 2.0))
+    for channels_last, gradients in product((False, True), repeat=2):
+        case = Case(CPU, torch.float32, channels_last, gradients, LAYERS[0])
+        assert backends._gpu_obstacle(True, *case) is None
+    assert len([w for w in recwarn if "self-check" in str(w.message)]) == 1
+
+
+def test_what_kernels_raise_is_named(register):
+    def rfa_conv(x, *args):
+        raise MemoryError("out of\n resource: shared memory")
+
+    register(rfa_conv)
+    case = Case(CPU, torch.float32, False, False, LAYERS[0])
+    with pytest.warns(UserWarning, match="self-check: MemoryError: out of resource: shared mem"):
+        assert backends._gpu_obstacle(True, *case) is None
+    with pytest.raises(RuntimeError, match="MemoryError"):
+        backends._insist(*case)
+
+
+# --------------------------------------------------------------------------- the caller's state
+
+
+def refuse(x):
+    raise AssertionError("a tensor was saved for somebody else's backward")
+
+
+STATES = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "no gradients": torch.no_grad,
+    "inference": torch.inference_mode,
+    "hooks on saved tensors": lambda: torch.autograd.graph.saved_tensors_hooks(refuse, refuse),
+    "new tensors elsewhere": lambda: torch.device("meta"),
+    "anomaly detection": torch.autograd.detect_anomaly,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("operators", LAYERS, ids=str)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_it_may_run_wherever_a_layer_may(state, operators):
+    before = torch.get_rng_state()
+    with STATES[state]():
+        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        compare(Case(CPU, torch.float32, False, True, operators))
+        assert torch.is_grad_enabled() == grad
+        assert torch.is_inference_mode_enabled() == inference
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_it_may_run_inside_a_backward_pass():
+    class Checks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            compare(Case(CPU, torch.float32, False, True, LAYERS[0]))
+            return grad
+
+    x = torch.ones(2, requires_grad=True)
+    Checks.apply(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(2))
+
+
+def test_torch_compile_takes_the_result_for_a_constant():
+    def decide(x):
+        case = backends._case(LAYERS[0], x, torch.float32)
+        return x + 1 if backends._gpu_obstacle(True, *case) is None else x
+
+    compiled = torch.compile(decide, fullgraph=True, backend="eager")
+    x = torch.zeros(2, 3, 4, 5)
+    assert compiled(x).sum() == x.numel()
+    with torch.no_grad():
+        assert compiled(x).sum() == x.numel()
+    assert {case.gradients for case in self_check.PASSED} == {True, False}
+    torch._dynamo.reset()
+
+
+def test_products_that_torch_would_refuse_are_left_to_the_formula(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    case = Case(CPU, torch.float32, False, True, LAYERS[0])
+    torch.use_deterministic_algorithms(True)
+    try:
+        said = backends._gpu_obstacle(False, *case)
+        assert "CUBLAS_WORKSPACE_CONFIG=:4096:8" in said
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        assert backends._gpu_obstacle(False, *case) is None
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# --------------------------------------------------------------------------- processes
+
+
+def fork(function, *args) -> int:
+    child = os.fork()
+    if not child:
+        try:
+            function(*args)
+        finally:
+            os._exit(0)
+    return child
+
+
+def hold(folder, pipe) -> None:
+    with self_check.one_process_at_a_time(folder):
+        os.write(pipe, b"x")
+        signal.pause()
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that is inside and stays there."""
+    ours, theirs = os.pipe()
+    child = fork(hold, tmp_path, theirs)
+    os.read(ours, 1)
+    yield child
+    for end in (ours, theirs):
+        os.close(end)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_a_process_that_dies_makes_room(tmp_path, holder):
+    os.kill(holder, signal.SIGKILL)
+    with self_check.one_process_at_a_time(tmp_path):  # it does not wait for PATIENCE: the test ends
+        pass
+
+
+def test_nobody_waits_for_ever_for_one_that_hangs(tmp_path, holder, monkeypatch):
+    monkeypatch.setattr(self_check, "PATIENCE", 0.2)
+    with self_check.one_process_at_a_time(tmp_path):
+        os.kill(holder, 0)
+
+
+def come_and_go(folder) -> None:
+    for _ in range(20):
+        with self_check.one_process_at_a_time(folder), (folder / "log").open("a", 1) as log:
+            log.write("in\n")
+            log.write("out\n")
+
+
+def test_one_process_at_a_time(tmp_path):
+    for child in [fork(come_and_go, tmp_path) for _ in range(3)]:
+        os.waitpid(child, 0)
+    assert (tmp_path / "log").read_text() == 60 * "in\nout\n"
+
+
+def test_where_no_lock_can_be_it_goes_on_without(tmp_path):
+    (tmp_path / "file").touch()
+    with self_check.one_process_at_a_time(tmp_path / "file"):
+        pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("rank", ["0", "1", None])
+def test_the_first_rank_of_a_machine_says_once_what_takes_time(rank, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    self_check._announce.cache_clear()
+    for dtype in (torch.float16, torch.float32):
+        case = Case(torch.device("cuda", 0), dtype, False, True, LAYERS[0])
+        assert "CUDA" in str(failure(case)) or "NVIDIA" in str(failure(case))
+    said = capsys.readouterr().err
+    assert said.count("compiling and checking the GPU kernels") == (0 if rank == "1" else 1)
+    assert (str(tmp_path) in said) == (rank != "1")
+    self_check._announce.cache_clear()
+
+
+# --------------------------------------------------------------------------- on a GPU
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@gpu
+@pytest.mark.parametrize("operators", LAYERS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_kernels_of_this_gpu_pass(operators, dtype, channels_last):
+    require("triton")
+    device = torch.device("cuda", torch.cuda.current_device())
+    compare(Case(device, dtype, channels_last, True, operators))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    compare(Case(device, dtype, channels_last, True, operators))
+    assert torch.cuda.memory_allocated() == before
+    assert torch.cuda.max_memory_allocated() - before < 2**24
+
+
+@gpu
+def test_a_graph_that_is_captured_first_holds_the_formula():
+    require("triton")
+    layers = pytest.importorskip("rfa_mmdet.layers", reason="needs OpenMMLab's packages")
+    layer = layers.RFAConv(32, 32, 3).cuda().eval()
+    x, graph = torch.randn(2, 32, 9, 9, device="cuda"), torch.cuda.CUDAGraph()
+
+    def capture():
+        with torch.cuda.graph(graph):
+            return layer(x)
+
+    with torch.no_grad():
+        layer.backend = "reference"
+        expected = layer(x)  # and cuDNN chooses its algorithm
+        layer.backend = "auto"
+        torch.cuda.synchronize()
+        with pytest.warns(UserWarning, match="in a CUDA graph"):
+            y = capture()
+    graph.replay()
+    torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
+    assert not self_check.PASSED
