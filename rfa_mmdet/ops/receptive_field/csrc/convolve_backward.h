@@ -83,7 +83,8 @@ void pack_gradient(const E* from, int64_t row_stride, int64_t outputs,
 // What the gradient of one channel's features, before the activation, means for a tile.
 //
 // `grad` is (K, positions), zero past the tile's; `feature` (K, K) by which the window became the
-// features; `constant` (positions) is added to the gradient of each value of the window. Added to:
+// features; `constant` (positions), unless null, is added to the gradient of each value of the
+// window. Added to:
 // the sums over positions of `grad` times the window, (K, K); and the gradient of a plane of x,
 // unless it is null.
 template <typename E>
@@ -95,7 +96,11 @@ void absorb(const Tile& tile, Windows<E>& windows, int64_t K, const Compute<E>* 
     multiply(grad, pitch, windows.patches(), windows.pitch(), vectors, K, products, false);
   }
   if (grad_plane) {
-    mix(grad, pitch, vectors, K, feature, constant, mixed, windows.pitch());
+    for (int64_t k = 0; constant && k < K; ++k) {
+      std::copy_n(constant, tile.positions(), mixed + k * windows.pitch());
+    }
+    mix<Compute<E>>(grad, pitch, vectors, K, feature, 1, K, constant != nullptr, nullptr, mixed,
+                    windows.pitch());
     windows.add(tile, mixed, grad_plane);
   }
 }

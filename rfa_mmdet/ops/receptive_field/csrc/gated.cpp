@@ -46,14 +46,22 @@ RFA_INLINE inline void respond(const T* patch, int64_t pitch, int64_t vectors,
     }
     return;
   }
-  for (int64_t q = 0; q < vectors * Vec<T>::size(); q += Vec<T>::size()) {
-    for (int64_t i = 0; i < K; ++i) {
-      Vec<T> z(shift[i]);
-      for (int64_t j = 0; j < K; ++j) {
-        const Vec<T> p = Vec<T>::loadu(patch + j * pitch + q);
-        z = at::vec::fmadd(Vec<T>(feature[i * K + j]), p, z);
+  // A panel of a few positions of the windows at a time, for a few vectors.
+  constexpr int64_t size = Vec<T>::size();
+  alignas(64) T panel[kRows * kVectors * size];
+  const int64_t rows = ceil_div(K, ceil_div(K, kRows));
+  for (int64_t v = 0; v < vectors; v += kVectors) {
+    const int64_t width = std::min<int64_t>(kVectors, vectors - v);
+    for (int64_t first = 0; first < K; first += rows) {
+      const int64_t count = std::min(rows, K - first);
+      row_block<T, kRows>(width, count, K, feature + first * K, K, 1, patch + v * size, pitch,
+                          panel, width * size, width * size, false, shift + first);
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t q = 0; q < width; ++q) {
+          const Vec<T> z = Vec<T>::loadu(panel + (i * width + q) * size);
+          use(first + i, (v + q) * size, response.relu ? at::vec::clamp_min(z, Vec<T>(T(0))) : z);
+        }
       }
-      use(i, q, response.relu ? at::vec::clamp_min(z, Vec<T>(T(0))) : z);
     }
   }
 }
@@ -122,7 +130,7 @@ class Gated {
   Gated(const Geometry& g, const Response<T>& response, const Gates<T>& gates,
         const GateGradients<T>& grads, int64_t positions)
       : g(g), response(response), gates(gates), grads(grads), pitch(positions),
-        weighed(grads.first ? g.K() * positions : 0), none(positions) {}
+        weighed(grads.first ? g.K() * positions : 0) {}
   void enter_slot(int64_t slot) {
     this->slot = slot;
   }
@@ -130,7 +138,7 @@ class Gated {
     return response.feature + c * g.K() * g.K();
   }
   const T* constant() const {
-    return none.get();
+    return nullptr;
   }
   void leave(int64_t) {}
 
@@ -157,7 +165,7 @@ class Gated {
   const Gates<T> gates;
   const GateGradients<T> grads;
   const int64_t pitch;
-  Buffer<T> weighed, none;
+  Buffer<T> weighed;
   Tile tile{};
   int64_t b = 0, c = 0, slot = 0;
 };
@@ -399,7 +407,7 @@ void pool_backward(const Geometry& g, const Response<Compute<E>>& response, cons
   const int64_t pitch = largest_tile<T>(tiles);
   at::parallel_for(0, g.C, 1, [&](int64_t begin, int64_t end) {
     Windows<E> windows(g, tiles);
-    Buffer<T> grad(K * pitch), mixed(K * windows.pitch()), none(pitch);
+    Buffer<T> grad(K * pitch), mixed(K * windows.pitch());
     auto source = make_source(pitch);
     const int64_t per_channel = K + K * K;
     Buffer<double> sums((end - begin) * per_channel);
@@ -421,7 +429,7 @@ void pool_backward(const Geometry& g, const Response<Compute<E>>& response, cons
             std::fill(row + n, row + vectors * Vec<T>::size(), T(0));
           }
           add_sums(grad.get(), pitch, n, K, sum);
-          absorb<E>(tile, windows, K, grad.get(), pitch, response.feature + c * K * K, none.get(),
+          absorb<E>(tile, windows, K, grad.get(), pitch, response.feature + c * K * K, nullptr,
                     grads.products ? sum + K : nullptr, mixed.get(),
                     grads.x ? grads.x + plane : nullptr);
         }
