@@ -62,7 +62,8 @@ void convolve(const Geometry& g, const E* x, const E* weight, const E* bias, E* 
   const int64_t K = g.K(), in_group = g.C / g.groups, outputs = g.O / g.groups;
   const int64_t threads = at::get_num_threads(), area = g.h * g.w;
   const int64_t wanted =
-      std::clamp<int64_t>(kOutputBytes / (outputs * static_cast<int64_t>(sizeof(T))), 96, 640);
+      std::clamp<int64_t>(kOutputBytes / (outputs * static_cast<int64_t>(sizeof(T))), 96,
+                          tile_positions<T>(g));
   const auto tiles = split_map(g, wanted, std::max<int64_t>(1, ceil_div(threads, g.B)));
   const int64_t count = tiles.size(), positions = largest_tile<T>(tiles);
   // By what is wanted, not by what the number of threads makes of it: the order of sums, and so

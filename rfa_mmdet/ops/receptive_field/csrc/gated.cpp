@@ -7,6 +7,7 @@
 #include "kernels.h"
 
 #include <limits>
+#include <vector>
 
 #include "convolve.h"
 #include "convolve_backward.h"
@@ -87,9 +88,14 @@ struct Coordinates {
   const Geometry& g;
   const int64_t pitch;
   Buffer<T> rows, columns; // (kh, positions), (kw, positions)
+  std::vector<std::pair<const T*, const T*>> of; // those of each position of a window
 
   Coordinates(const Geometry& g, int64_t positions)
-      : g(g), pitch(positions), rows(g.kh * positions), columns(g.kw * positions) {}
+      : g(g), pitch(positions), rows(g.kh * positions), columns(g.kw * positions) {
+    for (int64_t i = 0; i < g.K(); ++i) {
+      of.emplace_back(rows.get() + i / g.kw * pitch, columns.get() + i % g.kw * pitch);
+    }
+  }
   // row (B * C, kh, h), column (B * C, kw, w)
   void spread(const Tile& tile, int64_t plane, const T* row, const T* column) {
     for (int64_t i = 0; i < g.kh; ++i) {
@@ -108,10 +114,10 @@ struct Coordinates {
     }
   }
   const T* row(int64_t i) const {
-    return rows.get() + i / g.kw * pitch;
+    return of[i].first;
   }
   const T* column(int64_t i) const {
-    return columns.get() + i % g.kw * pitch;
+    return of[i].second;
   }
 };
 
@@ -301,7 +307,8 @@ void pool_channels(const Geometry& g, const Response<Compute<E>>& response, cons
   using T = Compute<E>;
   const int64_t K = g.K(), area = g.h * g.w;
   const int64_t threads = at::get_num_threads();
-  const auto tiles = split_map(g, 640, std::max<int64_t>(1, ceil_div(threads, g.B)));
+  const auto tiles =
+      split_map(g, tile_positions<T>(g), std::max<int64_t>(1, ceil_div(threads, g.B)));
   const int64_t count = tiles.size(), pitch = largest_tile<T>(tiles);
   at::parallel_for(0, g.B * count, 1, [&](int64_t begin, int64_t end) {
     Windows<E> windows(g, tiles);
@@ -357,7 +364,7 @@ void pool_coordinates(const Geometry& g, const Response<Compute<E>>& response, c
                       Compute<E>* rows, Compute<E>* columns) {
   using T = Compute<E>;
   const int64_t K = g.K();
-  const auto tiles = split_map(g, 640, 1);
+  const auto tiles = split_map(g, tile_positions<T>(g), 1);
   const int64_t pitch = largest_tile<T>(tiles);
   at::parallel_for(0, g.B * g.C, 1, [&](int64_t begin, int64_t end) {
     Windows<E> windows(g, tiles);
@@ -483,7 +490,8 @@ template <typename T>
 class OfCoordinates {
  public:
   OfCoordinates(const Geometry& g, const T* rows, const T* columns, int64_t positions)
-      : g(g), rows(rows), columns(columns), values(g, positions) {}
+      : g(g), rows(rows), columns(columns), of_row(T(1) / static_cast<T>(g.kw * g.w)),
+        of_column(T(1) / static_cast<T>(g.kh * g.h)), values(g, positions) {}
   void enter(int64_t b, const Tile& tile) {
     this->b = b;
     this->tile = tile;
@@ -492,13 +500,14 @@ class OfCoordinates {
     values.spread(tile, b * g.C + c, rows, columns);
   }
   RFA_INLINE inline Vec<T> at(int64_t i, int64_t q) const {
-    return Vec<T>::loadu(values.row(i) + q) * Vec<T>(T(1) / static_cast<T>(g.kw * g.w)) +
-        Vec<T>::loadu(values.column(i) + q) * Vec<T>(T(1) / static_cast<T>(g.kh * g.h));
+    return Vec<T>::loadu(values.row(i) + q) * of_row +
+        Vec<T>::loadu(values.column(i) + q) * of_column;
   }
 
  private:
   const Geometry& g;
   const T *rows, *columns;
+  const Vec<T> of_row, of_column; // shares of a value in the means
   Coordinates<T> values;
   Tile tile{};
   int64_t b = 0;
