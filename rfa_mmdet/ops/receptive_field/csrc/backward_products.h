@@ -26,7 +26,7 @@ class BackwardProducts {
 
   BackwardProducts(const Geometry& g, int64_t block, const E* weight)
       : K(g.K()), in_group(g.C / g.groups), outputs(g.O / g.groups), block(block),
-        packed(g.O * in_group * K) {
+        packed(g.O * in_group * K, false) {
     pack(g, weight);
   }
 
@@ -108,11 +108,14 @@ class BackwardProducts {
         const int64_t size = std::min(step, depth - start);
         const E* from = weight + group * outputs * depth + start;
         T* to = packed.get() + group * outputs * depth + start * outputs;
-        for (int64_t k = 0; k < size; k += kRows) {
-          const int64_t count = std::min<int64_t>(kRows, size - k);
-          for (int64_t o = 0; o < outputs; ++o) {
-            for (int64_t r = 0; r < count; ++r) {
-              to[k * outputs + o * count + r] = static_cast<T>(from[o * depth + k + r]);
+        constexpr int64_t strip = 16; // rows that are read side by side
+        for (int64_t first = 0; first < outputs; first += strip) {
+          for (int64_t k = 0; k < size; k += kRows) {
+            const int64_t count = std::min<int64_t>(kRows, size - k);
+            for (int64_t o = first; o < std::min(first + strip, outputs); ++o) {
+              for (int64_t r = 0; r < count; ++r) {
+                to[k * outputs + o * count + r] = static_cast<T>(from[o * depth + k + r]);
+              }
             }
           }
         }

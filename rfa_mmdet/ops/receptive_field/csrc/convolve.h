@@ -6,6 +6,8 @@
 
 #include <ATen/Parallel.h>
 
+#include <deque>
+
 #include "forward_products.h"
 #include "windows.h"
 
@@ -44,21 +46,33 @@ void convolve_by(const Geometry& g, const E* x, const E* weight, const E* bias, 
   // By what is wanted, not by what the number of threads makes of it: the order of sums, and so
   // every bit of the output, is the same for any number.
   const int64_t block = channel_block<T>(g, wanted, Products::kBytes, 1);
+  const int64_t blocks = ceil_div(in_group, block);
   const Products products(g, block, weight, bias);
+  // So many small tiles go through the weight together: it is read from memory once for all.
+  const int64_t chunk = std::max<int64_t>(1, wanted / positions);
 
   at::parallel_for(0, g.B * count, 1, [&](int64_t begin, int64_t end) {
     Windows<E> windows(g, tiles);
-    typename Products::Thread product(products, positions);
+    std::deque<typename Products::Thread> of_tiles; // it moves nothing
+    for (int64_t i = 0; i < std::min(chunk, end - begin); ++i) {
+      of_tiles.emplace_back(products, positions);
+    }
     auto weigher = make_weigher(positions);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / count;
-      const Tile& tile = tiles[task % count];
-      product.enter(tile.positions());
-      weigher.enter(b, tile);
-      for (int64_t group = 0; group < g.groups; ++group) {
-        E* const out = y + (b * g.O + group * outputs) * area + tile.start(g);
-        for (int64_t first = 0; first < in_group; first += block) {
-          const int64_t size = std::min(block, in_group - first);
+    int64_t entered = -1;
+    for (int64_t start = begin; start < end; start += chunk) {
+      for (int64_t part = 0; part < g.groups * blocks; ++part) {
+        const int64_t group = part / blocks, first = part % blocks * block;
+        const int64_t size = std::min(block, in_group - first);
+        for (int64_t task = start; task < std::min(end, start + chunk); ++task) {
+          const int64_t b = task / count;
+          const Tile& tile = tiles[task % count];
+          auto& product = of_tiles[task - start];
+          product.enter(tile.positions());
+          if (task != entered) {
+            weigher.enter(b, tile);
+            entered = task;
+          }
+          E* const out = y + (b * g.O + group * outputs) * area + tile.start(g);
           for (int64_t i = 0; i < size; ++i) {
             const int64_t channel = group * in_group + first + i;
             windows.load(tile, x + (b * g.C + channel) * g.H * g.W);
@@ -68,8 +82,10 @@ void convolve_by(const Geometry& g, const E* x, const E* weight, const E* bias, 
             });
           }
           product.multiply(group, first, size, out, area);
+          if (first + size == in_group) {
+            product.finish(group, out, area);
+          }
         }
-        product.finish(group, out, area);
       }
     }
   });

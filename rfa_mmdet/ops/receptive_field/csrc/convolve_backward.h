@@ -6,6 +6,8 @@
 
 #include <ATen/Parallel.h>
 
+#include <deque>
+
 #include "backward_products.h"
 #include "convolve.h"
 #include "products.h"
@@ -75,6 +77,8 @@ void convolve_backward_by(const Geometry& g, const E* grad_y, const E* x, const 
   const int64_t positions = whole_lines(largest_tile<T>(tiles));
   const int64_t block = plan.block, blocks = plan.blocks;
   const Products products(g, block, weight);
+  const int64_t count = tiles.size(), all = g.B * count;
+  const int64_t chunk = std::clamp<int64_t>(plan.wanted / positions, 1, all); // as in convolve.h
 
   at::parallel_for(0, parts, 1, [&](int64_t first_part, int64_t end_part) {
     const int64_t begin = first_part * tasks / parts, end = end_part * tasks / parts;
@@ -82,27 +86,35 @@ void convolve_backward_by(const Geometry& g, const E* grad_y, const E* x, const 
       return;
     }
     Windows<E> windows(g, tiles);
-    typename Products::Thread product(products, positions, grads.weight);
+    std::deque<typename Products::Thread> of_tiles;
+    for (int64_t i = 0; i < chunk; ++i) {
+      of_tiles.emplace_back(products, positions, grads.weight);
+    }
     Buffer<T> grad(block * K * positions), mixed(K * windows.pitch());
     auto weigher = make_weigher(positions);
     const int64_t per_channel = K + K * K;
     Buffer<double> sums((end - begin) * block * per_channel);
-    for (int64_t b = 0; b < g.B; ++b) {
-      for (const auto& tile : tiles) {
-        const int64_t vectors = ceil_div(tile.positions(), Vec<T>::size());
-        weigher.enter(b, tile);
-        int64_t packed_group = -1;
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t group = task / blocks, first = task % blocks * block;
-          const int64_t count = std::min(block, in_group - first);
-          if (group != packed_group) {
+    int64_t entered = -1;
+    for (int64_t start = 0; start < all; start += chunk) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t group = task / blocks, first = task % blocks * block;
+        const int64_t size = std::min(block, in_group - first);
+        weigher.enter_slot(((task + 1) * parts - 1) / tasks);
+        for (int64_t place = start; place < std::min(all, start + chunk); ++place) {
+          const int64_t b = place / count;
+          const Tile& tile = tiles[place % count];
+          const int64_t vectors = ceil_div(tile.positions(), Vec<T>::size());
+          auto& product = of_tiles[place - start];
+          if (task == begin || first == 0) { // another group
             product.enter(grad_y + (b * g.O + group * outputs) * area + tile.start(g), area,
                           tile.positions());
-            packed_group = group;
           }
-          weigher.enter_slot(((task + 1) * parts - 1) / tasks);
-          product.multiply(group, first, count, grad.get());
-          for (int64_t i = 0; i < count; ++i) {
+          if (place != entered) {
+            weigher.enter(b, tile);
+            entered = place;
+          }
+          product.multiply(group, first, size, grad.get());
+          for (int64_t i = 0; i < size; ++i) {
             const int64_t c = group * in_group + first + i;
             const int64_t plane = (b * g.C + c) * g.H * g.W;
             windows.load(tile, x + plane);
@@ -118,7 +130,7 @@ void convolve_backward_by(const Geometry& g, const E* grad_y, const E* x, const 
           }
           if (grads.weight) {
             product.add_weight(
-                count, grads.weight + (group * in_group + first) * K * grads.weight_stride,
+                size, grads.weight + (group * in_group + first) * K * grads.weight_stride,
                 grads.weight_stride);
           }
         }

@@ -44,7 +44,7 @@ class ForwardProducts {
 
   ForwardProducts(const Geometry& g, int64_t block, const E* weight, const E* bias)
       : K(g.K()), in_group(g.C / g.groups), outputs(g.O / g.groups), block(block),
-        packed(g.O * in_group * K), bias(bias_of(g, bias)) {
+        packed(g.O * in_group * K, false), bias(bias_of(g, bias)) {
     pack(g, weight);
   }
 
