@@ -31,11 +31,15 @@ env:  ## create VENV with everything in it (minutes the first time, then no time
 demo: env  ## draw images, train a detector with RFAConv on them, evaluate and picture it, in minutes
 	@"$(PYTHON)" tools/demo.py
 
+WINDOWED := RFAConv RFCBAMConv RFCAConv
+
 bench: env  ## measure every op on 2 CPU threads against the formulas and the plain convolution
 	@"$(PYTHON)" -m benchmarks.run --compile RFAConv --detector 256 \
 	    --out benchmarks/results/cpu.json
 	@"$(PYTHON)" -m benchmarks.run --ops RFAConv --dtype bfloat16 \
 	    --out benchmarks/results/cpu_bfloat16.json
+	@for k in 5 7; do "$(PYTHON)" -m benchmarks.run --ops $(WINDOWED) --shapes few \
+	    --kernel-size $$k --out benchmarks/results/cpu_$${k}x$$k.json || exit 1; done
 	@"$(PYTHON)" -m benchmarks.report benchmarks/results/*.json \
 	    --table benchmarks/table.md --plot docs/images/benchmark.png
 

@@ -165,6 +165,6 @@ class Formula(nn.Module):
         return FORMULAS[self.name](self.layer, x)
 
 
-def plain_conv(channels: int, stride: int) -> nn.Module:
-    """Return the 3x3 convolution that all ratios to 'plain' are of; for a plug-in too."""
-    return nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+def plain_conv(channels: int, stride: int, kernel_size: int) -> nn.Module:
+    """Return the convolution that all ratios to 'plain' are of; for a plug-in too."""
+    return nn.Conv2d(channels, channels, kernel_size, stride, kernel_size // 2, bias=False)

@@ -41,8 +41,8 @@ def build(op: str, shape: InputSize, kind: Callable | None = None, **kwargs) -> 
     if is_plugin(op):
         layer = kind(shape.channels, **OPTIONS.get(op, {}), **kwargs)
     else:
-        window = dict(stride=shape.stride, padding=1, bias=False)
-        layer = kind(shape.channels, shape.channels, 3, **window, **kwargs)
+        window = dict(stride=shape.stride, padding=shape.kernel_size // 2, bias=False)
+        layer = kind(shape.channels, shape.channels, shape.kernel_size, **window, **kwargs)
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and name not in ("feature", "conv"):
             # Inputs are not negative: behind a mean of them, no ReLU is dead, no sigmoid saturates.

@@ -137,19 +137,21 @@ class Target:
     text: str
     unit: str
     cpu: float
-    gpu: float
+    gpu: float | None  # None: nothing is asked there
     value: Callable[[dict, str], float | None]
     faster: bool = False  # more is better
+    kernel_size: int = 3
 
-    def met(self, value: float, device: str) -> bool:
-        """Whether a measured value reaches the target."""
+    def verdict(self, value: float, device: str) -> str:
+        """Tell whether a measured value reaches the target, where it does not."""
         limit = self.cpu if device == "cpu" else self.gpu
-        return value >= limit if self.faster else value <= limit
+        met = limit is None or (value >= limit if self.faster else value <= limit)
+        return "" if met else ", missed"
 
     def limit(self, device: str) -> str:
         """Write the target."""
         value = self.cpu if device == "cpu" else self.gpu
-        return f"{'>=' if self.faster else '<='} {value:g}x{self.unit}"
+        return "" if value is None else f"{'>=' if self.faster else '<='} {value:g}x{self.unit}"
 
 
 def _speed(mode: str, baseline: str) -> Callable[[dict, str], float | None]:
@@ -175,6 +177,13 @@ TARGETS = (
            _speed("training", "formula"), True),
     Target("forward + backward, against the plain convolution", " its time", 2.0, 2.5,
            lambda run, c: mean_ratio(run, c, "training", "plain")),
+    *(
+        Target(f"{mode}, {k}x{k} windows, against the plain convolution", " its time", limit, None,
+               lambda run, c, key=key: mean_ratio(run, c, key, "plain"), kernel_size=k)
+        for k, limits in ((5, (1.5, 2.0)), (7, (2.0, 2.5)))
+        for mode, key, limit in zip(
+            ("inference", "forward + backward"), ("inference", "training"), limits, strict=True)
+    ),
     Target("bytes kept for backward, against the plain convolution", "", 1.1, 1.1,
            lambda run, c: mean_bytes(run, c, saved, "plain")),
     Target("RetinaNet R50-FPN training iteration, time against plain", "", 1.3, 1.2,
@@ -187,6 +196,11 @@ TARGETS = (
 def configuration(run: dict) -> str:
     """Return the type and, if it is not the usual one, the layout that a run measured."""
     return run["dtype"] + (", channels_last" if run["channels_last"] else "")
+
+
+def kernel_size(run: dict) -> int:
+    """Return the side of the windows that a run measured."""
+    return run.get("kernel_size", 3)  # older files hold no other
 
 
 def best_rfaconv(run: dict) -> str | None:
@@ -212,11 +226,12 @@ def targets_table(runs: list[dict]) -> list[str]:
         for device in ("cpu", "cuda"):
             texts = []
             for run in runs:
-                if run["device"] != device or ("of_gpu_steps" in run) != (device == "cuda"):
+                other = run["device"] != device or kernel_size(run) != target.kernel_size
+                if other or ("of_gpu_steps" in run) != (device == "cuda"):
                     continue
                 value = target.value(of_op(run, "RFAConv"), best_rfaconv(run) or "")
                 if value is not None:
-                    verdict = "" if target.met(value, device) else ", missed"
+                    verdict = target.verdict(value, device)
                     texts.append(f"{value:.2f}x ({configuration(run)}{verdict})")
             cells += [target.limit(device), "<br>".join(texts) or NOT_MEASURED]
         lines.append(f"| {' | '.join(cells)} |")
@@ -245,9 +260,12 @@ def run_table(run: dict) -> list[str]:
     counts = Counter(result["op"] for result in run["results"])
     fewest = min(counts.values(), default=0)
     of_plugins = "" if fewest == len(shapes) else f" ({fewest} for plug-ins, which have no stride)"
+    side = kernel_size(run)
+    windows = "" if side == 3 else f" with {side}x{side} windows"
     lines = [
         f"**{where}; {configuration(run)}; {run['threads']} threads; "
-        f"torch {run['versions']['torch']}; {len(shapes)} shapes{of_plugins}.** `{run['command']}`",
+        f"torch {run['versions']['torch']}; {len(shapes)} shapes{windows}{of_plugins}.** "
+        f"`{run['command']}`",
         "",
         "| | inference: faster than the formula | than it compiled | time / plain's "
         "| forward + backward: faster than the formula | than it compiled | time / plain's "
@@ -331,7 +349,7 @@ def write_plot(run: dict, path: Path) -> None:
         run (dict): Of run.py.
         path (Path): PNG to write.
     """
-    names = candidates(run)
+    names, side = candidates(run), kernel_size(run)
     columns = (
         ("inference, time", lambda own, name: mean_ratio(own, name, "inference", "plain")),
         ("forward + backward, time", lambda own, name: mean_ratio(own, name, "training", "plain")),
@@ -347,7 +365,7 @@ def write_plot(run: dict, path: Path) -> None:
                 axes.barh(len(names) - row + offset, bar, 0.38, color=colour)
                 axes.text(bar, len(names) - row + offset, f" {bar:.2g}", va="center", fontsize=7)
         axes.axvline(1, color="black", linewidth=0.8)
-        axes.set(title=title, xlabel="plain 3x3 convolution = 1", xscale="log")
+        axes.set(title=title, xlabel=f"plain {side}x{side} convolution = 1", xscale="log")
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.15)
         axes.set_xticks([0.25, 0.5, 1, 2, 4, 8, 16, 32], ["1/4", "1/2", *"1248", "16", "32"])

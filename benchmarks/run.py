@@ -6,13 +6,14 @@ formula; one that fails is named, gets no numbers, and the exit code is 1. Write
 benchmarks/report.py makes the table and the plot.
 """
 
+import dataclasses
 import json
 import math
 import shlex
 import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -58,7 +59,10 @@ def parse_args(argv: list[str]) -> Namespace:
         nargs="+",
         choices=SIZES,
         default=["r50-800x1333", "r50-512x512", "small"],
-        help="lists of shapes (default: all but gpu and tiny)",
+        help="lists of shapes (default: all but few, gpu and tiny)",
+    )
+    add(
+        "--kernel-size", type=int, default=3, metavar="K", help="of every op (default: %(default)s)"
     )
     add("--device", default="cpu", help="cpu, cuda or cuda:1 (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="half ones run under autocast")
@@ -106,6 +110,8 @@ def parse_args(argv: list[str]) -> Namespace:
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.threads < 1:
         parser.error(f"--rounds {args.rounds} --threads {args.threads}: must be at least 1")
+    if args.kernel_size < 1 or args.kernel_size % 2 == 0:
+        parser.error(f"--kernel-size {args.kernel_size}: must be odd")
     if args.detector and (args.detector < 64 or args.detector % 32):
         parser.error(f"--detector {args.detector}: must be a multiple of 32, at least 64")
     args.compile = () if args.compile is None else tuple(args.compile or args.ops)
@@ -142,7 +148,7 @@ class Case:
         self.half = dtype if dtype in (torch.bfloat16, torch.float16) else None
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
         formula = Formula(op, next(iter(layers.values())))
-        plain = plain_conv(shape.channels, shape.stride)
+        plain = plain_conv(shape.channels, shape.stride, shape.kernel_size)
         modules = {"plain": plain, "formula": formula, **layers}
         weights = torch.float32 if self.half else dtype
         self.modules = {
@@ -228,7 +234,7 @@ def check(
     dtype = DTYPES[args.dtype]
     try:
         found = []
-        for shape in PARITY_SHAPES:
+        for shape in sized(PARITY_SHAPES, args):
             layer = make(shape).to(args.device, torch.promote_types(dtype, torch.float32))
             found += differences(op, layer, shape, dtype)
         for shape in () if found else shapes:
@@ -239,18 +245,24 @@ def check(
     return found
 
 
+def sized(shapes: Iterable[InputSize], args: Namespace) -> list[InputSize]:
+    """Return the shapes with the kernel size of the command line."""
+    return [dataclasses.replace(shape, kernel_size=args.kernel_size) for shape in shapes]
+
+
 def main(argv: list[str]) -> int:
     """Measure what the command line asks for; 1 if an op is not what its formula says."""
     args = parse_args(argv)
     end = time.monotonic() + args.stop_after
     torch.set_num_threads(args.threads)
-    shapes = [shape for name in args.shapes for shape in SIZES[name]]
+    shapes = sized((shape for name in args.shapes for shape in SIZES[name]), args)
     results, failed, missing, left_out = [], [], {}, []
     content = {
         **describe_machine(args.device),
         "device": args.device.type,
         "dtype": args.dtype,
         "threads": args.threads,
+        "kernel_size": args.kernel_size,
         "channels_last": args.channels_last,
         "command": shlex.join(["python", "-m", "benchmarks.run", *argv]),
         "failed": failed,

@@ -1,21 +1,26 @@
-"""Input sizes to measure: those of the 3x3 convolutions of a ResNet-50, and small maps."""
+"""Input sizes to measure: those of the 3x3 convolutions of a ResNet-50, and small maps.
+
+Larger windows see fewer of them: the formulas keep 25 or 49 values for each of the input.
+"""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class InputSize:
-    """Input (batch, channels, height, width) of a 3x3 convolution with ``stride``."""
+    """Input (batch, channels, height, width) of a convolution."""
 
     batch: int
     channels: int
     height: int
     width: int
     stride: int = 1
+    kernel_size: int = 3
 
     def __str__(self) -> str:
         step = f"/{self.stride}" if self.stride > 1 else ""
-        return f"{self.batch}x{self.channels}x{self.height}x{self.width}{step}"
+        window = f" {self.kernel_size}x{self.kernel_size}" if self.kernel_size != 3 else ""
+        return f"{self.batch}x{self.channels}x{self.height}x{self.width}{step}{window}"
 
 
 def _resnet50(batch: int, height: int, width: int) -> list[InputSize]:
@@ -42,6 +47,15 @@ SIZES: dict[str, list[InputSize]] = {
         InputSize(4, 512, 5, 5),
         InputSize(1, 256, 13, 21),  # a low level of the pyramid
     ],
+    "few": [
+        InputSize(1, 64, 128, 128),
+        InputSize(1, 128, 128, 128, 2),
+        InputSize(1, 128, 64, 64),
+        InputSize(1, 256, 32, 32),
+        InputSize(1, 512, 16, 16),
+        InputSize(4, 64, 40, 40),
+        InputSize(4, 256, 10, 10),
+    ],  # some of each of these, for larger windows
     "tiny": [
         InputSize(2, 64, 8, 12),
         InputSize(2, 64, 9, 7, 2),

@@ -113,6 +113,22 @@ def test_the_table_and_the_plot_are_made_from_it(run_tool, tiny, tmp_path):
         assert row[6].startswith(f"{kept:.2f}x (")
 
 
+def test_larger_windows_have_a_run_and_rows_of_their_own(run_tool, tmp_path):
+    out = tmp_path / "five.json"
+    command = ("-m", "benchmarks.run", *QUICK, "--ops", "RFAConv", "--kernel-size", "5")
+    done = run_tool(sys.executable, *command, "--out", out)
+    assert done.returncode == 0, done.stdout
+    run = json.loads(out.read_text())
+    assert {r["shape"]["kernel_size"] for r in run["results"]} == {5}
+    bytes_of_x = 4 * 2 * 64 * 8 * 12
+    assert run["results"][0]["saved_bytes"]["formula"] > 4 * 25 * bytes_of_x
+    rows = [line.split(" | ") for line in report.targets_table([run])]
+    measured = [row[0] for row in rows[2:] if row[2] != NOT_MEASURED]
+    assert len(measured) == 2
+    assert all("5x5 windows" in text for text in measured)
+    assert "2 shapes with 5x5 windows" in report.run_table(run)[0]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "cannot be read"), ("no json", "cannot be read"), ("[]", "holds no results")],
@@ -168,7 +184,7 @@ def test_what_parity_finds(tmp_path, monkeypatch, op, kind, reason):
     (tmp_path / "others.py").write_text(WRONG)
     monkeypatch.syspath_prepend(tmp_path)
     makers, _ = builders(op, {op: f"others:{kind}"}, CPU)
-    args = Namespace(dtype="float32", device=CPU)
+    args = Namespace(dtype="float32", device=CPU, kernel_size=3)
     found = check(op, makers.pop(f"{op}[others:{kind}]"), [], args)
     assert reason in found[0]
     for make in makers.values():  # ours
@@ -182,6 +198,7 @@ def test_what_parity_finds(tmp_path, monkeypatch, op, kind, reason):
         (["--device", "cuda"], "--device cuda: torch finds no CUDA device here"),
         (["--device", "toaster"], "--device toaster: must be cpu or cuda"),
         (["--rounds", "0"], "must be at least 1"),
+        (["--kernel-size", "4"], "--kernel-size 4: must be odd"),
         (["--detector", "100"], "--detector 100: must be a multiple of 32, at least 64"),
         (["--candidate", "SE"], "--candidate SE=: must be OP=MODULE:CLASS"),
     ],

@@ -71,9 +71,13 @@ def lay_out(windows: Tensor, kernel_size: Pair) -> Tensor:
     """
     kh, kw = kernel_size
     batch, channels, _, height, width = windows.shape
+    windows = windows.reshape(batch, channels, kh, kw, height, width)
+    if not is_recorded():
+        laid_out = windows.permute(0, 1, 4, 2, 5, 3)
+        return laid_out.reshape(batch, channels, height * kh, width * kw)
     # Each side in a step of its own, at the end of the shape: one reshape of both does not export
     # with dynamic sizes.
-    windows = windows.reshape(batch, channels, kh, kw, height, width).permute(0, 1, 2, 4, 5, 3)
+    windows = windows.permute(0, 1, 2, 4, 5, 3)
     windows = windows.reshape(batch, channels, kh, height, width * kw).permute(0, 1, 4, 3, 2)
     return windows.reshape(batch, channels, width * kw, height * kh).transpose(2, 3)
 
@@ -95,7 +99,11 @@ def take_apart(laid_out: Tensor, kernel_size: Pair) -> Tensor:
         True
     """
     kh, kw = kernel_size
-    # Slices, as a reshape here does not export with dynamic sizes.
+    if not is_recorded():
+        batch, channels, height, width = laid_out.shape
+        windows = laid_out.reshape(batch, channels, height // kh, kh, width // kw, kw)
+        return windows.permute(0, 1, 3, 5, 2, 4).flatten(2, 3)
+    # Slices, as a reshape here does not export with dynamic sizes; but backward, each is a map.
     parts = [laid_out[:, :, i::kh, j::kw] for i in range(kh) for j in range(kw)]
     return torch.stack(parts, dim=2)
 

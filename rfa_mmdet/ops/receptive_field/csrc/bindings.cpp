@@ -2,6 +2,7 @@
 // ../README.md says what each computes.
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
@@ -229,15 +230,34 @@ struct Results {
     return {pointer(x), pointer(attention), pointer(shift), pointer(feature), pointer(weight),
             columns};
   }
+  // Turned back by squares that stay in cache, which a copy of a transposed tensor does not do.
   Tensor of_weight() const {
     if (!weight.numel()) {
       return none(x_like);
     }
-    return weight.narrow(2, 0, g.O / g.groups)
-        .transpose(1, 2)
-        .to(x_like.scalar_type())
-        .reshape({g.O, g.C / g.groups, g.kh, g.kw})
-        .contiguous();
+    const int64_t outputs = g.O / g.groups, rows = g.C / g.groups * g.K(), side = 16;
+    const int64_t strips = (outputs + side - 1) / side;
+    Tensor result = at::empty({g.O, g.C / g.groups, g.kh, g.kw}, x_like.options());
+    dispatch(x_like, [&](auto e) {
+      using E = decltype(e);
+      const auto* from = weight.const_data_ptr<Compute<E>>();
+      E* const to = result.data_ptr<E>();
+      at::parallel_for(0, g.groups * strips, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t strip = begin; strip < end; ++strip) {
+          const int64_t group = strip / strips, first = strip % strips * side;
+          const int64_t last = std::min(first + side, outputs);
+          for (int64_t row = 0; row < rows; row += side) {
+            for (int64_t o = first; o < last; ++o) {
+              for (int64_t r = row; r < std::min(row + side, rows); ++r) {
+                to[(group * outputs + o) * rows + r] =
+                    static_cast<E>(from[(group * rows + r) * columns + o]);
+              }
+            }
+          }
+        }
+      });
+    });
+    return result;
   }
 };
 

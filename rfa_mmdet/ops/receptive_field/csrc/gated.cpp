@@ -7,6 +7,7 @@
 #include "kernels.h"
 
 #include <limits>
+#include <vector>
 
 #include "convolve.h"
 #include "convolve_backward.h"
@@ -46,14 +47,22 @@ RFA_INLINE inline void respond(const T* patch, int64_t pitch, int64_t vectors,
     }
     return;
   }
-  for (int64_t q = 0; q < vectors * Vec<T>::size(); q += Vec<T>::size()) {
-    for (int64_t i = 0; i < K; ++i) {
-      Vec<T> z(shift[i]);
-      for (int64_t j = 0; j < K; ++j) {
-        const Vec<T> p = Vec<T>::loadu(patch + j * pitch + q);
-        z = at::vec::fmadd(Vec<T>(feature[i * K + j]), p, z);
+  // A panel of a few positions of the windows at a time, for a few vectors.
+  constexpr int64_t size = Vec<T>::size();
+  alignas(64) T panel[kRows * kVectors * size];
+  const int64_t rows = ceil_div(K, ceil_div(K, kRows));
+  for (int64_t v = 0; v < vectors; v += kVectors) {
+    const int64_t width = std::min<int64_t>(kVectors, vectors - v);
+    for (int64_t first = 0; first < K; first += rows) {
+      const int64_t count = std::min(rows, K - first);
+      row_block<T, kRows>(width, count, K, feature + first * K, K, 1, patch + v * size, pitch,
+                          panel, width * size, width * size, false, shift + first);
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t q = 0; q < width; ++q) {
+          const Vec<T> z = Vec<T>::loadu(panel + (i * width + q) * size);
+          use(first + i, (v + q) * size, response.relu ? at::vec::clamp_min(z, Vec<T>(T(0))) : z);
+        }
       }
-      use(i, q, response.relu ? at::vec::clamp_min(z, Vec<T>(T(0))) : z);
     }
   }
 }
@@ -79,9 +88,14 @@ struct Coordinates {
   const Geometry& g;
   const int64_t pitch;
   Buffer<T> rows, columns; // (kh, positions), (kw, positions)
+  std::vector<std::pair<const T*, const T*>> of; // those of each position of a window
 
   Coordinates(const Geometry& g, int64_t positions)
-      : g(g), pitch(positions), rows(g.kh * positions), columns(g.kw * positions) {}
+      : g(g), pitch(positions), rows(g.kh * positions), columns(g.kw * positions) {
+    for (int64_t i = 0; i < g.K(); ++i) {
+      of.emplace_back(rows.get() + i / g.kw * pitch, columns.get() + i % g.kw * pitch);
+    }
+  }
   // row (B * C, kh, h), column (B * C, kw, w)
   void spread(const Tile& tile, int64_t plane, const T* row, const T* column) {
     for (int64_t i = 0; i < g.kh; ++i) {
@@ -100,10 +114,10 @@ struct Coordinates {
     }
   }
   const T* row(int64_t i) const {
-    return rows.get() + i / g.kw * pitch;
+    return of[i].first;
   }
   const T* column(int64_t i) const {
-    return columns.get() + i % g.kw * pitch;
+    return of[i].second;
   }
 };
 
@@ -122,7 +136,7 @@ class Gated {
   Gated(const Geometry& g, const Response<T>& response, const Gates<T>& gates,
         const GateGradients<T>& grads, int64_t positions)
       : g(g), response(response), gates(gates), grads(grads), pitch(positions),
-        weighed(grads.first ? g.K() * positions : 0), none(positions) {}
+        weighed(grads.first ? g.K() * positions : 0) {}
   void enter_slot(int64_t slot) {
     this->slot = slot;
   }
@@ -130,7 +144,7 @@ class Gated {
     return response.feature + c * g.K() * g.K();
   }
   const T* constant() const {
-    return none.get();
+    return nullptr;
   }
   void leave(int64_t) {}
 
@@ -157,7 +171,7 @@ class Gated {
   const Gates<T> gates;
   const GateGradients<T> grads;
   const int64_t pitch;
-  Buffer<T> weighed, none;
+  Buffer<T> weighed;
   Tile tile{};
   int64_t b = 0, c = 0, slot = 0;
 };
@@ -293,7 +307,8 @@ void pool_channels(const Geometry& g, const Response<Compute<E>>& response, cons
   using T = Compute<E>;
   const int64_t K = g.K(), area = g.h * g.w;
   const int64_t threads = at::get_num_threads();
-  const auto tiles = split_map(g, 640, std::max<int64_t>(1, ceil_div(threads, g.B)));
+  const auto tiles =
+      split_map(g, tile_positions<T>(g), std::max<int64_t>(1, ceil_div(threads, g.B)));
   const int64_t count = tiles.size(), pitch = largest_tile<T>(tiles);
   at::parallel_for(0, g.B * count, 1, [&](int64_t begin, int64_t end) {
     Windows<E> windows(g, tiles);
@@ -349,7 +364,7 @@ void pool_coordinates(const Geometry& g, const Response<Compute<E>>& response, c
                       Compute<E>* rows, Compute<E>* columns) {
   using T = Compute<E>;
   const int64_t K = g.K();
-  const auto tiles = split_map(g, 640, 1);
+  const auto tiles = split_map(g, tile_positions<T>(g), 1);
   const int64_t pitch = largest_tile<T>(tiles);
   at::parallel_for(0, g.B * g.C, 1, [&](int64_t begin, int64_t end) {
     Windows<E> windows(g, tiles);
@@ -399,7 +414,7 @@ void pool_backward(const Geometry& g, const Response<Compute<E>>& response, cons
   const int64_t pitch = largest_tile<T>(tiles);
   at::parallel_for(0, g.C, 1, [&](int64_t begin, int64_t end) {
     Windows<E> windows(g, tiles);
-    Buffer<T> grad(K * pitch), mixed(K * windows.pitch()), none(pitch);
+    Buffer<T> grad(K * pitch), mixed(K * windows.pitch());
     auto source = make_source(pitch);
     const int64_t per_channel = K + K * K;
     Buffer<double> sums((end - begin) * per_channel);
@@ -421,7 +436,7 @@ void pool_backward(const Geometry& g, const Response<Compute<E>>& response, cons
             std::fill(row + n, row + vectors * Vec<T>::size(), T(0));
           }
           add_sums(grad.get(), pitch, n, K, sum);
-          absorb<E>(tile, windows, K, grad.get(), pitch, response.feature + c * K * K, none.get(),
+          absorb<E>(tile, windows, K, grad.get(), pitch, response.feature + c * K * K, nullptr,
                     grads.products ? sum + K : nullptr, mixed.get(),
                     grads.x ? grads.x + plane : nullptr);
         }
@@ -475,7 +490,8 @@ template <typename T>
 class OfCoordinates {
  public:
   OfCoordinates(const Geometry& g, const T* rows, const T* columns, int64_t positions)
-      : g(g), rows(rows), columns(columns), values(g, positions) {}
+      : g(g), rows(rows), columns(columns), of_row(T(1) / static_cast<T>(g.kw * g.w)),
+        of_column(T(1) / static_cast<T>(g.kh * g.h)), values(g, positions) {}
   void enter(int64_t b, const Tile& tile) {
     this->b = b;
     this->tile = tile;
@@ -484,13 +500,14 @@ class OfCoordinates {
     values.spread(tile, b * g.C + c, rows, columns);
   }
   RFA_INLINE inline Vec<T> at(int64_t i, int64_t q) const {
-    return Vec<T>::loadu(values.row(i) + q) * Vec<T>(T(1) / static_cast<T>(g.kw * g.w)) +
-        Vec<T>::loadu(values.column(i) + q) * Vec<T>(T(1) / static_cast<T>(g.kh * g.h));
+    return Vec<T>::loadu(values.row(i) + q) * of_row +
+        Vec<T>::loadu(values.column(i) + q) * of_column;
   }
 
  private:
   const Geometry& g;
   const T *rows, *columns;
+  const Vec<T> of_row, of_column; // shares of a value in the means
   Coordinates<T> values;
   Tile tile{};
   int64_t b = 0;

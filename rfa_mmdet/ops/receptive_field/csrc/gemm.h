@@ -55,8 +55,9 @@ struct Left {
 };
 
 template <typename T, int R, int N>
-void micro_kernel(int64_t depth, const T* a, int64_t a_row, int64_t a_step, const T* b, T* c,
-                  int64_t ldc, int64_t columns, bool accumulate, const T* init) {
+void micro_kernel(int64_t depth, const T* a, int64_t a_row, int64_t a_step, const T* b,
+                  int64_t b_step, T* c, int64_t ldc, int64_t columns, bool accumulate,
+                  const T* init) {
   constexpr int64_t size = Vec<T>::size();
   Vec<T> sum[R][N];
   unroll<R>([&](auto r) RFA_INLINE {
@@ -70,7 +71,7 @@ void micro_kernel(int64_t depth, const T* a, int64_t a_row, int64_t a_step, cons
       unroll<N>([&](auto n) RFA_INLINE { sum[r][n] = at::vec::fmadd(left, right[n], sum[r][n]); });
     });
     a += a_step;
-    b += N * size;
+    b += b_step;
   }
   const bool whole = columns == N * size;
   const int64_t tail = columns - (N - 1) * size;
@@ -94,19 +95,19 @@ void micro_kernel(int64_t depth, const T* a, int64_t a_row, int64_t a_step, cons
 
 template <typename T, int R>
 void row_block(int64_t vectors, int64_t rows, int64_t depth, const T* a, int64_t a_row,
-               int64_t a_step, const T* b, T* c, int64_t ldc, int64_t columns, bool accumulate,
-               const T* init) {
+               int64_t a_step, const T* b, int64_t b_step, T* c, int64_t ldc, int64_t columns,
+               bool accumulate, const T* init) {
   if (rows == R) {
     static_assert(kVectors == 3);
     auto* kernel = vectors == 3 ? &micro_kernel<T, R, 3>
         : vectors == 2          ? &micro_kernel<T, R, 2>
                                 : &micro_kernel<T, R, 1>;
-    kernel(depth, a, a_row, a_step, b, c, ldc, columns, accumulate, init);
+    kernel(depth, a, a_row, a_step, b, b_step, c, ldc, columns, accumulate, init);
     return;
   }
   if constexpr (R > 1) {
     row_block<T, R - 1>(
-        vectors, rows, depth, a, a_row, a_step, b, c, ldc, columns, accumulate, init);
+        vectors, rows, depth, a, a_row, a_step, b, b_step, c, ldc, columns, accumulate, init);
   }
 }
 
@@ -124,7 +125,7 @@ void gemm(int64_t rows, int64_t depth, const Left<T>& left, const T* b, const Pa
       const T* a = left.data + row * (packed ? depth : left.row_stride);
       row_block<T, kRows>(panels.vectors_of(panel), count, depth, a,
                           packed ? 1 : left.row_stride, packed ? count : 1, b + start * depth,
-                          c + row * ldc + start, ldc, columns, accumulate,
+                          width, c + row * ldc + start, ldc, columns, accumulate,
                           init ? init + row : nullptr);
     }
   }

@@ -47,11 +47,37 @@ class Channels {
   Buffer<T> data;
 };
 
+// The exponentials of a channel's attention, where the mean of the window is known.
+template <typename T>
+class Exponentials {
+ public:
+  RFA_INLINE inline Exponentials(const Channel<T>& channel, const Vec<T>& mean)
+      : channel(channel), above(at::vec::clamp_min(mean, Vec<T>(T(0)))),
+        below(at::vec::clamp_max(mean, Vec<T>(T(0)))) {}
+  RFA_INLINE inline Vec<T> operator[](int64_t i) const {
+    return exp2_nonpositive(at::vec::fmadd(
+        Vec<T>(channel.above[i]), above, Vec<T>(channel.below[i]) * below));
+  }
+
+ private:
+  const Channel<T>& channel;
+  const Vec<T> above, below;
+};
+
 template <typename T, int KK>
 RFA_INLINE inline Vec<T> mean_of(const Vec<T> (&p)[KK]) {
   Vec<T> sum = p[0];
   unroll<KK - 1>([&](auto i) RFA_INLINE { sum = sum + p[i + 1]; });
   return sum * Vec<T>(T(1) / T(KK));
+}
+
+template <typename T>
+inline Vec<T> mean_of(const T* patch, int64_t pitch, int64_t K) {
+  Vec<T> sum = Vec<T>::loadu(patch);
+  for (int64_t i = 1; i < K; ++i) {
+    sum = sum + Vec<T>::loadu(patch + i * pitch);
+  }
+  return sum * Vec<T>(T(1) / T(K));
 }
 
 // out (K, positions) = relu?(feature patch + shift) * softmax(attention * mean of patch).
@@ -63,16 +89,14 @@ void respond_fixed(const T* patch, int64_t pitch, int64_t vectors, const Channel
     const int64_t q = v * Vec<T>::size();
     Vec<T> p[KK], u[KK];
     unroll<KK>([&](auto j) RFA_INLINE { p[j] = Vec<T>::loadu(patch + j * pitch + q); });
-    const Vec<T> mean = mean_of<T, KK>(p);
-    const Vec<T> above = at::vec::clamp_min(mean, zero), below = at::vec::clamp_max(mean, zero);
+    const Exponentials<T> exponentials(channel, mean_of<T, KK>(p));
     Vec<T> sum = zero;
     unroll<KK>([&](auto i) RFA_INLINE {
       Vec<T> z(channel.shift[i]);
       unroll<KK>([&](auto j) RFA_INLINE {
         z = at::vec::fmadd(Vec<T>(channel.feature[i * KK + j]), p[j], z);
       });
-      const Vec<T> e = exp2_nonpositive(at::vec::fmadd(
-          Vec<T>(channel.above[i]), above, Vec<T>(channel.below[i]) * below));
+      const Vec<T> e = exponentials[i];
       sum = sum + e;
       u[i] = (relu ? at::vec::clamp_min(z, zero) : z) * e;
     });
@@ -81,55 +105,37 @@ void respond_fixed(const T* patch, int64_t pitch, int64_t vectors, const Channel
   }
 }
 
-// Writes the response z (after the activation) and the attention s of position i, any K.
+// The same for any K.
 template <typename T>
 void respond_any(const T* patch, int64_t pitch, int64_t vectors, const Channel<T>& channel,
-                 int64_t K, bool relu, T* f, int64_t f_pitch, T* s, int64_t s_pitch, T* means) {
+                 int64_t K, bool relu, T* out, int64_t out_pitch) {
+  mix<T>(patch, pitch, vectors, K, channel.feature, K, 1, false, channel.shift, out, out_pitch);
   const Vec<T> zero(T(0));
-  for (int64_t v = 0; v < vectors; ++v) {
-    const int64_t q = v * Vec<T>::size();
-    Vec<T> mean = zero;
-    for (int64_t j = 0; j < K; ++j) {
-      mean = mean + Vec<T>::loadu(patch + j * pitch + q);
-    }
-    mean = mean * Vec<T>(T(1) / T(K));
-    mean.store(means + q);
-    const Vec<T> above = at::vec::clamp_min(mean, zero), below = at::vec::clamp_max(mean, zero);
+  for (int64_t q = 0; q < vectors * Vec<T>::size(); q += Vec<T>::size()) {
+    const Exponentials<T> exponentials(channel, mean_of(patch + q, pitch, K));
     Vec<T> sum = zero;
     for (int64_t i = 0; i < K; ++i) {
-      Vec<T> z(channel.shift[i]);
-      for (int64_t j = 0; j < K; ++j) {
-        const Vec<T> p = Vec<T>::loadu(patch + j * pitch + q);
-        z = at::vec::fmadd(Vec<T>(channel.feature[i * K + j]), p, z);
-      }
-      (relu ? at::vec::clamp_min(z, zero) : z).store(f + i * f_pitch + q);
-      const Vec<T> e = exp2_nonpositive(at::vec::fmadd(
-          Vec<T>(channel.above[i]), above, Vec<T>(channel.below[i]) * below));
-      e.store(s + i * s_pitch + q);
+      T* const at = out + i * out_pitch + q;
+      const Vec<T> z = Vec<T>::loadu(at), e = exponentials[i];
       sum = sum + e;
+      ((relu ? at::vec::clamp_min(z, zero) : z) * e).store(at);
     }
     const Vec<T> inverse = Vec<T>(T(1)) / sum;
     for (int64_t i = 0; i < K; ++i) {
-      (Vec<T>::loadu(s + i * s_pitch + q) * inverse).store(s + i * s_pitch + q);
+      T* const at = out + i * out_pitch + q;
+      (Vec<T>::loadu(at) * inverse).store(at);
     }
   }
 }
 
 template <typename T>
 void respond(const T* patch, int64_t pitch, int64_t vectors, const Channel<T>& channel, int64_t K,
-             bool relu, T* out, int64_t out_pitch, T* scratch) {
+             bool relu, T* out, int64_t out_pitch) {
   if (K == 9) {
     auto* fixed = relu ? &respond_fixed<T, 9, true> : &respond_fixed<T, 9, false>;
     fixed(patch, pitch, vectors, channel, out, out_pitch);
-    return;
-  }
-  const int64_t size = vectors * Vec<T>::size();
-  T* s = scratch + size; // after the means
-  respond_any(patch, pitch, vectors, channel, K, relu, out, out_pitch, s, size, scratch);
-  for (int64_t i = 0; i < K; ++i) {
-    for (int64_t q = 0; q < size; ++q) {
-      out[i * out_pitch + q] *= s[i * size + q];
-    }
+  } else {
+    respond_any(patch, pitch, vectors, channel, K, relu, out, out_pitch);
   }
 }
 
@@ -150,10 +156,9 @@ void respond_backward_fixed(const T* patch, int64_t pitch, int64_t vectors,
       Vec<T> p[KK];
       unroll<KK>([&](auto j) RFA_INLINE { p[j] = Vec<T>::loadu(patch + j * pitch + q); });
       mean = mean_of<T, KK>(p);
-      const Vec<T> above = at::vec::clamp_min(mean, zero), below = at::vec::clamp_max(mean, zero);
+      const Exponentials<T> exponentials(channel, mean);
       unroll<KK>([&](auto i) RFA_INLINE {
-        s[i] = exp2_nonpositive(at::vec::fmadd(
-            Vec<T>(channel.above[i]), above, Vec<T>(channel.below[i]) * below));
+        s[i] = exponentials[i];
         sum = sum + s[i];
       });
       const Vec<T> inverse = Vec<T>(T(1)) / sum;
@@ -191,50 +196,58 @@ void respond_backward_fixed(const T* patch, int64_t pitch, int64_t vectors,
   });
 }
 
+// The same for any K; `scratch` holds 3 K vectors.
 template <typename T>
 void respond_backward_any(const T* patch, int64_t pitch, int64_t vectors, int64_t K, bool relu,
                           const Channel<T>& channel, const T* attention, T* u, T* grad,
                           int64_t grad_pitch, T* means, double* d_attention, double* d_shift,
-                          T* s) {
+                          T* scratch) {
+  constexpr int64_t size = Vec<T>::size();
+  mix<T>(patch, pitch, vectors, K, channel.feature, K, 1, false, channel.shift, u, grad_pitch);
   const Vec<T> zero(T(0));
-  const int64_t size = vectors * Vec<T>::size();
-  T* values = s + K * size;
-  respond_any(patch, pitch, vectors, channel, K, relu, u, grad_pitch, s, size, values);
-  // Sums over positions go through memory, (K, 2) vectors of them.
-  T* sums = values + size;
-  std::fill(sums, sums + 2 * K * Vec<T>::size(), T(0));
-  const auto add = [&](int64_t i, const Vec<T>& value) {
-    T* at = sums + i * Vec<T>::size();
+  T *const s = scratch, *const sums = s + K * size; // (K), (K, 2): sums are too many for registers
+  std::fill(sums, sums + 2 * K * size, T(0));
+  const auto add = [](T* at, const Vec<T>& value) RFA_INLINE {
     (Vec<T>::loadu(at) + value).store(at);
   };
-  for (int64_t q = 0; q < size; q += Vec<T>::size()) {
-    Vec<T> total = zero, d_mean = zero;
+  for (int64_t q = 0; q < vectors * size; q += size) {
+    const Vec<T> mean = mean_of(patch + q, pitch, K);
+    const Exponentials<T> exponentials(channel, mean);
+    Vec<T> sum = zero, total = zero, d_mean = zero;
     for (int64_t i = 0; i < K; ++i) {
-      const Vec<T> f = Vec<T>::loadu(u + i * grad_pitch + q), si = Vec<T>::loadu(s + i * size + q);
-      const Vec<T> du = Vec<T>::loadu(grad + i * grad_pitch + q);
-      total = at::vec::fmadd(si, du * f, total);
+      T* const at = u + i * grad_pitch + q;
+      const Vec<T> e = exponentials[i];
+      Vec<T> f = Vec<T>::loadu(at);
+      if (relu) {
+        f = at::vec::clamp_min(f, zero);
+        f.store(at);
+      }
+      e.store(s + i * size);
+      sum = sum + e;
+      total = at::vec::fmadd(e, Vec<T>::loadu(grad + i * grad_pitch + q) * f, total);
     }
-    const Vec<T> mean = Vec<T>::loadu(values + q);
+    const Vec<T> inverse = Vec<T>(T(1)) / sum;
+    total = total * inverse;
     for (int64_t i = 0; i < K; ++i) {
-      const Vec<T> f = Vec<T>::loadu(u + i * grad_pitch + q), si = Vec<T>::loadu(s + i * size + q);
-      const Vec<T> du = Vec<T>::loadu(grad + i * grad_pitch + q);
+      T *const at = grad + i * grad_pitch + q, *const at_u = u + i * grad_pitch + q;
+      const Vec<T> si = Vec<T>::loadu(s + i * size) * inverse;
+      const Vec<T> f = Vec<T>::loadu(at_u), du = Vec<T>::loadu(at);
       const Vec<T> d_logit = si * (du * f - total);
       d_mean = at::vec::fmadd(Vec<T>(attention[i]), d_logit, d_mean);
       Vec<T> df = du * si;
       if (relu) {
         df = Vec<T>::blendv(zero, df, f > zero);
       }
-      df.store(grad + i * grad_pitch + q);
-      (f * si).store(u + i * grad_pitch + q);
-      add(2 * i, d_logit * mean);
-      add(2 * i + 1, df);
+      df.store(at);
+      (f * si).store(at_u);
+      add(sums + 2 * i * size, d_logit * mean);
+      add(sums + (2 * i + 1) * size, df);
     }
     (d_mean * Vec<T>(T(1) / T(K))).store(means + q);
   }
   for (int64_t i = 0; i < K; ++i) {
-    const T* at = sums + 2 * i * Vec<T>::size();
-    d_attention[i] += horizontal_sum<T>(Vec<T>::loadu(at));
-    d_shift[i] += horizontal_sum<T>(Vec<T>::loadu(at + Vec<T>::size()));
+    d_attention[i] += horizontal_sum<T>(Vec<T>::loadu(sums + 2 * i * size));
+    d_shift[i] += horizontal_sum<T>(Vec<T>::loadu(sums + (2 * i + 1) * size));
   }
 }
 
@@ -244,17 +257,14 @@ struct Attention {
   const Channels<T>& channels;
   const int64_t K;
   const bool relu;
-  Buffer<T> scratch;
   Channel<T> channel{};
 
-  Attention(const Channels<T>& channels, int64_t K, bool relu, int64_t positions)
-      : channels(channels), K(K), relu(relu), scratch(K == 9 ? 0 : (K + 1) * positions) {}
   void enter(int64_t, const Tile&) {}
   void enter_channel(int64_t c) {
     channel = channels[c];
   }
   void write(const T* patch, int64_t pitch, int64_t, int64_t vectors, T* out, int64_t out_pitch) {
-    respond(patch, pitch, vectors, channel, K, relu, out, out_pitch, scratch.get());
+    respond(patch, pitch, vectors, channel, K, relu, out, out_pitch);
   }
 };
 
@@ -265,7 +275,7 @@ class AttentionBackward {
   AttentionBackward(const Geometry& g, const Channels<T>& channels, const Window<T>& window,
                     T* gradient, int64_t positions)
       : K(g.K()), channels(channels), window(window), gradient(gradient), means(positions),
-        scratch(K == 9 ? 0 : (K + 1) * positions + 2 * K * Vec<T>::size()), sums(g.C * K) {}
+        scratch(3 * K * Vec<T>::size()), sums(g.C * K) {}
   void enter(int64_t, const Tile&) {}
   void enter_slot(int64_t) {}
   void enter_channel(int64_t c) {
@@ -314,14 +324,13 @@ void forward(const Geometry& g, const Window<Compute<E>>& window, const E* x, co
              const E* bias, E* y) {
   using T = Compute<E>;
   const Channels<T> channels(g, window);
-  convolve(g, x, weight, bias, y, [&](int64_t positions) {
-    return Attention<T>(channels, g.K(), window.relu, positions);
-  });
+  convolve(g, x, weight, bias, y,
+           [&](int64_t) { return Attention<T>{channels, g.K(), window.relu}; });
 }
 
 template <typename T>
 int64_t weight_columns(int64_t outputs) {
-  return Panels<T>(outputs).padded();
+  return ceil_div(outputs, 16) * 16; // whole cache lines of float32, and whole vectors of any kind
 }
 
 template <typename E>
@@ -408,21 +417,14 @@ void moments_backward(const Geometry& g, const E* x, const Compute<E>* slope,
   const auto tiles = split_map(g, 640, 1);
   at::parallel_for(0, g.B * g.C, 1, [&](int64_t begin, int64_t end) {
     Windows<E> windows(g, tiles);
-    Buffer<T> mixed(K * windows.pitch()), none(windows.pitch());
+    Buffer<T> mixed(K * windows.pitch());
     for (int64_t i = begin; i < end; ++i) {
       const int64_t c = i % g.C;
       for (const auto& tile : tiles) {
         windows.load(tile, x + i * plane);
         const int64_t vectors = ceil_div(tile.positions(), Vec<T>::size());
-        mix<T>(windows.patches(), windows.pitch(), vectors, K, slope + c * K * K, none.get(),
-               mixed.get(), windows.pitch());
-        for (int64_t k = 0; k < K; ++k) {
-          T* const row = mixed.get() + k * windows.pitch();
-          const T value = constant[c * K + k];
-          for (int64_t q = 0; q < vectors * Vec<T>::size(); ++q) {
-            row[q] += value;
-          }
-        }
+        mix<T>(windows.patches(), windows.pitch(), vectors, K, slope + c * K * K, K, 1, false,
+               constant + c * K, mixed.get(), windows.pitch());
         windows.add(tile, mixed.get(), grad_x + i * plane);
       }
     }

@@ -53,7 +53,7 @@ struct Gradients {
   int64_t weight_stride; // at least weight_columns(O / groups)
 };
 
-// O / groups rounded up to whole vectors.
+// O / groups rounded up to whole vectors and cache lines.
 template <typename T>
 int64_t weight_columns(int64_t outputs);
 

@@ -1,53 +1,33 @@
 // Small matrix products over the positions of a tile.
 #pragma once
 
+#include "gemm.h"
 #include "vectors.h"
 
 namespace rfa {
 namespace {
 
-// out[j] = add + sum_i matrix[i * K + j] * in[i], all (K, positions); out may not be in.
-template <typename T, int KK>
-void mix_fixed(const T* in, int64_t in_pitch, int64_t vectors, const T* matrix, const T* add,
-               T* out, int64_t out_pitch) {
-  for (int64_t v = 0; v < vectors; ++v) {
-    const int64_t q = v * Vec<T>::size();
-    Vec<T> sum[KK];
-    const Vec<T> start = Vec<T>::loadu(add + q);
-    unroll<KK>([&](auto j) RFA_INLINE { sum[j] = start; });
-    unroll<KK>([&](auto i) RFA_INLINE {
-      const Vec<T> value = Vec<T>::loadu(in + i * in_pitch + q);
-      unroll<KK>([&](auto j) RFA_INLINE {
-        sum[j] = at::vec::fmadd(Vec<T>(matrix[i * KK + j]), value, sum[j]);
-      });
-    });
-    unroll<KK>([&](auto j) RFA_INLINE { sum[j].store(out + j * out_pitch + q); });
-  }
-}
-
+// out = or += matrix in, both (K, positions), with the strides of the matrix's rows and columns.
+// `start` (K): what each row starts from where it does not accumulate; null: zero.
 template <typename T>
-void mix(const T* in, int64_t in_pitch, int64_t vectors, int64_t K, const T* matrix, const T* add,
-         T* out, int64_t out_pitch) {
-  if (K == 9) {
-    mix_fixed<T, 9>(in, in_pitch, vectors, matrix, add, out, out_pitch);
-    return;
-  }
-  for (int64_t q = 0; q < vectors * Vec<T>::size(); q += Vec<T>::size()) {
-    for (int64_t j = 0; j < K; ++j) {
-      Vec<T> sum = Vec<T>::loadu(add + q);
-      for (int64_t i = 0; i < K; ++i) {
-        sum = at::vec::fmadd(
-            Vec<T>(matrix[i * K + j]), Vec<T>::loadu(in + i * in_pitch + q), sum);
-      }
-      sum.store(out + j * out_pitch + q);
+void mix(const T* in, int64_t in_pitch, int64_t vectors, int64_t K, const T* matrix, int64_t row,
+         int64_t column, bool accumulate, const T* start, T* out, int64_t out_pitch) {
+  const Panels<T> panels(vectors * Vec<T>::size());
+  const int64_t rows = ceil_div(K, ceil_div(K, kRows)); // of a block: as even as can be
+  for (int64_t panel = 0; panel < panels.count; ++panel) {
+    const int64_t q = panels.start(panel);
+    for (int64_t i = 0; i < K; i += rows) {
+      row_block<T, kRows>(panels.vectors_of(panel), std::min(rows, K - i), K, matrix + i * row,
+                          row, column, in + q, in_pitch, out + i * out_pitch + q, out_pitch,
+                          panels.width_of(panel), accumulate, start ? start + i : nullptr);
     }
   }
 }
 
-// sums[(i0 + i) * stride + j0 + j] += sum over positions of a[i0 + i] * b[j0 + j]
+// sums[i * stride + j] += sum over positions of a[i] * b[j], from i = skip_i and j = skip_j on.
 template <typename T, int I, int J>
 void multiply_block(const T* a, int64_t a_pitch, const T* b, int64_t b_pitch, int64_t vectors,
-                    double* sums, int64_t stride) {
+                    double* sums, int64_t stride, int64_t skip_i, int64_t skip_j) {
   Vec<T> sum[I][J];
   unroll<I>([&](auto i) RFA_INLINE {
     unroll<J>([&](auto j) RFA_INLINE { sum[i][j] = Vec<T>(T(0)); });
@@ -64,46 +44,43 @@ void multiply_block(const T* a, int64_t a_pitch, const T* b, int64_t b_pitch, in
     });
   }
   unroll<I>([&](auto i) RFA_INLINE {
-    unroll<J>([&](auto j) RFA_INLINE { sums[i * stride + j] += horizontal_sum<T>(sum[i][j]); });
+    unroll<J>([&](auto j) RFA_INLINE {
+      if (i >= skip_i && j >= skip_j) {
+        sums[i * stride + j] += horizontal_sum<T>(sum[i][j]);
+      }
+    });
   });
 }
 
-// sums (K, K) += a b', of (K, positions) each; of a symmetric result the upper blocks only.
+// All blocks of I x J, the last ones moved back into the matrix.
+template <typename T, int I, int J>
+void multiply_blocks(const T* a, int64_t a_pitch, const T* b, int64_t b_pitch, int64_t vectors,
+                     int64_t K, double* sums, bool symmetric) {
+  for (int64_t i = 0; i < K; i += I) {
+    const int64_t at_i = std::min(i, K - I);
+    for (int64_t j = symmetric ? at_i / J * J : 0; j < K; j += J) {
+      const int64_t at_j = std::min(j, K - J);
+      multiply_block<T, I, J>(a + at_i * a_pitch, a_pitch, b + at_j * b_pitch, b_pitch, vectors,
+                              sums + at_i * K + at_j, K, i - at_i, j - at_j);
+    }
+  }
+}
+
+// sums (K, K) += a b', of (K, positions) each; of a symmetric result all that is not below the
+// diagonal.
 template <typename T>
 void multiply(const T* a, int64_t a_pitch, const T* b, int64_t b_pitch, int64_t vectors, int64_t K,
               double* sums, bool symmetric) {
-  if (K == 9) {
 #if defined(CPU_CAPABILITY_AVX512)
-    constexpr int J = 9; // 27 accumulators; 9 elsewhere
+  constexpr int side = 5; // 25 accumulators; 9 elsewhere
 #else
-    constexpr int J = 3;
+  constexpr int side = 3;
 #endif
-    for (int i = 0; i < 9; i += 3) {
-      const T* left = a + i * a_pitch;
-      int j = 0;
-      if (symmetric && i == 3) {
-        multiply_block<T, 3, 6>(left, a_pitch, b + 3 * b_pitch, b_pitch, vectors,
-                                sums + i * 9 + 3, 9);
-        continue;
-      }
-      if (symmetric && i == 6) {
-        multiply_block<T, 3, 3>(left, a_pitch, b + 6 * b_pitch, b_pitch, vectors,
-                                sums + i * 9 + 6, 9);
-        continue;
-      }
-      for (; j < 9; j += J) {
-        multiply_block<T, 3, J>(left, a_pitch, b + j * b_pitch, b_pitch, vectors,
-                                sums + i * 9 + j, 9);
-      }
-    }
-    return;
+  auto* blocks = K < side ? &multiply_blocks<T, 1, 1> : &multiply_blocks<T, side, side>;
+  if (K == 9) {
+    blocks = side == 3 || symmetric ? &multiply_blocks<T, 3, 3> : &multiply_blocks<T, 3, 9>;
   }
-  for (int64_t i = 0; i < K; ++i) {
-    for (int64_t j = symmetric ? i : 0; j < K; ++j) {
-      multiply_block<T, 1, 1>(
-          a + i * a_pitch, a_pitch, b + j * b_pitch, b_pitch, vectors, sums + i * K + j, K);
-    }
-  }
+  blocks(a, a_pitch, b, b_pitch, vectors, K, sums, symmetric);
 }
 
 template <typename T>

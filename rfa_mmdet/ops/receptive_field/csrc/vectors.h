@@ -40,18 +40,20 @@ RFA_INLINE inline void unroll(F&& f) {
   unroll_over(f, std::make_integer_sequence<int, N>{});
 }
 
-// Memory on the boundary of a cache line, all zero.
+// Memory on the boundary of a cache line, all zero unless it is to be written over as a whole.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count) {
+  explicit Buffer(int64_t count, bool zero = true) {
     // A vector more than asked for: some loops run over the end by less than that.
     const size_t bytes = ((count + 16) * sizeof(T) + 63) / 64 * 64;
     data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
     if (!data_) {
       throw std::bad_alloc();
     }
-    std::memset(static_cast<void*>(data_.get()), 0, bytes);
+    if (zero) {
+      std::memset(static_cast<void*>(data_.get()), 0, bytes);
+    }
   }
   T* get() const {
     return data_.get();
@@ -97,13 +99,12 @@ inline Vec<float> exp2_nonpositive(const Vec<float>& y) {
   const Vec<float> n = z.round();
   const Vec<float> f = z - n;
 #endif
-  // Taylor's polynomial of 2^f over [-1/2, 1/2], relative error below 1.2e-7.
-  Vec<float> p(1.5403530e-4f);
-  p = at::vec::fmadd(p, f, Vec<float>(1.3333558e-3f));
-  p = at::vec::fmadd(p, f, Vec<float>(9.6181291e-3f));
-  p = at::vec::fmadd(p, f, Vec<float>(5.5504109e-2f));
-  p = at::vec::fmadd(p, f, Vec<float>(2.4022651e-1f));
-  p = at::vec::fmadd(p, f, Vec<float>(6.9314718e-1f));
+  // The polynomial nearest to 2^f over [-1/2, 1/2] that is 1 at 0, relative error below 1e-7.
+  Vec<float> p(1.32647e-3f);
+  p = at::vec::fmadd(p, f, Vec<float>(9.67151e-3f));
+  p = at::vec::fmadd(p, f, Vec<float>(5.550734e-2f));
+  p = at::vec::fmadd(p, f, Vec<float>(2.4022242e-1f));
+  p = at::vec::fmadd(p, f, Vec<float>(6.9314698e-1f));
   p = at::vec::fmadd(p, f, Vec<float>(1.f));
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_scalef_ps(p, n);

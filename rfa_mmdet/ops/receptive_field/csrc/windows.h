@@ -21,6 +21,13 @@ struct Tile {
   }
 };
 
+// Positions a tile, such that its windows stay in the first cache with what is made of them.
+template <typename T>
+int64_t tile_positions(const Geometry& g) {
+  constexpr int64_t bytes = 32 << 10;
+  return std::clamp<int64_t>(bytes / (g.K() * static_cast<int64_t>(sizeof(T))), 96, 640);
+}
+
 // Split a map into tiles of at most about `wanted` positions, and at least `least` tiles if it can.
 inline std::vector<Tile> split_map(const Geometry& g, int64_t wanted, int64_t least) {
   wanted = std::max<int64_t>(1, std::min(wanted, ceil_div(g.h * g.w, least)));
@@ -82,22 +89,22 @@ class Windows {
 
   // Fill patches() from a channel's plane of x; zero past the tile's positions up to whole vectors.
   void load(const Tile& tile, const E* plane) {
-    const int64_t first = tile.column * g.sw - g.pw; // input column of run 0's first value
-    for (int64_t i = 0; i < input_rows(tile); ++i) {
-      T* row = rows_->get() + i * g.sw * run_;
-      const int64_t y = input_y(tile, i);
+    for_runs(tile, [&](T* run, int64_t length, int64_t y, int64_t x, int64_t begin, int64_t end) {
       if (y < 0 || y >= g.H) {
-        std::fill(row, row + g.sw * run_, T(0));
-      } else {
-        load_row(row, plane + y * g.W, first, run_length(tile));
+        std::fill(run, run + length, T(0));
+        return;
       }
-    }
+      std::fill(run, run + begin, T(0));
+      copy_run(plane + y * g.W + x, run, begin, end);
+      std::fill(run + end, run + length, T(0));
+    });
     T* out = patches_.get();
+    const int64_t step = run_step(tile);
     for (int64_t ki = 0; ki < g.kh; ++ki) {
       for (int64_t kj = 0; kj < g.kw; ++kj, out += pitch_) {
-        for (int64_t r = 0; r < tile.rows; ++r) {
-          const T* from = run(tile, r, ki, kj);
-          T* to = out + r * tile.columns;
+        const T* from = first_run(tile, ki, kj);
+        T* to = out;
+        for (int64_t r = 0; r < tile.rows; ++r, from += step, to += tile.columns) {
           // What runs over is overwritten by the next row, or zeroed below.
           for (int64_t q = 0; q < tile.columns; q += Vec<T>::size()) {
             Vec<T>::loadu(from + q).store(to + q);
@@ -113,30 +120,31 @@ class Windows {
 
   // Add (K, positions), with the distance pitch(), to a channel's plane: the transpose of load.
   void add(const Tile& tile, const T* values, T* plane) {
-    const int64_t rows = input_rows(tile), length = run_length(tile);
-    std::fill(rows_->get(), rows_->get() + rows * g.sw * run_, T(0));
+    std::fill(rows_->get(), rows_->get() + input_rows(tile) * g.sw * run_, T(0));
+    const int64_t step = run_step(tile), whole = tile.columns - tile.columns % Vec<T>::size();
+    alignas(64) T lanes[Vec<T>::size()] = {}; // a mask of the rest
+    std::memset(lanes, -1, (tile.columns - whole) * sizeof(T));
+    const Vec<T> zero(T(0)), rest = Vec<T>::loadu(lanes);
     for (int64_t ki = 0; ki < g.kh; ++ki) {
       for (int64_t kj = 0; kj < g.kw; ++kj, values += pitch_) {
-        for (int64_t r = 0; r < tile.rows; ++r) {
-          T* to = run(tile, r, ki, kj);
-          const T* from = values + r * tile.columns;
-          int64_t q = 0;
-          for (; q + Vec<T>::size() <= tile.columns; q += Vec<T>::size()) {
+        T* to = first_run(tile, ki, kj);
+        const T* from = values;
+        for (int64_t r = 0; r < tile.rows; ++r, to += step, from += tile.columns) {
+          for (int64_t q = 0; q < whole; q += Vec<T>::size()) {
             (Vec<T>::loadu(to + q) + Vec<T>::loadu(from + q)).store(to + q);
           }
-          for (; q < tile.columns; ++q) {
-            to[q] += from[q];
+          if (whole < tile.columns) {
+            const Vec<T> last = Vec<T>::blendv(zero, Vec<T>::loadu(from + whole), rest);
+            (Vec<T>::loadu(to + whole) + last).store(to + whole);
           }
         }
       }
     }
-    const int64_t first = tile.column * g.sw - g.pw;
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t y = input_y(tile, i);
+    for_runs(tile, [&](const T* run, int64_t, int64_t y, int64_t x, int64_t begin, int64_t end) {
       if (y >= 0 && y < g.H) {
-        add_row(rows_->get() + i * g.sw * run_, plane + y * g.W, first, length);
+        add_run(run, plane + y * g.W + x, begin, end);
       }
-    }
+    });
   }
 
  private:
@@ -158,54 +166,55 @@ class Windows {
   int64_t run_length(const Tile& tile) const {
     return tile.columns + (g.kw - 1) * g.dw / g.sw;
   }
-  T* run(const Tile& tile, int64_t r, int64_t ki, int64_t kj) const {
-    const int64_t i = spans(tile) ? r * g.sh + ki * g.dh : r * g.kh + ki;
-    const int64_t shift = kj * g.dw;
+  // What position (ki, kj) of the windows sees in the tile's first row; the next row is a step on.
+  T* first_run(const Tile& tile, int64_t ki, int64_t kj) const {
+    const int64_t i = spans(tile) ? ki * g.dh : ki, shift = kj * g.dw;
     return rows_->get() + (i * g.sw + shift % g.sw) * run_ + shift / g.sw;
   }
-
-  // Of run f, value m is column first + f + m * sw; [begin, end) of them lie in the map.
-  void inside(int64_t first, int64_t length, int64_t& begin, int64_t& end) const {
-    begin = first >= 0 ? 0 : std::min(length, ceil_div(-first, g.sw));
-    end = first >= g.W ? begin : std::max(begin, std::min(length, ceil_div(g.W - first, g.sw)));
+  int64_t run_step(const Tile& tile) const {
+    return (spans(tile) ? g.sh : g.kh) * g.sw * run_;
   }
 
-  void load_row(T* row, const E* from, int64_t first, int64_t length) const {
-    for (int64_t f = 0; f < g.sw; ++f, ++first, row += run_) {
-      int64_t begin, end;
-      inside(first, length, begin, end);
-      std::fill(row, row + begin, T(0));
-      const E* x = from + first;
-      if (g.sw == 1) {
-        for (int64_t m = begin; m < end; ++m) {
-          row[m] = static_cast<T>(x[m]);
-        }
-      } else if (g.sw == 2) {
-        for (int64_t m = begin; m < end; ++m) {
-          row[m] = static_cast<T>(x[2 * m]);
-        }
-      } else {
-        for (int64_t m = begin; m < end; ++m) {
-          row[m] = static_cast<T>(x[g.sw * m]);
-        }
+  // Calls f(run, length, y, x, begin, end) for each run of the buffer, of which value m is column
+  // x + m * sw of row y; [begin, end) of them lie in the map if the row does.
+  template <typename F>
+  RFA_INLINE inline void for_runs(const Tile& tile, F&& f) const {
+    const int64_t length = run_length(tile), rows = input_rows(tile);
+    for (int64_t i = 0; i < g.sw; ++i) {
+      const int64_t x = tile.column * g.sw - g.pw + i;
+      const int64_t begin = x >= 0 ? 0 : std::min(length, ceil_div(-x, g.sw));
+      const int64_t end =
+          x >= g.W ? begin : std::max(begin, std::min(length, ceil_div(g.W - x, g.sw)));
+      for (int64_t row = 0; row < rows; ++row) {
+        f(rows_->get() + (row * g.sw + i) * run_, length, input_y(tile, row), x, begin, end);
       }
-      std::fill(row + end, row + length, T(0));
     }
   }
 
-  void add_row(const T* row, T* to, int64_t first, int64_t length) const {
-    for (int64_t f = 0; f < g.sw; ++f, ++first, row += run_) {
-      int64_t begin, end;
-      inside(first, length, begin, end);
-      T* x = to + first;
-      if (g.sw == 1) {
-        for (int64_t m = begin; m < end; ++m) {
-          x[m] += row[m];
-        }
-      } else {
-        for (int64_t m = begin; m < end; ++m) {
-          x[g.sw * m] += row[m];
-        }
+  void copy_run(const E* from, T* run, int64_t begin, int64_t end) const {
+    if (g.sw == 1) {
+      for (int64_t m = begin; m < end; ++m) {
+        run[m] = static_cast<T>(from[m]);
+      }
+    } else if (g.sw == 2) {
+      for (int64_t m = begin; m < end; ++m) {
+        run[m] = static_cast<T>(from[2 * m]);
+      }
+    } else {
+      for (int64_t m = begin; m < end; ++m) {
+        run[m] = static_cast<T>(from[g.sw * m]);
+      }
+    }
+  }
+
+  void add_run(const T* run, T* to, int64_t begin, int64_t end) const {
+    if (g.sw == 1) {
+      for (int64_t m = begin; m < end; ++m) {
+        to[m] += run[m];
+      }
+    } else {
+      for (int64_t m = begin; m < end; ++m) {
+        to[g.sw * m] += run[m];
       }
     }
   }
