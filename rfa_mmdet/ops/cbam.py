@@ -148,10 +148,9 @@ class _WeighChannelsAndCells(torch.autograd.Function):
         grad = grad_y * weighed
         of_score = grad.sum(1, keepdim=True, dtype=gate.dtype) * gate * (1 - gate)
         pools = spatial_pools(weighed)
-        of_pools, of_weight, _ = same_conv_gradients(
-            of_score.to(weight.dtype), pools.to(weight.dtype), weight, (True, True, False)
+        of_pools, of_weight = same_conv_gradients(
+            of_score.to(weight.dtype), pools.to(weight.dtype), weight
         )
-        assert of_pools is not None  # it was asked for
         of_maxima, of_means = of_pools.chunk(2, dim=1)
         hits, share = shares_of_maximum(weighed, pools[:, :1].to(x.dtype), of_maxima)
         torch.mul(grad_y, gate.to(x.dtype), out=grad)

@@ -1,100 +1,330 @@
 """Cross-spatial learning of EMA (arXiv 2305.13563)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
-from rfa_mmdet.ops.common.reductions import mean
+from rfa_mmdet.ops.common.convolution import (
+    conv_to_one,
+    conv_to_one_gradients,
+    pointwise,
+    pointwise_gradients,
+)
+from rfa_mmdet.ops.common.precision import at_least_float32, compute_dtype, no_autocast
 
 Layer = Callable[[Tensor], Tensor]
 
+# What each cell of a 3x3 kernel sees: the whole map but for one row and one column, the ones at the
+# border that it never reaches, which have a corner in common.
+_SEEN = (
+    (1, 1, 1, 1, 1, 1, 1, 1, 1),  # the whole
+    (0, 0, 0, 0, 0, 0, -1, -1, -1),  # the first row
+    (-1, -1, -1, 0, 0, 0, 0, 0, 0),  # the last row
+    (0, 0, -1, 0, 0, -1, 0, 0, -1),  # the first column
+    (-1, 0, 0, -1, 0, 0, -1, 0, 0),  # the last column
+    (0, 0, 0, 0, 0, 0, 0, 0, 1),  # the corners: first row, first column
+    (0, 0, 0, 0, 0, 0, 1, 0, 0),  # first row, last column
+    (0, 0, 1, 0, 0, 0, 0, 0, 0),  # last row, first column
+    (1, 0, 0, 0, 0, 0, 0, 0, 0),  # last row, last column
+)
+# Cells of a slice of the map on a CPU: what is computed from them stays in its cache.
+CELLS = 2**16
 
-def cross_spatial_gate(x1: Tensor, x2: Tensor, means1: Tensor) -> Tensor:
+
+def cross_spatial_gate(x1: Tensor, x2: Tensor) -> Tensor:
     """Let the channel distribution of each branch weigh the positions of the other.
 
     Args:
         x1 (Tensor): (N, c, H, W).
         x2 (Tensor): (N, c, H, W).
-        means1 (Tensor): (N, c), the means of x1's channels; (1, c) where those of all N are one.
 
     Returns:
         Tensor: (N, 1, H, W) in (0, 1), at least float32.
 
     Example:
         >>> x = torch.zeros(2, 4, 3, 5)
-        >>> gate = cross_spatial_gate(x, x, torch.zeros(1, 4))
+        >>> gate = cross_spatial_gate(x, x)
         >>> gate.shape, bool((gate == 0.5).all())
         (torch.Size([2, 1, 3, 5]), True)
     """
     with no_autocast(x1):
         x1, x2 = at_least_float32(x1), at_least_float32(x2)
-        p1 = torch.softmax(means1.to(x1.dtype), dim=1).unsqueeze(1)
-        p2 = torch.softmax(mean(x2, (2, 3), x2.dtype), dim=1).unsqueeze(1)
+        p1, p2 = (torch.softmax(x.mean((2, 3)), dim=1).unsqueeze(1) for x in (x1, x2))
         score = p1 @ x2.flatten(2) + p2 @ x1.flatten(2)  # (N, 1, c) @ (N, c, H * W)
         gate: Tensor = torch.sigmoid(score).unflatten(2, x1.shape[2:])
         return gate
 
 
-def row_and_column_gates(
-    x: Tensor, conv: Layer, dtype: torch.dtype, size: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Weigh rows and columns of every channel by a 1x1 convolution of their means.
-
-    Args:
-        x (Tensor): (N, c, H, W).
-        conv (Callable): 1x1, of (N, c, H + W, 1).
-        dtype (torch.dtype): That it takes.
-        size (tuple[int, int]): (H, W). Of ``x`` itself they would be constants to an exporter.
-
-    Returns:
-        tuple[Tensor, Tensor]: (N, c, H, 1) and (N, c, 1, W) in (0, 1), in x's dtype.
-
-    Example:
-        >>> conv = torch.nn.Conv2d(4, 4, 1)
-        >>> gates = row_and_column_gates(torch.rand(2, 4, 3, 5), conv, torch.float32, (3, 5))
-        >>> [tuple(gate.shape) for gate in gates]
-        [(2, 4, 3, 1), (2, 4, 1, 5)]
-    """
-    with no_autocast(x):
-        rows, columns = mean(x, 3, dtype), mean(x, 2, dtype)
-        gates = conv(torch.cat([rows, columns], dim=2).unsqueeze(3)).squeeze(3)
-    gates = torch.sigmoid(at_least_float32(gates)).to(x.dtype)
-    row_gate, column_gate = gates.split(list(size), dim=2)
-    return row_gate.unsqueeze(3), column_gate.unsqueeze(2)
-
-
 def ema_gate(
-    x: Tensor,
-    conv1: Layer,
-    conv3: Layer,
-    norm: Layer,
-    dtype: torch.dtype,
-    size: tuple[int, int],
-    norm_means: Tensor | None = None,
-) -> tuple[Tensor]:
+    x: Tensor, conv1: Layer, conv3: Layer, norm: Layer, dtype: torch.dtype, size: tuple[int, int]
+) -> Tensor:
     """Weigh every cell of a group of channels.
 
     Args:
         x (Tensor): (N, c, H, W), a group of channels.
-        conv1 (Callable): 1x1, of the gates of rows and columns.
+        conv1 (Callable): 1x1, of (N, c, H + W, 1), for the gates of rows and columns.
         conv3 (Callable): 3x3, the second branch.
         norm (Callable): Of the first branch.
-        dtype, size: As of :func:`row_and_column_gates`.
-        norm_means (Tensor | None): (c,), the mean that the norm leaves each channel, where it is
-            known: no map is read for it then.
+        dtype (torch.dtype): That ``conv1`` takes.
+        size (tuple[int, int]): (H, W). Of ``x`` itself they would be constants to an exporter.
 
     Returns:
-        tuple[Tensor]: (N, 1, H, W) in (0, 1), in x's dtype.
+        Tensor: (N, 1, H, W) in (0, 1), in x's dtype.
 
     Example:
         >>> convs = torch.nn.Conv2d(4, 4, 1), torch.nn.Conv2d(4, 4, 3, padding=1)
         >>> x, norm = torch.rand(2, 4, 3, 5), torch.nn.GroupNorm(4, 4)
-        >>> ema_gate(x, *convs, norm, torch.float32, (3, 5))[0].shape
+        >>> ema_gate(x, *convs, norm, torch.float32, (3, 5)).shape
         torch.Size([2, 1, 3, 5])
     """
-    row_gate, column_gate = row_and_column_gates(x, conv1, dtype, size)
-    x1, x2 = norm(x * row_gate * column_gate), conv3(x)
-    means1 = at_least_float32(x1).mean((2, 3)) if norm_means is None else norm_means[None]
-    return (cross_spatial_gate(x1, x2, means1).to(x.dtype),)
+    with no_autocast(x):
+        means = torch.cat([x.mean(3, dtype=dtype), x.mean(2, dtype=dtype)], dim=2)
+        gates = conv1(means.unsqueeze(3)).squeeze(3)
+    gates = torch.sigmoid(at_least_float32(gates)).to(x.dtype)
+    row_gate, column_gate = gates.split(list(size), dim=2)
+    x1 = norm(x * row_gate.unsqueeze(3) * column_gate.unsqueeze(2))
+    return cross_spatial_gate(x1, conv3(x)).to(x.dtype)
+
+
+def weigh_by_ema(x: Tensor, *weights: Tensor, eps: float) -> Tensor:
+    """Multiply a map by its :func:`ema_gate`, keeping the map alone for the backward pass.
+
+    For a norm of one channel a group. Its means are then known, so that of the 3x3 convolution the
+    sum over channels by known weights is enough, which is a convolution to one channel; and the
+    means of the channels follow from sums of the map. Not differentiable twice.
+
+    Args:
+        x (Tensor): (N, c, H, W), a group of channels.
+        *weights (Tensor): Weight and bias of the 1x1 convolution, the 3x3 one and the norm.
+        eps (float): Of the norm.
+
+    Returns:
+        Tensor: x's shape and dtype.
+
+    Example:
+        >>> x, modules = torch.rand(2, 4, 3, 5), (torch.nn.Conv2d(4, 4, 1),
+        ...     torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.GroupNorm(4, 4))
+        >>> weights = [weight for module in modules for weight in (module.weight, module.bias)]
+        >>> expected = x * ema_gate(x, *modules, torch.float32, (3, 5))
+        >>> torch.allclose(weigh_by_ema(x, *weights, eps=1e-5), expected, atol=1e-6)
+        True
+    """
+    y: Tensor = _WeighByEMA.apply(eps, x, *weights)
+    return y
+
+
+class _WeighByEMA(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, eps: float, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        ctx.eps = eps
+        y = torch.empty_like(x)
+        with no_autocast(x):
+            means = _means(x)
+            given = [weight.to(means[0].dtype) for weight in weights]
+            parts = _parts(*means, *given)
+            for part in _slices(x):
+                cells = at_least_float32(x[part])
+                y[part] = cells * _cells(eps, cells, *_of_slice(parts, part))[0]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        with no_autocast(x):
+            means = _means(x)
+            given = [weight.to(means[0].dtype) for weight in weights]
+            parts = _parts(*means, *given)
+            grad_x, found = torch.empty_like(x), []
+            for part in _slices(x):
+                upstream, cells = at_least_float32(grad_y[part]), at_least_float32(x[part])
+                grad_x[part], *of_parts = _cells_backward(
+                    ctx.eps, upstream, cells, *_of_slice(parts, part)
+                )
+                found.append(of_parts)
+            *of_groups, of_kernels = (torch.cat(t) for t in zip(*found, strict=True))
+            known = [*of_groups, of_kernels.sum(0), *parts, *means, *given]
+            of_means, of_shares, *of_weights = _parts_backward(*known)
+            _add_to_map(grad_x, of_means, of_shares)
+        needed = ctx.needs_input_grad[2:]
+        gradients = zip(of_weights, weights, needed, strict=True)
+        return None, grad_x, *(g.view_as(w).to(w.dtype) if n else None for g, w, n in gradients)
+
+
+def _slices(x: Tensor) -> Iterator[slice]:
+    """Divide (N, c, H, W) along N; one slice at least."""
+    count = max(1, len(x))
+    step = max(1, CELLS // (x.shape[2] * x.shape[3])) if x.device.type == "cpu" else count
+    return (slice(start, start + step) for start in range(0, count, step))
+
+
+def _of_slice(parts: tuple[Tensor, ...], part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what :func:`_cells` takes."""
+    gates, weights, constant, kernel, *_ = parts
+    return gates[part], weights[part], constant[part], kernel
+
+
+def _means(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the means of rows and columns, (N, c, H + W), and the shares of the whole in _SEEN."""
+    height, width = x.shape[2:]
+    dtype = compute_dtype(x.dtype)
+    rows, columns = x.sum(3, dtype=dtype), x.sum(2, dtype=dtype)
+    edges = rows[..., :1], rows[..., -1:], columns[..., :1], columns[..., -1:]
+    corners = _corners(x).to(dtype).expand(-1, -1, 2, 2).flatten(2)
+    sums = torch.cat([rows.sum(2, keepdim=True), *edges, corners], dim=2)
+    return torch.cat([rows / width, columns / height], dim=2), sums / (height * width)
+
+
+def _add_to_map(grad_x: Tensor, of_means: Tensor, of_shares: Tensor) -> None:
+    """Add the gradients of :func:`_means` to that of the map."""
+    height, width = grad_x.shape[2:]
+    rows, columns = of_means[..., :height] / width, of_means[..., height:] / height
+    of_sums = of_shares / (height * width)
+    rows += of_sums[..., :1]
+    rows[..., 0] += of_sums[..., 1]
+    rows[..., -1] += of_sums[..., 2]
+    columns[..., 0] += of_sums[..., 3]
+    columns[..., -1] += of_sums[..., 4]
+    grad_x += rows.unsqueeze(3)
+    grad_x += columns.unsqueeze(2)
+    corners = _corners(grad_x)
+    corners += of_sums[..., 5:].unflatten(2, (2, 2)).sum_to_size(corners.shape)
+
+
+def _corners(x: Tensor) -> Tensor:
+    """Return a view of the corners, (N, c, 2, 2); of size 1 where the map is."""
+    return x[:, :, :: max(1, x.shape[2] - 1), :: max(1, x.shape[3] - 1)]
+
+
+def _parts(
+    means: Tensor,
+    shares: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+) -> tuple[Tensor, ...]:
+    """Return all that :func:`_means` of the map tell about its gate.
+
+    Returns:
+        tuple[Tensor, ...]: The gates of rows and columns, (N, c, H + W); of the score, the weights
+        of the normed map's channels, (N, 1, c), what is constant, (N, 1, 1), and the kernel that
+        convolves the map, (1, c, 3, 3); the distributions of the second branch's channels, (N, c),
+        and of the first one's, (c,).
+    """
+    gates = torch.sigmoid(pointwise(means, weight1, bias1))
+    p1 = torch.softmax(shift, dim=0)
+    p2 = torch.softmax(torch.addmm(bias3, shares.flatten(1), _of_shares(weight3).T), dim=1)
+    constant = (p2 @ shift + p1 @ bias3).view(-1, 1, 1)
+    kernel = (p1 @ weight3.flatten(1)).view(1, *weight3.shape[1:])
+    return gates, (p2 * scale).unsqueeze(1), constant, kernel, p2, p1
+
+
+def _of_shares(weight3: Tensor) -> Tensor:
+    """Return the 3x3 convolution's weight as one of the shares of the whole, (c, c * 9)."""
+    return (weight3.flatten(2) @ weight3.new_tensor(_SEEN).T).flatten(1)
+
+
+def _parts_backward(
+    of_gates: Tensor,
+    of_weights: Tensor,
+    of_constant: Tensor,
+    of_kernel: Tensor,
+    gates: Tensor,
+    weights: Tensor,
+    constant: Tensor,
+    kernel: Tensor,
+    p2: Tensor,
+    p1: Tensor,
+    means: Tensor,
+    shares: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of what :func:`_parts` takes, from those of its first four results."""
+    of_gates = torch.ops.aten.sigmoid_backward(of_gates, gates)
+    of_means, of_weight1, of_bias1 = pointwise_gradients(of_gates, means, weight1)
+    of_weights, of_constant, of_kernel = of_weights[:, 0], of_constant[:, 0], of_kernel.flatten()
+    constants = of_constant.sum()
+    of_p1 = weight3.flatten(1) @ of_kernel + constants * bias3
+    of_p2 = of_weights * scale + of_constant * shift
+    of_scores = p2 * (of_p2 - (of_p2 * p2).sum(1, keepdim=True))
+    of_weight3 = (of_scores.T @ shares.flatten(1)).view(*weight3.shape[:2], 9)
+    of_weight3 = (of_weight3 @ weight3.new_tensor(_SEEN)).flatten(1) + torch.outer(p1, of_kernel)
+    return (
+        of_means,
+        (of_scores @ _of_shares(weight3)).view_as(shares),
+        of_weight1,
+        of_bias1,
+        of_weight3,
+        of_scores.sum(0) + constants * p1,
+        (of_weights * p2).sum(0),
+        of_constant[:, 0] @ p2 + p1 * (of_p1 - of_p1 @ p1),
+    )
+
+
+def _cells(
+    eps: float, x: Tensor, gates: Tensor, weights: Tensor, constant: Tensor, kernel: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gate, (N, 1, H, W), and how it is made.
+
+    Returns:
+        tuple[Tensor, ...]: The gate; the gates of rows and columns, multiplied, (N, c, H, W); the
+        normed map and its inverse deviations, (N, c).
+    """
+    count, channels, height, width = x.shape
+    row_gates, column_gates = _split(gates, x)
+    both = row_gates * column_gates
+    normed, _, inverse = torch.native_group_norm(
+        x * both, None, None, count, channels, height * width, channels, eps
+    )
+    score = torch.baddbmm(constant, weights, normed.flatten(2)).view(count, 1, height, width)
+    return torch.sigmoid(score.add_(conv_to_one(x, kernel))), both, normed, inverse
+
+
+def _cells_backward(
+    eps: float,
+    grad_y: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    weights: Tensor,
+    constant: Tensor,
+    kernel: Tensor,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of x and of the next four."""
+    gate, both, normed, inverse = _cells(eps, x, gates, weights, constant, kernel)
+    of_gate = (grad_y * x).sum(1, keepdim=True)
+    of_score = torch.ops.aten.sigmoid_backward(of_gate, gate)
+    grad_x, of_kernel = conv_to_one_gradients(of_score, x, kernel)
+    grad_x.addcmul_(grad_y, gate)
+    of_weights = torch.bmm(of_score.flatten(2), normed.flatten(2).mT)  # (N, 1, c)
+    of_constant = of_score.sum((2, 3)).unsqueeze(2)
+    # Through the norm: less its mean, and less what lies along the normed map.
+    cells = x.shape[2] * x.shape[3]
+    of_score -= (of_constant / cells).unsqueeze(3)
+    scale = (inverse * weights.squeeze(1))[..., None, None]
+    of_weighed = normed.mul_(scale * (of_weights / -cells).view_as(scale))
+    of_weighed.addcmul_(of_score, scale)
+    grad_x.addcmul_(of_weighed, both)
+    of_weighed.mul_(x)
+    row_gates, column_gates = _split(gates, x)
+    of_rows = of_weighed @ column_gates.mT
+    of_columns = row_gates.mT @ of_weighed
+    of_gates = torch.cat([of_rows.squeeze(3), of_columns.squeeze(2)], dim=2)
+    return grad_x, of_gates, of_weights, of_constant, of_kernel
+
+
+def _split(gates: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (N, c, H, 1) and (N, c, 1, W) of (N, c, H + W)."""
+    rows, columns = gates.split(list(x.shape[2:]), dim=2)
+    return rows.unsqueeze(3), columns.unsqueeze(2)

@@ -10,13 +10,11 @@ precision. The parameters keep the published names.
 
 from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rfa_mmdet.layers.arguments import check_feature_map, positive_int
 from rfa_mmdet.layers.untouched import are_plain, dtype_of, is_plain_conv
-from rfa_mmdet.ops.common.convolution import same_conv
-from rfa_mmdet.ops.common.recompute import is_recorded, recomputes, weigh
-from rfa_mmdet.ops.ema import ema_gate
+from rfa_mmdet.ops.common.recompute import is_recorded
+from rfa_mmdet.ops.ema import ema_gate, weigh_by_ema
 
 
 @MODELS.register_module()
@@ -65,31 +63,21 @@ class EMA(nn.Module):
             Tensor: (B, C, H, W).
         """
         check_feature_map("EMA", x, self.in_channels)
-        groups, (conv1, conv3, gn) = self._groups(x), (self.conv1x1, self.conv3x3, self.gn)
-        if not (
-            recomputes()
-            and are_plain(nn.Conv2d, conv1)
+        groups, conv1, conv3, gn = self._groups(x), self.conv1x1, self.conv3x3, self.gn
+        if (
+            not is_recorded()
+            and is_plain_conv(conv1, (1, 1), bias=True)
             and is_plain_conv(conv3, (3, 3), padding=(1, 1), bias=True)
             and are_plain(nn.GroupNorm, gn)
+            and gn.num_groups == gn.num_channels
         ):
-            return self._joined(groups * self._gate(groups, x))
-        weights = [
-            weight for module in (conv1, conv3, gn) for weight in (module.weight, module.bias)
-        ]
-
-        def gate(groups: Tensor, *weights: Tensor) -> tuple[Tensor]:
-            weight1, bias1, weight3, bias3, scale, shift = weights
-            return ema_gate(
-                groups,
-                lambda means: conv1._conv_forward(means, weight1, bias1),
-                lambda groups: same_conv(groups, weight3, bias3),
-                lambda groups: F.group_norm(groups, gn.num_groups, scale, shift, gn.eps),
-                conv1.weight.dtype,
-                (x.shape[2], x.shape[3]),
-                self._norm_means(shift),
-            )
-
-        return self._joined(weigh(groups, gate, *weights))
+            given = [
+                weight for module in (conv1, conv3, gn) for weight in (module.weight, module.bias)
+            ]
+            weights = [weight for weight in given if weight is not None]
+            if len(weights) == len(given):
+                return self._joined(weigh_by_ema(groups, *weights, eps=gn.eps))
+        return self._joined(groups * self._gate(groups, x))
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return the weights of the cells, to be looked at.
@@ -116,16 +104,8 @@ class EMA(nn.Module):
 
     def _gate(self, groups: Tensor, x: Tensor) -> Tensor:
         """Return the weights of the cells of the groups, (B * factor, 1, H, W)."""
-        modules = self.conv1x1, self.conv3x3, self.gn
-        # A graph reads the map, as FLOPs are counted there by the formula.
-        known = not is_recorded() and are_plain(nn.GroupNorm, self.gn)
-        means = self._norm_means(self.gn.bias) if known else None
-        size = x.shape[2], x.shape[3]
-        return ema_gate(groups, *modules, dtype_of(self.conv1x1, x), size, means)[0]
-
-    def _norm_means(self, shift: Tensor | None) -> Tensor | None:
-        """Return the mean that the norm leaves each channel: it adds no other."""
-        return shift if self.gn.num_groups == self.gn.num_channels else None
+        dtype, size = dtype_of(self.conv1x1, x), (x.shape[2], x.shape[3])
+        return ema_gate(groups, self.conv1x1, self.conv3x3, self.gn, dtype, size)
 
     def extra_repr(self) -> str:
         """Show the arguments."""
