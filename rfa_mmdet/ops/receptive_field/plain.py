@@ -7,7 +7,7 @@ the whole map and keeps them.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,10 @@ from rfa_mmdet.ops.receptive_field.slices import Block, Slices
 KERNELS: list[Callable[..., Any]] = []
 
 
-def _register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+_Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
+
+
+def _register(kernel: _Kernel) -> _Kernel:
     @wraps(kernel)
     def run(*args: Any) -> Any:
         with no_autocast(args[0]):
@@ -29,7 +32,7 @@ def _register(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     LIBRARY.impl(kernel.__name__, run, "CompositeExplicitAutograd")
     KERNELS.append(run)
-    return run
+    return cast(_Kernel, run)
 
 
 class _Features:

@@ -166,4 +166,5 @@ class Products:
         places = (chunk.images, chunk.rows, self.maps.size[1])
         if self.maps.channels_last:
             return units.view(*places, high, wide, -1).permute(0, 5, 3, 4, 1, 2)
-        return units.unflatten(1, places).unflatten(0, (-1, high, wide)).permute(3, 0, 1, 2, 4, 5)
+        units = units.reshape(-1, high, wide, *places)
+        return units.permute(3, 0, 1, 2, 4, 5)

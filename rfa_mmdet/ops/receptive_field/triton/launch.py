@@ -253,7 +253,7 @@ def features(
 
 def parts(maps: Maps, c: Chunk) -> int:
     """Return into how many parts the sums of a chunk are divided."""
-    _, grid, _ = maps.of_chunk(c)
+    grid: tuple[int, int, int] = maps.of_chunk(c)[1]
     return grid[0] * grid[2]
 
 

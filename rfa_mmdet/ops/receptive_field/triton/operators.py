@@ -58,7 +58,7 @@ def window_moments_backward(x: Tensor, slope: Tensor, constant: Tensor, *window:
 
 def _takes_moments(mean: Tensor) -> bool:
     failed = any(device == mean.device for device, _ in FAILED)
-    small = 0 < mean.numel() and mean.shape[1] <= POSITIONS
+    small = mean.numel() > 0 and mean.shape[1] <= POSITIONS
     return mean.dtype == torch.float32 and small and not failed
 
 
@@ -78,8 +78,8 @@ def fold_moments_backward(
     mean = others[0]
     if not _takes_moments(mean):
         return statistics.fold_moments_backward(of_feature, of_shift, feature, weight, *others)
-    dense = (t.contiguous() for t in (of_feature, of_shift, feature))
-    return launch.fold_moments_backward(*dense, weight, *others)
+    given = of_feature.contiguous(), of_shift.contiguous(), feature.contiguous()
+    return launch.fold_moments_backward(*given, weight, *others)
 
 
 def rfa_conv(

@@ -119,7 +119,7 @@ class _Unroll(ast.NodeTransformer):
         return ast.Name(f"{node.value.id}_{number}", node.ctx)
 
 
-def _number(node: ast.AST) -> int | None:
+def _number(node: ast.expr) -> int | None:
     """Return the value of an expression of numbers alone."""
     for part in ast.walk(node):
         if isinstance(part, (ast.Slice, ast.Tuple)):
