@@ -893,10 +893,10 @@ def fold_moments_gradient_kernel(
                 for n in unroll(K):
                     at = covariance + (c * (K * K) + j * K + n)
                     through += w[n] * tl.load(at, mask=real, other=0.0)
-                at = c * (K * K) + i * K + j
-                found = scale * tl.load(of_folded + at, mask=real, other=0.0)
+                place = c * (K * K) + i * K + j
+                found = scale * tl.load(of_folded + place, mask=real, other=0.0)
                 found += of_mean * tl.load(mean + (c * K + j), mask=real, other=0.0)
-                tl.store(of_feature + at, found + twice_of_var * through, mask=real)
+                tl.store(of_feature + place, found + twice_of_var * through, mask=real)
         i += 1
     level = level * share
     for n in unroll(K):
