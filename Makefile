@@ -20,7 +20,7 @@ SETUP := $(shell command -v python3 || echo python) tools/setup_env.py --venv "$
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo bench test test-slow test-all test-prebuilt lint format clean
+.PHONY: help env demo bench test test-slow test-all test-prebuilt test-triton modelled lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,20 @@ PREBUILT_TESTS := ops layers models checkpoints cli/test_train_and_test.py
 
 test-prebuilt:  ## the tests of what depends most on torch, with the packages of prebuilt
 	@$(MAKE) --no-print-directory test STACK=prebuilt TESTS="$(addprefix tests/,$(PREBUILT_TESTS))"
+
+# Each in a folder of its own, which goes before the environment's.
+test-triton: env  ## compile the kernels for GPUs with other versions of Triton
+	@set -e; for wanted in $$(sed -n 's/^triton==\([0-9.]*\).*/\1/p' requirements/triton.txt); do \
+	    folder=build/triton-$$wanted; \
+	    test -d $$folder/triton || \
+	        "$(PYTHON)" -m pip install -q --no-deps --target $$folder triton==$$wanted; \
+	    echo "Triton $$wanted"; \
+	    PYTHONPATH="$$folder$(if $(PYTHONPATH),:$(PYTHONPATH))" "$(PYTHON)" -m pytest -q \
+	        -n 2 --dist worksteal tests/ops/receptive_field/test_triton_compile.py; \
+	done
+
+modelled: env  ## model the time of the kernels on a GPU that is not there, beside cuDNN's
+	@"$(PYTHON)" -m benchmarks.modelled --table benchmarks/modelled.md
 
 lint: env  ## check style, format and types
 	@"$(PYTHON)" -m ruff check .
