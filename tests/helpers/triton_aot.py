@@ -151,7 +151,7 @@ class Compiled:
         """What a warp reads and writes; of a program in the middle of the grid, unless told."""
         numbers, room = [], ROOM
         for value in self.launch.parameters().values():
-            numbers.append(room if isinstance(value, torch.Tensor) else int(value))
+            numbers.append(room if isinstance(value, torch.Tensor) else int(value))  # or no address
             room += ROOM * isinstance(value, torch.Tensor)
         program = program or tuple(n // 2 for n in self.grid)
         return follow(self.ptx, numbers, self.grid, program, warp)

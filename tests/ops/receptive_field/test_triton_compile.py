@@ -44,7 +44,7 @@ MOST_INSTRUCTIONS = {
 }
 # What begins in the middle of a sector ends in the next one.
 SPARE = 1.6
-FEW = 2**16  # numbers, of which it does not matter where they are
+FEW = 2**14  # numbers of a parameter
 
 
 def layer(dtype, channels_last, channels=64, outputs=64, size=(40, 96), stride=1):
@@ -64,7 +64,12 @@ def layer(dtype, channels_last, channels=64, outputs=64, size=(40, 96), stride=1
     parameters = (x, attention, feature, shift, True, weight)
     slope, constant = empty(channels, k, k), empty(channels, k)
     bias, needs = empty(outputs, dtype=dtype), (True,) * 4
+    mean, covariance, wide = empty(channels, k), empty(channels, k, k), empty(channels * k)
     functions = {
+        "fold": lambda: operators.fold_moments(mean, covariance, feature, wide, wide, 1e-5, 99),
+        "of_fold": lambda: operators.fold_moments_backward(
+            feature, wide, feature, wide, mean, covariance, wide, wide, 99
+        ),
         "forward": lambda: operators.rfa_conv(*parameters, bias, *window, 1),
         "moments": lambda: operators.window_moments(x, *window),
         "backward": lambda: operators.rfa_conv_backward(grad_y, *parameters, needs, *window, 1),
@@ -120,14 +125,14 @@ def places(compiled, spare):
             return
         yield from aot.outside(compiled, accesses)
         if program == middle:
-            many = [a for a in accesses if not a.store or not few(compiled, a)]
-            yield from aot.scattered(compiled, many, spare)
+            yield from aot.scattered(compiled, [a for a in accesses if counts(compiled, a)], spare)
 
 
-def few(compiled, access) -> bool:
-    if not len(access.addresses):
+def counts(compiled, access) -> bool:
+    """Whether it matters where the lanes are: not where parameters alone are worked on."""
+    if compiled.launch.name in MOST_INSTRUCTIONS or not len(access.addresses):
         return True
-    return compiled.launch.tensors()[compiled.tensor_of(access)].numel() < FEW
+    return compiled.launch.tensors()[compiled.tensor_of(access)].numel() >= FEW
 
 
 @triton.jit
@@ -159,13 +164,18 @@ in_both_layouts = pytest.mark.parametrize(
 )
 
 
-# Triton 2.1 computes in another order of lanes than it reads channels_last in.
-of_triton_2 = pytest.mark.xfail(aot.OLD, reason="values go through shared memory", strict=False)
+# What is wrong with channels_last there, today.
+KNOWN = {
+    "2.1": "values go from lane to lane through shared memory in the loops",
+    "3.8": "registers of the products are spilled for sm_90",
+}
+known = KNOWN.get(".".join(triton.__version__.split(".")[:2]))
+maybe = pytest.mark.xfail(known is not None, reason=str(known), strict=False)
 
 
 @pytest.mark.parametrize(
     "channels_last",
-    [pytest.param(False, id="nchw"), pytest.param(True, id="channels_last", marks=of_triton_2)],
+    [pytest.param(False, id="nchw"), pytest.param(True, id="channels_last", marks=maybe)],
 )
 def test_kernels_of_a_training_step_are_shaped_for_the_gpu(channels_last):
     assert faults(90, *layer(torch.bfloat16, channels_last), SPARE) == []

@@ -27,25 +27,28 @@ from rfa_mmdet.ops.receptive_field.triton.unroll import unroll as unroll
 
 
 @triton.jit
-def _columns(
-    images,
-    C,
-    w,
-    stride_w,
-    pad_w,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Image, column of the output and first column of the window (BLOCK_Q,); channel (BLOCK_C,).
+def _columns(images, C, w, stride_w, pad_w, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Image, column of the output and first column of the window, (1, BLOCK_Q); channel (BLOCK_C, 1).
 
-    And which of the tile's elements are real, (BLOCK_Q, BLOCK_C).
+    And which elements of a tile, (BLOCK_C, BLOCK_Q), are real. Where its lanes could go along either
+    axis, all versions of Triton let them go along the first one.
     """
-    q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    q = (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q))[None, :]
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
     image = q // w
     column = q - image * w
-    real = (q < images * w)[:, None] & (c < C)[None, :]
-    return image, column, column * stride_w - pad_w, c, real
+    return image, column, column * stride_w - pad_w, c, (q < images * w) & (c < C)
+
+
+@triton.jit
+def _write_sum(sums, row, rows, C, tile, add, BLOCK_C: tl.constexpr):
+    """Write this program's part of a sum of each channel, or add to what is there."""
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    part = tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
+    to = sums + (part * rows + row) * C + c
+    found = tl.sum(tile, 1)
+    found += tl.load(to, mask=(c < C) & (add != 0), other=0.0)
+    tl.store(to, found, mask=c < C)
 
 
 @triton.jit
@@ -65,9 +68,9 @@ def _unit(image, column, row, rows, w, c, C, pitch, N, CHANNELS_LAST: tl.constex
     """Offset of the first of N units of each element: (positions, N, C) or (C, N, pitch)."""
     position = (image * rows + row) * w + column
     if CHANNELS_LAST:
-        offset = (position * (N * C))[:, None] + c[None, :]
+        offset = (position * (N * C)) + c
     else:
-        offset = position[:, None] + (c * N * pitch)[None, :]
+        offset = position + (c * N * pitch)
     return offset
 
 
@@ -99,22 +102,22 @@ def moments_kernel(
     x_channel = 1 if CHANNELS_LAST else H * W
     x_row = W * x_column
     cells = images * H * W // (2 * SAMPLES)
-    shift = tl.zeros((1, BLOCK_C), tl.float32)
+    shift = tl.zeros((BLOCK_C, 1), tl.float32)
     for i in unroll(SAMPLES):
         cell = cells * (2 * i + 1)
         at = cell // (H * W) * (C - x_column) * (H * W) + cell * x_column
-        value = tl.load(x + at + (c * x_channel)[None, :], mask=(c < C)[None, :], other=0.0)
+        value = tl.load(x + at + c * x_channel, mask=c < C, other=0.0)
         shift += value.to(tl.float32) * (1 / SAMPLES)
     one = tl.program_id(0) + tl.program_id(2) == 0
-    tl.store(shifts + c[None, :], shift, mask=(c < C)[None, :] & one)
-    offset = (image * (C * H * W) + left * x_column)[:, None] + (c * x_channel)[None, :]
+    tl.store(shifts + c, shift, mask=(c < C) & one)
+    offset = (image * (C * H * W) + left * x_column) + (c * x_channel)
     for j in unroll(KW):
         seen = (left >= -j * dilation_w) & (left < W - j * dilation_w)
-        near[j] = seen[:, None] & real
+        near[j] = seen & real
     for n in unroll(K):
-        first[n] = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+        first[n] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
     for n in unroll(PAIRS):
-        second[n] = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+        second[n] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
     start = tl.program_id(2) * steps
     top = start * stride_h - pad_h
     for i in unroll(KH):
@@ -143,12 +146,12 @@ def moments_kernel(
             for j in unroll(K - i):
                 second[i * K - i * (i - 1) // 2 + j] += tap[i] * tap[i + j]
         line += 1
-    part = tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
-    to = sums + part * ((K + PAIRS) * C) + c
     for n in unroll(K):
-        tl.store(to + n * C, tl.sum(tl.where(real, first[n], 0.0), 0), mask=c < C)
+        tile = tl.where(real, first[n], 0.0)
+        _write_sum(sums, n, K + PAIRS, C, tile, 0, BLOCK_C)
     for n in unroll(PAIRS):
-        tl.store(to + (K + n) * C, tl.sum(tl.where(real, second[n], 0.0), 0), mask=c < C)
+        tile = tl.where(real, second[n], 0.0)
+        _write_sum(sums, K + n, K + PAIRS, C, tile, 0, BLOCK_C)
 
 
 def features_kernel(
@@ -193,43 +196,40 @@ def features_kernel(
     of_channel = c if CHANNELS_LAST else c * (K * (K + 2))
     next_row = C if CHANNELS_LAST else 1
     for i in unroll(K):
-        at = table + (of_channel + (K + i) * next_row)[None, :]
-        bias[i] = tl.load(at, mask=(c < C)[None, :], other=0.0)
+        at = table + (of_channel + (K + i) * next_row)
+        bias[i] = tl.load(at, mask=c < C, other=0.0)
         for j in unroll(K):
-            at = table + (of_channel + (2 * K + i * K + j) * next_row)[None, :]
-            weight[i * K + j] = tl.load(at, mask=(c < C)[None, :], other=0.0)
+            at = table + (of_channel + (2 * K + i * K + j) * next_row)
+            weight[i * K + j] = tl.load(at, mask=c < C, other=0.0)
     if GATES == ATTENTION:
         for i in unroll(K):
-            at = table + (of_channel + i * next_row)[None, :]
+            at = table + of_channel + i * next_row
             # Of the taps' sum, to the base 2.
-            score[i] = tl.load(at, mask=(c < C)[None, :], other=0.0) * (LOG2_E / K)
+            score[i] = tl.load(at, mask=c < C, other=0.0) * (LOG2_E / K)
         highest = score[0]
         lowest = score[0]
         for i in unroll(K):
             highest = tl.maximum(highest, score[i])
             lowest = tl.minimum(lowest, score[i])
-    offset = ((first_image + image) * (C * H * W) + left * x_column)[:, None]
-    offset = offset + (c * x_channel)[None, :]
+    offset = (first_image + image) * (C * H * W) + left * x_column
+    offset = offset + (c * x_channel)
     for j in unroll(KW):
         seen = (left >= -j * dilation_w) & (left < W - j * dilation_w)
-        near[j] = seen[:, None] & real
+        near[j] = seen & real
     start = tl.program_id(2) * steps
     number = first_image + image
     at_row = first_row + start
-    # Where a gate of this row is, of a position or of rows. That their lanes go along the channels,
-    # as in all else, is said: none has two elements, so that nothing is read at once for it.
-    cell = ((number * (K * h) + at_row) * w + column)[:, None] + (c // C)[None, :]  # + 0
-    cell = tl.max_contiguous(cell, [1, BLOCK_C])
-    in_rows = (number * (C * KH * h) + at_row)[:, None] + (c * (KH * h))[None, :]
-    in_rows = tl.max_contiguous(in_rows, [1, BLOCK_C])
+    # Where a gate of this row is, of a position or of rows.
+    # (A channel // C is 0, but known to none: each lane reads its own, and none moves it.)
+    cell = (number * (K * h) + at_row) * w + column + c // C
+    in_rows = (number * C + c) * (KH * h) + at_row
     if GATES == CHANNELS:
-        gate_of_channel = _gate(first, (number * C)[:, None] + c[None, :], real)
+        gate_of_channel = _gate(first, (number * C) + c, real)
     if GATES == ROWS:
-        at = (number * (C * KW * w) + column)[:, None] + (c * (KW * w))[None, :]
-        at = tl.max_contiguous(at, [1, BLOCK_C])
+        at = (number * C + c) * (KW * w) + column
         for j in unroll(KW):
             of_column[j] = _gate(second, at + j * w, real)
-    unit = _unit(image, column, start, rows, w, c, C, pitch, K, CHANNELS_LAST)
+    to = units + _unit(image, column, start, rows, w, c, C, pitch, K, CHANNELS_LAST)
     next_unit = C if CHANNELS_LAST else pitch
     down = w * (K * C) if CHANNELS_LAST else w
     top = (first_row + start) * stride_h - pad_h
@@ -259,7 +259,7 @@ def features_kernel(
             for n in unroll(K - 1):
                 total += tap[n + 1]
             largest = tl.where(total < 0, lowest, highest) * total
-            powers = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+            powers = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
             for i in unroll(K):
                 power[i] = tl.math.exp2(total * score[i] - largest)
                 powers += power[i]
@@ -285,8 +285,8 @@ def features_kernel(
                 u = z * gate[i]
             if RELU:
                 u = tl.where(z <= 0, 0.0, u)  # lets NaN through, as torch's does
-            tl.store(units + (unit + i * next_unit), u.to(units.dtype.element_ty), mask=real)
-        unit += down
+            tl.store(to + i * next_unit, u.to(units.dtype.element_ty), mask=real)
+        to += down
         line += 1
 
 
@@ -334,44 +334,44 @@ def gradient_kernel(
     of_channel = c if CHANNELS_LAST else c * (K * (K + 2))
     next_row = C if CHANNELS_LAST else 1
     for i in unroll(K):
-        at = table + (of_channel + (K + i) * next_row)[None, :]
-        bias[i] = tl.load(at, mask=(c < C)[None, :], other=0.0)
+        at = table + (of_channel + (K + i) * next_row)
+        bias[i] = tl.load(at, mask=c < C, other=0.0)
         for j in unroll(K):
-            at = table + (of_channel + (2 * K + i * K + j) * next_row)[None, :]
-            weight[i * K + j] = tl.load(at, mask=(c < C)[None, :], other=0.0)
-        of_bias[i] = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+            at = table + (of_channel + (2 * K + i * K + j) * next_row)
+            weight[i * K + j] = tl.load(at, mask=c < C, other=0.0)
+        of_bias[i] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
     if GATES == ATTENTION:
         for i in unroll(K):
-            at = table + (of_channel + i * next_row)[None, :]
-            score[i] = tl.load(at, mask=(c < C)[None, :], other=0.0) * (LOG2_E / K)
-            of_score[i] = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+            at = table + of_channel + i * next_row
+            score[i] = tl.load(at, mask=c < C, other=0.0) * (LOG2_E / K)
+            of_score[i] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
         highest = score[0]
         lowest = score[0]
         for i in unroll(K):
             highest = tl.maximum(highest, score[i])
             lowest = tl.minimum(lowest, score[i])
-    offset = ((first_image + image) * (C * H * W) + left * x_column)[:, None]
-    offset = offset + (c * x_channel)[None, :]
+    offset = (first_image + image) * (C * H * W) + left * x_column
+    offset = offset + (c * x_channel)
     for j in unroll(KW):
         seen = (left >= -j * dilation_w) & (left < W - j * dilation_w)
-        near[j] = seen[:, None] & real
+        near[j] = seen & real
     start = tl.program_id(2) * steps
     number = first_image + image
     at_row = first_row + start
-    # Where a gate of this row is, of a position or of rows. That their lanes go along the channels,
-    # as in all else, is said: none has two elements, so that nothing is read at once for it.
-    cell = ((number * (K * h) + at_row) * w + column)[:, None] + (c // C)[None, :]  # + 0
-    cell = tl.max_contiguous(cell, [1, BLOCK_C])
-    in_rows = (number * (C * KH * h) + at_row)[:, None] + (c * (KH * h))[None, :]
-    in_rows = tl.max_contiguous(in_rows, [1, BLOCK_C])
+    # Where a gate of this row is, of a position or of rows.
+    # (A channel // C is 0, but known to none: each lane reads its own, and none moves it.)
+    cell = (number * (K * h) + at_row) * w + column + c // C
+    in_rows = (number * C + c) * (KH * h) + at_row
     if GATES == CHANNELS:
-        gate_of_channel = _gate(first, (number * C)[:, None] + c[None, :], real)
+        gate_of_channel = _gate(first, (number * C) + c, real)
     if GATES == ROWS:
-        at = (number * (C * KW * w) + column)[:, None] + (c * (KW * w))[None, :]
-        at = tl.max_contiguous(at, [1, BLOCK_C])
+        at = (number * C + c) * (KW * w) + column
         for j in unroll(KW):
             of_column[j] = _gate(second, at + j * w, real)
     unit = _unit(image, column, start, rows, w, c, C, pitch, K, CHANNELS_LAST)
+    of_unit = units + unit
+    of_slope = slopes + unit
+    of_gate = others + unit
     next_unit = C if CHANNELS_LAST else pitch
     down = w * (K * C) if CHANNELS_LAST else w
     of_mean = _unit(image, column, start, rows, w, c, C, pitch, 1, CHANNELS_LAST)
@@ -403,7 +403,7 @@ def gradient_kernel(
             for n in unroll(K - 1):
                 total += tap[n + 1]
             largest = tl.where(total < 0, lowest, highest) * total
-            powers = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+            powers = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
             for i in unroll(K):
                 power[i] = tl.math.exp2(total * score[i] - largest)
                 powers += power[i]
@@ -420,7 +420,7 @@ def gradient_kernel(
                 of_row = _gate(first, in_rows + (line - start + i * h), real)
                 for j in unroll(KW):
                     gate[i * KW + j] = of_row * of_column[j]
-        weighed = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+        weighed = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
         for i in unroll(K):
             z = bias[i] + weight[i * K] * tap[0]
             for n in unroll(K - 1):
@@ -428,41 +428,39 @@ def gradient_kernel(
             passed = gate[i]
             if RELU:
                 passed = tl.where(z <= 0, 0.0, passed)
-            to = unit + i * next_unit
-            grad = tl.load(units + to, mask=real, other=0.0).to(tl.float32)
+            to = of_unit + i * next_unit
+            grad = tl.load(to, mask=real, other=0.0).to(tl.float32)
             u = z * passed
             slope = grad * passed
             of_bias[i] += slope
-            tl.store(units + to, u.to(units.dtype.element_ty), mask=real)
-            tl.store(slopes + to, slope.to(slopes.dtype.element_ty), mask=real)
+            tl.store(to, u.to(units.dtype.element_ty), mask=real)
+            to = of_slope + i * next_unit
+            tl.store(to, slope.to(slopes.dtype.element_ty), mask=real)
             if GATES == ATTENTION:
                 product[i] = grad * u
                 weighed += product[i]
             else:
-                of_gate = grad * z
+                found = grad * z
                 if RELU:
-                    of_gate = tl.where(z <= 0, 0.0, of_gate)
-                tl.store(others + to, of_gate.to(others.dtype.element_ty), mask=real)
+                    found = tl.where(z <= 0, 0.0, found)
+                tl.store(of_gate + i * next_unit, found.to(others.dtype.element_ty), mask=real)
         if GATES == ATTENTION:
-            level = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+            level = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
             for i in unroll(K):
                 of_logit = product[i] - gate[i] * weighed
                 of_score[i] += of_logit * total
                 level += of_logit * score[i]
             level = level * (1 / LOG2_E)  # score is log2(e) / K times the attention
             tl.store(others + of_mean, level.to(others.dtype.element_ty), mask=real)
-        unit += down
+        of_unit += down
+        of_slope += down
+        of_gate += down
         of_mean += down_mean
         line += 1
-    part = tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
-    to = sums + part * (K * (K + 2) * C) + c
-    known = (c < C) & (add != 0)
     for i in unroll(K):
         if GATES == ATTENTION:
-            before = tl.load(to + i * C, mask=known, other=0.0)
-            tl.store(to + i * C, before + tl.sum(of_score[i], 0) * (1 / K), mask=c < C)
-        before = tl.load(to + (K + i) * C, mask=known, other=0.0)
-        tl.store(to + (K + i) * C, before + tl.sum(of_bias[i], 0), mask=c < C)
+            _write_sum(sums, i, K * (K + 2), C, of_score[i] * (1 / K), add, BLOCK_C)
+        _write_sum(sums, K + i, K * (K + 2), C, of_bias[i], add, BLOCK_C)
 
 
 def products_kernel(
@@ -504,18 +502,20 @@ def products_kernel(
     of_channel = c if CHANNELS_LAST else c * (K * (K + 2))
     next_row = C if CHANNELS_LAST else 1
     for i in unroll(K):
-        of_bias[i] = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+        of_bias[i] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
         for j in unroll(K):
-            at = table + (of_channel + (2 * K + i * K + j) * next_row)[None, :]
-            weight[i * K + j] = tl.load(at, mask=(c < C)[None, :], other=0.0)
-            of_weight[i * K + j] = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
-    offset = ((first_image + image) * (C * H * W) + left * x_column)[:, None]
-    offset = offset + (c * x_channel)[None, :]
+            at = table + (of_channel + (2 * K + i * K + j) * next_row)
+            weight[i * K + j] = tl.load(at, mask=c < C, other=0.0)
+            of_weight[i * K + j] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
+    offset = (first_image + image) * (C * H * W) + left * x_column
+    offset = offset + (c * x_channel)
     for j in unroll(KW):
         seen = (left >= -j * dilation_w) & (left < W - j * dilation_w)
-        near[j] = seen[:, None] & real
+        near[j] = seen & real
     start = tl.program_id(2) * steps
     unit = _unit(image, column, start, rows, w, c, C, pitch, K, CHANNELS_LAST)
+    of_slope = slopes + unit
+    of_feature = others + unit
     next_unit = C if CHANNELS_LAST else pitch
     down = w * (K * C) if CHANNELS_LAST else w
     of_mean = _unit(image, column, start, rows, w, c, C, pitch, 1, CHANNELS_LAST)
@@ -542,37 +542,33 @@ def products_kernel(
                 at = offset + j * dilation_w * x_column
                 row = top + (KH - NEW + i) * dilation_h
                 coming[i * KW + j] = _load(x, at, near[j], row, H, x_row)
-        level = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+        level = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
         if GATES == ATTENTION:
             level += tl.load(others + of_mean, mask=real, other=0.0).to(tl.float32)
         for j in unroll(K):
             of_tap[j] = level
         for i in unroll(K):
-            slope = tl.load(slopes + (unit + i * next_unit), mask=real, other=0.0).to(tl.float32)
+            slope = tl.load(of_slope + i * next_unit, mask=real, other=0.0).to(tl.float32)
             if GATES == BARE:
                 if RELU:
-                    f = tl.load(others + (unit + i * next_unit), mask=real, other=0.0)
+                    f = tl.load(of_feature + i * next_unit, mask=real, other=0.0)
                     slope = tl.where(f > 0, slope, 0.0)
                 of_bias[i] += slope
             for j in unroll(K):
                 of_weight[i * K + j] += slope * tap[j]
                 of_tap[j] += slope * weight[i * K + j]
         for j in unroll(K):
-            to = slopes + (unit + j * next_unit)
+            to = of_slope + j * next_unit
             tl.store(to, of_tap[j].to(slopes.dtype.element_ty), mask=real)
-        unit += down
+        of_slope += down
+        of_feature += down
         of_mean += down_mean
         line += 1
-    part = tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
-    to = sums + part * (K * (K + 2) * C) + c
-    known = (c < C) & (add != 0)
     if GATES == BARE:
         for i in unroll(K):
-            before = tl.load(to + (K + i) * C, mask=known, other=0.0)
-            tl.store(to + (K + i) * C, before + tl.sum(of_bias[i], 0), mask=c < C)
+            _write_sum(sums, K + i, K * (K + 2), C, of_bias[i], add, BLOCK_C)
     for n in unroll(K * K):
-        before = tl.load(to + (2 * K + n) * C, mask=known, other=0.0)
-        tl.store(to + (2 * K + n) * C, before + tl.sum(of_weight[n], 0), mask=c < C)
+        _write_sum(sums, 2 * K + n, K * (K + 2), C, of_weight[n], add, BLOCK_C)
 
 
 def fold_kernel(
@@ -611,11 +607,11 @@ def fold_kernel(
     for j in unroll(KW):
         right = column + pad_w - j * dilation_w
         seen = (right >= 0) & (right < w * STRIDE_W) & (right % STRIDE_W == 0)
-        near[j] = seen[:, None] & real
+        near[j] = seen & real
         unit[j] = _unit(image, right // STRIDE_W, 0, rows, w, c, C, pitch, K, CHANNELS_LAST)
     start = first_input_row + tl.program_id(2) * steps
-    to = ((first_image + image) * (C * H * W) + column * x_column)[:, None]
-    to = grad_x + (to + (c * x_channel)[None, :])
+    to = (first_image + image) * (C * H * W) + column * x_column
+    to = grad_x + (to + (c * x_channel))
     row = start
     last = tl.minimum(start + steps, last_input_row)
     while row < last:
@@ -668,19 +664,19 @@ def moments_gradient_kernel(
     of_channel = c if CHANNELS_LAST else c * (K * (K + 1))
     next_row = C if CHANNELS_LAST else 1
     for i in unroll(K):
-        at = table + (of_channel + i * next_row)[None, :]
-        bias[i] = tl.load(at, mask=(c < C)[None, :], other=0.0)
+        at = table + of_channel + i * next_row
+        bias[i] = tl.load(at, mask=c < C, other=0.0)
         for j in unroll(K - i):
-            at = table + (of_channel + (K + i * K + i + j) * next_row)[None, :]
-            weight[i * K + i + j] = tl.load(at, mask=(c < C)[None, :], other=0.0)
+            at = table + (of_channel + (K + i * K + i + j) * next_row)
+            weight[i * K + i + j] = tl.load(at, mask=c < C, other=0.0)
     for j in unroll(KW):
         right = column + pad_w - j * dilation_w
         inside = (right >= 0) & (right < w * STRIDE_W) & (right % STRIDE_W == 0)
-        seen[j] = inside[:, None] & real
-    offset = (image * (C * H * W) + column * x_column)[:, None] + (c * x_channel)[None, :]
+        seen[j] = inside & real
+    offset = (image * (C * H * W) + column * x_column) + (c * x_channel)
     for j in unroll(WIDE):
         aside = column + (j - KW + 1) * dilation_w
-        near[j] = ((aside >= 0) & (aside < W))[:, None] & real
+        near[j] = ((aside >= 0) & (aside < W)) & real
     start = tl.program_id(2) * steps
     for i in unroll(HIGH - NEW):
         for j in unroll(WIDE):
@@ -698,14 +694,14 @@ def moments_gradient_kernel(
                 down = row + (HIGH - NEW + i - KH + 1) * dilation_h
                 found = _load(x, at, near[j], down, H, x_row)
                 value[(HIGH - NEW + i) * WIDE + j] = found.to(tl.float32)
-        total = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
+        total = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
         if ADD:
             total += tl.load(given + (offset + row * x_row), mask=real, other=0.0).to(tl.float32)
         for i in unroll(KH):
             below = row + pad_h - i * dilation_h
             there = (below >= 0) & (below < h * STRIDE_H) & (below % STRIDE_H == 0)
             for j in unroll(KW):
-                part = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32) + bias[i * KW + j]
+                part = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32) + bias[i * KW + j]
                 for m in unroll(KH):
                     for n in unroll(KW):
                         # Tap (m, n) of the window whose tap (i, j) this is.
@@ -893,10 +889,10 @@ def fold_moments_gradient_kernel(
                 for n in unroll(K):
                     at = covariance + (c * (K * K) + j * K + n)
                     through += w[n] * tl.load(at, mask=real, other=0.0)
-                at = c * (K * K) + i * K + j
-                found = scale * tl.load(of_folded + at, mask=real, other=0.0)
+                place = c * (K * K) + i * K + j
+                found = scale * tl.load(of_folded + place, mask=real, other=0.0)
                 found += of_mean * tl.load(mean + (c * K + j), mask=real, other=0.0)
-                tl.store(of_feature + at, found + twice_of_var * through, mask=real)
+                tl.store(of_feature + place, found + twice_of_var * through, mask=real)
         i += 1
     level = level * share
     for n in unroll(K):
