@@ -1,7 +1,7 @@
 """Modules as plain tensors and numbers, so that kernels need not call them.
 
 The kernels know batch norm and ReLU. What else a config may name (GroupNorm, SiLU, ...), and
-modules that must be called (untouched.py), run in plain torch.
+modules that must be called (untouched.py), run as the formula in plain torch.
 """
 
 from collections.abc import Callable
@@ -99,7 +99,7 @@ def window_features(
     # A module of another class may have no weight.
     if type(conv) is nn.Conv2d and not use_kernels(backend, operators, x, conv.weight):
         return None
-    if not (_knows_norm(norm) and is_plain_act(act) and all(known for _, known in convs)):
+    if not (knows(norm, act) and all(known for _, known in convs)):
         if backend not in ("auto", "reference"):
             _check_modules(backend, norm, act)
             _check_convs(backend, convs)
@@ -175,6 +175,16 @@ def is_plain_act(act: nn.Module) -> bool:
 
 def _knows_norm(norm: nn.Module) -> bool:
     return is_batch_norm(norm) or is_no_norm(norm)
+
+
+def knows(norm: nn.Module, act: nn.Module) -> bool:
+    """Whether the operators compute what a norm and an activation do.
+
+    Example:
+        >>> knows(nn.BatchNorm2d(4), nn.ReLU()), knows(nn.GroupNorm(2, 4), nn.ReLU())
+        (True, False)
+    """
+    return _knows_norm(norm) and is_plain_act(act)
 
 
 def uses_batch_statistics(norm: nn.Module) -> bool:
