@@ -4,8 +4,9 @@ For features whose norm or activation the operators do not know: they would keep
 input's bytes. In the backward pass of one layer the features are there as a whole.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -32,25 +33,32 @@ def keep_input_alone(layer: nn.Module, formula: Callable[[Tensor], Tensor], x: T
     """
     # What is there now: between the passes a layer may change its mode, and
     # torch.func.functional_call takes its parameters away again.
-    before = [(module, module.training, dict(module._parameters)) for module in layer.modules()]
+    before = _AsBefore(layer)
     y: Tensor = checkpoint(
-        formula, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _as_before(before))
+        formula, x, use_reentrant=False, context_fn=lambda: (nullcontext(), before)
     )
     return y
 
 
-@contextmanager
-def _as_before(before: list[tuple[nn.Module, bool, dict[str, Tensor | None]]]) -> Iterator[None]:
-    """Give modules their modes and parameters again, and copies of their running statistics."""
-    now = [dict(module.__dict__) for module, *_ in before]
-    try:
-        for module, training, parameters in before:
+class _AsBefore:
+    """Gives modules their modes and parameters again, and copies of their running statistics.
+
+    Entered in every backward pass through the same graph, of which there may be several.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.before = [(m, m.training, dict(m._parameters)) for m in layer.modules()]
+        self.now: list[dict[str, Any]] = []
+
+    def __enter__(self) -> None:
+        self.now = [dict(module.__dict__) for module, *_ in self.before]
+        for module, training, parameters in self.before:
             buffers = {
                 name: None if buffer is None else buffer.clone()
                 for name, buffer in module._buffers.items()
             }
             module.__dict__.update(training=training, _parameters=parameters, _buffers=buffers)
-        yield
-    finally:
-        for (module, *_), values in zip(before, now, strict=True):
+
+    def __exit__(self, *raised: object) -> None:
+        for (module, _, _), values in zip(self.before, self.now, strict=True):
             module.__dict__.update(values)
