@@ -99,7 +99,7 @@ def window_features(
     """
     # A module of another class may have no weight.
     formula = type(conv) is nn.Conv2d and not use_operators(backend, operators, x, conv.weight)
-    if not (_knows_norm(norm) and is_plain_act(act) and all(known for _, known in convs)):
+    if not (knows(norm, act) and all(known for _, known in convs)):
         if not formula and backend not in ("auto", "reference"):
             _check_modules(backend, norm, act)
             _check_convs(backend, convs)
@@ -216,6 +216,16 @@ def is_plain_act(act: nn.Module) -> bool:
 
 def _knows_norm(norm: nn.Module) -> bool:
     return is_batch_norm(norm) or is_no_norm(norm)
+
+
+def knows(norm: nn.Module, act: nn.Module) -> bool:
+    """Whether the operators compute what a norm and an activation do.
+
+    Example:
+        >>> knows(nn.BatchNorm2d(4), nn.ReLU()), knows(nn.GroupNorm(2, 4), nn.ReLU())
+        (True, False)
+    """
+    return _knows_norm(norm) and is_plain_act(act)
 
 
 def uses_batch_statistics(norm: nn.Module) -> bool:

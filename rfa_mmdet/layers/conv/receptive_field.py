@@ -13,11 +13,18 @@ from mmcv.cnn import build_activation_layer, build_norm_layer
 from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import with_arguments_of
-from rfa_mmdet.layers.conv._fast_path import Convs, check_choice, fold_norm, window_features
+from rfa_mmdet.layers.conv._checkpoint import keep_input_alone
+from rfa_mmdet.layers.conv._fast_path import (
+    Convs,
+    check_choice,
+    fold_norm,
+    knows,
+    window_features,
+)
 from rfa_mmdet.layers.conv.base import AttentionConv2d
 from rfa_mmdet.layers.untouched import is_plain_conv, must_be_called
 from rfa_mmdet.layers.warm_start.identity import identity_features, identity_norm, norm_obstacle
-from rfa_mmdet.ops.common.recompute import is_recorded
+from rfa_mmdet.ops.common.recompute import is_recorded, recomputes
 from rfa_mmdet.ops.common.windows import (
     Window,
     convolve_weighed_windows,
@@ -129,6 +136,23 @@ class ReceptiveFieldConv(AttentionConv2d):
         if floor:
             values["conv.bias"] = values["conv.bias"] + floor * weight.flatten(1).sum(1)
         return values
+
+    def by_formula(self, x: Tensor) -> Tensor:
+        """Compute the formula of a map in plain torch.
+
+        Where the operators do not know the norm or the activation, x alone is kept for the backward
+        pass, which runs the formula again.
+        """
+        if self.backend != "auto" or not recomputes() or knows(self.norm, self.act):
+            return self.formula(x)
+        # Hooks would be called twice.
+        if any(must_be_called(module) for module in self.modules() if module is not self):
+            return self.formula(x)
+        return keep_input_alone(self, self.formula, x)
+
+    def formula(self, x: Tensor) -> Tensor:
+        """Compute what :meth:`forward` does, with the features in memory."""
+        raise NotImplementedError
 
     def features(self, x: Tensor) -> Tensor:
         """Return the receptive-field features, (B, C, K, h, w), of a map (B, C, H, W)."""

@@ -109,6 +109,10 @@ class RFAConv(ReceptiveFieldConv):
         if features is not None:
             conv = self.conv
             return features.attend(self.attention.weight, conv.weight, conv.bias, self.groups)
+        return self.by_formula(x)
+
+    def formula(self, x: Tensor) -> Tensor:
+        """Compute what :meth:`forward` does, with the features in memory."""
         attention = self._attention(x)
         if self.feature is not None:
             windows = self.features(x)

@@ -75,11 +75,15 @@ class RFCBAMConv(ReceptiveFieldConv):
         self.check_input(x)
         features = self.window_features(x)
         if features is None:
-            windows, gates = self._weighed(x)
-            return self.convolve(windows, *gates)
+            return self.by_formula(x)
         channel, spatial = self._gates(x, features.max_and_mean())
         gates = channel.flatten(1), spatial.flatten(1, 2)
         return features.convolve(gates, self.conv.weight, self.conv.bias, self.groups)
+
+    def formula(self, x: Tensor) -> Tensor:
+        """Compute what :meth:`forward` does, with the features in memory."""
+        windows, gates = self._weighed(x)
+        return self.convolve(windows, *gates)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return what the features of each window are weighed by, to be looked at.

@@ -229,7 +229,7 @@ def features_kernel(
         at = (number * C + c) * (KW * w) + column
         for j in unroll(KW):
             of_column[j] = _gate(second, at + j * w, real)
-    to = units + _unit(image, column, start, rows, w, c, C, pitch, K, CHANNELS_LAST)
+    unit = _unit(image, column, start, rows, w, c, C, pitch, K, CHANNELS_LAST)
     next_unit = C if CHANNELS_LAST else pitch
     down = w * (K * C) if CHANNELS_LAST else w
     top = (first_row + start) * stride_h - pad_h
@@ -276,6 +276,7 @@ def features_kernel(
                 of_row = _gate(first, in_rows + (line - start + i * h), real)
                 for j in unroll(KW):
                     gate[i * KW + j] = of_row * of_column[j]
+        to = units + (unit + (line - start) * down)
         for i in unroll(K):
             z = bias[i] + weight[i * K] * tap[0]
             for n in unroll(K - 1):
@@ -286,7 +287,6 @@ def features_kernel(
             if RELU:
                 u = tl.where(z <= 0, 0.0, u)  # lets NaN through, as torch's does
             tl.store(to + i * next_unit, u.to(units.dtype.element_ty), mask=real)
-        to += down
         line += 1
 
 
@@ -369,9 +369,6 @@ def gradient_kernel(
         for j in unroll(KW):
             of_column[j] = _gate(second, at + j * w, real)
     unit = _unit(image, column, start, rows, w, c, C, pitch, K, CHANNELS_LAST)
-    of_unit = units + unit
-    of_slope = slopes + unit
-    of_gate = others + unit
     next_unit = C if CHANNELS_LAST else pitch
     down = w * (K * C) if CHANNELS_LAST else w
     of_mean = _unit(image, column, start, rows, w, c, C, pitch, 1, CHANNELS_LAST)
@@ -420,6 +417,10 @@ def gradient_kernel(
                 of_row = _gate(first, in_rows + (line - start + i * h), real)
                 for j in unroll(KW):
                     gate[i * KW + j] = of_row * of_column[j]
+        below = unit + (line - start) * down
+        of_unit = units + below
+        of_slope = slopes + below
+        of_gate = others + below
         weighed = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
         for i in unroll(K):
             z = bias[i] + weight[i * K] * tap[0]
@@ -451,11 +452,8 @@ def gradient_kernel(
                 of_score[i] += of_logit * total
                 level += of_logit * score[i]
             level = level * (1 / LOG2_E)  # score is log2(e) / K times the attention
-            tl.store(others + of_mean, level.to(others.dtype.element_ty), mask=real)
-        of_unit += down
-        of_slope += down
-        of_gate += down
-        of_mean += down_mean
+            below = of_mean + (line - start) * down_mean
+            tl.store(others + below, level.to(others.dtype.element_ty), mask=real)
         line += 1
     for i in unroll(K):
         if GATES == ATTENTION:
@@ -514,8 +512,6 @@ def products_kernel(
         near[j] = seen & real
     start = tl.program_id(2) * steps
     unit = _unit(image, column, start, rows, w, c, C, pitch, K, CHANNELS_LAST)
-    of_slope = slopes + unit
-    of_feature = others + unit
     next_unit = C if CHANNELS_LAST else pitch
     down = w * (K * C) if CHANNELS_LAST else w
     of_mean = _unit(image, column, start, rows, w, c, C, pitch, 1, CHANNELS_LAST)
@@ -542,9 +538,13 @@ def products_kernel(
                 at = offset + j * dilation_w * x_column
                 row = top + (KH - NEW + i) * dilation_h
                 coming[i * KW + j] = _load(x, at, near[j], row, H, x_row)
+        of_slope = slopes + (unit + (line - start) * down)
+        of_feature = others + (unit + (line - start) * down)
         level = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
         if GATES == ATTENTION:
-            level += tl.load(others + of_mean, mask=real, other=0.0).to(tl.float32)
+            level += tl.load(
+                others + (of_mean + (line - start) * down_mean), mask=real, other=0.0
+            ).to(tl.float32)
         for j in unroll(K):
             of_tap[j] = level
         for i in unroll(K):
@@ -560,9 +560,6 @@ def products_kernel(
         for j in unroll(K):
             to = of_slope + j * next_unit
             tl.store(to, of_tap[j].to(slopes.dtype.element_ty), mask=real)
-        of_slope += down
-        of_feature += down
-        of_mean += down_mean
         line += 1
     if GATES == BARE:
         for i in unroll(K):
