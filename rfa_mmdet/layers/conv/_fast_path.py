@@ -99,8 +99,8 @@ def window_features(
     """
     # A module of another class may have no weight.
     formula = type(conv) is nn.Conv2d and not use_operators(backend, operators, x, conv.weight)
-    if not (knows(norm, act) and all(known for _, known in convs)):
-        if not formula and backend not in ("auto", "reference"):
+    if not formula and not (knows(norm, act) and all(known for _, known in convs)):
+        if backend not in ("auto", "reference"):
             _check_modules(backend, norm, act)
             _check_convs(backend, convs)
         formula = True

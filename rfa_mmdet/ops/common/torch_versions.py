@@ -114,7 +114,7 @@ def products_as_convolutions(dtype: torch.dtype) -> AbstractContextManager[None]
 def _multiplies_in_tf32() -> bool:
     if _HAS_PRECISIONS:
         return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
-    return torch.backends.cuda.matmul.allow_tf32
+    return bool(torch.backends.cuda.matmul.allow_tf32)
 
 
 @contextmanager

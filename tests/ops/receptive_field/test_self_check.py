@@ -22,7 +22,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 @pytest.fixture(autouse=True)
-def nothing_known(monkeypatch):
+def nothing_known(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # whose lock nobody else holds
     monkeypatch.setattr(self_check, "PASSED", set())
     monkeypatch.setattr(self_check, "FAILED", {})
     backends._warn_once.cache_clear()
