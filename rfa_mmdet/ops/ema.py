@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rfa_mmdet.ops.common.convolution import conv_to_one, conv_to_one_gradients
+from rfa_mmdet.ops.common.convolution import (
+    conv_to_one,
+    conv_to_one_gradients,
+    pointwise,
+    pointwise_gradients,
+)
 from rfa_mmdet.ops.common.precision import at_least_float32, compute_dtype, no_autocast
 
 Layer = Callable[[Tensor], Tensor]
@@ -213,8 +218,7 @@ def _parts(
         convolves the map, (1, c, 3, 3); the distributions of the second branch's channels, (N, c),
         and of the first one's, (c,).
     """
-    kernel = weight1.flatten(1).expand(len(means), -1, -1)
-    gates = torch.sigmoid(torch.baddbmm(bias1.unsqueeze(1), kernel, means))
+    gates = torch.sigmoid(pointwise(means, weight1, bias1))
     p1 = torch.softmax(shift, dim=0)
     p2 = torch.softmax(torch.addmm(bias3, shares.flatten(1), _of_shares(weight3).T), dim=1)
     constant = (p2 @ shift + p1 @ bias3).view(-1, 1, 1)
@@ -249,8 +253,7 @@ def _parts_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of what :func:`_parts` takes, from those of its first four results."""
     of_gates = torch.ops.aten.sigmoid_backward(of_gates, gates)
-    of_means = torch.bmm(weight1.flatten(1).T.expand(len(means), -1, -1), of_gates)
-    of_weight1 = torch.bmm(of_gates, means.mT).sum(0)
+    of_means, of_weight1, of_bias1 = pointwise_gradients(of_gates, means, weight1)
     of_weights, of_constant, of_kernel = of_weights[:, 0], of_constant[:, 0], of_kernel.flatten()
     constants = of_constant.sum()
     of_p1 = weight3.flatten(1) @ of_kernel + constants * bias3
@@ -262,7 +265,7 @@ def _parts_backward(
         of_means,
         (of_scores @ _of_shares(weight3)).view_as(shares),
         of_weight1,
-        of_gates.sum((0, 2)),
+        of_bias1,
         of_weight3,
         of_scores.sum(0) + constants * p1,
         (of_weights * p2).sum(0),

@@ -7,12 +7,11 @@ stand for adaptive pooling; gates are float32 under mixed precision.
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rfa_mmdet.layers.arguments import check_feature_map, positive_int
-from rfa_mmdet.layers.untouched import are_plain, dtype_of
-from rfa_mmdet.ops.common.recompute import recomputes, weigh
-from rfa_mmdet.ops.coord_att import coordinate_gates
+from rfa_mmdet.layers.untouched import are_plain, dtype_of, is_plain_conv
+from rfa_mmdet.ops.common.recompute import recomputes
+from rfa_mmdet.ops.coord_att import coordinate_gates, weigh_by_coordinates
 
 MIN_HIDDEN = 8
 
@@ -97,36 +96,20 @@ class CoordAtt(nn.Module):
         check_feature_map("CoordAtt", x, self.in_channels)
         convs, bn = (self.conv1, self.conv_h, self.conv_w), self.bn1
         # SyncBatchNorm is called: to compute it once more would be to talk once more.
-        plain = are_plain(nn.Conv2d, *convs) and are_plain(nn.BatchNorm2d, bn)
-        if not (recomputes() and plain and are_plain(nn.Hardswish, self.act)):
+        plain = are_plain(nn.BatchNorm2d, bn) and all(
+            is_plain_conv(conv, (1, 1), bias=True) for conv in convs
+        )
+        # What torch has for a batch norm's gradient divides by the batch's size.
+        if not (recomputes() and plain and are_plain(nn.Hardswish, self.act) and len(x)):
             rows, columns = self._gates_of(x)
             return x * columns.to(x.dtype) * rows.to(x.dtype)
-        dtype = self.conv1.weight.dtype
-        means = x.mean(3, dtype=dtype), x.mean(2, dtype=dtype)
-        weights = [weight for conv in convs for weight in (conv.weight, conv.bias)]
+        weights = [
+            weight
+            for module in (self.conv1, bn, self.conv_h, self.conv_w)
+            for weight in (module.weight, module.bias)
+        ]
         held = () if bn.training or bn.running_mean is None else (bn.running_mean, bn.running_var)
-
-        def spread(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-            return columns.unsqueeze(2).to(x.dtype), rows.unsqueeze(3).to(x.dtype)
-
-        def first(*_: Tensor) -> tuple[Tensor, Tensor]:
-            return spread(*self.gates(*means))
-
-        def again(_: Tensor, scale: Tensor, shift: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-            rows, columns, weight, bias, weight_h, bias_h, weight_w, bias_w = given[:8]
-            mean, var = given[8:] or (None, None)  # None: of the batch, not counted again
-
-            def shared(z: Tensor) -> Tensor:
-                z = self.conv1._conv_forward(z, weight, bias)
-                return F.hardswish(F.batch_norm(z, mean, var, scale, shift, not held, 0.0, bn.eps))
-
-            seconds = (
-                lambda z: self.conv_h._conv_forward(z, weight_h, bias_h),
-                lambda z: self.conv_w._conv_forward(z, weight_w, bias_w),
-            )
-            return spread(*coordinate_gates(rows, columns, shared, *seconds, dtype))
-
-        return weigh(x, again, bn.weight, bn.bias, *means, *weights, *held, first=first)
+        return weigh_by_coordinates(x, bn, bn.eps, *weights, *held)
 
 
 class CoordinateGates(CoordAtt):

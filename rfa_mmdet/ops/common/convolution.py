@@ -39,6 +39,37 @@ def same_conv_gradients(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tens
     return of_x, of_weight
 
 
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve with a 1x1 kernel.
+
+    Args:
+        x (Tensor): (B, C, L).
+        weight (Tensor): (O, C, 1, 1).
+        bias (Tensor | None): (O,).
+
+    Returns:
+        Tensor: (B, O, L).
+
+    Example:
+        >>> pointwise(torch.rand(2, 4, 5), torch.rand(3, 4, 1, 1), torch.rand(3)).shape
+        torch.Size([2, 3, 5])
+    """
+    kernel = weight.flatten(1).expand(len(x), -1, -1)
+    return torch.bmm(kernel, x) if bias is None else torch.baddbmm(bias.unsqueeze(1), kernel, x)
+
+
+def pointwise_gradients(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of :func:`pointwise`, of x, weight and bias.
+
+    Example:
+        >>> x, weight = torch.rand(2, 4, 5), torch.rand(3, 4, 1, 1)
+        >>> [tuple(g.shape) for g in pointwise_gradients(torch.rand(2, 3, 5), x, weight)]
+        [(2, 4, 5), (3, 4, 1, 1), (3,)]
+    """
+    of_x = torch.bmm(weight.flatten(1).T.expand(len(x), -1, -1), grad_y)
+    return of_x, torch.bmm(grad_y, x.mT).sum(0).view_as(weight), grad_y.sum((0, 2))
+
+
 def conv_to_one(x: Tensor, weight: Tensor) -> Tensor:
     """Convolve to one channel with a 3x3 kernel, keeping the size.
 
