@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from rfa_mmdet.ops.common.convolution import pointwise, pointwise_gradients
-from rfa_mmdet.ops.common.precision import at_least_float32, compute_dtype, no_autocast
+from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
 
 
 def coordinate_gates(
@@ -89,16 +89,16 @@ class _WeighByCoordinates(torch.autograd.Function):
     def forward(
         ctx: Any, norm: Callable[[Tensor], Tensor], eps: float, x: Tensor, *given: Tensor | None
     ) -> Tensor:
-        weight, bias, _, _, *others = given
+        weight, bias, _, _, weight_h, bias_h, weight_w, bias_w, *_ = given
         assert weight is not None
-        dtype, (height, width) = compute_dtype(x.dtype), x.shape[2:]
-        sums = x.sum(3, dtype=dtype) / width, x.sum(2, dtype=dtype) / height
-        means = torch.cat(sums, dim=2).to(weight.dtype)  # (B, C, H + W)
+        assert weight_h is not None
+        assert weight_w is not None
+        means = torch.cat([x.mean(dim, dtype=weight.dtype) for dim in (3, 2)], dim=2)
         ctx.save_for_backward(x, means, *given)
         ctx.eps = eps
         with no_autocast(x):
             hidden = F.hardswish(norm(pointwise(means, weight, bias).unsqueeze(3)).squeeze(3))
-            rows, columns = _gates(hidden, height, *others[:4])
+            rows, columns = _gates(hidden, x.shape[2], weight_h, bias_h, weight_w, bias_w)
         return (x * columns.unsqueeze(2).to(x.dtype)).mul_(rows.unsqueeze(3).to(x.dtype))
 
     @staticmethod

@@ -42,18 +42,20 @@ def test_output_and_every_gradient_are_the_formula(case, act):
 
 
 @settings(max_examples=30)
-@given(cases(), acts)
-def test_bfloat16(case, act):
+@given(cases(), acts, st.booleans())
+def test_bfloat16(case, act, library):
     # Three bits of an input may be all there is of a variance.
-    compare(dataclasses.replace(case, act=act, training=False), (torch.bfloat16,))
+    with torch.backends.mkldnn.flags(enabled=library):  # oneDNN, where it can multiply bfloat16
+        compare(dataclasses.replace(case, act=act, training=False), (torch.bfloat16,))
 
 
+@pytest.mark.parametrize("library", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_bfloat16_in_training(training):
-    compare(
-        Case(batch=2, channels=16, out_channels=24, size=(12, 19), training=training),
-        (torch.bfloat16,),
-    )
+@pytest.mark.parametrize("channels", [16, 75])  # at once, and in blocks
+def test_bfloat16_in_training(channels, training, library):
+    case = Case(batch=2, channels=channels, out_channels=24, size=(15, 41), training=training)
+    with torch.backends.mkldnn.flags(enabled=library):
+        compare(case, (torch.bfloat16,))
 
 
 @pytest.mark.parametrize("case", formulas.ODD_SIZES, ids=str)
@@ -149,10 +151,11 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_every_run_gives_the_same_bits(threads):
+def test_every_run_gives_the_same_bits(threads, dtype):
     case = Case(batch=2, channels=24, out_channels=20, size=(33, 37))
-    layer, x = build(case, backend="cpu"), case.input()
+    layer, x = build(case, backend="cpu").to(dtype), case.input().to(dtype)
     before = torch.get_num_threads()
     try:
         alone = run(copy.deepcopy(layer), x)

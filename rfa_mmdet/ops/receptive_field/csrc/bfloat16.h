@@ -1,5 +1,5 @@
 // Matrix products of bfloat16 by the processor's instructions for them, through the library that
-// PyTorch brings: oneDNN's brgemm, which torch has from 2.6 on.
+// PyTorch brings: oneDNN's brgemm. Torch 2.1 has none; those that do say so by a macro.
 //
 // It takes A by rows and B by pairs of rows, [depth / 2][column], and sums up in float32. All rows
 // start on a cache line, and A and B are padded with zeros to a depth of whole lines: elsewhere the
