@@ -3,13 +3,14 @@
 Triton compiles them on the user's machine, for a GPU and by a version that nobody may have tried.
 """
 
+import inspect
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from rfa_mmdet.ops.common.precision import compute_dtype, no_autocast
 from rfa_mmdet.ops.common.tolerances import TOLERANCES
 from rfa_mmdet.ops.common.torch_versions import convolves_in_tf32
 from rfa_mmdet.ops.common.windows import Window, convolve_windows
+from rfa_mmdet.ops.receptive_field import plain, statistics
 from rfa_mmdet.ops.receptive_field.functional import WindowFeatures, fold_batch_norm
 from rfa_mmdet.ops.receptive_field.reference import receptive_field_attention, receptive_field_mean
 
@@ -98,6 +100,32 @@ def _failure(case: Case) -> Exception | None:
         traceback.clear_frames(error.__traceback__)  # which hold tensors
         return error
     return None
+
+
+def or_plain(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Leave to plain torch what :data:`FAILED`.
+
+    Args:
+        kernel (Callable): Named after an operator, with its arguments.
+
+    Returns:
+        Callable: To be registered in its place.
+    """
+    names = [*inspect.signature(kernel).parameters]
+    of_map = "x" in names  # else of statistics, which are of float32 for any map
+    place = names.index("x" if of_map else "mean")
+    instead = getattr(plain if of_map else statistics, kernel.__name__)
+
+    @wraps(kernel)
+    def run(*args: Any) -> Any:
+        x = args[place]
+        if of_map:
+            failed = (x.device, x.dtype) in FAILED
+        else:
+            failed = any(device == x.device for device, _ in FAILED)
+        return (instead if failed else kernel)(*args)
+
+    return run
 
 
 def triton_cache() -> Path:

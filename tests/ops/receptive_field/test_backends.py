@@ -135,8 +135,9 @@ def on_a_gpu(monkeypatch):
     """As far as what torch says of one."""
     backends._missing.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    name = "rfa_mmdet.ops.receptive_field.triton.launch"
-    monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in ("kernels", "launch", "chunks", "operators"):
+        name = f"rfa_mmdet.ops.receptive_field.triton.{name}"
+        monkeypatch.delitem(sys.modules, name, raising=False)
     yield monkeypatch
     backends._missing.cache_clear()
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from rfa_mmdet.ops.common.windows import Window
-from rfa_mmdet.ops.receptive_field.self_check import FAILED
 from rfa_mmdet.ops.receptive_field.triton.launch import Chunk, Maps
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -22,7 +21,6 @@ def takes(x: Tensor, weight: Tensor | None, window: Window, groups: int = 1) -> 
     outputs = 1 if weight is None else weight.shape[0]
     return (
         x.dtype in DTYPES
-        and (x.device, x.dtype) not in FAILED
         and window.positions <= POSITIONS
         and groups == 1
         and 0 < x.numel() < OFFSETS

@@ -28,9 +28,9 @@ from rfa_mmdet.ops.receptive_field.triton.unroll import unroll as unroll
 
 @triton.jit
 def _columns(images, C, w, stride_w, pad_w, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Image, column of the output and first column of the window, (1, BLOCK_Q); channel (BLOCK_C, 1).
+    """Image, column of the output, first column of the window (1, BLOCK_Q); channel (BLOCK_C, 1).
 
-    And which elements of a tile, (BLOCK_C, BLOCK_Q), are real. Where its lanes could go along either
+    And which elements of a tile, (BLOCK_C, BLOCK_Q), are real. Where lanes could go along either
     axis, all versions of Triton let them go along the first one.
     """
     q = (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q))[None, :]
@@ -67,11 +67,7 @@ def _gate(gate, offset, mask):
 def _unit(image, column, row, rows, w, c, C, pitch, N, CHANNELS_LAST: tl.constexpr):
     """Offset of the first of N units of each element: (positions, N, C) or (C, N, pitch)."""
     position = (image * rows + row) * w + column
-    if CHANNELS_LAST:
-        offset = (position * (N * C)) + c
-    else:
-        offset = position + (c * N * pitch)
-    return offset
+    return position * (N * C) + c if CHANNELS_LAST else position + c * N * pitch
 
 
 def moments_kernel(

@@ -14,7 +14,7 @@ from rfa_mmdet.ops.common.torch_versions import products_as_convolutions
 from rfa_mmdet.ops.common.windows import Pair, Window
 from rfa_mmdet.ops.receptive_field import plain, statistics
 from rfa_mmdet.ops.receptive_field.schema import NAMESPACE
-from rfa_mmdet.ops.receptive_field.self_check import FAILED
+from rfa_mmdet.ops.receptive_field.self_check import or_plain
 from rfa_mmdet.ops.receptive_field.triton import launch
 from rfa_mmdet.ops.receptive_field.triton.chunks import (
     POSITIONS,
@@ -57,9 +57,7 @@ def window_moments_backward(x: Tensor, slope: Tensor, constant: Tensor, *window:
 
 
 def _takes_moments(mean: Tensor) -> bool:
-    failed = any(device == mean.device for device, _ in FAILED)
-    small = mean.numel() > 0 and mean.shape[1] <= POSITIONS
-    return mean.dtype == torch.float32 and small and not failed
+    return mean.dtype == torch.float32 and mean.numel() > 0 and mean.shape[1] <= POSITIONS
 
 
 def fold_moments(
@@ -72,14 +70,20 @@ def fold_moments(
 
 
 def fold_moments_backward(
-    of_feature: Tensor, of_shift: Tensor, feature: Tensor, weight: Tensor | None, *others: Any
+    of_feature: Tensor,
+    of_shift: Tensor,
+    feature: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    *others: Any,
 ) -> tuple[Tensor, ...]:
     """See statistics.py."""
-    mean = others[0]
     if not _takes_moments(mean):
-        return statistics.fold_moments_backward(of_feature, of_shift, feature, weight, *others)
+        return statistics.fold_moments_backward(
+            of_feature, of_shift, feature, weight, mean, *others
+        )
     given = of_feature.contiguous(), of_shift.contiguous(), feature.contiguous()
-    return launch.fold_moments_backward(*given, weight, *others)
+    return launch.fold_moments_backward(*given, weight, mean, *others)
 
 
 def rfa_conv(
@@ -443,4 +447,4 @@ def register(key: str) -> None:
         key (str): 'CUDA'; 'CPU' where Triton's interpreter is to take the place of the C++ kernels.
     """
     for function in KERNELS:
-        _LIBRARY.impl(function.__name__, function, key)
+        _LIBRARY.impl(function.__name__, or_plain(function), key)
