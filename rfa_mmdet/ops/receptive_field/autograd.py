@@ -214,9 +214,9 @@ def _fold(
     group: Any = None,
 ) -> tuple[Folded, tuple[Tensor, ...], int | Tensor]:
     """Return the results of ``fold_batch_norm``, the statistics behind them and their count."""
-    total: int | Tensor = window.count(x)
     with no_autocast(x):
         first, second = _ops.window_moments(x, *window)
+        total: int | Tensor = window.count(x)
         if group is None:
             found = _ops.fold_moments(first, second, feature, weight, bias, eps, total)
         else:

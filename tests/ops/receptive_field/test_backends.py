@@ -135,9 +135,10 @@ def on_a_gpu(monkeypatch):
     """As far as what torch says of one."""
     backends._missing.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name in ("kernels", "launch", "chunks", "operators"):
-        name = f"rfa_mmdet.ops.receptive_field.triton.{name}"
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    ours = "rfa_mmdet.ops.receptive_field.triton"
+    for name in [*sys.modules]:
+        if name.startswith(ours):
+            monkeypatch.delitem(sys.modules, name)
     yield monkeypatch
     backends._missing.cache_clear()
 
