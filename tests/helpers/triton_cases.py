@@ -1,14 +1,44 @@
-"""Cases of the Triton kernels: inputs, and their formula in float64."""
+"""Cases of the Triton kernels: inputs, their formula in float64, and where they run."""
 
 import os
+import re
+import subprocess
+import sys
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None
+
+runs = pytest.mark.skipif(
+    DEVICE is None, reason="no CUDA device; test_in_the_interpreter runs this without one"
+)
+# Of the table's tolerances: the interpreter's float32 products are no TF32 ones; half precision
+# rounds the units and their gradients, besides what the table has, so twice as much.
+SHARE = {
+    torch.float32: 0.2 if INTERPRETED else 1,
+    torch.float16: 2,
+    torch.bfloat16: 2,
+}
+
+
+def in_the_interpreter(file: str, selection: str, least: int) -> None:
+    """Run at least so many tests in Triton's interpreter.
+
+    In a process of its own: Triton looks for TRITON_INTERPRET when it is imported, and torch may
+    import it early.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, file], env=environment, capture_output=True, text=True, timeout=3000
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= least, done.stdout
 
 
 @dataclass(frozen=True)

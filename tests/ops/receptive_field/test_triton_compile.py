@@ -166,7 +166,6 @@ in_both_layouts = pytest.mark.parametrize(
 
 # What is wrong with channels_last there, today.
 KNOWN = {
-    "2.1": "values go from lane to lane through shared memory in the loops",
     "3.8": "registers of the products are spilled for sm_90",
 }
 known = KNOWN.get(".".join(triton.__version__.split(".")[:2]))

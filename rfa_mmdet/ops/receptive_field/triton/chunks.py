@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rfa_mmdet.ops.common.torch_versions import cache_bytes
 from rfa_mmdet.ops.common.windows import Window
 from rfa_mmdet.ops.receptive_field.triton.launch import Chunk, Maps
 
@@ -44,8 +45,7 @@ def chunk_bytes(x: Tensor, share: int) -> int:
     """Return how many bytes of features to make at a time: a share of the second-level cache."""
     if not x.is_cuda:
         return LEAST_BYTES
-    cache: int = getattr(torch.cuda.get_device_properties(x.device), "L2_cache_size", 0)
-    return max(cache // share, LEAST_BYTES)
+    return max(cache_bytes(x.device) // share, LEAST_BYTES)
 
 
 def chunks(maps: Maps, limit: int) -> Iterator[Chunk]:
