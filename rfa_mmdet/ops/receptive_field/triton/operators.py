@@ -39,18 +39,22 @@ from rfa_mmdet.ops.receptive_field.triton.launch import (
 FORWARD, BACKWARD, GATED = 2, 4, 6
 
 
+def _window(pairs: Sequence[Pair]) -> Window:
+    return Window(*((a, b) for a, b in pairs))  # which the dispatcher hands on as lists
+
+
 def window_moments(x: Tensor, *window: Pair) -> tuple[Tensor, Tensor]:
     """See schema.py."""
-    if not takes(x, None, Window(*window)):
+    if not takes(x, None, _window(window)):
         return plain.window_moments(x, *window)
-    return launch.moments(maps_of(x, Window(*window)))
+    return launch.moments(maps_of(x, _window(window)))
 
 
 def window_moments_backward(x: Tensor, slope: Tensor, constant: Tensor, *window: Pair) -> Tensor:
     """See schema.py."""
-    if not takes(x, None, Window(*window)):
+    if not takes(x, None, _window(window)):
         return plain.window_moments_backward(x, slope, constant, *window)
-    maps = maps_of(x, Window(*window))
+    maps = maps_of(x, _window(window))
     grad_x = torch.empty_like(maps.x)
     launch.moments_gradient(maps, table_of(maps, constant, slope), None, grad_x)
     return grad_x
@@ -98,9 +102,9 @@ def rfa_conv(
 ) -> Tensor:
     """See schema.py."""
     *window, groups = window_and_groups
-    if not takes(x, weight, Window(*window), groups):
+    if not takes(x, weight, _window(window), groups):
         return plain.rfa_conv(x, attention, feature, shift, relu, weight, bias, *window_and_groups)
-    maps = maps_of(x, Window(*window))
+    maps = maps_of(x, _window(window))
     table = table_of(maps, attention, shift, feature)
     return _convolve(maps, table, Gates(ATTENTION), relu, weight, bias)
 
@@ -118,11 +122,11 @@ def gated_conv(
 ) -> Tensor:
     """See schema.py."""
     *window, groups = window_and_groups
-    if not takes(x, weight, Window(*window), groups):
+    if not takes(x, weight, _window(window), groups):
         return plain.gated_conv(
             x, feature, shift, relu, first, second, weight, bias, *window_and_groups
         )
-    maps = maps_of(x, Window(*window))
+    maps = maps_of(x, _window(window))
     gates = _gates(first, second)
     return _convolve(maps, _bare_table(maps, feature, shift), gates, relu, weight, bias)
 
@@ -252,11 +256,11 @@ def rfa_conv_backward(
 ) -> tuple[Tensor, ...]:
     """See schema.py."""
     *window, groups = window_and_groups
-    if not takes(x, weight, Window(*window), groups):
+    if not takes(x, weight, _window(window), groups):
         return plain.rfa_conv_backward(
             grad_y, x, attention, feature, shift, relu, weight, needs, *window_and_groups
         )
-    maps = maps_of(x, Window(*window))
+    maps = maps_of(x, _window(window))
     table = table_of(maps, attention, shift, feature)
     run = _Backward(maps, table, relu, weight, needs[:2])
     with products_as_convolutions(x.dtype):
@@ -278,11 +282,11 @@ def gated_conv_backward(
 ) -> tuple[Tensor, ...]:
     """See schema.py."""
     *window, groups = window_and_groups
-    if not takes(x, weight, Window(*window), groups):
+    if not takes(x, weight, _window(window), groups):
         return plain.gated_conv_backward(
             grad_y, x, feature, shift, relu, first, second, weight, needs, *window_and_groups
         )
-    maps = maps_of(x, Window(*window))
+    maps = maps_of(x, _window(window))
     run = _Backward(maps, _bare_table(maps, feature, shift), relu, weight, needs[:2])
     totals = [torch.zeros_like(t, dtype=torch.float32) for t in (first, second)]
 
@@ -314,9 +318,9 @@ def pool_channels(
     x: Tensor, feature: Tensor, shift: Tensor, relu: bool, indexed: bool, *window: Pair
 ) -> tuple[Tensor, Tensor]:
     """See schema.py."""
-    if not takes(x, None, Window(*window)):
+    if not takes(x, None, _window(window)):
         return plain.pool_channels(x, feature, shift, relu, indexed, *window)
-    maps = maps_of(x, Window(*window))
+    maps = maps_of(x, _window(window))
     places = (maps.window.positions, *maps.size)
     pooled = x.new_empty((x.shape[0], 2, *places), dtype=torch.float32)
     largest = x.new_empty((x.shape[0], *places) if indexed else (0,), dtype=torch.float32)
@@ -334,9 +338,9 @@ def pool_coordinates(
     x: Tensor, feature: Tensor, shift: Tensor, relu: bool, *window: Pair
 ) -> tuple[Tensor, Tensor]:
     """See schema.py."""
-    if not takes(x, None, Window(*window)):
+    if not takes(x, None, _window(window)):
         return plain.pool_coordinates(x, feature, shift, relu, *window)
-    maps = maps_of(x, Window(*window))
+    maps = maps_of(x, _window(window))
     (high, wide), (height, width) = maps.window.kernel_size, maps.size
     of_rows = x.new_empty((*x.shape[:2], high, height), dtype=torch.float32)
     of_columns = x.new_zeros((*x.shape[:2], wide, width), dtype=torch.float32)
@@ -371,7 +375,7 @@ def pool_channels_backward(
     *window: Pair,
 ) -> tuple[Tensor, ...]:
     """See schema.py."""
-    if not takes(x, None, Window(*window)):
+    if not takes(x, None, _window(window)):
         return plain.pool_channels_backward(grad, x, feature, shift, relu, largest, needs, *window)
 
     def write(slopes: Tensor, images: slice, rows: slice) -> None:
@@ -381,7 +385,7 @@ def pool_channels_backward(
         index = largest[images, :, rows].long().unsqueeze(1)
         slopes.scatter_add_(1, index, of_largest)
 
-    return _of_bare(x, feature, shift, relu, needs, Window(*window), write)
+    return _of_bare(x, feature, shift, relu, needs, _window(window), write)
 
 
 def pool_coordinates_backward(
@@ -395,18 +399,18 @@ def pool_coordinates_backward(
     *window: Pair,
 ) -> tuple[Tensor, ...]:
     """See schema.py."""
-    if not takes(x, None, Window(*window)):
+    if not takes(x, None, _window(window)):
         return plain.pool_coordinates_backward(
             grad_rows, grad_columns, x, feature, shift, relu, needs, *window
         )
-    (high, wide), (height, width) = window[0], Window(*window).output_size(x.shape[2:])
+    (high, wide), (height, width) = window[0], _window(window).output_size(x.shape[2:])
     of_rows, of_columns = grad_rows / (wide * width), grad_columns / (high * height)
 
     def write(slopes: Tensor, images: slice, rows: slice) -> None:
         first = of_rows[images, ..., rows][:, :, :, None, :, None]
         slopes.copy_(first + of_columns[images][:, :, None, :, None, :])
 
-    return _of_bare(x, feature, shift, relu, needs, Window(*window), write)
+    return _of_bare(x, feature, shift, relu, needs, _window(window), write)
 
 
 def _of_bare(
