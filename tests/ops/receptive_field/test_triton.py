@@ -86,7 +86,8 @@ def compare_forward(case: Case) -> None:
         case.groups,
     )
     assert y.dtype == case.dtype
-    if case.channels_last and case.channels > 1:
+    kernels = case.groups == 1 and case.kernel[0] * case.kernel[1] <= 9
+    if case.channels_last and case.channels > 1 and (kernels or DEVICE == "cuda"):
         assert y.is_contiguous(memory_format=torch.channels_last)
     else:
         assert y.is_contiguous()
