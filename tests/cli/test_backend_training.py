@@ -1,13 +1,11 @@
 """Training with the kernels of a convolution gives the loss curve of its formula."""
 
 import json
-import shutil
 import sys
 
 import pytest
 
 from rfa_mmdet.ops.receptive_field.backends import missing
-from tests.helpers.paths import ROOT
 
 # How often the first step of a training calls each of this package's operators.
 COUNT = """
@@ -35,7 +33,7 @@ CONFIG = """
 _base_ = "{tiny}"
 custom_imports = dict(imports=["rfa_mmdet", "count_operators"])
 custom_hooks = [dict(type="CountOperatorsHook")]
-model = dict(backbone=dict(rfa=dict(type="{conv}")))
+model = dict(backbone=dict(rfa=dict(type="{conv}", backend="{backend}")))
 train_cfg = dict(val_interval=9)
 # Adam would make as much of a gradient that is only rounding as of any other.
 optim_wrapper = dict(
@@ -55,16 +53,13 @@ LAYERS, ITERATIONS = 6, 9  # of tiny_config
 )
 def test_kernels_and_formula_give_one_loss_curve(run_tool, tiny_config, tmp_path, conv):
     (tmp_path / "count_operators.py").write_text(COUNT)
-    config = tmp_path / "counted.py"
-    config.write_text(CONFIG.format(tiny=tiny_config, conv=conv))
-    # The same package without its libraries: the formula runs.
-    built = shutil.ignore_patterns("*.so", "*.stamp", "__pycache__")
-    shutil.copytree(ROOT / "rfa_mmdet", tmp_path / "formula" / "rfa_mmdet", ignore=built)
 
-    def train(work_dir, *path):
+    def train(backend):
+        config, work_dir = tmp_path / f"{backend}.py", tmp_path / backend
+        config.write_text(CONFIG.format(tiny=tiny_config, conv=conv, backend=backend))
         done = run_tool(
             *(sys.executable, "tools/train.py", config, "--work-dir", work_dir),
-            PYTHONPATH=":".join(map(str, (*path, tmp_path))),
+            PYTHONPATH=str(tmp_path),
         )
         assert done.returncode == 0
         (scalars,) = work_dir.glob("*/vis_data/scalars.json")
@@ -72,11 +67,11 @@ def test_kernels_and_formula_give_one_loss_curve(run_tool, tiny_config, tmp_path
         losses = [line["loss"] for line in lines if "loss" in line]
         return losses, json.loads((work_dir / "calls.json").read_text())
 
-    kernels, calls = train(tmp_path / "with_kernels")
+    kernels, calls = train("auto")
     backward = sum(count for name, count in calls.items() if "backward" in name)
     assert backward >= LAYERS
     assert sum(calls.values()) - backward >= LAYERS
-    formula, calls = train(tmp_path / "with_formula", tmp_path / "formula")
+    formula, calls = train("reference")
     assert calls == {}
     assert len(kernels) == len(set(kernels)) == ITERATIONS  # it learns
     # Rounding alone.

@@ -6,9 +6,9 @@ What differs from the published code: every argument of Conv2d works; the window
 side by side, as the means of the rows and columns of that layout are means over windows (the same
 numbers).
 
-On a CPU, in float32 and bfloat16, with batch norm or none and ReLU or none, C++ kernels compute the
-same without storing the features (``_fast_path.py``). Traces, exports and touched modules, which
-must be called (``untouched.py``), always take the formula.
+With batch norm or none and ReLU or none, kernels compute the same without storing all features
+(``_fast_path.py``), in C++ on a CPU and by Triton on CUDA. Traces, exports and touched modules,
+which must be called (``untouched.py``), always take the formula.
 """
 
 from typing import Any

@@ -8,9 +8,9 @@ numbers). As there, the channel weights come from the input, through a hidden wi
 published argument is named ``ratio``), and the spatial ones from the features before they are
 weighed.
 
-On a CPU, in float32 and bfloat16, with batch norm or none and ReLU or none, C++ kernels compute the
-same without storing the features (``_fast_path.py``). Traces, exports and touched modules, which
-must be called (``untouched.py``), always take the formula.
+With batch norm or none and ReLU or none, kernels compute the same without storing all features
+(``_fast_path.py``), in C++ on a CPU and by Triton on CUDA. Traces, exports and touched modules,
+which must be called (``untouched.py``), always take the formula.
 Of equal maxima over the channels, the kernels give the gradient to the first, the formula to all.
 """
 
