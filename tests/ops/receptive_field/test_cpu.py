@@ -117,7 +117,8 @@ def test_moments(dtype, window, offset):
     first, second = torch.ops.rfa_mmdet.window_moments(x, *window)
     mean, covariance = window_statistics(x, *window)
     tolerance = TOLERANCES[dtype].statistics
-    assert relative_error(first, mean) < tolerance
+    # Means of values that nearly cancel out: an error is a share of the values.
+    assert relative_error(first, mean, float(x.double().abs().mean())) < tolerance
     assert relative_error(second, covariance) < tolerance
 
 
