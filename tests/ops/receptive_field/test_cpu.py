@@ -122,6 +122,29 @@ def test_moments(dtype, window, offset):
     assert relative_error(second, covariance) < tolerance
 
 
+def test_gradients_of_an_empty_batch_are_zero():
+    """Which a rank may have: and memory that nothing is written to is NaN here."""
+    x, kernels, shift = torch.empty(0, 4, 6, 5), torch.rand(36, 1, 3, 3), torch.rand(36)
+    weight, grad_y = torch.rand(6, 4, 3, 3), torch.empty(0, 6, 6, 5)
+    window = (3, 3), (1, 1), (1, 1), (1, 1)
+    gates = torch.empty(0, 4), torch.empty(0, 9, 6, 5)
+    needs = (True,) * 4
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = [
+            *torch.ops.rfa_mmdet.rfa_conv_backward(
+                grad_y, x, shift.view(36, 1, 1, 1), kernels, shift, True, weight, needs, *window, 1
+            ),
+            *torch.ops.rfa_mmdet.gated_conv_backward(
+                grad_y, x, kernels, shift, True, *gates, weight, needs, *window, 1
+            ),
+        ]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert {tuple(t.shape) for t in found} >= {weight.shape, kernels.shape, shift.shape}
+    assert all((t == 0).all() for t in found)
+
+
 def test_statistics_far_from_zero_are_those_of_torch():
     # A mean of 1e3 deviations: squares lose all of the deviation in float32.
     x = torch.randn(4, 6, 23, 29) + 1e3

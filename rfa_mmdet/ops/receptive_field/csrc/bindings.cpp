@@ -237,7 +237,11 @@ struct Results {
     }
     const int64_t outputs = g.O / g.groups, rows = g.C / g.groups * g.K(), side = 16;
     const int64_t strips = (outputs + side - 1) / side;
-    Tensor result = at::empty({g.O, g.C / g.groups, g.kh, g.kw}, x_like.options());
+    const std::array<int64_t, 4> shape{g.O, g.C / g.groups, g.kh, g.kw};
+    if (!x_like.numel()) { // of which nothing is computed
+      return at::zeros(shape, x_like.options());
+    }
+    Tensor result = at::empty(shape, x_like.options());
     dispatch(x_like, [&](auto e) {
       using E = decltype(e);
       const auto* from = weight.const_data_ptr<Compute<E>>();
