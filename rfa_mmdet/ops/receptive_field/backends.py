@@ -1,6 +1,6 @@
 """Which kernels of the operators are there, and whether a layer should call the operators.
 
-PyTorch's dispatcher picks the kernel by the device, and plain torch, slice by slice, where there is
+PyTorch's dispatcher picks the kernel by the device, and plain torch, block by block, where there is
 none. What is left to decide is whether to call the operator at all, or the formula.
 """
 

@@ -154,7 +154,7 @@ def one_process_at_a_time(folder: Path) -> Iterator[None]:
     """Wait for other processes that are in here, since Triton would compile the same in each.
 
     The lock is the system's, and goes with the process that holds it. Whoever has waited for
-    :data:`PATIENCE`, or has no such locks, goes on without it: that costs time alone.
+    :data:`PATIENCE`, or has no such locks, continues without it, which only costs time.
 
     Args:
         folder (Path): Shared by them.

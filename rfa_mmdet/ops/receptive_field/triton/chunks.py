@@ -19,13 +19,14 @@ LEAST_BYTES = 2**23  # of a chunk's features, on a GPU with little cache
 def takes(x: Tensor, weight: Tensor | None, window: Window, groups: int = 1) -> bool:
     """Whether there are kernels for a map (B, C, H, W)."""
     height, width = window.output_size(x.shape[2:])
-    outputs = 1 if weight is None else weight.shape[0]
+    # Of an output's map, or of a gate's.
+    maps = max(window.positions, 0 if weight is None else weight.shape[0])
     return (
         x.dtype in DTYPES
         and window.positions <= POSITIONS
         and groups == 1
         and 0 < x.numel() < OFFSETS
-        and 0 < x.shape[0] * height * width * max(outputs, 1) < OFFSETS
+        and 0 < x.shape[0] * height * width * maps < OFFSETS
         and x.shape[1] <= BLOCKS
         and all(0 <= n <= 2**20 for pair in window for n in pair)
         # A row of the output is the smallest chunk.

@@ -624,7 +624,6 @@ def fold_kernel(
 def moments_gradient_kernel(
     x,  # (B, C, H, W)
     table,  # (C, K * (K + 1)) or, in channels_last, its transpose: constant, slope
-    given,  # to which it is added, where ADD
     grad_x,  # out
     images,
     C,
@@ -640,7 +639,6 @@ def moments_gradient_kernel(
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    ADD: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -688,8 +686,6 @@ def moments_gradient_kernel(
                 found = _load(x, at, near[j], down, H, x_row)
                 value[(HIGH - NEW + i) * WIDE + j] = found.to(tl.float32)
         total = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
-        if ADD:
-            total += tl.load(given + (offset + row * x_row), mask=real, other=0.0).to(tl.float32)
         for i in unroll(KH):
             below = row + pad_h - i * dilation_h
             there = (below >= 0) & (below < h * STRIDE_H) & (below % STRIDE_H == 0)

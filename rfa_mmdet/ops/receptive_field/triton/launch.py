@@ -76,11 +76,11 @@ NUMBERS = dict(
     LOG2_E=1.4426950408889634,
 )
 CONSTANTS = (
-    *("CHANNELS_LAST", "GATES", "RELU", "ADD", "AFFINE", "SHIFTED", "STRIDE_H", "STRIDE_W"),
+    *("CHANNELS_LAST", "GATES", "RELU", "AFFINE", "SHIFTED", "STRIDE_H", "STRIDE_W"),
     *("BLOCK_Q", "BLOCK_C", "BLOCK_P"),
 )
 POINTERS = (
-    *("x", "table", "units", "slopes", "others", "first", "second", "taps", "given", "grad_x"),
+    *("x", "table", "units", "slopes", "others", "first", "second", "taps", "grad_x"),
     *("sums", "shifts", "mean", "covariance", "attention", "shift", "feature", "weight", "bias"),
     *("folded", "response_mean", "variance", "inverse", "of_folded", "of_shift", "of_feature"),
     *("of_weight", "slope", "constant"),
@@ -332,7 +332,7 @@ def fold(maps: Maps, taps: Tensor, grad_x: Tensor, c: Chunk) -> None:
     tile = maps.tile(columns)
     grid, steps = maps.grid(tile, columns, last - first, 8)
     launch(
-        kernel("fold_kernel", maps.window.kernel_size, maps.new),
+        kernel("fold_kernel", maps.window.kernel_size, 1),
         grid,
         maps.x,
         (
@@ -347,7 +347,7 @@ def _within(row: int, high: int) -> int:
     return min(max(row, 0), high)
 
 
-def moments_gradient(maps: Maps, table: Tensor, given: Tensor | None, grad_x: Tensor) -> None:
+def moments_gradient(maps: Maps, table: Tensor, grad_x: Tensor) -> None:
     """Launch the kernel of the gradient through the moments."""
     images, _, high, wide = maps.x.shape
     columns = images * wide
@@ -360,14 +360,13 @@ def moments_gradient(maps: Maps, table: Tensor, given: Tensor | None, grad_x: Te
         grid,
         maps.x,
         (
-            *(maps.x, table, maps.x if given is None else given, grad_x, *maps.x.shape[:1]),
-            *(*maps.x.shape[1:], *maps.size, *window.padding, *window.dilation, steps),
+            *(maps.x, table, grad_x, *maps.x.shape, *maps.size),
+            *(*window.padding, *window.dilation, steps),
         ),
         dict(
             STRIDE_H=window.stride[0],
             STRIDE_W=window.stride[1],
             CHANNELS_LAST=maps.channels_last,
-            ADD=given is not None,
             num_stages=1,
             **tile,
         ),

@@ -56,7 +56,7 @@ def window_moments_backward(x: Tensor, slope: Tensor, constant: Tensor, *window:
         return plain.window_moments_backward(x, slope, constant, *window)
     maps = maps_of(x, _window(window))
     grad_x = torch.empty_like(maps.x)
-    launch.moments_gradient(maps, table_of(maps, constant, slope), None, grad_x)
+    launch.moments_gradient(maps, table_of(maps, constant, slope), grad_x)
     return grad_x
 
 
