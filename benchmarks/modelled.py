@@ -195,7 +195,7 @@ def layer(size: InputSize, dtype: torch.dtype, layout: str, training: bool) -> l
     outside = [t.detach() for t in (*inputs, shift)]
     with on_an_h100(), Recorder(outside) as recorder:
         if training:
-            feature, shift, *_ = fold_batch_norm(x, feature, *norm, 1e-5, window)
+            x, feature, shift, *_ = fold_batch_norm(x, feature, *norm, 1e-5, window)
         y = WindowFeatures(x, feature, shift, True, window).attend(attention, weight, None, 1)
         recorder.outside.add(y.untyped_storage()._cdata)
         if training:

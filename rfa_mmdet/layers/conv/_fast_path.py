@@ -125,7 +125,7 @@ def window_features(
         shift = kernels.new_zeros(len(kernels))
     elif of_batch:
         scale, offset = (None if t is None else t.to(dtype) for t in (norm.weight, norm.bias))
-        kernels, shift, mean, var = fold_batch_norm(
+        x, kernels, shift, mean, var = fold_batch_norm(
             x, kernels, scale, offset, norm.eps, window, group
         )
         update_running(norm, mean, var)

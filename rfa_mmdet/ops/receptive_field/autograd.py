@@ -243,7 +243,7 @@ class FoldBatchNorm(Function):
         padding: Pair,
         dilation: Pair,
         group: Any = None,
-    ) -> Folded:
+    ) -> tuple[Tensor, ...]:
         """Fold; see README.md. ``group``: the process group to take the statistics over."""
         window = Window(kernel_size, stride, padding, dilation)
         with torch._C._AutoDispatchBelowAutograd():
@@ -251,14 +251,18 @@ class FoldBatchNorm(Function):
         again = group is None and KEEP_FROM * sum(t.numel() for t in kept) > x.numel()
         ctx.save_for_backward(x, feature, weight, *((None,) * 4 if again else kept))
         ctx.again, ctx.window, ctx.eps, ctx.group, ctx.total = again, window, eps, group, total
-        ctx.mark_non_differentiable(*folded[2:])
-        return folded
+        ctx.mark_non_differentiable(*folded[2:], *(() if ctx.needs_input_grad[0] else (x,)))
+        ctx.set_materialize_grads(False)
+        return x, *folded
 
     @staticmethod
     def backward(
-        ctx: Any, of_folded: Tensor, of_shift: Tensor, *_: Tensor
+        ctx: Any, of_x: Tensor | None, of_folded: Tensor | None, of_shift: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, feature, weight and bias."""
+        """Return the gradients of x, feature, weight and bias.
+
+        What is made of the features gives the gradient of x to this function, which adds its own.
+        """
         _refuse_second_derivative()
         x, feature, weight, first, second, mean, inverse = ctx.saved_tensors
         need_x, need_feature, need_weight, need_bias = ctx.needs_input_grad[:4]
@@ -266,7 +270,8 @@ class FoldBatchNorm(Function):
         if ctx.again:
             kept = _fold(x, feature, weight, None, ctx.eps, ctx.window)[1]
             first, second, mean, inverse = kept
-        of_x: Tensor | None = None
+        of_folded = torch.zeros_like(feature) if of_folded is None else of_folded
+        of_shift = torch.zeros_like(mean) if of_shift is None else of_shift
         with no_autocast(x):
             if ctx.group is None:
                 of_feature, of_weight, slope, constant = _ops.fold_moments_backward(
@@ -287,7 +292,7 @@ class FoldBatchNorm(Function):
                 of_feature = torch.addcmul(through, scale.view(-1, 1, 1, 1), of_folded)
                 of_weight = of_scale * inverse
             if need_x and count:
-                of_x = _ops.window_moments_backward(x, slope, constant, *ctx.window)
+                of_x = _ops.window_moments_backward(x, slope, constant, of_x, *ctx.window)
         return (
             *(
                 of_x,
@@ -331,15 +336,15 @@ def _fold_batch_norm(
     stride: Pair,
     padding: Pair,
     dilation: Pair,
-) -> Folded:
+) -> tuple[Tensor, ...]:
     window = Window(kernel_size, stride, padding, dilation)
-    return _fold(x, feature, weight, bias, eps, window)[0]
+    return x.new_empty(0), *_fold(x, feature, weight, bias, eps, window)[0]
 
 
 LIBRARY.define(
     "fold_batch_norm(Tensor x, Tensor feature, Tensor? weight, Tensor? bias, float eps, "
     "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> "
-    "(Tensor feature, Tensor shift, Tensor mean, Tensor variance)"
+    "(Tensor x, Tensor feature, Tensor shift, Tensor mean, Tensor variance)"
 )
 # Made of other operators, for every device.
 LIBRARY.impl("fold_batch_norm", _fold_batch_norm, "CompositeExplicitAutograd")

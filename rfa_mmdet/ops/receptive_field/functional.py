@@ -117,10 +117,12 @@ def fold_batch_norm(
     eps: float,
     window: Window,
     group: Any = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Fold batch norm, on the statistics of the batch, into the features that it follows.
 
-    They follow from the means and the covariance of the windows' values: see README.md.
+    They follow from the means and the covariance of the windows' values: see README.md. Where a
+    gradient is recorded, the map that is returned is to be used in place of x: its gradient then
+    comes back to the one through the statistics, and is added to it where that is computed.
 
     Args:
         x (Tensor): (B, C, H, W), as of :class:`WindowFeatures`.
@@ -132,12 +134,15 @@ def fold_batch_norm(
         group (Any): Process group over which the statistics are taken. None: this process alone.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor, Tensor]: Feature and shift for :class:`WindowFeatures`; mean
-        and unbiased variance, (C * K,) each, which carry no gradient.
+        tuple[Tensor, ...]: x, feature and shift for :class:`WindowFeatures`; mean and unbiased
+        variance, (C * K,) each, which carry no gradient.
     """
-    folded: tuple[Tensor, Tensor, Tensor, Tensor]
     if group is not None:
-        folded = FoldBatchNorm.apply(x, feature, weight, bias, eps, *window, group)
+        found: tuple[Tensor, ...] = FoldBatchNorm.apply(
+            x, feature, weight, bias, eps, *window, group
+        )
     else:
-        folded = _ops.fold_batch_norm(x, feature, weight, bias, eps, *window)
-    return folded
+        found = _ops.fold_batch_norm(x, feature, weight, bias, eps, *window)
+    same, feature, shift, mean, var = found
+    # An operator must not return its input; it does where it is recorded.
+    return same if same.dim() == x.dim() else x, feature, shift, mean, var

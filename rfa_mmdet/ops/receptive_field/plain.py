@@ -229,10 +229,14 @@ def window_moments(x: Tensor, *window: Any) -> tuple[Tensor, Tensor]:
 
 
 @_register
-def window_moments_backward(x: Tensor, slope: Tensor, constant: Tensor, *window: Any) -> Tensor:
+def window_moments_backward(
+    x: Tensor, slope: Tensor, constant: Tensor, grad: Tensor | None, *window: Any
+) -> Tensor:
     """See schema.py."""
     slices = Slices(x, window)
     of_x = slices.empty_gradient(True)
+    if grad is not None:
+        of_x.copy_(grad)
     maps = torch.cat([slope, constant.unsqueeze(2)], 2)
     for place in slices.places():
         for block in slices.blocks(place):

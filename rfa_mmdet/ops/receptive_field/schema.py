@@ -92,19 +92,20 @@ def window_moments(
     )
 
 
-@_define(f"Tensor x, Tensor slope, Tensor constant, {_WINDOW}", "Tensor")
+@_define(f"Tensor x, Tensor slope, Tensor constant, Tensor? grad, {_WINDOW}", "Tensor")
 def window_moments_backward(
     x: Tensor,
     slope: Tensor,
     constant: Tensor,
+    grad: Tensor | None,
     kernel_size: Pair,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
 ) -> Tensor:
-    """Return fold(constant + slope @ window), the gradient of x through the moments.
+    """Return grad + fold(constant + slope @ window), whose second part goes through the moments.
 
-    slope (C, K, K) is symmetric, constant (C, K).
+    slope (C, K, K) is symmetric, constant (C, K); grad, of x otherwise, is 0 if it is None.
     """
     return _empty(x, x.shape)
 

@@ -289,7 +289,7 @@ def _compute(
 def _window_features(
     x: Tensor, feature: Tensor, scale: Tensor, offset: Tensor
 ) -> tuple[WindowFeatures, Tensor, Tensor]:
-    feature, shift, mean, var = fold_batch_norm(x, feature, scale, offset, EPS, WINDOW)
+    x, feature, shift, mean, var = fold_batch_norm(x, feature, scale, offset, EPS, WINDOW)
     return WindowFeatures(x, feature, shift, True, WINDOW), mean, var
 
 

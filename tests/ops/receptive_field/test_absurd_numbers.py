@@ -26,7 +26,7 @@ GATES = rand(2, 4), rand(2, 9, 6, 7)
 WEIGHT, GRAD_Y = rand(8, 4, 3, 3), rand(2, 8, 6, 7)
 OPERATORS = {
     "window_moments": (rand(*X),),
-    "window_moments_backward": (rand(*X), rand(4, 9, 9), rand(4, 9)),
+    "window_moments_backward": (rand(*X), rand(4, 9, 9), rand(4, 9), None),
     "fold_batch_norm": (*FEATURES[:2], None, None, 1e-5),
     "pool_channels": (*FEATURES, True),
     "pool_channels_backward": (rand(2, 2, 9, 6, 7), *FEATURES, rand(2, 9, 6, 7), [True] * 2),

@@ -299,7 +299,7 @@ def test_operators_are_registered_as_they_behave(dtype):
     rows, columns = ops.pool_coordinates(*features, *window)
     calls = [
         (ops.window_moments, (x, *window)),
-        (ops.window_moments_backward, (x, torch.randn(4, 9, 9), torch.randn(4, 9), *window)),
+        (ops.window_moments_backward, (x, torch.randn(4, 9, 9), torch.randn(4, 9), x, *window)),
         (ops.rfa_conv, (x_, attention, feature, shift, True, weight_, None, *window, 2)),
         (ops.rfa_conv_backward, (y, x, *parameters, True, weight, needs, *window, 2)),
         (ops.fold_batch_norm, (x_, feature, torch.rand(36), None, 1e-5, *window)),
@@ -368,7 +368,7 @@ def test_function_is_the_reference():
     attention, feature = torch.randn(36, 1, 1, 1), torch.randn(36, 1, 3, 3)
     gamma, beta = torch.rand(36) + 0.5, torch.randn(36)
     window = Window((3, 3), padding=(1, 1))
-    folded, shift, mean, var = fold_batch_norm(x, feature, gamma, beta, 1e-3, window)
+    _, folded, shift, mean, var = fold_batch_norm(x, feature, gamma, beta, 1e-3, window)
     features = WindowFeatures(x, folded, shift, True, window)
     y = features.attend(attention, weight, None, 1)
     running = (torch.zeros(36), torch.zeros(36))

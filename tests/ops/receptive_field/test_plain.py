@@ -178,7 +178,11 @@ def test_moments(case, limit, offset):
     values = slope @ seen.detach() + constant.unsqueeze(2)
     with blocks_of(limit):
         found = plain.window_moments(x.detach(), *given.window)
-        of_x = plain.window_moments_backward(x.detach(), slope, constant, *given.window)
+        of_x, more = (
+            plain.window_moments_backward(x.detach(), slope, constant, grad, *given.window)
+            for grad in (None, x.detach())
+        )
+    assert relative_error(more, of_x + x.detach(), 1.0) < 1e-12
     for f, e in zip(found, (mean, covariance), strict=True):
         assert relative_error(f, e.detach(), 1.0) < 1e-9
     check([of_x], torch.autograd.grad(seen, x, values))

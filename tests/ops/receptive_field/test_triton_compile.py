@@ -73,7 +73,7 @@ def layer(dtype, channels_last, channels=64, outputs=64, size=(40, 96), stride=1
         "forward": lambda: operators.rfa_conv(*parameters, bias, *window, 1),
         "moments": lambda: operators.window_moments(x, *window),
         "backward": lambda: operators.rfa_conv_backward(grad_y, *parameters, needs, *window, 1),
-        "correct": lambda: operators.window_moments_backward(x, slope, constant, *window),
+        "correct": lambda: operators.window_moments_backward(x, slope, constant, x, *window),
     }
     return functions, 2 * channels * prod(window.output_size(size))
 

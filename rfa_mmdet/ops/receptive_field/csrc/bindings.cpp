@@ -281,14 +281,15 @@ std::tuple<Tensor, Tensor> window_moments(const Tensor& x_, IntArrayRef kernel, 
 }
 
 Tensor window_moments_backward(const Tensor& x_, const Tensor& slope_, const Tensor& constant_,
-                               IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
-                               IntArrayRef dilation) {
+                               const optional<Tensor>& grad, IntArrayRef kernel,
+                               IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
   const Geometry g = geometry_of(x_, kernel, stride, padding, dilation);
   check_size("slope", slope_, {g.C, g.K(), g.K()});
   check_size("constant", constant_, {g.C, g.K()});
   const Tensor x = x_.contiguous();
   const Tensor slope = converted(slope_, x), constant = converted(constant_, x);
-  Tensor grad_x = at::zeros(x.sizes(), compute_options(x));
+  Tensor grad_x = grad ? at::empty(x.sizes(), compute_options(x)).copy_(*grad)
+                       : at::zeros(x.sizes(), compute_options(x));
   dispatch(x, [&](auto e) {
     using E = decltype(e);
     using T = Compute<E>;

@@ -89,7 +89,7 @@ class Products:
             # (O, K * C) and (O, C * K)
             order = weight.permute(0, 2, 3, 1) if maps.channels_last else weight
             self.weight = order.to(maps.x.dtype).reshape(len(weight), -1).contiguous()
-        self.of_weight: Tensor | None = None
+        self.of_weight: list[Tensor] = []
 
     def buffer(self, rows: int, chunk: Chunk) -> Tensor:
         """Return new memory for ``rows`` values of each position of a chunk."""
@@ -140,24 +140,24 @@ class Products:
             torch.mm(self.weight.t(), grad, out=units)
 
     def add_weight_gradient(self, grad: Tensor, units: Tensor, chunk: Chunk) -> None:
-        """Add a chunk's part of the weight's gradient: in float32, as there are several."""
+        """Compute a chunk's part of the weight's gradient; a half type's are added up later."""
         units = self._positions(units, chunk)
         a, b = (grad.t(), units) if self.maps.channels_last else (grad, units.t())
-        if self.of_weight is None:
-            self.of_weight = torch.mm(a, b)
-        elif self.of_weight.dtype == a.dtype == torch.float32:
-            self.of_weight.addmm_(a, b)
+        if self.of_weight and a.dtype == torch.float32:
+            self.of_weight[0].addmm_(a, b)
         else:
-            self.of_weight = self.of_weight.float().add_(torch.mm(a, b))
+            self.of_weight.append(torch.mm(a, b))
 
     def weight_gradient(self, dtype: torch.dtype) -> Tensor:
         """Return the gradient of the weight, (O, C, kh, kw)."""
-        assert self.of_weight is not None
         outputs, channels, *kernel_size = self.shape
+        found, *more = self.of_weight
+        if more:
+            found = torch.stack(self.of_weight).sum(0, dtype=torch.float32)
+        found = found.to(dtype)
         if not self.maps.channels_last:
-            return self.of_weight.view(self.shape).to(dtype)
-        found = self.of_weight.view(outputs, *kernel_size, channels).permute(0, 3, 1, 2)
-        return found.to(dtype)
+            return found.view(self.shape)
+        return found.view(outputs, *kernel_size, channels).permute(0, 3, 1, 2)
 
     def windows(self, units: Tensor, chunk: Chunk) -> Tensor:
         """View the units of a chunk as (n, C, kh, kw, rows, w)."""

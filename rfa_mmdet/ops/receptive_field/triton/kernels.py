@@ -13,16 +13,18 @@ The language is that of Triton 2.1, which torch 2.1 brings: no tuples, and no ma
 each version and each GPU treats in its own way. cuBLAS has them.
 
 What unroll.py puts in: KH, KW, K = KH * KW, PAIRS = K * (K + 1) // 2, NEW, the rows of a window
-that a step down loads, and the numbers of launch.py.
+that a step down loads, and the numbers of launch.py. Functions without arguments are parts of
+kernels: ``include`` puts their statements in, so that they share the kernel's names.
 """
 
-# What unroll.py puts in is undefined here, and its arrays have no types.
-# ruff: noqa: F821
+# What unroll.py puts in is undefined here, what a part defines is unused, and arrays have no types.
+# ruff: noqa: F821, F841, RUF059
 # mypy: ignore-errors
 
 import triton
 import triton.language as tl
 
+from rfa_mmdet.ops.receptive_field.triton.unroll import include as include
 from rfa_mmdet.ops.receptive_field.triton.unroll import unroll as unroll
 
 
@@ -70,6 +72,129 @@ def _unit(image, column, row, rows, w, c, C, pitch, N, CHANNELS_LAST: tl.constex
     return position * (N * C) + c if CHANNELS_LAST else position + c * N * pitch
 
 
+def _go_to_windows():
+    """Where the column of this thread is, and the taps of its first window but the last rows.
+
+    Of those, ``coming`` holds what was loaded. With SHIFTED_TAPS, ``shift`` is taken off.
+    """
+    near, tap, coming = [], [], []
+    offset = (first_image + image) * (C * H * W) + left * x_column
+    offset = offset + (c * x_channel)
+    for j in unroll(KW):
+        seen = (left >= -j * dilation_w) & (left < W - j * dilation_w)
+        near[j] = seen & real
+    start = tl.program_id(2) * steps
+    top = (first_row + start) * stride_h - pad_h
+    for i in unroll(KH):
+        for j in unroll(KW):
+            at = offset + j * dilation_w * x_column
+            value = _load(x, at, near[j], top + i * dilation_h, H, x_row)
+            if i < KH - NEW:
+                tap[(i + NEW) * KW + j] = value.to(tl.float32)
+                if SHIFTED_TAPS:
+                    tap[(i + NEW) * KW + j] -= shift
+            else:
+                coming[(i - KH + NEW) * KW + j] = value
+    line = start
+
+
+def _step_down():
+    """Complete the taps of the next window, and load what comes with the one below it."""
+    for n in unroll(K - NEW * KW):
+        tap[n] = tap[n + NEW * KW]
+    for n in unroll(NEW * KW):
+        tap[K - NEW * KW + n] = coming[n].to(tl.float32)
+        if SHIFTED_TAPS:
+            tap[K - NEW * KW + n] -= shift
+    top += stride_h
+    for i in unroll(NEW):
+        for j in unroll(KW):
+            at = offset + j * dilation_w * x_column
+            row = top + (KH - NEW + i) * dilation_h
+            coming[i * KW + j] = _load(x, at, near[j], row, H, x_row)
+
+
+def _place():
+    """Which columns and channels this program has, and the strides of the map."""
+    image, column, left, c, real = _columns(images, C, w, stride_w, pad_w, BLOCK_Q, BLOCK_C)
+    x_column = C if CHANNELS_LAST else 1
+    x_channel = 1 if CHANNELS_LAST else H * W
+    x_row = W * x_column
+
+
+def _read_kernels():
+    """Read the depthwise kernels of each channel, and where the rest of the table is."""
+    weight = []
+    of_channel = c if CHANNELS_LAST else c * (K * (K + 2))
+    next_row = C if CHANNELS_LAST else 1
+    for i in unroll(K):
+        for j in unroll(K):
+            at = table + (of_channel + (2 * K + i * K + j) * next_row)
+            weight[i * K + j] = tl.load(at, mask=c < C, other=0.0)
+
+
+def _read_weighing():
+    """Read shift and attention of each channel, and the gates that all rows share."""
+    bias, score, of_column, power, gate = [], [], [], [], []
+    for i in unroll(K):
+        at = table + (of_channel + (K + i) * next_row)
+        bias[i] = tl.load(at, mask=c < C, other=0.0)
+    if GATES == ATTENTION:
+        for i in unroll(K):
+            at = table + of_channel + i * next_row
+            # Of the taps' sum, to the base 2.
+            score[i] = tl.load(at, mask=c < C, other=0.0) * (LOG2_E / K)
+        highest = score[0]
+        lowest = score[0]
+        for i in unroll(K):
+            highest = tl.maximum(highest, score[i])
+            lowest = tl.minimum(lowest, score[i])
+    number = first_image + image
+    at_row = first_row + tl.program_id(2) * steps
+    # Where a gate of this row is, of a position or of rows.
+    # (A channel // C is 0, but known to none: each lane reads its own, and none moves it.)
+    cell = (number * (K * h) + at_row) * w + column + c // C
+    in_rows = (number * C + c) * (KH * h) + at_row
+    if GATES == CHANNELS:
+        gate_of_channel = _gate(first, (number * C) + c, real)
+    if GATES == ROWS:
+        at = (number * C + c) * (KW * w) + column
+        for j in unroll(KW):
+            of_column[j] = _gate(second, at + j * w, real)
+
+
+def _weigh():
+    """What each feature of a window is weighed by."""
+    if GATES == ATTENTION:
+        total = tap[0]
+        for n in unroll(K - 1):
+            total += tap[n + 1]
+        largest = tl.where(total < 0, lowest, highest) * total
+        powers = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
+        for i in unroll(K):
+            power[i] = tl.math.exp2(total * score[i] - largest)
+            powers += power[i]
+        inverse = 1.0 / powers
+        for i in unroll(K):
+            gate[i] = power[i] * inverse
+    if GATES == CHANNELS:
+        for i in unroll(K):
+            at = cell + ((line - start) * w + i * (h * w))
+            gate[i] = gate_of_channel * _gate(second, at, real)
+    if GATES == ROWS:
+        for i in unroll(KH):
+            of_row = _gate(first, in_rows + (line - start + i * h), real)
+            for j in unroll(KW):
+                gate[i * KW + j] = of_row * of_column[j]
+
+
+def _go_to_units():
+    """Where the units of this thread's first window are."""
+    unit = _unit(image, column, start, rows, w, c, C, pitch, K, CHANNELS_LAST)
+    next_unit = C if CHANNELS_LAST else pitch
+    down = w * (K * C) if CHANNELS_LAST else w
+
+
 def moments_kernel(
     x,  # (B, C, H, W)
     sums,  # out: (parts, K + PAIRS, C)
@@ -92,11 +217,8 @@ def moments_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Sums of the taps, and of the products of two, i <= j."""
-    near, tap, coming, first, second = [], [], [], [], []
-    image, _, left, c, real = _columns(images, C, w, stride_w, pad_w, BLOCK_Q, BLOCK_C)
-    x_column = C if CHANNELS_LAST else 1
-    x_channel = 1 if CHANNELS_LAST else H * W
-    x_row = W * x_column
+    first, second = [], []
+    include(_place)
     cells = images * H * W // (2 * SAMPLES)
     shift = tl.zeros((BLOCK_C, 1), tl.float32)
     for i in unroll(SAMPLES):
@@ -106,37 +228,14 @@ def moments_kernel(
         shift += value.to(tl.float32) * (1 / SAMPLES)
     one = tl.program_id(0) + tl.program_id(2) == 0
     tl.store(shifts + c, shift, mask=(c < C) & one)
-    offset = (image * (C * H * W) + left * x_column) + (c * x_channel)
-    for j in unroll(KW):
-        seen = (left >= -j * dilation_w) & (left < W - j * dilation_w)
-        near[j] = seen & real
     for n in unroll(K):
         first[n] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
     for n in unroll(PAIRS):
         second[n] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
-    start = tl.program_id(2) * steps
-    top = start * stride_h - pad_h
-    for i in unroll(KH):
-        for j in unroll(KW):
-            at = offset + j * dilation_w * x_column
-            value = _load(x, at, near[j], top + i * dilation_h, H, x_row)
-            if i < KH - NEW:
-                tap[(i + NEW) * KW + j] = value.to(tl.float32) - shift
-            else:
-                coming[(i - KH + NEW) * KW + j] = value
-    line = start
+    include(_go_to_windows, SHIFTED_TAPS=1, first_image=0, first_row=0)
     last = tl.minimum(start + steps, h)
     while line < last:
-        for n in unroll(K - NEW * KW):
-            tap[n] = tap[n + NEW * KW]
-        for n in unroll(NEW * KW):
-            tap[K - NEW * KW + n] = coming[n].to(tl.float32) - shift
-        top += stride_h
-        for i in unroll(NEW):
-            for j in unroll(KW):
-                at = offset + j * dilation_w * x_column
-                row = top + (KH - NEW + i) * dilation_h
-                coming[i * KW + j] = _load(x, at, near[j], row, H, x_row)
+        include(_step_down, SHIFTED_TAPS=1)
         for i in unroll(K):
             first[i] += tap[i]
             for j in unroll(K - i):
@@ -183,95 +282,15 @@ def features_kernel(
 
     By ATTENTION, softmax(attention * mean of window), or two gates; or BARE.
     """
-    near, tap, coming, score, bias, weight, power = [], [], [], [], [], [], []
-    gate, of_column = [], []
-    image, column, left, c, real = _columns(images, C, w, stride_w, pad_w, BLOCK_Q, BLOCK_C)
-    x_column = C if CHANNELS_LAST else 1
-    x_channel = 1 if CHANNELS_LAST else H * W
-    x_row = W * x_column
-    of_channel = c if CHANNELS_LAST else c * (K * (K + 2))
-    next_row = C if CHANNELS_LAST else 1
-    for i in unroll(K):
-        at = table + (of_channel + (K + i) * next_row)
-        bias[i] = tl.load(at, mask=c < C, other=0.0)
-        for j in unroll(K):
-            at = table + (of_channel + (2 * K + i * K + j) * next_row)
-            weight[i * K + j] = tl.load(at, mask=c < C, other=0.0)
-    if GATES == ATTENTION:
-        for i in unroll(K):
-            at = table + of_channel + i * next_row
-            # Of the taps' sum, to the base 2.
-            score[i] = tl.load(at, mask=c < C, other=0.0) * (LOG2_E / K)
-        highest = score[0]
-        lowest = score[0]
-        for i in unroll(K):
-            highest = tl.maximum(highest, score[i])
-            lowest = tl.minimum(lowest, score[i])
-    offset = (first_image + image) * (C * H * W) + left * x_column
-    offset = offset + (c * x_channel)
-    for j in unroll(KW):
-        seen = (left >= -j * dilation_w) & (left < W - j * dilation_w)
-        near[j] = seen & real
-    start = tl.program_id(2) * steps
-    number = first_image + image
-    at_row = first_row + start
-    # Where a gate of this row is, of a position or of rows.
-    # (A channel // C is 0, but known to none: each lane reads its own, and none moves it.)
-    cell = (number * (K * h) + at_row) * w + column + c // C
-    in_rows = (number * C + c) * (KH * h) + at_row
-    if GATES == CHANNELS:
-        gate_of_channel = _gate(first, (number * C) + c, real)
-    if GATES == ROWS:
-        at = (number * C + c) * (KW * w) + column
-        for j in unroll(KW):
-            of_column[j] = _gate(second, at + j * w, real)
-    unit = _unit(image, column, start, rows, w, c, C, pitch, K, CHANNELS_LAST)
-    next_unit = C if CHANNELS_LAST else pitch
-    down = w * (K * C) if CHANNELS_LAST else w
-    top = (first_row + start) * stride_h - pad_h
-    for i in unroll(KH):
-        for j in unroll(KW):
-            at = offset + j * dilation_w * x_column
-            value = _load(x, at, near[j], top + i * dilation_h, H, x_row)
-            if i < KH - NEW:
-                tap[(i + NEW) * KW + j] = value.to(tl.float32)
-            else:
-                coming[(i - KH + NEW) * KW + j] = value
-    line = start
+    include(_place)
+    include(_read_kernels)
+    include(_read_weighing)
+    include(_go_to_windows, SHIFTED_TAPS=0)
+    include(_go_to_units)
     last = tl.minimum(start + steps, rows)
     while line < last:
-        for n in unroll(K - NEW * KW):
-            tap[n] = tap[n + NEW * KW]
-        for n in unroll(NEW * KW):
-            tap[K - NEW * KW + n] = coming[n].to(tl.float32)
-        top += stride_h
-        for i in unroll(NEW):
-            for j in unroll(KW):
-                at = offset + j * dilation_w * x_column
-                row = top + (KH - NEW + i) * dilation_h
-                coming[i * KW + j] = _load(x, at, near[j], row, H, x_row)
-        if GATES == ATTENTION:
-            total = tap[0]
-            for n in unroll(K - 1):
-                total += tap[n + 1]
-            largest = tl.where(total < 0, lowest, highest) * total
-            powers = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
-            for i in unroll(K):
-                power[i] = tl.math.exp2(total * score[i] - largest)
-                powers += power[i]
-            inverse = 1.0 / powers
-            for i in unroll(K):
-                gate[i] = power[i] * inverse
-        if GATES == CHANNELS:
-            for i in unroll(K):
-                gate[i] = gate_of_channel * _gate(
-                    second, cell + ((line - start) * w + i * (h * w)), real
-                )
-        if GATES == ROWS:
-            for i in unroll(KH):
-                of_row = _gate(first, in_rows + (line - start + i * h), real)
-                for j in unroll(KW):
-                    gate[i * KW + j] = of_row * of_column[j]
+        include(_step_down, SHIFTED_TAPS=0)
+        include(_weigh)
         to = units + (unit + (line - start) * down)
         for i in unroll(K):
             z = bias[i] + weight[i * K] * tap[0]
@@ -321,98 +340,21 @@ def gradient_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Gradients up to the activation, and up to the attention or the gates."""
-    near, tap, coming, score, bias, weight, power = [], [], [], [], [], [], []
-    product, gate, of_column, of_score, of_bias = [], [], [], [], []
-    image, column, left, c, real = _columns(images, C, w, stride_w, pad_w, BLOCK_Q, BLOCK_C)
-    x_column = C if CHANNELS_LAST else 1
-    x_channel = 1 if CHANNELS_LAST else H * W
-    x_row = W * x_column
-    of_channel = c if CHANNELS_LAST else c * (K * (K + 2))
-    next_row = C if CHANNELS_LAST else 1
+    product, of_score, of_bias = [], [], []
+    include(_place)
+    include(_read_kernels)
+    include(_read_weighing)
     for i in unroll(K):
-        at = table + (of_channel + (K + i) * next_row)
-        bias[i] = tl.load(at, mask=c < C, other=0.0)
-        for j in unroll(K):
-            at = table + (of_channel + (2 * K + i * K + j) * next_row)
-            weight[i * K + j] = tl.load(at, mask=c < C, other=0.0)
         of_bias[i] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
-    if GATES == ATTENTION:
-        for i in unroll(K):
-            at = table + of_channel + i * next_row
-            score[i] = tl.load(at, mask=c < C, other=0.0) * (LOG2_E / K)
-            of_score[i] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
-        highest = score[0]
-        lowest = score[0]
-        for i in unroll(K):
-            highest = tl.maximum(highest, score[i])
-            lowest = tl.minimum(lowest, score[i])
-    offset = (first_image + image) * (C * H * W) + left * x_column
-    offset = offset + (c * x_channel)
-    for j in unroll(KW):
-        seen = (left >= -j * dilation_w) & (left < W - j * dilation_w)
-        near[j] = seen & real
-    start = tl.program_id(2) * steps
-    number = first_image + image
-    at_row = first_row + start
-    # Where a gate of this row is, of a position or of rows.
-    # (A channel // C is 0, but known to none: each lane reads its own, and none moves it.)
-    cell = (number * (K * h) + at_row) * w + column + c // C
-    in_rows = (number * C + c) * (KH * h) + at_row
-    if GATES == CHANNELS:
-        gate_of_channel = _gate(first, (number * C) + c, real)
-    if GATES == ROWS:
-        at = (number * C + c) * (KW * w) + column
-        for j in unroll(KW):
-            of_column[j] = _gate(second, at + j * w, real)
-    unit = _unit(image, column, start, rows, w, c, C, pitch, K, CHANNELS_LAST)
-    next_unit = C if CHANNELS_LAST else pitch
-    down = w * (K * C) if CHANNELS_LAST else w
+        of_score[i] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
+    include(_go_to_windows, SHIFTED_TAPS=0)
+    include(_go_to_units)
     of_mean = _unit(image, column, start, rows, w, c, C, pitch, 1, CHANNELS_LAST)
     down_mean = w * C if CHANNELS_LAST else w
-    top = (first_row + start) * stride_h - pad_h
-    for i in unroll(KH):
-        for j in unroll(KW):
-            at = offset + j * dilation_w * x_column
-            value = _load(x, at, near[j], top + i * dilation_h, H, x_row)
-            if i < KH - NEW:
-                tap[(i + NEW) * KW + j] = value.to(tl.float32)
-            else:
-                coming[(i - KH + NEW) * KW + j] = value
-    line = start
     last = tl.minimum(start + steps, rows)
     while line < last:
-        for n in unroll(K - NEW * KW):
-            tap[n] = tap[n + NEW * KW]
-        for n in unroll(NEW * KW):
-            tap[K - NEW * KW + n] = coming[n].to(tl.float32)
-        top += stride_h
-        for i in unroll(NEW):
-            for j in unroll(KW):
-                at = offset + j * dilation_w * x_column
-                row = top + (KH - NEW + i) * dilation_h
-                coming[i * KW + j] = _load(x, at, near[j], row, H, x_row)
-        if GATES == ATTENTION:
-            total = tap[0]
-            for n in unroll(K - 1):
-                total += tap[n + 1]
-            largest = tl.where(total < 0, lowest, highest) * total
-            powers = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
-            for i in unroll(K):
-                power[i] = tl.math.exp2(total * score[i] - largest)
-                powers += power[i]
-            inverse = 1.0 / powers
-            for i in unroll(K):
-                gate[i] = power[i] * inverse
-        if GATES == CHANNELS:
-            for i in unroll(K):
-                gate[i] = gate_of_channel * _gate(
-                    second, cell + ((line - start) * w + i * (h * w)), real
-                )
-        if GATES == ROWS:
-            for i in unroll(KH):
-                of_row = _gate(first, in_rows + (line - start + i * h), real)
-                for j in unroll(KW):
-                    gate[i * KW + j] = of_row * of_column[j]
+        include(_step_down, SHIFTED_TAPS=0)
+        include(_weigh)
         below = unit + (line - start) * down
         of_unit = units + below
         of_slope = slopes + below
@@ -488,59 +430,26 @@ def products_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Gradients of the kernels and of the taps."""
-    near, tap, coming, weight, of_weight, of_bias, of_tap = [], [], [], [], [], [], []
-    image, column, left, c, real = _columns(images, C, w, stride_w, pad_w, BLOCK_Q, BLOCK_C)
-    x_column = C if CHANNELS_LAST else 1
-    x_channel = 1 if CHANNELS_LAST else H * W
-    x_row = W * x_column
-    of_channel = c if CHANNELS_LAST else c * (K * (K + 2))
-    next_row = C if CHANNELS_LAST else 1
+    of_weight, of_bias, of_tap = [], [], []
+    include(_place)
+    include(_read_kernels)
     for i in unroll(K):
         of_bias[i] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
-        for j in unroll(K):
-            at = table + (of_channel + (2 * K + i * K + j) * next_row)
-            weight[i * K + j] = tl.load(at, mask=c < C, other=0.0)
-            of_weight[i * K + j] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
-    offset = (first_image + image) * (C * H * W) + left * x_column
-    offset = offset + (c * x_channel)
-    for j in unroll(KW):
-        seen = (left >= -j * dilation_w) & (left < W - j * dilation_w)
-        near[j] = seen & real
-    start = tl.program_id(2) * steps
-    unit = _unit(image, column, start, rows, w, c, C, pitch, K, CHANNELS_LAST)
-    next_unit = C if CHANNELS_LAST else pitch
-    down = w * (K * C) if CHANNELS_LAST else w
+    for n in unroll(K * K):
+        of_weight[n] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
+    include(_go_to_windows, SHIFTED_TAPS=0)
+    include(_go_to_units)
     of_mean = _unit(image, column, start, rows, w, c, C, pitch, 1, CHANNELS_LAST)
     down_mean = w * C if CHANNELS_LAST else w
-    top = (first_row + start) * stride_h - pad_h
-    for i in unroll(KH):
-        for j in unroll(KW):
-            at = offset + j * dilation_w * x_column
-            value = _load(x, at, near[j], top + i * dilation_h, H, x_row)
-            if i < KH - NEW:
-                tap[(i + NEW) * KW + j] = value.to(tl.float32)
-            else:
-                coming[(i - KH + NEW) * KW + j] = value
-    line = start
     last = tl.minimum(start + steps, rows)
     while line < last:
-        for n in unroll(K - NEW * KW):
-            tap[n] = tap[n + NEW * KW]
-        for n in unroll(NEW * KW):
-            tap[K - NEW * KW + n] = coming[n].to(tl.float32)
-        top += stride_h
-        for i in unroll(NEW):
-            for j in unroll(KW):
-                at = offset + j * dilation_w * x_column
-                row = top + (KH - NEW + i) * dilation_h
-                coming[i * KW + j] = _load(x, at, near[j], row, H, x_row)
+        include(_step_down, SHIFTED_TAPS=0)
         of_slope = slopes + (unit + (line - start) * down)
         of_feature = others + (unit + (line - start) * down)
         level = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
         if GATES == ATTENTION:
-            level += tl.load(
-                others + (of_mean + (line - start) * down_mean), mask=real, other=0.0
-            ).to(tl.float32)
+            of_level = others + (of_mean + (line - start) * down_mean)
+            level += tl.load(of_level, mask=real, other=0.0).to(tl.float32)
         for j in unroll(K):
             of_tap[j] = level
         for i in unroll(K):
@@ -623,7 +532,9 @@ def fold_kernel(
 
 def moments_gradient_kernel(
     x,  # (B, C, H, W)
-    table,  # (C, K * (K + 1)) or, in channels_last, its transpose: constant, slope
+    constant,  # (K, C)
+    slope,  # (K * K, C)
+    given,  # gradient to which this one is added, where ADD
     grad_x,  # out
     images,
     C,
@@ -638,6 +549,7 @@ def moments_gradient_kernel(
     steps,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
+    ADD: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -652,13 +564,10 @@ def moments_gradient_kernel(
     x_column = C if CHANNELS_LAST else 1
     x_channel = 1 if CHANNELS_LAST else H * W
     x_row = W * x_column
-    of_channel = c if CHANNELS_LAST else c * (K * (K + 1))
-    next_row = C if CHANNELS_LAST else 1
     for i in unroll(K):
-        at = table + of_channel + i * next_row
-        bias[i] = tl.load(at, mask=c < C, other=0.0)
+        bias[i] = tl.load(constant + (c + i * C), mask=c < C, other=0.0)
         for j in unroll(K - i):
-            at = table + (of_channel + (K + i * K + i + j) * next_row)
+            at = slope + (c + (i * K + i + j) * C)
             weight[i * K + i + j] = tl.load(at, mask=c < C, other=0.0)
     for j in unroll(KW):
         right = column + pad_w - j * dilation_w
@@ -686,6 +595,8 @@ def moments_gradient_kernel(
                 found = _load(x, at, near[j], down, H, x_row)
                 value[(HIGH - NEW + i) * WIDE + j] = found.to(tl.float32)
         total = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
+        if ADD:
+            total += tl.load(given + (offset + row * x_row), mask=real, other=0.0).to(tl.float32)
         for i in unroll(KH):
             below = row + pad_h - i * dilation_h
             there = (below >= 0) & (below < h * STRIDE_H) & (below % STRIDE_H == 0)
@@ -833,8 +744,8 @@ def fold_moments_gradient_kernel(
     inverse,
     of_feature,  # out: (C, K, K)
     of_weight,  # out: (C, K)
-    slope,  # out: (C, K, K)
-    constant,  # out: (C, K)
+    slope,  # out: (K, K, C)
+    constant,  # out: (K, C)
     share,  # 1 / count
     C,
     AFFINE: tl.constexpr,
@@ -887,5 +798,5 @@ def fold_moments_gradient_kernel(
     for n in unroll(K):
         row[n] = row[n] * share
         level -= row[n] * tl.load(mean + (c * K + n), mask=real, other=0.0)
-        tl.store(slope + (c * (K * K) + own * K + n), row[n], mask=real)
-    tl.store(constant + (c * K + own), level, mask=real)
+        tl.store(slope + (c + (own * K + n) * C), row[n], mask=real)
+    tl.store(constant + (c + own * C), level, mask=real)

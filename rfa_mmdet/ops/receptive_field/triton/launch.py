@@ -76,14 +76,14 @@ NUMBERS = dict(
     LOG2_E=1.4426950408889634,
 )
 CONSTANTS = (
-    *("CHANNELS_LAST", "GATES", "RELU", "AFFINE", "SHIFTED", "STRIDE_H", "STRIDE_W"),
+    *("CHANNELS_LAST", "GATES", "RELU", "AFFINE", "SHIFTED", "STRIDE_H", "STRIDE_W", "ADD"),
     *("BLOCK_Q", "BLOCK_C", "BLOCK_P"),
 )
 POINTERS = (
     *("x", "table", "units", "slopes", "others", "first", "second", "taps", "grad_x"),
     *("sums", "shifts", "mean", "covariance", "attention", "shift", "feature", "weight", "bias"),
     *("folded", "response_mean", "variance", "inverse", "of_folded", "of_shift", "of_feature"),
-    *("of_weight", "slope", "constant"),
+    *("of_weight", "slope", "constant", "given"),
 )
 
 
@@ -114,11 +114,16 @@ class Maps(NamedTuple):
         pairs = (*window.stride, *window.padding, *window.dilation)
         return (*self.x.shape[1:], *self.size, *pairs)
 
+    @property
+    def layout(self) -> torch.memory_format:
+        """The memory format of x."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
     def new_map(self, channels: int, size: tuple[int, int]) -> Tensor:
         """Return new memory for a map, in the type and memory format of x."""
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
         shape = (self.x.shape[0], channels, *size)
-        return torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=layout)
+        x = self.x
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=self.layout)
 
     def tile(self, columns: int) -> dict[str, int]:
         """Return BLOCK_Q and BLOCK_C: a warp's lanes along channels, or along columns in NCHW."""
@@ -347,8 +352,10 @@ def _within(row: int, high: int) -> int:
     return min(max(row, 0), high)
 
 
-def moments_gradient(maps: Maps, table: Tensor, grad_x: Tensor) -> None:
-    """Launch the kernel of the gradient through the moments."""
+def moments_gradient(
+    maps: Maps, slope: Tensor, constant: Tensor, given: Tensor | None, grad_x: Tensor
+) -> None:
+    """Launch the kernel of the gradient through the moments, added to the one that is given."""
     images, _, high, wide = maps.x.shape
     columns = images * wide
     tile = maps.tile(columns)
@@ -360,12 +367,15 @@ def moments_gradient(maps: Maps, table: Tensor, grad_x: Tensor) -> None:
         grid,
         maps.x,
         (
-            *(maps.x, table, grad_x, *maps.x.shape, *maps.size),
+            # As fold_moments_backward() lays them out.
+            *(maps.x, constant.t().contiguous(), slope.permute(1, 2, 0).contiguous()),
+            *(grad_x if given is None else given, grad_x, *maps.x.shape, *maps.size),
             *(*window.padding, *window.dilation, steps),
         ),
         dict(
             STRIDE_H=window.stride[0],
             STRIDE_W=window.stride[1],
+            ADD=given is not None,
             CHANNELS_LAST=maps.channels_last,
             num_stages=1,
             **tile,
@@ -425,7 +435,7 @@ def fold_moments_backward(
     """Launch the kernel of its gradient."""
     channels, k = mean.shape
     of_feature, of_weight = torch.empty_like(feature), torch.empty_like(inverse)
-    slope, constant = torch.empty_like(covariance), torch.empty_like(mean)
+    slope, constant = mean.new_empty(k, k, channels), mean.new_empty(k, channels)
     launch(
         kernel("fold_moments_gradient_kernel", (k, 1), 1),
         (k, triton.cdiv(channels, 32)),
@@ -437,7 +447,7 @@ def fold_moments_backward(
         ),
         dict(AFFINE=weight is not None, **SMALL),
     )
-    return of_feature, of_weight, slope, constant
+    return of_feature, of_weight, slope.permute(2, 0, 1), constant.t()
 
 
 SMALL = dict(BLOCK_C=32, num_warps=1, num_stages=1)  # of a lane a channel

@@ -50,13 +50,17 @@ def window_moments(x: Tensor, *window: Pair) -> tuple[Tensor, Tensor]:
     return launch.moments(maps_of(x, _window(window)))
 
 
-def window_moments_backward(x: Tensor, slope: Tensor, constant: Tensor, *window: Pair) -> Tensor:
+def window_moments_backward(
+    x: Tensor, slope: Tensor, constant: Tensor, grad: Tensor | None, *window: Pair
+) -> Tensor:
     """See schema.py."""
     if not takes(x, None, _window(window)):
-        return plain.window_moments_backward(x, slope, constant, *window)
+        return plain.window_moments_backward(x, slope, constant, grad, *window)
     maps = maps_of(x, _window(window))
+    if grad is not None:
+        grad = grad.contiguous(memory_format=maps.layout)
     grad_x = torch.empty_like(maps.x)
-    launch.moments_gradient(maps, table_of(maps, constant, slope), grad_x)
+    launch.moments_gradient(maps, slope, constant, grad, grad_x)
     return grad_x
 
 

@@ -7,6 +7,8 @@ written with loops and arrays, and what Triton compiles has a name for each valu
     for j in unroll(KW):                     row_0 = tap_3
         row[j] = tap[KW + j]       ->        row_1 = tap_4
                                              row_2 = tap_5
+
+Parts that several kernels share are put in by ``include``, and use the names of the kernel.
 """
 
 import ast
@@ -20,6 +22,16 @@ from typing import Any
 def unroll(count: int) -> range:
     """Mark a loop to be written out, in the source of a kernel."""
     raise TypeError("unroll() is for the source of kernels; see unrolled()")
+
+
+def include(part: Callable[[], None], **constants: int) -> None:
+    """Mark where the statements of a part belong, in the source of a kernel.
+
+    Args:
+        part (Callable): Without arguments, of the same module.
+        constants (int): What names of its source stand for.
+    """
+    raise TypeError("include() is for the source of kernels; see unrolled()")
 
 
 def unrolled(function: Callable[..., Any], **constants: float) -> Callable[..., Any]:
@@ -47,11 +59,8 @@ def unrolled(function: Callable[..., Any], **constants: float) -> Callable[..., 
         >>> unrolled(total, N=3)(5)
         31
     """
-    source = textwrap.dedent(inspect.getsource(function))
-    tree = ast.parse(source).body[0]
-    assert isinstance(tree, ast.FunctionDef)
-    tree.decorator_list = []
-    tree.body = _Unroll(constants).block(tree.body)
+    tree = _parsed(function)
+    tree.body = _Unroll(constants, function.__globals__).block(tree.body)
     text = ast.unparse(ast.fix_missing_locations(tree)) + "\n"
     settings = ", ".join(f"{name}={value}" for name, value in constants.items())
     name = f"<{function.__name__} for {settings}>"
@@ -64,11 +73,18 @@ def unrolled(function: Callable[..., Any], **constants: float) -> Callable[..., 
     return made
 
 
+def _parsed(function: Callable[..., Any]) -> ast.FunctionDef:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    assert isinstance(tree, ast.FunctionDef)
+    tree.decorator_list = []
+    return tree
+
+
 class _Unroll(ast.NodeTransformer):
     """Write out statements, given what names stand for."""
 
-    def __init__(self, constants: dict[str, float]) -> None:
-        self.constants = constants
+    def __init__(self, constants: dict[str, float], parts: dict[str, Any]) -> None:
+        self.constants, self.parts = constants, parts
 
     def block(self, statements: list[ast.stmt]) -> list[ast.stmt]:
         found: list[ast.stmt] = []
@@ -89,8 +105,16 @@ class _Unroll(ast.NodeTransformer):
             raise ValueError(f"line {node.lineno}: unroll({ast.unparse(count)}): must be a number")
         found = []
         for value in range(number):
-            found += _Unroll({**self.constants, name: value}).block(node.body)
+            found += _Unroll({**self.constants, name: value}, self.parts).block(node.body)
         return found
+
+    def visit_Expr(self, node: ast.Expr) -> Any:
+        call = node.value
+        if not (isinstance(call, ast.Call) and ast.unparse(call.func) == "include"):
+            return self.generic_visit(node)
+        constants = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+        part = _parsed(self.parts[ast.unparse(call.args[0])])
+        return _Unroll({**self.constants, **constants}, self.parts).block(part.body[1:])
 
     def visit_If(self, node: ast.If) -> Any:
         node.test = self.visit(node.test)
