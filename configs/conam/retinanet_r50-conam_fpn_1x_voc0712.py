@@ -5,7 +5,7 @@ model = dict(
     backbone=dict(
         plugins=[
             dict(
-                cfg=dict(type="ConAM", patch_size=4, hidden_channels=16),
+                cfg=dict(type="ConAM", patch_size=4, hidden_channels=16, start="identity"),
                 stages=(False, True, True, True),
                 position="after_conv3",
             )

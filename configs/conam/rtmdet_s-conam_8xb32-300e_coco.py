@@ -10,7 +10,7 @@ model = dict(
             # Behind the last stage 640 pixels are 20 x 20 cells: 25 patches.
             dict(
                 after=r"stage[234]\.\d\.blocks\.\d",
-                plugin=dict(type="ConAM", patch_size=4, hidden_channels=16),
+                plugin=dict(type="ConAM", patch_size=4, hidden_channels=16, start="identity"),
             )
         ],
     )

@@ -10,7 +10,7 @@ model = dict(
             # Behind the last stage, 480 to 800 pixels are 15 x 15 to 25 x 25 cells.
             dict(
                 after=r"stage[234]\.\d\.blocks\.\d",
-                plugin=dict(type="ConAM", patch_size=4, hidden_channels=16),
+                plugin=dict(type="ConAM", patch_size=4, hidden_channels=16, start="paper"),
             )
         ],
     )

@@ -6,7 +6,7 @@ model = dict(
         type="RFAResNet",
         plugins=[
             dict(
-                cfg=dict(type="CoordAtt"),
+                cfg=dict(type="CoordAtt", start="identity"),
                 stages=(False, True, True, True),
                 position="after_conv3",
             )

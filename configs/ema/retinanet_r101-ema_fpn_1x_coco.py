@@ -6,7 +6,7 @@ model = dict(
         type="RFAResNet",
         plugins=[
             dict(
-                cfg=dict(type="EMA", factor=32),
+                cfg=dict(type="EMA", factor=32, start="identity"),
                 stages=(False, True, True, True),
                 position="after_conv3",
             )

@@ -9,7 +9,7 @@ model = dict(
         edits=[
             dict(
                 after=r"stage[234]\.\d\.blocks\.\d",
-                plugin=dict(type="EMA", factor=32),
+                plugin=dict(type="EMA", factor=32, start="paper"),
             )
         ],
     )

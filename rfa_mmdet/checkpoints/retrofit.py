@@ -19,6 +19,7 @@ from rfa_mmdet.checkpoints.files import read_checkpoint, writable, write_checkpo
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.hooks.new_layers import new_layers
 from rfa_mmdet.layers.conv.base import AttentionConv2d
+from rfa_mmdet.layers.warm_start.plugin import Plugin
 
 
 class Equality(NamedTuple):
@@ -27,7 +28,7 @@ class Equality(NamedTuple):
     Attributes:
         outputs (dict[str, float]): Part of the detector to the largest difference of its raw
             outputs, over their largest value, level by level.
-        plugins (tuple[str, ...]): Names of plug-ins, which have no warm start and so change it.
+        plugins (tuple[str, ...]): Names of plug-ins that are not the identity, and so change it.
     """
 
     outputs: dict[str, float]
@@ -164,8 +165,13 @@ def compare(plain: BaseDetector, net: BaseDetector, image: Tensor) -> Equality:
         part: _largest(_relative(a, b) for a, b in zip(*map(_flat, pair), strict=True))
         for part, *pair in ((part, outputs[0][part], outputs[1][part]) for part in outputs[0])
     }
-    plugins = [n for n, m in new_layers(net) if not isinstance(m, AttentionConv2d)]
-    return Equality(differences, tuple(plugins))
+    changing = [
+        name
+        for name, layer in new_layers(net)
+        if not isinstance(layer, AttentionConv2d)
+        and not (isinstance(layer, Plugin) and layer.is_identity())
+    ]
+    return Equality(differences, tuple(changing))
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

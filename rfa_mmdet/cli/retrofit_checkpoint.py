@@ -78,8 +78,8 @@ def main() -> None:
     Console().print(table)
     if found.plugins:
         print(
-            f"warning: {len(found.plugins)} plug-ins, such as {found.plugins[0]}, have no warm "
-            "start: they change what is computed until they are trained",
+            f"warning: {len(found.plugins)} plug-ins, such as {found.plugins[0]}, are not the "
+            "identity: they change what is computed until they are trained",
             file=sys.stderr,
         )
     print(f"wrote: {args.target}")

@@ -11,6 +11,7 @@ from rfa_mmdet.ops.common.convolution import same_conv_gradients
 from rfa_mmdet.ops.common.precision import at_least_float32, compute_dtype, no_autocast
 from rfa_mmdet.ops.common.recompute import is_recorded, recomputes
 from rfa_mmdet.ops.common.reductions import shares_of_maximum
+from rfa_mmdet.ops.common.scale import scaled
 
 
 def channel_gate(maxima: Tensor, means: Tensor, squeeze: Tensor, excite: Tensor) -> Tensor:
@@ -96,7 +97,13 @@ def spatial_gate(pools: Tensor, weight: Tensor) -> Tensor:
 
 
 def weigh_channels_and_cells(
-    x: Tensor, maxima: Tensor, means: Tensor, squeeze: Tensor, excite: Tensor, weight: Tensor
+    x: Tensor,
+    maxima: Tensor,
+    means: Tensor,
+    squeeze: Tensor,
+    excite: Tensor,
+    weight: Tensor,
+    scale: float = 1.0,
 ) -> Tensor:
     """Weigh the channels, and then the cells of what the channels have become.
 
@@ -108,6 +115,7 @@ def weigh_channels_and_cells(
         maxima, means (Tensor): (B, C, 1, 1), of x's channels.
         squeeze, excite (Tensor): As of :func:`channel_gate`.
         weight (Tensor): As of :func:`spatial_gate`.
+        scale (float): What the result is multiplied by. Defaults to 1.
 
     Returns:
         Tensor: (B, C, H, W), in x's dtype.
@@ -119,26 +127,28 @@ def weigh_channels_and_cells(
         tensor([0.2500])
     """
     if recomputes():
-        weighed: Tensor = _WeighChannelsAndCells.apply(x, maxima, means, squeeze, excite, weight)
+        given = (x, maxima, means, squeeze, excite, weight)
+        weighed: Tensor = _WeighChannelsAndCells.apply(scale, *given)
         return weighed
     x = x * channel_gate(maxima, means, squeeze, excite).to(x.dtype)
-    return x * spatial_gate(spatial_pools(x), weight).to(x.dtype)
+    return x * scaled(spatial_gate(spatial_pools(x), weight), scale).to(x.dtype)
 
 
 class _WeighChannelsAndCells(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *given: Tensor) -> Tensor:
+    def forward(ctx: Any, scale: float, x: Tensor, *given: Tensor) -> Tensor:
         *of_channels, weight = given
         weighed = x * channel_gate(*of_channels).to(x.dtype)
         gate = spatial_gate(spatial_pools(weighed), weight)
         ctx.save_for_backward(x, gate, *given)
-        return weighed.mul_(gate.to(x.dtype))
+        ctx.scale = scale
+        return weighed.mul_(scaled(gate, scale).to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, *given, weight = ctx.saved_tensors
-        needed = ctx.needs_input_grad[1:5]
+        needed = ctx.needs_input_grad[2:6]
         given = [t.detach().requires_grad_(need) for t, need in zip(given, needed, strict=True)]
         with torch.enable_grad():
             learnt_channel = channel_gate(*given).to(x.dtype)
@@ -146,16 +156,18 @@ class _WeighChannelsAndCells(torch.autograd.Function):
         # Two buffers of x's size are all that is made: weighed and grad.
         weighed = x * channel
         grad = grad_y * weighed
-        of_score = grad.sum(1, keepdim=True, dtype=gate.dtype) * gate * (1 - gate)
+        of_gate = scaled(grad.sum(1, keepdim=True, dtype=gate.dtype), ctx.scale)
+        of_score = of_gate * gate * (1 - gate)
         pools = spatial_pools(weighed)
         of_pools, of_weight = same_conv_gradients(
             of_score.to(weight.dtype), pools.to(weight.dtype), weight
         )
         of_maxima, of_means = of_pools.chunk(2, dim=1)
         hits, share = shares_of_maximum(weighed, pools[:, :1].to(x.dtype), of_maxima)
-        torch.mul(grad_y, gate.to(x.dtype), out=grad)
+        torch.mul(grad_y, scaled(gate, ctx.scale).to(x.dtype), out=grad)
         grad.addcmul_(hits, share).add_((of_means / x.shape[1]).to(x.dtype))
         of_channel = torch.mul(grad, x, out=hits).sum((2, 3), keepdim=True)
         learnt = [tensor for tensor in given if tensor.requires_grad]
         found = iter(torch.autograd.grad(learnt_channel, learnt, of_channel) if learnt else ())
-        return grad.mul_(channel), *(next(found) if need else None for need in needed), of_weight
+        of_given = (next(found) if need else None for need in needed)
+        return None, grad.mul_(channel), *of_given, of_weight

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from rfa_mmdet.ops.common.convolution import pointwise, pointwise_gradients
 from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
+from rfa_mmdet.ops.common.scale import scaled
 
 
 def coordinate_gates(
@@ -52,7 +53,11 @@ def coordinate_gates(
 
 
 def weigh_by_coordinates(
-    x: Tensor, norm: Callable[[Tensor], Tensor], eps: float, *given: Tensor | None
+    x: Tensor,
+    norm: Callable[[Tensor], Tensor],
+    eps: float,
+    *given: Tensor | None,
+    scale: float = 1.0,
 ) -> Tensor:
     """Multiply a map by its :func:`coordinate_gates`, keeping the map and its means for backward.
 
@@ -65,6 +70,7 @@ def weigh_by_coordinates(
         *given (Tensor | None): Weight and bias of the 1x1 convolution of both means, of the norm,
             before a hard swish, and of the 1x1 convolutions of rows and of columns; mean and
             variance, if those of the batch are not what the norm divides by.
+        scale (float): What the result is multiplied by. Defaults to 1.
 
     Returns:
         Tensor: x's shape and dtype.
@@ -80,14 +86,19 @@ def weigh_by_coordinates(
         >>> torch.allclose(weigh_by_coordinates(x, norm, norm.eps, *weights), expected, atol=1e-6)
         True
     """
-    y: Tensor = _WeighByCoordinates.apply(norm, eps, x, *given)
+    y: Tensor = _WeighByCoordinates.apply(norm, eps, scale, x, *given)
     return y
 
 
 class _WeighByCoordinates(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, norm: Callable[[Tensor], Tensor], eps: float, x: Tensor, *given: Tensor | None
+        ctx: Any,
+        norm: Callable[[Tensor], Tensor],
+        eps: float,
+        scale: float,
+        x: Tensor,
+        *given: Tensor | None,
     ) -> Tensor:
         weight, bias, _, _, weight_h, bias_h, weight_w, bias_w, *_ = given
         assert weight is not None
@@ -95,34 +106,36 @@ class _WeighByCoordinates(torch.autograd.Function):
         assert weight_w is not None
         means = torch.cat([x.mean(dim, dtype=weight.dtype) for dim in (3, 2)], dim=2)
         ctx.save_for_backward(x, means, *given)
-        ctx.eps = eps
+        ctx.eps, ctx.scale = eps, scale
         with no_autocast(x):
             hidden = F.hardswish(norm(pointwise(means, weight, bias).unsqueeze(3)).squeeze(3))
             rows, columns = _gates(hidden, x.shape[2], weight_h, bias_h, weight_w, bias_w)
-        return (x * columns.unsqueeze(2).to(x.dtype)).mul_(rows.unsqueeze(3).to(x.dtype))
+        row_gates = scaled(rows, scale).unsqueeze(3).to(x.dtype)
+        return (x * columns.unsqueeze(2).to(x.dtype)).mul_(row_gates)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, means, weight, bias, scale, shift, *others = ctx.saved_tensors
+        x, means, weight, bias, gain, shift, *others = ctx.saved_tensors
         (weight_h, bias_h, weight_w, bias_w), held = others[:4], others[4:]
         mean, var = held or (None, None)
         height, width = x.shape[2:]
         with no_autocast(x):
             z = pointwise(means, weight, bias)
             normed, *of_batch = torch.native_batch_norm(
-                z, scale, shift, mean, var, not held, 0.0, ctx.eps
+                z, gain, shift, mean, var, not held, 0.0, ctx.eps
             )
             hidden = F.hardswish(normed)
             rows, columns = _gates(hidden, height, weight_h, bias_h, weight_w, bias_w)
             row_gates, column_gates = (
-                rows.unsqueeze(3).to(x.dtype),
+                scaled(rows, ctx.scale).unsqueeze(3).to(x.dtype),
                 columns.unsqueeze(2).to(x.dtype),
             )
             products = grad_y * x
             of_rows = (products @ column_gates.mT).squeeze(3).to(rows.dtype)
             of_columns = (row_gates.mT @ products).squeeze(2).to(rows.dtype)
             del products
+            of_rows = scaled(of_rows, ctx.scale)
             of_rows = torch.ops.aten.sigmoid_backward(of_rows, rows).to(hidden.dtype)
             of_columns = torch.ops.aten.sigmoid_backward(of_columns, columns).to(hidden.dtype)
             hidden_rows, hidden_columns = hidden.split([height, width], dim=2)
@@ -130,17 +143,17 @@ class _WeighByCoordinates(torch.autograd.Function):
             of_hidden_columns, *of_w = pointwise_gradients(of_columns, hidden_columns, weight_w)
             of_hidden = torch.cat([of_hidden_rows, of_hidden_columns], dim=2)
             of_z, *of_norm = torch.ops.aten.native_batch_norm_backward(
-                *(torch.ops.aten.hardswish_backward(of_hidden, normed), z, scale, mean, var),
-                *(*of_batch, not held, ctx.eps, (True, scale is not None, shift is not None)),
+                *(torch.ops.aten.hardswish_backward(of_hidden, normed), z, gain, mean, var),
+                *(*of_batch, not held, ctx.eps, (True, gain is not None, shift is not None)),
             )
             of_means, *of_both = pointwise_gradients(of_z, means, weight)
             grad_x = (grad_y * column_gates).mul_(row_gates)
             grad_x += (of_means[..., :height] / width).unsqueeze(3)
             grad_x += (of_means[..., height:] / height).unsqueeze(2)
         gradients = (grad_x, *of_both, *of_norm, *of_h, *of_w)
-        needed = ctx.needs_input_grad[2:11]
+        needed = ctx.needs_input_grad[3:12]
         wanted = (g if need else None for g, need in zip(gradients, needed, strict=True))
-        return None, None, *wanted, *(None,) * len(held)
+        return None, None, None, *wanted, *(None,) * len(held)
 
 
 def _gates(

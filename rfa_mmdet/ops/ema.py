@@ -14,6 +14,7 @@ from rfa_mmdet.ops.common.convolution import (
     pointwise_gradients,
 )
 from rfa_mmdet.ops.common.precision import at_least_float32, compute_dtype, no_autocast
+from rfa_mmdet.ops.common.scale import scaled
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -52,7 +53,8 @@ def cross_spatial_gate(x1: Tensor, x2: Tensor) -> Tensor:
     """
     with no_autocast(x1):
         x1, x2 = at_least_float32(x1), at_least_float32(x2)
-        p1, p2 = (torch.softmax(x.mean((2, 3)), dim=1).unsqueeze(1) for x in (x1, x2))
+        # A list: torch 2.1 compiles no unpacked generator.
+        p1, p2 = [torch.softmax(x.mean((2, 3)), dim=1).unsqueeze(1) for x in (x1, x2)]
         score = p1 @ x2.flatten(2) + p2 @ x1.flatten(2)  # (N, 1, c) @ (N, c, H * W)
         gate: Tensor = torch.sigmoid(score).unflatten(2, x1.shape[2:])
         return gate
@@ -89,7 +91,7 @@ def ema_gate(
     return cross_spatial_gate(x1, conv3(x)).to(x.dtype)
 
 
-def weigh_by_ema(x: Tensor, *weights: Tensor, eps: float) -> Tensor:
+def weigh_by_ema(x: Tensor, *weights: Tensor, eps: float, scale: float = 1.0) -> Tensor:
     """Multiply a map by its :func:`ema_gate`, keeping the map alone for the backward pass.
 
     For a norm of one channel a group. Its means are then known, so that of the 3x3 convolution the
@@ -100,6 +102,7 @@ def weigh_by_ema(x: Tensor, *weights: Tensor, eps: float) -> Tensor:
         x (Tensor): (N, c, H, W), a group of channels.
         *weights (Tensor): Weight and bias of the 1x1 convolution, the 3x3 one and the norm.
         eps (float): Of the norm.
+        scale (float): What the result is multiplied by. Defaults to 1.
 
     Returns:
         Tensor: x's shape and dtype.
@@ -112,15 +115,15 @@ def weigh_by_ema(x: Tensor, *weights: Tensor, eps: float) -> Tensor:
         >>> torch.allclose(weigh_by_ema(x, *weights, eps=1e-5), expected, atol=1e-6)
         True
     """
-    y: Tensor = _WeighByEMA.apply(eps, x, *weights)
+    y: Tensor = _WeighByEMA.apply(eps, scale, x, *weights)
     return y
 
 
 class _WeighByEMA(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, eps: float, x: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, eps: float, scale: float, x: Tensor, *weights: Tensor) -> Tensor:
         ctx.save_for_backward(x, *weights)
-        ctx.eps = eps
+        ctx.eps, ctx.scale = eps, scale
         y = torch.empty_like(x)
         with no_autocast(x):
             means = _means(x)
@@ -128,7 +131,8 @@ class _WeighByEMA(torch.autograd.Function):
             parts = _parts(*means, *given)
             for part in _slices(x):
                 cells = at_least_float32(x[part])
-                y[part] = cells * _cells(eps, cells, *_of_slice(parts, part))[0]
+                gate = _cells(eps, cells, *_of_slice(parts, part))[0]
+                y[part] = cells * scaled(gate, scale)
         return y
 
     @staticmethod
@@ -143,16 +147,17 @@ class _WeighByEMA(torch.autograd.Function):
             for part in _slices(x):
                 upstream, cells = at_least_float32(grad_y[part]), at_least_float32(x[part])
                 grad_x[part], *of_parts = _cells_backward(
-                    ctx.eps, upstream, cells, *_of_slice(parts, part)
+                    ctx.eps, ctx.scale, upstream, cells, *_of_slice(parts, part)
                 )
                 found.append(of_parts)
             *of_groups, of_kernels = (torch.cat(t) for t in zip(*found, strict=True))
             known = [*of_groups, of_kernels.sum(0), *parts, *means, *given]
             of_means, of_shares, *of_weights = _parts_backward(*known)
             _add_to_map(grad_x, of_means, of_shares)
-        needed = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[3:]
         gradients = zip(of_weights, weights, needed, strict=True)
-        return None, grad_x, *(g.view_as(w).to(w.dtype) if n else None for g, w, n in gradients)
+        wanted = (g.view_as(w).to(w.dtype) if n else None for g, w, n in gradients)
+        return None, None, grad_x, *wanted
 
 
 def _slices(x: Tensor) -> Iterator[slice]:
@@ -294,6 +299,7 @@ def _cells(
 
 def _cells_backward(
     eps: float,
+    scale: float,
     grad_y: Tensor,
     x: Tensor,
     gates: Tensor,
@@ -303,18 +309,18 @@ def _cells_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x and of the next four."""
     gate, both, normed, inverse = _cells(eps, x, gates, weights, constant, kernel)
-    of_gate = (grad_y * x).sum(1, keepdim=True)
+    of_gate = scaled((grad_y * x).sum(1, keepdim=True), scale)
     of_score = torch.ops.aten.sigmoid_backward(of_gate, gate)
     grad_x, of_kernel = conv_to_one_gradients(of_score, x, kernel)
-    grad_x.addcmul_(grad_y, gate)
+    grad_x.addcmul_(grad_y, gate, value=scale)
     of_weights = torch.bmm(of_score.flatten(2), normed.flatten(2).mT)  # (N, 1, c)
     of_constant = of_score.sum((2, 3)).unsqueeze(2)
     # Through the norm: less its mean, and less what lies along the normed map.
     cells = x.shape[2] * x.shape[3]
     of_score -= (of_constant / cells).unsqueeze(3)
-    scale = (inverse * weights.squeeze(1))[..., None, None]
-    of_weighed = normed.mul_(scale * (of_weights / -cells).view_as(scale))
-    of_weighed.addcmul_(of_score, scale)
+    slope = (inverse * weights.squeeze(1))[..., None, None]
+    of_weighed = normed.mul_(slope * (of_weights / -cells).view_as(slope))
+    of_weighed.addcmul_(of_score, slope)
     grad_x.addcmul_(of_weighed, both)
     of_weighed.mul_(x)
     row_gates, column_gates = _split(gates, x)

@@ -246,6 +246,20 @@ def test_bad_input(fails, tiny_config, tmp_path):
     assert "base='none.py': no such file" in fails("ablate", spec)
 
 
+def test_shipped_spec_of_plugins_starts_each_in_both_ways():
+    study = load_study(ROOT / "configs" / "ablation" / "shapes_plugins.py")
+    starts = {}
+    for run in study.runs("warm_start")[: len(study.methods)]:
+        assert str(study.source(run)) == f"scratch/plain/seed{run.seed}"
+        with torch.device("meta"):
+            model = MODELS.build(study.config(run).model)
+        layers = [m for m in model.modules() if hasattr(m, "output_scale")]
+        starts[run.method] = {f"{type(m).__name__}-{m.start}" for m in layers}
+    assert starts.pop("plain") == set()
+    kinds = [f"{kind}-{s}" for kind in ("EMA", "CBAM", "SE") for s in ("paper", "identity")]
+    assert starts == {kind: {kind} for kind in kinds}
+
+
 @pytest.mark.parametrize(
     ("name", "methods", "classes"), [("shapes", 5, 4), ("bccd", 13, 3), ("bccd_small", 2, 3)]
 )

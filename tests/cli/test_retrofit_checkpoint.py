@@ -126,16 +126,35 @@ def test_an_image_overwrite_and_a_state_dict_alone(detectors, tool, tmp_path):
     assert torch.load(target, weights_only=True)["meta"] == {}
 
 
-def test_plugins_are_warned_of(tiny_config, detectors, tool, tmp_path):
+@pytest.fixture
+def with_ema(tiny_config, tmp_path):
+    """Write the config of a detector with EMA behind the blocks of stage 4, which starts so."""
+
+    def write(start):
+        more = f', dict(after=r"layer4\\.\\d", plugin=dict(type="EMA", factor=8{start}))'
+        return write_configs(tmp_path, "ema", RETINANET.format(tiny=tiny_config), more=more)[1]
+
+    return write
+
+
+def test_plugins_start_as_the_identity(with_ema, detectors, tool, tmp_path):
+    source, target = detectors["retinanet"][2], tmp_path / "warm.pth"
+    code, output, errors = tool(with_ema(""), source, target)
+    assert code == 0, errors
+    assert "warning" not in errors
+    values = [float(value) for value in re.findall(r"│ \w+ +│ ([\d.e+-]+)", output)]
+    assert max(values) <= 1e-4
+    assert "backbone.layer4.0.ema.gn.weight" in torch.load(target, weights_only=True)["state_dict"]
+
+
+def test_plugins_that_do_not_are_warned_of(with_ema, detectors, tool, tmp_path):
     source = detectors["retinanet"][2]
-    more = ', dict(after=r"layer4\\.\\d", plugin=dict(type="EMA", factor=8))'
-    _, config = write_configs(tmp_path, "ema", RETINANET.format(tiny=tiny_config), more=more)
-    code, output, errors = tool(config, source, tmp_path / "warm.pth")
+    code, output, errors = tool(with_ema(", start='paper'"), source, tmp_path / "warm.pth")
     assert code == 0, errors
     assert errors.count("warning: ") == 1
     assert (
-        "warning: 2 plug-ins, such as backbone.layer4.0.ema, have no warm start: they change what "
-        "is computed until they are trained"
+        "warning: 2 plug-ins, such as backbone.layer4.0.ema, are not the identity: they change "
+        "what is computed until they are trained"
     ) in errors
     values = [float(value) for value in re.findall(r"│ \w+ +│ ([\d.e+-]+)", output)]
     assert max(values) > 1e-3

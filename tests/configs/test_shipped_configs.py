@@ -9,6 +9,7 @@ from torch import nn
 
 from rfa_mmdet.analysis.complexity import detector_complexity
 from rfa_mmdet.config.check import check_config
+from rfa_mmdet.layers.warm_start.plugin import Plugin
 from tests.helpers.paths import ROOT
 from tests.helpers.sets import classes_of, leaves
 from tests.helpers.shipped import (
@@ -118,6 +119,15 @@ def test_pretrained_backbone_is_that_of_the_base(path):
         assert init.checkpoint == "open-mmlab://detectron/resnet50_caffe"
     else:
         assert init.checkpoint == f"torchvision://resnet{parts['backbone'][1:]}"
+
+
+@each_config
+def test_plugins_start_as_the_identity_where_the_backbone_is_pretrained(path):
+    backbone = read(path).model.backbone
+    pretrained = backbone.get("module", backbone).get("init_cfg") is not None
+    layers = method_layers(path, planned(path)).values()
+    starts = {layer.start for layer in layers if isinstance(layer, Plugin)}
+    assert starts <= {"identity" if pretrained else "paper"}
 
 
 @each_config

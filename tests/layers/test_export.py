@@ -25,6 +25,15 @@ def name(request) -> str:
     return request.param
 
 
+def multiplied(name: str) -> nn.Module:
+    """A plug-in that started as the identity, with other weights by now."""
+    kwargs = dict(scale_by_patches=True) if name == "ConAM" else {}
+    layer = build(name, start="identity", **kwargs)
+    layer.load_state_dict(build(name, **kwargs).state_dict())
+    assert layer.output_scale != 1
+    return layer.eval()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_as_one_graph(name, training):
     layer, x = build(name).train(training), feature_map().requires_grad_()
@@ -36,6 +45,14 @@ def test_compiles_as_one_graph(name, training):
     found = torch.autograd.grad(z, [x, *compiled.parameters()], upstream)
     for p, q in zip(found, expected, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("layer_name", PLUGINS)
+def test_compiles_with_its_output_multiplied(layer_name):
+    layer, x = multiplied(layer_name), feature_map()
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
     torch._dynamo.reset()
 
 
@@ -90,6 +107,13 @@ def test_torch_export_with_dynamic_sizes(name):
 
 @exports
 @torch.no_grad()
+@pytest.mark.parametrize("layer_name", PLUGINS)
+def test_torch_export_with_its_output_multiplied(layer_name):
+    assert_exports(multiplied(layer_name))
+
+
+@exports
+@torch.no_grad()
 @pytest.mark.parametrize("layer_name", CONVS)
 @pytest.mark.parametrize("mode", ["zeros", "reflect"])
 def test_torch_export_of_a_conv_with_other_arguments(layer_name, mode):
@@ -103,6 +127,13 @@ OF_THE_TRACER = "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning"
 @pytest.mark.filterwarnings(*OF_THE_TRACER)
 def test_onnx_with_dynamic_sizes(name):
     assert_exports_to_onnx(build(name).eval())
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings(*OF_THE_TRACER)
+@pytest.mark.parametrize("layer_name", PLUGINS)
+def test_onnx_with_its_output_multiplied(layer_name):
+    assert_exports_to_onnx(multiplied(layer_name))
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import LARGEST_SIDE, check_feature_map, odd_int, positive_int
 from rfa_mmdet.layers.untouched import are_plain, dtype_of, is_plain_conv
+from rfa_mmdet.layers.warm_start.plugin import Plugin, PluginStart
 from rfa_mmdet.ops.cbam import (
     channel_gate,
     in_fast_layout,
@@ -21,6 +22,7 @@ from rfa_mmdet.ops.cbam import (
 )
 from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
 from rfa_mmdet.ops.common.reductions import max_and_mean
+from rfa_mmdet.ops.common.scale import scaled
 
 
 class ChannelAttention(nn.Module):
@@ -108,7 +110,7 @@ def cell_gate(pools: Tensor, conv: nn.Module) -> Tensor:
 
 
 @MODELS.register_module()
-class CBAM(nn.Module):
+class CBAM(Plugin):
     """Convolutional block attention: weighs the channels, then the cells; keeps the shape.
 
     Args:
@@ -116,6 +118,10 @@ class CBAM(nn.Module):
         reduction (int): The hidden width of the channel part is C // reduction, at least 1.
             Defaults to 16.
         kernel_size (int): Of the spatial part, odd. Defaults to 7.
+        start (str): 'paper', or behind trained layers 'identity': the last layers of both parts
+            start at zero, so both gates at 1/2, and the output is multiplied by 4
+            (``output_scale``), in testing too. See
+            :class:`~rfa_mmdet.layers.warm_start.plugin.Plugin`. Defaults to 'paper'.
 
     Raises:
         TypeError, ValueError: An argument or the input is not as above.
@@ -130,12 +136,23 @@ class CBAM(nn.Module):
 
     _abbr_ = "cbam"
 
-    def __init__(self, in_channels: int, reduction: int = 16, kernel_size: int = 7) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        reduction: int = 16,
+        kernel_size: int = 7,
+        start: PluginStart = "paper",
+    ) -> None:
         super().__init__()
         self.in_channels = positive_int("in_channels", in_channels)
         kernel_size = self.kernel_size = odd_int("kernel_size", kernel_size, LARGEST_SIDE)
         self.channel = ChannelAttention(in_channels, reduction)
         self.spatial = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
+        self.start_as(start)
+
+    def constant_attention(self) -> tuple[dict[str, Tensor], float]:
+        """Return values under which both gates are 1/2."""
+        return self._zeros("channel.mlp.2.weight", "spatial.weight"), 1 / 4
 
     def forward(self, x: Tensor) -> Tensor:
         """Weigh the channels, then the cells.
@@ -150,9 +167,10 @@ class CBAM(nn.Module):
         weights = self._weights()
         if weights is not None:
             pools = self.channel.pools(x, weights[0].dtype)
-            return weigh_channels_and_cells(x, *pools, *weights)
+            return weigh_channels_and_cells(x, *pools, *weights, scale=self.output_scale)
         x = self.channel(x)
-        return x * cell_gate(spatial_pools(x), self.spatial).to(x.dtype)
+        gate = cell_gate(spatial_pools(x), self.spatial)
+        return x * scaled(gate, self.output_scale).to(x.dtype)
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return those of all convolutions. None: the modules must be called."""

@@ -17,11 +17,13 @@ from torch.nn import functional as F
 
 from rfa_mmdet.layers.arguments import boolean, check_feature_map, positive_int
 from rfa_mmdet.layers.untouched import are_plain, dtype_of
+from rfa_mmdet.layers.warm_start.plugin import Plugin, PluginStart
+from rfa_mmdet.ops.common.scale import scaled
 from rfa_mmdet.ops.conam import confidence_gate
 
 
 @MODELS.register_module()
-class ConAM(nn.Module):
+class ConAM(Plugin):
     """Confident attention; keeps the shape.
 
     Every patch is strengthened by its confidence: how well its mean agrees with the mean of the
@@ -34,6 +36,11 @@ class ConAM(nn.Module):
         hidden_channels (int): Width of the shared MLP.
         scale_by_patches (bool): Multiply by the number of patches (not in the paper).
             Defaults to False.
+        start (str): 'paper', or behind trained layers 'identity': the MLP's last weight starts at
+            zero and its bias above, so all P patches alike. With ``scale_by_patches`` the output is
+            multiplied by 1/2 (``output_scale``), in testing too, and starts as the input; else by
+            1, and starts as 1 + 1 / P times the input, as P is not known before. See
+            :class:`~rfa_mmdet.layers.warm_start.plugin.Plugin`. Defaults to 'paper'.
 
     Raises:
         TypeError, ValueError: An argument or the input is not as above.
@@ -55,6 +62,7 @@ class ConAM(nn.Module):
         patch_size: int,
         hidden_channels: int,
         scale_by_patches: bool = False,
+        start: PluginStart = "paper",
     ) -> None:
         super().__init__()
         self.in_channels = positive_int("in_channels", in_channels)
@@ -63,6 +71,15 @@ class ConAM(nn.Module):
         self.scale_by_patches = boolean("scale_by_patches", scale_by_patches)
         self.linear1 = nn.Linear(self.in_channels, self.hidden_channels)
         self.linear2 = nn.Linear(self.hidden_channels, self.in_channels)
+        self.exact = self.scale_by_patches
+        self.start_as(start)
+
+    def constant_attention(self) -> tuple[dict[str, Tensor], float]:
+        """Return values under which all patches have the same confidence."""
+        # Not a bias of 0, a dead point of the last ReLU and of the dot product, which is 1 so.
+        bias = torch.full_like(self.linear2.bias, self.in_channels**-0.5)
+        values = {**self._zeros("linear2.weight"), "linear2.bias": bias}
+        return values, 2 if self.scale_by_patches else 1
 
     def forward(self, x: Tensor) -> Tensor:
         """Strengthen every patch by its confidence.
@@ -77,7 +94,7 @@ class ConAM(nn.Module):
             ValueError: A patch is larger than the map.
         """
         # Not x + x * gate, which makes one more map. Autograd keeps the input once and little else.
-        return x * (1 + self.attention_map(x))
+        return x * scaled(1 + self.attention_map(x), self.output_scale)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return every cell's confidence, by which it is strengthened, to be looked at.
@@ -115,4 +132,6 @@ class ConAM(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the arguments that the children's lines do not."""
-        return f"patch_size={self.patch_size}, scale_by_patches={self.scale_by_patches}"
+        return self._with_start(
+            f"patch_size={self.patch_size}, scale_by_patches={self.scale_by_patches}"
+        )

@@ -10,19 +10,25 @@ from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import check_feature_map, positive_int
 from rfa_mmdet.layers.untouched import are_plain, dtype_of, is_plain_conv
+from rfa_mmdet.layers.warm_start.plugin import Plugin, PluginStart
 from rfa_mmdet.ops.common.recompute import recomputes
+from rfa_mmdet.ops.common.scale import scaled
 from rfa_mmdet.ops.coord_att import coordinate_gates, weigh_by_coordinates
 
 MIN_HIDDEN = 8
 
 
 @MODELS.register_module()
-class CoordAtt(nn.Module):
+class CoordAtt(Plugin):
     """Coordinate attention: weighs rows and columns of every channel; keeps the shape.
 
     Args:
         in_channels (int): C of the input (B, C, H, W).
         reduction (int): The hidden width is C // reduction, at least 8. Defaults to 32.
+        start (str): 'paper', or behind trained layers 'identity': the last convolutions start at
+            zero, so the gates of rows and of columns at 1/2, and the output is multiplied by 4
+            (``output_scale``), in testing too. See
+            :class:`~rfa_mmdet.layers.warm_start.plugin.Plugin`. Defaults to 'paper'.
 
     Raises:
         TypeError, ValueError: An argument or the input is not as above.
@@ -37,7 +43,7 @@ class CoordAtt(nn.Module):
 
     _abbr_ = "coord_att"
 
-    def __init__(self, in_channels: int, reduction: int = 32) -> None:
+    def __init__(self, in_channels: int, reduction: int = 32, start: PluginStart = "paper") -> None:
         super().__init__()
         in_channels = self.in_channels = positive_int("in_channels", in_channels)
         hidden = max(MIN_HIDDEN, in_channels // positive_int("reduction", reduction))
@@ -46,6 +52,12 @@ class CoordAtt(nn.Module):
         self.act = nn.Hardswish()
         self.conv_h = nn.Conv2d(hidden, in_channels, 1)
         self.conv_w = nn.Conv2d(hidden, in_channels, 1)
+        self.start_as(start)
+
+    def constant_attention(self) -> tuple[dict[str, Tensor], float]:
+        """Return values under which the gates of rows and of columns are 1/2."""
+        names = [f"{conv}.{name}" for conv in ("conv_h", "conv_w") for name in ("weight", "bias")]
+        return self._zeros(*names), 1 / 4
 
     def gates(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights of rows and of columns.
@@ -102,14 +114,14 @@ class CoordAtt(nn.Module):
         # What torch has for a batch norm's gradient divides by the batch's size.
         if not (recomputes() and plain and are_plain(nn.Hardswish, self.act) and len(x)):
             rows, columns = self._gates_of(x)
-            return x * columns.to(x.dtype) * rows.to(x.dtype)
+            return x * columns.to(x.dtype) * scaled(rows, self.output_scale).to(x.dtype)
         weights = [
             weight
             for module in (self.conv1, bn, self.conv_h, self.conv_w)
             for weight in (module.weight, module.bias)
         ]
         held = () if bn.training or bn.running_mean is None else (bn.running_mean, bn.running_var)
-        return weigh_by_coordinates(x, bn, bn.eps, *weights, *held)
+        return weigh_by_coordinates(x, bn, bn.eps, *weights, *held, scale=self.output_scale)
 
 
 class CoordinateGates(CoordAtt):

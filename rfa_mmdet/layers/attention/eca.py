@@ -12,17 +12,22 @@ from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import check_feature_map, odd_int, positive_int
 from rfa_mmdet.layers.untouched import dtype_of
+from rfa_mmdet.layers.warm_start.plugin import Plugin, PluginStart
 from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
+from rfa_mmdet.ops.common.scale import scaled
 
 
 @MODELS.register_module()
-class ECA(nn.Module):
+class ECA(Plugin):
     """Efficient channel attention: weighs channels by the means of neighbours; keeps the shape.
 
     Args:
         in_channels (int): C of the input (B, C, H, W).
         kernel_size (int | None): Neighbours that count, odd. Defaults to None: log2(C) / 2 + 1 / 2,
             rounded down, and up to odd, as in the paper.
+        start (str): 'paper', or behind trained layers 'identity': the kernel starts at zero, so
+            every gate at 1/2, and the output is multiplied by 2 (``output_scale``), in testing too.
+            See :class:`~rfa_mmdet.layers.warm_start.plugin.Plugin`. Defaults to 'paper'.
 
     Raises:
         TypeError, ValueError: An argument or the input is not as above.
@@ -36,13 +41,20 @@ class ECA(nn.Module):
 
     _abbr_ = "eca"
 
-    def __init__(self, in_channels: int, kernel_size: int | None = None) -> None:
+    def __init__(
+        self, in_channels: int, kernel_size: int | None = None, start: PluginStart = "paper"
+    ) -> None:
         super().__init__()
         self.in_channels = positive_int("in_channels", in_channels)
         if kernel_size is None:
             kernel_size = int(math.log2(self.in_channels) / 2 + 1 / 2) | 1
         kernel_size = self.kernel_size = odd_int("kernel_size", kernel_size)
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
+        self.start_as(start)
+
+    def constant_attention(self) -> tuple[dict[str, Tensor], float]:
+        """Return values under which every gate is 1/2."""
+        return self._zeros("conv.weight"), 1 / 2
 
     def forward(self, x: Tensor) -> Tensor:
         """Weigh the channels.
@@ -53,7 +65,7 @@ class ECA(nn.Module):
         Returns:
             Tensor: (B, C, H, W).
         """
-        return x * self.attention_map(x)
+        return x * scaled(self.attention_map(x), self.output_scale)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return the weights of the channels, to be looked at.
@@ -73,4 +85,4 @@ class ECA(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the argument that the child's line does not."""
-        return f"in_channels={self.in_channels}"
+        return self._with_start(f"in_channels={self.in_channels}")

@@ -13,17 +13,23 @@ from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import check_feature_map, positive_int
 from rfa_mmdet.layers.untouched import are_plain, dtype_of, is_plain_conv
+from rfa_mmdet.layers.warm_start.plugin import Plugin, PluginStart
 from rfa_mmdet.ops.common.recompute import is_recorded
+from rfa_mmdet.ops.common.scale import scaled
 from rfa_mmdet.ops.ema import ema_gate, weigh_by_ema
 
 
 @MODELS.register_module()
-class EMA(nn.Module):
+class EMA(Plugin):
     """Efficient multi-scale attention; keeps the shape.
 
     Args:
         in_channels (int): C of the input (B, C, H, W).
         factor (int): Number of channel groups; divides ``in_channels``. Defaults to 32.
+        start (str): 'paper', or behind trained layers 'identity': the norm's weight and bias and
+            the 3x3's start at zero, so every gate at 1/2, and the output is multiplied by 2
+            (``output_scale``), in testing too. See
+            :class:`~rfa_mmdet.layers.warm_start.plugin.Plugin`. Defaults to 'paper'.
 
     Raises:
         TypeError, ValueError: An argument or the input is not as above.
@@ -38,7 +44,7 @@ class EMA(nn.Module):
 
     _abbr_ = "ema"
 
-    def __init__(self, in_channels: int, factor: int = 32) -> None:
+    def __init__(self, in_channels: int, factor: int = 32, start: PluginStart = "paper") -> None:
         super().__init__()
         in_channels = self.in_channels = positive_int("in_channels", in_channels)
         factor = self.factor = positive_int("factor", factor)
@@ -52,6 +58,12 @@ class EMA(nn.Module):
         self.conv1x1 = nn.Conv2d(channels, channels, 1)
         self.conv3x3 = nn.Conv2d(channels, channels, 3, padding=1)
         self.gn = nn.GroupNorm(channels, channels)
+        self.start_as(start)
+
+    def constant_attention(self) -> tuple[dict[str, Tensor], float]:
+        """Return values under which every gate is 1/2."""
+        names = [f"{module}.{name}" for module in ("gn", "conv3x3") for name in ("weight", "bias")]
+        return self._zeros(*names), 1 / 2
 
     def forward(self, x: Tensor) -> Tensor:
         """Weigh every cell, a gate for each group of channels.
@@ -76,8 +88,9 @@ class EMA(nn.Module):
             ]
             weights = [weight for weight in given if weight is not None]
             if len(weights) == len(given):
-                return self._joined(weigh_by_ema(groups, *weights, eps=gn.eps))
-        return self._joined(groups * self._gate(groups, x))
+                weighed = weigh_by_ema(groups, *weights, eps=gn.eps, scale=self.output_scale)
+                return self._joined(weighed)
+        return self._joined(groups * scaled(self._gate(groups, x), self.output_scale))
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return the weights of the cells, to be looked at.
@@ -109,4 +122,4 @@ class EMA(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the arguments."""
-        return f"in_channels={self.in_channels}, factor={self.factor}"
+        return self._with_start(f"in_channels={self.in_channels}, factor={self.factor}")

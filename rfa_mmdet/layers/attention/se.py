@@ -10,17 +10,22 @@ from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import check_feature_map, positive_int
 from rfa_mmdet.layers.untouched import dtype_of
+from rfa_mmdet.layers.warm_start.plugin import Plugin, PluginStart
 from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
+from rfa_mmdet.ops.common.scale import scaled
 
 
 @MODELS.register_module()
-class SE(nn.Module):
+class SE(Plugin):
     """Squeeze-and-excitation: weighs the channels by their means; keeps the shape.
 
     Args:
         in_channels (int): C of the input (B, C, H, W).
         reduction (int): The hidden width is C // reduction, at least 1. Defaults to 16.
         hidden_channels (int | None): The hidden width itself, instead of ``reduction``.
+        start (str): 'paper', or behind trained layers 'identity': the second matrix starts at zero,
+            so every gate at 1/2, and the output is multiplied by 2 (``output_scale``), in testing
+            too. See :class:`~rfa_mmdet.layers.warm_start.plugin.Plugin`. Defaults to 'paper'.
 
     Raises:
         TypeError, ValueError: An argument or the input is not as above.
@@ -35,7 +40,11 @@ class SE(nn.Module):
     _abbr_ = "se"
 
     def __init__(
-        self, in_channels: int, reduction: int = 16, hidden_channels: int | None = None
+        self,
+        in_channels: int,
+        reduction: int = 16,
+        hidden_channels: int | None = None,
+        start: PluginStart = "paper",
     ) -> None:
         super().__init__()
         in_channels = self.in_channels = positive_int("in_channels", in_channels)
@@ -52,6 +61,11 @@ class SE(nn.Module):
             nn.ReLU(),
             nn.Linear(self.hidden_channels, in_channels, bias=False),
         )
+        self.start_as(start)
+
+    def constant_attention(self) -> tuple[dict[str, Tensor], float]:
+        """Return values under which every gate is 1/2."""
+        return self._zeros("fc.2.weight"), 1 / 2
 
     def gate(self, x: Tensor) -> Tensor:
         """Return the weights of the channels.
@@ -76,7 +90,7 @@ class SE(nn.Module):
             Tensor: (B, C, H, W).
         """
         check_feature_map("SE", x, self.in_channels)
-        return x * self.gate(x)
+        return x * scaled(self.gate(x), self.output_scale)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return the weights of the channels, to be looked at.

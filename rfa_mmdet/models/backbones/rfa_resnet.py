@@ -95,7 +95,8 @@ class RFAResNet(ResNet):
         stage_with_rfa (Sequence[bool] | None): For each stage whether it is replaced there. None:
             in all of them.
         plugins (list[dict] | None): As of mmdet's ResNet, and at depth 18 and 34 too, at
-            'after_conv1' and 'after_conv2'.
+            'after_conv1' and 'after_conv2'. With ``start='identity'`` in its config, one of this
+            package leaves what pretrained weights compute as it is.
         strict_start (bool | str): As of Retrofit.
         **kwargs: As of mmdet's ResNet.
 

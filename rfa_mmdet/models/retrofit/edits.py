@@ -18,6 +18,7 @@ from mmengine.registry import MODELS as LAYERS
 from torch import Tensor, nn
 
 from rfa_mmdet.layers.conv.base import AttentionConv2d
+from rfa_mmdet.layers.warm_start.plugin import Plugin
 
 # What each kind of edit puts in; nn.Conv2d's subclasses with a forward of their own, such as those
 # that pad by themselves, cannot be replaced: nobody takes that over.
@@ -64,7 +65,8 @@ def plan_edits(module: nn.Module, edits: Sequence[ConfigType]) -> list[Step]:
         module (nn.Module): Any; stays as it is.
         edits (Sequence[dict]): Each ``dict(where=PATTERN, conv=CFG)`` or
             ``dict(after=PATTERN, plugin=CFG)``; PATTERN is a regular expression that a module's
-            whole name matches, where a ConvModule stands for the convolution in it.
+            whole name matches, where a ConvModule stands for the convolution in it. This package's
+            plug-ins get ``start='identity'``, unless CFG has a ``start``.
 
     Returns:
         list[Step]: In the order in which to carry them out.
@@ -247,6 +249,12 @@ def _check_config(argument: str, cfg: Any) -> ConfigType:
     return dict(cfg)
 
 
+def _is_plugin(kind: Any) -> bool:
+    with LAYERS.switch_scope_and_registry(None) as registry:
+        found = registry.get(kind) if isinstance(kind, str) else kind
+    return isinstance(found, type) and issubclass(found, Plugin)
+
+
 def _check_edit(i: int, edit: Any) -> tuple[str, re.Pattern[str], ConfigType]:
     valid = "dict(where=PATTERN, conv=CFG) or dict(after=PATTERN, plugin=CFG)"
     if not isinstance(edit, dict):
@@ -255,6 +263,8 @@ def _check_edit(i: int, edit: Any) -> tuple[str, re.Pattern[str], ConfigType]:
     if kind is None:
         raise ValueError(f"edits[{i}] has the keys {sorted(edit)}: must be {valid}")
     cfg = _check_config(f"edits[{i}]: {KINDS[kind]}", edit[KINDS[kind]])
+    if kind == "after" and _is_plugin(cfg["type"]):
+        cfg.setdefault("start", "identity")
     try:
         return kind, re.compile(edit[kind]), cfg
     except (re.error, TypeError) as error:

@@ -14,6 +14,7 @@ from mmengine.logging import print_log
 from torch import nn
 
 from rfa_mmdet.layers.conv.base import AttentionConv2d
+from rfa_mmdet.layers.warm_start.plugin import Plugin
 from rfa_mmdet.layers.warm_start.start import Start, WarmStartable, WarmStartError, matching
 from rfa_mmdet.models.retrofit.report import StartReport
 
@@ -153,9 +154,23 @@ class NewLayers:
         # MMEngine initialises a module once; so are the layers, which may be trained by then.
         again = getattr(self.module, "is_init", False)
         type(self.module).init_weights(self.module)
-        for layer in self.layers.values():
-            if isinstance(layer, AttentionConv2d) and not (again or layer.start.filled):
+        for name, layer in self.layers.items():
+            if again or self.start_of(name).filled:
+                continue
+            if isinstance(layer, AttentionConv2d):
                 layer.reset_attention()
+            elif isinstance(layer, Plugin):
+                layer.init_weights()
+
+    def _identities(self) -> dict[str, str]:
+        """Return the plug-ins that begin as the identity, as no checkpoint filled them."""
+        return {
+            name: type(layer).__name__ + ("" if layer.exact else ", nearly")
+            for name, layer in self.layers.items()
+            if isinstance(layer, Plugin)
+            and layer.start == "identity"
+            and not self.start_of(name).filled
+        }
 
     def _before_load(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         given = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
@@ -169,7 +184,7 @@ class NewLayers:
         given, self._given = self._given, {}
         if not (given and self.layers):
             return
-        report = StartReport.of(module, self.layers.values(), given)
+        report = StartReport.of(module, self.layers.values(), given, self._identities())
         print_log(str(report), logger="current")
         allowed = self.strict_start if isinstance(self.strict_start, str) else r"(?!)"
         skipped = [key for key in report.skipped if not re.fullmatch(allowed, key)]

@@ -19,6 +19,8 @@ class StartReport:
         warm_started (dict[str, str]): Layer to the class of it, of those that were made from a
             plain convolution.
         taken (int): Keys of these plain convolutions.
+        identity (dict[str, str]): Plug-in to the class of it, of those that change nothing until
+            they are trained.
         new (tuple[str, ...]): The module's keys that the checkpoint does not fill.
         skipped (dict[str, str]): The checkpoint's keys that go nowhere, and why, if there is
             more to say than that the module has no such key.
@@ -28,12 +30,17 @@ class StartReport:
     loaded: int
     warm_started: dict[str, str]
     taken: int
+    identity: dict[str, str]
     new: tuple[str, ...]
     skipped: dict[str, str]
 
     @classmethod
     def of(
-        cls, module: nn.Module, layers: Iterable[nn.Module], given: dict[str, tuple[int, ...]]
+        cls,
+        module: nn.Module,
+        layers: Iterable[nn.Module],
+        given: dict[str, tuple[int, ...]],
+        identity: dict[str, str],
     ) -> "StartReport":
         """Compare a module, after the load, with what it was given.
 
@@ -41,6 +48,7 @@ class StartReport:
             module (nn.Module): That holds the layers.
             layers (Iterable[nn.Module]): What is new in it.
             given (dict[str, tuple[int, ...]]): Keys of the checkpoint for ``module``, with shapes.
+            identity (dict[str, str]): As the attribute.
         """
         own = {key: tuple(value.shape) for key, value in module.state_dict().items()}
         loaded = {key for key in given if key in own}
@@ -67,24 +75,28 @@ class StartReport:
         skipped |= {key: "" for key in given if key not in covered and key not in skipped}
         # A file without this count, as of old PyTorch, is none the worse.
         new = [key for key in own if key not in covered and not key.endswith("num_batches_tracked")]
-        return cls(type(module).__name__, len(loaded), warm, taken, tuple(new), skipped)
+        kind = type(module).__name__
+        return cls(kind, len(loaded), warm, taken, identity, tuple(new), skipped)
 
     def __str__(self) -> str:
         """Write the report: a line for each kind of key, or one where all is as it was."""
         if not (self.warm_started or self.new or self.skipped):
             return f"{self.module}, from its checkpoint: all {self.loaded} keys"
-        kinds = ", ".join(sorted(set(self.warm_started.values())))
         skipped = [f"{key} ({why})" if why else key for key, why in self.skipped.items()]
-        return "\n".join(
-            [
-                f"{self.module}, from its checkpoint:",
-                f"  loaded        {self.loaded} keys as they are",
-                f"  warm-started  {self.taken} keys, for {len(self.warm_started)} layers"
-                f"{f' ({kinds})' if kinds else ''}{_listed(self.warm_started)}",
-                f"  new           {len(self.new)} keys{_listed(self.new)}",
-                f"  skipped       {len(self.skipped)} keys of the checkpoint{_listed(skipped)}",
+        lines = [
+            f"{self.module}, from its checkpoint:",
+            f"  loaded        {self.loaded} keys as they are",
+            f"  warm-started  {self.taken} keys, for {len(self.warm_started)} layers"
+            f"{_named(self.warm_started)}",
+            f"  new           {len(self.new)} keys{_listed(self.new)}",
+            f"  skipped       {len(self.skipped)} keys of the checkpoint{_listed(skipped)}",
+        ]
+        if self.identity:
+            lines[3:3] = [
+                f"  identity      {len(self.identity)} plug-ins, until trained"
+                f"{_named(self.identity)}"
             ]
-        )
+        return "\n".join(lines)
 
 
 def _own_keys(layer: nn.Module, layers: set[nn.Module]) -> list[str]:
@@ -96,6 +108,11 @@ def _own_keys(layer: nn.Module, layers: set[nn.Module]) -> list[str]:
 def _published(layer: nn.Module) -> Iterable[tuple[str, str]]:
     name = layer.published_name() if isinstance(layer, WarmStartable) else ""
     return PUBLISHED.get(name, {}).items()
+
+
+def _named(layers: dict[str, str]) -> str:
+    """List layers behind their classes."""
+    return f" ({', '.join(sorted(set(layers.values())))}){_listed(layers)}" if layers else ""
 
 
 def _listed(names: Iterable[str], limit: int = 100) -> str:

@@ -35,7 +35,8 @@ def retrofit(
 
     A replaced convolution hands on its channels, kernel, stride, padding, dilation, groups and
     whether it has a bias. The plain model's checkpoint warm-starts it, and a report of that is
-    logged; ``frozen_stages`` and ``norm_eval`` hold for what a checkpoint filled.
+    logged; ``frozen_stages`` and ``norm_eval`` hold for what a checkpoint filled. Plug-ins of this
+    package start as the identity, so that they change nothing until they are trained.
 
     Args:
         module (dict | nn.Module): Config of a backbone, neck, head or detector, or one that is
@@ -43,7 +44,8 @@ def retrofit(
         edits (Sequence[dict]): ``dict(where=PATTERN, conv=CFG)`` replaces the convolutions,
             ``dict(after=PATTERN, plugin=CFG)`` puts a plug-in behind the modules, whose whole name
             matches the regular expression. A ConvModule stands for the convolution in it. The
-            plug-in gets the channels of the module before it as ``in_channels``, unless given.
+            plug-in gets the channels of the module before it as ``in_channels``, and one of this
+            package ``start='identity'``, unless given.
         dry_run (bool): Print what would be done, as a table, and do nothing. Defaults to False.
         strict_start (bool | str): Whether keys of a checkpoint that go nowhere are an error; as a
             regular expression, which keys may. Defaults to False.

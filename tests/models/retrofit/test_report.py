@@ -50,6 +50,28 @@ def test_report_of_a_classifiers_checkpoint(reports):
     ]
 
 
+@pytest.mark.parametrize(
+    ("plugin", "kinds"),
+    [
+        (dict(type="EMA", factor=8), "EMA"),
+        (dict(type="ConAM", patch_size=1, hidden_channels=4), "ConAM, nearly"),
+        (dict(type="SE", start="paper"), None),
+    ],
+)
+def test_report_names_plugins_that_start_as_the_identity(plugin, kinds, reports):
+    cfg = dict(type="ResNet", depth=18, base_channels=8)
+    net = retrofit(cfg, [dict(after=r"layer4\.\d", plugin=plugin)])
+    load_state_dict(net, plain_net(18).state_dict())
+    lines = reports[0].splitlines()
+    names = ", ".join(net.new_layers.layers)
+    expected = [f"  identity      2 plug-ins, until trained ({kinds}): {names}"] if kinds else []
+    assert [line for line in lines if line.startswith("  identity")] == expected
+    # Its own keys win, and it is no longer said to be the identity.
+    load_state_dict(net, {k: v + 1 for k, v in net.state_dict().items()})
+    load_state_dict(net, plain_net(18).state_dict())
+    assert "identity" not in "".join(reports[1:])
+
+
 def test_report_names_at_most_a_hundred_keys(reports):
     net = edited_resnet("RFAResNet", 50)
     load_state_dict(net, {"conv1.weight": net.state_dict()["conv1.weight"]})

@@ -105,7 +105,7 @@ def test_forward_and_backward_reach_every_parameter(name):
     case = CASES[name]
     edits = [
         dict(where=case.where, conv=dict(type="RFAConv")),
-        dict(after=case.after, plugin=dict(type="SE", hidden_channels=8)),
+        dict(after=case.after, plugin=dict(type="SE", hidden_channels=8, start="paper")),
     ]
     net = retrofit(copy.deepcopy(case.cfg), edits)
     net.init_weights()
@@ -211,10 +211,11 @@ def test_a_whole_detector_is_edited_as_itself():
     x = torch.randn(1, 3, 64, 64).double()
     net.eval()
     plain.eval()
-    # The plug-in is the one difference: with it taken out, nothing else differs.
-    net.neck.lateral_convs[0].inserted_plugins.clear()
+    ema = net.neck.lateral_convs[0].ema
     with torch.no_grad():
         assert relative(flat(plain(x)), flat(net(x))) <= 1e-9
+        ema.gn.bias.normal_()
+        assert relative(flat(plain(x)), flat(net(x))) > 1e-3
 
 
 def test_plugins_run_behind_their_module_in_order():
@@ -222,8 +223,8 @@ def test_plugins_run_behind_their_module_in_order():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
     plain = copy.deepcopy(net)
     edits = [
-        dict(after="0", plugin=dict(type="EMA", factor=4)),
-        dict(after="0", plugin=dict(type="ECA", postfix="_late")),
+        dict(after="0", plugin=dict(type="EMA", factor=4, start="paper")),
+        dict(after="0", plugin=dict(type="ECA", postfix="_late", start="paper")),
     ]
     retrofit(net, edits)
     assert type(net[0]) is nn.Conv2d
@@ -239,7 +240,7 @@ def test_plugins_run_behind_their_module_in_order():
 def test_a_plugin_behind_a_sequential_runs_once():
     net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3)), nn.ReLU())
     plain = copy.deepcopy(net)
-    retrofit(net, [dict(after="0", plugin=dict(type="SE"))])
+    retrofit(net, [dict(after="0", plugin=dict(type="SE", start="paper"))])
     x = torch.randn(1, 3, 8, 8)
     assert torch.equal(net(x), plain[1](net[0].se(plain[0](x))))
 
@@ -250,7 +251,7 @@ def test_replacement_and_plugin_in_one_place():
     retrofit(
         net,
         [
-            dict(after="0", plugin=dict(type="SE")),
+            dict(after="0", plugin=dict(type="SE", start="paper")),
             dict(where="0", conv=dict(type="RFAConv")),
         ],
     )
