@@ -2,7 +2,8 @@
 
 ``custom_imports = dict(imports=["rfa_mmdet"])`` in a config registers everything below
 :mod:`rfa_mmdet.layers`, :mod:`rfa_mmdet.models` and :mod:`rfa_mmdet.hooks`, and the data sets of
-:mod:`rfa_mmdet.data.voc_dataset`.
+:mod:`rfa_mmdet.data.voc_dataset`. :func:`rfa_mmdet.retrofit` edits a module that is built, of any
+library.
 
 The formulas in :mod:`rfa_mmdet.ops` need torch alone and can be imported without MMEngine. Where
 MMEngine is installed but mmdet or mmcv's operators cannot be imported, importing this package is
@@ -15,7 +16,7 @@ from importlib.util import find_spec
 
 from rfa_mmdet.version import __version__
 
-__all__ = ["__version__", "register"]
+__all__ = ["__version__", "register", "retrofit"]
 
 _INSTALL = {
     "mmengine": 'pip install "rfa_mmdet[openmmlab]"',
@@ -65,11 +66,18 @@ def _explain(module: str, error: Exception) -> str:
 
 
 def __getattr__(name: str):
-    if name in ("compat", "hooks", "layers", "models") and find_spec("mmengine") is None:
+    if (
+        name in ("compat", "hooks", "layers", "models", "retrofit")
+        and find_spec("mmengine") is None
+    ):
         raise ImportError(
             f"rfa_mmdet.{name} needs mmengine, mmcv with compiled operators, and mmdet. "
             f"mmengine is not installed: run `{_INSTALL['mmengine']}`"
         )
+    if name == "retrofit":
+        from rfa_mmdet.models import retrofit
+
+        return retrofit
     raise AttributeError(f"module 'rfa_mmdet' has no attribute {name!r}")
 
 

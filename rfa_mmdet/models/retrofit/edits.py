@@ -6,7 +6,7 @@ planned on the module as it came, before the first is carried out: a wrong one c
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -134,6 +134,59 @@ def plan_at(
         if not inserts and (obstacle := _obstacle(step.module)):
             raise ValueError(f"{argument}={cfg}: cannot replace {step.names[0]}, which {obstacle}")
     return steps
+
+
+def with_seen_channels(module: nn.Module, steps: Sequence[Step], example_input: Any) -> list[Step]:
+    """Let one run of an example tell the channels in front of plug-ins.
+
+    Args:
+        module (nn.Module): That the plan was made for; runs once, in eval mode, and stays as it is.
+        steps (Sequence[Step]): From :func:`plan_edits`. A plug-in whose config has ``in_channels``
+            keeps them.
+        example_input (Any): What the module is called with; a tuple holds several arguments.
+
+    Returns:
+        list[Step]: In the same order.
+
+    Raises:
+        ValueError: No map came out of a module in front of a plug-in.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.PixelShuffle(2))
+        >>> steps = plan_edits(net, [dict(after="1", plugin=dict(type="SE"))])
+        >>> with_seen_channels(net, steps, torch.rand(1, 4, 8, 8))[0].cfg
+        {'type': 'SE', 'in_channels': 2}
+    """
+    unknown = [step for step in steps if step.inserts and "in_channels" not in step.cfg]
+    seen: dict[nn.Module, int] = {}
+
+    def look(target: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.dim() == 4:
+            seen[target] = output.shape[1]
+
+    modes = {child: child.training for child in module.modules()}
+    handles = [step.module.register_forward_hook(look) for step in unknown]
+    try:
+        with torch.no_grad():
+            module.eval()
+            module(*(example_input if isinstance(example_input, tuple) else (example_input,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for child, mode in modes.items():
+            child.training = mode
+    silent = [step.names[0] for step in unknown if step.module not in seen]
+    if silent:
+        raise ValueError(
+            f"example_input: no map (B, C, H, W) came out of {_some(silent)}; pass in_channels in "
+            "the plug-in's config"
+        )
+    return [
+        replace(step, cfg={**step.cfg, "in_channels": seen[step.module]})
+        if step in unknown
+        else step
+        for step in steps
+    ]
 
 
 def apply_edits(module: nn.Module, steps: Sequence[Step], loaded: bool) -> dict[str, nn.Module]:
@@ -359,7 +412,7 @@ def _build_plugin(step: Step) -> tuple[str, nn.Module]:
         if cfg["in_channels"] is None:
             raise ValueError(
                 f"the output channels of a {type(step.module).__name__} are not known; pass "
-                "in_channels in the plug-in's config"
+                "example_input, or in_channels in the plug-in's config"
             )
     name, layer = build_plugin_layer(cfg, postfix=postfix)
     return name, layer.train(step.module.training)

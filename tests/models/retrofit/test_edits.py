@@ -76,7 +76,7 @@ RFA = dict(type="RFAConv")
         (
             [dict(after=r"relu", plugin=dict(type="SE"))],
             ValueError,
-            "^relu: .*output channels of a ReLU are not known; pass in_channels",
+            "^relu: .*output channels of a ReLU are not known; pass example_input, or in_",
         ),
     ],
 )
