@@ -53,27 +53,28 @@ class Launch:
 
     def parameters(self) -> dict[str, Any]:
         """What the compiled kernel is called with: neither constants nor what became one."""
-        kept = {}
+        values, kept = self.values(), {}
         for number, name in enumerate(self.kernel.arg_names):
-            fixed = {name, number} & set(self.kernel.do_not_specialize or ())
-            value = self.values()[name]
-            one = type(value) is int and value == 1 and not fixed
-            if number not in self.kernel.constexprs and value is not None and not one:
-                kept[name] = value
+            one = type(values[name]) is int and values[name] == 1 and not self.is_fixed(name)
+            if number not in self.kernel.constexprs and values[name] is not None and not one:
+                kept[name] = values[name]
         return kept
+
+    def is_fixed(self, name: str) -> bool:
+        """Whether a number is compiled once for all of its values."""
+        number = self.kernel.arg_names.index(name)
+        return bool({name, number} & set(self.kernel.do_not_specialize or ()))
 
     def key(self) -> tuple:
         """Equal for launches that one compilation serves."""
-        found = [self.name]
+        found, parameters = [self.name], self.parameters()
         for name, value in self.values().items():
             if isinstance(value, torch.Tensor):
                 found.append((name, value.dtype))
-            elif type(value) is int and name in self.parameters():
-                number = self.kernel.arg_names.index(name)
-                fixed = {name, number} & set(self.kernel.do_not_specialize or ())
-                found.append((name, not fixed and value % 16 == 0))
-            else:
-                found.append((name, value))
+            elif type(value) is int and name in parameters:
+                found.append((name, not self.is_fixed(name) and value % 16 == 0))
+            else:  # of a number with a fraction, the type alone counts
+                found.append((name, float if type(value) is float else value))
         return tuple(found)
 
 

@@ -4,12 +4,17 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
+from math import prod
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from rfa_mmdet.ops.common.windows import Window
+from rfa_mmdet.ops.receptive_field import WindowFeatures, fold_batch_norm
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None
@@ -109,6 +114,45 @@ def out_size(case: Case) -> tuple[int, int]:
     kernel = torch.empty(1, 1, *case.kernel, device="meta")
     out = F.conv2d(one, kernel, None, case.stride, case.padding, case.dilation)
     return tuple(out.shape[2:])
+
+
+def in_chunks(case: Case, rows: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Let operators work on so many rows of the output at a time, and count kernels' launches."""
+    from rfa_mmdet.ops.receptive_field.triton import launch, operators
+
+    of_row = prod(case.kernel) * case.channels * out_size(case)[1] * case.dtype.itemsize
+    run, launched = launch.launch, Counter()
+
+    def count(kernel, *others):
+        launched[kernel.fn.__name__] += 1
+        run(kernel, *others)
+
+    monkeypatch.setattr(operators, "chunk_bytes", lambda x, share: rows * of_row)
+    monkeypatch.setattr(launch, "launch", count)
+    return launched
+
+
+KINDS = ("attention", "channels", "rows")
+
+
+def train(kind: str, inputs: dict[str, Tensor], window: Window) -> list[Tensor]:
+    """Run the forward pass of a layer that normalises by the batch: its output and statistics.
+
+    ``kind`` is what weighs the features: RFAConv's attention, or gates of channels and positions,
+    or of rows and columns.
+    """
+    x, weight, bias = (inputs[name] for name in ("x", "weight", "bias"))
+    norm = inputs["scale"], inputs["offset"]
+    x, feature, shift, *statistics = fold_batch_norm(x, inputs["feature"], *norm, 1e-5, window)
+    features = WindowFeatures(x, feature, shift, True, window)
+    if kind == "attention":
+        return [features.attend(inputs["attention"], weight, bias, 1), *statistics]
+    if kind == "channels":
+        gates = x.mean((2, 3)), features.max_and_mean().mean(1)
+    else:
+        gates = features.coordinate_means()
+    gates = tuple(gate.to(torch.float32).sigmoid() for gate in gates)
+    return [features.convolve(gates, weight, bias, 1), *statistics]
 
 
 def windows(x: Tensor, case: Case) -> Tensor:

@@ -21,6 +21,7 @@ from tests.helpers.triton_cases import (
     Case,
     error,
     exact,
+    in_chunks,
     in_the_interpreter,
     names,
     out_size,
@@ -158,16 +159,12 @@ def test_only_what_is_needed_is_computed(case, needed):
 )
 @pytest.mark.parametrize("rows", [1, 2, 7])
 def test_chunks_add_up(case, rows, monkeypatch):
-    from rfa_mmdet.ops.receptive_field.triton import chunks
-
     whole = compare_backward(case)
-    k, width = case.kernel[0] * case.kernel[1], out_size(case)[1]
-    monkeypatch.setattr(
-        chunks, "chunk_bytes", lambda x, share: rows * k * case.channels * width * x.itemsize
-    )
+    launched = in_chunks(case, rows, monkeypatch)
     compare_forward(case)
     for found, expected in zip(compare_backward(case), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert launched["gradient_kernel"] > 1 or rows >= case.batch * out_size(case)[0]
 
 
 @runs

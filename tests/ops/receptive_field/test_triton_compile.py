@@ -5,10 +5,8 @@ and write, and how many instructions an element takes.
 """
 
 import importlib.util
-import itertools
 import os
 from collections import defaultdict
-from math import prod
 
 import pytest
 import torch
@@ -19,21 +17,23 @@ if importlib.util.find_spec("triton") is None:
 import triton
 import triton.language as tl
 
+from benchmarks.modelled import on_an_h100
 from rfa_mmdet.ops.common.windows import Window
-from rfa_mmdet.ops.receptive_field.triton import operators
+from rfa_mmdet.ops.receptive_field.triton.chunks import OFFSETS, takes
 from tests.helpers import triton_aot as aot
 from tests.helpers.ptx import barriers
+from tests.helpers.triton_steps import empty_map, of_rfa_conv
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET", "0") != "0",
     reason="in Triton's interpreter there is nothing to compile",
 )
 
-LAYOUTS = {False: torch.contiguous_format, True: torch.channels_last}
 # Of the smallest GPUs that the kernels are for.
 SHARED = 99 * 1024
 TENSOR_MEMORY = 512  # columns, of sm_100
-# An element, in the loop down the rows. Multiply-adds alone: 81 of a feature, and of a gradient.
+# An element of the output, in the loop down the rows; or of the input, which two kernels go down.
+# Multiply-adds alone: 81 of a feature, and of a gradient.
 MOST_INSTRUCTIONS = {
     "moments_kernel": 125,
     "features_kernel": 300,
@@ -42,47 +42,30 @@ MOST_INSTRUCTIONS = {
     "fold_kernel": 160,
     "moments_gradient_kernel": 220,
 }
+OF_INPUT = ("fold_kernel", "moments_gradient_kernel")
+# A stride of 2 loads two rows a step: three addresses, masks, loads, conversions and shifts more.
+MOST_OF_STRIDE_2 = {**MOST_INSTRUCTIONS, "moments_kernel": 150}
 # What begins in the middle of a sector ends in the next one.
 SPARE = 1.6
 FEW = 2**14  # numbers of a parameter
 
 
 def layer(dtype, channels_last, channels=64, outputs=64, size=(40, 96), stride=1):
-    """The functions of a layer with 3 x 3 windows, and its elements: outputs of a depthwise one."""
-    k = 9
+    """The operators of RFAConv with 3 x 3 windows, and the elements of its maps, in and out.
 
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    The output's as of a depthwise convolution.
+    """
     window = Window((3, 3), (stride, stride), (1, 1))
-    x = empty(2, channels, *size, dtype=dtype).contiguous(memory_format=LAYOUTS[channels_last])
-    grad_y = empty(2, outputs, *window.output_size(size), dtype=dtype)
-    grad_y = grad_y.contiguous(memory_format=LAYOUTS[channels_last])
-    attention, shift = empty(channels * k, 1, 1, 1), empty(channels * k)
-    feature = empty(channels * k, 1, 3, 3)
-    weight = empty(outputs, channels, 3, 3, dtype=dtype)
-    parameters = (x, attention, feature, shift, True, weight)
-    slope, constant = empty(channels, k, k), empty(channels, k)
-    bias, needs = empty(outputs, dtype=dtype), (True,) * 4
-    mean, covariance, wide = empty(channels, k), empty(channels, k, k), empty(channels * k)
-    functions = {
-        "fold": lambda: operators.fold_moments(mean, covariance, feature, wide, wide, 1e-5, 99),
-        "of_fold": lambda: operators.fold_moments_backward(
-            feature, wide, feature, wide, mean, covariance, wide, wide, 99
-        ),
-        "forward": lambda: operators.rfa_conv(*parameters, bias, *window, 1),
-        "moments": lambda: operators.window_moments(x, *window),
-        "backward": lambda: operators.rfa_conv_backward(grad_y, *parameters, needs, *window, 1),
-        "correct": lambda: operators.window_moments_backward(x, slope, constant, x, *window),
-    }
-    return functions, 2 * channels * prod(window.output_size(size))
+    x = empty_map((2, channels, *size), dtype, channels_last)
+    elements = {"in": x.numel(), "out": channels * window.count(x)}
+    return of_rfa_conv(x, outputs, window), elements
 
 
 def launches(functions) -> list[aot.Launch]:
     return [launch for function in functions.values() for launch in aot.recorded(function)]
 
 
-def faults(capability, functions, elements, spare) -> list[str]:
+def faults(capability, functions, elements, spare, allowed=MOST_INSTRUCTIONS) -> list[str]:
     """What is wrong with the kernels of a layer, as sentences."""
     found = []
     by_name = defaultdict(list)
@@ -90,9 +73,9 @@ def faults(capability, functions, elements, spare) -> list[str]:
         by_name[launch.name].append(aot.compile_for(capability, launch))
     for name, compiled in by_name.items():
         own = [*faults_of(compiled[0], spare)]
-        most = MOST_INSTRUCTIONS.get(name)
+        most = allowed.get(name)
         if most and compiled[0].sass:
-            took = aot.instructions(compiled, elements)
+            took = aot.instructions(compiled, elements["in" if name in OF_INPUT else "out"])
             if took > most:
                 own.append(f"{took:.0f} instructions an element, {most} are allowed")
         found += [f"{name}, sm_{capability}: {fault}" for fault in own]
@@ -113,11 +96,17 @@ def faults_of(compiled, spare):
     yield from places(compiled, spare)
 
 
-def places(compiled, spare):
-    """What is wrong with the addresses of the first, the middle and the last program."""
+def warps(compiled):
+    """The first, one in the middle, and the last."""
     last = tuple(n - 1 for n in compiled.grid)
     middle = tuple(n // 2 for n in compiled.grid)
-    for program, warp in ((0, 0, 0), 0), (middle, 0), (last, compiled.warps - 1):
+    return ((0, 0, 0), 0), (middle, 0), (last, compiled.warps - 1)
+
+
+def places(compiled, spare):
+    """What is wrong with the addresses of the first, the middle and the last program."""
+    middle = tuple(n // 2 for n in compiled.grid)
+    for program, warp in warps(compiled):
         try:
             accesses = compiled.accesses(program, warp)
         except ValueError as error:  # more than integers decides where it reads
@@ -194,15 +183,26 @@ def test_kernels_are_shaped_for_other_layers(channels_last):
     # In NCHW, a stride reads every second value of a row.
     spare = SPARE if channels_last else 2 * SPARE
     of_stride = layer(torch.float16, channels_last, 128, 128, (40, 64), stride=2)
-    assert faults(90, *of_stride, spare) == []
+    assert faults(90, *of_stride, spare, MOST_OF_STRIDE_2) == []
 
 
-@pytest.mark.parametrize(("channels_last", "most"), [(False, 3), (True, 1)])
-def test_sizes_of_maps_hardly_compile_anew(channels_last, most):
-    """A detector's maps change their size from image to image; tiles of NCHW have three widths."""
-    keys = defaultdict(set)
-    for high, wide in itertools.product((3, 64, 99, 400), (5, 32, 84, 151, 168, 333)):
-        functions, _ = layer(torch.float16, channels_last, size=(high, wide))
-        for launch in launches(functions):
-            keys[launch.name].add(launch.key())
-    assert {name: len(found) for name, found in keys.items() if len(found) > most} == {}
+@pytest.mark.slow
+@in_both_layouts
+def test_offsets_in_the_largest_maps_fit_into_32_bits(channels_last):
+    """The code's own arithmetic, which wraps around, of the first and the last chunk."""
+    shape, window = (2**13, 64, 200, 20), Window((3, 3), (1, 1), (1, 1))
+    x = empty_map(shape, torch.bfloat16, channels_last)
+    assert takes(x, None, window)
+    assert x.numel() > 0.98 * OFFSETS
+    with on_an_h100():
+        by_name = defaultdict(list)
+        for launch in launches(of_rfa_conv(x, 16, window)):
+            by_name[launch.name].append(launch)
+    found = set()
+    for name, of_name in by_name.items():
+        for launch in (of_name[0], of_name[-1]):
+            compiled = aot.compile_for(90, launch)
+            for program, warp in warps(compiled):
+                accesses = compiled.accesses(program, warp)
+                found |= {f"{name} {fault}" for fault in aot.outside(compiled, accesses)}
+    assert found == set()

@@ -18,6 +18,7 @@ from tests.helpers.triton_cases import (
     SHARE,
     Case,
     error,
+    in_chunks,
     in_the_interpreter,
     names,
     out_size,
@@ -113,13 +114,9 @@ OPERATORS = [
 def test_gates_and_pools_are_those_of_plain_torch(of, case, rows, monkeypatch):
     """Which test_plain.py compares with the formulas."""
     from rfa_mmdet.ops.receptive_field import plain
-    from rfa_mmdet.ops.receptive_field.triton import chunks
     from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
-    k, width = case.kernel[0] * case.kernel[1], out_size(case)[1]
-    monkeypatch.setattr(
-        chunks, "chunk_bytes", lambda x, share: rows * k * case.channels * width * x.itemsize
-    )
+    launched = in_chunks(case, rows, monkeypatch)
     inputs = of.arguments(case)
     truth = {n: None if t is None else t.cpu().double() for n, t in inputs.items()}
     found, expected = of.run(case, backend, inputs), of.run(case, plain, truth)
@@ -136,3 +133,4 @@ def test_gates_and_pools_are_those_of_plain_torch(of, case, rows, monkeypatch):
     tolerance = SHARE[case.dtype] * TOLERANCES[case.dtype].gradient
     for gradient, exact_one in zip(gradients, exactly, strict=True):
         assert error(gradient, exact_one) < 2 * tolerance  # gates are rounded, and their product
+    assert launched["products_kernel"] > 1 or rows >= case.batch * out_size(case)[0]

@@ -18,7 +18,7 @@ LEAST_BYTES = 2**23  # of a chunk's features, on a GPU with little cache
 
 def takes(x: Tensor, weight: Tensor | None, window: Window, groups: int = 1) -> bool:
     """Whether there are kernels for a map (B, C, H, W)."""
-    height, width = window.output_size(x.shape[2:])
+    (height, width), (kh, kw) = window.output_size(x.shape[2:]), window.kernel_size
     # Of an output's map, or of a gate's.
     maps = max(window.positions, 0 if weight is None else weight.shape[0])
     return (
@@ -31,6 +31,10 @@ def takes(x: Tensor, weight: Tensor | None, window: Window, groups: int = 1) -> 
         and all(0 <= n <= 2**20 for pair in window for n in pair)
         # A row of the output is the smallest chunk.
         and window.positions * x.shape[1] * width < OFFSETS
+        # Parts of sums are of four columns or more: 54 numbers of all images, 99 of a chunk.
+        and max(14 * x.shape[0], 25) * x.shape[1] * width < OFFSETS
+        # Gates of rows and columns.
+        and x.shape[0] * x.shape[1] * max(kh * height, kw * width) < OFFSETS
     )
 
 

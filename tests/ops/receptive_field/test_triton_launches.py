@@ -1,0 +1,122 @@
+"""What layers launch on a GPU, and how much memory they take there: on tensors without memory."""
+
+import importlib.util
+import os
+from collections import Counter, defaultdict
+from math import ceil
+from random import Random
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from benchmarks.modelled import CACHE_BYTES, nbytes, on_an_h100
+from benchmarks.sizes import SIZES, InputSize
+from rfa_mmdet.ops.common.windows import Window
+from tests.helpers.triton_cases import KINDS, train
+from tests.helpers.triton_steps import Memory, empty, empty_map, launches
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET", "0") != "0",
+    reason="in Triton's interpreter tensors have memory",
+)
+LAYOUTS = ("NCHW", "channels_last")
+DTYPES = (torch.bfloat16, torch.float32)
+# Launches of RFAConv, of torch's operators and of kernels, where one chunk holds the output.
+INFERENCE, STEP = 4, 24
+# And of another chunk: forward, and backward.
+FORWARD, BACKWARD = 2, 6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_launches_of_a_layer(layout, dtype):
+    for size in SIZES["gpu"] + SIZES["small"]:
+        made = Counter(step.name for step in launches(size, dtype, layout, False).steps)
+        chunks = made["features_kernel"]
+        assert chunks >= 1
+        assert made.total() <= INFERENCE + FORWARD * (chunks - 1), (size, made)
+        made = Counter(step.name for step in launches(size, dtype, layout, True).steps)
+        chunks, back = made["features_kernel"], made["gradient_kernel"]
+        assert min(chunks, back) >= 1
+        most = STEP + FORWARD * (chunks - 1) + BACKWARD * (back - 1)
+        assert made.total() <= most, (size, made)
+
+
+# Of the second-level cache. Gates of positions, and what those of rows are spread to, come on top.
+SHARES = dict(attention=0.5, channels=0.6, rows=0.75)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_of_a_backward_pass(layout, kind, dtype):
+    """Beside the gradients: buffers of chunks, sums of the weight's gradient, and maps to add up.
+
+    Autograd adds up the gradient of a map that is used twice: here, its moments and its features.
+    """
+    for size in SIZES["gpu"]:
+        c, window = size.channels, Window((3, 3), (size.stride,) * 2, (1, 1))
+        shape = size.batch, c, size.height, size.width
+        inputs = dict(
+            x=empty_map(shape, dtype, layout == "channels_last"),
+            feature=empty(9 * c, 1, 3, 3),
+            scale=empty(9 * c),
+            offset=empty(9 * c),
+            weight=empty(c, c, 3, 3, dtype=dtype),
+            bias=empty(c, dtype=dtype),
+        )
+        if kind == "attention":
+            inputs["attention"] = empty(9 * c, 1, 1, 1)
+        for tensor in inputs.values():
+            tensor.requires_grad_()
+        with on_an_h100(), Memory() as memory:
+            y, *_ = train(kind, inputs, window)
+            grad_y = torch.empty_like(y)
+            memory.start()
+            gradients = torch.autograd.grad(y, list(inputs.values()), grad_y)
+        maps, tables = 2 * nbytes(inputs["x"]), 2**20
+        buffers = SHARES[kind] * CACHE_BYTES + 8 * inputs["weight"].numel()
+        # Of RFAConv, the buffers are gone when the maps are added up.
+        allowed = max(maps, buffers) if kind == "attention" else maps + buffers
+        beside = memory.most - sum(map(nbytes, gradients))
+        assert 0 < beside <= allowed + tables, size
+
+
+def test_memory_that_is_let_go_does_not_count():
+    x = empty(10)
+    with Memory() as memory:
+        y = x * 2
+        memory.start()
+        kept = [y.sin() for _ in range(3)]  # 40 bytes each
+        for _ in range(5):
+            kept.append(kept[0].exp() + 1)
+        del kept
+        x.view(5, 2).cos()
+    assert memory.most == 9 * 40
+
+
+def images(count):
+    """Sizes of images as multi-scale training makes them, within 1333 x 1333."""
+    random = Random(0)
+    for _ in range(count):
+        short, ratio = random.randint(320, 800), random.uniform(1, 2.5)
+        size = short, min(1333, round(short * ratio))
+        yield size if random.random() < 0.5 else size[::-1]
+
+
+@pytest.mark.parametrize(("layout", "most"), [("NCHW", 3), ("channels_last", 1)])
+def test_sizes_of_images_hardly_compile_anew(layout, most):
+    """Tiles of NCHW have three widths."""
+    keys = defaultdict(set)
+    for number, (high, wide) in enumerate(images(200)):
+        stage = number % 4
+        down = 4 * 2**stage
+        size = InputSize(2, 64 * 2**stage, ceil(high / down), ceil(wide / down))
+        for launch in launches(size, torch.bfloat16, layout, True).kernels:
+            keys[launch.name].add(launch.key())
+    # With the norm's bias, and without, where statistics are computed again.
+    allowed = defaultdict(lambda: most, fold_moments_kernel=2)
+    assert {name: len(found) for name, found in keys.items() if len(found) > allowed[name]} == {}

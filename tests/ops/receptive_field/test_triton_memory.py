@@ -1,0 +1,136 @@
+"""Neither the order of the Triton kernels' programs nor what is in new memory may matter.
+
+In Triton's interpreter, in a process of its own, with a GPU's tiles and grids.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from rfa_mmdet.ops.common.windows import Window
+from tests.helpers.torch_features import LACKS_TRITON
+from tests.helpers.triton_cases import (
+    INTERPRETED,
+    KINDS,
+    Case,
+    in_chunks,
+    in_the_interpreter,
+    names,
+    train,
+)
+
+if LACKS_TRITON:
+    pytest.skip(LACKS_TRITON, allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from rfa_mmdet.ops.receptive_field.triton import launch
+from tests.helpers.triton_watch import OnTriton, Watch
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs this")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the other tests run in this process")
+@pytest.mark.parametrize(
+    ("selection", "least"),
+    [("faults or quick", 2), pytest.param("matters", 11, marks=pytest.mark.slow)],
+)
+def test_in_the_interpreter(selection, least):
+    in_the_interpreter(__file__, selection, least)
+
+
+@triton.jit
+def faulty_kernel(x, y, BLOCK: tl.constexpr):
+    """Its programs share an element, its lanes read what others write, and one reads too far."""
+    at = tl.program_id(0) * (BLOCK - 1) + tl.arange(0, BLOCK)
+    value = tl.load(x + at + 2)
+    tl.store(y + at, value)
+    tl.store(x + at, value + 1)
+
+
+@interpreted
+def test_faults_are_found():
+    x, y = torch.zeros(40)[:32], torch.zeros(32)
+    watch = Watch()
+    with watch.watching():
+        launch.launch(faulty_kernel, (2,), x, (x, y), dict(BLOCK=16))
+    assert watch.faults == {
+        "faulty_kernel reads beside its tensors",
+        "faulty_kernel writes one address from two programs",
+        "faulty_kernel reads what another of its programs writes",
+    }
+
+
+def step(kind: str, case: Case) -> list[Tensor]:
+    """The output of a layer in training, the batch's statistics, and all gradients."""
+    inputs = case.make()
+    shift = inputs.pop("shift")
+    inputs |= dict(scale=torch.full_like(shift, 1.5), offset=shift)
+    if kind != "attention":
+        del inputs["attention"]
+    for tensor in inputs.values():
+        tensor.requires_grad_()
+    y, *statistics = train(kind, inputs, Window(*case.window))
+    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    return [y, *statistics, *torch.autograd.grad(y, list(inputs.values()), grad_y)]
+
+
+def compare(kind, case, processors, monkeypatch, rows=2):
+    """A step with memory full of NaN and programs in any order, and a step without."""
+    monkeypatch.setitem(launch.PROCESSORS, "cpu", processors)
+    launched = in_chunks(case, rows, monkeypatch)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    torch.use_deterministic_algorithms(True)
+    watch = Watch()
+    try:
+        with OnTriton():
+            expected = step(kind, case)
+            torch.utils.deterministic.fill_uninitialized_memory = True
+            assert torch.empty(3).isnan().all()
+            with watch.watching():
+                found = step(kind, case)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert watch.faults == set()
+    assert launched["features_kernel"] >= 4  # two chunks, of two steps
+    for a, b in zip(found, expected, strict=True):
+        assert b.isfinite().all()
+        assert torch.equal(a, b)
+
+
+# Few positions: the interpreter takes a second for each.
+FEW = dict(kernel=(2, 2), padding=(1, 0), channels=2, outputs=3)
+FEWER = FEW | dict(kernel=(2, 1), batch=1)
+CASES = [
+    Case(size=(2, 70), **FEWER),  # columns of several tiles
+    Case(size=(3, 7), channels_last=True, **FEWER | dict(channels=35)),  # and channels
+    Case(size=(6, 5), stride=(2, 2), channels_last=True, **FEW),
+    Case(size=(6, 5), stride=(2, 1), **FEWER),
+    Case(size=(5, 4), dilation=(2, 2), channels_last=True, **FEW),
+    Case(size=(5, 4), dilation=(2, 1), dtype=torch.bfloat16, **FEWER),
+]
+
+
+@interpreted
+def test_quick(monkeypatch):
+    compare("attention", Case(size=(4, 3), **FEWER), 132, monkeypatch)
+
+
+@interpreted
+@pytest.mark.parametrize("case", CASES, ids=names)
+def test_neither_order_nor_new_memory_matters(case, monkeypatch):
+    compare("attention", case, 132, monkeypatch)
+
+
+@interpreted
+@pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=names)
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_under_gates_neither_matters(case, kind, monkeypatch):
+    compare(kind, case, 132, monkeypatch)
+
+
+@interpreted
+def test_where_programs_have_several_rows_neither_matters(monkeypatch):
+    case = Case(size=(9, 4), channels_last=True, **FEWER | dict(channels=16))
+    compare("attention", case, 1, monkeypatch, rows=5)
