@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from benchmarks.sizes import SIZES, InputSize
 from rfa_mmdet.cli.command_line import user_errors
@@ -114,11 +114,11 @@ class Recorder(TorchDispatchMode):
                 args = [tuple(a) if isinstance(a, list) else a for a in args]
                 return getattr(operators, name)(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        outs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        outs = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
         self.keep += outs
         if func.is_view or name in NO_LAUNCH or not outs:
             return result
-        ins = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+        ins = [t for t in tree_flatten(args)[0] if isinstance(t, Tensor)]
         computing = 0.0
         if name in PRODUCT:
             a, b = ins[-2:]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from benchmarks import modelled
 from benchmarks.modelled import Recorder, Step
@@ -160,7 +160,7 @@ class Memory(TorchDispatchMode):
         """Take the place of a launch; a mock would keep its tensors."""
 
     def _new(self, *of):
-        tensors = [t for t in tree_leaves(of) if isinstance(t, torch.Tensor)]
+        tensors = [t for t in tree_flatten(of)[0] if isinstance(t, torch.Tensor)]
         found = {}
         for storage in (t.untyped_storage() for t in tensors):
             reference = StorageWeakRef(storage)
