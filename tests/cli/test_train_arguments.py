@@ -11,7 +11,7 @@ from mmengine.visualization import TensorboardVisBackend
 
 from rfa_mmdet.cli.train import add_hooks, apply_args
 from rfa_mmdet.errors import ConfigError
-from rfa_mmdet.hooks import CalibrationHook, EpochSeedHook
+from rfa_mmdet.hooks import EpochSeedHook
 
 ARGS = dict(amp=False, auto_scale_lr=False, resume=None, tensorboard=False)
 
@@ -43,11 +43,11 @@ def test_tensorboard_that_is_there_as_a_class_is_not_added():
     assert applied(dict(visualizer=visualizer), tensorboard=True).visualizer == visualizer
 
 
-@pytest.mark.parametrize("hooks", [[dict(type=EpochSeedHook), dict(type=CalibrationHook)], []])
+@pytest.mark.parametrize("hooks", [[dict(type=EpochSeedHook)], []])
 def test_hooks_are_there_once_and_known_to_who_reads_the_config(hooks):
     cfg = applied(dict(custom_hooks=hooks, custom_imports=dict(imports="other")))
     names = [getattr(hook.type, "__name__", hook.type) for hook in cfg.custom_hooks]
-    assert sorted(names) == ["CalibrationHook", "EpochSeedHook", "NewLayersHook"]
+    assert sorted(names) == ["EpochSeedHook", "NewLayersHook"]
     assert cfg.custom_imports.imports == ["other", "rfa_mmdet"]
 
 
