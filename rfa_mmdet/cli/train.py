@@ -14,7 +14,7 @@ from rfa_mmdet.errors import ConfigError, UserError
 from rfa_mmdet.layers.warm_start.start import WarmStartError
 
 # Of this package; those that the config names itself, with arguments, stay.
-HOOKS = ("EpochSeedHook", "NewLayersHook")
+HOOKS = ("EpochSeedHook",)
 
 
 def parse_args():

@@ -47,7 +47,7 @@ def test_tensorboard_that_is_there_as_a_class_is_not_added():
 def test_hooks_are_there_once_and_known_to_who_reads_the_config(hooks):
     cfg = applied(dict(custom_hooks=hooks, custom_imports=dict(imports="other")))
     names = [getattr(hook.type, "__name__", hook.type) for hook in cfg.custom_hooks]
-    assert sorted(names) == ["EpochSeedHook", "NewLayersHook"]
+    assert sorted(names) == ["EpochSeedHook"]
     assert cfg.custom_imports.imports == ["other", "rfa_mmdet"]
 
 
