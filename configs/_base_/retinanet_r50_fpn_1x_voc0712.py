@@ -1,5 +1,5 @@
 # MMDetection's own, with data sets of ours: see AnyImageVOCDataset.
-_base_ = "mmdet::pascal_voc/retinanet_r50_fpn_1x_voc0712.py"
+_base_ = ["mmdet::pascal_voc/retinanet_r50_fpn_1x_voc0712.py", "repeatable.py"]
 
 dataset_type = "AnyImageVOCDataset"
 both_years = [

@@ -1,4 +1,4 @@
-_base_ = "mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py"
+_base_ = ["mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py", "../_base_/repeatable.py"]
 custom_imports = dict(imports=["rfa_mmdet"])
 
 model = dict(

@@ -3,6 +3,7 @@ _base_ = [
     "../_base_/datasets/visdrone.py",
     "mmdet::_base_/schedules/schedule_1x.py",
     "mmdet::_base_/default_runtime.py",
+    "../_base_/repeatable.py",
 ]
 custom_imports = dict(imports=["rfa_mmdet"])
 

@@ -1,5 +1,11 @@
 _base_ = "mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py"
 custom_imports = dict(imports=["rfa_mmdet"])
+# As ../_base_/repeatable.py, beside the base's own.
+custom_hooks = [
+    *_base_.custom_hooks,
+    dict(type="EpochSeedHook"),
+    dict(type="SyncBuffersHook"),
+]
 
 model = dict(
     backbone=dict(

@@ -1,4 +1,4 @@
-_base_ = "mmdet::retinanet/retinanet_r18_fpn_1x_coco.py"
+_base_ = ["mmdet::retinanet/retinanet_r18_fpn_1x_coco.py", "../_base_/repeatable.py"]
 custom_imports = dict(imports=["rfa_mmdet"])
 
 model = dict(

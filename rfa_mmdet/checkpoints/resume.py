@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rfa_mmdet.checkpoints.contents import (
     alike,
-    is_name,
     require_dict,
     require_names,
     shape_of,
@@ -24,7 +23,6 @@ from rfa_mmdet.checkpoints.contents import (
 )
 from rfa_mmdet.checkpoints.optimizer_states import check_optimizers
 from rfa_mmdet.checkpoints.unpickler import Damaged
-from rfa_mmdet.hooks.new_layers import FILLED
 
 # What every run says of itself; another run's config would get into this run's checkpoints.
 _OWN_INFO = re.compile(
@@ -89,9 +87,6 @@ def _check_progress(meta: dict, runner: Any) -> None:
             raise Damaged(
                 f"was saved at {key} {done}, beyond the config's train_cfg.max_{key}s={most}"
             )
-    for name, filled in require_names(meta.get(FILLED, {}), f"its meta[{FILLED!r}]").items():
-        if not isinstance(filled, list) or not all(map(is_name, filled)):
-            raise Damaged(f"its meta[{FILLED!r}][{name!r}] is no list of names")
     seed = meta.get("seed", 0)
     if seed is not None and not (isinstance(seed, (int, np.integer)) and 0 <= seed < 2**32):
         raise Damaged(f"its meta has seed={seed!r}; right are 0 to {2**32 - 1}")

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from rfa_mmdet.checkpoints.files import read_checkpoint, writable, write_checkpoint
 from rfa_mmdet.errors import UserError
-from rfa_mmdet.hooks.new_layers import new_layers
 from rfa_mmdet.layers.conv.base import AttentionConv2d
 from rfa_mmdet.layers.warm_start.plugin import Plugin
+from rfa_mmdet.models.retrofit.new_layers import new_layers
 
 
 class Equality(NamedTuple):

@@ -11,13 +11,17 @@ from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import BaseTTAModel
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner, find_latest_checkpoint
 from torch import Tensor, nn
 
 from rfa_mmdet.checkpoints.files import read_checkpoint
 from rfa_mmdet.errors import UserError
-from rfa_mmdet.hooks.new_layers import bare
+
+
+def bare(model: nn.Module) -> Any:
+    """Return the model that a wrapper such as DDP holds, or the model itself."""
+    return model.module if is_model_wrapper(model) else model
 
 
 def state_of(checkpoint: dict, name: str) -> dict[str, Tensor]:

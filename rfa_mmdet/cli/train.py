@@ -13,9 +13,6 @@ from rfa_mmdet.config.plain import type_name
 from rfa_mmdet.errors import ConfigError, UserError
 from rfa_mmdet.layers.warm_start.start import WarmStartError
 
-# Of this package; those that the config names itself, with arguments, stay.
-HOOKS = ("EpochSeedHook", "NewLayersHook", "CalibrationHook")
-
 
 def parse_args():
     """Read the command line."""
@@ -115,29 +112,6 @@ def apply_args(cfg: Config, args) -> None:
     if args.tensorboard:
         add_tensorboard(cfg)
     keep_best(cfg)
-    # So that a resumed run draws the same random numbers as one that was not interrupted.
-    cfg.train_dataloader.persistent_workers = False
-
-
-def add_hooks(cfg: Config) -> None:
-    """Add this package's hooks, and the import that makes them known to whoever reads the config.
-
-    Example:
-        >>> cfg = Config(dict(launcher="none"))
-        >>> add_hooks(cfg)
-        >>> cfg.custom_imports
-        {'imports': ['rfa_mmdet']}
-    """
-    # Each process sees other images: with batch norm statistics of their own, ranks would validate
-    # with other models than the one that rank 0 saves.
-    own = HOOKS if cfg.launcher == "none" else (*HOOKS, "SyncBuffersHook")
-    hooks = cfg.get("custom_hooks", [])
-    present = {type_name(hook.get("type")) for hook in hooks if isinstance(hook, dict)}
-    cfg.custom_hooks = [*hooks, *(dict(type=h) for h in own if h not in present)]
-    imports = cfg.setdefault("custom_imports", {}).get("imports") or []
-    imports = [imports] if isinstance(imports, str) else [*imports]
-    if not any(name.split(".")[0] == "rfa_mmdet" for name in imports):
-        cfg.custom_imports.imports = [*imports, "rfa_mmdet"]
 
 
 def build_run(cfg: Config) -> Runner:
@@ -162,7 +136,6 @@ def main() -> None:
         cfg = load_run(args, "train", "val")
         apply_args(cfg, args)
         prepare_run(cfg, "train", "val", images=args.check_data)
-        add_hooks(cfg)
         runner = build_run(cfg)
     with user_errors(UserError, WarmStartError):
         runner.train()

@@ -14,9 +14,9 @@ from numpy.random import SeedSequence
 class EpochSeedHook(Hook):
     """Seed python, numpy and torch anew at the start of every epoch.
 
-    Workers of the data loader are seeded by torch from the main process: they must not outlive
-    the epoch (``persistent_workers=False``), and MMEngine's own seeding of them, the same in every
-    epoch, is taken off.
+    Workers of the data loader are seeded by torch from the main process: they are started anew in
+    every epoch, also with ``persistent_workers=True``, and MMEngine's own seeding of them, the same
+    in every epoch, is taken off.
 
     Example:
         >>> custom_hooks = [dict(type="EpochSeedHook")]
@@ -25,17 +25,8 @@ class EpochSeedHook(Hook):
     priority = "VERY_HIGH"
 
     def before_train(self, runner: Runner) -> None:
-        """Leave the seeding of workers to torch, and give the sampler the seed of the run.
-
-        Raises:
-            ValueError: Workers would outlive the epoch.
-        """
+        """Leave the seeding of workers to torch, and give the sampler the seed of the run."""
         loader = runner.train_dataloader
-        if loader.persistent_workers:
-            raise ValueError(
-                "train_dataloader.persistent_workers=True: workers that outlive an epoch cannot be "
-                "seeded anew; set it to False"
-            )
         loader.worker_init_fn = None
         # Where the config names no seed, the Runner drew one for the sampler before it took over
         # that of the checkpoint.
@@ -44,6 +35,7 @@ class EpochSeedHook(Hook):
             loader.sampler.seed = runner.seed
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Seed this process for the epoch that begins."""
+        """Seed this process for the epoch that begins, and the workers that it starts."""
+        runner.train_dataloader._iterator = None  # where it keeps workers that persist
         entropy = (runner.seed, runner.epoch, runner.rank)
         set_random_seed(int(SeedSequence(entropy).generate_state(1)[0]))

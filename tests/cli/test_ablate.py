@@ -43,7 +43,7 @@ metric = "coco/bbox_mAP_50"
 options = {{
     "train_cfg.max_epochs": {epochs},
     "custom_imports": dict(imports=["rfa_mmdet", "watch_batches"]),
-    "custom_hooks": [dict(type="WatchBatchesHook")],
+    "custom_hooks": [dict(type="EpochSeedHook"), dict(type="WatchBatchesHook")],
     "test_cfg.type": "TestLoop",
 }}
 samples = 2

@@ -105,7 +105,7 @@ def dying(tmp_path_factory, tiny_config):
     config.write_text(
         f'_base_ = "{tiny_config}"\n'
         'custom_imports = dict(imports=["rfa_mmdet", "dying_hook"])\n'
-        'custom_hooks = [dict(type="DyingHook")]\n'
+        'custom_hooks = [*_base_.custom_hooks, dict(type="DyingHook")]\n'
         "train_cfg = dict(max_epochs=2)\n"
     )
     return config

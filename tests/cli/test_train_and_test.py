@@ -15,19 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rfa_mmdet.cli.train import add_tensorboard, keep_best
 from tests.helpers.ports import free_port
-
-
-def weights(path):
-    return torch.load(path, weights_only=False)["state_dict"]
-
-
-def losses(work_dir):
-    """Training loss by iteration, over all runs in a work dir; the last run counts."""
-    logs = [
-        pd.read_json(path, lines=True) for path in sorted(work_dir.glob("2*/vis_data/scalars.json"))
-    ]
-    log = pd.concat([one.dropna(subset=["loss"]) for one in logs])
-    return log.groupby("step")["loss"].last()
+from tests.helpers.run_logs import losses, weights
 
 
 def test_train_leaves_checkpoints_config_and_metrics(trained):
@@ -149,7 +137,7 @@ def test_killed_and_resumed_run_equals_one_that_was_not(trained, tiny_config, ru
     config.write_text(
         f'_base_ = "{tiny_config}"\n'
         'custom_imports = dict(imports=["rfa_mmdet", "killed"])\n'
-        'custom_hooks = [dict(type="KilledHook")]\n'
+        'custom_hooks = [*_base_.custom_hooks, dict(type="KilledHook")]\n'
     )
     command = (sys.executable, "tools/train.py")
     done = run_tool(*command, config, "--work-dir", work, PYTHONPATH=str(tmp_path))
@@ -191,7 +179,7 @@ def test_killed_while_it_wrote_a_checkpoint_and_resumed(trained, tiny_config, ru
     config.write_text(
         f'_base_ = "{tiny_config}"\n'
         'custom_imports = dict(imports=["rfa_mmdet", "dies"])\n'
-        'custom_hooks = [dict(type="DiesHook")]\n'
+        'custom_hooks = [*_base_.custom_hooks, dict(type="DiesHook")]\n'
         "default_hooks = dict(checkpoint=dict(max_keep_ckpts=2))\n"
     )
     command = (sys.executable, "tools/train.py")
@@ -274,7 +262,7 @@ def test_two_processes_on_cpu_end_with_equal_parameters(tiny_config, run_tool, t
     config.write_text(
         f'_base_ = "{tiny_config}"\n'
         'custom_imports = dict(imports=["rfa_mmdet", "keep_weights"])\n'
-        'custom_hooks = [dict(type="KeepWeightsHook")]\n'
+        'custom_hooks = [*_base_.custom_hooks, dict(type="KeepWeightsHook")]\n'
         "train_cfg = dict(max_epochs=1)\n"
     )
     done = run_tool(

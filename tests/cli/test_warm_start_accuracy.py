@@ -44,5 +44,4 @@ def test_a_retrofitted_detector_is_as_good_at_once_and_better_after_training(run
     options = (f"load_from={checkpoint}", "train_cfg.max_epochs=1")
     rate = "optim_wrapper.optimizer.lr=0.0002"
     log = run("train", "--work-dir", fine_tuned, "--cfg-options", *options, rate)
-    assert "Calibrated the batch norms of 6 warm-started layers" in log
     assert accuracies(log)[-1] >= found[0]

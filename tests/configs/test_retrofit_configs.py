@@ -55,6 +55,8 @@ def test_config_by_retrofit(path):
     own["model"]["backbone"] = theirs["model"]["backbone"]
     assert own.pop("custom_imports") == dict(imports=["rfa_mmdet"])
     own.pop("launcher")
+    hooks = [dict(type="EpochSeedHook"), dict(type="SyncBuffersHook")]  # of _base_/repeatable.py
+    assert own.pop("custom_hooks") == theirs.pop("custom_hooks", []) + hooks
     assert own == theirs
     init_default_scope("mmdet")
     with torch.device("meta"):

@@ -228,3 +228,13 @@ def test_every_operator_of_other_detectors_is_counted(name, size, method):
     found = detector_complexity(read(ROOT / "configs" / method / f"{name}.py"), size)
     assert found.uncounted == {}
     assert readme_rows(method)[name][2] == f"{found.gflops:.3f}"
+
+
+@each_config
+def test_what_a_run_needs_stands_in_the_config(path):
+    """Under any trainer, a run then resumes as if nothing had interrupted it."""
+    cfg = read(path)
+    hooks = [hook["type"] for hook in cfg.custom_hooks]
+    assert hooks[-2:] == ["EpochSeedHook", "SyncBuffersHook"]
+    assert len(set(hooks)) == len(hooks)
+    assert cfg.custom_imports.imports == ["rfa_mmdet"]

@@ -63,15 +63,16 @@ def run(work_dir, epochs, seed=0, resume=False, workers=2, persistent=False):
     return seen.reshape(-1, 2 * seen.shape[1]), runner
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_run_draws_the_numbers_of_the_whole_one(tmp_path, workers):
-    whole, _ = run(tmp_path / "whole", 3, workers=workers)
-    run(tmp_path / "broken", 1, workers=workers)
-    resumed, _ = run(tmp_path / "broken", 3, workers=workers, resume=True)
+@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
+def test_resumed_run_draws_the_numbers_of_the_whole_one(tmp_path, workers, persistent):
+    kwargs = dict(workers=workers, persistent=persistent)
+    whole, _ = run(tmp_path / "whole", 3, **kwargs)
+    run(tmp_path / "broken", 1, **kwargs)
+    resumed, _ = run(tmp_path / "broken", 3, resume=True, **kwargs)
     assert torch.equal(resumed, whole[1:])
     # Every column differs between epochs: index order, python, numpy, torch, forward.
     assert (whole[0] != whole[1]).sum() >= 7
-    other, _ = run(tmp_path / "other", 3, seed=1, workers=workers)
+    other, _ = run(tmp_path / "other", 3, seed=1, **kwargs)
     assert (other != whole).any(1).all()
 
 
@@ -81,8 +82,3 @@ def test_seed_of_the_checkpoint_is_taken_where_none_is_given(tmp_path):
     resumed, second = run(tmp_path / "broken", 3, seed=None, resume=True)
     assert second.seed == first.seed
     assert torch.equal(resumed, whole[1:])
-
-
-def test_workers_that_outlive_an_epoch_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="persistent_workers=True"):
-        run(tmp_path, 1, persistent=True)

@@ -1,5 +1,5 @@
 # For small sets and training from scratch: AdamW, short warm-up, cosine to the end.
-_base_ = "mmdet::_base_/default_runtime.py"
+_base_ = ["mmdet::_base_/default_runtime.py", "../repeatable.py"]
 
 max_epochs = 50
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=1)

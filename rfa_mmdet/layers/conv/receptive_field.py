@@ -6,6 +6,7 @@ its own way, and the final convolution sums them up.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -22,9 +23,12 @@ from rfa_mmdet.layers.conv._fast_path import (
     window_features,
 )
 from rfa_mmdet.layers.conv.base import AttentionConv2d
-from rfa_mmdet.layers.untouched import is_plain_conv, must_be_called
+from rfa_mmdet.layers.untouched import dtype_of, is_plain_conv, must_be_called
+from rfa_mmdet.layers.warm_start.first_steps import awaits_statistics, only_shifts, take_statistics
 from rfa_mmdet.layers.warm_start.identity import identity_features, identity_norm, norm_obstacle
-from rfa_mmdet.ops.common.recompute import is_recorded, recomputes
+from rfa_mmdet.ops.common.precision import no_autocast
+from rfa_mmdet.ops.common.recompute import is_recorded, needs_plain_operators, recomputes
+from rfa_mmdet.ops.common.torch_versions import not_compiled
 from rfa_mmdet.ops.common.windows import (
     Window,
     convolve_weighed_windows,
@@ -36,6 +40,9 @@ from rfa_mmdet.ops.receptive_field import WindowFeatures
 
 class ReceptiveFieldConv(AttentionConv2d):
     """Base of the receptive-field convolutions.
+
+    Where the norm trains on batches, a warm-started layer takes their statistics from the first
+    one by itself: see :mod:`rfa_mmdet.layers.warm_start.first_steps`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
@@ -56,6 +63,8 @@ class ReceptiveFieldConv(AttentionConv2d):
     # Of torch.ops.rfa_mmdet, what the layer calls.
     operators: ClassVar[tuple[str, ...]]
     feature: nn.Conv2d  # None where RFAConv takes the window's own values
+    # Whether the norm is as any other; after a load, the first batches show it.
+    settled = True
 
     @with_arguments_of(AttentionConv2d)
     def __init__(
@@ -129,13 +138,64 @@ class ReceptiveFieldConv(AttentionConv2d):
         values = super().plain_start(weight, bias)
         if self.feature is not None:
             values["feature.weight"] = identity_features(self.in_channels, self.kernel_size)
-        # Without a norm nothing shifts the features.
-        floor = 0.0 if isinstance(self.norm, nn.Identity) else self.input_floor
+        floor = self._shift()
         for name, value in identity_norm(self.norm, floor).items():
             values[f"norm.{name}"] = value
         if floor:
             values["conv.bias"] = values["conv.bias"] + floor * weight.flatten(1).sum(1)
         return values
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.settled = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve.
+
+        Args:
+            x (Tensor): (B, in_channels, H, W).
+
+        Returns:
+            Tensor: (B, out_channels, h, w).
+        """
+        self.check_input(x)
+        if self.settled or not self.norm.training or needs_plain_operators():
+            return self.compute(x)
+        return self._first_steps(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Compute what :meth:`forward` does, by the operators or by the formula."""
+        raise NotImplementedError
+
+    @not_compiled
+    def _first_steps(self, x: Tensor) -> Tensor:
+        """Compute what :meth:`forward` does, and see whether the norm can use batches yet."""
+        norm: Any = self.norm
+        # Not in a replica, or where torch.func puts other parameters in: they are gone after this.
+        if awaits_statistics(norm) and norm.weight.is_leaf:
+            take_statistics(norm, self._responses(x))
+        if not (awaits_statistics(norm) or only_shifts(norm, self._shift())):
+            self.settled = True
+            return self.compute(x)
+        norm.training = False
+        try:
+            return self.compute(x)
+        finally:
+            norm.training = True
+
+    def _shift(self) -> float:
+        """Return what the norm takes off: without one, nothing shifts the features."""
+        return 0.0 if isinstance(self.norm, nn.Identity) else self.input_floor
+
+    def _responses(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield what the norm gets, image by image, as all would take K times the map's memory."""
+        with no_autocast(x):  # which would keep lowered weights, without their gradient
+            for image in x.to(dtype_of(self.conv, x)).split(1):
+                yield self.responses(image)
+
+    def responses(self, x: Tensor) -> Tensor:
+        """Return responses before the norm, (B, C * K, h, w), of a map (B, C, H, W)."""
+        return self.feature(x)  # type: ignore[no-any-return]
 
     def by_formula(self, x: Tensor) -> Tensor:
         """Compute the formula of a map in plain torch.
@@ -158,7 +218,7 @@ class ReceptiveFieldConv(AttentionConv2d):
         """Return the receptive-field features, (B, C, K, h, w), of a map (B, C, H, W)."""
         folded = fold_norm(self.feature, self.norm)
         if folded is None:
-            normed = self.norm(self.feature(x))
+            normed = self.norm(self.responses(x))
         else:
             normed = self.feature._conv_forward(x, *folded)
         return self.activated(normed)

@@ -95,16 +95,8 @@ class RFAConv(ReceptiveFieldConv):
         """Return values under which each of the K positions weighs 1 / K."""
         return self._zeros("attention.weight"), 1 / (self.kernel_size[0] * self.kernel_size[1])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve.
-
-        Args:
-            x (Tensor): (B, in_channels, H, W).
-
-        Returns:
-            Tensor: (B, out_channels, h, w).
-        """
-        self.check_input(x)
+    def compute(self, x: Tensor) -> Tensor:
+        """Compute what :meth:`forward` does, by the operators or by the formula."""
         features = self.window_features(x)
         if features is not None:
             conv = self.conv
@@ -117,10 +109,16 @@ class RFAConv(ReceptiveFieldConv):
         if self.feature is not None:
             windows = self.features(x)
         else:
-            padded, padding = self.pad(x)
-            values = F.unfold(padded, self.kernel_size, self.dilation, padding, self.stride)
-            windows = self.activated(self.norm(values.unflatten(2, attention.shape[3:])))
+            values = self.responses(x).unflatten(2, attention.shape[3:])
+            windows = self.activated(self.norm(values))
         return self.convolve(windows * attention.to(windows.dtype))
+
+    def responses(self, x: Tensor) -> Tensor:
+        """Return what the norm gets; of the windows' own values, the positions as one side."""
+        if self.feature is not None:
+            return super().responses(x)
+        padded, padding = self.pad(x)
+        return F.unfold(padded, self.kernel_size, self.dilation, padding, self.stride)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return how the positions of each window are weighed, to be looked at.

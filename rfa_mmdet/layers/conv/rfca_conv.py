@@ -59,16 +59,8 @@ class RFCAConv(ReceptiveFieldConv):
             *(f"{conv}.{name}" for conv in convs for name in ("weight", "bias"))
         ), 1 / 4
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve.
-
-        Args:
-            x (Tensor): (B, in_channels, H, W).
-
-        Returns:
-            Tensor: (B, out_channels, h, w).
-        """
-        self.check_input(x)
+    def compute(self, x: Tensor) -> Tensor:
+        """Compute what :meth:`forward` does, by the operators or by the formula."""
         features = self.window_features(x)
         if features is None:
             return self.by_formula(x)

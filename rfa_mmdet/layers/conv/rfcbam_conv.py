@@ -63,16 +63,8 @@ class RFCBAMConv(ReceptiveFieldConv):
         """Return values under which both gates are 1/2."""
         return self._zeros("se.fc.2.weight", "spatial.weight"), 1 / 4
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve.
-
-        Args:
-            x (Tensor): (B, in_channels, H, W).
-
-        Returns:
-            Tensor: (B, out_channels, h, w).
-        """
-        self.check_input(x)
+    def compute(self, x: Tensor) -> Tensor:
+        """Compute what :meth:`forward` does, by the operators or by the formula."""
         features = self.window_features(x)
         if features is None:
             return self.by_formula(x)

@@ -33,15 +33,18 @@ def norm_obstacle(norm: nn.Module) -> str:
     """Say why a norm cannot be made the identity; empty if it can.
 
     Example:
-        >>> norm_obstacle(nn.GroupNorm(2, 4))
-        'its norm, GroupNorm, cannot be the identity; BN can'
+        >>> norm_obstacle(nn.GroupNorm(2, 4))[:58]
+        'its norm, GroupNorm, gives the same for a map and for twic'
         >>> norm_obstacle(nn.BatchNorm2d(4))
         ''
     """
     if isinstance(norm, nn.Identity):
         return ""
     if not isinstance(norm, _BatchNorm):
-        return f"its norm, {type(norm).__name__}, cannot be the identity; BN can"
+        return (
+            f"its norm, {type(norm).__name__}, gives the same for a map and for twice that map, "
+            "which no convolution does; BN, or norm_cfg=None, can be the identity"
+        )
     if not (norm.affine and norm.track_running_stats):
         return "its BN has no parameters or no statistics, which the identity needs"
     return ""
@@ -66,48 +69,11 @@ def identity_norm(norm: nn.Module, floor: float) -> dict[str, Tensor]:
     """
     if not isinstance(norm, _BatchNorm):
         return {}
+    ones = torch.ones_like(norm.weight)
     return {
-        "weight": torch.full_like(norm.weight, (1 + norm.eps) ** 0.5),
+        "weight": (ones + norm.eps).sqrt(),
         "bias": torch.full_like(norm.bias, -floor),
         "running_mean": torch.zeros_like(norm.weight),
-        "running_var": torch.ones_like(norm.weight),
+        "running_var": ones,
         "num_batches_tracked": torch.tensor(0),
     }
-
-
-def is_uncalibrated(norm: nn.Module, floor: float) -> bool:
-    """Whether a norm has the values of :func:`identity_norm`, so is no identity on batches.
-
-    Example:
-        >>> is_uncalibrated(nn.BatchNorm2d(2), floor=0.0)
-        False
-    """
-    if not isinstance(norm, _BatchNorm) or norm_obstacle(norm):
-        return False
-    own = norm.state_dict()
-    return all(
-        bool((own[name] == value).all())
-        for name, value in identity_norm(norm, floor).items()
-        if name != "num_batches_tracked"
-    )
-
-
-@torch.no_grad()
-def calibrate_norm(norm: _BatchNorm, mean: Tensor, variance: Tensor, floor: float) -> None:
-    """Make a norm the identity, less ``floor``, on batches with these statistics.
-
-    Args:
-        norm (_BatchNorm): Of C channels.
-        mean, variance (Tensor): (C,), of its input; biased, as batch norm divides by it.
-        floor (float): As of :func:`identity_norm`.
-
-    Example:
-        >>> norm, x = nn.BatchNorm2d(3), torch.randn(8, 3, 4, 4)
-        >>> calibrate_norm(norm, x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0), floor=0.0)
-        >>> bool((norm.train()(x) - x).abs().max() < 1e-5)
-        True
-    """
-    norm.weight.copy_((variance + norm.eps).sqrt())
-    norm.bias.copy_(mean - floor)
-    norm.get_buffer("running_mean").copy_(mean)
-    norm.get_buffer("running_var").copy_(variance)

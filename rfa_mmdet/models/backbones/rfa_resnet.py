@@ -84,9 +84,9 @@ class RFAResNet(ResNet):
     """MMDetection's ResNet with ``rfa`` in place of 3x3 convolutions, stage by stage.
 
     Names, and so checkpoint keys, outside the replaced convolutions are those of mmdet's ResNet,
-    whose checkpoint warm-starts these. ``frozen_stages`` and ``norm_eval`` hold for what a
-    checkpoint fills: what it does not is trained, and its norms use batch statistics, in every
-    stage.
+    whose checkpoint warm-starts these. What is new is trained, in stages of ``frozen_stages`` too;
+    ``norm_eval`` and frozen stages hold its norms where a checkpoint or the warm start gave them
+    statistics.
 
     Args:
         depth (int): 18, 34, 50, 101 or 152.

@@ -1,12 +1,14 @@
 """The layers of a module that its plain checkpoint does not know: kept trainable, and reported.
 
 MMDetection's ``frozen_stages`` and ``norm_eval`` go by position. A new layer in such a place must
-not be frozen at values that nobody trained: parameters that no checkpoint filled stay trainable,
-and norms whose statistics no checkpoint filled use those of the batch.
+not be held at values that nobody trained. Its parameters train, in frozen stages too: that is so
+from the beginning, as DDP wants to know them before a checkpoint is read. Norms whose statistics
+no checkpoint filled use those of the batch. That they did is noted in the state dict's metadata,
+beside torch's versions of modules: a resumed run goes on so, although its checkpoint fills all.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +19,9 @@ from rfa_mmdet.layers.conv.base import AttentionConv2d
 from rfa_mmdet.layers.warm_start.plugin import Plugin
 from rfa_mmdet.layers.warm_start.start import Start, WarmStartable, WarmStartError, matching
 from rfa_mmdet.models.retrofit.report import StartReport
+
+# In the metadata of a module with new layers: its norms that used batches where others were held.
+ON_BATCHES = "rfa_mmdet_on_batches"
 
 
 def keep_new(
@@ -88,11 +93,13 @@ class NewLayers:
         # What checkpoints filled of other people's layers; ours keep it themselves.
         self._filled: dict[str, frozenset[str]] = {}
         self._given: dict[str, tuple[int, ...]] = {}
+        self._on_batches: set[str] = set()
         vars(module)["new_layers"] = self
         # On the instance, so that the module's type stays what it was.
         vars(module)["train"] = self.train
         if hasattr(module, "init_weights"):
             vars(module)["init_weights"] = self.init_weights
+        module._register_state_dict_hook(self._note)
         module._register_load_state_dict_pre_hook(self._before_load)
         module.register_load_state_dict_post_hook(self._after_load)
 
@@ -107,40 +114,28 @@ class NewLayers:
             return layer.start
         return Start(self._filled.get(name, frozenset()))
 
-    def restore_start(self, name: str, filled: Iterable[str]) -> None:
-        """Set what checkpoints had filled of a layer before the resumed run trained it.
-
-        Args:
-            name (str): Of the layer in the module.
-            filled (Iterable[str]): The layer's own names.
-        """
-        layer = self.layers[name]
-        if isinstance(layer, WarmStartable):
-            layer.start = Start(frozenset(filled))
-        else:
-            self._filled[name] = frozenset(filled)
-
     @contextmanager
     def kept(self, mode: bool) -> Iterator[None]:
-        """Let the module freeze what it wants inside, then undo that for what is new.
+        """Let the module hold what it wants inside, then undo that for what is new.
 
         Args:
             mode (bool): Whether the module trains.
         """
         trained = {p: p.requires_grad for layer in self.layers.values() for p in layer.parameters()}
         yield
+        for parameter, trains in trained.items():
+            parameter.requires_grad_(trains)
         for layer_name, layer in self.layers.items():
-            unfilled = set(layer.state_dict()) - self.start_of(layer_name).filled
-            for name, parameter in layer.named_parameters():
-                if name in unfilled:
-                    parameter.requires_grad_(trained[parameter])
+            filled = self.start_of(layer_name).filled
             for name, child in layer.named_modules():
-                prefix = f"{name}." if name else ""
-                statistics = prefix + "running_mean"
-                own = unfilled & {prefix + key for key in child.state_dict()}
-                is_norm = statistics in layer.state_dict()
-                if (statistics in unfilled) if is_norm else own:
-                    child.training = mode
+                full_name = f"{layer_name}.{name}" if name else layer_name
+                has_statistics = child._buffers.get("running_mean") is not None
+                if has_statistics and full_name not in self._on_batches:
+                    if (f"{name}.running_mean" if name else "running_mean") in filled:
+                        continue
+                    if child.training != mode:
+                        self._on_batches.add(full_name)
+                child.training = mode
 
     def train(self, mode: bool = True) -> nn.Module:
         """Switch the mode of the module; what is new follows even where the rest is held."""
@@ -172,9 +167,19 @@ class NewLayers:
             and not self.start_of(name).filled
         }
 
-    def _before_load(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _note(self, module: nn.Module, state: Any, prefix: str, metadata: dict[str, Any]) -> None:
+        if self._on_batches:
+            metadata[ON_BATCHES] = sorted(self._on_batches)
+
+    def _before_load(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any
+    ) -> None:
         given = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         self._given = {name: tuple(getattr(value, "shape", ())) for name, value in given.items()}
+        if given:
+            noted = metadata.get(ON_BATCHES)
+            noted = noted if isinstance(noted, list) else []
+            self._on_batches = {name for name in noted if isinstance(name, str)}
         for name, layer in self.layers.items():
             if not isinstance(layer, WarmStartable):
                 found = matching(layer, state_dict, f"{prefix}{name}.")
@@ -194,3 +199,17 @@ class NewLayers:
                 f"nowhere in {type(module).__name__}: {', '.join(skipped)}. A pattern, as in "
                 "strict_start=r'fc\\..*', names keys that may"
             )
+
+
+def new_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the full name and the layer, for each that Retrofit and its kin put into a model.
+
+    Example:
+        >>> list(new_layers(nn.Conv2d(3, 3, 3)))
+        []
+    """
+    for prefix, module in model.named_modules():
+        record = getattr(module, "new_layers", None)
+        if isinstance(record, NewLayers):
+            for name, layer in record.layers.items():
+                yield f"{prefix}.{name}" if prefix else name, layer

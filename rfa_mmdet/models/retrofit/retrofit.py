@@ -46,8 +46,9 @@ def retrofit(
 
     A replaced convolution hands on its channels, kernel, stride, padding, dilation, groups and
     whether it has a bias. The plain model's checkpoint warm-starts it, and a report of that is
-    logged; ``frozen_stages`` and ``norm_eval`` hold for what a checkpoint filled. Plug-ins of this
-    package start as the identity, so that they change nothing until they are trained.
+    logged. What is put in is trained, in stages of ``frozen_stages`` too; they and ``norm_eval``
+    hold its norms where a checkpoint or the warm start gave them statistics. Plug-ins of
+    this package start as the identity, so that they change nothing until they are trained.
 
     Args:
         module (dict | nn.Module): Config of a backbone, neck, head or detector, or one that is

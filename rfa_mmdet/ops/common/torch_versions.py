@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch._compile
 import torch._utils
 from torch.nn.modules import module as _module
 
@@ -15,6 +16,9 @@ is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_
 # Whether torch.compile takes operators with kernels for Meta and Autograd that are written in
 # Python: since 2.4, which brought register_fake.
 COMPILES_OPERATORS = hasattr(torch.library, "register_fake")
+
+# As torch.compiler.disable, which imports the compiler when it decorates. torch.optim's own.
+not_compiled = torch._compile._disable_dynamo
 
 # Arguments by which torch.onnx.export traces. The exporter that is the default since 2.9 needs
 # onnxscript; before 2.5 there is no choice.

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rfa_mmdet.layers.warm_start.identity import (
-    calibrate_norm,
-    identity_norm,
-    is_uncalibrated,
-    norm_obstacle,
+from rfa_mmdet.layers.warm_start.first_steps import (
+    awaits_statistics,
+    only_shifts,
+    take_statistics,
 )
+from rfa_mmdet.layers.warm_start.identity import identity_norm, norm_obstacle
 
 
 @given(
@@ -25,18 +25,23 @@ def test_norms_that_only_shift(eps, floor, channels, seed):
     torch.manual_seed(seed)
     norm = nn.BatchNorm2d(channels, eps=eps).double()
     norm.running_mean.normal_()
-    assert not is_uncalibrated(norm, floor)
+    assert not only_shifts(norm, floor)
+    assert not awaits_statistics(norm)
     norm.load_state_dict(identity_norm(norm, floor))
     x = 3 * torch.randn(4, channels, 3, 5).double()
     torch.testing.assert_close(norm.eval()(x), x - floor, rtol=1e-12, atol=1e-12)
-    assert is_uncalibrated(norm, floor)
-    assert not is_uncalibrated(norm, floor - 1)
-    # On a batch's own statistics it is something else, until it is calibrated to them.
+    assert only_shifts(norm, floor)
+    assert not only_shifts(norm, floor - 1)
+    assert awaits_statistics(norm)
+    # On a batch's own statistics it is something else, until it has taken them.
     norm.train()
     twin = copy.deepcopy(norm)
     assert not torch.allclose(twin(x), x - floor, rtol=1e-2, atol=1e-2)
-    calibrate_norm(norm, x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0), floor)
-    assert not is_uncalibrated(norm, floor)
+    take_statistics(norm, x.split(3))
+    torch.testing.assert_close(norm.running_mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, x.var((0, 2, 3), correction=0))
+    assert only_shifts(norm, floor)
+    assert not awaits_statistics(norm)
     torch.testing.assert_close(norm.eval()(x), x - floor, rtol=1e-12, atol=1e-10)
     torch.testing.assert_close(norm.train()(x), x - floor, rtol=1e-12, atol=1e-10)
 
@@ -44,7 +49,39 @@ def test_norms_that_only_shift(eps, floor, channels, seed):
 def test_norm_obstacle_of_each_norm():
     assert norm_obstacle(nn.Identity()) == ""
     assert norm_obstacle(nn.SyncBatchNorm(4)) == ""
-    assert "InstanceNorm2d" in norm_obstacle(nn.InstanceNorm2d(4))
+    for norm in (nn.InstanceNorm2d(4), nn.GroupNorm(2, 4)):
+        forgets = f"its norm, {type(norm).__name__}, gives the same for a map and for twice that"
+        assert norm_obstacle(norm).startswith(forgets)
     assert "no statistics" in norm_obstacle(nn.BatchNorm2d(4, track_running_stats=False))
     for norm in (nn.Identity(), nn.GroupNorm(2, 4), nn.BatchNorm2d(4, affine=False)):
-        assert not is_uncalibrated(norm, 0.0)
+        assert not awaits_statistics(norm)
+        assert not only_shifts(norm, 0.0)
+
+
+def test_what_a_norm_learnt_on_its_first_statistics_it_keeps():
+    """As after a run under norm_eval, which trained weight and bias on 0 and 1."""
+    torch.manual_seed(0)
+    norm, x = nn.BatchNorm2d(3).double(), 2 + 3 * torch.randn(4, 3, 5, 5).double()
+    norm.weight.data.uniform_(0.5, 2)
+    norm.bias.data.normal_()
+    before = norm.eval()(x)
+    take_statistics(norm, [x])
+    for training in (False, True):
+        torch.testing.assert_close(norm.train(training)(x), before)
+    # It happens once.
+    assert not awaits_statistics(norm)
+
+
+def test_a_batch_without_two_values_tells_nothing():
+    norm = nn.BatchNorm2d(3)
+    norm.load_state_dict(identity_norm(norm, 0.0))
+    before = copy.deepcopy(norm.state_dict())
+    for x in (torch.rand(0, 3, 4, 4), torch.rand(1, 3, 1, 1)):
+        take_statistics(norm, [x])
+        assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
+        assert awaits_statistics(norm)
+
+
+def test_a_group_norm_forgets_what_a_convolution_keeps():
+    norm, x = nn.GroupNorm(2, 4, eps=0.0).double(), torch.randn(2, 4, 5, 5).double()
+    torch.testing.assert_close(norm(2 * x), norm(x))

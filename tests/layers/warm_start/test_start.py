@@ -83,7 +83,8 @@ def test_keys_of_another_shape_do_not_count_as_filled():
         (
             dict(norm_cfg=dict(type="GN", num_groups=2)),
             True,
-            "its norm, GroupNorm, cannot be the identity; BN can",
+            "its norm, GroupNorm, gives the same for a map and for twice that map, "
+            "which no convolution does; BN, or norm_cfg=None, can be the identity",
         ),
         (
             dict(norm_cfg=dict(type="BN", affine=False)),

@@ -31,12 +31,11 @@ def is_new(name: str, depth: int) -> bool:
     )
 
 
-def is_filled(name: str, depth: int, loaded: str) -> bool:
-    """Whether a checkpoint gave this name its value; what is mmdet's counts as if one had."""
-    if not is_new(name, depth) or loaded == "own":
+def has_statistics(norm: str, depth: int, loaded: str) -> bool:
+    """Whether a checkpoint gave a norm its statistics; what is mmdet's counts as if one had."""
+    if not is_new(norm, depth) or loaded == "own":
         return True
-    by_plain = (".conv.weight", ".norm.running_mean", ".norm.running_var")
-    return loaded == "plain" and "coord_att" not in name and name.endswith(by_plain)
+    return loaded == "plain" and "coord_att" not in norm
 
 
 def in_frozen_stage(name: str, frozen: int) -> bool:
@@ -49,7 +48,9 @@ def in_frozen_stage(name: str, frozen: int) -> bool:
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("loaded", ["nothing", "plain", "own"])
 @pytest.mark.parametrize("norm_eval", [True, False])
-def test_only_what_a_checkpoint_filled_is_frozen_or_held(kind, depth, loaded, norm_eval):
+def test_new_parameters_train_and_norms_without_statistics_use_batches(
+    kind, depth, loaded, norm_eval
+):
     for frozen in range(-1, 5):
         net = edited_resnet(kind, depth, frozen_stages=frozen, norm_eval=norm_eval)
         if loaded != "nothing":
@@ -61,11 +62,11 @@ def test_only_what_a_checkpoint_filled_is_frozen_or_held(kind, depth, loaded, no
         for training in (True, False, True):
             net.train(training)
             for name, parameter in net.named_parameters():
-                still = in_frozen_stage(name, frozen) and is_filled(name, depth, loaded)
+                still = in_frozen_stage(name, frozen) and not is_new(name, depth)
                 assert parameter.requires_grad == (not still), (frozen, training, name)
             for name, norm in norms.items():
                 held = norm_eval or in_frozen_stage(name, frozen)
-                held &= is_filled(f"{name}.running_mean", depth, loaded)
+                held &= has_statistics(name, depth, loaded)
                 assert norm.training == (training and not held), (frozen, training, name)
 
 
@@ -76,15 +77,51 @@ CONV_PLACES = {18: range(8), 50: range(16)}
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_of_other_shapes_fills_nothing(kind):
     """MMEngine leaves such keys out with a warning: holding them would hold random values."""
-    net = edited_resnet(kind, frozen_stages=4)
+    net = edited_resnet(kind)
     state = copy.deepcopy(own_state(kind, 18))
-    odd = [k for k in state if "coord_att.conv_h" in k or k.endswith("attention.weight")]
-    assert len(odd) == 8 * 3
+    odd = [k for k in state if k.endswith("coord_att.bn1.running_mean")]
+    assert len(odd) == 8
     state |= {key: state[key][:-1] for key in odd}
     load_state_dict(net, state)
     net.train()
-    trained = {name for name, p in net.named_parameters() if p.requires_grad}
-    assert trained == set(odd)
+    on_batches = {n for n, m in net.named_modules() if isinstance(m, nn.BatchNorm2d) and m.training}
+    assert on_batches == {key.removesuffix(".running_mean") for key in odd}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_that_used_batches_do_so_after_a_resume_and_its_checkpoints(kind):
+    net = edited_resnet(kind)
+    load_state_dict(net, plain_net(18).state_dict())
+    expected = modes(net.train())
+    state = net.state_dict()
+    assert state.keys() == edited_resnet(kind).state_dict().keys()
+    resumed = edited_resnet(kind)
+    load_state_dict(resumed, state)
+    assert modes(resumed.train()) == expected
+    assert any(expected.values())
+    again = edited_resnet(kind)
+    load_state_dict(again, resumed.eval().state_dict())
+    assert modes(again.train()) == expected
+    # Without the metadata, as a backbone's part of a file, it is pretrained as a whole.
+    load_state_dict(again, dict(state))
+    assert not any(modes(again.train()).values())
+    # As is what trained where nothing was held.
+    free = edited_resnet(kind, norm_eval=False).train()
+    load_state_dict(again, free.state_dict())
+    assert not any(modes(again.train()).values())
+
+
+@pytest.mark.parametrize("noted", [3, "layer1", [3, None], {"layer1": 1}, None])
+def test_odd_metadata_is_left_alone(noted):
+    net = edited_resnet("Retrofit")
+    state = net.state_dict()
+    state._metadata[""]["rfa_mmdet_on_batches"] = noted
+    load_state_dict(net, state)
+    assert not any(modes(net.train()).values())
+
+
+def modes(net: nn.Module) -> dict[str, bool]:
+    return {n: m.training for n, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,10 +137,7 @@ def test_a_warm_start_under_norm_eval_computes_what_the_plain_net_does(kind, fro
         assert inner
         assert not any(norm.training for norm in inner)
         assert relative(plain(image()), net(image())) <= 1e-4
-        # It is the held norms that make it so.
-        for norm in inner:
-            norm.train()
-        assert relative(plain(image()), net(image())) > 1e-2
+        assert not any(norm.running_mean.any() for norm in inner)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,9 +173,11 @@ def test_around_a_loaded_module_the_same_is_frozen_as_after_its_checkpoint():
     trained = [
         {name for name, p in net.named_parameters() if p.requires_grad} for net in (around, loaded)
     ]
-    assert trained[0] == trained[1]
     assert "layer1.0.conv1.conv.bias" in trained[0]  # the plain one had none
-    assert "layer1.0.conv1.conv.weight" not in trained[0]
+    # A convolution that was built, and frozen, stays so.
+    frozen = {f"layer{s}.{i}.conv1.conv.weight" for s in (1, 2) for i in (0, 1)}
+    assert trained[0] == trained[1] - frozen
+    assert frozen < trained[1]
     assert around.layer1[0].conv1.start == loaded.layer1[0].conv1.start
     modes = [{n: m.training for n, m in net.named_modules()} for net in (around, loaded)]
     assert modes[0] == modes[1]
@@ -186,11 +222,9 @@ def test_start_of_any_layer_whoever_wrote_it():
     assert set(vars(foreign)) == attributes
     # A copy's record is its own.
     twin = copy.deepcopy(net)
-    twin.new_layers.restore_start("0", ["bias"])
-    twin.new_layers.restore_start("1", ["conv.weight"])
-    assert twin.new_layers.start_of("0") == Start(frozenset({"bias"}))
-    assert twin.new_layers.start_of("1") == twin[1].start == Start(frozenset({"conv.weight"}))
-    assert kept.start_of("0") == Start(frozenset({"weight", "bias"}))
+    twin.load_state_dict({"1.conv.weight": own.conv.weight.data}, strict=False)
+    assert twin.new_layers.start_of("1") == twin[1].start
+    assert kept.start_of("1") == own.start
 
 
 def test_around_a_loaded_module_plugins_have_its_precision():

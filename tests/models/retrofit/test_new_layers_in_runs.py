@@ -4,31 +4,40 @@ import pytest
 import torch
 from torch import nn
 
-from rfa_mmdet.hooks.new_layers import new_layers
+from rfa_mmdet.models import retrofit
+from rfa_mmdet.models.retrofit.new_layers import ON_BATCHES, new_layers
 from tests.helpers.ports import free_port
 from tests.helpers.retrofitted import save_plain_detector
 from tests.helpers.toy import Recorder, Toy, make_runner, plain_file
 
-HOOK = dict(type="NewLayersHook")
-META = "rfa_mmdet_filled"
+COORD = dict(type="CoordAtt")  # a plug-in with a BN in it
+MORE = [dict(after=r"layer[12]\.\d", plugin=COORD)]
 
 
 def trained(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def train(work_dir, hooks=(HOOK,), epochs=1, **kwargs):
+def train(work_dir, epochs=1, **kwargs):
     """Train the toy; return its Runner, and what trained and what ran on batches at the start."""
     seen = {}
 
     def look(runner):
+        runner.model.train()  # as an epoch does
         seen["trained"] = trained(runner.model)
         seen["modes"] = {name: m.training for name, m in runner.model.named_modules()}
 
-    model = kwargs.pop("model", None) or Toy(frozen_stages=1, norm_eval=True)
-    runner = make_runner(model, work_dir, [*hooks, Recorder(look)], epochs=epochs, **kwargs)
+    model = kwargs.pop("model", None) or with_plugins()
+    runner = make_runner(model, work_dir, [Recorder(look)], epochs=epochs, **kwargs)
     runner.train()
     return runner, seen
+
+
+def with_plugins() -> Toy:
+    toy = Toy(frozen_stages=1, norm_eval=True)
+    torch.manual_seed(3)
+    retrofit(toy.backbone, MORE)
+    return toy
 
 
 @pytest.fixture
@@ -44,17 +53,13 @@ def test_a_resumed_run_trains_what_the_first_did_and_ends_at_the_same_weights(tm
     train(tmp_path / "broken", epochs=1, load_from=plain)
     resumed, second = train(tmp_path / "broken", epochs=3, resume=True)
     conv = "backbone.layer1.0.conv1"
-    assert f"{conv}.attention.weight" in first["trained"]  # new
-    assert f"{conv}.conv.weight" not in first["trained"]  # from the checkpoint, in stage 1
-    assert not first["modes"][f"{conv}.norm"]
+    assert {f"{conv}.{name}" for name in ("attention.weight", "conv.weight")} <= first["trained"]
+    assert not first["modes"][f"{conv}.norm"]  # statistics of the warm start
+    assert first["modes"]["backbone.layer1.0.coord_att.bn1"]  # and of nobody
+    assert not first["modes"]["backbone.layer1.0.bn1"]
     assert second == first
     a, b = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
-    # Without the hook the checkpoint counts as what has filled everything.
-    train(tmp_path / "again", epochs=1, load_from=plain)
-    without, _ = train(tmp_path / "again", hooks=(), epochs=2, resume=True)
-    assert f"{conv}.attention.weight" in trained(whole.model)
-    assert f"{conv}.attention.weight" not in trained(without.model)
 
 
 def test_a_run_from_scratch_resumes_with_its_norms_on_batches(tmp_path):
@@ -67,36 +72,30 @@ def test_a_run_from_scratch_resumes_with_its_norms_on_batches(tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_checkpoints_name_what_was_filled(tmp_path, plain):
+def test_the_first_steps_on_batches_resume_to_the_same_weights(tmp_path, plain):
+    """A checkpoint after each of three steps; the first holds statistics that it has just taken."""
+
+    def run(name, **kwargs):
+        model = Toy(norm_eval=False)
+        return train(tmp_path / name, model=model, number=4, **kwargs)[0].model.state_dict()
+
+    whole = run("whole", epochs=3, load_from=plain)
+    run("broken", epochs=1, load_from=plain)
+    resumed = run("broken", epochs=3, resume=True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert whole["backbone.layer1.0.conv1.norm.running_mean"].any()
+
+
+def test_checkpoints_have_no_key_of_their_own_for_it(tmp_path, plain):
     train(tmp_path / "run", load_from=plain)
-    meta = torch.load(tmp_path / "run" / "epoch_1.pth", weights_only=False)["meta"]
-    places = [f"backbone.layer{s}.{i}.conv1" for s in (1, 2) for i in (0, 1)]
-    filled = ["conv.weight", "norm.running_mean", "norm.running_var"]
-    assert meta[META] == dict.fromkeys(places, filled)
-    # Without new layers there is nothing to say.
-    train(tmp_path / "plain", model=Toy(retrofitted=False))
-    meta = torch.load(tmp_path / "plain" / "epoch_1.pth", weights_only=False)["meta"]
-    assert META not in meta
-
-
-def test_a_finished_run_that_is_fine_tuned_is_pretrained_as_a_whole(tmp_path, plain):
-    train(tmp_path / "run", load_from=plain)
-    _, seen = train(tmp_path / "tuned", load_from=str(tmp_path / "run" / "epoch_1.pth"))
-    frozen = ("backbone.conv1.", "backbone.bn1.", "backbone.layer1.")
-    assert seen["trained"] == {
-        name for name, _ in Toy().named_parameters() if not name.startswith(frozen)
-    }
-
-
-def test_a_checkpoint_without_the_record_resumes(tmp_path, plain):
-    train(tmp_path / "run", load_from=plain)
-    path = tmp_path / "run" / "epoch_1.pth"
-    checkpoint = torch.load(path, weights_only=False)
-    del checkpoint["meta"][META]
-    torch.save(checkpoint, path)
-    runner, seen = train(tmp_path / "run", epochs=2, resume=True)
-    assert runner.epoch == 2
-    assert not any(name.startswith("backbone.layer1.") for name in seen["trained"])
+    checkpoint = torch.load(tmp_path / "run" / "epoch_1.pth", weights_only=False)
+    assert checkpoint["state_dict"].keys() == with_plugins().state_dict().keys()
+    places = [f"layer{s}.{i}.coord_att.bn1" for s in (1, 2) for i in (0, 1)]
+    assert checkpoint["state_dict"]._metadata["backbone"][ON_BATCHES] == places
+    # Where everything trains, nothing is noted.
+    train(tmp_path / "free", model=Toy(norm_eval=False))
+    checkpoint = torch.load(tmp_path / "free" / "epoch_1.pth", weights_only=False)
+    assert ON_BATCHES not in checkpoint["state_dict"]._metadata["backbone"]
 
 
 def test_new_layers_have_full_names():
@@ -144,7 +143,7 @@ def two_processes(tiny_config, run_tool, tmp_path_factory):
     config.write_text(
         f'_base_ = "{tiny_config}"\n'
         'custom_imports = dict(imports=["rfa_mmdet", "keep_weights"])\n'
-        'custom_hooks = [dict(type="KeepWeightsHook")]\n'
+        'custom_hooks = [*_base_.custom_hooks, dict(type="KeepWeightsHook")]\n'
         f'load_from = "{root}/plain.pth"\n'
         "model = dict(backbone=dict(\n"
         "    frozen_stages=2, norm_eval=True, stage_with_rfa=(True, True, False, False)))\n"
@@ -191,7 +190,7 @@ def test_ddp_knows_what_a_checkpoint_froze(whole):
     )
     held = ("backbone.conv1.", "backbone.bn1.", "backbone.layer1.", "backbone.layer2.")
     in_frozen = {n for n in changed if n.startswith(held)}
-    own = ("attention.weight", "feature.weight", "norm.weight", "norm.bias")
+    own = ("attention.weight", "feature.weight", "norm.weight", "norm.bias", "conv.weight")
     assert in_frozen == {
         f"backbone.layer{s}.{i}.conv1.{n}" for s in (1, 2) for i in (0, 1) for n in own
     }

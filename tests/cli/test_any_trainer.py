@@ -1,0 +1,109 @@
+"""One config under every trainer: the same losses from a warm start on, also after a resume."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import mmdet
+import pandas as pd
+import pytest
+import torch
+
+from tests.helpers.ports import free_port
+from tests.helpers.retrofitted import save_plain_detector
+from tests.helpers.run_logs import losses, weights
+
+MMDET = Path(mmdet.__file__).parent / ".mim/tools/train.py"
+# Of itself; between its processes, MMEngine's launcher asks for CUDA, so that the group is made
+# before, and DDP must not be told a device.
+RUNNER = """
+import sys
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+cfg = Config.fromfile(sys.argv[1])
+cfg.work_dir, cfg.train_cfg.max_epochs = sys.argv[2], int(sys.argv[3])
+cfg.resume = "resume" in sys.argv
+cfg.load_from = None if cfg.resume else cfg.load_from
+if "two" in sys.argv:
+    torch.distributed.init_process_group("gloo")
+    cfg.launcher, cfg.model_wrapper_cfg = "pytorch", dict(
+        type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
+Runner.from_cfg(cfg).train()
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config, tmp_path_factory):
+    """The tiny detector, warm-started; its norms train on batches."""
+    root = tmp_path_factory.mktemp("any")
+    save_plain_detector(tiny_config, root / "plain.pth")
+    (root / "runner.py").write_text(RUNNER)
+    path = root / "any.py"
+    path.write_text(
+        f'_base_ = "{tiny_config}"\n'
+        f'load_from = "{root}/plain.pth"\n'
+        "model = dict(backbone=dict(norm_eval=False))\n"
+        "train_cfg = dict(val_interval=99)\n"
+    )
+    return path
+
+
+def command(trainer: str, config: Path, work: Path, epochs: int, *more: str) -> tuple:
+    if trainer == "Runner":
+        return (sys.executable, config.parent / "runner.py", config, work, epochs, *more)
+    options = ("--work-dir", work, *(f"--{one}" for one in more))
+    options += ("--cfg-options", f"train_cfg.max_epochs={epochs}")
+    if trainer == "mim":
+        program = (sys.executable, "-m", "mim", "train", "mmdet", config, "--gpus", 0)
+        return (*program, "--launcher", "none", *options)
+    return (sys.executable, MMDET if trainer == "mmdet" else "tools/train.py", config, *options)
+
+
+@pytest.fixture(scope="module")
+def whole(run_tool, config, tmp_path_factory):
+    work = tmp_path_factory.mktemp("whole")
+    done = run_tool(*command("ours", config, work, 7))
+    assert done.returncode == 0, done.stdout
+    return work
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["mmdet", "mim", "Runner"])
+def test_every_trainer_starts_goes_on_and_resumes_alike(trainer, whole, config, run_tool, tmp_path):
+    if trainer == "mim" and importlib.util.find_spec("mim") is None:
+        pytest.skip("openmim is not installed")
+    for epochs, more in ((3, ()), (7, ("resume",))):
+        # Of OpenMMLab's own imports, which these trainers do not hide.
+        done = run_tool(*command(trainer, config, tmp_path, epochs, *more), PYTHONWARNINGS="ignore")
+        assert done.returncode == 0, done.stdout
+    found, expected = losses(tmp_path), losses(whole)
+    assert len(expected) == 21
+    pd.testing.assert_series_equal(found, expected, check_exact=True)
+    mine, theirs = weights(tmp_path / "epoch_7.pth"), weights(whole / "epoch_7.pth")
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    # What was started from the plain one has moved from 0, on batches.
+    norm = "backbone.layer2.0.conv1.norm"
+    assert mine[f"{norm}.running_mean"].any()
+    assert mine[f"{norm}.num_batches_tracked"] == 21
+
+
+@pytest.mark.slow
+def test_two_ranks_of_two_trainers_train_alike(config, run_tool, tmp_path):
+    ours, runner = tmp_path / "ours", tmp_path / "runner"
+    options = ("--work-dir", ours, "--cfg-options", "train_cfg.max_epochs=2")
+    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
+    commands = (
+        ("bash", "tools/dist_train.sh", config, 2, *options),
+        (
+            *(*launch, f"--master_port={free_port()}"),
+            *command("Runner", config, runner, 2, "two")[1:],
+        ),
+    )
+    for one in commands:
+        done = run_tool(*one, PORT=free_port(), PYTHONWARNINGS="ignore")
+        assert done.returncode == 0, done.stdout
+    pd.testing.assert_series_equal(losses(runner), losses(ours), check_exact=True)
+    mine, theirs = weights(ours / "epoch_2.pth"), weights(runner / "epoch_2.pth")
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)

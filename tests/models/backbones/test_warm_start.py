@@ -1,0 +1,98 @@
+"""ResNets with each convolution, started from a plain one: its outputs, and its gradients."""
+
+import copy
+import functools
+from contextlib import nullcontext
+
+import pytest
+import torch
+from mmdet.models.backbones.resnet import ResNet
+from torch import Tensor, nn
+
+from rfa_mmdet.layers.conv.base import AttentionConv2d
+from rfa_mmdet.models import RFAResNet
+from tests.helpers.norms import randomise_norms
+from tests.helpers.registered import CONVS
+from tests.helpers.resnet import image
+
+MODES = ("eval", "norm_eval", "batches")
+
+
+@functools.cache
+def plain_net(depth: int, norm_eval: bool) -> ResNet:
+    torch.manual_seed(1)
+    return randomise_norms(ResNet(depth, base_channels=8, norm_eval=norm_eval)).double()
+
+
+def both(name: str, depth: int, mode: str, dtype=torch.float64) -> tuple[ResNet, RFAResNet]:
+    plain = copy.deepcopy(plain_net(depth, mode == "norm_eval")).to(dtype)
+    rfa = dict(type=name)
+    net = RFAResNet(depth, rfa=rfa, base_channels=8, norm_eval=mode == "norm_eval").to(dtype)
+    net.load_state_dict(plain.state_dict())
+    for one in (plain, net):
+        one.train(mode != "eval")
+    return plain, net
+
+
+def run(net: nn.Module, dtype=torch.float64, context=None) -> tuple[list[Tensor], dict]:
+    with context or nullcontext():
+        out = net(image(4).to(dtype))
+    torch.manual_seed(2)
+    torch.autograd.backward(out, [torch.randn_like(y) for y in out])
+    return [y.detach() for y in out], {n: p.grad for n, p in net.named_parameters()}
+
+
+def shared(net: RFAResNet, gradients: dict, of_plain: dict) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of gradients; that of a final weight is by its factor that of the plain one."""
+    pairs = []
+    for name, gradient in of_plain.items():
+        layer = net.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, AttentionConv2d):
+            found = gradients[f"{name.removesuffix('.weight')}.conv.weight"]
+            pairs.append((found / layer.constant_attention()[1], gradient))
+        else:
+            pairs.append((gradients[name], gradient))
+    return pairs
+
+
+def differences(pairs) -> float:
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("mode", MODES)
+def test_outputs_and_gradients_are_those_of_the_plain_net(name, depth, mode):
+    plain, net = both(name, depth, mode)
+    expected, of_plain = run(plain)
+    found, gradients = run(net)
+    assert differences(zip(found, expected, strict=True)) <= 1e-5
+    assert differences(shared(net, gradients, of_plain)) <= 1e-5
+    assert not [n for n, gradient in gradients.items() if gradient is None]
+
+
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("mode", MODES)
+def test_in_float32_they_are_within_its_rounding(name, mode):
+    """Which a net magnifies: how much shows the plain one, beside itself in float64."""
+    plain, net = both(name, 18, mode, torch.float32)
+    exact, of_exact = run(both(name, 18, mode)[0])
+    expected, of_plain = run(plain, torch.float32)
+    found, gradients = run(net, torch.float32)
+    rounding = differences(zip(expected, exact, strict=True))
+    assert differences(zip(found, exact, strict=True)) <= max(20 * rounding, 1e-5)
+    rounding = differences((of_plain[n], of_exact[n]) for n in of_exact)
+    assert differences(shared(net, gradients, of_exact)) <= max(20 * rounding, 1e-5)
+
+
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("mode", MODES)
+def test_under_autocast_they_are_within_its_rounding(name, mode):
+    plain, net = both(name, 18, mode, torch.float32)
+    exact, _ = run(both(name, 18, mode)[0])
+    amp = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    expected, _ = run(plain, torch.float32, amp())
+    found, gradients = run(net, torch.float32, amp())
+    rounding = differences(zip(expected, exact, strict=True))
+    assert differences(zip(found, exact, strict=True)) <= 5 * rounding
+    assert not [n for n, gradient in gradients.items() if gradient is None]
