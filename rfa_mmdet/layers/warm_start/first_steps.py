@@ -89,7 +89,7 @@ def take_statistics(norm: _BatchNorm, responses: Iterable[Tensor]) -> None:
         >>> norm, x = nn.BatchNorm2d(3), 2 + 3 * torch.randn(8, 3, 4, 4)
         >>> before = norm.eval()(x)
         >>> take_statistics(norm, [x])
-        >>> for training in (True, False):
+        >>> for training in (False, True):
         ...     torch.testing.assert_close(norm.train(training)(x), before, rtol=1e-4, atol=1e-4)
     """
     # Count, sum and sum of squares of each channel.

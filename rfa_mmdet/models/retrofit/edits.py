@@ -154,8 +154,8 @@ def with_seen_channels(module: nn.Module, steps: Sequence[Step], example_input: 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.PixelShuffle(2))
         >>> steps = plan_edits(net, [dict(after="1", plugin=dict(type="SE"))])
-        >>> with_seen_channels(net, steps, torch.rand(1, 4, 8, 8))[0].cfg
-        {'type': 'SE', 'in_channels': 2}
+        >>> with_seen_channels(net, steps, torch.rand(1, 4, 8, 8))[0].cfg["in_channels"]
+        2
     """
     unknown = [step for step in steps if step.inserts and "in_channels" not in step.cfg]
     seen: dict[nn.Module, int] = {}
