@@ -40,7 +40,7 @@ MOST_INSTRUCTIONS = {
     "gradient_kernel": 420,
     "products_kernel": 325,
     "fold_kernel": 160,
-    "moments_gradient_kernel": 220,
+    "moments_gradient_kernel": 240,
 }
 OF_INPUT = ("fold_kernel", "moments_gradient_kernel")
 # A stride of 2 loads two rows a step: three addresses, masks, loads, conversions and shifts more.
