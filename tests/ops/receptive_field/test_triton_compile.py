@@ -153,18 +153,7 @@ in_both_layouts = pytest.mark.parametrize(
 )
 
 
-# What is wrong with channels_last there, today.
-KNOWN = {
-    "3.8": "registers of the products are spilled for sm_90",
-}
-known = KNOWN.get(".".join(triton.__version__.split(".")[:2]))
-maybe = pytest.mark.xfail(known is not None, reason=str(known), strict=False)
-
-
-@pytest.mark.parametrize(
-    "channels_last",
-    [pytest.param(False, id="nchw"), pytest.param(True, id="channels_last", marks=maybe)],
-)
+@in_both_layouts
 def test_kernels_of_a_training_step_are_shaped_for_the_gpu(channels_last):
     assert faults(90, *layer(torch.bfloat16, channels_last), SPARE) == []
 
