@@ -246,7 +246,7 @@ def check(
 
 
 def parity_shapes(kernel_size: int) -> list[InputSize]:
-    """Return the small shapes: with as many values behind ReLU, whatever the window.
+    """Return the small shapes: with about as many values behind ReLU for any window.
 
     Of many more, one might lie so near its corner that rounding moves it to the other side.
     """

@@ -33,8 +33,8 @@ def norm_obstacle(norm: nn.Module) -> str:
     """Say why a norm cannot be made the identity; empty if it can.
 
     Example:
-        >>> norm_obstacle(nn.GroupNorm(2, 4))[:58]
-        'its norm, GroupNorm, gives the same for a map and for twic'
+        >>> norm_obstacle(nn.GroupNorm(2, 4)).startswith("its norm, GroupNorm, gives the same")
+        True
         >>> norm_obstacle(nn.BatchNorm2d(4))
         ''
     """

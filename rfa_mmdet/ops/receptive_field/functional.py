@@ -120,9 +120,9 @@ def fold_batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Fold batch norm, on the statistics of the batch, into the features that it follows.
 
-    They follow from the means and the covariance of the windows' values: see README.md. Where a
-    gradient is recorded, the map that is returned is to be used in place of x: its gradient then
-    comes back to the one through the statistics, and is added to it where that is computed.
+    They follow from the means and the covariance of the windows' values: see README.md. Make the
+    features from the map that is returned, not from x: its gradient then arrives here, and the one
+    through the statistics is added to it in one pass.
 
     Args:
         x (Tensor): (B, C, H, W), as of :class:`WindowFeatures`.

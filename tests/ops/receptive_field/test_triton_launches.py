@@ -55,7 +55,7 @@ SHARES = dict(attention=0.5, channels=0.6, rows=0.75)
 def test_memory_of_a_backward_pass(layout, kind, dtype):
     """Beside the gradients: buffers of chunks, sums of the weight's gradient, and maps to add up.
 
-    Autograd adds up the gradient of a map that is used twice: here, its moments and its features.
+    The gradient through the moments makes a second map; under gates, autograd adds up more.
     """
     for size in SIZES["gpu"]:
         c, window = size.channels, Window((3, 3), (size.stride,) * 2, (1, 1))
