@@ -12,13 +12,13 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.image import AxesImage
 from mmdet.structures import DetDataSample
-from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
 from torch import Tensor
 from torch.nn import functional as F
 
 from rfa_mmdet.analysis.attention_maps import Heat, focus
 from rfa_mmdet.inference.detector import draw
+from rfa_mmdet.inference.visualizer import LegibleVisualizer
 from rfa_mmdet.texts import drawable, drawn_as_written
 
 
@@ -63,7 +63,7 @@ def save_detections(
     samples: Sequence[DetDataSample],
     classes: Sequence[str],
     out: Path,
-    score_threshold: float = 0.4,
+    score_threshold: float = 0.3,
 ) -> None:
     """Draw each image twice, a column each: the truth above, the detections below.
 
@@ -73,16 +73,16 @@ def save_detections(
             images' pixels.
         classes (Sequence[str]): Class names.
         out (Path): PNG to write.
-        score_threshold (float): Detections below are left out. Defaults to 0.4.
+        score_threshold (float): Detections below are left out. Defaults to 0.3.
     """
     figure, axes = plt.subplots(
-        2, len(images), figsize=(2.6 * len(images), 5.6), layout="constrained", squeeze=False
+        2, len(images), figsize=(2.7 * len(images), 5.8), layout="constrained", squeeze=False
     )
     for column, (image, sample) in enumerate(zip(images, samples, strict=True)):
         rows = ((sample.gt_instances, None), (sample.pred_instances, score_threshold))
         for row, (instances, threshold) in enumerate(rows):
-            # Drawn at three times the size, so that names are legible on small images.
-            axes[row, column].imshow(draw_boxes(image, instances, classes, threshold, 3))
+            # Enlarged to about the size of the axes, where names are legible.
+            axes[row, column].imshow(draw_boxes(image, instances, classes, threshold, 2))
             axes[row, column].set(xticks=[], yticks=[])
     axes[0, 0].set_ylabel("ground truth", fontsize=12)
     axes[1, 0].set_ylabel(f"detections, score > {score_threshold}", fontsize=12)
@@ -125,7 +125,7 @@ def draw_boxes(
         boxes.scores = instances.scores
         sample.pred_instances = boxes
     return draw(
-        DetLocalVisualizer(),
+        LegibleVisualizer(),
         np.ascontiguousarray(image.repeat(scale, 0).repeat(scale, 1)),
         sample,
         dict(classes=classes),

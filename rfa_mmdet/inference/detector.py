@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import isclass
 from typing import Any, cast
 
 import cv2
@@ -30,6 +31,7 @@ from rfa_mmdet.errors import ConfigError, UserError
 from rfa_mmdet.files import image_damage
 from rfa_mmdet.inference.images import ImageError, transformed
 from rfa_mmdet.inference.names import class_colours, class_names
+from rfa_mmdet.inference.visualizer import LegibleVisualizer
 from rfa_mmdet.texts import drawable, drawn_as_written
 
 
@@ -178,9 +180,12 @@ class Detector:
         self._collate = _collate(cfg.test_dataloader)
         self._half = bool((cfg.get("test_cfg") or {}).get("fp16"))
         given = cfg.get("visualizer") or dict(type="DetLocalVisualizer")
+        kind = given["type"] if isclass(given["type"]) else VISUALIZERS.get(given["type"])
+        if kind is DetLocalVisualizer:
+            given = {**given, "type": LegibleVisualizer}
         # Its backends are for what a run logs.
         built = VISUALIZERS.build({**given, "name": f"visualizer {id(self)}", "vis_backends": None})
-        self._visualizer = built if hasattr(built, "dataset_meta") else DetLocalVisualizer()
+        self._visualizer = built if hasattr(built, "dataset_meta") else LegibleVisualizer()
 
     def load(self, path: str) -> LoadedImage:
         """Load an image with the test pipeline of the config.

@@ -6,7 +6,6 @@ from typing import Any
 
 import mmcv
 from mmdet.structures import DetDataSample
-from mmdet.visualization import DetLocalVisualizer
 from mmengine.fileio import get
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
@@ -16,6 +15,7 @@ from rfa_mmdet.files import written_whole
 from rfa_mmdet.inference.detector import draw
 from rfa_mmdet.inference.picture_names import picture_names
 from rfa_mmdet.inference.predict import first_line
+from rfa_mmdet.inference.visualizer import LegibleVisualizer
 from rfa_mmdet.texts import printable
 
 
@@ -38,7 +38,7 @@ class TruthAndDetectionsHook(Hook):
     def before_test(self, runner: Runner) -> None:
         """Name the pictures."""
         dataset = runner.test_dataloader.dataset
-        self.visualizer = DetLocalVisualizer()
+        self.visualizer = LegibleVisualizer()
         paths = [dataset.get_data_info(i)["img_path"] for i in range(len(dataset))]
         self.names = picture_names(paths)
 
