@@ -22,7 +22,7 @@ from rfa_mmdet.studies.results import read_run
 from rfa_mmdet.studies.tables import COLUMNS, records
 from rfa_mmdet.texts import printable
 
-SHOWN = ("method", "test", "difference", "p", "verdict")
+SHOWN = ("method", "test", "difference (95 %)", "p (Holm)", "verdict")
 console = Console(highlight=False, soft_wrap=True)
 
 

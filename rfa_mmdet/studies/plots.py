@@ -1,4 +1,4 @@
-"""Curves of all methods, and what each gains for its cost."""
+"""Curves of all methods, their differences from the baseline, and what each gains for its cost."""
 
 import itertools
 from pathlib import Path
@@ -57,6 +57,41 @@ def save_stage_curves(results: dict[str, Any], stage: str, out: Path) -> bool:
 
 
 @drawn_as_written()
+def save_differences(results: dict[str, Any], summary: pd.DataFrame, out: Path) -> bool:
+    """Plot how far each method is from the baseline: every seed, the mean, and its 95 % interval.
+
+    Args:
+        results (dict): From :func:`~rfa_mmdet.studies.results.collect`.
+        summary (pd.DataFrame): A stage's rows of the summary.
+        out (Path): PNG to write.
+
+    Returns:
+        bool: Whether there was anything to plot.
+    """
+    known = summary.dropna(subset=["interval"]).iloc[::-1]
+    if known.empty:
+        return False
+    runs = pd.DataFrame(results["runs"])
+    tests = runs[runs["stage"] == known["stage"].iloc[0]].pivot(
+        index="seed", columns="method", values="test"
+    )
+    gains = tests.astype(float).sub(tests[results["baseline"]].astype(float), axis="index")
+    figure, axes = plt.subplots(figsize=(7.5, 1.3 + 0.36 * len(known)), layout="constrained")
+    axes.axvline(0, color="black", linewidth=1)
+    for y, row in enumerate(known.itertuples()):
+        colour = {"better": "#146c2e", "worse": "#a4262c"}.get(row.verdict, "#5b6675")
+        axes.errorbar(row.difference, y, xerr=row.interval, fmt="o", capsize=3, color=colour)
+        own = gains[row.method].dropna()
+        axes.plot(own, [y] * len(own), "|", color=colour, markersize=9, alpha=0.7)
+    axes.set_yticks(range(len(known)), [drawable(method) for method in known["method"]])
+    metric, baseline = drawable(results["metric"]), drawable(results["baseline"])
+    axes.set_xlabel(f"{metric}: difference from {baseline}, each seed, mean and 95 % interval")
+    axes.margins(y=0.6 / len(known))
+    _save(figure, None, out)
+    return True
+
+
+@drawn_as_written()
 def save_gains(results: dict[str, Any], summary: pd.DataFrame, out: Path) -> bool:
     """Plot the metric over time and over GFLOPs per image, from a stage's rows of the summary.
 
@@ -95,12 +130,13 @@ def _label(method: str) -> str:
     return f" {drawable(method)}"  # without the blank, matplotlib hides those that start with _
 
 
-def _save(figure: Figure, legend_of: Axes, out: Path) -> None:
+def _save(figure: Figure, legend_of: Axes | None, out: Path) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = legend_of.get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside right center")
+    if legend_of is not None:
+        handles, labels = legend_of.get_legend_handles_labels()
+        figure.legend(handles, labels, frameon=False, loc="outside right center")
     texts = [text.get_text() for text in figure.findobj(Text)]
     with written_whole(out) as part, drawn_as_written(texts):
         figure.savefig(part, dpi=120)

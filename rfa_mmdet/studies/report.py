@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
 from rfa_mmdet.studies.costs import method_costs
-from rfa_mmdet.studies.plots import save_gains, save_stage_curves
+from rfa_mmdet.studies.plots import save_differences, save_gains, save_stage_curves
 from rfa_mmdet.studies.results import collect
 from rfa_mmdet.studies.run import read_json
 from rfa_mmdet.studies.samples import draw_samples
@@ -57,10 +57,15 @@ def write_report(study: Study) -> pd.DataFrame:
     summary = summarise(results)
     plots = {}
     for stage, rows in summary.groupby("stage", sort=False):
-        curves, gains = folder / f"curves_{stage}.png", folder / f"gains_{stage}.png"
-        has_curves = save_stage_curves(results, stage, curves)
-        has_gains = save_gains(results, rows, gains)
-        plots[stage] = [curves] * has_curves + [gains] * has_gains
+        curves, differences, gains = (
+            folder / f"{name}_{stage}.png" for name in ("curves", "differences", "gains")
+        )
+        drawn = {
+            differences: save_differences(results, rows, differences),
+            curves: save_stage_curves(results, stage, curves),
+            gains: save_gains(results, rows, gains),
+        }
+        plots[stage] = [path for path, done in drawn.items() if done]
     for name, text in (
         ("table.md", markdown(summary, results["metric"])),
         ("table.csv", summary.map(cell).to_csv(index=False)),

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from scipy.stats import t
 
@@ -28,9 +29,11 @@ def summarise(results: dict[str, Any]) -> pd.DataFrame:
         ``stage``, ``method``, ``is_baseline``; ``finished`` and ``wanted``, numbers of runs;
         ``mean`` and ``deviation`` (n - 1) of the test's metric, ``val_mean`` and ``val_deviation``
         of the last validation's; ``memory_mb``, the highest of all runs; ``difference`` from the
-        baseline, mean over the ``pairs`` of runs with the same seed; ``p``, see :func:`paired_p`;
-        ``verdict``: 'better', 'worse', 'within the spread', 'cannot be tested' or ''; and the costs
-        ``parameters``, ``flops``, ``image_seconds`` and ``iteration_seconds``.
+        baseline, mean over the ``pairs`` of runs with the same seed, and ``interval``, half the
+        width of its 95 % confidence interval: a smaller difference could not have been shown;
+        ``p``, see :func:`paired_p`, and ``p_holm``, corrected for all comparisons of the stage;
+        ``verdict``, from ``p_holm``: 'better', 'worse', 'within the spread', 'cannot be tested' or
+        ''; and the costs ``parameters``, ``flops``, ``image_seconds`` and ``iteration_seconds``.
     """
     runs = pd.DataFrame(results["runs"]).astype({"test": float, "val": float, "memory_mb": float})
     done = runs[(runs["state"] == "finished") & runs["test"].notna()]
@@ -47,6 +50,7 @@ def summarise(results: dict[str, Any]) -> pd.DataFrame:
         memory_mb=("memory_mb", "max"),
         difference=("gain", "mean"),
         pairs=("gain", "count"),
+        interval=("gain", interval),
         p=("gain", paired_p),
     )
     costs = pd.DataFrame.from_dict(results["costs"].get("methods", {}), "index", columns=[*COSTS])
@@ -61,8 +65,26 @@ def summarise(results: dict[str, Any]) -> pd.DataFrame:
     table.insert(2, "is_baseline", table["method"] == results["baseline"])
     table = table.join(summary, on=["stage", "method"]).join(costs.astype(COSTS), on="method")
     table = table.fillna({"finished": 0, "pairs": 0}).astype({"finished": int, "pairs": int})
+    table["p_holm"] = table.groupby("stage", sort=False)["p"].transform(holm)
     table["verdict"] = table.apply(_verdict, axis="columns")
     return table
+
+
+def interval(differences: pd.Series) -> float:
+    """Return half the width of the mean's 95 % confidence interval.
+
+    Args:
+        differences (pd.Series): As for :func:`paired_p`.
+
+    Returns:
+        float: NaN for fewer than three pairs.
+
+    Example:
+        >>> round(interval(pd.Series([0.02, 0.03, 0.01])), 3)
+        0.025
+    """
+    n = differences.count()
+    return float(_standard_error(differences) * t.isf(LEVEL / 2, n - 1))
 
 
 def paired_p(differences: pd.Series) -> float:
@@ -79,16 +101,38 @@ def paired_p(differences: pd.Series) -> float:
         >>> round(paired_p(pd.Series([0.02, 0.03, 0.01])), 3)
         0.074
     """
+    error = _standard_error(differences)
+    return float(2 * t.sf(abs(differences.mean()) / error, differences.count() - 1))
+
+
+def holm(p: pd.Series) -> pd.Series:
+    """Correct p values for the number of comparisons (Holm, 1979).
+
+    Args:
+        p (pd.Series): NA where nothing was compared.
+
+    Returns:
+        pd.Series: The smallest level of all tests together at which each still is significant.
+
+    Example:
+        >>> list(holm(pd.Series([0.04, 0.01, 0.03])))
+        [0.06, 0.03, 0.06]
+    """
+    known = p.dropna().sort_values()
+    left = np.arange(len(known), 0, -1)  # comparisons that are not yet decided
+    return (known * left).cummax().clip(upper=1).reindex(p.index)
+
+
+def _standard_error(differences: pd.Series) -> float:
     n = differences.count()
     if n < MIN_PAIRS:
         return math.nan
-    variance = max(differences.var(), ROUNDING**2 / 6)
-    return float(2 * t.sf(abs(differences.mean()) / math.sqrt(variance / n), n - 1))
+    return math.sqrt(max(differences.var(), ROUNDING**2 / 6) / n)
 
 
 def _verdict(row: pd.Series) -> str:
     if row["pairs"] < MIN_PAIRS:
         return "cannot be tested" if row["pairs"] else ""
-    if row["p"] >= LEVEL:
+    if row["p_holm"] >= LEVEL:
         return "within the spread"
     return "better" if row["difference"] > 0 else "worse"

@@ -29,6 +29,17 @@ def spread(mean: float | None, deviation: float | None) -> str:
     return text if deviation is None else f"{text} ± {deviation:.4f}"
 
 
+def gain(difference: float | None, interval: float | None) -> str:
+    """Format a difference and half the width of its 95 % interval.
+
+    Example:
+        >>> gain(0.05, 0.012), gain(-0.05, None), gain(None, None)
+        ('+0.050 ± 0.012', '-0.050', '-')
+    """
+    text = "-" if difference is None else f"{difference:+.3f}"
+    return text if interval is None else f"{text} ± {interval:.3f}"
+
+
 def _number(title: str, key: str, form: str, factor: float = 1) -> Column:
     def text(row: dict[str, Any]) -> str:
         return "-" if row[key] is None else format(row[key] * factor, form)
@@ -40,8 +51,8 @@ COLUMNS = (
     Column("method", "method", lambda r: r["method"] + " (baseline)" * r["is_baseline"], True),
     Column("seeds", "finished", lambda r: f"{r['finished']} of {r['wanted']}"),
     Column("test", "mean", lambda r: spread(r["mean"], r["deviation"])),
-    _number("difference", "difference", "+.4f"),
-    _number("p", "p", ".3f"),
+    Column("difference (95 %)", "difference", lambda r: gain(r["difference"], r["interval"])),
+    _number("p (Holm)", "p_holm", ".3f"),
     Column("verdict", "verdict", lambda r: r["verdict"] or "-", True),
     Column("validation", "val_mean", lambda r: spread(r["val_mean"], r["val_deviation"])),
     _number("parameters", "parameters", ",d"),

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from rfa_mmdet.studies.plots import save_gains, save_stage_curves
+from rfa_mmdet.studies.plots import save_differences, save_gains, save_stage_curves
 from rfa_mmdet.studies.report import page, write_report
 from rfa_mmdet.studies.study import load_study
 from rfa_mmdet.studies.summary import summarise
@@ -81,14 +81,17 @@ def report(tmp_path_factory):
     rows = [["0_truth.jpg", "0_plain.jpg"]]
     results["samples"] = dict(stage="all", seed=0, score=0.3, columns=["truth", "plain"], rows=rows)
     summary = summarise(results)
-    curves, gains = folder / "curves.png", folder / "gains.png"
+    plots = curves, differences, gains = [
+        folder / f"{name}.png" for name in ("curves", "differences", "gains")
+    ]
     assert save_stage_curves(results, "all", curves)
+    assert save_differences(results, summary, differences)
     assert save_gains(results, summary, gains)
     samples = [folder / name for name in rows[0]]
     for sample in samples:
         cv2.imwrite(str(sample), np.full((48, 64, 3), 90, np.uint8))
-    text = page(results, summary, {"all": [curves, gains]}, folder)
-    sizes = [cv2.imread(str(path)).shape[1::-1] for path in (curves, gains, *samples)]
+    text = page(results, summary, {"all": plots}, folder)
+    sizes = [cv2.imread(str(path)).shape[1::-1] for path in (*plots, *samples)]
     return text, sizes
 
 
@@ -136,6 +139,8 @@ def test_names_of_any_characters_in_every_file(tmp_path):
     text = (study.work_dir / "report.html").read_text(encoding="utf-8")
     assert "m|$x$/&lt;b&gt;_" in text
     assert r"\udcff &lt;script&gt;" in text
+    # Two seeds: no differences to plot.
+    assert not (study.work_dir / "differences_all.png").exists()
     for name in ("curves_all", "gains_all"):
         assert cv2.imread(str(study.work_dir / f"{name}.png")).std() > 10
 

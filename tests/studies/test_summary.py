@@ -4,12 +4,13 @@ import csv
 import io
 import math
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t
 
-from rfa_mmdet.studies.summary import summarise
+from rfa_mmdet.studies.summary import holm, summarise
 from rfa_mmdet.studies.tables import markdown
 from tests.helpers.results_of import results_of
 
@@ -33,8 +34,35 @@ def test_p_is_that_of_the_paired_t_statistic(pairs):
     variance = max(variance, 2 * 0.001**2 / 12)
     expected = 2 * t.sf(abs(mean) / math.sqrt(variance / n), n - 1)
     assert found.p == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    assert found.p_holm == found.p  # one comparison
+    # The interval leaves out 0 where p is below 5 %.
+    assert (abs(mean) > found.interval) == (expected < 0.05)
     wanted = "within the spread" if expected >= 0.05 else "better" if mean > 0 else "worse"
     assert found.verdict == wanted
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_by_its_step_down_procedure(values):
+    corrected = holm(pd.Series(values))
+    order = sorted(range(len(values)), key=values.__getitem__)
+    for level in (0.01, 0.05, 0.3):
+        rejected = set()
+        for rank, i in enumerate(order):
+            if values[i] * (len(values) - rank) > level:
+                break
+            rejected.add(i)
+        assert {i for i in order if corrected[i] <= level} == rejected
+
+
+def test_methods_of_a_stage_are_corrected_together():
+    # Each alone passes at 5 %, with p = 0.038.
+    values = {f"m{i}": [0.45, 0.50, 0.53] for i in range(3)}
+    table = summarise(results_of(dict(plain=[0.4, 0.41, 0.42], **values)))
+    ours = table.iloc[1:]
+    assert (ours["p"] < 0.05).all()
+    assert ours["p_holm"].tolist() == pytest.approx((3 * ours["p"]).tolist())
+    assert set(ours["verdict"]) == {"within the spread"}
+    assert math.isnan(table["p_holm"].iloc[0])
 
 
 def test_equal_results_are_within_the_spread():
@@ -108,7 +136,7 @@ def test_tables():
     assert plain[0] == "plain (baseline)"
     assert by_title["seeds"] == "3 of 3"
     assert by_title["test"] == "0.5033 ± 0.1050"
-    assert by_title["difference"] == "+0.3033"
+    assert by_title["difference (95 %)"] == "+0.303 ± 0.014"
     assert by_title["verdict"] == "better"
     assert by_title["parameters"] == "1,234,567"
     assert by_title["ms/iteration"] == "457"
