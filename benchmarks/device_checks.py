@@ -31,7 +31,7 @@ from rfa_mmdet.files import written_whole
 ROOT = Path(__file__).resolve().parents[1]
 OPS = ("RFAConv", "RFCBAMConv", "RFCAConv")
 SHAPES = (InputSize(2, 16, 9, 7), InputSize(1, 64, 13, 10, 2))
-CONFIG = "configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py"
+CONFIG = "configs/demo/atss_r18-rfaconv_fpn_8e_shapes.py"
 TOLERANCE = 1e-3  # of the same kernels in another order: TF32's rounding
 
 

@@ -223,7 +223,7 @@ import rfa_mmdet
 from mmengine.config import Config
 from mmdet.registry import MODELS
 folder = rfa_mmdet.__path__[0] + "/.mim/"
-cfg = Config.fromfile(folder + "configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py")
+cfg = Config.fromfile(folder + "configs/demo/atss_r18-rfaconv_fpn_8e_shapes.py")
 model = MODELS.build(cfg.model)
 print(folder, type(model.backbone).__name__)
 """

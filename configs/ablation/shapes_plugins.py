@@ -2,7 +2,7 @@
 # demo's shapes.
 #   python tools/make_shapes.py data/shapes
 #   python tools/ablate.py configs/ablation/shapes_plugins.py
-base = "../demo/retinanet_r18-rfaconv_fpn_6e_shapes.py"
+base = "../demo/atss_r18-rfaconv_fpn_8e_shapes.py"
 metric = "coco/bbox_mAP"
 seeds = (0, 1, 2)
 
@@ -24,7 +24,7 @@ stages = dict(
         load_from="scratch",
         options={
             "train_cfg.max_epochs": max_epochs,
-            "optim_wrapper.optimizer.lr": 3e-4,
+            "optim_wrapper.optimizer.lr": 6e-4,
             "param_scheduler.1.T_max": max_epochs,  # the cosine, behind the warm-up
             "param_scheduler.1.end": max_epochs,
         },

@@ -31,7 +31,7 @@ def parse_args() -> Namespace:
     add("--val", type=int, default=120, metavar="N", help="validation images (%(default)s)")
     add("--size", type=int, default=160, help="side of an image in pixels (%(default)s)")
     add("--seed", type=int, default=0, help="same seed, same images (%(default)s)")
-    add("--max-objects", type=int, default=6, metavar="N", help="in one image (%(default)s)")
+    add("--max-objects", type=int, default=8, metavar="N", help="in one image (%(default)s)")
     return parser.parse_args()
 
 

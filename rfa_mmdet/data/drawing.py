@@ -11,13 +11,13 @@ from numpy.random import Generator
 
 CLASSES = ("circle", "square", "triangle", "star")
 # An object of which less can be seen is not in the set.
-MIN_VISIBLE = 0.35
+MIN_VISIBLE = 0.75
 # Of a shape to what surrounds it, as a distance in CIE Lab (black to white is 100).
 MIN_CONTRAST = 40.0
 
 # The longer side of the box in pixels, and how often it is drawn from that range. The longest
 # are limited by the image.
-_SIDES = ((16, 31), (36, 88), (100, 1000))
+_SIDES = ((18, 31), (36, 88), (100, 1000))
 _SIDE_ODDS = (0.35, 0.5, 0.15)
 _MAX_SIDE = 0.85
 # Each shape is turned from its upright position by at most so much, in radians. More would be

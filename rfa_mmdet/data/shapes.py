@@ -25,7 +25,7 @@ SPLITS = ("train", "val")
 # COCO's classes of size, and the area in pixels at which each ends.
 SIZE_LIMITS = {"small": 32**2, "medium": 96**2, "large": float("inf")}
 # Changes when the same arguments draw other images.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def make_shapes(
     num_val: int = 120,
     image_size: Sequence[int] = (160, 160),
     seed: int = 0,
-    max_objects: int = 6,
+    max_objects: int = 8,
 ) -> ShapesSummary:
     """Draw the data set into a folder, unless the folder holds it already.
 

@@ -32,7 +32,7 @@ from rfa_mmdet.errors import ConfigError
 from tests.helpers.paths import ROOT
 
 TOOL = "tools/analysis/complexity.py"
-DEMO = "configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py"
+DEMO = "configs/demo/atss_r18-rfaconv_fpn_8e_shapes.py"
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from rfa_mmdet.data.check.contact_sheet import worst
 from rfa_mmdet.data.shapes import CLASSES
 from tests.helpers.paths import ROOT
 
-CONFIG = "configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py"
+CONFIG = "configs/demo/atss_r18-rfaconv_fpn_8e_shapes.py"
 
 
 @pytest.fixture

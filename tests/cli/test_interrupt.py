@@ -88,7 +88,7 @@ mmcv.imfrombytes = hold
 
 def test_check_data(interrupted, environment, shapes, tmp_path):
     (tmp_path / "hold.py").write_text(HOLD)
-    base = ROOT / "configs" / "demo" / "retinanet_r18-rfaconv_fpn_6e_shapes.py"
+    base = ROOT / "configs" / "demo" / "atss_r18-rfaconv_fpn_8e_shapes.py"
     config = tmp_path / "config.py"
     config.write_text(
         f"_base_ = {str(base)!r}\ncustom_imports = dict(imports=['rfa_mmdet', 'hold'])"

@@ -7,7 +7,7 @@ import pytest
 
 from rfa_mmdet.data.shapes import make_shapes
 
-CONFIG = "configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py"
+CONFIG = "configs/demo/atss_r18-rfaconv_fpn_8e_shapes.py"
 PLAIN = ("model.backbone.rfa=None", "model.backbone.stage_with_rfa=None")
 
 

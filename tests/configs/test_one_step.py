@@ -41,7 +41,7 @@ QUICK = [
     "retinanet_r18-rfaconv_fpn_50e_custom-coco",
     "retinanet_r18-rfaconv_fpn_50e_custom-voc",
     "retinanet_r18-rfaconv_fpn_50e_roboflow",
-    "retinanet_r18-rfaconv_fpn_6e_shapes",
+    "atss_r18-rfaconv_fpn_8e_shapes",
 ]
 
 

@@ -56,7 +56,7 @@ def test_all_that_is_promised_is_shipped_and_nothing_else():
         *(f"{d}_r50-{m}_fpn_1x_voc0712" for d in ("retinanet", "faster-rcnn") for m in ON_VOC),
         *(f"{d}_r50-ema_fpn_1x_visdrone" for d in ("retinanet", "faster-rcnn")),
         *(f"retinanet_r18-rfaconv_fpn_50e_{d}" for d in ("custom-coco", "custom-voc", "roboflow")),
-        "retinanet_r18-rfaconv_fpn_6e_shapes",
+        "atss_r18-rfaconv_fpn_8e_shapes",
     }
     assert {path.stem for path in CONFIGS} == wanted
     assert len(CONFIGS) == len(wanted)

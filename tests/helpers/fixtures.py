@@ -15,11 +15,21 @@ from tests.helpers.processes import PATIENCE
 from tests.helpers.random_checkpoint import save_random_checkpoint
 
 TINY = f"""
-_base_ = "{ROOT}/configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py"
+_base_ = [
+    "{ROOT}/configs/_base_/models/retinanet_r18-rfaconv_fpn.py",
+    "{ROOT}/configs/_base_/datasets/shapes.py",
+    "{ROOT}/configs/_base_/schedules/adamw_50e.py",
+]
 model = dict(
     backbone=dict(base_channels=8),
     neck=dict(in_channels=[8, 16, 32, 64], out_channels=16),
-    bbox_head=dict(in_channels=16, feat_channels=16, stacked_convs=1),
+    bbox_head=dict(
+        num_classes=4,
+        in_channels=16,
+        feat_channels=16,
+        stacked_convs=1,
+        anchor_generator=dict(octave_base_scale=2),
+    ),
     # After nine iterations no score is high, and without detections there are no metrics.
     test_cfg=dict(score_thr=0.0),
 )
@@ -40,7 +50,7 @@ def shapes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory) -> Path:
-    """The demo's config, thinner."""
+    """A thin RetinaNet on them."""
     path = tmp_path_factory.mktemp("configs") / "tiny.py"
     path.write_text(TINY)
     return path
