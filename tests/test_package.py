@@ -104,12 +104,13 @@ def test_version(stand_ins):
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("trian", "nearest: train"), ("xyzzy", "there are ablate, check_data, ")]
+    ("name", "hint"),
+    [("trian", "did you mean train"), ("xyzzy", "choose from ablate, check_data, ")],
 )
 def test_unknown_tool(stand_ins, name, hint):
     done = stand_ins.run("-m", "rfa_mmdet", name, PYTHONPATH=str(ROOT))
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: no tool {name!r}; {hint}")
+    assert done.stderr.startswith(f"error: unknown tool {name!r}; {hint}")
 
 
 def test_a_tool_gets_its_arguments(run_tool):

@@ -358,13 +358,13 @@ def test_tool_fails_where_the_table_deviates(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give one of CONFIG, --table and --systems"),
-        ([DEMO, "--table"], "give one of CONFIG, --table and --systems"),
+        ([], "give exactly one of CONFIG, --table and --systems"),
+        ([DEMO, "--table"], "give exactly one of CONFIG, --table and --systems"),
         ([DEMO, "--image-size", "0", "64"], "--image-size 0 64: must be positive"),
         (["configs/demo/no.py"], "config='configs/demo/no.py': no such file"),
         (["configs/_base_/schedules/adamw_50e.py"], "has no model"),
-        ([DEMO, "--cfg-options", "model.backbone.rfa.type=RFACov"], "nearest: RFAConv"),
-        ([DEMO, "--cfg-options", "modell.x=1"], "no run reads 'modell'; nearest: model"),
+        ([DEMO, "--cfg-options", "model.backbone.rfa.type=RFACov"], "did you mean RFAConv"),
+        ([DEMO, "--cfg-options", "modell.x=1"], "unknown config key 'modell'; did you mean model"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -241,7 +241,7 @@ def test_bad_input(fails, tiny_config, tmp_path):
     assert "no such file; did you mean shapes.py" in fails("ablate", "configs/ablation/shape.py")
     spec = tmp_path / "spec.py"
     spec.write_text(SPEC.format(tiny=str(tiny_config), epochs=1) + "methods = dict(plain=plain)")
-    assert "--run 3: must be one of 0 to 2" in fails("ablate", spec, "--run", "3")
+    assert "--run 3: must be between 0 and 2" in fails("ablate", spec, "--run", "3")
     spec.write_text(spec.read_text() + "\nbase = 'none.py'")
     assert "base='none.py': no such file" in fails("ablate", spec)
 

@@ -122,11 +122,11 @@ def test_mended_data_leave_no_old_results(run_tool, damaged, tmp_path):
     whole = path.read_text()
     edit(damaged, lambda content, by: by[0][0]["bbox"].__setitem__(0, -30))
     done = check(run_tool, damaged, out)
-    assert "a run on these data can start, less what is listed" in done.stdout
+    assert "OK; the items listed above will be skipped\n" in done.stdout
     assert {file.name for file in out.iterdir()} == {"problems.csv", "worst.png"}
     path.write_text(whole)
     done = check(run_tool, damaged, out)
-    assert "a run on these data can start\n" in done.stdout
+    assert "OK: a run can start\n" in done.stdout
     assert list(out.iterdir()) == []
 
 
@@ -138,7 +138,7 @@ def test_annotations_that_cannot_be_read_do_not_make_images_unnamed(run_tool, da
         done = check(run_tool, damaged, tmp_path / "out", "--splits", *splits)
         assert done.returncode == int("train" in splits), done.stdout
         assert not (tmp_path / "out" / "problems.csv").exists()
-    assert "a run on these data can start\n" in done.stdout
+    assert "OK: a run can start\n" in done.stdout
 
 
 @pytest.mark.slow

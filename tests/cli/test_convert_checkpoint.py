@@ -114,7 +114,7 @@ def test_converts_a_whole_training_checkpoint(tmp_path, monkeypatch):
             "RFCBAMConv",
             "9",
         ]
-    assert f"36 keys renamed, {len(published) - 36} left as they were" in done.stdout
+    assert f"renamed 36 keys, kept {len(published) - 36}\n" in done.stdout
     assert "wrote: new/out.pth" in done.stdout
     assert "not to resume" in done.stderr
 
@@ -170,7 +170,7 @@ def test_a_layer_alone_in_its_file(run, published, tmp_path):
     code, out, err = run(published, tmp_path / "out.pth")
     assert (code, err) == (0, "")
     assert "(the whole file)" in out
-    assert "4 keys renamed, 0 left as they were" in out
+    assert "renamed 4 keys, kept 0\n" in out
 
 
 def test_long_and_odd_prefixes_are_shown_whole(run, tmp_path, monkeypatch):

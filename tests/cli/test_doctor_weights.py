@@ -10,7 +10,7 @@ def test_pretrained_weights_that_are_here(tmp_path):
     folder = tmp_path / "home" / "hub" / "checkpoints"
     code, text = sick.examine(TORCH_HOME=str(tmp_path / "home"))
     assert code == 0
-    assert re.search(rf"(?m)^weights +none +{folder}, where the first training .*downloads", text)
+    assert re.search(rf"(?m)^weights +none +{folder} \(downloaded on first use", text)
     folder.mkdir(parents=True)
     for name in ("resnet50-0676ba61.pth", "resnet18-f37072fd.pth", "resnet50-a.pth", "other.pth"):
         (folder / name).touch()

@@ -72,7 +72,9 @@ def test_a_batch_script_is_no_rank(cluster, monkeypatch, tmp_path):
     for line in said.read_text().splitlines():
         if line.startswith("SLURM_"):
             monkeypatch.setenv(*line.split("=", 1))
-    with pytest.raises(ConfigError, match="SLURM_STEP_ID not set, so slurm has not started this"):
+    with pytest.raises(
+        ConfigError, match="SLURM_STEP_ID not set: this process was not started by slurm"
+    ):
         launched_rank("slurm")
 
 
@@ -99,7 +101,7 @@ def two_machines(monkeypatch):
 
 def test_mpi_on_two_machines_needs_an_address(two_machines, monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(ConfigError, match="mpirun needs -x MASTER_ADDR="):
+    with pytest.raises(ConfigError, match="mpirun with -x MASTER_ADDR="):
         prepare_group(Config(dict(launcher="mpi")))
 
 
@@ -109,7 +111,7 @@ def test_a_port_that_cannot_be_had(two_machines, monkeypatch, port):
         port = str(other.getsockname()[1]) if port == "of another job" else port
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", port)
-        with pytest.raises(ConfigError, match=f"MASTER_PORT={port}: .* free on 127.0.0.1"):
+        with pytest.raises(ConfigError, match=f"MASTER_PORT={port}: .* free port of 127.0.0.1"):
             prepare_group(Config(dict(launcher="mpi")))
 
 

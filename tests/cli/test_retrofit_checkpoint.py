@@ -153,8 +153,8 @@ def test_plugins_that_do_not_are_warned_of(with_ema, detectors, tool, tmp_path):
     assert code == 0, errors
     assert errors.count("warning: ") == 1
     assert (
-        "warning: 2 plug-ins, such as backbone.layer4.0.ema, are not the identity: they change "
-        "what is computed until they are trained"
+        "warning: 2 plug-ins (e.g. backbone.layer4.0.ema) do not start as the identity, so they "
+        "change the outputs until they are trained"
     ) in errors
     values = [float(value) for value in re.findall(r"│ \w+ +│ ([\d.e+-]+)", output)]
     assert max(values) > 1e-3
@@ -176,9 +176,9 @@ def test_files_that_are_not_there_or_in_the_way(detectors, fails, tmp_path):
     assert fails(config, source, target=folder).endswith(": is a folder; name the file to write")
     assert "no such file" in fails(tmp_path / "no.py", source)
     assert fails(config, source, "--image", tmp_path / "no.png").endswith(
-        "no.png: no image that can be read"
+        "no.png: cannot be read as an image"
     )
-    assert fails(config, source, "--image", config).endswith(": no image that can be read")
+    assert fails(config, source, "--image", config).endswith(": cannot be read as an image")
 
 
 def test_files_that_hold_something_else(detectors, fails, tmp_path):
@@ -214,7 +214,7 @@ def test_files_that_hold_something_else(detectors, fails, tmp_path):
 def test_configs_without_layers_of_this_package(detectors, fails):
     plain, _, source = detectors["retinanet"]
     assert fails(plain, source) == (
-        "error: the config has no layers of this package: there is nothing to start"
+        f"error: config={str(plain)!r}: has no layer of this package to warm-start"
     )
 
 

@@ -314,4 +314,4 @@ def test_sync_bn_without_cuda(tiny_config, run_tool, tmp_path):
         PORT=free_port(),
     )
     assert two.returncode != 0
-    assert "SyncBN over several processes needs CUDA" in two.stdout
+    assert "SyncBN in several processes needs CUDA" in two.stdout

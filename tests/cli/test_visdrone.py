@@ -74,9 +74,9 @@ def test_tool(run_tool, root):
     rows = {line.split("│")[1].strip(): line for line in done.stdout.splitlines() if "│" in line}
     for name, number in (("images", 2), ("car", 1), ("boxes of all classes", 3)):
         assert rows[name].split("│")[2].strip() == str(number)
-    assert rows["lines to be ignored"].split("│")[2].strip() == "2"
-    assert rows["boxes cut at the edge"].split("│")[2].strip() == "1"
-    assert rows["boxes without extent, dropped"].split("│")[2].strip() == "3"
+    assert rows["ignored annotations"].split("│")[2].strip() == "2"
+    assert rows["boxes clipped to the image"].split("│")[2].strip() == "1"
+    assert rows["empty boxes dropped"].split("│")[2].strip() == "3"
 
 
 def test_base_config_reads_what_was_converted(root, monkeypatch):
@@ -130,9 +130,9 @@ def test_images_that_cannot_be_read_are_skipped(root):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("1,2,3,4,1,4,0", "line 2 is '1,2,3,4,1,4,0'; right are the 8 whole numbers left"),
-        ("1,2,3,4,1,4,0,zero", "right are the 8 whole numbers"),
-        ("1,2,3,4,0.5,4,-1,-1", "right are the 8 whole numbers"),
+        ("1,2,3,4,1,4,0", "line 2 is '1,2,3,4,1,4,0'; expected the 8 integers left"),
+        ("1,2,3,4,1,4,0,zero", "expected the 8 integers"),
+        ("1,2,3,4,0.5,4,-1,-1", "expected the 8 integers"),
         ("1,2,3,4,1,12,0,0", "score 1 and category 12"),
         ("1,2,3,4,-1,4,-1,-1", "score -1 and category 4"),
     ],
@@ -154,13 +154,13 @@ def test_folders_that_are_not_the_data_set(root, capsys, monkeypatch):
         assert stop.value.code == 1
         return capsys.readouterr().err
 
-    assert "holds no folder VisDrone2019-DET-train" in error(root / "VisDrone2019-DET-val")
+    assert "no folder VisDrone2019-DET-train" in error(root / "VisDrone2019-DET-val")
     assert "VisDrone2019-DET-test-dev/images: no such folder" in error(root, "--splits", "test-dev")
     text = root / "VisDrone2019-DET-train" / "annotations" / "0000003_00000_d_0000015.txt"
     text.rename(text.with_name("other.txt"))
-    assert "1 images have no annotation file, such as 0000003_00000_d_0000015" in error(root)
+    assert "1 images have no annotation file, e.g. 0000003_00000_d_0000015" in error(root)
     (root / "VisDrone2019-DET-train" / "images" / f"{text.stem}.jpg").unlink()
-    assert "1 annotation files have no image, such as other" in error(root)
+    assert "1 annotation files have no image, e.g. other" in error(root)
 
 
 numbers = st.integers(-50, 2000)

@@ -161,7 +161,7 @@ def test_a_test_split_that_is_not_tested_on_is_told(template, without_test):
     cfg = template("custom-voc", DATA_ROOT=without_test, CLASSES=",".join(CLASSES))
     assert check_data(cfg, ("train", "val")) == []
     (warning,) = check_data(cfg, ("test",))
-    assert f"though {lists}/test.txt is there: TEST_SET=test" in warning
+    assert f"although {lists}/test.txt exists; with this package's templates, set" in warning
     cfg = template("custom-voc", DATA_ROOT=without_test, CLASSES=",".join(CLASSES), TEST_SET="test")
     assert check_data(cfg, ("test",)) == []
 
@@ -191,4 +191,4 @@ def test_classes_in_another_order_than_the_file_has_are_warned_about(template, s
     export_coco(shapes, tmp_path)
     cfg = template("roboflow", DATA_ROOT=tmp_path, CLASSES="car,bus,van,traffic light")
     warnings = check_data(cfg, ("train",))
-    assert any("in another order than the categories" in warning for warning in warnings)
+    assert any("are not in the order of the categories" in warning for warning in warnings)

@@ -68,7 +68,7 @@ def test_reports_several_problems_at_once(coco):
 def test_remote_data_are_not_checked(coco):
     dataset = coco_dataset(coco, ann_file="gone.json", backend_args=dict(backend="petrel"))
     (warning,) = check_data(config(dataset))
-    assert "not checked: remote storage" in warning
+    assert "not checked, because it is on remote storage" in warning
     local = coco_dataset(coco, ann_file="gone.json", backend_args=dict(backend="local"))
     assert "gone.json does not exist" in errors_of(config(local))
 

@@ -24,14 +24,14 @@ from tests.helpers.damaged_sets import (
 def test_missing_annotation_file_with_the_nearest(coco):
     message = errors_of(config(coco_dataset(coco, ann_file="trian.json")))
     assert "train_dataloader.dataset.ann_file='trian.json'" in message
-    assert f"{coco}/trian.json does not exist; nearest in" in message
+    assert f"{coco}/trian.json does not exist; similar names in" in message
     assert "train.json" in message
 
 
 def test_missing_data_root(coco):
     message = errors_of(config(coco_dataset(f"{coco}x/deep")))
-    assert f"data_root='{coco}x/deep' is no folder" in message
-    assert f"from '{coco}x' on; nearest in" in message
+    assert f"data_root='{coco}x/deep' is not a folder" in message
+    assert f"folder is '{coco}x'; similar names in" in message
 
 
 def test_missing_image_set_of_voc(voc):
@@ -52,7 +52,7 @@ def test_missing_file_of_an_evaluator(coco, as_list):
     cfg = config(coco_dataset(coco), coco_dataset(coco, "val"), val_evaluator=evaluator)
     message = errors_of(cfg, ("train", "val"))
     assert f"{key}.ann_file='{coco}/vla.json'" in message
-    assert "val.json" in message.split("nearest")[1]
+    assert "val.json" in message.split("similar names")[1]
 
 
 @settings(
@@ -65,13 +65,13 @@ def test_truncated_json_wherever_it_is_cut(coco, part):
     cut = whole[: int(len(whole) * part)]
     (coco / "train.json").write_text(cut)
     message = errors_of(config(coco_dataset(coco), model=None))
-    assert f"{coco}/train.json ({len(cut):,} bytes) is cut off or not JSON" in message
+    assert f"{coco}/train.json ({len(cut):,} bytes) is truncated or not JSON" in message
     assert "at character" in message
 
 
 def test_binary_instead_of_json(coco):
     shutil.copy(coco / "images" / "0.jpg", coco / "train.json")
-    assert "no text in UTF-8 at byte 0" in errors_of(config(coco_dataset(coco)))
+    assert "invalid UTF-8 at byte 0" in errors_of(config(coco_dataset(coco)))
 
 
 @pytest.mark.parametrize("name", ["images", "annotations", "categories"])
@@ -112,7 +112,7 @@ def test_truncated_xml(voc, part):
     path = voc / "Annotations" / "1.xml"
     path.write_text(path.read_text()[: int(path.stat().st_size * part)])
     message = errors_of(config(voc_dataset(voc)))
-    assert f"{path} ({path.stat().st_size:,} bytes) is cut off or not XML" in message
+    assert f"{path} ({path.stat().st_size:,} bytes) is truncated or not XML" in message
     assert "1 of the 3 XML files" in message
 
 
@@ -148,7 +148,7 @@ def test_xml_that_mmdet_cannot_read(voc, old, new, words):
     with pytest.raises((AttributeError, ValueError, TypeError, OverflowError)):
         DATASETS.build(voc_dataset(voc, pipeline=[]))
     message = errors_of(config(voc_dataset(voc)))
-    assert f"1 of the 3 XML files that {voc}/train.txt asks for cannot be read: {path}: " in message
+    assert f"1 of the 3 XML files listed in {voc}/train.txt cannot be read: {path}: " in message
     assert words in message
 
 
@@ -170,7 +170,7 @@ def test_line_ends_of_an_image_set_do_not_matter(voc, text):
 
 def test_image_set_of_one_class(voc):
     (voc / "train.txt").write_text("0  1\n1 -1\n2 -1\n")
-    assert "lists of one class ('0  1')" in errors_of(config(voc_dataset(voc)))
+    assert "per-class lists ('0  1')" in errors_of(config(voc_dataset(voc)))
 
 
 @settings(

@@ -23,7 +23,7 @@ from tests.helpers.damaged_sets import (
 def test_classes_that_the_file_does_not_have(coco):
     wrong = coco_dataset(coco, metainfo=dict(classes=("cat", "dgo")))
     message = errors_of(config(wrong, model=None))
-    assert "1 of its 2 classes are no categories of" in message
+    assert "1 of its 2 classes are not among the categories of" in message
     assert "'dgo'" in message
     assert f"metainfo=dict(classes={CLASSES!r})" in message
     assert "--cfg-options" not in message  # which would take the blank out of "traffic light"
@@ -49,14 +49,14 @@ def parsed(text):
 
 def test_order_of_classes_other_than_the_files(coco):
     (warning,) = check_data(config(coco_dataset(coco, metainfo=dict(classes=CLASSES[::-1]))))
-    assert f"Right would be classes={CLASSES!r}" in warning
+    assert f"Use classes={CLASSES!r}" in warning
 
 
 def test_order_of_categories_other_in_validation(coco):
     edit_json(coco / "val.json", lambda content: content["categories"].reverse())
     cfg = config(coco_dataset(coco), coco_dataset(coco, "val"))
     message = errors_of(cfg, ("train", "val"))
-    assert "val_dataloader.dataset numbers its classes 'traffic light', 'dog', 'cat'" in message
+    assert "val_dataloader.dataset has the classes 'traffic light', 'dog', 'cat'" in message
 
 
 def test_repeated_category_name(coco):
@@ -94,7 +94,7 @@ def test_voc_none_of_the_classes_occurs(voc):
 def test_voc_some_classes_differ(voc):
     metainfo = dict(classes=("cat", "dog", "ox"))
     absent, ignored = check_data(config(voc_dataset(voc, metainfo=metainfo)))
-    assert "classes 'ox' occur in no XML file" in absent
+    assert "classes 'ox' do not occur in the XML files" in absent
     assert "ignored: 'traffic light' (1)" in ignored
 
 

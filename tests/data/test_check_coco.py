@@ -80,9 +80,9 @@ def test_wrong_values_are_counted_by_field(coco):
 
     lines = told_of(coco, change)
     assert lines[0] == "3 problems with the data:"
-    assert "4 of 4 images have a wrong 'width', such as 0 (4)" in lines[1]
-    assert "6 of 6 annotations have a wrong 'category_id', such as '10' (2), '11' (2)" in lines[2]
-    assert "6 of 6 annotations have a wrong 'area', such as '400' (6)" in lines[3]
+    assert "4 of 4 images have an invalid 'width', e.g. 0 (4)" in lines[1]
+    assert "6 of 6 annotations have an invalid 'category_id', e.g. '10' (2), '11' (2)" in lines[2]
+    assert "6 of 6 annotations have an invalid 'area', e.g. '400' (6)" in lines[3]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_the_command_in_a_message_mends_the_file(coco, change, split):
 
 def test_the_command_takes_out_annotations_of_no_category(coco):
     (line,) = told_of(coco, setting("annotations", category_id=99))
-    assert "1 of 6 annotations have a 'category_id' of no category: 99 (1)" in line
+    assert "1 of 6 annotations have a 'category_id' without a category: 99 (1)" in line
     subprocess.run(line.split("To fix the file:  ")[1], shell=True, check=True)
     assert told_of(coco, lambda content: None) == []
     assert len(json.loads((coco / "train.json").read_text())["annotations"]) == 5
@@ -218,8 +218,8 @@ def test_evaluation_by_a_file_without_the_images_that_are_read(coco):
     assert check_data(cfg, ("val",)) == []
     edit_json(coco / "test.json", lambda c: c["images"].append({**c["images"][0], "id": 9}))
     (warning,) = check_data(cfg, ("val",))
-    assert "evaluates the 5 images" in warning
-    assert "1 are not read" in warning
+    assert "1 of the 5 images of" in warning
+    assert "are not in the split: their boxes count as missed" in warning
     edit_json(coco / "test.json", lambda c: c["images"].pop(0))
     with pytest.raises(ValueError, match="1 of the 4 images that the split reads are not in"):
         check_data(cfg, ("val",))
@@ -268,12 +268,12 @@ def test_boxes_that_are_left_out_are_counted(coco, change, words):
 
 def test_small_images_that_a_filter_leaves_out_are_counted(coco):
     lines = told_of(coco, setting("images", height=9), filter_cfg=dict(min_size=10))
-    assert any("1 of 4 images are left out" in line for line in lines)
+    assert any("1 of 4 images are skipped" in line for line in lines)
 
 
 def test_an_image_under_two_ids(coco):
     (line,) = told_of(coco, setting("images", file_name="0.jpg"))
-    assert "1 image files are named by more than one of the images" in line
+    assert "1 image files occur more than once in" in line
 
 
 # --- masks
@@ -287,9 +287,9 @@ MASKS = [
     ([[5, 5, 20, 20]], "fewer than 3 points"),
     ([[5, 5, 20, 20, 7]], "fewer than 3 points"),
     ([[]], "fewer than 3 points"),
-    ([[1, 2, 3, 4, 5, math.nan]], "no numbers"),
-    ([[1, 2, 3, 4, 5, "6"]], "no numbers"),
-    ([[1, 2, 3, 4, 5, 1e12]], "no numbers"),
+    ([[1, 2, 3, 4, 5, math.nan]], "not numbers"),
+    ([[1, 2, 3, 4, 5, "6"]], "not numbers"),
+    ([[1, 2, 3, 4, 5, 1e12]], "not numbers"),
     ("polygon", "such as 'polygon'"),
     (7, "such as 7"),
     ({"counts": [3072]}, "such as {"),

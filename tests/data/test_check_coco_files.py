@@ -14,7 +14,7 @@ from tests.helpers.damaged_sets import CLASSES, coco_dataset, config, errors_of,
 @pytest.mark.parametrize("name", ["images", "annotations", "categories"])
 def test_entries_that_are_no_dicts(coco, name, entry):
     (line,) = told_of(coco, lambda content: content[name].insert(1, entry))
-    assert f"train.json: 1 entries are no dicts: {name}[1]" in line
+    assert f"train.json: 1 entries are not dicts: {name}[1]" in line
 
 
 @pytest.mark.parametrize("name", ["images", "annotations", "categories"])
@@ -28,17 +28,17 @@ def test_a_list_of_another_type(coco, name, value):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (lambda text: b"", "is cut off or not JSON"),
-        (lambda text: codecs.BOM_UTF8 + text, "begins with a byte order mark"),
-        (lambda text: text.decode().encode("utf-16"), "is text in UTF-16"),
-        (lambda text: text.decode().encode("utf-16-be"), "is text in UTF-16"),
-        (lambda text: text.decode().encode("utf-32"), "is text in UTF-32"),
-        (gzip.compress, "is not JSON but compressed (run gunzip)"),
-        (lambda text: text.replace(b"cat", b"ca\xe9"), "no text in UTF-8 at byte"),
-        (lambda text: text + b"\n" + text, "has more after the end of its JSON: another value"),
-        (lambda text: text + b"garbage", "has more after the end of its JSON: 'garbage'"),
+        (lambda text: b"", "is truncated or not JSON"),
+        (lambda text: codecs.BOM_UTF8 + text, "starts with a byte order mark"),
+        (lambda text: text.decode().encode("utf-16"), "is encoded in UTF-16"),
+        (lambda text: text.decode().encode("utf-16-be"), "is encoded in UTF-16"),
+        (lambda text: text.decode().encode("utf-32"), "is encoded in UTF-32"),
+        (gzip.compress, "is compressed (run gunzip), not JSON"),
+        (lambda text: text.replace(b"cat", b"ca\xe9"), "invalid UTF-8 at byte"),
+        (lambda text: text + b"\n" + text, "continues after the end of its JSON: another value"),
+        (lambda text: text + b"garbage", "continues after the end of its JSON: 'garbage'"),
         (lambda text: b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-        (lambda text: b"<!DOCTYPE html>", "not JSON but a web page"),
+        (lambda text: b"<!DOCTYPE html>", "is a web page, not JSON"),
         (lambda text: b"[" * 200_000, "nested too deeply"),
         (lambda text: text.replace(b"400", b"4" * 5000), "digits"),
         (lambda text: b"null", "holds a NoneType"),

@@ -62,7 +62,7 @@ def test_what_is_no_file_is_not_opened(coco, kind):
     path = coco / "images" / "2.jpg"
     no_file(path, kind)
     message = errors_of(config(coco_dataset(coco), model=None))
-    assert f"1 of 4 images are damaged: {path}: not a file but a {kind}" in message
+    assert f"1 of 4 images are damaged: {path}: a {kind}, not a file" in message
     found = audit(Config(dict(train_dataloader=dict(dataset=coco_dataset(coco)))), ["train"])
     assert [(p.kind, p.path) for p in found.problems] == [("damaged", str(path))]
 
@@ -85,8 +85,8 @@ def test_inputs_that_are_no_files(tmp_path):
     a, b, c = find_images([str(tmp_path)])
     assert [image_damage(path) for path in (a, b, c)] == [
         None,
-        "not a file but a FIFO",
-        "not a file but a device",
+        "a FIFO, not a file",
+        "a device, not a file",
     ]
     with pytest.raises(ValueError, match=r"b\.jpg': is a FIFO, not a file"):
         find_images([b])
@@ -98,7 +98,7 @@ def test_an_image_bomb_is_not_decoded(coco, header):
     path.write_bytes(header)
     message = errors_of(config(coco_dataset(coco), model=None))
     assert f"{path}: 60000 x 60000 pixels, above the limit of 268,435,456" in message
-    assert "OPENCV_IO_MAX_IMAGE_PIXELS raises it" in message
+    assert "OPENCV_IO_MAX_IMAGE_PIXELS to raise it" in message
     found = audit(Config(dict(train_dataloader=dict(dataset=coco_dataset(coco)))), ["train"])
     assert found.count("damaged", "train") == 1
 
@@ -235,7 +235,7 @@ def test_quick_finds_what_is_missing_anywhere(many):
     no_file(many / "images" / "111.jpg", "FIFO")
     message = errors_of(cfg)
     assert f"10 of {SAMPLE + 50} images are missing" in message
-    assert "111.jpg: not a file but a FIFO" in message
+    assert "111.jpg: a FIFO, not a file" in message
 
 
 def test_full_finds_what_quick_does_not_open(many):
@@ -253,7 +253,7 @@ def test_names_of_windows(coco, name):
     edit_json(coco / "train.json", setting("images", file_name=name))
     message = errors_of(config(coco_dataset(coco), model=None))
     assert "1 of 4 images are missing" in message
-    assert "1 have '\\' in their names, which should be '/'" in message
+    assert "1 of the names contain '\\', which should be '/'" in message
 
 
 def test_absolute_names_beside_relative_ones(coco, monkeypatch):

@@ -82,11 +82,11 @@ REFUSED = {
         "undefined entity",
     ),
     "bytes of another encoding": (DOG.replace("dog", "d\xf6g").encode("latin-1"), "'utf-8' codec"),
-    "gbk cut off": (declared("gbk")[:-20], "bytes) is cut off or not XML: unclosed token"),
-    "another format": ("<annotations><image/></annotations>", "<annotations> is not laid out"),
+    "gbk cut off": (declared("gbk")[:-20], "bytes) is truncated or not XML: unclosed token"),
+    "another format": ("<annotations><image/></annotations>", "<annotations> is not in VOC format"),
     "objects below": (
         DOG.replace("<object>", "<all><object>").replace("</object>", "</object></all>"),
-        "every <object> directly below",
+        "every <object> is a direct child",
     ),
     "no name": (DOG.replace("<name>dog</name>", ""), "object 1 has no <name>"),
     "empty name": (DOG.replace(">dog<", "> <"), "object 1 has an empty <name>"),
@@ -112,7 +112,7 @@ def test_files_that_mean_one_thing_are_read_without_a_word(voc, content):
 def test_what_is_put_right_is_told_in_one_line(voc, content, words):
     write(voc, content)
     (warning,) = check_data(config(ours(voc)))
-    assert warning.startswith("train_dataloader.dataset: put right: ")
+    assert warning.startswith("train_dataloader.dataset: corrected: ")
     assert words in warning
     assert warning.endswith("(1 XML files: 1)")
     assert loaded(ours(voc)) == [BOX]
@@ -133,7 +133,10 @@ def test_images_that_mmdet_leaves_out_by_a_size_of_0_are_counted(voc):
     write(voc, DOG.replace(SIZE, SIZE.replace("64", "0")))
     dataset = voc_dataset(voc, filter_cfg=dict(min_size=32))
     (warning,) = check_data(config(dataset))
-    assert "1 of 3 images are left out by {'min_size': 32}, as <size> is 0 in 1" in warning
+    assert (
+        "1 of 3 images are skipped by filter_cfg={'min_size': 32}, because <size> is 0 in 1"
+        in warning
+    )
     assert len(DATASETS.build({**dataset, "pipeline": []})) == 2
     assert len(DATASETS.build(ours(voc, filter_cfg=dict(min_size=32)))) == 3
 
@@ -168,7 +171,7 @@ def test_what_difficult_means(voc):
 def test_objects_of_other_classes_are_not_looked_into(voc):
     write(voc, DOG.replace("</size>", "</size><object><name>ship</name><robndbox/></object>"))
     (warning,) = check_data(config(ours(voc)))
-    assert "other names than its classes are ignored: 'ship' (1)" in warning
+    assert "other classes are ignored: 'ship' (1)" in warning
     assert loaded(ours(voc)) == [BOX]
 
 
@@ -180,7 +183,7 @@ INVERTED = [(30, 5, 5, 30), (5, 5, 5.9, 30)]
 def test_boxes_without_anything_in_the_image_are_ignored_in_training(voc, box):
     write(voc, voc_xml(("dog", 0, (5, 6, 30, 31)), ("dog", 0, box)))
     (warning,) = check_data(config(ours(voc)))
-    assert "1.xml; they are left out of training" in warning
+    assert "1.xml; they are ignored in training" in warning
     assert [one["ignore_flag"] for one in loaded(ours(voc))] == [0, 1]
     # As in MMDetection, an evaluation counts them.
     val = ours(voc, test_mode=True)
@@ -196,11 +199,11 @@ def test_boxes_outside_are_an_error_where_resize_makes_them_empty(voc, box):
     resize = dict(type="Resize", scale=(32, 32))
     drop = dict(type="FilterAnnotations", min_gt_bbox_wh=(1, 1))
     message = errors_of(config(voc_dataset(voc, pipeline=[*load, drop, resize])))
-    assert "1 boxes lie outside of their image, in 1.xml" in message
+    assert "1 boxes are outside of their image, in 1.xml" in message
     assert "after Resize:  dict(type='FilterAnnotations'" in message
     behind = voc_dataset(voc, pipeline=[*load, resize, drop])
     (warning,) = check_data(config(behind))
-    assert "left out of training" in warning
+    assert "ignored in training" in warning
     assert len(DATASETS.build({**behind, "_scope_": "mmdet"})[1]["gt_bboxes"]) == 1
 
 
@@ -224,7 +227,7 @@ def test_blanks_in_an_image_set_do_not_matter(voc, content):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"0  1\n1 -1\n2 -1\n", "lists of one class ('0  1')"), (b"0\n\xe9\n", "is not UTF-8 text")],
+    [(b"0  1\n1 -1\n2 -1\n", "per-class lists ('0  1')"), (b"0\n\xe9\n", "is not UTF-8 text")],
 )
 def test_image_sets_that_are_none(voc, content, words):
     (voc / "train.txt").write_bytes(content)

@@ -86,7 +86,7 @@ def test_the_image_is_found(laid_out, files, img_id, filename, found):
     ("files", "filename", "words"),
     [
         (["a.png", "b.png"], "b.png", "<filename> names another image"),
-        (["a.jpg", "a.png"], None, "several images of one name and no <filename>"),
+        (["a.jpg", "a.png"], None, "several images with the same name and no usable <filename>"),
     ],
 )
 def test_in_doubt_it_is_mmdets_image_and_a_line_says_so(laid_out, files, filename, words):
@@ -101,8 +101,8 @@ def test_in_doubt_it_is_mmdets_image_and_a_line_says_so(laid_out, files, filenam
 @pytest.mark.parametrize(
     ("files", "ids", "words"),
     [
-        (["a.png", "a.bmp"], {"a": None}, "which image of"),
-        (["b.png", "b.bmp"], {"a": "b"}, "is meant: b.bmp, b.png"),
+        (["a.png", "a.bmp"], {"a": None}, "is ambiguous in"),
+        (["b.png", "b.bmp"], {"a": "b"}, ": b.bmp, b.png"),
         (["c.png"], {"a": "c.png", "b": "c.png"}, "'c.png', which is that of a.xml"),
     ],
 )

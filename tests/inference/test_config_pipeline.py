@@ -204,7 +204,7 @@ def test_a_file_that_is_no_image_says_why(case, tmp_path):
     _, detector, _, _ = case
     for content, reason in (
         (b"", "empty"),
-        (b"<html>", "no image but a web page"),
+        (b"<html>", "a web page, not an image"),
         (b"GIF89a", "not decodable"),
     ):
         path = tmp_path / "a.bmp"

@@ -78,7 +78,7 @@ def test_jobs_that_are_killed_or_queued_again_continue(cluster, run_tool, tiny_c
             **{**cluster.environment, "PYTHONPATH": str(folder), "HOLD": str(hold)},
         )
         assert done.returncode == 0, done.stdout
-        return done.stdout.split("submitted as ")[1].split(";")[0].split(", ")
+        return done.stdout.split("submitted jobs ")[1].split(";")[0].split(", ")
 
     def run_folder(method):
         return work_dir / "runs" / "all" / method / "seed0"
