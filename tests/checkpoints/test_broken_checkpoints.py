@@ -24,7 +24,7 @@ def test_truncated_checkpoint(trained, tmp_path, part, zipped):
 def test_no_checkpoint_at_all(tmp_path, data):
     path = tmp_path / "a.pth"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=f"{path} .{len(data)} bytes. is incomplete, or no check"):
+    with pytest.raises(ValueError, match=f"{path} .{len(data)} bytes. is truncated or not a check"):
         _load_checkpoint(str(path))
 
 

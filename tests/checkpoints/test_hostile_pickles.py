@@ -60,13 +60,16 @@ REFUSED = {
     "NEXT_BUFFER": (b"\x97", "the operation NEXT_BUFFER"),
     "BYTEARRAY8": (b"\x96" + struct.pack("<Q", 2**40), "the operation BYTEARRAY8"),
     "LONG4": (b"\x8b" + struct.pack("<i", 2**30), "the operation LONG4"),
-    "id: a number": (b"K\x01Q", "no storage of a tensor"),
-    "id: nothing": (b")Q", "no storage of a tensor"),
-    "id: a module": (b"(" + unicode("module") + b"NNNNtQ", "no storage of a tensor"),
-    "id: of a class": (storage("0", 1).replace(b"FloatStorage", b"Tensor"), "no storage of"),
-    "id: less than nothing": (storage("0", -1), "no storage of a tensor"),
-    "id: of a half": (storage("0", 1).replace(b"K\x01tQ", b"G" + bytes(8) + b"tQ"), "no storage"),
-    "name: of numbers": (b"K\x01K\x02\x93", "a name that is no string"),
+    "id: a number": (b"K\x01Q", "not a tensor storage"),
+    "id: nothing": (b")Q", "not a tensor storage"),
+    "id: a module": (b"(" + unicode("module") + b"NNNNtQ", "not a tensor storage"),
+    "id: of a class": (storage("0", 1).replace(b"FloatStorage", b"Tensor"), "not a tensor storage"),
+    "id: less than nothing": (storage("0", -1), "not a tensor storage"),
+    "id: of a half": (
+        storage("0", 1).replace(b"K\x01tQ", b"G" + bytes(8) + b"tQ"),
+        "not a tensor storage",
+    ),
+    "name: of numbers": (b"K\x01K\x02\x93", "a name that is not a string"),
     "name: by attributes": (unicode("os") + unicode("path.join") + b"\x93", r"os\.path\.join"),
     "name: of a method": (b"ccollections\nOrderedDict.fromkeys\n", r"OrderedDict\.fromkeys"),
     "item of a class": (b"ctorch\nTensor\nK\x01K\x01s", r"new items of torch\.Tensor"),
@@ -124,7 +127,7 @@ def test_pickle_is_refused(tmp_path, name, zipped):
         (b"", "EOF"),
         (b"K\x01", "EOF"),
         (b".", "IndexError"),
-        (b"\xff", "the byte 255"),
+        (b"\xff", "the invalid operation 255"),
         (b"j\xff\xff\xff\x7f.", "Memo value not found"),
         (b"r\xff\xff\xff\x7f.", "IndexError"),
         (b"e.", "IndexError"),
@@ -143,7 +146,7 @@ def test_bytes_that_are_no_pickle_are_damage(tmp_path, data, reason, zipped):
     write_raw(path, data, zipped)
     if not data and not zipped:  # the list of keys takes its place
         reason = "KeyError|EOF|of bytes|EOFError|IndexError"
-    with pytest.raises(BrokenCheckpointError, match=f"{path} .*incomplete, or no.*({reason})"):
+    with pytest.raises(BrokenCheckpointError, match=f"{path} .*truncated or not.*({reason})"):
         load(path)
 
 
@@ -265,7 +268,7 @@ def test_hooks_are_refused(tmp_path):
 def test_torchscript_is_refused(tmp_path):
     path = tmp_path / "script.pth"
     path.write_bytes(torchscript())
-    with pytest.raises(UnsafeCheckpointError, match="TorchScript archive, which holds code"):
+    with pytest.raises(UnsafeCheckpointError, match="TorchScript archive, which contains code"):
         load(path)
 
 
@@ -275,5 +278,5 @@ def test_tar_file_is_no_checkpoint(tmp_path):
     (tmp_path / "storages").write_bytes(pickle.dumps(0, 2))
     with tarfile.open(path, "w") as file:
         file.add(tmp_path / "storages", "storages")
-    with pytest.raises(BrokenCheckpointError, match=r"incomplete, or no checkpoint of torch.save"):
+    with pytest.raises(BrokenCheckpointError, match=r"truncated or not a checkpoint of torch.save"):
         load(path)

@@ -51,7 +51,7 @@ def test_names_are_known_without_torchvision(monkeypatch):
     assert url_of("modelzoo://resnet101") == torchvision_urls()["resnet101"]
     assert url_of("open-mmlab://resnet50_caffe").startswith("https://download.openmmlab.com/")
     assert url_of("a/b.pth") is url_of("s3://a/b.pth") is None
-    with pytest.raises(UserError, match="nearest: torchvision://resnet50"):
+    with pytest.raises(UserError, match="did you mean torchvision://resnet50"):
         url_of("torchvision://resnet51")
 
 
@@ -76,7 +76,7 @@ def test_a_file_in_the_cache_is_used_without_a_network(cache, monkeypatch, capsy
     name_weights(monkeypatch, f"{NOWHERE}/resnet50-00000000.pth")
     torch.save(dict(a=torch.ones(2)), cache / "resnet50-00000000.pth")
     assert read_checkpoint("torchvision://resnet50")["a"].tolist() == [1, 1]
-    assert "is not torchvision's file, whose SHA-256 begins" in capsys.readouterr().err
+    assert "is not torchvision's file, whose SHA-256 starts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("source", ["torchvision://resnet50", f"{NOWHERE}/resnet50-00000000.pth"])
@@ -88,7 +88,7 @@ def test_without_a_network_the_error_says_where_the_file_goes(cache, monkeypatch
         fetch_all(cfg, training=True)
     text = str(error.value)
     assert text.startswith(f"model.backbone.init_cfg.0.checkpoint={source!r}: ")
-    assert f"put it at {cache}/resnet50-00000000.pth" in text
+    assert f"copy it to {cache}/resnet50-00000000.pth" in text
     assert "--cfg-options model.backbone.init_cfg.0.checkpoint=FILE" in text
     assert "\n" not in text
     fetch_all(cfg, training=False)  # a test does not load it

@@ -230,7 +230,9 @@ def test_what_torch_allows_by_itself_is_not_allowed(tmp_path):
 
 @has_safe_list
 def test_the_way_out_is_named_only_for_names(tmp_path, mine):
-    with pytest.raises(UnsafeCheckpointError, match=r"allow them by torch.serialization.add_safe"):
+    with pytest.raises(
+        UnsafeCheckpointError, match=r"allow the types with torch.serialization.add_safe"
+    ):
         _load_checkpoint(mine)
     torch.save(np.zeros(1, "f8,f8"), tmp_path / "a.pth")
     with pytest.raises(UnsafeCheckpointError, match=r"dtype\('V16'.*values in their place\.$"):

@@ -233,5 +233,5 @@ def test_compressed_records_are_damage(tmp_path):
 def test_pickle_of_another_program_is_no_checkpoint(tmp_path):
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps(dict(a=1), 2))
-    with pytest.raises(ValueError, match=r"incomplete, or no checkpoint of torch.save"):
+    with pytest.raises(ValueError, match=r"truncated or not a checkpoint of torch.save"):
         load(path)

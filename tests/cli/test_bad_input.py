@@ -187,7 +187,7 @@ def test_checkpoint_that_is_missing_or_no_checkpoint(fails, tmp_path):
         (
             "model = dict(backbone=dict(init_cfg=dict("
             "_delete_=True, type='Pretrained', checkpoint='torchvision://resnet5')))",
-            "init_cfg.checkpoint='torchvision://resnet5': no such weights; nearest: torchvision://",
+            "init_cfg.checkpoint='torchvision://resnet5': no such weights; did you mean torchvision://",
         ),
     ],
 )
@@ -210,8 +210,8 @@ def test_work_dir_that_cannot_be_written(fails, tmp_path, place, message, tool):
 def test_checkpoint_of_another_model(fails, checkpoint, tiny_config, tmp_path):
     config = with_model(tiny_config, tmp_path, "model = dict(backbone=dict(depth=34))")
     error = fails(checkpoint, tool="test", config=config)
-    assert "is of another model than the config: " in error
-    assert "parameters of the config's model are not in it, such as backbone.layer" in error
+    assert "does not fit the config's model: " in error
+    assert "parameters are missing in the checkpoint, e.g. backbone.layer" in error
 
 
 def test_out_that_is_no_pickle(fails, tmp_path):

@@ -190,7 +190,7 @@ def test_nothing_found_says_what_was_looked_for(run, tmp_path):
     source = saved(nn.Conv2d(3, 3, 1).state_dict(), tmp_path / "in.pth")
     code, out, err = run(source, tmp_path / "out.pth")
     assert (code, out) == (1, "")
-    assert err.startswith(f"error: {source}: no layer with published names; looked for")
+    assert err.startswith(f"error: {source}: no layer with published names found. A layer")
     for system in PUBLISHED:
         assert f"  {system}: " in err
     assert "spatital.weight" in err
@@ -208,7 +208,7 @@ def test_existing_file_is_kept_unless_told(run, published, tmp_path):
     target = tmp_path / "out.pth"
     target.write_text("mine")
     code, _, err = run(published, target)
-    assert (code, err) == (1, f"error: {target}: exists already; --overwrite replaces it\n")
+    assert (code, err) == (1, f"error: {target}: already exists; use --overwrite to replace it\n")
     assert target.read_text() == "mine"
     assert run(published, target, "--overwrite")[0] == 0
     assert "attention.mlp.0.weight" in load(target)
@@ -254,12 +254,12 @@ def broken(path):
     [
         (lambda path: None, "in.pth: no such file\n"),
         (lambda path: path.mkdir(), "no such file"),
-        (lambda path: path.write_bytes(b""), "incomplete, or no checkpoint"),
-        (lambda path: path.write_text("no checkpoint"), "incomplete, or no checkpoint"),
-        (broken, "incomplete, or no checkpoint"),
+        (lambda path: path.write_bytes(b""), "truncated or not a checkpoint"),
+        (lambda path: path.write_text("no checkpoint"), "truncated or not a checkpoint"),
+        (broken, "truncated or not a checkpoint"),
         (lambda path: saved(dict(model=Hostile()), path), "posix.system; nothing of it was run"),
         (lambda path: path.write_bytes(pickle.dumps(Hostile())), "not loaded|no checkpoint"),
-        (lambda path: saved([torch.ones(1)], path), "holds a list, not a dict"),
+        (lambda path: saved([torch.ones(1)], path), "contains a list, not a dict"),
         (lambda path: saved({}, path), "no layer with published names"),
         (lambda path: saved({0: torch.ones(1)}, path), "its state dict has the key 0"),
         (lambda path: saved(dict(state_dict=[1]), path), "its state_dict is a list, not a"),

@@ -163,12 +163,12 @@ def test_checkpoint_of_another_model(fails, tiny_config, checkpoint, shapes, tmp
     message = fails(
         "predict", tiny_config, checkpoint, image, *options, "model.bbox_head.num_classes=9"
     )
-    assert "is of another model than the config: size mismatch for bbox_head.retina_cls" in message
+    assert "does not fit the config's model: size mismatch for bbox_head.retina_cls" in message
     message = fails("predict", tiny_config, checkpoint, image, *options, "model.backbone.depth=34")
-    assert "parameters of the config's model are not in it, such as backbone.layer" in message
+    assert "parameters are missing in the checkpoint, e.g. backbone.layer" in message
     torch.save(dict(state_dict={}), tmp_path / "empty.pth")
     message = fails("predict", tiny_config, tmp_path / "empty.pth", image, "--out", tmp_path)
-    assert "empty.pth' holds no weights of a model" in message
+    assert "empty.pth' contains no model weights" in message
     (tmp_path / "cut.pth").write_bytes(checkpoint.read_bytes()[:-1000])
     message = fails("predict", tiny_config, tmp_path / "cut.pth", image, "--out", tmp_path)
     assert "cut.pth" in message

@@ -170,7 +170,7 @@ def test_files_that_are_not_there_or_in_the_way(detectors, fails, tmp_path):
     there = tmp_path / "there.pth"
     there.write_bytes(b"kept")
     error = fails(config, source, target=there)
-    assert error == f"error: {there}: exists already; --overwrite replaces it"
+    assert error == f"error: {there}: already exists; use --overwrite to replace it"
     folder = tmp_path / "folder"
     folder.mkdir()
     assert fails(config, source, target=folder).endswith(": is a folder; name the file to write")
@@ -186,8 +186,8 @@ def test_files_that_hold_something_else(detectors, fails, tmp_path):
     other = detectors["faster_rcnn"][2]
     error = fails(config, other)
     assert re.search(
-        r"faster_rcnn\.pth: is no checkpoint of the plain detector, as \d+ of its keys are "
-        r"missing, such as neck\.\w+",
+        r"faster_rcnn\.pth: not a checkpoint of the plain detector: \d+ of its keys are "
+        r"missing, e\.g\. neck\.\w+",
         error,
     )
     text = tmp_path / "text.pth"
@@ -196,8 +196,8 @@ def test_files_that_hold_something_else(detectors, fails, tmp_path):
     numbers = tmp_path / "numbers.pth"
     for value, told in (
         (dict(state_dict=[1]), "its state_dict is a list, not a dict"),
-        (dict(a=1), "holds no state dict"),
-        ([1, 2], "holds a list, not a dict"),
+        (dict(a=1), "contains no state dict"),
+        ([1, 2], "contains a list, not a dict"),
     ):
         torch.save(value, numbers)
         assert fails(config, numbers) == f"error: {numbers}: {told}"
@@ -205,9 +205,9 @@ def test_files_that_hold_something_else(detectors, fails, tmp_path):
     shapes["state_dict"]["backbone.layer3.0.conv1.weight"] = torch.zeros(9, 9, 3, 3)
     torch.save(shapes, numbers)
     error = fails(config, numbers)
-    assert "as 1 of its keys have other shapes" in error
+    assert ": 1 of its keys have different shapes" in error
     assert (
-        "backbone.layer3.0.conv1.weight has the shape (9, 9, 3, 3) there, and (32, 16, 3, 3) here"
+        "backbone.layer3.0.conv1.weight has shape (9, 9, 3, 3) instead of (32, 16, 3, 3)"
     ) in error
 
 
@@ -224,7 +224,7 @@ def test_values_that_are_no_numbers_are_refused(where, detectors, fails, tmp_pat
     checkpoint = torch.load(source)
     checkpoint["state_dict"][where] *= float("nan")
     torch.save(checkpoint, tmp_path / "nan.pth")
-    assert "differs from the plain one by nan" in fails(config, tmp_path / "nan.pth")
+    assert "differs from the plain one's by a relative nan" in fails(config, tmp_path / "nan.pth")
 
 
 def test_a_detector_that_computes_something_else_is_refused(
@@ -233,8 +233,8 @@ def test_a_detector_that_computes_something_else_is_refused(
     _, config, source = detectors["retinanet"]
     error = fails(config, source, "--tolerance", "1e-12")
     assert re.match(
-        r"error: the retrofitted detector differs from the plain one by \d\.\de-\d+ > "
-        r"tolerance=1\.0e-12, relative, in (maps|bbox_head); nothing written",
+        r"error: the retrofitted detector's (maps|bbox_head) differs from the plain one's by a "
+        r"relative \d\.\de-\d+ > tolerance=1\.0e-12; nothing written",
         error,
     )
     # The neck's convolutions see values below 0, for which this layer starts only with a floor.
@@ -245,7 +245,7 @@ def test_a_detector_that_computes_something_else_is_refused(
         "    edits=[dict(where=r'fpn_convs\\.0', conv=dict(type='RFAConv'))]))\n"
     )
     error = fails(below, source)
-    assert error.endswith("Inputs below 0 need input_floor, see RFAConv")
+    assert error.endswith("inputs below 0, set its input_floor, see RFAConv")
 
 
 def test_wrong_arguments(tool, tmp_path):

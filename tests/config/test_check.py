@@ -120,7 +120,7 @@ def test_what_a_runner_needs(changes, message):
 def test_masks_must_be_loaded_for_a_mask_head(base):
     cfg = changed({"train_dataloader.dataset.pipeline.1.with_mask": False}, base)
     with pytest.raises(
-        ConfigError, match=r"^train_dataloader.dataset: its pipeline loads no masks"
+        ConfigError, match=r"^train_dataloader.dataset: the pipeline loads no masks"
     ):
         check_run(cfg, ("train", "val"))
     assert check_run(cfg, ("test",)) == []

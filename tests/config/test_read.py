@@ -64,7 +64,7 @@ def test_what_no_run_reads_is_named(config):
         ("some.py", "from mmdet.models import NoSuch\nmodel = dict(type=NoSuch)", "import NoSuch"),
         ("some.json", '{"a": ', "JSONDecodeError"),
         ("some.yaml", "a: [1", "ParserError"),
-        ("some.json", "[1]", "holds no dict"),
+        ("some.json", "[1]", "must contain a dict"),
         ("some.txt", "a = 1", r"must end in \.py, \.json"),
         ("some.py/x", "", "is a folder, not a config"),
     ],

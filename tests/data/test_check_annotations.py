@@ -82,7 +82,7 @@ def test_json_without_a_list_of_coco(coco, name):
 
 def test_json_of_results_instead_of_annotations(coco):
     (coco / "train.json").write_text("[]")
-    assert "holds a list" in errors_of(config(coco_dataset(coco)))
+    assert "contains a list" in errors_of(config(coco_dataset(coco)))
 
 
 def test_annotations_of_no_image(coco):
@@ -120,7 +120,7 @@ def test_an_image_listed_twice(voc):
     path = voc / "train.txt"
     path.write_text(path.read_text() + "1\n")
     (warning,) = check_data(config(voc_dataset(voc)), ("train",))
-    assert "names 1 images more than once" in warning
+    assert "lists 1 images more than once" in warning
     assert warning.endswith(": 1")
 
 

@@ -81,7 +81,7 @@ def test_classes_from_a_file(coco):
 
 def test_voc_without_classes(voc):
     message = errors_of(config(voc_dataset(voc, metainfo=None)))
-    assert "XMLDataset has no classes of its own" in message
+    assert "XMLDataset has no default classes" in message
 
 
 def test_voc_none_of_the_classes_occurs(voc):

@@ -241,7 +241,7 @@ def test_classwise_needs_sorted_categories(coco):
         for line in told_of(coco, change, "val", metric=dict(classwise=True))
         if "classwise" in line
     )
-    assert "not in the order of their ids" in line
+    assert "are not sorted by id" in line
     with np.errstate(all="ignore"):
         measured = average_precision(coco, classwise=True)
     assert math.isnan(measured["coco/cat_precision"])  # which has boxes, unlike traffic lights
@@ -255,7 +255,7 @@ def test_classwise_needs_sorted_categories(coco):
     [
         (setting("annotations", bbox=[5, 5, 0.5, 9]), "narrower than 1 pixel"),
         (setting("annotations", area=0), "area of 0 or less"),
-        (setting("annotations", bbox=[70, 5, 20, 20]), "outside the width and height"),
+        (setting("annotations", bbox=[70, 5, 20, 20]), "outside the image's width and height"),
     ],
 )
 def test_boxes_that_are_left_out_are_counted(coco, change, words):

@@ -41,8 +41,8 @@ def test_a_list_of_another_type(coco, name, value):
         (lambda text: b"<!DOCTYPE html>", "is a web page, not JSON"),
         (lambda text: b"[" * 200_000, "nested too deeply"),
         (lambda text: text.replace(b"400", b"4" * 5000), "digits"),
-        (lambda text: b"null", "holds a NoneType"),
-        (lambda text: b'"' + b"a" * 9000 + b'"', "holds a str"),
+        (lambda text: b"null", "contains a NoneType"),
+        (lambda text: b'"' + b"a" * 9000 + b'"', "contains a str"),
     ],
 )
 def test_files_that_are_no_json(coco, data, words):

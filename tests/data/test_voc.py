@@ -97,7 +97,7 @@ REFUSED = {
     "infinite": (corner("-inf"), "<xmin> of object 1 ('dog') is '-inf'"),
     "decimal comma": (corner("5,5"), "<xmin> of object 1 ('dog') is '5,5'"),
     "far too large": (corner("1e300"), "is '1e300', not a number up to 1,000,000"),
-    "difficult in words": (difficult("maybe"), "is 'maybe'; valid are 0 and 1"),
+    "difficult in words": (difficult("maybe"), "is 'maybe'; must be 0 or 1"),
 }
 
 

@@ -93,7 +93,7 @@ def test_in_doubt_it_is_mmdets_image_and_a_line_says_so(laid_out, files, filenam
     root = laid_out(files, {"a": filename})
     (warning,) = check(root)
     assert words in warning
-    assert "that of the XML file's name is taken (1 XML files: a)" in warning
+    assert "the one with the XML file's name is used (1 XML files: a)" in warning
     found = DATASETS.build(ours(root)).get_data_info(0)["img_path"]
     assert found == str(root / "JPEGImages" / files[0])
 
@@ -103,7 +103,7 @@ def test_in_doubt_it_is_mmdets_image_and_a_line_says_so(laid_out, files, filenam
     [
         (["a.png", "a.bmp"], {"a": None}, "is ambiguous in"),
         (["b.png", "b.bmp"], {"a": "b"}, ": b.bmp, b.png"),
-        (["c.png"], {"a": "c.png", "b": "c.png"}, "'c.png', which is that of a.xml"),
+        (["c.png"], {"a": "c.png", "b": "c.png"}, "'c.png', the image of a.xml"),
     ],
 )
 def test_what_remains_ambiguous_is_refused(laid_out, files, ids, words):
