@@ -367,7 +367,7 @@ def check_refused_inputs(layer: nn.Module) -> None:
     """Hold a layer of (8, 8, 3, padding 0, dilation 2), a window of 5, against wrong inputs."""
     name = type(layer).__name__
     for x, error, message in [
-        (torch.rand(8, 9, 9), ValueError, "input has shape (8, 9, 9), but (B, C, H, W) is needed"),
+        (torch.rand(8, 9, 9), ValueError, "input has shape (8, 9, 9); must be (B, C, H, W)"),
         (torch.rand(1, 6, 9, 9), ValueError, "input has 6 channels (shape (1, 6, 9, 9))"),
         (torch.ones(1, 8, 9, 9, dtype=torch.int64), TypeError, "not a tensor of torch.int64"),
         (None, TypeError, "not NoneType"),

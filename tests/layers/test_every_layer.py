@@ -163,7 +163,7 @@ def test_inputs_that_are_no_feature_map_are_refused(name):
         ("8", TypeError, "'8': must be an int, not str"),
         (np.float64(8), TypeError, r".*8\.0.*: must be an int, not float64"),
         (np.True_, TypeError, r".*True.*: must be an int, not bool"),
-        *((2**n + 1, ValueError, f"{2**n + 1}: must be at least 1 and at most ") for n in FAR),
+        *((2**n + 1, ValueError, f"{2**n + 1}: must be from 1 to ") for n in FAR),
     ],
 )
 def test_integer_arguments_are_checked_when_the_layer_is_built(name, value, error, shown):

@@ -204,8 +204,8 @@ def test_parameters_carry_the_published_names():
 @pytest.mark.parametrize(("height", "width"), [(3, 9), (9, 3), (3, 3)])
 def test_patch_larger_than_the_map_is_refused(height, width):
     message = (
-        rf"ConAM: patch_size=4 is larger than the map of {height} x {width} cells; "
-        "valid here: 1 to 3"
+        rf"ConAM: patch_size=4 is larger than the {height} x {width} map; "
+        "must be from 1 to 3 here"
     )
     with pytest.raises(ValueError, match=message):
         ConAM(2, 4, 4)(torch.rand(1, 2, height, width))

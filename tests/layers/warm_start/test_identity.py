@@ -50,9 +50,9 @@ def test_norm_obstacle_of_each_norm():
     assert norm_obstacle(nn.Identity()) == ""
     assert norm_obstacle(nn.SyncBatchNorm(4)) == ""
     for norm in (nn.InstanceNorm2d(4), nn.GroupNorm(2, 4)):
-        forgets = f"its norm, {type(norm).__name__}, gives the same for a map and for twice that"
-        assert norm_obstacle(norm).startswith(forgets)
-    assert "no statistics" in norm_obstacle(nn.BatchNorm2d(4, track_running_stats=False))
+        reason = f"its norm, {type(norm).__name__}, removes the scale of its input"
+        assert norm_obstacle(norm).startswith(reason)
+    assert "track_running_stats=True" in norm_obstacle(nn.BatchNorm2d(4, track_running_stats=False))
     for norm in (nn.Identity(), nn.GroupNorm(2, 4), nn.BatchNorm2d(4, affine=False)):
         assert not awaits_statistics(norm)
         assert not only_shifts(norm, 0.0)

@@ -83,28 +83,28 @@ def test_keys_of_another_shape_do_not_count_as_filled():
         (
             dict(norm_cfg=dict(type="GN", num_groups=2)),
             True,
-            "its norm, GroupNorm, gives the same for a map and for twice that map, "
-            "which no convolution does; BN, or norm_cfg=None, can be the identity",
+            "its norm, GroupNorm, removes the scale of its input, so the layer cannot equal a "
+            "convolution; use BN or norm_cfg=None",
         ),
         (
             dict(norm_cfg=dict(type="BN", affine=False)),
             True,
-            "its BN has no parameters or no statistics, which the identity needs",
+            "its BN needs affine=True and track_running_stats=True to be the identity",
         ),
         (
             dict(norm_cfg=dict(type="BN", track_running_stats=False)),
             True,
-            "its BN has no parameters or no statistics, which the identity needs",
+            "its BN needs affine=True and track_running_stats=True to be the identity",
         ),
         (
             dict(act_cfg=dict(type="SiLU")),
             True,
-            "its activation, SiLU, is no identity above 0; ReLU is",
+            "its activation, SiLU, is not the identity above 0; use ReLU",
         ),
         (
             dict(bias=False),
             True,
-            "the plain convolution has a bias and this layer none; bias=True takes it",
+            "the plain convolution has a bias, but this layer has none; use bias=True",
         ),
     ],
     ids=["GN", "no affine", "no statistics", "SiLU", "bias"],
@@ -148,8 +148,8 @@ def test_a_refusal_forgets_nothing():
 def test_other_shapes_are_an_error_that_names_both(name, key, strict):
     net = nn.ModuleDict(dict(block=nn.Sequential(build_randomly(dict(type=name), 4, 6, 3))))
     message = (
-        f"block.0.{key}: the checkpoint's convolution has the shape (6, 8, 3, 3), but the {name} "
-        "in its place needs (6, 4, 3, 3)"
+        f"block.0.{key}: the checkpoint's convolution has shape (6, 8, 3, 3), but the {name} "
+        "that replaces it needs (6, 4, 3, 3)"
     )
     with pytest.raises(WarmStartError, match=f"^{re.escape(message)}$"):
         net.load_state_dict({f"block.0.{key}": torch.zeros(6, 8, 3, 3)}, strict=strict)

@@ -206,7 +206,7 @@ def test_unknown_arguments_and_types_are_refused():
         RFAResNet(18, no_such_argument=1)
     with pytest.raises(TypeError, match="no_such_argument"):
         RFAResNet(18, rfa=dict(RFA, no_such_argument=1))
-    with pytest.raises(ValueError, match=r"^rfa\.type='NoSuchConv' is registered nowhere"):
+    with pytest.raises(ValueError, match=r"^rfa\.type='NoSuchConv' is not registered"):
         RFAResNet(18, rfa=dict(type="NoSuchConv"))
     with pytest.raises(TypeError, match=r"^rfa='RFAConv': must be a dict with a 'type'"):
         RFAResNet(18, rfa="RFAConv")

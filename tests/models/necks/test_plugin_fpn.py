@@ -187,7 +187,9 @@ def test_an_fpns_checkpoint_starts_it(extra):
 
 def test_strict_start_and_other_shapes():
     state = {**FPN(CHANNELS, 16, 3).state_dict(), "old.weight": torch.zeros(1)}
-    with pytest.raises(WarmStartError, match=r"1 keys .* go nowhere in PluginFPN: old\.weight"):
+    with pytest.raises(
+        WarmStartError, match=r"PluginFPN does not use 1 keys of the checkpoint: old\.weight"
+    ):
         load_state_dict(neck(conv_cfg=RFA, strict_start=True), state)
     load_state_dict(neck(conv_cfg=RFA, strict_start=r"old\..*"), state)
     message = r"fpn_convs\.0\.conv\.weight: .*\(24, 24, 3, 3\), but the RFAConv .*\(16, 16, 3, 3\)"
@@ -231,7 +233,7 @@ def test_gradients_reach_everything(extra):
         (
             dict(plugins=[dict(LATERAL, stages=(0,))]),
             ValueError,
-            r"^plugins\[0\] has the keys \['cfg', 'position', 'stages'\]: valid are cfg, position",
+            r"^plugins\[0\] has the keys \['cfg', 'position', 'stages'\]: must be cfg, position",
         ),
         (
             dict(plugins=[dict(cfg=EMA8, position="after_conv1")]),
@@ -241,7 +243,7 @@ def test_gradients_reach_everything(extra):
         (
             dict(plugins=[dict(LATERAL, levels=(0, 3))]),
             ValueError,
-            r"^plugins\[0\]: levels=\(0, 3\): after_lateral can be at levels \(0, 1, 2\) of this",
+            r"^plugins\[0\]: levels=\(0, 3\): must be in \(0, 1, 2\) for after_lateral",
         ),
         (dict(plugins=[dict(LATERAL, levels=())]), ValueError, r"^plugins\[0\]: levels=\(\): "),
         (dict(plugins=[dict(LATERAL, levels=(-1,))]), ValueError, r"^plugins\[0\]: levels=\(-1,\)"),
@@ -249,12 +251,12 @@ def test_gradients_reach_everything(extra):
         (
             dict(num_outs=5, plugins=[dict(OUTPUT, levels=(3,))]),
             ValueError,
-            r"levels=\(3,\): after_output can be at levels \(0, 1, 2\)",  # the others are pooled
+            r"levels=\(3,\): must be in \(0, 1, 2\) for after_output",  # the others are pooled
         ),
         (
             dict(plugins=[dict(LATERAL, cfg=dict(type="EMMA"))]),
             ValueError,
-            r"^plugins\[0\]\.cfg\.type='EMMA' is registered nowhere",
+            r"^plugins\[0\]\.cfg\.type='EMMA' is not registered",
         ),
         (
             dict(plugins=[dict(LATERAL, cfg=dict(type="EMA", factor=7))]),
@@ -264,7 +266,7 @@ def test_gradients_reach_everything(extra):
         (
             dict(plugins=[LATERAL, LATERAL]),
             ValueError,
-            r"^lateral_convs\.0 has a 'ema' already; give the plug-in a postfix",
+            r"^lateral_convs\.0 already has a 'ema'; add a postfix to the plug-in",
         ),
         (dict(conv_cfg="RFAConv"), TypeError, "^conv_cfg='RFAConv': must be a dict with a 'type'"),
         (

@@ -127,7 +127,7 @@ def test_an_example_tells_the_channels_in_front_of_plugins():
         dict(after=r"body\.0", plugin=dict(type="CBAM", reduction=4)),
         dict(after="stem", plugin=dict(type="SE")),
     ]
-    with pytest.raises(ValueError, match="output channels of a Odd are not known; pass example_in"):
+    with pytest.raises(ValueError, match="output channels of a Odd are unknown; pass example_in"):
         rfa_mmdet.retrofit(net, edits)
     rfa_mmdet.retrofit(net, edits, example_input=torch.rand(1, 3, 32, 40))
     layers = net.new_layers.layers
@@ -146,7 +146,9 @@ def test_an_example_must_reach_the_plugins():
             self.spare = Odd()
 
     edits = [dict(after=r"spare|body\.0", plugin=dict(type="SE"))]
-    with pytest.raises(ValueError, match=r"example_input: no map .* came out of spare; pass in_ch"):
+    with pytest.raises(
+        ValueError, match=r"example_input: spare did not return a feature map .* set in_ch"
+    ):
         rfa_mmdet.retrofit(Unused(), edits, example_input=(torch.rand(1, 3, 32, 40), None))
     edits = [dict(after=r"spare", plugin=dict(type="SE", in_channels=16))]
     net = rfa_mmdet.retrofit(Unused(), edits, example_input=torch.rand(1, 3, 32, 40))

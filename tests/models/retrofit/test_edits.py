@@ -31,32 +31,32 @@ RFA = dict(type="RFAConv")
         ([dict(where="x")], ValueError, r"^edits\[0\] has the keys \['where'\]: must be"),
         ([dict(where="x", plugin=RFA)], ValueError, r"^edits\[0\] has the keys"),
         ([dict(where="x", conv="RFAConv")], TypeError, r"^edits\[0\]: conv='RFAConv'"),
-        ([dict(where="(", conv=RFA)], ValueError, r"^edits\[0\]: where='\(' is no regular"),
+        ([dict(where="(", conv=RFA)], ValueError, r"^edits\[0\]: where='\(' is not a regular"),
         ([dict(where="x", conv=dict(type="RFAConf"))], ValueError, "'RFAConf' is registered"),
         (
             [dict(where=r"layer2\.0\.conf2", conv=RFA)],
             ValueError,
-            r"matches no module; nearest of \d+: layer2\.0\.conv2",
+            r"matches no module; similar names \(of \d+\): layer2\.0\.conv2",
         ),
         (
             [dict(after=r"layer5", plugin=dict(type="SE"))],
             ValueError,
-            r"^edits\[0\]: after='layer5' matches no module; nearest of \d+: layer\d",
+            r"^edits\[0\]: after='layer5' matches no module; similar names \(of \d+\): layer\d",
         ),
         (
             [dict(where=r"layer2\.0\.conv\d", conv=RFA)],
             ValueError,
-            r"layer2\.0\.conv1 is a 1x1 convolution.*these can be: layer2\.0\.conv2",
+            r"layer2\.0\.conv1 is a 1x1 convolution.*also matches layer2\.0\.conv2, which can be",
         ),
         (
             [dict(where=r"layer2\.0\.bn2", conv=RFA)],
             ValueError,
-            r"layer2\.0\.bn2 is a BatchNorm2d, no plain convolution; nearest",
+            r"layer2\.0\.bn2 is a BatchNorm2d, not a plain convolution; similar",
         ),
         (
             [dict(where=r"layer2\.0\.conv2", conv=RFA)] * 2,
             ValueError,
-            r"^edits\[1\].* matches layer2\.0\.conv2, which edits\[0\] replaces already",
+            r"^edits\[1\].* matches layer2\.0\.conv2, which edits\[0\] already replaces",
         ),
         (
             [dict(where=r"layer2\.0\.conv2", conv=dict(RFA, no_such=1))],
@@ -66,17 +66,17 @@ RFA = dict(type="RFAConv")
         (
             [dict(after=r"layer2\.0", plugin=dict(type="EMA", factor=5))],
             ValueError,
-            r"layer2\.0: .*does not fit there: factor=5: must divide in_channels=64",
+            r"layer2\.0: .*does not fit here: factor=5: must divide in_channels=64",
         ),
         (
             [dict(after=r"layer2\.0", plugin=dict(type="SE"))] * 2,
             ValueError,
-            r"layer2\.0 has a 'se' already; give the plug-in a postfix",
+            r"layer2\.0 already has a 'se'; add a postfix",
         ),
         (
             [dict(after=r"relu", plugin=dict(type="SE"))],
             ValueError,
-            "^relu: .*output channels of a ReLU are not known; pass example_input, or in_",
+            "^relu: .*output channels of a ReLU are unknown; pass example_input, or set in_",
         ),
     ],
 )
@@ -115,9 +115,17 @@ def test_a_refused_edit_changes_nothing():
     ("kwargs", "kind", "message"),
     [
         (dict(module="ResNet"), TypeError, "^module='ResNet': must be a config"),
-        (dict(module=nn.Conv2d(3, 3, 3), train_cfg=1), ValueError, "^train_cfg: go into a config"),
+        (
+            dict(module=nn.Conv2d(3, 3, 3), train_cfg=1),
+            ValueError,
+            "^train_cfg: only valid if module",
+        ),
         (dict(module=dict(NET), strict_start=3), TypeError, "^strict_start=3: must be"),
-        (dict(module=dict(NET), strict_start="("), ValueError, r"^strict_start='\(' is no regular"),
+        (
+            dict(module=dict(NET), strict_start="("),
+            ValueError,
+            r"^strict_start='\(' is not a regular",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_in_words(kwargs, kind, message):

@@ -195,7 +195,7 @@ def test_a_second_edit_is_kept_track_of_as_the_first_is(reports):
     ]
     load_state_dict(net, plain_net(18).state_dict())
     assert len(reports) == 1
-    assert "warm-started  2 keys, for 2 layers" in reports[0]
+    assert "warm-started  2 layers from 2 keys" in reports[0]
     net.train()
     trained = {n.rpartition(".coord_att.")[0] for n, p in net.named_parameters() if p.requires_grad}
     assert {"layer2.0", "layer2.1"} <= trained
@@ -248,7 +248,7 @@ def test_a_pretrained_file_warm_starts_a_module(kind, tmp_path, reports):
     assert not before.filled
     net.init_weights()
     assert len(reports) == 1
-    assert "warm-started  8 keys, for 8 layers (RFAConv)" in reports[0]
+    assert "warm-started  8 layers from 8 keys (RFAConv)" in reports[0]
     net.eval()
     plain.eval()
     assert relative(plain(image()), net(image())) <= 1e-4

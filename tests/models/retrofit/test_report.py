@@ -40,9 +40,9 @@ def test_report_of_a_classifiers_checkpoint(reports):
     assert reports == [
         "\n".join(
             [
-                "RFAResNet, from its checkpoint:",
-                f"  loaded        {len(plain_net(18).state_dict()) - 8} keys as they are",
-                f"  warm-started  8 keys, for 8 layers (RFAConv): {', '.join(places)}",
+                "RFAResNet, loaded from a checkpoint:",
+                f"  loaded        {len(plain_net(18).state_dict()) - 8} keys unchanged",
+                f"  warm-started  8 layers from 8 keys (RFAConv): {', '.join(places)}",
                 f"  new           {len(new)} keys: {', '.join(new)}",
                 "  skipped       2 keys of the checkpoint: fc.weight, fc.bias",
             ]
@@ -64,7 +64,9 @@ def test_report_names_plugins_that_start_as_the_identity(plugin, kinds, reports)
     load_state_dict(net, plain_net(18).state_dict())
     lines = reports[0].splitlines()
     names = ", ".join(net.new_layers.layers)
-    expected = [f"  identity      2 plug-ins, until trained ({kinds}): {names}"] if kinds else []
+    expected = (
+        [f"  identity      2 plug-ins start as the identity ({kinds}): {names}"] if kinds else []
+    )
     assert [line for line in lines if line.startswith("  identity")] == expected
     # Its own keys win, and it is no longer said to be the identity.
     load_state_dict(net, {k: v + 1 for k, v in net.state_dict().items()})
@@ -96,7 +98,7 @@ def test_report_of_modules_that_heads_share(reports):
     ]
     assert len(net.new_layers.layers) == 4
     line = next(line for line in report.splitlines() if "warm-started" in line)
-    assert line.startswith("  warm-started  8 keys, for 8 layers (RFAConv): ")
+    assert line.startswith("  warm-started  8 layers from 8 keys (RFAConv): ")
     assert set(line.split(": ")[1].split(", ")) == set(places)
     assert f"loaded        {len(plain.state_dict()) - 8} keys" in report
     assert "  new           0 keys\n" in report
@@ -124,7 +126,7 @@ def test_published_names_are_loaded(name, derived, reports):
     assert state.keys() != source.state_dict().keys()
     target.load_state_dict(state)
     (report,) = reports
-    assert report.endswith(f", from its checkpoint: all {len(state)} keys")
+    assert report.endswith(f": loaded all {len(state)} keys of the checkpoint")
     assert target[1].start.filled == set(source[1].state_dict())
     x = torch.rand(2, 3, 9, 9)
     assert torch.equal(target.eval()(x), source.eval()(x))
@@ -138,9 +140,9 @@ def test_report_says_why_a_key_is_skipped(reports):
     load_state_dict(net, state)
     last = reports[0].splitlines()[-1]
     assert last.startswith("  skipped       3 keys of the checkpoint: ")
-    assert "bn1.weight (shape (9,), here (8,))" in last
-    assert "layer4.1.conv1.weight (its norm, GroupNorm, gives the same for a map and for " in last
-    assert "warm-started  0 keys, for 0 layers\n" in reports[0]
+    assert "bn1.weight (shape (9,) instead of (8,))" in last
+    assert "layer4.1.conv1.weight (its norm, GroupNorm, removes the scale of its input, so" in last
+    assert "warm-started  0 layers from 0 keys\n" in reports[0]
     # The key that was not loaded is not counted as filled from the checkpoint either.
     new = reports[0].splitlines()[-2]
     assert "bn1.weight" in new
@@ -154,7 +156,7 @@ def test_a_file_for_other_parts_of_a_detector_is_not_reported(reports):
     state = {f"backbone.{k}": v for k, v in plain_net(18).state_dict().items()}
     load_state_dict(net, state)
     assert len(reports) == 1
-    assert "warm-started  8 keys, for 8 layers (RFAConv): layer1.0.conv1" in reports[0]
+    assert "warm-started  8 layers from 8 keys (RFAConv): layer1.0.conv1" in reports[0]
     assert "skipped       0 keys" in reports[0]
 
 
@@ -166,7 +168,7 @@ def test_strict_start(kind):
         "fc.bias": torch.zeros(1000),
     }
     message = (
-        r"^strict_start=True: 2 keys of the checkpoint go nowhere in \w*ResNet: fc\.weight, "
+        r"^strict_start=True: \w*ResNet does not use 2 keys of the checkpoint: fc\.weight, "
         r"fc\.bias\. A pattern"
     )
     with pytest.raises(WarmStartError, match=message):
