@@ -21,7 +21,7 @@ def parse_args() -> Namespace:
     """Read the command line."""
     parser = ArgumentParser(
         description=__doc__,
-        epilog="example, for a file published.pth with published names:\n"
+        epilog="for a file published.pth with published names, for example:\n"
         "  python tools/convert_checkpoint.py published.pth converted.pth --overwrite",
         formatter_class=RawDescriptionHelpFormatter,
     )

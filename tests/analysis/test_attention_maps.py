@@ -142,7 +142,7 @@ def test_what_passes_is_counted_by_size():
 def test_patterns_of_heat_maps(model):
     with pytest.raises(ValueError, match=r"pattern='stem' matches no layer with attention.*0, 3"):
         heat_maps(model, lambda: None, "stem")
-    with pytest.raises(ValueError, match=r"pattern='\(': is no regular expression"):
+    with pytest.raises(ValueError, match=r"pattern='\(' is not a regular expression"):
         heat_maps(model, lambda: None, "(")
 
 

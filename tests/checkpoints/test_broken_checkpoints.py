@@ -15,7 +15,7 @@ def test_truncated_checkpoint(trained, tmp_path, part, zipped):
     torch.save(content, whole, _use_new_zipfile_serialization=zipped)
     data = whole.read_bytes()
     path.write_bytes(data[: int(len(data) * part)])
-    message = f"{path} .{path.stat().st_size} bytes. is incomplete"
+    message = f"{path} .{path.stat().st_size} bytes. is truncated"
     with pytest.raises(BrokenCheckpointError, match=message):
         _load_checkpoint(str(path))
 

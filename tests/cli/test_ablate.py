@@ -155,7 +155,7 @@ def test_another_config_in_the_same_folder_is_refused(first, fails, tiny_config,
     spec.write_text(SPEC.format(tiny=str(tiny_config), epochs=2) + TWO_AND_A_WRONG_ONE)
     logs = [path.read_bytes() for path in sorted(first.work_dir.rglob("log.txt"))]
     message = fails("ablate", spec, "--work-dir", first.work_dir)
-    assert "holds a run with another config (different: train_cfg)" in message
+    assert "contains a run with another config (different: train_cfg)" in message
     assert logs == [path.read_bytes() for path in sorted(first.work_dir.rglob("log.txt"))]
 
 
@@ -163,7 +163,7 @@ def test_another_config_in_the_same_folder_is_refused(first, fails, tiny_config,
 def test_report_of_results_alone(first, shapes, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_ROOT", str(shapes))
     study = load_study(first.spec, tmp_path)
-    with pytest.raises(UserError, match="no run of this spec has been started there"):
+    with pytest.raises(UserError, match="no run of this spec has been started in this folder"):
         write_report(study)
     shutil.copy(first.work_dir / "results.json", tmp_path)
     write_report(study)

@@ -58,7 +58,7 @@ def test_wrong_type(fails):
 def test_missing_custom_imports(fails, tiny_config, tmp_path):
     config = with_model(tiny_config, tmp_path, "custom_imports = dict(_delete_=True, imports=[])")
     error = fails(config=config)
-    assert "model.backbone.type='RFAResNet' is rfa_mmdet's" in error
+    assert "model.backbone.type='RFAResNet' belongs to rfa_mmdet" in error
     assert "add custom_imports = dict(imports=['rfa_mmdet'])" in error
 
 
@@ -196,7 +196,8 @@ def test_configs_that_cannot_be_run(fails, tiny_config, tmp_path, text, message)
 
 
 @pytest.mark.parametrize(
-    ("place", "message"), [("file", "no folder"), ("file/x", "no folder"), ("/proc/x", "cannot")]
+    ("place", "message"),
+    [("file", "not a folder"), ("file/x", "not a folder"), ("/proc/x", "cannot")],
 )
 @pytest.mark.parametrize("tool", ["train", "test"])
 def test_work_dir_that_cannot_be_written(fails, tmp_path, place, message, tool):

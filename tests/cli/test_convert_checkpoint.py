@@ -257,7 +257,7 @@ def broken(path):
         (lambda path: path.write_bytes(b""), "truncated or not a checkpoint"),
         (lambda path: path.write_text("no checkpoint"), "truncated or not a checkpoint"),
         (broken, "truncated or not a checkpoint"),
-        (lambda path: saved(dict(model=Hostile()), path), "posix.system; nothing of it was run"),
+        (lambda path: saved(dict(model=Hostile()), path), "posix.system; no code from it was run"),
         (lambda path: path.write_bytes(pickle.dumps(Hostile())), "not loaded|no checkpoint"),
         (lambda path: saved([torch.ones(1)], path), "contains a list, not a dict"),
         (lambda path: saved({}, path), "no layer with published names"),

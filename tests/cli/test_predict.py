@@ -135,7 +135,7 @@ def test_inputs_are_files_folders_and_patterns(images):
     (images / "more" / "a.JFIF").unlink()
     assert find_images([deep, f"{images}/more", str(images)]) == [deep, *flat]
     assert find_images([str(images)], without=images / "more") == flat
-    with pytest.raises(UserError, match="nothing but results"):
+    with pytest.raises(UserError, match="only contains results"):
         find_images([str(images)], without=images)
 
 
@@ -149,10 +149,10 @@ def test_bad_inputs(fails, tiny_config, checkpoint, tmp_path):
     assert "no such file" in error("configs/none.py", checkpoint, image)
     assert "no such file" in error(tiny_config, tmp_path / "none.pth", image)
     assert "no such file" in error(tiny_config, checkpoint, tmp_path / "none.jpg")
-    assert "no image in it" in error(tiny_config, checkpoint, tmp_path / "empty")
+    assert "contains no images" in error(tiny_config, checkpoint, tmp_path / "empty")
     assert "no file matches" in error(tiny_config, checkpoint, tmp_path / "*.gif")
     assert "none of the 1 images can be read" in error(tiny_config, checkpoint, image)
-    for device, message in (("gpu", "is no device"), ("cuda:99", "PyTorch sees")):
+    for device, message in (("gpu", "not a device"), ("cuda:99", "PyTorch finds")):
         assert message in error(tiny_config, checkpoint, image, "--device", device)
     assert not list(tmp_path.glob("out/**/*.*"))
 

@@ -121,7 +121,9 @@ def test_heads_for_other_classes_and_the_options_that_mend_it(coco, model, keys)
     assert "train_dataloader.dataset has 3 classes: 'cat', 'dog', 'traffic light'" in message
     assert "rpn_head" not in message
     assert ("list" in message) == ("cascade" in model)
-    options = message[message.index("--cfg-options") :].split(" (list")[0].split(", or other")[0]
+    options = (
+        message[message.index("--cfg-options") :].split(" (list")[0].split(", or set other")[0]
+    )
     cfg.merge_from_dict(parsed(options))
     assert check_data(cfg) == []
 

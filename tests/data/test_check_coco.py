@@ -225,7 +225,7 @@ def test_evaluation_by_a_file_without_the_images_that_are_read(coco):
         check_data(cfg, ("val",))
     edit_json(coco / "test.json", lambda c: c.update(coco_content()))
     edit_json(coco / "test.json", lambda c: c["categories"].reverse())
-    with pytest.raises(ValueError, match="numbers the classes 'traffic light', 'dog', 'cat'"):
+    with pytest.raises(ValueError, match="has the classes 'traffic light', 'dog', 'cat'"):
         check_data(cfg, ("val",))
 
 

@@ -90,7 +90,7 @@ def test_long_and_odd_names_do_not_fill_the_terminal(coco):
 def test_classes_that_are_given_twice_or_are_no_text(coco):
     for classes, words in (
         (("cat", "cat", "dog"), "'cat' more than once"),
-        (("cat", 7), "7 is not text"),
+        (("cat", 7), "7 is not valid"),
     ):
         (line,) = told_of(coco, lambda content: None, metainfo=dict(classes=classes))
         assert words in line

@@ -125,7 +125,7 @@ def test_the_size_of_an_image_that_its_orientation_turns(tmp_path):
 def test_images_of_another_size_than_annotated(coco):
     edit_json(coco / "train.json", setting("images", width=48, height=64))
     (warning,) = check_data(config(coco_dataset(coco), model=None), ("train",))
-    assert "1 of 4 images" in warning
+    assert "1 of 4 opened images differ" in warning
     assert f"{coco}/images/1.jpg: 64 x 48, annotated 48 x 64" in warning
 
 
@@ -194,7 +194,9 @@ def test_images_that_resizing_leaves_nothing_of_are_counted(coco, split, transfo
 
 def test_an_image_that_resizing_leaves_nothing_of_is_told_in_words():
     own = TRANSFORMS.build({**RESIZINGS[0], "_scope_": "mmdet"})
-    with pytest.raises(ImageError, match=r"300 x 1 pixels, of which resizing to \(64, 48\) leaves"):
+    with pytest.raises(
+        ImageError, match=r"300 x 1 pixels; resizing to \(64, 48\) would make a side 0"
+    ):
         transformed(own, dict(img=np.zeros((1, 300, 3), np.uint8)))
     with pytest.raises(KeyError):  # what is no fault of the image stays what it is
         transformed(lambda results: results["nothing"], dict(img=np.zeros((9, 9, 3), np.uint8)))

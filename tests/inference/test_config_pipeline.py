@@ -175,7 +175,7 @@ def test_broken_files_lose_no_other_results(case, tmp_path):
     assert found.skipped[paths[3]].startswith("not decodable")
     assert [image["file_name"] for image in found.coco["images"]] == [paths[i] for i in (0, 2, 4)]
     COCO(str(tmp_path / "out" / "predictions.json")).loadRes(found.coco["annotations"])
-    with pytest.raises(UserError, match=r"none of the 2 images can be read, such as .*1\.png"):
+    with pytest.raises(UserError, match=r"none of the 2 images can be read, e\.g\. .*1\.png"):
         predict(detector, [paths[1], paths[3]], tmp_path / "none")
 
 

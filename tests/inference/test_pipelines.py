@@ -214,10 +214,10 @@ def test_wrong_test_data(cfg, checkpoint):
     other = copy.deepcopy(cfg)
     wrapped("ConcatDataset")(other)
     other.test_dataloader.dataset.datasets[1].pipeline.pop(1)
-    with pytest.raises(ConfigError, match=r"dataset\.datasets\.0\.pipeline: is another one"):
+    with pytest.raises(ConfigError, match=r"dataset\.datasets\.0\.pipeline: differs from"):
         Detector(other, str(checkpoint), "cpu")
     cfg.pop("test_dataloader")
-    with pytest.raises(ConfigError, match="test_dataloader: is not there"):
+    with pytest.raises(ConfigError, match="test_dataloader: missing"):
         Detector(cfg, str(checkpoint), "cpu")
 
 

@@ -153,7 +153,7 @@ def test_a_later_script_is_rejected_by_a_federation(study, monkeypatch, tmp_path
     )
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", str(sbatch.parent))
-    with pytest.raises(UserError, match=r"3_report.sh.*: job limit; submitted before: 7, 7"):
+    with pytest.raises(UserError, match=r"3_report.sh.*: job limit; already submitted: 7, 7"):
         submit(study, ["spec.py"], "gpus")
     waits = "['--parsable', '--dependency=afterany:7']"
     assert calls.read_text().splitlines() == ["['--parsable']", waits, waits]
@@ -162,6 +162,6 @@ def test_a_later_script_is_rejected_by_a_federation(study, monkeypatch, tmp_path
 @pytest.mark.parametrize("name", ["back\\slash", "two\nlines"])
 def test_names_that_cannot_stand_in_a_script(study, tmp_path, name):
     moved = load_study(tmp_path / "spec.py", tmp_path / name)
-    with pytest.raises(UserError, match="take no backslash or line break"):
+    with pytest.raises(UserError, match="backslashes and line breaks are not possible"):
         submit(moved, ["spec.py"], "gpus")
     assert not (tmp_path / name).exists()
