@@ -68,6 +68,4 @@ def test_a_number_of_processes_that_is_none(arguments):
         ["bash", f"tools/dist_{tool}.sh", *rest], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert done.stderr == (
-        f"error: PROCESSES='{rest[-1]}': must be a number, or auto, gpu or cpu\n"
-    )
+    assert done.stderr == (f"error: PROCESSES='{rest[-1]}': must be a number, auto, gpu or cpu\n")

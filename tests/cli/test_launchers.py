@@ -127,4 +127,4 @@ def test_scripts_without_arguments_say_how_they_are_called(run_tool, script):
 def test_a_number_that_is_none(run_tool, script, variable):
     done = run_tool("bash", f"tools/{script}.sh", *"pjcx", **{variable: "two"})
     assert done.returncode == 2
-    assert done.stdout == f"error: {variable}='two': must be a number, at least 1\n"
+    assert done.stdout == f"error: {variable}='two': must be an integer of at least 1\n"

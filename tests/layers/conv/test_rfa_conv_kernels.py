@@ -105,7 +105,7 @@ def test_one_value_a_channel_and_no_image_are_torchs_matter():
 def test_other_norms_and_activations_are_for_the_reference(cfg, calls):
     assert RFAConv(4, 4, 3, **cfg)(torch.randn(2, 4, 5, 5)).shape == (2, 4, 5, 5)
     assert not calls
-    with pytest.raises(ValueError, match="backend='cpu': does not support .*only batch norm"):
+    with pytest.raises(ValueError, match=r"backend='cpu': does not support .*only batch norm"):
         RFAConv(4, 4, 3, backend="cpu", **cfg)
 
 
