@@ -96,7 +96,7 @@ def test_imports_are_found(source, package, expected):
     assert imported(source, package) == expected
 
 
-def test_rules_name_every_room_and_no_circle():
+def test_rules_cover_every_package_without_cycles():
     rooms = {f.relative_to(PACKAGE).parts[0] for f in FILES if f.parent != PACKAGE}
     assert rooms == set(RULES)
     order = [*TopologicalSorter({room: below for room, (below, _) in RULES.items()}).static_order()]
@@ -141,7 +141,7 @@ def asked_of_torch(source: str) -> list[str]:
     ]
 
 
-def test_what_differs_between_versions_of_torch_is_asked_in_one_file():
+def test_torch_versions_are_checked_in_one_file():
     assert asked_of_torch("hasattr(torch.library, 'a'), getattr(torch, name), hasattr(x, 'b')") == [
         "a"
     ]
@@ -159,11 +159,11 @@ def test_what_differs_between_versions_of_torch_is_asked_in_one_file():
         ("from mmdet import models", set()),
     ],
 )
-def test_rooms_of_imports_are_found(source, rooms):
+def test_packages_of_imports_are_found(source, rooms):
     assert of_ours(imported(source, "rfa_mmdet.data")) == rooms
 
 
-def test_ops_import_torch_numpy_and_the_standard_library_only():
+def test_ops_only_import_torch_numpy_and_the_standard_library():
     allowed = {*sys.stdlib_module_names, "torch", "triton", "numpy", "rfa_mmdet"}
     for file in FILES:
         if file.is_relative_to(PACKAGE / "ops"):
@@ -195,7 +195,7 @@ def run(code: str, blocked: bool = True) -> str:
     return result.stdout.strip()
 
 
-def test_ops_work_where_only_torch_is_installed():
+def test_ops_work_with_only_torch_installed():
     code = """
 for name in ("mmengine", "mmcv", "mmdet"):
     try:
@@ -243,7 +243,7 @@ print(rfa_mmdet.__version__)
     "statement",
     ["import rfa_mmdet.layers", "from rfa_mmdet import layers", "from rfa_mmdet.layers import EMA"],
 )
-def test_importing_layers_there_names_what_is_missing(statement):
+def test_importing_layers_names_missing_packages(statement):
     code = f"""
 try:
     {statement}

@@ -41,7 +41,7 @@ def test_import_without_mmdet(stand_ins):
 
 
 @pytest.mark.parametrize("module", ["mmcv", "mmdet"])
-def test_import_beside_forks_names_the_fork_that_is_missing(stand_ins, module):
+def test_import_with_forks_names_the_missing_fork(stand_ins, module):
     stand_ins.remove("mmengine")
     stand_ins.add("mmengine", name="onedl-mmengine")
     stand_ins.remove(module)
@@ -49,7 +49,7 @@ def test_import_beside_forks_names_the_fork_that_is_missing(stand_ins, module):
     assert f"because {module} is not installed: run `pip install {fork}`" in import_error(stand_ins)
 
 
-def test_import_with_an_mmcv_that_has_no_operators(stand_ins):
+def test_import_with_mmcv_without_operators(stand_ins):
     (stand_ins.site / "mmcv" / "_ext.py").unlink()
     assert import_error(stand_ins) == (
         "ImportError: rfa_mmdet cannot register its layers, because mmcv has no compiled operators "
@@ -57,7 +57,7 @@ def test_import_with_an_mmcv_that_has_no_operators(stand_ins):
     )
 
 
-def test_import_with_an_mmdet_that_refuses_mmcv(stand_ins):
+def test_import_with_mmdet_that_rejects_mmcv(stand_ins):
     stand_ins.add("mmcv", "2.2.0")
     assert import_error(stand_ins) == (
         "ImportError: rfa_mmdet cannot register its layers, because mmdet.models cannot be "
@@ -76,21 +76,21 @@ def test_tools_are_listed_in_any_folder_without_openmmlab(stand_ins, tmp_path):
 
 
 @pytest.mark.parametrize("module", [["-m", "rfa_mmdet"], ["-mrfa_mmdet"]])
-def test_the_doctor_starts_where_the_package_cannot_be_imported(stand_ins, tmp_path, module):
+def test_doctor_starts_if_the_package_cannot_be_imported(stand_ins, tmp_path, module):
     stand_ins.remove("mmdet")
     done = stand_ins.run(*module, "doctor", cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert (done.returncode, done.stderr) == (1, "")
     assert re.search(r"(?m)^mmdet +- +not installed$", done.stdout)
 
 
-def test_a_module_of_the_package_that_is_run_registers_everything(stand_ins):
+def test_running_a_module_of_the_package_registers_everything(stand_ins):
     """Only `-m rfa_mmdet` itself leaves that to its __main__."""
     stand_ins.remove("mmdet")
     done = stand_ins.run("-m", "rfa_mmdet.files", "rfa_mmdet", PYTHONPATH=str(ROOT))
     assert "ImportError: rfa_mmdet cannot register its layers" in done.stderr
 
 
-def test_another_tool_there_says_why_it_cannot_start(stand_ins):
+def test_other_tools_say_why_they_cannot_start(stand_ins):
     stand_ins.remove("mmdet")
     done = stand_ins.run("-m", "rfa_mmdet", "train", PYTHONPATH=str(ROOT))
     assert done.returncode == 1
@@ -113,7 +113,7 @@ def test_unknown_tool(stand_ins, name, hint):
     assert done.stderr.startswith(f"error: unknown tool {name!r}; {hint}")
 
 
-def test_a_tool_gets_its_arguments(run_tool):
+def test_tool_gets_its_arguments(run_tool):
     done = run_tool(sys.executable, "-m", "rfa_mmdet", "train", "no_such_config.py")
     assert done.returncode == 1
     assert "error: config='no_such_config.py': no such file" in done.stdout
@@ -128,7 +128,7 @@ def test_help_of_a_tool(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("package", "extra"), [("pandas", "tools"), ("onnxruntime", "onnx")])
-def test_a_tool_names_the_extra_that_it_lacks(package, extra, monkeypatch, capsys):
+def test_tool_names_the_missing_extra(package, extra, monkeypatch, capsys):
     tool = types.ModuleType("rfa_mmdet.cli.tables")
     tool.main = lambda: importlib.import_module(package)
     monkeypatch.setitem(sys.modules, tool.__name__, tool)
@@ -139,7 +139,7 @@ def test_a_tool_names_the_extra_that_it_lacks(package, extra, monkeypatch, capsy
     )
 
 
-def test_every_tool_has_a_script_of_a_few_lines():
+def test_every_tool_has_a_short_script():
     scripts = {path.stem: path for path in ROOT.glob("tools/**/*.py")}
     del scripts["setup_env"]
     assert scripts.keys() == find_tools().keys()
@@ -199,7 +199,7 @@ def test_installing_the_wheel_changes_nothing_else(tmp_path, wheel, names):
 
 
 @pytest.mark.slow
-def test_a_wheel_brings_configs_and_tools(tmp_path, wheel):
+def test_wheel_contains_configs_and_tools(tmp_path, wheel):
     environment = Environment(tmp_path / "venv", "pandas")
     install(environment, wheel)
     mim = environment.site / "rfa_mmdet" / ".mim"

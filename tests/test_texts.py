@@ -28,14 +28,14 @@ def test_text_in_one_line(text, shown):
 @pytest.mark.parametrize(
     "text", ["=1+1", "+1+1", "-1+cmd", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "\uff1d1"]
 )
-def test_no_cell_is_a_formula(text):
+def test_cells_are_never_formulas(text):
     file = io.StringIO()
     csv.writer(file).writerow([cell(text)])
     assert next(csv.reader(io.StringIO(file.getvalue(), newline=""))) == [f"'{text}"]
 
 
 @pytest.mark.parametrize("value", [-0.1, "-0.1", "+5", "-1e-3", 7, None, "a=1", "a-b", "1-2", ""])
-def test_numbers_and_other_texts_are_cells_as_they_are(value):
+def test_numbers_and_other_texts_are_unchanged(value):
     assert cell(value) is value
 
 
@@ -55,7 +55,7 @@ def test_pictures_show_no_tex(name):
 
 
 @pytest.mark.filterwarnings("error")  # matplotlib's of characters without a glyph
-def test_pictures_hold_only_characters_that_a_font_has():
+def test_pictures_only_have_characters_of_a_font():
     for name in ("é ß 猫 🐱 한", "\ufdd0", "\U0010fffd", "a\nb\x07", "\udcff"):
         shown = drawable(name)
         with drawn_as_written([shown]):

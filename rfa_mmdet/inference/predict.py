@@ -125,7 +125,8 @@ def _detections(
     except Exception as error:  # a model may fail in any way on an unusual image
         if len(images) == 1:
             pixels = "x".join(map(str, images[0].pixels.shape))
-            skipped[images[0].path] = f"the model fails on its {pixels} pixels: {first_line(error)}"
+            reason = f"the model fails on its pixels of shape {pixels}: {first_line(error)}"
+            skipped[images[0].path] = reason
             return []
     return [pair for image in images for pair in _detections(detector, [image], skipped)]
 

@@ -67,7 +67,7 @@ def test_published_table(depth, conv):
     assert not found.uncounted
 
 
-def test_deviations_are_seen():
+def test_deviations_are_detected():
     published = PUBLISHED[18, "RFAConv"]
     assert not Complexity(published.parameters + 1, 1_908_000_000).agrees(published)
     assert not Complexity(published.parameters, 1_910_100_000).agrees(published)
@@ -77,7 +77,7 @@ def test_deviations_are_seen():
 
 
 @pytest.mark.parametrize(("depth", "conv"), [(50, None), (18, "EMA"), (18, "plain")])
-def test_no_such_classifier(depth, conv):
+def test_unknown_classifier(depth, conv):
     with pytest.raises(ValueError, match=f"depth={depth}, conv={conv!r}: not in the paper's table"):
         classifier_complexity(depth, conv)
 
@@ -85,7 +85,7 @@ def test_no_such_classifier(depth, conv):
 # --- MMEngine's analysis -------------------------------------------------------------------------
 
 
-def test_every_registered_layer_is_a_system():
+def test_every_registered_layer_is_counted():
     layers = {
         name: cls.__module__.split(".")[2]
         for name, cls in MODELS.module_dict.items()
@@ -133,7 +133,7 @@ def test_unfolded_features_and_the_backbone_are_supported(warned):
     assert not warned()
 
 
-def test_other_operators_are_warned_about_still(warned):
+def test_unknown_operators_still_give_a_warning(warned):
     class Unknown(nn.Module):
         def forward(self, x):
             return torch.cumsum(torch.erf(x), dim=1)
@@ -177,7 +177,7 @@ def test_ema_by_hand():
     [((2, 3), 210), ((3,), 210), ((-1,), 210), ((1,), 0), ((-3,), 0), ((), 210)],
     ids=str,
 )
-def test_means_over_channels_are_free(dims, expected):
+def test_means_over_channels_are_not_counted(dims, expected):
     class Mean(nn.Module):
         def forward(self, x):
             return x.mean(dims) if dims else x.mean()
@@ -215,7 +215,7 @@ def demo_config() -> Config:
     return Config.fromfile(ROOT / DEMO)
 
 
-def test_detector_is_counted_as_mmengine_counts_it():
+def test_detector_counts_match_mmengine():
     cfg = demo_config()
     found = detector_complexity(cfg, (60, 90))
     theirs = analyse(build(cfg.model), 3, 64, 96)  # padded to multiples of 32
@@ -223,7 +223,7 @@ def test_detector_is_counted_as_mmengine_counts_it():
     assert not found.uncounted
 
 
-def test_faster_rcnn_with_all_its_proposals():
+def test_faster_rcnn_with_all_proposals():
     cfg = get_config("mmdet::faster_rcnn/faster-rcnn_r18_fpn_8xb8-amp-lsj-200e_coco.py")
     cfg.model.backbone.init_cfg = None
     cfg.model.test_cfg.rpn.max_per_img = 0
@@ -236,7 +236,7 @@ def test_faster_rcnn_with_all_its_proposals():
 
 
 @pytest.mark.parametrize(("name", "masks"), [("mask", 1), ("cascade", 0), ("cascade-mask", 3)])
-def test_heads_on_regions_by_hand(name, masks):
+def test_region_heads_by_hand(name, masks):
     folder = "mask_rcnn" if name == "mask" else "cascade_rcnn"
     cfg = get_config(f"mmdet::{folder}/{name}-rcnn_r50_fpn_1x_coco.py")
     # Few, and another number of each: they would hide in the backbone otherwise.
@@ -262,7 +262,7 @@ def test_heads_on_regions_by_hand(name, masks):
 @pytest.mark.parametrize(
     "name", ["htc/htc-without-semantic_r50_fpn_1x_coco", "mask_rcnn/mask-rcnn_r50-caffe-c4_1x_coco"]
 )
-def test_other_detectors_are_refused(name):
+def test_unsupported_detectors_raise(name):
     with pytest.raises(ConfigError, match="can only count single-stage detectors, and Faster"):
         detector_complexity(get_config(f"mmdet::{name}.py"), (64, 64))
 
@@ -280,7 +280,7 @@ def test_plain_base_has_none_of_our_layers():
     assert detector_complexity(base, (64, 64)).parameters == expected
 
 
-def test_plain_base_of_every_place():
+def test_plain_base_replaces_every_kind_of_layer():
     def plugins(*names):
         return [dict(cfg=dict(type=name), position="after_conv3") for name in names]
 
@@ -302,7 +302,7 @@ def test_plain_base_of_every_place():
     )
 
 
-def test_what_systems_add_to_resnet50():
+def test_costs_added_to_resnet50():
     extras = dict(system_extras((128, 128)))
     assert list(extras) == [*CONVS, *PLUGINS]
     assert all(extra.parameters > 0 and extra.flops > 0 for extra in extras.values())
@@ -342,7 +342,7 @@ def test_tool_counts_a_config():
     assert "Not counted" not in done.stdout
 
 
-def test_tool_fails_where_the_table_deviates(monkeypatch, capsys):
+def test_tool_fails_if_the_table_deviates(monkeypatch, capsys):
     table = {(18, None): PUBLISHED[18, None], (18, "CAMConv"): PUBLISHED[18, "CBAMConv"]}
     for module in (complexity, complexity_tool):
         monkeypatch.setattr(module, "PUBLISHED", table)
@@ -368,7 +368,7 @@ def test_tool_fails_where_the_table_deviates(monkeypatch, capsys):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_tool_ends_bad_arguments_in_one_error(arguments, message, monkeypatch, capsys):
+def test_tool_reports_bad_arguments_in_one_error(arguments, message, monkeypatch, capsys):
     code, _, err = run_here(monkeypatch, capsys, *arguments)
     assert code in (1, 2)
     assert err.count("error: ") == 1

@@ -81,7 +81,7 @@ def test_backbones_of_mmdetection(name, channels):
         assert plain.flops - fewer.flops == (SIDE // 4) ** 2 * 16 * 96
 
 
-def test_a_model_that_takes_no_such_image_says_so():
+def test_model_that_fails_on_all_images_raises():
     with pytest.raises(
         ConfigError, match="fails on images of 64 x 64 pixels with any number of channels"
     ):

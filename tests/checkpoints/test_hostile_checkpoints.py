@@ -82,7 +82,7 @@ def hostile(marker):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("name", list(hostile("")))
-def test_hostile_checkpoint_is_refused(tmp_path, name, zipped):
+def test_hostile_checkpoint_is_rejected(tmp_path, name, zipped):
     path, marker = tmp_path / "evil.pth", tmp_path / "marker"
     payload, called = hostile(marker)[name]
     content = dict(state_dict=dict(a=torch.ones(2)), meta=dict(hooks=[(payload,)]))
@@ -132,7 +132,7 @@ def test_history_cannot_change_its_class(tmp_path, monkeypatch):
     assert HistoryBuffer._statistics_methods == methods
 
 
-def test_hostile_download_is_refused(tmp_path, monkeypatch):
+def test_hostile_download_is_rejected(tmp_path, monkeypatch):
     """``torch.hub`` loads with weights_only=False."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")

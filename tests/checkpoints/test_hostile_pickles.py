@@ -108,7 +108,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("name", list(REFUSED))
-def test_pickle_is_refused(tmp_path, name, zipped):
+def test_hostile_pickle_is_rejected(tmp_path, name, zipped):
     data, asked = REFUSED[name]
     path = tmp_path / "evil.pth"
     defaults = torch._utils._rebuild_tensor_v2.__defaults__
@@ -141,7 +141,7 @@ def test_pickle_is_refused(tmp_path, name, zipped):
         (storage("0", 2**70) + b".", "larger than the file"),
     ],
 )
-def test_bytes_that_are_no_pickle_are_damage(tmp_path, data, reason, zipped):
+def test_invalid_pickle_bytes_are_reported_as_damage(tmp_path, data, reason, zipped):
     path = tmp_path / "broken.pth"
     write_raw(path, data, zipped)
     if not data and not zipped:  # the list of keys takes its place
@@ -152,7 +152,7 @@ def test_bytes_that_are_no_pickle_are_damage(tmp_path, data, reason, zipped):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("index", [0, 255, 256, 2**31 - 1, 2**32 - 1])
-def test_any_place_of_the_memo_can_be_used(tmp_path, index, zipped):
+def test_any_memo_index_can_be_used(tmp_path, index, zipped):
     path = tmp_path / "a.pth"
     place = struct.pack("<I", index)
     write_raw(path, b"\x80\x02]r" + place + b"j" + place + b"\x86.", zipped)
@@ -161,7 +161,7 @@ def test_any_place_of_the_memo_can_be_used(tmp_path, index, zipped):
 
 
 @pytest.mark.parametrize("kind", ["tuple", "list", "dict", "array"])
-def test_shared_parts_take_no_time(tmp_path, kind):
+def test_shared_references_do_not_blow_up(tmp_path, kind):
     """Each holds the one before twice; MMEngine looks at each of them when it saves."""
 
     def nested(levels):
@@ -184,7 +184,7 @@ def test_shared_parts_take_no_time(tmp_path, kind):
         load(tmp_path / "b.pth")
 
 
-def test_data_that_contains_itself_is_refused(tmp_path):
+def test_recursive_data_is_rejected(tmp_path):
     content = dict(a=[])
     content["a"].append(content)
     torch.save(content, tmp_path / "a.pth")
@@ -193,7 +193,7 @@ def test_data_that_contains_itself_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_inside_is_only_bytes(tmp_path, zipped):
+def test_nested_pickle_stays_bytes(tmp_path, zipped):
     path = tmp_path / "a.pth"
     content = dict(a=LOOKS_LIKE_ONE, b=LOOKS_LIKE_ONE.decode("latin1"))
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
@@ -232,7 +232,7 @@ def test_tensor_inside_its_storage(tmp_path, zipped):
         (0, 4, 1),
     ],
 )
-def test_tensor_out_of_its_storage_is_refused(tmp_path, offset, size, stride, zipped):
+def test_tensor_outside_its_storage_is_rejected(tmp_path, offset, size, stride, zipped):
     path = tmp_path / "evil.pth"
     write_raw(path, b"\x80\x02" + tensor("k", 4, offset, size, stride) + b".", zipped, k=FOUR)
     with pytest.raises(UnsafeCheckpointError, match=r"_rebuild_tensor_v2\(.*(shape|storage)"):
@@ -241,7 +241,7 @@ def test_tensor_out_of_its_storage_is_refused(tmp_path, offset, size, stride, zi
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("numel", [3, 5, 0])
-def test_storage_of_another_length_is_damage(tmp_path, numel, zipped):
+def test_storage_of_wrong_length_is_reported_as_damage(tmp_path, numel, zipped):
     path = tmp_path / "evil.pth"
     write_raw(path, b"\x80\x02" + tensor("k", numel, 0, (0,), (1,)) + b".", zipped, k=FOUR)
     with pytest.raises(BrokenCheckpointError, match="storage k has"):
@@ -249,14 +249,14 @@ def test_storage_of_another_length_is_damage(tmp_path, numel, zipped):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_missing_storage_is_damage(tmp_path, zipped):
+def test_missing_storage_is_reported_as_damage(tmp_path, zipped):
     path = tmp_path / "evil.pth"
     write_raw(path, b"\x80\x02" + tensor("other", 4, 0, (4,), (1,)) + b".", zipped, k=FOUR)
     with pytest.raises(BrokenCheckpointError, match=r"data/other is missing|KeyError"):
         load(path)
 
 
-def test_hooks_are_refused(tmp_path):
+def test_tensor_hooks_are_rejected(tmp_path):
     path = tmp_path / "evil.pth"
     hooks = b"OrderedDict\n)R"
     data = tensor("k", 4, 0, (4,), (1,)).replace(hooks, hooks + b"K\x01K\x01s")
@@ -265,14 +265,14 @@ def test_hooks_are_refused(tmp_path):
         load(path)
 
 
-def test_torchscript_is_refused(tmp_path):
+def test_torchscript_is_rejected(tmp_path):
     path = tmp_path / "script.pth"
     path.write_bytes(torchscript())
     with pytest.raises(UnsafeCheckpointError, match="TorchScript archive, which contains code"):
         load(path)
 
 
-def test_tar_file_is_no_checkpoint(tmp_path):
+def test_tar_file_is_rejected(tmp_path):
     """The format of torch 0.1, which torch.load unpacks."""
     path = tmp_path / "a.pth"
     (tmp_path / "storages").write_bytes(pickle.dumps(0, 2))

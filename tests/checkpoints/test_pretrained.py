@@ -45,7 +45,7 @@ def name_weights(monkeypatch, url):
     monkeypatch.setattr(pretrained, "get_torchvision_models", lambda: {"resnet50": url})
 
 
-def test_names_are_known_without_torchvision(monkeypatch):
+def test_names_resolve_without_torchvision(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)  # cannot be imported
     assert torchvision_urls()["resnet18"].endswith("/resnet18-f37072fd.pth")
     assert url_of("modelzoo://resnet101") == torchvision_urls()["resnet101"]
@@ -56,7 +56,7 @@ def test_names_are_known_without_torchvision(monkeypatch):
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_a_download_has_the_hash_of_its_name(cache, server, monkeypatch, right):
+def test_download_is_checked_against_its_hash(cache, server, monkeypatch, right):
     address, folder = server
     torch.save(dict(a=torch.ones(2)), folder / "x")
     digits = hashlib.sha256((folder / "x").read_bytes()).hexdigest()[:8] if right else "0" * 8
@@ -72,7 +72,7 @@ def test_a_download_has_the_hash_of_its_name(cache, server, monkeypatch, right):
         assert not list(cache.iterdir())
 
 
-def test_a_file_in_the_cache_is_used_without_a_network(cache, monkeypatch, capsys):
+def test_cached_file_needs_no_network(cache, monkeypatch, capsys):
     name_weights(monkeypatch, f"{NOWHERE}/resnet50-00000000.pth")
     torch.save(dict(a=torch.ones(2)), cache / "resnet50-00000000.pth")
     assert read_checkpoint("torchvision://resnet50")["a"].tolist() == [1, 1]
@@ -80,7 +80,7 @@ def test_a_file_in_the_cache_is_used_without_a_network(cache, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("source", ["torchvision://resnet50", f"{NOWHERE}/resnet50-00000000.pth"])
-def test_without_a_network_the_error_says_where_the_file_goes(cache, monkeypatch, source):
+def test_offline_error_names_the_cache_path(cache, monkeypatch, source):
     name_weights(monkeypatch, f"{NOWHERE}/resnet50-00000000.pth")
     init = dict(type=PretrainedInit, checkpoint=source)
     cfg = Config(dict(model=dict(backbone=dict(init_cfg=[init]))))
@@ -96,7 +96,7 @@ def test_without_a_network_the_error_says_where_the_file_goes(cache, monkeypatch
         read_checkpoint(source)
 
 
-def test_what_training_loads(tmp_path):
+def test_sources_of_pretrained_weights(tmp_path):
     backbone = dict(type="ResNet", init_cfg=dict(type="Pretrained", checkpoint="a"))
     model = dict(backbone=backbone, neck=dict(pretrained="b", init_cfg=dict(type="Xavier")))
     assert [source for _, source in sources(Config(dict(model=model)))] == ["a", "b"]

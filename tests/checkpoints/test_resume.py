@@ -68,7 +68,7 @@ def drop(*keys):
         ("message_hub", "runtime_info", "config"),
     ],
 )
-def test_text_of_a_checkpoint_is_not_executed(edited, tmp_path, where):
+def test_config_text_of_a_checkpoint_is_not_executed(edited, tmp_path, where):
     code = f"open({str(tmp_path / 'marker')!r}, 'w')"
     path = edited(put(*where, value=code))
     resume(path, tmp_path / "run")
@@ -78,7 +78,7 @@ def test_text_of_a_checkpoint_is_not_executed(edited, tmp_path, where):
 
 
 @pytest.mark.parametrize("kept", [["../../other/{}"], ["1/../../../mine"], "123", 3, [-1], [1.5]])
-def test_old_checkpoints_are_numbers(edited, tmp_path, kept):
+def test_ids_of_old_checkpoints_must_be_integers(edited, tmp_path, kept):
     (tmp_path / "mine.pth").touch()
     (tmp_path / "run/epoch_1").mkdir(parents=True)
     path = edited(put("message_hub", "runtime_info", "keep_ckpt_ids", value=kept))
@@ -96,7 +96,7 @@ def test_old_checkpoints_are_numbers(edited, tmp_path, kept):
         *("best_../../other/mine.pth", "{run}", ["{other}"], "s3://bucket/best_a.pth"),
     ],
 )
-def test_a_best_checkpoint_is_one_of_this_run(edited, tmp_path, name, several):
+def test_best_checkpoint_must_belong_to_this_run(edited, tmp_path, name, several):
     other, run = tmp_path / "other", tmp_path / "run"
     for folder in (other, run):
         folder.mkdir()
@@ -117,7 +117,7 @@ def test_a_best_checkpoint_is_one_of_this_run(edited, tmp_path, name, several):
 
 @pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("several", [False, True])
-def test_the_best_checkpoint_before_is_removed(tmp_path, moved, several):
+def test_previous_best_checkpoint_is_removed(tmp_path, moved, several):
     run = tmp_path / "run"
     checkpoint = dict(save_best=["toy/acc", "toy/loss"], rule="greater") if several else {}
     checkpoint["max_keep_ckpts"] = 1
@@ -132,7 +132,7 @@ def test_the_best_checkpoint_before_is_removed(tmp_path, moved, several):
     assert {p.name for p in run.glob("epoch_*")} == {"epoch_2.pth"}
 
 
-def test_a_best_checkpoint_that_is_worse_stays_the_best(trained, tmp_path):
+def test_best_checkpoint_is_kept_if_the_new_one_is_worse(trained, tmp_path):
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     resume(run / "epoch_1.pth", run, accuracy=0.1)
     assert [p.name for p in run.glob("best_*")] == ["best_toy_acc_epoch_1.pth"]
@@ -140,14 +140,14 @@ def test_a_best_checkpoint_that_is_worse_stays_the_best(trained, tmp_path):
     assert info["best_ckpt"] == str(run / "best_toy_acc_epoch_1.pth")
 
 
-def test_odd_scores_are_left_out(edited, tmp_path):
+def test_invalid_scores_are_ignored(edited, tmp_path):
     path = edited(put("message_hub", "runtime_info", "best_score", value="high"))
     resume(path, tmp_path / "run")
     assert (tmp_path / "run/best_toy_acc_epoch_2.pth").exists()
 
 
 @pytest.mark.parametrize("odd", [HistoryBuffer(), "text", None, torch.ones(2)])
-def test_odd_log_histories_are_left_out(edited, tmp_path, odd):
+def test_invalid_log_histories_are_ignored(edited, tmp_path, odd):
     def change(content):
         scalars = content["message_hub"]["log_scalars"]
         scalars.update(dict.fromkeys(scalars, odd))
@@ -168,7 +168,7 @@ METAINFO = [
 
 
 @pytest.mark.parametrize("metainfo", METAINFO)
-def test_metainfo_of_any_plain_kind(tmp_path, metainfo, caplog):
+def test_plain_metainfo_of_any_type(tmp_path, metainfo, caplog):
     make_runner(tmp_path, 1, metainfo=metainfo).train()
     runner = resume(tmp_path / "epoch_1.pth", tmp_path, metainfo=metainfo)
     assert runner.iter == 4
@@ -219,7 +219,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("kwargs", CASES, ids=str)
-def test_optimizers_schedules_and_averages_go_on(tmp_path, kwargs):
+def test_optimizers_schedules_and_averages_resume(tmp_path, kwargs):
     by_epoch = "train_cfg" not in kwargs
     checkpoint = dict(by_epoch=by_epoch, interval=1)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -342,7 +342,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", list(WRONG))
-def test_what_is_wrong_is_one_sentence(edited, tmp_path, name):
+def test_invalid_states_give_one_clear_error(edited, tmp_path, name):
     change, message = WRONG[name]
     path = edited(change)
     with pytest.raises(BrokenCheckpointError, match=message) as info:
@@ -355,14 +355,14 @@ def test_what_is_wrong_is_one_sentence(edited, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["list", "int keys", "tensor", "escapes", "names", "versions"])
-def test_load_from_tells_what_is_wrong_too(edited, tmp_path, name):
+def test_load_from_gives_the_same_errors(edited, tmp_path, name):
     change, message = WRONG[name]
     runner = make_runner(tmp_path / "run", 1, load_from=str(edited(change)))
     with pytest.raises(BrokenCheckpointError, match=message):
         runner.train()
 
 
-def test_the_best_checkpoint_is_none_to_resume_from(trained, tmp_path):
+def test_best_checkpoint_cannot_be_resumed(trained, tmp_path):
     with pytest.raises(
         BrokenCheckpointError, match=r"has no optimizer and no param_schedulers, so"
     ):
@@ -376,7 +376,7 @@ def test_the_best_checkpoint_is_none_to_resume_from(trained, tmp_path):
     assert runner.epoch == 1
 
 
-def test_iterations_beyond_the_end_are_not_waited_for(edited, tmp_path):
+def test_iterations_beyond_the_end_raise(edited, tmp_path):
     """MMEngine skips them one by one."""
     path = edited(put("meta", "iter", value=2**40))
     with pytest.raises(BrokenCheckpointError, match=r"beyond the config's train_cfg\.max_iters=4"):

@@ -65,7 +65,7 @@ def test_resumes_in_a_fresh_process(trained, tmp_path):
     assert len(again["train/loss"].data[0]) == 4
 
 
-def test_install_twice_wraps_once():
+def test_applying_twice_wraps_once():
     before = CheckpointLoader.load_checkpoint.__func__
     apply()
     assert CheckpointLoader.load_checkpoint.__func__ is before

@@ -155,7 +155,7 @@ def test_storages(options):
     assert bytes(untyped.untyped()) == torch.ones(2).numpy().tobytes()
 
 
-def test_a_view_of_a_storage_from_before_torch_0_4(tmp_path):
+def test_storage_views_from_before_torch_0_4(tmp_path):
     path = tmp_path / "a.pth"
     view = b"(" + unicode("v") + number(1) + number(2) + b"t"
     whole = storage("k", 4)
@@ -185,7 +185,7 @@ def test_map_location(tmp_path, zipped):
         assert load(path, map_location=place).device.type == "meta"
 
 
-def test_what_map_location_raises_is_not_called_damage(tmp_path):
+def test_errors_of_map_location_are_not_reported_as_damage(tmp_path):
     path = str(tmp_path / "a.pth")
     torch.save(torch.ones(2), path)
 
@@ -196,7 +196,7 @@ def test_what_map_location_raises_is_not_called_damage(tmp_path):
         load(path, map_location=fail)
 
 
-def test_the_other_order_of_bytes(tmp_path):
+def test_other_byte_order(tmp_path):
     path, swapped = tmp_path / "a.pth", tmp_path / "b.pth"
     other = "big" if sys.byteorder == "little" else "little"
     torch.save(torch.tensor([1, 256], dtype=torch.int16), path)
@@ -217,7 +217,7 @@ def test_strings_of_python_2(tmp_path):
     assert load(path, encoding="bytes") == b"\xc3\xa9"
 
 
-def test_compressed_records_are_damage(tmp_path):
+def test_compressed_records_are_reported_as_damage(tmp_path):
     path, packed = tmp_path / "a.pth", tmp_path / "b.pth"
     torch.save(torch.zeros(10**4), path)
     with (
@@ -230,7 +230,7 @@ def test_compressed_records_are_damage(tmp_path):
         load(packed)
 
 
-def test_pickle_of_another_program_is_no_checkpoint(tmp_path):
+def test_pickle_of_another_program_is_rejected(tmp_path):
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps(dict(a=1), 2))
     with pytest.raises(ValueError, match=r"truncated or not a checkpoint of torch.save"):

@@ -92,7 +92,7 @@ def batches(work_dir, method, seed=0, stage="all"):
 
 
 @pytest.mark.slow
-def test_a_failed_run_is_reported_and_the_rest_goes_on(first):
+def test_failed_run_is_reported_and_the_others_continue(first):
     assert first.returncode == 1, first.stdout
     assert "1 of 3 runs failed" in first.stdout
     assert "all/wrong/seed0: train failed with exit code 1: error: model.bbox_head" in (
@@ -124,7 +124,7 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(first):
 
 
 @pytest.mark.slow
-def test_report_of_it(first):
+def test_report_contents(first):
     names = ("table.md", "table.csv", "curves_all.png", "gains_all.png", "report.html")
     for name in names:
         assert (first.work_dir / name).stat().st_size > 100
@@ -149,7 +149,7 @@ def test_all_methods_see_the_same_images_in_the_same_order(first):
 
 
 @pytest.mark.slow
-def test_another_config_in_the_same_folder_is_refused(first, fails, tiny_config, monkeypatch):
+def test_another_config_in_the_same_folder_raises(first, fails, tiny_config, monkeypatch):
     monkeypatch.syspath_prepend(first.spec.parent)
     spec = first.spec.with_name("changed.py")
     spec.write_text(SPEC.format(tiny=str(tiny_config), epochs=2) + TWO_AND_A_WRONG_ONE)
@@ -160,7 +160,7 @@ def test_another_config_in_the_same_folder_is_refused(first, fails, tiny_config,
 
 
 @pytest.mark.slow
-def test_report_of_results_alone(first, shapes, tmp_path, monkeypatch):
+def test_report_from_results_json_only(first, shapes, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_ROOT", str(shapes))
     study = load_study(first.spec, tmp_path)
     with pytest.raises(UserError, match="no run of this spec has been started in this folder"):
@@ -172,7 +172,7 @@ def test_report_of_results_alone(first, shapes, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_interrupted_and_continued_equals_one_that_was_not(ablate, environment, run_tool):
+def test_interrupted_and_resumed_study_equals_an_uninterrupted_one(ablate, environment, run_tool):
     arguments = ("--jobs", "1")
     listed = ablate("broken", THREE_SEEDS, "--list", epochs=2)
     work_dir = listed.work_dir
@@ -246,7 +246,7 @@ def test_bad_input(fails, tiny_config, tmp_path):
     assert "base='none.py': no such file" in fails("ablate", spec)
 
 
-def test_shipped_spec_of_plugins_starts_each_in_both_ways():
+def test_shipped_plugin_spec_has_both_starts():
     study = load_study(ROOT / "configs" / "ablation" / "shapes_plugins.py")
     starts = {}
     for run in study.runs("warm_start")[: len(study.methods)]:

@@ -70,7 +70,9 @@ def whole(run_tool, config, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["mmdet", "mim", "Runner"])
-def test_every_trainer_starts_goes_on_and_resumes_alike(trainer, whole, config, run_tool, tmp_path):
+def test_all_trainers_start_continue_and_resume_identically(
+    trainer, whole, config, run_tool, tmp_path
+):
     if trainer == "mim" and importlib.util.find_spec("mim") is None:
         pytest.skip("openmim is not installed")
     for epochs, more in ((3, ()), (7, ("resume",))):
@@ -90,7 +92,7 @@ def test_every_trainer_starts_goes_on_and_resumes_alike(trainer, whole, config, 
 
 
 @pytest.mark.slow
-def test_two_ranks_of_two_trainers_train_alike(config, run_tool, tmp_path):
+def test_two_trainers_with_two_ranks_train_identically(config, run_tool, tmp_path):
     ours, runner = tmp_path / "ours", tmp_path / "runner"
     options = ("--work-dir", ours, "--cfg-options", "train_cfg.max_epochs=2")
     launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")

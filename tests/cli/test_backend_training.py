@@ -51,7 +51,7 @@ LAYERS, ITERATIONS = 6, 9  # of tiny_config
         pytest.param("RFCAConv", marks=pytest.mark.slow),
     ],
 )
-def test_kernels_and_formula_give_one_loss_curve(run_tool, tiny_config, tmp_path, conv):
+def test_kernels_and_formula_give_the_same_loss_curve(run_tool, tiny_config, tmp_path, conv):
     (tmp_path / "count_operators.py").write_text(COUNT)
 
     def train(backend):

@@ -62,7 +62,7 @@ def test_missing_custom_imports(fails, tiny_config, tmp_path):
     assert "add custom_imports = dict(imports=['rfa_mmdet'])" in error
 
 
-def test_custom_imports_that_cannot_be_imported(fails, tiny_config, tmp_path):
+def test_failing_custom_imports(fails, tiny_config, tmp_path):
     config = with_model(
         tiny_config, tmp_path, 'custom_imports = dict(imports=["rfa_mmdet", "no_such_module"])'
     )
@@ -76,17 +76,17 @@ def test_custom_imports_that_cannot_be_imported(fails, tiny_config, tmp_path):
         (["train_cgf.max_epochs=1"], "unknown config key 'train_cgf'; did you mean train_cfg"),
     ],
 )
-def test_options_that_would_change_nothing(fails, options, message):
+def test_options_without_effect(fails, options, message):
     assert message in fails("--cfg-options", *options)
 
 
-def test_head_of_other_classes(fails):
+def test_head_with_wrong_num_classes(fails):
     error = fails("--cfg-options", "model.bbox_head.num_classes=80")
     assert "model.bbox_head.num_classes=80" in error
     assert "model.bbox_head.num_classes=4" in error
 
 
-def test_classes_that_the_annotations_do_not_have(fails, tiny_config, tmp_path):
+def test_classes_missing_in_the_annotations(fails, tiny_config, tmp_path):
     config = with_model(
         tiny_config,
         tmp_path,
@@ -127,7 +127,7 @@ def test_image(fails, damaged, damage):
 PLUGIN = "model = dict(backbone=dict(plugins=[dict(cfg=dict({cfg}), position='after_conv1')]))"
 
 
-def test_ema_factor_that_does_not_divide_the_channels(fails, tiny_config, tmp_path):
+def test_ema_factor_must_divide_the_channels(fails, tiny_config, tmp_path):
     config = with_model(tiny_config, tmp_path, PLUGIN.format(cfg="type='EMA', factor=3"))
     error = fails(config=config)
     assert "factor=3: must divide in_channels=8; valid: 1, 2, 4, 8" in error
@@ -155,7 +155,7 @@ def test_resume_from_a_missing_file(fails):
 
 
 @pytest.mark.parametrize("name", ["", "{work_dir}/epoch_3.pth"])
-def test_resume_where_the_name_of_the_last_checkpoint_leads_nowhere(fails, tmp_path, name):
+def test_resume_with_a_dangling_last_checkpoint(fails, tmp_path, name):
     name = name.format(work_dir=tmp_path)
     (tmp_path / "last_checkpoint").write_text(name)
     for file in ("epoch_1.pth", "epoch_2.pth", ".epoch_3.17.part.pth"):
@@ -165,7 +165,7 @@ def test_resume_where_the_name_of_the_last_checkpoint_leads_nowhere(fails, tmp_p
     assert error.strip().endswith(": epoch_1.pth, epoch_2.pth)")
 
 
-def test_checkpoint_that_is_missing_or_no_checkpoint(fails, tmp_path):
+def test_missing_or_invalid_checkpoint(fails, tmp_path):
     missing = tmp_path / "nowhere.pth"
     assert f"checkpoint={str(missing)!r}: no such file" in fails(missing, tool="test")
     broken = tmp_path / "broken.pth"
@@ -191,7 +191,7 @@ def test_checkpoint_that_is_missing_or_no_checkpoint(fails, tmp_path):
         ),
     ],
 )
-def test_configs_that_cannot_be_run(fails, tiny_config, tmp_path, text, message):
+def test_invalid_configs(fails, tiny_config, tmp_path, text, message):
     assert message in fails(config=with_model(tiny_config, tmp_path, text))
 
 
@@ -200,7 +200,7 @@ def test_configs_that_cannot_be_run(fails, tiny_config, tmp_path, text, message)
     [("file", "not a folder"), ("file/x", "not a folder"), ("/proc/x", "cannot")],
 )
 @pytest.mark.parametrize("tool", ["train", "test"])
-def test_work_dir_that_cannot_be_written(fails, tmp_path, place, message, tool):
+def test_unwritable_work_dir(fails, tmp_path, place, message, tool):
     (tmp_path / "file").touch()
     checkpoint = [tmp_path / "file"] if tool == "test" else []
     error = fails(*checkpoint, tool=tool, work_dir=tmp_path / place)
@@ -215,13 +215,13 @@ def test_checkpoint_of_another_model(fails, checkpoint, tiny_config, tmp_path):
     assert "parameters are missing in the checkpoint, e.g. backbone.layer" in error
 
 
-def test_out_that_is_no_pickle(fails, tmp_path):
+def test_out_must_be_a_pickle(fails, tmp_path):
     some = tmp_path / "some.pth"
     some.touch()
     assert "must end in .pkl" in fails(some, "--out", "x.json", tool="test")
 
 
-def test_out_where_nothing_can_be_written(fails, tmp_path):
+def test_unwritable_out(fails, tmp_path):
     some = tmp_path / "some.pth"
     some.touch()
     assert "Not a directory" in fails(some, "--out", some / "x" / "y.pkl", tool="test")
@@ -229,6 +229,6 @@ def test_out_where_nothing_can_be_written(fails, tmp_path):
     assert "is a folder" in fails(some, "--out", tmp_path / "folder.pkl", tool="test")
 
 
-def test_launcher_that_did_not_launch(fails, monkeypatch):
+def test_launcher_that_did_not_start_the_process(fails, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert "--launcher pytorch: RANK" in fails("--launcher", "pytorch")

@@ -116,7 +116,7 @@ def test_data_with_every_problem(run_tool, damaged, tmp_path):
 
 
 @pytest.mark.slow
-def test_mended_data_leave_no_old_results(run_tool, damaged, tmp_path):
+def test_fixed_data_removes_old_results(run_tool, damaged, tmp_path):
     out = tmp_path / "out"
     path = damaged / "annotations" / "train.json"
     whole = path.read_text()
@@ -131,7 +131,7 @@ def test_mended_data_leave_no_old_results(run_tool, damaged, tmp_path):
 
 
 @pytest.mark.slow
-def test_annotations_that_cannot_be_read_do_not_make_images_unnamed(run_tool, damaged, tmp_path):
+def test_unreadable_annotations_do_not_mark_images_as_unannotated(run_tool, damaged, tmp_path):
     path = damaged / "annotations" / "train.json"
     path.write_text(path.read_text()[:-100])
     for splits in (["train", "val"], ["val"]):
@@ -160,7 +160,7 @@ def test_problems_that_training_survives(run_tool, damaged, tmp_path):
         (["--cfg-options", "train_dataloader.dataset.ann_file=no.json"], "no.json does not exist"),
     ],
 )
-def test_what_check_data_finds_before_a_run(run_tool, shapes, tmp_path, options, message):
+def test_problems_found_before_a_run(run_tool, shapes, tmp_path, options, message):
     done = check(run_tool, shapes, tmp_path, *options)
     assert done.returncode == 1
     assert done.stdout.count("error: ") == 1
@@ -192,7 +192,7 @@ def test_voc(damaged, monkeypatch):
     assert "box outside" not in {kind for kind, _ in kinds}
 
 
-def test_coco_and_voc_of_one_set_have_the_same_boxes(shapes, monkeypatch):
+def test_coco_and_voc_of_the_same_data_have_the_same_boxes(shapes, monkeypatch):
     voc = audit(load(shapes, monkeypatch), ["train"])
     coco = audit(Config.fromfile(ROOT / CONFIG), ["train"])
     assert voc.boxes == coco.boxes
@@ -209,7 +209,7 @@ def test_classes_without_boxes_are_counted(damaged, monkeypatch):
     assert audit(Config.fromfile(ROOT / CONFIG), ["train"]).boxes["train"]["star"] == 0
 
 
-def test_test_split_under_the_same_files_is_looked_at_once(shapes, monkeypatch):
+def test_splits_with_the_same_files_are_checked_once(shapes, monkeypatch):
     monkeypatch.setenv("DATA_ROOT", str(shapes))
     init_default_scope("mmdet")
     found = audit(Config.fromfile(ROOT / CONFIG))
@@ -217,7 +217,7 @@ def test_test_split_under_the_same_files_is_looked_at_once(shapes, monkeypatch):
     assert found.problems == []
 
 
-def test_rare_problems_come_before_the_second_of_a_frequent_one(damaged, monkeypatch):
+def test_rare_problems_are_shown_before_repeated_frequent_ones(damaged, monkeypatch):
     def change(content, by):
         for i in range(6):
             by[i][0]["bbox"] = [60 + i, 5, 30, 30]  # the last is the furthest outside
@@ -235,7 +235,7 @@ side = st.floats(-200, 200, width=32)
 
 
 @given(st.tuples(side, side, side, side), st.tuples(st.integers(1, 99), st.integers(1, 99)))
-def test_box_problem_is_one_exactly_where_the_box_is_not_in_the_image(xyxy, size):
+def test_box_problem_is_reported_iff_the_box_is_outside_the_image(xyxy, size):
     x1, y1, x2, y2 = xyxy
     problem = box_problem(Box("a", xyxy), size)
     inside = x1 >= -1 and y1 >= -1 and x2 <= size[0] + 1 and y2 <= size[1] + 1

@@ -135,7 +135,7 @@ def test_example_of_the_help_works(run, published, tmp_path, monkeypatch):
 @pytest.mark.parametrize("system", PUBLISHED)
 @pytest.mark.parametrize("nested", ["state_dict", "model", None])
 @pytest.mark.parametrize("prefix", ["", "module.layer1.0.conv1."])
-def test_every_system_and_structure(system, nested, prefix, tmp_path):
+def test_every_layer_and_file_structure(system, nested, prefix, tmp_path):
     theirs = randomise(THEIRS[system](32, 8, 3)).state_dict()
     state = {prefix + key: value for key, value in theirs.items()}
     source = saved({nested: state, "epoch": 1} if nested else state, tmp_path / "in.pth")
@@ -155,7 +155,7 @@ def test_every_system_and_structure(system, nested, prefix, tmp_path):
     assert any("under 'model'" in w for w in conversion.warnings) == (nested == "model")
 
 
-def test_several_systems_in_one_file(run, tmp_path):
+def test_several_kinds_of_layers_in_one_file(run, tmp_path):
     layers = nn.ModuleDict({name: THEIRS[name](32, 8, 3) for name in THEIRS})
     layers["plain"] = nn.Conv2d(3, 3, 1)
     source = saved(layers.state_dict(), tmp_path / "in.pth")
@@ -166,7 +166,7 @@ def test_several_systems_in_one_file(run, tmp_path):
     assert conversion.kept == 2 + 2  # the plain one's, and se.fc
 
 
-def test_a_layer_alone_in_its_file(run, published, tmp_path):
+def test_single_layer_file(run, published, tmp_path):
     code, out, err = run(published, tmp_path / "out.pth")
     assert (code, err) == (0, "")
     assert "(the whole file)" in out
@@ -186,7 +186,7 @@ def test_long_and_odd_prefixes_are_shown_whole(run, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------- errors
 
 
-def test_nothing_found_says_what_was_looked_for(run, tmp_path):
+def test_error_without_published_layers_lists_the_expected_names(run, tmp_path):
     source = saved(nn.Conv2d(3, 3, 1).state_dict(), tmp_path / "in.pth")
     code, out, err = run(source, tmp_path / "out.pth")
     assert (code, out) == (1, "")
@@ -204,7 +204,7 @@ def test_converting_twice_finds_nothing(run, published, tmp_path):
     assert "no layer with published names" in err
 
 
-def test_existing_file_is_kept_unless_told(run, published, tmp_path):
+def test_existing_file_is_kept_without_overwrite(run, published, tmp_path):
     target = tmp_path / "out.pth"
     target.write_text("mine")
     code, _, err = run(published, target)
@@ -220,7 +220,7 @@ def test_in_place(run, published):
     assert "attention.mlp.0.weight" in load(published)
 
 
-def test_failed_conversion_leaves_the_old_file(run, tmp_path):
+def test_failed_conversion_keeps_the_old_file(run, tmp_path):
     target = tmp_path / "out.pth"
     target.write_text("mine")
     assert run(tmp_path / "missing.pth", target, "--overwrite")[0] == 1
@@ -229,7 +229,7 @@ def test_failed_conversion_leaves_the_old_file(run, tmp_path):
     assert target.read_text() == "mine"
 
 
-def test_a_write_that_fails_leaves_nothing(published, tmp_path, monkeypatch):
+def test_failed_write_leaves_no_file(published, tmp_path, monkeypatch):
     def full(content, path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -269,7 +269,7 @@ def broken(path):
         *("list", "nothing", "numbers", "no-dict"),
     ],
 )
-def test_files_that_cannot_be_converted(run, write, message, tmp_path):
+def test_unconvertible_files(run, write, message, tmp_path):
     source = tmp_path / "in.pth"
     write(source)
     code, out, err = run(source, tmp_path / "out.pth")
@@ -283,7 +283,7 @@ def test_files_that_cannot_be_converted(run, write, message, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_targets_that_cannot_be_written(run, published, tmp_path):
+def test_unwritable_targets(run, published, tmp_path):
     code, _, err = run(published, tmp_path, "--overwrite")
     assert code == 1
     assert "is a folder; name the file to write" in err

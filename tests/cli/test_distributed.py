@@ -56,7 +56,7 @@ def processes_with(text):
 
 
 @pytest.mark.slow
-def test_evaluation_by_two_ranks_equals_that_by_one(
+def test_evaluation_with_two_ranks_equals_one_rank(
     run_tool, tiny_config, checkpoint, shapes, tmp_path
 ):
     # Five images, of which two ranks get three each: one of them twice, which must not count.
@@ -119,7 +119,7 @@ def dying(tmp_path_factory, tiny_config):
         ("is killed", "Signal 9 (SIGKILL)"),
     ],
 )
-def test_a_rank_that_dies_ends_the_job_with_its_error(run_tool, dying, tmp_path, way, message):
+def test_dying_rank_ends_the_job_with_its_error(run_tool, dying, tmp_path, way, message):
     done = run_tool(
         *("bash", "tools/dist_train.sh", dying, 2, "--work-dir", tmp_path),
         PYTHONPATH=str(dying.parent),
@@ -137,7 +137,7 @@ def test_a_rank_that_dies_ends_the_job_with_its_error(run_tool, dying, tmp_path,
 
 
 @pytest.mark.slow
-def test_training_by_two_ranks_goes_on_from_the_last_checkpoint(
+def test_training_with_two_ranks_resumes_from_the_last_checkpoint(
     run_tool, dying, tiny_config, tmp_path
 ):
     (tmp_path / "whole.py").write_text(

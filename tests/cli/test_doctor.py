@@ -49,7 +49,7 @@ def fixes(out):
     return found
 
 
-def test_nothing_is_wrong(sick):
+def test_healthy_environment(sick):
     code, out = sick.examine()
     assert code == 0
     assert out.endswith("\nOK: training can start on the CPU\n")
@@ -62,7 +62,7 @@ def test_nothing_is_wrong(sick):
     assert re.search(r"nvcc +13\.0\.88\n", out)
 
 
-def test_here(run_tool):
+def test_this_environment(run_tool):
     """In the environment of the tests, which trains."""
     done = run_tool(sys.executable, "tools/doctor.py")
     assert done.returncode == 0, done.stdout
@@ -70,7 +70,7 @@ def test_here(run_tool):
 
 
 @pytest.mark.skipif("onedl-mmdetection" in MMDET, reason="the fork takes any mmcv")
-def test_mmcv_2_2_beside_the_real_mmdet(run_tool, sick, tmp_path):
+def test_mmcv_2_2_with_the_real_mmdet(run_tool, sick, tmp_path):
     """Real mmdet refuses to be imported, and so does this package with it."""
     fake = tmp_path / "fake"
     sick.add("mmcv", "2.2.0", site=fake)
@@ -97,7 +97,7 @@ def test_mmcv_without_operators(sick, name):
     assert ("uninstall -y mmcv-lite &&" in fix) == (name == "mmcv-lite")
 
 
-def test_mmcv_of_another_torch(sick):
+def test_mmcv_built_for_another_torch(sick):
     sick.add("mmcv", files={"_ext": "raise ImportError('_ext.so: undefined symbol: _ZN2at')"})
     code, out = sick.examine()
     assert code == 1
@@ -133,7 +133,7 @@ def test_setuptools_without_pkg_resources(sick):
 NO_NUMPY = "def from_numpy(x): raise RuntimeError('Numpy is not available')"
 
 
-def test_numpy_2_under_a_torch_for_numpy_1(prebuilt):
+def test_numpy_2_with_a_torch_for_numpy_1(prebuilt):
     prebuilt.add("numpy")
     prebuilt.add("torch", "2.1.2", {"__init__": HEALTHY["torch"][1]["__init__"] + NO_NUMPY})
     code, out = prebuilt.examine()
@@ -150,7 +150,7 @@ def test_numpy_2_under_a_torch_for_numpy_1(prebuilt):
     ],
 )
 @pytest.mark.parametrize("stack", ["sick", "prebuilt"])
-def test_package_for_another_numpy(request, stack, module, files):
+def test_package_built_for_another_numpy(request, stack, module, files):
     sick = request.getfixturevalue(stack)
     sick.add(module, files=files)
     code, out = sick.examine()
@@ -166,7 +166,7 @@ def test_package_for_another_numpy(request, stack, module, files):
 
 
 @pytest.mark.parametrize(("version", "word"), [((3, 14), "new"), ((3, 9), "old")])
-def test_python_of_another_version(sick, version, word):
+def test_unsupported_python(sick, version, word):
     # There is no such Python here: the interpreter is told that it is one.
     (sick.site / "sitecustomize.py").write_text(
         f"import sys\nsys.version_info = type('Version', (tuple,), {{}})({(*version, 0)})"
@@ -192,7 +192,7 @@ def with_cuda(sick):
     sick.add("torch", files={"__init__": code})
 
 
-def test_cpu_build_of_torch_beside_a_gpu(sick):
+def test_cpu_build_of_torch_with_a_gpu(sick):
     with_gpu(sick)
     code, out = sick.examine()
     assert code == 0  # training can start, if slowly
@@ -201,7 +201,7 @@ def test_cpu_build_of_torch_beside_a_gpu(sick):
     assert "pip uninstall -y torch && " in fix
 
 
-def test_cpu_operators_beside_a_torch_that_uses_the_gpu(sick):
+def test_cpu_operators_with_a_torch_that_uses_the_gpu(sick):
     with_gpu(sick)
     with_cuda(sick)
     code, out = sick.examine()
@@ -214,7 +214,7 @@ def test_cpu_operators_beside_a_torch_that_uses_the_gpu(sick):
     assert "OK: training can start on the GPU" in out
 
 
-def test_gpu_that_a_variable_hides(sick):
+def test_gpu_hidden_by_cuda_visible_devices(sick):
     with_gpu(sick)
     with_cuda(sick)
     code = (sick.site / "torch" / "__init__.py").read_text()
@@ -236,7 +236,7 @@ def test_two_mmdets_on_the_path(sick, tmp_path):
     assert "pip uninstall -y mmdet" in fixes(sick.examine()[1])[0]
 
 
-def test_forks_beside_the_originals(sick):
+def test_forks_next_to_the_originals(sick):
     sick.add_metadata("mmcv", "onedl-mmcv", "2.3.0")
     sick.add_metadata("mmdet", "onedl-mmdetection", "3.4.0")
     code, out = sick.examine()
@@ -253,7 +253,7 @@ def test_forks_beside_the_originals(sick):
     assert mmdet.endswith("mmdet==3.3.0")
 
 
-def test_original_mmdet_beside_the_forks(onedl):
+def test_original_mmdet_next_to_the_forks(onedl):
     onedl.add("mmdet")  # whose files are the last that were written
     code, out = onedl.examine()
     assert code == 1
@@ -263,7 +263,7 @@ def test_original_mmdet_beside_the_forks(onedl):
     assert fix.endswith("onedl-mmdetection==3.5.1")
 
 
-def test_mmcv_lite_beside_an_mmcv_that_works(sick):
+def test_mmcv_lite_next_to_a_working_mmcv(sick):
     sick.add_metadata("mmcv", "mmcv-lite", "2.1.0")
     code, out = sick.examine()
     assert code == 0
@@ -272,7 +272,7 @@ def test_mmcv_lite_beside_an_mmcv_that_works(sick):
     assert "uninstall -y mmcv mmcv-lite && " in fix
 
 
-def test_forks_alone_are_left_alone(onedl):
+def test_forks_without_originals_are_fine(onedl):
     code, out = onedl.examine()
     assert code == 0
     assert re.search(r"stack +onedl +torch 2\.13\.0, mmengine 0\.10\.12, mmcv 2\.3\.6, ", out)
@@ -281,7 +281,7 @@ def test_forks_alone_are_left_alone(onedl):
     assert fixes(out) == []
 
 
-def test_fork_of_mmcv_for_another_torch_is_built_again(onedl):
+def test_mmcv_fork_for_another_torch_is_rebuilt(onedl):
     broken = {"_ext": "raise ImportError('_ext.so: undefined symbol')"}
     onedl.add("mmcv", "2.3.6", broken, "onedl-mmcv")
     code, out = onedl.examine()
@@ -291,7 +291,7 @@ def test_fork_of_mmcv_for_another_torch_is_built_again(onedl):
     assert "uninstall" not in fix
 
 
-def test_fork_of_mmcv_under_the_original_mmdet(onedl):
+def test_mmcv_fork_with_the_original_mmdet(onedl):
     onedl.remove("mmdet")
     onedl.add("mmdet")
     code, out = onedl.examine()
@@ -302,14 +302,14 @@ def test_fork_of_mmcv_under_the_original_mmdet(onedl):
     assert fix.endswith("onedl-mmdetection==3.5.1")
 
 
-def test_prebuilt_is_left_alone(prebuilt):
+def test_prebuilt_stack_is_fine(prebuilt):
     code, out = prebuilt.examine()
     assert code == 0
     assert re.search(r"stack +prebuilt +torch 2\.1\.2, ", out)
     assert fixes(out) == []
 
 
-def test_prebuilt_mmcv_is_had_from_openmmlab_or_built(prebuilt):
+def test_prebuilt_mmcv_is_downloaded_or_built(prebuilt):
     prebuilt.remove("mmcv")
     code, out = prebuilt.examine()
     assert code == 1
@@ -321,7 +321,7 @@ def test_prebuilt_mmcv_is_had_from_openmmlab_or_built(prebuilt):
     assert "MMCV_WITH_OPS=1" in build
 
 
-def test_versions_between_the_tested_ones_are_left_alone(sick):
+def test_versions_between_the_tested_ones_are_fine(sick):
     for module, version in (("torch", "2.4.1"), ("mmdet", "3.2.0"), ("numpy", "1.26.4")):
         sick.add(module, version)
     code, out = sick.examine()
@@ -329,7 +329,7 @@ def test_versions_between_the_tested_ones_are_left_alone(sick):
     assert re.search(r"stack +- +not a tested combination\n", out)
 
 
-def test_what_pip_check_finds(sick):
+def test_requirements_reported_by_pip_check(sick):
     sick.add("mmdet", requires=["scipy<1", "terminaltables", "tqdm"])
     code, out = sick.examine()
     assert code == 0
@@ -346,7 +346,7 @@ def test_what_pip_check_finds(sick):
     assert fixes(out) == [f"{sick.python} -m pip install tqdm"]
 
 
-def test_packages_of_some_tools_that_are_missing(sick):
+def test_missing_packages_of_some_tools(sick):
     sick.remove("pandas")
     code, out = sick.examine()
     assert code == 0
@@ -355,7 +355,7 @@ def test_packages_of_some_tools_that_are_missing(sick):
     assert "pip install pandas==" in fix
 
 
-def test_packages_that_are_missing(sick):
+def test_missing_packages(sick):
     sick.remove("mmdet")
     sick.remove("rfa_mmdet")
     code, out = sick.examine()
@@ -369,14 +369,14 @@ def test_packages_that_are_missing(sick):
     assert fixes(sick.examine()[1])[0] == f"make -C {ROOT} env STACK=current"
 
 
-def test_package_that_crashes_python(sick):
+def test_package_that_crashes(sick):
     sick.add("mmcv", files={"ops": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"})
     code, out = sick.examine()
     assert code == 1
     assert "error: mmcv does not work: the process died (SIGSEGV)" in out
 
 
-def test_system_library_that_is_missing(sick):
+def test_missing_system_library(sick):
     text = "raise ImportError('libGL.so.1: cannot open shared object file')"
     sick.add("cv2", files={"__init__": text})
     code, out = sick.examine()
@@ -384,7 +384,7 @@ def test_system_library_that_is_missing(sick):
     assert fixes(out) == ["apt install libgl1 libglib2.0-0"]
 
 
-def test_kernels_that_are_not_built(sick):
+def test_kernels_not_built(sick):
     missing = "missing = {'cpu': 'no compiler', 'triton': None}.get"
     sick.add("rfa_mmdet", files={"ops/receptive_field/backends": missing})
     code, out = sick.examine()
@@ -394,7 +394,7 @@ def test_kernels_that_are_not_built(sick):
     assert fixes(out)[0].endswith(f"-e {ROOT}")
 
 
-def test_error_of_this_package_is_shown(sick):
+def test_error_of_this_package(sick):
     sick.add("rfa_mmdet", files={"__init__": "raise SyntaxError('a slip')"})
     code, out = sick.examine()
     assert code == 1

@@ -5,7 +5,7 @@ import re
 from tests.helpers.environment import Environment
 
 
-def test_pretrained_weights_that_are_here(tmp_path):
+def test_cached_pretrained_weights(tmp_path):
     sick = Environment(tmp_path / "venv")
     folder = tmp_path / "home" / "hub" / "checkpoints"
     code, text = sick.examine(TORCH_HOME=str(tmp_path / "home"))

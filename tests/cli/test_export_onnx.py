@@ -173,7 +173,7 @@ def test_tool(run_tool, tiny_config, checkpoint, shapes, tmp_path):
 
 
 @pytest.mark.slow
-def test_tool_names_every_graph_and_compares_masks(run_tool, image, tmp_path):
+def test_tool_lists_every_graph_and_compares_masks(run_tool, image, tmp_path):
     config, checkpoint = tmp_path / "thin.py", tmp_path / "thin.pth"
     config.write_text(f'_base_ = "mmdet::{MASKED}.py"\n{DETECTORS[MASKED][0]}')
     save_random_checkpoint(config, checkpoint, std=0.03)
@@ -192,7 +192,7 @@ def test_tool_names_every_graph_and_compares_masks(run_tool, image, tmp_path):
 
 
 @pytest.mark.slow
-def test_tool_says_where_there_was_nothing_to_compare(run_tool, tiny_config, checkpoint, tmp_path):
+def test_tool_warns_without_detections(run_tool, tiny_config, checkpoint, tmp_path):
     done = run_tool(
         *(sys.executable, "-W", "ignore", "tools/export_onnx.py", tiny_config, checkpoint),
         *("--out", tmp_path / "a.onnx", "--number", 1),
@@ -203,7 +203,7 @@ def test_tool_says_where_there_was_nothing_to_compare(run_tool, tiny_config, che
     assert "warning: no detections on these images" in done.stdout
 
 
-def test_graph_that_computes_something_else_is_not_written(image, tmp_path, monkeypatch):
+def test_wrong_graph_is_not_written(image, tmp_path, monkeypatch):
     detector = make(RETINANET, DETECTORS[RETINANET][0], tmp_path)
     run = Graph.run
     monkeypatch.setattr(Graph, "run", lambda *args: [1.1 * t for t in run(*args)])
@@ -213,7 +213,7 @@ def test_graph_that_computes_something_else_is_not_written(image, tmp_path, monk
     assert not list(out.parent.iterdir())
 
 
-def test_masks_that_are_something_else_are_not_written(image, tmp_path, monkeypatch):
+def test_wrong_masks_are_not_written(image, tmp_path, monkeypatch):
     detector = make(MASKED, DETECTORS[MASKED][0], tmp_path)
     run = Graph.run
 
@@ -230,7 +230,7 @@ def test_masks_that_are_something_else_are_not_written(image, tmp_path, monkeypa
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_stages_in_another_order_are_not_written(image, tmp_path, monkeypatch):
+def test_wrong_order_of_stages_is_not_written(image, tmp_path, monkeypatch):
     name = "cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco"
     detector = make(name, DETECTORS[name][0], tmp_path)
     stand_ins = RegionPart.stand_ins
@@ -246,7 +246,7 @@ def test_stages_in_another_order_are_not_written(image, tmp_path, monkeypatch):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_graph_of_a_fixed_size_is_not_written(image, tmp_path, monkeypatch):
+def test_graph_with_a_fixed_size_is_not_written(image, tmp_path, monkeypatch):
     detector = make(RETINANET, DETECTORS[RETINANET][0], tmp_path)
     stem = detector.model.backbone.conv1
     whole = stem.forward
@@ -289,7 +289,7 @@ def test_bad_inputs(fails, tiny_config, checkpoint, image, tmp_path):
         "detr/detr_r50_8xb2-150e_coco",
     ],
 )
-def test_detectors_that_are_not_supported(name):
+def test_unsupported_detectors(name):
     cfg = get_config(f"mmdet::{name}.py")
     init_default_scope("mmdet")
     with torch.device("meta"):
@@ -299,7 +299,7 @@ def test_detectors_that_are_not_supported(name):
         engine.parts(detector.eval(), images)
 
 
-def test_map_that_all_levels_share_is_not_supported(image, tmp_path):
+def test_map_shared_by_all_levels_is_not_supported(image, tmp_path):
     text, _ = DETECTORS["rtmdet/rtmdet_s_8xb32-300e_coco"]
     detector = make("rtmdet/rtmdet-ins_s_8xb32-300e_coco", text, tmp_path)
     with pytest.raises(UserError, match=r"model\.type='RTMDet': only single"):
@@ -315,7 +315,7 @@ def sample(boxes, scores, labels, masks=None):
     return DetDataSample(pred_instances=instances)
 
 
-def test_comparison_counts_what_only_one_has():
+def test_comparison_counts_unmatched_detections():
     boxes = [[0, 0, 50, 50], [50, 50, 99, 99]]
     found = Comparison()
     theirs, ours = sample(boxes, [0.9, 0.5], [0, 1]), sample(boxes, [0.9, 0.5], [0, 0])
@@ -324,7 +324,7 @@ def test_comparison_counts_what_only_one_has():
     assert not found.agrees
 
 
-def test_comparison_sees_what_is_no_number():
+def test_comparison_detects_nan():
     found = Comparison()
     found.add_image(sample([[0, 0, 50, 50]], [0.9], [0]), sample([[0, 0, 50, 50]], [np.nan], [0]))
     found.add_image(sample([[0, 0, 50, 50]], [0.9], [0]), sample([[0, 0, 50, 50]], [0.9], [0]))
@@ -335,7 +335,7 @@ def test_comparison_sees_what_is_no_number():
 
 
 @given(st.permutations(range(6)), st.floats(0, 0.4), st.floats(0, 0.009))
-def test_comparison_does_not_mind_the_order(order, shift, less):
+def test_comparison_ignores_the_order(order, shift, less):
     boxes = [[60.0 * i, 0, 60 * i + 50, 50] for i in range(6)]
     scores = [0.9 - 0.1 * i for i in range(6)]
     moved = [[x + shift, y, x2 + shift, y2] for x, y, x2, y2 in boxes]

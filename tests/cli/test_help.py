@@ -62,7 +62,7 @@ def test_too_few_arguments_of_a_script_print_its_usage(script, arguments):
 @pytest.mark.parametrize(
     "arguments", [["train", "config.py", "--resume"], ["test", "config.py", "weights.pth", "0"]]
 )
-def test_a_number_of_processes_that_is_none(arguments):
+def test_invalid_number_of_processes(arguments):
     tool, *rest = arguments
     done = subprocess.run(
         ["bash", f"tools/dist_{tool}.sh", *rest], cwd=ROOT, capture_output=True, text=True

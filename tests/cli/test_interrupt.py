@@ -127,7 +127,7 @@ def hand_over(connection):
     connection.recv()
 
 
-def test_a_worker_is_silent_where_its_reader_goes_away(capfd):
+def test_worker_is_silent_if_its_reader_dies(capfd):
     before = sys.excepthook
     ours, theirs = multiprocessing.Pipe()
     with user_errors():
@@ -164,13 +164,13 @@ def misread():
         raise SyntaxError("cannot be formatted") from error
 
 
-def test_an_interruption_that_a_library_took_for_its_own_error(capsys):
+def test_interruption_wrapped_by_a_library(capsys):
     with pytest.raises(SystemExit) as stop, user_errors():
         misread()
     assert stop.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_errors_that_are_not_the_users_pass():
+def test_internal_errors_propagate():
     with pytest.raises(RuntimeError, match="ours"), user_errors():
         raise RuntimeError("ours")

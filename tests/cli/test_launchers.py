@@ -55,7 +55,7 @@ def test_slurm_scripts(slurm, tiny_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_slurm_passes_an_error_on(slurm, tiny_config, tmp_path):
+def test_slurm_reports_an_error(slurm, tiny_config, tmp_path):
     wrong = ("--cfg-options", "model.bbox_head.num_classes=9")
     done = slurm("train", tiny_config, "--work-dir", tmp_path, *wrong)
     assert done.returncode != 0  # 1, or 143 of the rank that Slurm ended for it
@@ -64,7 +64,7 @@ def test_slurm_passes_an_error_on(slurm, tiny_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_batch_script_is_no_rank(cluster, monkeypatch, tmp_path):
+def test_batch_script_is_not_a_rank(cluster, monkeypatch, tmp_path):
     # Slurm's variables in one, of which a run without srun would wait for a second rank.
     said = tmp_path / "said.txt"
     job = ("--partition=part", "--ntasks=2", f"--output={said}", "--wrap=env")
@@ -106,7 +106,7 @@ def test_mpi_on_two_machines_needs_an_address(two_machines, monkeypatch):
 
 
 @pytest.mark.parametrize("port", ["of another job", "70000", "here"])
-def test_a_port_that_cannot_be_had(two_machines, monkeypatch, port):
+def test_unavailable_port(two_machines, monkeypatch, port):
     with socket.create_server(("", 0)) as other:
         port = str(other.getsockname()[1]) if port == "of another job" else port
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -116,7 +116,7 @@ def test_a_port_that_cannot_be_had(two_machines, monkeypatch, port):
 
 
 @pytest.mark.parametrize("script", ["dist_train", "dist_test", "slurm_train", "slurm_test"])
-def test_scripts_without_arguments_say_how_they_are_called(run_tool, script):
+def test_scripts_without_arguments_print_their_usage(run_tool, script):
     done = run_tool("bash", f"tools/{script}.sh")
     assert done.returncode == 2
     assert f"bash tools/{script}.sh" in done.stdout
@@ -124,7 +124,7 @@ def test_scripts_without_arguments_say_how_they_are_called(run_tool, script):
 
 @pytest.mark.parametrize("variable", ["GPUS", "GPUS_PER_NODE", "CPUS_PER_TASK"])
 @pytest.mark.parametrize("script", ["slurm_train", "slurm_test"])
-def test_a_number_that_is_none(run_tool, script, variable):
+def test_invalid_number(run_tool, script, variable):
     done = run_tool("bash", f"tools/{script}.sh", *"pjcx", **{variable: "two"})
     assert done.returncode == 2
     assert done.stdout == f"error: {variable}='two': must be an integer of at least 1\n"

@@ -33,7 +33,7 @@ def images(shapes, tmp_path):
     return folder
 
 
-def test_detections_are_those_of_mmdet_and_broken_images_are_skipped(
+def test_detections_match_mmdet_and_broken_images_are_skipped(
     run_tool, images, shapes, tiny_config, checkpoint, tmp_path, monkeypatch
 ):
     whole = (images / "val_0001.jpg").read_bytes()

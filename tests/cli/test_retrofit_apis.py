@@ -88,7 +88,7 @@ def test_det_inferencer(detectors, images):
 
 
 @pytest.mark.slow
-def test_tools_test_plain_and_augmented(detectors, run_tool, tmp_path):
+def test_tools_test_with_and_without_tta(detectors, run_tool, tmp_path):
     *configs, checkpoint = detectors
 
     def run(config, *more):
@@ -111,7 +111,7 @@ def test_tools_test_plain_and_augmented(detectors, run_tool, tmp_path):
     assert not any(torch.equal(boxes(a)[1], boxes(b)[1]) for a, b in pairs)
 
 
-def test_tta_without_its_config_is_refused(tiny_config, detectors, shapes, monkeypatch, capsys):
+def test_tta_without_its_config_raises(tiny_config, detectors, shapes, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DATA_ROOT", str(shapes))
     argv = ["tools/test.py", str(tiny_config), str(detectors[2]), "--tta"]

@@ -84,7 +84,7 @@ def fails(tool, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["retinanet", "faster_rcnn"])
-def test_it_writes_a_checkpoint_that_computes_the_same(name, detectors, tool, tmp_path):
+def test_checkpoint_gives_the_same_outputs(name, detectors, tool, tmp_path):
     plain_config, config, source = detectors[name]
     target = tmp_path / "new" / "folder" / "warm.pth"
     code, output, errors = tool(config, source, target)
@@ -113,7 +113,7 @@ def test_it_writes_a_checkpoint_that_computes_the_same(name, detectors, tool, tm
     assert all(value > 1e-3 for value in compare(plain, net, image.float()).outputs.values())
 
 
-def test_an_image_overwrite_and_a_state_dict_alone(detectors, tool, tmp_path):
+def test_image_overwrite_and_bare_state_dict(detectors, tool, tmp_path):
     _, config, source = detectors["retinanet"]
     image, target = tmp_path / "image.png", tmp_path / "warm.pth"
     cv2.imwrite(str(image), np.random.default_rng(0).integers(0, 255, (700, 400, 3), np.uint8))
@@ -147,7 +147,7 @@ def test_plugins_start_as_the_identity(with_ema, detectors, tool, tmp_path):
     assert "backbone.layer4.0.ema.gn.weight" in torch.load(target, weights_only=True)["state_dict"]
 
 
-def test_plugins_that_do_not_are_warned_of(with_ema, detectors, tool, tmp_path):
+def test_plugins_not_starting_as_the_identity_give_a_warning(with_ema, detectors, tool, tmp_path):
     source = detectors["retinanet"][2]
     code, output, errors = tool(with_ema(", start='paper'"), source, tmp_path / "warm.pth")
     assert code == 0, errors
@@ -164,7 +164,7 @@ def test_plugins_that_do_not_are_warned_of(with_ema, detectors, tool, tmp_path):
 # --------------------------------------------------------------------------- what it refuses
 
 
-def test_files_that_are_not_there_or_in_the_way(detectors, fails, tmp_path):
+def test_missing_and_existing_files(detectors, fails, tmp_path):
     _, config, source = detectors["retinanet"]
     assert fails(config, tmp_path / "no.pth") == f"error: {tmp_path}/no.pth: no such file"
     there = tmp_path / "there.pth"
@@ -181,7 +181,7 @@ def test_files_that_are_not_there_or_in_the_way(detectors, fails, tmp_path):
     assert fails(config, source, "--image", config).endswith(": cannot be read as an image")
 
 
-def test_files_that_hold_something_else(detectors, fails, tmp_path):
+def test_invalid_checkpoints(detectors, fails, tmp_path):
     _, config, source = detectors["retinanet"]
     other = detectors["faster_rcnn"][2]
     error = fails(config, other)
@@ -219,7 +219,7 @@ def test_configs_without_layers_of_this_package(detectors, fails):
 
 
 @pytest.mark.parametrize("where", ["bbox_head.retina_reg.bias", "backbone.bn1.weight"])
-def test_values_that_are_no_numbers_are_refused(where, detectors, fails, tmp_path):
+def test_nan_weights_raise(where, detectors, fails, tmp_path):
     _, config, source = detectors["retinanet"]
     checkpoint = torch.load(source)
     checkpoint["state_dict"][where] *= float("nan")
@@ -227,9 +227,7 @@ def test_values_that_are_no_numbers_are_refused(where, detectors, fails, tmp_pat
     assert "differs from the plain one's by a relative nan" in fails(config, tmp_path / "nan.pth")
 
 
-def test_a_detector_that_computes_something_else_is_refused(
-    tiny_config, detectors, fails, tmp_path
-):
+def test_differing_outputs_raise(tiny_config, detectors, fails, tmp_path):
     _, config, source = detectors["retinanet"]
     error = fails(config, source, "--tolerance", "1e-12")
     assert re.match(
@@ -274,7 +272,7 @@ def test_the_plain_config_of_nested_and_scoped_retrofits():
     assert plain_base(whole).model == dict(type="RetinaNet", backbone=expected)
 
 
-def test_the_largest_difference_is_nan_wherever_one_is():
+def test_largest_difference_propagates_nan():
     for values in ((0.1, float("nan")), (float("nan"), 0.1)):
         largest = Equality(dict(zip("ab", values, strict=True)), ()).largest
         assert largest != largest

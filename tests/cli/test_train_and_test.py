@@ -18,7 +18,7 @@ from tests.helpers.ports import free_port
 from tests.helpers.run_logs import losses, weights
 
 
-def test_train_leaves_checkpoints_config_and_metrics(trained):
+def test_train_writes_checkpoints_config_and_metrics(trained):
     for name in ("epoch_1.pth", "epoch_3.pth", "last_checkpoint", "tiny.py"):
         assert (trained / name).is_file()
     assert list(trained.glob("best_coco_bbox_mAP_epoch_*.pth"))
@@ -50,9 +50,7 @@ def test_test_prints_metrics_draws_and_dumps(trained, tiny_config, run_tool, tmp
     assert tested["coco/bbox_mAP"] == log["coco/bbox_mAP"].dropna().iloc[-1]
 
 
-def test_a_picture_of_every_image_whatever_it_is_called(
-    trained, tiny_config, shapes, run_tool, tmp_path
-):
+def test_every_image_gets_a_picture_with_any_name(trained, tiny_config, shapes, run_tool, tmp_path):
     root = shutil.copytree(shapes, tmp_path / "data")
     content = json.loads((root / "annotations" / "val.json").read_text())
     # Of one name, but for the folder; as OpenCV cannot write it.
@@ -91,20 +89,20 @@ def test_a_picture_of_every_image_whatever_it_is_called(
         (dict(save_best=None), (None, None)),
     ],
 )
-def test_a_config_that_says_which_checkpoint_is_best_keeps_its_word(hook, expected):
+def test_save_best_in_the_config_is_respected(hook, expected):
     cfg = Config(dict(val_evaluator=dict(type="CocoMetric"), default_hooks=dict(checkpoint=hook)))
     keep_best(cfg)
     found = cfg.default_hooks.checkpoint
     assert (found.get("save_best"), found.get("rule")) == expected
 
 
-def test_without_validation_no_checkpoint_is_the_best():
+def test_no_best_checkpoint_without_validation():
     cfg = Config(dict(val_evaluator=None))
     keep_best(cfg)
     assert "default_hooks" not in cfg
 
 
-def test_tensorboard_is_added_once_beside_what_the_config_has():
+def test_tensorboard_is_added_once():
     cfg = Config(dict())
     for _ in range(2):
         add_tensorboard(cfg)
@@ -131,7 +129,9 @@ class KilledHook(Hook):
 """
 
 
-def test_killed_and_resumed_run_equals_one_that_was_not(trained, tiny_config, run_tool, tmp_path):
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(
+    trained, tiny_config, run_tool, tmp_path
+):
     (tmp_path / "killed.py").write_text(KILLED)
     config, work = tmp_path / "killed_config.py", tmp_path / "work"
     config.write_text(
@@ -173,7 +173,7 @@ class DiesHook(Hook):
 
 
 @pytest.mark.slow
-def test_killed_while_it_wrote_a_checkpoint_and_resumed(trained, tiny_config, run_tool, tmp_path):
+def test_killed_while_writing_a_checkpoint_and_resumed(trained, tiny_config, run_tool, tmp_path):
     (tmp_path / "dies.py").write_text(DIES)
     config, work = tmp_path / "dying.py", tmp_path / "work"
     config.write_text(
@@ -215,7 +215,7 @@ default_hooks = dict(checkpoint=dict(_delete_=True, type="CheckpointHook", inter
 """
 
 
-def test_tensorboard_by_a_flag_and_the_best_checkpoint_kept(tiny_config, run_tool, tmp_path):
+def test_tensorboard_flag_and_best_checkpoint(tiny_config, run_tool, tmp_path):
     config = tmp_path / "voc.py"
     config.write_text(f'_base_ = "{tiny_config}"\n{VOC}')
     done = run_tool(

@@ -79,7 +79,7 @@ def test_tool(run_tool, root):
     assert rows["empty boxes dropped"].split("│")[2].strip() == "3"
 
 
-def test_base_config_reads_what_was_converted(root, monkeypatch):
+def test_base_config_reads_converted_files(root, monkeypatch):
     for split in ("train", "val"):
         convert(root, split)
     monkeypatch.setenv("DATA_ROOT", str(root))
@@ -98,7 +98,7 @@ def test_base_config_reads_what_was_converted(root, monkeypatch):
 
 
 @pytest.mark.parametrize("ignored", ["crowd", "drop"])
-def test_detections_in_ignored_regions_are_not_false(root, ignored):
+def test_detections_in_ignored_regions_are_not_false_positives(root, ignored):
     path = root / "VisDrone2019-DET-val" / "annotations" / "0000003_00000_d_0000015.txt"
     path.write_text("100,100,50,50,1,4,0,0\n300,100,200,200,0,0,0,0\n")
     coco = COCO(str(convert(root, "val", ignored).path))
@@ -113,7 +113,7 @@ def test_detections_in_ignored_regions_are_not_false(root, ignored):
     assert precision.min() == pytest.approx(1.0 if ignored == "crowd" else 0.5)
 
 
-def test_images_that_cannot_be_read_are_skipped(root):
+def test_unreadable_images_are_skipped(root):
     image = root / "VisDrone2019-DET-train" / "images" / "0000002_00005_d_0000014.jpg"
     image.write_bytes(image.read_bytes()[:5000])
     summary = convert(root, "train")
@@ -137,7 +137,7 @@ def test_images_that_cannot_be_read_are_skipped(root):
         ("1,2,3,4,-1,4,-1,-1", "score -1 and category 4"),
     ],
 )
-def test_lines_of_another_format(root, line, message):
+def test_invalid_lines(root, line, message):
     path = root / "VisDrone2019-DET-train" / "annotations" / "0000002_00005_d_0000014.txt"
     path.write_text(f"1,2,3,4,1,4,0,0\n{line}\n")
     with pytest.raises(UserError, match=f"{path.name}: line 2 ") as caught:
@@ -146,7 +146,7 @@ def test_lines_of_another_format(root, line, message):
     assert not (root / "annotations").exists()
 
 
-def test_folders_that_are_not_the_data_set(root, capsys, monkeypatch):
+def test_wrong_folders(root, capsys, monkeypatch):
     def error(*arguments):
         monkeypatch.setattr(sys, "argv", [TOOL, *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
@@ -178,7 +178,7 @@ numbers = st.integers(-50, 2000)
     ),
     st.sampled_from([",".join, ", ".join, lambda values: ",".join(values) + ","]),
 )
-def test_lines_come_back_as_they_were_written(tmp_path_factory, lines, join):
+def test_written_lines_are_read_back(tmp_path_factory, lines, join):
     path = tmp_path_factory.mktemp("lines") / "a.txt"
     path.write_text("\r\n".join(join(map(str, line)) for line in lines))
     assert [tuple(line) for line in read_lines(path)] == lines

@@ -16,7 +16,7 @@ def accuracies(output: str) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_retrofitted_detector_is_as_good_at_once_and_better_after_training(run_tool, tmp_path):
+def test_retrofitted_detector_keeps_its_accuracy_and_improves(run_tool, tmp_path):
     data, plain, fine_tuned = (tmp_path / name for name in ("shapes", "plain", "fine_tuned"))
     make_shapes(data)
 

@@ -59,13 +59,13 @@ def run(*command, **environment) -> subprocess.CompletedProcess:
         ("-safe_loading,-whole_files,-flop_counts", []),
     ],
 )
-def test_the_environment_switches_single_patches(choice, expected):
+def test_environment_variable_switches_single_patches(choice, expected):
     done = run("-c", IN_FORCE, RFA_MMDET_COMPAT=choice)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == expected
 
 
-def test_a_name_that_is_no_patch_ends_the_import():
+def test_unknown_patch_name_fails_the_import():
     done = run("-c", "import rfa_mmdet", RFA_MMDET_COMPAT="-whole_file")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == (
@@ -76,7 +76,7 @@ def test_a_name_that_is_no_patch_ends_the_import():
         apply("nothing")
 
 
-def test_every_module_of_compat_stands_in_the_table():
+def test_every_module_of_compat_is_in_the_table():
     modules = {path.stem for path in (PACKAGE / "compat").glob("*.py")} - {"__init__", "table"}
     assert {patch.name for patch in PATCHES} == modules
     for patch in PATCHES:
@@ -198,7 +198,7 @@ def foreign_changes(source: str) -> set[str]:
         ("import a\nx = a.f()\nx.y = 1\na = 1", set()),
     ],
 )
-def test_changes_of_foreign_modules_are_found(source, expected):
+def test_changes_of_other_packages_are_found(source, expected):
     assert foreign_changes(source) == expected
 
 
@@ -207,7 +207,7 @@ def test_compat_itself_is_found():
     assert len([names for names in found if names]) == len(PATCHES)
 
 
-def test_nothing_else_changes_a_foreign_module():
+def test_nothing_else_changes_other_packages():
     found = set()
     for path in PACKAGE.rglob("*.py"):
         name = str(path.relative_to(PACKAGE))

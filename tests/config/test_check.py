@@ -46,7 +46,7 @@ class Strangers(nn.Module):
         Config(dict(launcher="none", model=dict(type=RetinaNet), custom_hooks=[])),
     ],
 )
-def test_right_configs_pass(cfg):
+def test_valid_configs_pass(cfg):
     check_config(cfg)
 
 
@@ -69,7 +69,7 @@ def test_right_configs_pass(cfg):
         ({"model": dict(_delete_=True, backbone={})}, "model must be a dict with the 'type'"),
     ],
 )
-def test_wrong_configs_are_refused(changes, message, monkeypatch):
+def test_invalid_configs_raise(changes, message, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match=message):
         check_config(changed(changes))
@@ -109,7 +109,7 @@ def test_configs_of_old_mmdetection():
         ),
     ],
 )
-def test_what_a_runner_needs(changes, message):
+def test_incomplete_runner_configs_raise(changes, message):
     with pytest.raises(ConfigError, match=message):
         check_run(changed(changes), ("train", "val"))
 
@@ -145,12 +145,12 @@ def test_masks_must_be_loaded_for_a_mask_head(base):
         (RETINANET, dict(val_dataloader=None, val_cfg=None, val_evaluator=None)),
     ],
 )
-def test_what_a_runner_can_do(base, changes):
+def test_complete_runner_configs_pass(base, changes):
     assert check_run(changed(changes, base), ("train", "val")) == []
 
 
 @pytest.mark.parametrize("kind", ["Retrofit", "mmdet.Retrofit", retrofit])
-def test_plain_base_of_types_that_are_names_or_functions(kind):
+def test_plain_base_of_types_given_by_name_or_function(kind):
     conv = dict(type="RFAConv")
     backbone = dict(type=kind, module=dict(type=ResNet), edits=[dict(where="x", conv=conv)])
     head = dict(type="X", conv_cfg=dict(type=RFAConv))

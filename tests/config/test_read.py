@@ -18,7 +18,7 @@ def config(tmp_path):
     return write
 
 
-def test_options_lie_over_the_file(config):
+def test_options_override_the_file(config):
     cfg = load_config(
         config(CONFIG.format(work_dir=None)),
         {"train_cfg.max_epochs": 3, "train_cfg.val_interval": 2},
@@ -31,12 +31,12 @@ def test_options_lie_over_the_file(config):
     ("stands", "given", "expected"),
     [(None, None, "work_dirs/some"), ("a", None, "a"), ("a", "b", "b"), (None, "b", "b")],
 )
-def test_where_a_run_writes(config, stands, given, expected):
+def test_default_work_dir(config, stands, given, expected):
     path = config(CONFIG.format(work_dir=stands))
     assert load_config(path, work_dir=given, launcher="pytorch").work_dir == expected
 
 
-def test_what_no_run_reads_is_named(config):
+def test_unknown_config_keys_raise(config):
     with pytest.raises(
         ConfigError, match=r"train_cgf\.x=\.\.\.: unknown config key .*did you mean train_cf"
     ):
@@ -69,7 +69,7 @@ def test_what_no_run_reads_is_named(config):
         ("some.py/x", "", "is a folder, not a config"),
     ],
 )
-def test_files_that_do_not_parse(tmp_path, name, text, message):
+def test_unparsable_files(tmp_path, name, text, message):
     (tmp_path / "wrong.py").write_text("a = b")
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
@@ -98,7 +98,7 @@ def test_configs_of_packages():
         load_config("no_such::retinanet/retinanet_r18_fpn_1x_coco.py")
 
 
-def test_none_means_left_out(config):
+def test_none_means_absent(config):
     keys = "custom_hooks custom_imports visualizer val_dataloader auto_scale_lr env_cfg randomness"
     hooks = "default_hooks = dict(visualization=None, logger=None)"
     cfg = load_config(config("\n".join([*(f"{key} = None" for key in keys.split()), hooks])))

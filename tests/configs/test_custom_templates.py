@@ -146,7 +146,7 @@ def without_test(shapes, tmp_path):
     return tmp_path
 
 
-def test_voc_without_a_test_split_is_tested_on_val(template, without_test):
+def test_voc_without_a_test_split_tests_on_val(template, without_test):
     cfg = template("custom-voc", DATA_ROOT=without_test, CLASSES=f"{','.join(CLASSES)},")
     assert check_data(cfg, ("train", "val", "test")) == []
     assert boxes(cfg, "test") == boxes(cfg, "val")
@@ -155,7 +155,7 @@ def test_voc_without_a_test_split_is_tested_on_val(template, without_test):
     assert other.test_dataloader.dataset.ann_file == "ImageSets/Main/train.txt"
 
 
-def test_a_test_split_that_is_not_tested_on_is_told(template, without_test):
+def test_unused_test_split_gives_a_warning(template, without_test):
     lists = without_test / "ImageSets" / "Main"
     shutil.copy(lists / "val.txt", lists / "test.txt")
     cfg = template("custom-voc", DATA_ROOT=without_test, CLASSES=",".join(CLASSES))
@@ -166,7 +166,7 @@ def test_a_test_split_that_is_not_tested_on_is_told(template, without_test):
     assert check_data(cfg, ("test",)) == []
 
 
-def test_coco_is_tested_on_val_or_on_what_is_named(template):
+def test_coco_tests_on_val_or_the_given_split(template):
     cfg = template("custom-coco", VAL_ANN="v.json", VAL_IMG="v")
     for key in ("ann_file", "data_prefix"):
         assert cfg.test_dataloader.dataset[key] == cfg.val_dataloader.dataset[key]
@@ -187,7 +187,7 @@ def test_roboflow_without_a_test_folder(template, shapes, tmp_path):
     check(cfg, shapes)
 
 
-def test_classes_in_another_order_than_the_file_has_are_warned_about(template, shapes, tmp_path):
+def test_wrong_order_of_classes_gives_a_warning(template, shapes, tmp_path):
     export_coco(shapes, tmp_path)
     cfg = template("roboflow", DATA_ROOT=tmp_path, CLASSES="car,bus,van,traffic light")
     warnings = check_data(cfg, ("train",))

@@ -34,7 +34,7 @@ def unscoped(node):
 
 
 @pytest.mark.parametrize("path", BY_RETROFIT, ids=lambda path: path.stem)
-def test_config_by_retrofit(path):
+def test_configs_with_retrofit(path):
     from mmdet.registry import MODELS
 
     folder, model_name, stage = RETROFITTED[path.stem]
@@ -76,7 +76,7 @@ def test_every_config_is_tested():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", BY_RETROFIT, ids=lambda path: path.stem)
-def test_from_the_plain_checkpoint_it_computes_what_the_plain_detector_does(path):
+def test_plain_checkpoint_gives_the_plain_outputs(path):
     from mmdet.registry import MODELS
 
     cfg = Config.fromfile(path)

@@ -12,7 +12,7 @@ from tests.helpers.damaged_sets import FILTER, coco_dataset, config, errors_of, 
 @pytest.mark.parametrize(
     "model", ["retinanet_r50_fpn", "faster-rcnn_r50_fpn", "cascade-mask-rcnn_r50_fpn"]
 )
-def test_says_nothing_about_good_coco_data(coco_made, model):
+def test_valid_coco_data_gives_no_warnings(coco_made, model):
     evaluator = dict(type="CocoMetric", ann_file=str(coco_made / "val.json"))
     cfg = config(
         coco_dataset(coco_made), coco_dataset(coco_made, "val"), model, val_evaluator=[evaluator]
@@ -20,18 +20,18 @@ def test_says_nothing_about_good_coco_data(coco_made, model):
     assert check_data(cfg, ("train", "val")) == []
 
 
-def test_says_nothing_about_good_voc_data(voc_made):
+def test_valid_voc_data_gives_no_warnings(voc_made):
     cfg = config(voc_dataset(voc_made), voc_dataset(voc_made, test_mode=True))
     assert check_data(cfg, ("train", "val")) == []
 
 
-def test_accepts_what_mmdet_loads(coco_made, voc_made):
+def test_everything_mmdet_loads_is_accepted(coco_made, voc_made):
     for dataset in (coco_dataset(coco_made), voc_dataset(voc_made)):
         check_data(config(dataset))
         assert len(DATASETS.build({**dataset, "pipeline": []})) > 0
 
 
-def test_needs_no_model_and_no_validation(coco_made):
+def test_model_and_validation_are_optional(coco_made):
     assert check_data(config(coco_dataset(coco_made), model=None), ("train", "val")) == []
 
 
@@ -73,7 +73,7 @@ def test_remote_data_are_not_checked(coco):
     assert "gone.json does not exist" in errors_of(config(local))
 
 
-def test_other_datasets_need_their_annotation_file_only(tmp_path):
+def test_other_datasets_only_need_their_annotation_file(tmp_path):
     dataset = dict(type="BaseDetDataset", data_root=str(tmp_path), ann_file="a.json")
     assert "a.json does not exist" in errors_of(config(dataset))
     (tmp_path / "a.json").write_text("{}")

@@ -21,7 +21,7 @@ from tests.helpers.damaged_sets import (
 )
 
 
-def test_missing_annotation_file_with_the_nearest(coco):
+def test_missing_annotation_file_with_similar_names(coco):
     message = errors_of(config(coco_dataset(coco, ann_file="trian.json")))
     assert "train_dataloader.dataset.ann_file='trian.json'" in message
     assert f"{coco}/trian.json does not exist; similar names in" in message
@@ -60,7 +60,7 @@ def test_missing_file_of_an_evaluator(coco, as_list):
 )
 @given(st.floats(0, 0.999))
 @example(0)
-def test_truncated_json_wherever_it_is_cut(coco, part):
+def test_truncated_json_at_any_position(coco, part):
     whole = json.dumps(coco_content())
     cut = whole[: int(len(whole) * part)]
     (coco / "train.json").write_text(cut)
@@ -75,17 +75,17 @@ def test_binary_instead_of_json(coco):
 
 
 @pytest.mark.parametrize("name", ["images", "annotations", "categories"])
-def test_json_without_a_list_of_coco(coco, name):
+def test_json_without_a_coco_list(coco, name):
     edit_json(coco / "train.json", lambda content: content.pop(name))
     assert f"train.json has no list '{name}'" in errors_of(config(coco_dataset(coco)))
 
 
-def test_json_of_results_instead_of_annotations(coco):
+def test_results_json_instead_of_annotations(coco):
     (coco / "train.json").write_text("[]")
     assert "contains a list" in errors_of(config(coco_dataset(coco)))
 
 
-def test_annotations_of_no_image(coco):
+def test_annotations_without_an_image(coco):
     edit_json(coco / "train.json", lambda content: content["annotations"][1].update(image_id=77))
     (warning,) = (w for w in check_data(config(coco_dataset(coco)), ("train",)) if "image_id" in w)
     assert "1 annotations" in warning
@@ -102,7 +102,7 @@ def test_classes_without_boxes(coco):
     assert f"classes '{CLASSES[0]}' have no box in" in warning
 
 
-def test_annotations_may_be_missing_for_testing(coco):
+def test_annotations_are_optional_for_testing(coco):
     edit_json(coco / "val.json", lambda content: content.pop("annotations"))
     assert check_data(config(coco_dataset(coco), coco_dataset(coco, "val")), ("train", "val")) == []
 
@@ -142,7 +142,7 @@ def test_missing_xml(voc):
         ("<difficult>0</difficult>", "<difficult>no</difficult>", "<difficult>no</difficult>"),
     ],
 )
-def test_xml_that_mmdet_cannot_read(voc, old, new, words):
+def test_xml_unreadable_by_mmdet(voc, old, new, words):
     path = voc / "Annotations" / "1.xml"
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises((AttributeError, ValueError, TypeError, OverflowError)):
@@ -153,7 +153,7 @@ def test_xml_that_mmdet_cannot_read(voc, old, new, words):
 
 
 @pytest.mark.parametrize("text", ["0\n1 \n2\n", "0\n1\n2\n\n", "0\n\n1\n", "0\n\t1\n"])
-def test_blanks_in_an_image_set_with_the_command_that_mends_it(voc, text):
+def test_blanks_in_an_image_set_with_the_command_that_fixes_it(voc, text):
     (voc / "train.txt").write_text(text)
     with pytest.raises(FileNotFoundError):
         DATASETS.build(voc_dataset(voc, pipeline=[]))
@@ -168,7 +168,7 @@ def test_line_ends_of_an_image_set_do_not_matter(voc, text):
     assert check_data(config(voc_dataset(voc))) == []
 
 
-def test_image_set_of_one_class(voc):
+def test_per_class_image_set(voc):
     (voc / "train.txt").write_text("0  1\n1 -1\n2 -1\n")
     assert "per-class lists ('0  1')" in errors_of(config(voc_dataset(voc)))
 

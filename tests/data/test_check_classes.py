@@ -20,7 +20,7 @@ from tests.helpers.damaged_sets import (
 # --- classes
 
 
-def test_classes_that_the_file_does_not_have(coco):
+def test_classes_missing_in_the_file(coco):
     wrong = coco_dataset(coco, metainfo=dict(classes=("cat", "dgo")))
     message = errors_of(config(wrong, model=None))
     assert "1 of its 2 classes are not among the categories of" in message
@@ -29,7 +29,7 @@ def test_classes_that_the_file_does_not_have(coco):
     assert "--cfg-options" not in message  # which would take the blank out of "traffic light"
 
 
-def test_classes_by_default_and_the_option_that_passes_others(coco):
+def test_default_classes_and_the_option_that_fixes_them(coco):
     edit_json(coco / "train.json", lambda c: c["categories"].__setitem__(2, dict(id=12, name="ox")))
     cfg = config(coco_dataset(coco, metainfo=dict(CLASSES=("cat", "dog", "ox"))))
     message = errors_of(cfg)
@@ -47,12 +47,12 @@ def parsed(text):
     return parser.parse_args(shlex.split(text)).cfg_options
 
 
-def test_order_of_classes_other_than_the_files(coco):
+def test_classes_not_in_file_order(coco):
     (warning,) = check_data(config(coco_dataset(coco, metainfo=dict(classes=CLASSES[::-1]))))
     assert f"Use classes={CLASSES!r}" in warning
 
 
-def test_order_of_categories_other_in_validation(coco):
+def test_different_order_of_categories_in_validation(coco):
     edit_json(coco / "val.json", lambda content: content["categories"].reverse())
     cfg = config(coco_dataset(coco), coco_dataset(coco, "val"))
     message = errors_of(cfg, ("train", "val"))
@@ -113,7 +113,7 @@ def test_voc_some_classes_differ(voc):
         ),
     ],
 )
-def test_heads_for_other_classes_and_the_options_that_mend_it(coco, model, keys):
+def test_wrong_num_classes_and_the_options_that_fix_it(coco, model, keys):
     cfg = config(coco_dataset(coco), model=model, num_classes=None)
     message = errors_of(cfg)
     for key in keys:
@@ -128,7 +128,7 @@ def test_heads_for_other_classes_and_the_options_that_mend_it(coco, model, keys)
     assert check_data(cfg) == []
 
 
-def test_heads_below_a_wrapper_and_of_lists_of_heads():
+def test_heads_inside_wrappers_and_lists():
     detector = dict(
         bbox_head=dict(num_classes=4, loss_cls=dict(num_classes=9)),
         roi_head=[dict(bbox_head=dict(num_classes=5))],
@@ -148,12 +148,12 @@ def test_heads_are_compared_with_the_tested_dataset(coco):
     assert "model.bbox_head.num_classes=80, but test_dataloader.dataset has 3" in message
 
 
-def test_models_with_text_may_have_other_numbers(coco):
+def test_text_models_may_have_other_numbers(coco):
     cfg = config(coco_dataset(coco), num_classes=256)
     cfg.model.language_model = dict(type="BertModel")
     assert check_data(cfg) == []
 
 
-def test_panoptic_data_count_more_classes_than_the_heads_of_things(coco):
+def test_panoptic_data_has_more_classes_than_heads_of_things(coco):
     dataset = coco_dataset(coco, type="CocoPanopticDataset", metainfo=None)
     assert check_data(config(dataset, num_classes=80)) == []

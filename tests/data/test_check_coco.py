@@ -56,7 +56,7 @@ IDS = [[1], {}, "1", "", 1.5, True, HUGE, 2**60, math.nan]
         ("categories", "name", [None, "", 7, ["cat"], "ca\0t", "c\x1b[31mat", "c\ud800"]),
     ],
 )
-def test_a_wrong_value_is_named_with_its_field_and_count(coco, name, key, values):
+def test_invalid_value_is_reported_with_field_and_count(coco, name, key, values):
     whole = (coco / "train.json").read_text()
     for value in values:
         (coco / "train.json").write_text(whole)
@@ -72,7 +72,7 @@ def test_a_wrong_value_is_named_with_its_field_and_count(coco, name, key, values
         assert "it must be" in told[0]
 
 
-def test_wrong_values_are_counted_by_field(coco):
+def test_invalid_values_are_counted_by_field(coco):
     def change(content):
         every("annotations", "area", lambda _: "400")(content)
         every("annotations", "category_id", str)(content)
@@ -105,7 +105,7 @@ def test_wrong_values_are_counted_by_field(coco):
         (every("categories", "id", str), "train"),
     ],
 )
-def test_the_command_in_a_message_mends_the_file(coco, change, split):
+def test_suggested_command_fixes_the_file(coco, change, split):
     lines = told_of(coco, change, split)
     for _ in range(2):  # two fields may be wrong
         line = next((line for line in lines if "To fix the file:  " in line), None)
@@ -117,7 +117,7 @@ def test_the_command_in_a_message_mends_the_file(coco, change, split):
     assert len(json.loads((coco / f"{split}.json").read_text())["annotations"]) == 6
 
 
-def test_the_command_takes_out_annotations_of_no_category(coco):
+def test_suggested_command_removes_annotations_without_category(coco):
     (line,) = told_of(coco, setting("annotations", category_id=99))
     assert "1 of 6 annotations have a 'category_id' without a category: 99 (1)" in line
     subprocess.run(line.split("To fix the file:  ")[1], shell=True, check=True)
@@ -177,22 +177,22 @@ def average_precision(coco, **metric):
         ),
     ],
 )
-def test_what_is_left_alone_is_evaluated_right(coco, change):
+def test_accepted_files_evaluate_correctly(coco, change):
     assert told_of(coco, change, "val") == []
     assert average_precision(coco)["coco/bbox_mAP"] == 1
 
 
-def test_annotation_ids_may_be_anything_in_training(coco):
+def test_annotation_ids_are_arbitrary_in_training(coco):
     for make in (lambda i: i - 1, str):
         assert told_of(coco, every("annotations", "id", make)) == []
         assert len(DATASETS.build(coco_dataset(coco, pipeline=[], _scope_="mmdet"))) == 4
 
 
-def test_iscrowd_may_be_missing_in_training(coco):
+def test_iscrowd_is_optional_in_training(coco):
     assert told_of(coco, setting("annotations", iscrowd=None)) == []
 
 
-def test_an_annotation_id_of_0_lowers_the_average_precision(coco):
+def test_annotation_id_0_lowers_ap(coco):
     lines = told_of(coco, every("annotations", "id", lambda i: i - 1), "val")
     assert "1 of 6 annotations have the 'id' 0" in lines[0]
     assert average_precision(coco)["coco/bbox_mAP"] < 1
@@ -211,7 +211,7 @@ def test_evaluation_without_boxes_would_give_minus_1(coco):
     assert not any("AP" in line for line in told_of(coco, change, "val", metric=only_writes))
 
 
-def test_evaluation_by_a_file_without_the_images_that_are_read(coco):
+def test_evaluation_file_without_the_splits_images(coco):
     (coco / "test.json").write_text((coco / "val.json").read_text())
     evaluator = dict(type="CocoMetric", ann_file=str(coco / "test.json"))
     cfg = config({}, coco_dataset(coco, "val"), None, val_evaluator=evaluator)
@@ -258,7 +258,7 @@ def test_classwise_needs_sorted_categories(coco):
         (setting("annotations", bbox=[70, 5, 20, 20]), "outside the image's width and height"),
     ],
 )
-def test_boxes_that_are_left_out_are_counted(coco, change, words):
+def test_dropped_boxes_are_counted(coco, change, words):
     (line,) = told_of(coco, change)
     assert "1 of 6 boxes" in line
     assert words in line
@@ -266,12 +266,12 @@ def test_boxes_that_are_left_out_are_counted(coco, change, words):
     assert sum(len(theirs.get_data_info(i)["instances"]) for i in range(4)) == 5
 
 
-def test_small_images_that_a_filter_leaves_out_are_counted(coco):
+def test_images_skipped_by_min_size_are_counted(coco):
     lines = told_of(coco, setting("images", height=9), filter_cfg=dict(min_size=10))
     assert any("1 of 4 images are skipped" in line for line in lines)
 
 
-def test_an_image_under_two_ids(coco):
+def test_image_with_two_ids(coco):
     (line,) = told_of(coco, setting("images", file_name="0.jpg"))
     assert "1 image files occur more than once in" in line
 
@@ -303,7 +303,7 @@ MASKS = [
 
 
 @pytest.mark.parametrize("where", ["dataset", "evaluator"])
-def test_masks_that_are_none(coco, where):
+def test_invalid_masks(coco, where):
     content = coco_content()
     every("annotations", "segmentation", lambda _: RECTANGLE)(content)
     split, asked = (

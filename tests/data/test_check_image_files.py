@@ -58,7 +58,7 @@ def no_file(path, kind):
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "device", "folder", "socket"])
-def test_what_is_no_file_is_not_opened(coco, kind):
+def test_special_files_are_not_opened(coco, kind):
     path = coco / "images" / "2.jpg"
     no_file(path, kind)
     message = errors_of(config(coco_dataset(coco), model=None))
@@ -68,7 +68,7 @@ def test_what_is_no_file_is_not_opened(coco, kind):
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "device", "folder", "socket"])
-def test_an_annotation_file_that_is_no_file_is_not_opened(coco, kind):
+def test_special_annotation_files_are_not_opened(coco, kind):
     no_file(coco / "val.json", kind)
     evaluator = dict(type="CocoMetric", ann_file=str(coco / "val.json"))
     cfg = config({}, coco_dataset(coco, "val"), None, val_evaluator=evaluator)
@@ -77,7 +77,7 @@ def test_an_annotation_file_that_is_no_file_is_not_opened(coco, kind):
     assert audit(cfg, ["val"]).images == {}
 
 
-def test_inputs_that_are_no_files(tmp_path):
+def test_inputs_that_are_special_files(tmp_path):
     write_image(tmp_path / "a.jpg")
     no_file(tmp_path / "b.jpg", "FIFO")
     no_file(tmp_path / "c.jpg", "device")
@@ -104,14 +104,14 @@ def test_an_image_bomb_is_not_decoded(coco, header):
 
 
 @pytest.mark.parametrize("ending", [".jpg", ".png", ".bmp", ".tif", ".ppm"])
-def test_the_size_by_the_header_is_that_of_the_decoded_image(tmp_path, ending):
+def test_size_from_the_header_matches_the_decoded_image(tmp_path, ending):
     path = str(tmp_path / f"a{ending}")
     cv2.imwrite(path, np.zeros((20, 30, 3), np.uint8))
     assert image_size(path) == (30, 20)
     assert cv2.imread(path).shape == (20, 30, 3)
 
 
-def test_the_size_of_an_image_that_its_orientation_turns(tmp_path):
+def test_size_of_an_image_with_exif_orientation(tmp_path):
     path = tmp_path / "a.jpg"
     cv2.imwrite(str(path), np.zeros((20, 30, 3), np.uint8))
     whole = path.read_bytes()
@@ -122,7 +122,7 @@ def test_the_size_of_an_image_that_its_orientation_turns(tmp_path):
     assert image_size(str(path)) == (20, 30)
 
 
-def test_images_of_another_size_than_annotated(coco):
+def test_images_that_differ_from_the_annotated_size(coco):
     edit_json(coco / "train.json", setting("images", width=48, height=64))
     (warning,) = check_data(config(coco_dataset(coco), model=None), ("train",))
     assert "1 of 4 opened images differ" in warning
@@ -149,7 +149,7 @@ RESIZINGS = [
 
 @pytest.mark.parametrize("transform", RESIZINGS, ids=lambda t: t["type"])
 @pytest.mark.parametrize("size", [(300, 1), (1, 300), (300, 2), (3000, 4), (640, 480), (90, 1)])
-def test_the_shorter_side_is_what_the_transform_leaves(transform, size):
+def test_shorter_side_matches_the_transform(transform, size):
     width, height = size
     expected = shorter_side(width, height, transform["type"], transform)
     own = TRANSFORMS.build({**transform, "_scope_": "mmdet"})
@@ -175,7 +175,7 @@ def test_the_shorter_side_is_what_the_transform_leaves(transform, size):
         ([dict(type="RandomCrop", crop_size=(9, 9)), RESIZINGS[0]], False),
     ],
 )
-def test_images_that_resizing_leaves_nothing_of_are_counted(coco, split, transforms, counted):
+def test_images_resized_to_nothing_are_counted(coco, split, transforms, counted):
     cv2.imwrite(str(coco / "images" / "1.jpg"), np.zeros((1, 300, 3), np.uint8))
     edit_json(coco / f"{split}.json", setting("images", width=300, height=1))
     edit_json(
@@ -192,7 +192,7 @@ def test_images_that_resizing_leaves_nothing_of_are_counted(coco, split, transfo
     assert f"{coco}/images/1.jpg (300 x 1)" in message
 
 
-def test_an_image_that_resizing_leaves_nothing_of_is_told_in_words():
+def test_image_resized_to_nothing_gives_a_clear_error():
     own = TRANSFORMS.build({**RESIZINGS[0], "_scope_": "mmdet"})
     with pytest.raises(
         ImageError, match=r"300 x 1 pixels; resizing to \(64, 48\) would make a side 0"
@@ -222,7 +222,7 @@ def many(coco):
     return coco
 
 
-def test_quick_opens_some_images_and_says_so(many):
+def test_quick_opens_a_sample_and_warns(many):
     cfg = config(coco_dataset(many, filter_cfg=None), model=None)
     (line,) = check_data(cfg, ("train",))
     assert f"opened {SAMPLE} of {SAMPLE + 50} images" in line
@@ -230,7 +230,7 @@ def test_quick_opens_some_images_and_says_so(many):
     assert check_data(cfg, ("train",), "full") == []
 
 
-def test_quick_finds_what_is_missing_anywhere(many):
+def test_quick_finds_any_missing_file(many):
     cfg = config(coco_dataset(many, filter_cfg=None), model=None)
     for i in range(100, 110):  # one of them, at least, is not among those that are opened
         (many / "images" / f"{i}.jpg").unlink()
@@ -240,7 +240,7 @@ def test_quick_finds_what_is_missing_anywhere(many):
     assert "111.jpg: a FIFO, not a file" in message
 
 
-def test_full_finds_what_quick_does_not_open(many):
+def test_full_finds_damage_that_quick_misses(many):
     cfg = config(coco_dataset(many, filter_cfg=None), model=None)
     for i in range(SAMPLE + 50):
         path = many / "images" / f"{i}.jpg"
@@ -251,14 +251,14 @@ def test_full_finds_what_quick_does_not_open(many):
 
 
 @pytest.mark.parametrize("name", ["C:\\data\\1.jpg", "images\\1.jpg"])
-def test_names_of_windows(coco, name):
+def test_windows_separators_in_names(coco, name):
     edit_json(coco / "train.json", setting("images", file_name=name))
     message = errors_of(config(coco_dataset(coco), model=None))
     assert "1 of 4 images are missing" in message
     assert "1 of the names contain '\\', which should be '/'" in message
 
 
-def test_absolute_names_beside_relative_ones(coco, monkeypatch):
+def test_absolute_and_relative_names(coco, monkeypatch):
     monkeypatch.chdir(coco.parent)
     dataset = coco_dataset("coco")
     edit_json(coco / "train.json", setting("images", file_name=str(coco / "images" / "1.jpg")))

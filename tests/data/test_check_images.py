@@ -36,7 +36,7 @@ def test_wrong_image_folder(coco):
     assert "similar names" in message
 
 
-def test_voc_images_of_another_type(voc):
+def test_voc_images_with_another_suffix(voc):
     (voc / "JPEGImages" / "1.jpg").rename(voc / "JPEGImages" / "1.png")
     message = errors_of(config(voc_dataset(voc)))
     assert "1.jpg does not exist" in message
@@ -48,7 +48,7 @@ def test_voc_images_of_another_type(voc):
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_truncated_images_wherever_they_are_cut(tmp_path, ending, data):
+def test_truncated_images_at_any_position(tmp_path, ending, data):
     path = tmp_path / f"a{ending}"
     write_image(path)
     assert image_damage(str(path)) is None
@@ -61,14 +61,14 @@ def test_truncated_images_wherever_they_are_cut(tmp_path, ending, data):
 
 @pytest.mark.parametrize("ending", [".jpg", ".png"])
 @pytest.mark.parametrize("behind", [b"\0" * 5000, b"\r\n", b"metadata of a camera" * 500])
-def test_what_is_behind_the_end_of_an_image_does_not_matter(tmp_path, ending, behind):
+def test_data_after_the_end_of_an_image_is_ignored(tmp_path, ending, behind):
     path = tmp_path / f"a{ending}"
     write_image(path)
     path.write_bytes(path.read_bytes() + behind)
     assert image_damage(str(path)) is None
 
 
-def test_the_end_of_a_thumbnail_is_not_the_end_of_the_image(tmp_path):
+def test_end_of_a_thumbnail_is_not_the_end_of_the_image(tmp_path):
     path = tmp_path / "a.jpg"
     write_image(path)
     whole = path.read_bytes()
@@ -87,14 +87,14 @@ def test_the_end_of_a_thumbnail_is_not_the_end_of_the_image(tmp_path):
         (b"<!DOCTYPE html>", "a web page"),
     ],
 )
-def test_files_that_are_no_images(coco, content, words):
+def test_files_that_are_not_images(coco, content, words):
     (coco / "images" / "2.jpg").write_bytes(content)
     message = errors_of(config(coco_dataset(coco)))
     assert f"1 of 4 images are damaged: {coco}/images/2.jpg" in message
     assert words in message
 
 
-def test_unknown_formats_are_left_alone(tmp_path):
+def test_unknown_formats_are_accepted(tmp_path):
     (tmp_path / "a.bmp").write_bytes(b"BM1234")
     assert image_damage(str(tmp_path / "a.bmp")) is None
 
@@ -103,7 +103,7 @@ def test_folder_instead_of_an_image(tmp_path):
     assert image_damage(str(tmp_path)) == "a folder, not a file"
 
 
-def test_images_that_the_run_does_not_read_may_be_missing(coco):
+def test_unused_images_may_be_missing(coco):
     def take_from_first(content):
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 0]
 
@@ -132,7 +132,7 @@ def test_no_boxes_without_a_filter(coco):
     assert "have no box to learn from" in message
 
 
-def test_unlabelled_data_beside_labelled_are_a_warning(coco):
+def test_unlabelled_next_to_labelled_data_gives_a_warning(coco):
     edit_json(coco / "val.json", lambda content: content.update(annotations=[]))
     unlabelled = coco_dataset(coco, "val", test_mode=False)
     both = dict(type="ConcatDataset", datasets=[coco_dataset(coco), unlabelled])
@@ -148,7 +148,7 @@ def test_voc_images_filtered_out_by_a_size_of_zero(voc):
     assert "write as 0" in message
 
 
-def test_inverted_boxes_of_coco_are_a_warning(coco):
+def test_inverted_coco_boxes_give_a_warning(coco):
     edit_json(coco / "train.json", lambda c: c["annotations"][5].update(bbox=[5, 5, 0, 9]))
     (warning,) = check_data(config(coco_dataset(coco)))
     assert "1 of 6 boxes of" in warning
@@ -159,7 +159,7 @@ INVERTED = [(30, 5, 5, 30), (5, 30, 30, 5), (5, 5, 5, 30), (5, 5, 5.9, 30)]
 
 
 @pytest.mark.parametrize("box", INVERTED)
-def test_inverted_boxes_of_voc_are_an_error_with_the_line_that_mends_it(voc, box):
+def test_inverted_voc_boxes_raise_with_the_line_that_fixes_it(voc, box):
     good = (CLASSES[0], 0, (5, 5, 30, 30))
     (voc / "Annotations" / "0.xml").write_text(voc_xml(good, (CLASSES[0], 0, box)))
     message = errors_of(config(voc_dataset(voc)))
@@ -178,7 +178,7 @@ def test_inverted_boxes_of_voc_are_an_error_with_the_line_that_mends_it(voc, box
     assert kept == [4, 4, 29, 29]
 
 
-def test_inverted_boxes_of_voc_that_mmdet_ignores_are_a_warning(voc):
+def test_inverted_voc_boxes_ignored_by_mmdet_give_a_warning(voc):
     (voc / "Annotations" / "0.xml").write_text(
         voc_xml((CLASSES[0], 0, (1, 1, 9, 9)), (CLASSES[0], 1, INVERTED[0]))
     )

@@ -102,14 +102,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("content", SILENT.values(), ids=SILENT)
-def test_files_that_mean_one_thing_are_read_without_a_word(voc, content):
+def test_valid_files_are_read_without_warnings(voc, content):
     write(voc, content)
     assert check_data(config(ours(voc))) == []
     assert loaded(ours(voc)) == [BOX]
 
 
 @pytest.mark.parametrize(("content", "words"), CORRECTED.values(), ids=CORRECTED)
-def test_what_is_put_right_is_told_in_one_line(voc, content, words):
+def test_corrections_are_logged_in_one_line(voc, content, words):
     write(voc, content)
     (warning,) = check_data(config(ours(voc)))
     assert warning.startswith("train_dataloader.dataset: corrected: ")
@@ -121,7 +121,7 @@ def test_what_is_put_right_is_told_in_one_line(voc, content, words):
 @pytest.mark.parametrize(
     "case", sorted(CORRECTED.keys() - {"size of 0", "negative size", "blanks around a name"})
 )
-def test_of_mmdets_own_data_set_they_are_refused(voc, case):
+def test_mmdets_own_dataset_rejects_them(voc, case):
     content, words = CORRECTED[case]
     write(voc, content)
     message = errors_of(config(voc_dataset(voc)))
@@ -129,7 +129,7 @@ def test_of_mmdets_own_data_set_they_are_refused(voc, case):
     assert words in message
 
 
-def test_images_that_mmdet_leaves_out_by_a_size_of_0_are_counted(voc):
+def test_images_skipped_by_mmdet_for_size_0_are_counted(voc):
     write(voc, DOG.replace(SIZE, SIZE.replace("64", "0")))
     dataset = voc_dataset(voc, filter_cfg=dict(min_size=32))
     (warning,) = check_data(config(dataset))
@@ -142,7 +142,7 @@ def test_images_that_mmdet_leaves_out_by_a_size_of_0_are_counted(voc):
 
 
 @pytest.mark.parametrize(("content", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_read_is_refused_with_file_field_and_value(voc, content, words):
+def test_unreadable_files_raise_with_file_field_and_value(voc, content, words):
     write(voc, content)
     message = errors_of(config(ours(voc)))
     assert "1 of the 3 XML files" in message
@@ -154,12 +154,12 @@ def test_what_cannot_be_read_is_refused_with_file_field_and_value(voc, content, 
     assert words in errors_of(config(voc_dataset(voc)))
 
 
-def test_long_values_are_not_shown_whole(voc):
+def test_long_values_are_shortened(voc):
     write(voc, corner("5" * 8000))
     assert len(errors_of(config(ours(voc)))) < 1000
 
 
-def test_what_difficult_means(voc):
+def test_values_of_difficult(voc):
     write(voc, "")
     path = voc / "Annotations" / "1.xml"
     for text, expected in {"1": True, " 2 ": True, "-1": True, "True": True, "1.0": True}.items():
@@ -168,7 +168,7 @@ def test_what_difficult_means(voc):
         assert box.difficult == expected
 
 
-def test_objects_of_other_classes_are_not_looked_into(voc):
+def test_objects_of_other_classes_are_not_parsed(voc):
     write(voc, DOG.replace("</size>", "</size><object><name>ship</name><robndbox/></object>"))
     (warning,) = check_data(config(ours(voc)))
     assert "other classes are ignored: 'ship' (1)" in warning
@@ -180,7 +180,7 @@ INVERTED = [(30, 5, 5, 30), (5, 5, 5.9, 30)]
 
 
 @pytest.mark.parametrize("box", OUTSIDE + INVERTED)
-def test_boxes_without_anything_in_the_image_are_ignored_in_training(voc, box):
+def test_boxes_outside_the_image_are_ignored_in_training(voc, box):
     write(voc, voc_xml(("dog", 0, (5, 6, 30, 31)), ("dog", 0, box)))
     (warning,) = check_data(config(ours(voc)))
     assert "1.xml; they are ignored in training" in warning
@@ -193,7 +193,7 @@ def test_boxes_without_anything_in_the_image_are_ignored_in_training(voc, box):
 
 
 @pytest.mark.parametrize("box", OUTSIDE)
-def test_boxes_outside_are_an_error_where_resize_makes_them_empty(voc, box):
+def test_boxes_outside_raise_if_resize_makes_them_empty(voc, box):
     write(voc, voc_xml(("dog", 0, (5, 6, 30, 31)), ("dog", 0, box)))
     load = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", with_bbox=True)]
     resize = dict(type="Resize", scale=(32, 32))
@@ -207,7 +207,7 @@ def test_boxes_outside_are_an_error_where_resize_makes_them_empty(voc, box):
     assert len(DATASETS.build({**behind, "_scope_": "mmdet"})[1]["gt_bboxes"]) == 1
 
 
-def test_a_wrong_size_in_the_file_does_not_make_boxes_outside(voc):
+def test_wrong_size_in_the_file_does_not_put_boxes_outside(voc):
     write(voc, DOG.replace(SIZE, "<width>4</width><height>4</height>"))
     (warning,) = check_data(config(ours(voc)))
     assert "1.jpg: 64 x 48, annotated 4 x 4" in warning
@@ -229,7 +229,7 @@ def test_blanks_in_an_image_set_do_not_matter(voc, content):
     ("content", "words"),
     [(b"0  1\n1 -1\n2 -1\n", "per-class lists ('0  1')"), (b"0\n\xe9\n", "is not UTF-8 text")],
 )
-def test_image_sets_that_are_none(voc, content, words):
+def test_invalid_image_sets(voc, content, words):
     (voc / "train.txt").write_bytes(content)
     assert words in errors_of(config(ours(voc)))
     with pytest.raises(DataError) as caught:

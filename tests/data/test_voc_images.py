@@ -89,7 +89,7 @@ def test_the_image_is_found(laid_out, files, img_id, filename, found):
         (["a.jpg", "a.png"], None, "several images with the same name and no usable <filename>"),
     ],
 )
-def test_in_doubt_it_is_mmdets_image_and_a_line_says_so(laid_out, files, filename, words):
+def test_ambiguous_image_is_mmdets_with_a_warning(laid_out, files, filename, words):
     root = laid_out(files, {"a": filename})
     (warning,) = check(root)
     assert words in warning
@@ -106,7 +106,7 @@ def test_in_doubt_it_is_mmdets_image_and_a_line_says_so(laid_out, files, filenam
         (["c.png"], {"a": "c.png", "b": "c.png"}, "'c.png', the image of a.xml"),
     ],
 )
-def test_what_remains_ambiguous_is_refused(laid_out, files, ids, words):
+def test_ambiguous_images_raise(laid_out, files, ids, words):
     root = laid_out(files, ids)
     assert words in errors_of(config(ours(root), num_classes=1))
     with pytest.raises(DataError) as caught:
@@ -114,7 +114,7 @@ def test_what_remains_ambiguous_is_refused(laid_out, files, ids, words):
     assert words in str(caught.value)
 
 
-def test_missing_images_and_what_is_no_file_are_missing(laid_out):
+def test_missing_images_and_special_files_are_missing(laid_out):
     root = laid_out(["c.png"], dict.fromkeys("abc"))
     os.mkfifo(root / "JPEGImages" / "a.png")
     (root / "JPEGImages" / "b.png").mkdir()
@@ -144,7 +144,7 @@ def test_remote_images_have_mmdets_names(laid_out):
     assert built.read("a").path == f"file://{root}/JPEGImages/a.jpg"
 
 
-def test_size_of_an_image_is_that_of_the_decoded_one(tmp_path):
+def test_size_of_an_image_matches_the_decoded_one(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     Image.new("RGB", (64, 48)).save(tmp_path / "a.jpg", exif=exif)
@@ -168,7 +168,7 @@ def voc0712(tmp_path, monkeypatch):
     return cfg
 
 
-def test_voc_is_read_as_mmdet_reads_it(voc0712):
+def test_voc_is_read_like_mmdet(voc0712):
     check_data(voc0712, ("train", "val", "test"))
     flags = []
     for key in ("train_dataloader", "val_dataloader", "test_dataloader"):
@@ -188,7 +188,7 @@ def test_voc_is_read_as_mmdet_reads_it(voc0712):
     assert metric.eval_mode == "11points"
 
 
-def test_nothing_is_read_before_it_is_asked_for(tmp_path):
+def test_datasets_are_lazy(tmp_path):
     built = DATASETS.build(ours(tmp_path / "gone", lazy_init=True))
     assert built.metainfo["classes"] == ("dog",)
     with pytest.raises(FileNotFoundError):

@@ -64,7 +64,7 @@ def run(work_dir, epochs, seed=0, resume=False, workers=2, persistent=False):
 
 
 @pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
-def test_resumed_run_draws_the_numbers_of_the_whole_one(tmp_path, workers, persistent):
+def test_resumed_run_draws_the_same_numbers(tmp_path, workers, persistent):
     kwargs = dict(workers=workers, persistent=persistent)
     whole, _ = run(tmp_path / "whole", 3, **kwargs)
     run(tmp_path / "broken", 1, **kwargs)
@@ -76,7 +76,7 @@ def test_resumed_run_draws_the_numbers_of_the_whole_one(tmp_path, workers, persi
     assert (other != whole).any(1).all()
 
 
-def test_seed_of_the_checkpoint_is_taken_where_none_is_given(tmp_path):
+def test_checkpoints_seed_is_used_if_none_is_given(tmp_path):
     whole, first = run(tmp_path / "whole", 3, seed=None)
     run(tmp_path / "broken", 1, seed=first.seed)
     resumed, second = run(tmp_path / "broken", 3, seed=None, resume=True)

@@ -125,7 +125,7 @@ def save(cfg, path):
     return str(path)
 
 
-def test_the_model_sees_what_a_data_set_gives_it(case, monkeypatch, tmp_path):
+def test_model_input_matches_the_dataset(case, monkeypatch, tmp_path):
     kind, detector, cfg, paths = case
     # As a Runner builds it: the detector has put a loader of its own into this config.
     pipeline = list(cfg.pipeline)
@@ -164,7 +164,7 @@ def test_the_model_sees_what_a_data_set_gives_it(case, monkeypatch, tmp_path):
         assert picture.std() > 20
 
 
-def test_broken_files_lose_no_other_results(case, tmp_path):
+def test_broken_files_do_not_affect_other_results(case, tmp_path):
     _, detector, _, paths = case
     whole = Path(paths[1]).read_bytes()
     Path(paths[1]).write_bytes(whole[: len(whole) // 2])
@@ -191,7 +191,7 @@ def test_export_compares_on_such_images(case, tmp_path):
     assert all(f"x {channels} x" in name for name in found.raw)
 
 
-def test_complexity_takes_the_channels_of_the_model(case):
+def test_complexity_uses_the_models_channels(case):
     kind, detector, cfg, _ = case
     found = detector_complexity(cfg, SIZE)
     assert found.parameters == sum(p.numel() for p in detector.model.parameters())
@@ -200,7 +200,7 @@ def test_complexity_takes_the_channels_of_the_model(case):
     assert detector_complexity(cfg, SIZE).flops - found.flops == 7 * 7 * 8 * 32 * 32
 
 
-def test_a_file_that_is_no_image_says_why(case, tmp_path):
+def test_invalid_image_gives_the_reason(case, tmp_path):
     _, detector, _, _ = case
     for content, reason in (
         (b"", "empty"),
@@ -235,7 +235,7 @@ def test_pictures_are_eight_bits_and_three_channels(pixels, expected):
     assert (picture == expected).all()
 
 
-def test_a_picture_of_sixteen_bits_uses_all_greys():
+def test_sixteen_bit_picture_uses_all_greys():
     pixels = np.linspace(7000, 9000, 10_000, dtype=np.uint16).reshape(100, 100)
     pixels[50, 50] = 2**16 - 1  # a pixel that is broken
     picture = LoadedImage("a.png", pixels, {}).picture

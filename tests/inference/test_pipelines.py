@@ -131,7 +131,7 @@ def items_of(cfg) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_detections_are_those_of_a_test(change, cfg, checkpoint, tmp_path):
+def test_detections_match_a_test(change, cfg, checkpoint, tmp_path):
     CHANGES[change](cfg)
     detector = Detector(cfg, str(checkpoint), "cpu")
     items = items_of(cfg)
@@ -204,7 +204,7 @@ def test_augmentation_reaches_every_data_set(types, cfg, checkpoint, tmp_path):
     assert scores == theirs.pred_instances.scores.tolist() != []
 
 
-def test_collation_is_the_configs(cfg, checkpoint):
+def test_collation_follows_the_config(cfg, checkpoint):
     cfg.test_dataloader.collate_fn = dict(type="default_collate")
     detector = Detector(cfg, str(checkpoint), "cpu")
     assert detector._collate.func is default_collate
@@ -221,7 +221,7 @@ def test_wrong_test_data(cfg, checkpoint):
         Detector(cfg, str(checkpoint), "cpu")
 
 
-def test_a_pipeline_that_fails_says_where(cfg, checkpoint, shapes):
+def test_failing_pipeline_names_the_transform(cfg, checkpoint, shapes):
     path = next(str(path) for path in sorted(shapes.glob("JPEGImages/*.jpg")))
     cfg.test_dataloader.dataset.pipeline.insert(1, dict(type=ThreeTimes, missing="pixels"))
     with pytest.raises(ImageError, match=r"^ThreeTimes fails: 'pixels'$"):
@@ -231,7 +231,7 @@ def test_a_pipeline_that_fails_says_where(cfg, checkpoint, shapes):
         Detector(cfg, str(checkpoint), "cpu").load(path)
 
 
-def test_odd_files_lose_no_results(cfg, checkpoint, shapes, tmp_path):
+def test_unusual_files_do_not_affect_results(cfg, checkpoint, shapes, tmp_path):
     cfg.test_dataloader.dataset.pipeline[0].color_type = "unchanged"
     detector = Detector(cfg, str(checkpoint), "cpu")
     image = cv2.imread(str(next(shapes.glob("JPEGImages/*.jpg"))))
@@ -263,7 +263,7 @@ def test_odd_files_lose_no_results(cfg, checkpoint, shapes, tmp_path):
     (tmp_path / "out" / "pictures" / "a.jpg").mkdir(parents=True)  # in the way of a picture
     found = predict(detector, paths, tmp_path / "out", batch_size=4)
     assert {os.path.basename(path) for path in found.skipped} == set(bad)
-    assert "64x64 values" in found.skipped[paths[-2]]
+    assert "pixels of shape 64x64" in found.skipped[paths[-2]]
     assert list(found.undrawn) == [paths[0]]
     assert "is a folder" in found.undrawn[paths[0]]
     text = (tmp_path / "out" / "predictions.json").read_text(encoding="utf-8")
@@ -280,7 +280,7 @@ def test_odd_files_lose_no_results(cfg, checkpoint, shapes, tmp_path):
         assert cv2.imdecode(pixels, cv2.IMREAD_COLOR).shape == image.shape
 
 
-def test_detections_of_nan_are_left_out(cfg, checkpoint, shapes, tmp_path, monkeypatch):
+def test_nan_detections_are_dropped(cfg, checkpoint, shapes, tmp_path, monkeypatch):
     detector = Detector(cfg, str(checkpoint), "cpu")
     detect = detector.detect
 

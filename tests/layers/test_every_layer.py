@@ -28,7 +28,7 @@ from tests.helpers.registered import (
 FAR = (20, 31, 61, 63, 100)  # powers of two beyond every sensible number
 
 
-def test_the_papers_names_are_registered_in_the_root():
+def test_paper_names_are_registered_in_the_root_registry():
     assert set(RECEPTIVE) == {"RFAConv", "RFCBAMConv", "RFCAConv"}
     assert set(ATTENDED) == {"CAMConv", "CBAMConv", "CAConv"}
     assert set(CONVS) == {*RECEPTIVE, *ATTENDED}
@@ -55,7 +55,7 @@ def test_state_dict_round_trip(name):
     assert torch.equal(a(x), b(x))
 
 
-def test_mmcvs_fusion_of_batch_norm_changes_nothing(name):
+def test_mmcvs_batch_norm_fusion_keeps_the_outputs(name):
     layer = build(name).eval()
     fused = fuse_conv_bn(copy.deepcopy(layer))
     torch.testing.assert_close(fused(feature_map()), layer(feature_map()))
@@ -65,7 +65,7 @@ def test_mmcvs_fusion_of_batch_norm_changes_nothing(name):
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deep", "pkl"]
 )
-def test_copies_compute_the_same_and_share_nothing(name, copied, training):
+def test_copies_give_the_same_outputs_and_share_nothing(name, copied, training):
     layer, x = build(name).train(training), feature_map()
     twin = copied(layer)
     assert torch.equal(twin(x), layer(x))
@@ -95,7 +95,7 @@ def test_repr_shows_the_arguments(name):
             assert f"{argument}={value}" in text or f"={value}" in text
 
 
-def test_channels_last_gives_the_same(name):
+def test_channels_last_gives_the_same_outputs(name):
     layer, x = build(name), feature_map()
     fast = copy.deepcopy(layer).to(memory_format=torch.channels_last)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -137,7 +137,7 @@ def test_unknown_argument_is_a_type_error_that_names_it(name):
         build(name, no_such_argument=1)
 
 
-def test_inputs_that_are_no_feature_map_are_refused(name):
+def test_invalid_inputs_raise(name):
     layer = build(name).eval()
     shown = MODELS.get(name).__name__
     x = feature_map()
@@ -180,7 +180,7 @@ def test_integer_arguments_are_checked_when_the_layer_is_built(name, value, erro
                 MODELS.get(name)(**{**good, argument: given})
 
 
-def test_numbers_of_numpy_count_as_ints(name):
+def test_numpy_integers_are_accepted(name):
     good = {"in_channels": CHANNELS, **required(name)}
     if name in CONVS:
         good |= dict(out_channels=8, kernel_size=3, padding=1, stride=2, dilation=1, groups=4)
@@ -199,7 +199,7 @@ def test_numbers_of_numpy_count_as_ints(name):
 
 
 @pytest.mark.parametrize("name", CONVS)
-def test_a_window_and_its_padding_have_bounds(name):
+def test_window_and_padding_are_bounded(name):
     with pytest.raises(ValueError, match=r"^kernel_size=\(183, 183\): must have at most 32768"):
         MODELS.get(name)(4, 4, 183)
     with pytest.raises(ValueError, match=r"^padding=None, dilation \* .*=2097152: must be"):

@@ -49,7 +49,7 @@ def test_compiles_as_one_graph(name, training):
 
 
 @pytest.mark.parametrize("layer_name", PLUGINS)
-def test_compiles_with_its_output_multiplied(layer_name):
+def test_compiles_with_output_scale(layer_name):
     layer, x = multiplied(layer_name), feature_map()
     compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))
@@ -108,7 +108,7 @@ def test_torch_export_with_dynamic_sizes(name):
 @exports
 @torch.no_grad()
 @pytest.mark.parametrize("layer_name", PLUGINS)
-def test_torch_export_with_its_output_multiplied(layer_name):
+def test_torch_export_with_output_scale(layer_name):
     assert_exports(multiplied(layer_name))
 
 
@@ -132,7 +132,7 @@ def test_onnx_with_dynamic_sizes(name):
 @torch.no_grad()
 @pytest.mark.filterwarnings(*OF_THE_TRACER)
 @pytest.mark.parametrize("layer_name", PLUGINS)
-def test_onnx_with_its_output_multiplied(layer_name):
+def test_onnx_with_output_scale(layer_name):
     assert_exports_to_onnx(multiplied(layer_name))
 
 

@@ -36,7 +36,7 @@ FACTOR_OF_LARGE_INPUTS = {"EMA": 16, "RFCAConv": 16, "RFCBAMConv": 16}
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", AUTOCAST_TYPES)
 @pytest.mark.parametrize("magnitude", [1, 1e4])
-def test_autocast_is_near_float32(name, dtype, magnitude, training):
+def test_autocast_is_close_to_float32(name, dtype, magnitude, training):
     layer = build(name).train(training)
     # Values that the dtype can hold, so that only the layer's own rounding is measured.
     x = (2 * torch.rand(2, CHANNELS, 9, 7) - 1).mul(magnitude).to(dtype).float().requires_grad_()

@@ -31,7 +31,7 @@ def kept(module: torch.nn.Module, shape: InputSize) -> int:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op", ["RFCBAMConv", "RFCAConv", "CBAM", "CoordAtt", "EMA"])
-def test_at_most_half_of_the_formulas(op, shape, training):
+def test_saves_at_most_half_of_the_formula(op, shape, training):
     layer = build(op, shape).train(training)
     if hasattr(layer, "backend"):
         layer.backend = "reference"  # as where modules are called
@@ -49,7 +49,7 @@ def test_at_most_half_of_the_formulas(op, shape, training):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op", ["RFCBAMConv", "RFCAConv"])
-def test_where_the_kernels_are_an_eighth_of_the_formulas(op, shape, training):
+def test_kernels_save_an_eighth_of_the_formula(op, shape, training):
     require("cpu")
     layer = build(op, shape).train(training)
     ours, theirs = kept(layer, shape), kept(Formula(op, layer).train(training), shape)
@@ -57,7 +57,7 @@ def test_where_the_kernels_are_an_eighth_of_the_formulas(op, shape, training):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_conam_keeps_what_its_formula_keeps(shape):
+def test_conam_saves_the_same_as_its_formula(shape):
     # That is the input once, and little else: half of it is not enough for a gradient.
     layer = build("ConAM", shape)
     x = 4 * shape.batch * shape.channels * shape.height * shape.width
@@ -83,7 +83,7 @@ def test_statistics_are_counted_once(kind, made):
 
 @pytest.mark.parametrize("op", ["RFCBAMConv", "RFCAConv", "CBAM", "CoordAtt", "EMA", "ConAM"])
 @pytest.mark.parametrize("recorded", [False, True])
-def test_a_graph_that_is_recorded_computes_the_same(op, recorded, monkeypatch):
+def test_recorded_graph_gives_the_same_outputs(op, recorded, monkeypatch):
     shape = InputSize(2, 64, 9, 7)
     layer = build(op, shape).eval().double()
     x = make_input(shape, torch.float64, torch.device("cpu")).requires_grad_()

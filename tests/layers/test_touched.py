@@ -69,7 +69,7 @@ def assert_same(layer: nn.Module, touched: nn.Module, call=None) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("tool", TOOLS)
-def test_computes_the_same(name, tool, training):
+def test_outputs_are_unchanged(name, tool, training):
     layer = fast(name, training)
     touched = slow(layer)
     TOOLS[tool](touched)
@@ -97,7 +97,7 @@ def test_autocast(name, tool):
     assert (found - expected).norm() <= TOLERANCES[torch.bfloat16].output * expected.norm()
 
 
-def test_what_a_hook_returns_counts(name):
+def test_return_values_of_hooks_are_used(name):
     layer = build(name).eval()
     for key, module in layer.named_modules():
         if type(module) in WEIGHED:
@@ -109,7 +109,7 @@ def test_what_a_hook_returns_counts(name):
             assert layer(feature_map()).equal(expected)
 
 
-def test_a_class_whose_calls_are_watched(name, monkeypatch):
+def test_class_with_patched_call(name, monkeypatch):
     layer, called = build(name).eval(), []
     for kind in {type(module) for module in inner(layer)} & {*WEIGHED}:  # as torchstat does
         monkeypatch.setattr(
@@ -119,7 +119,7 @@ def test_a_class_whose_calls_are_watched(name, monkeypatch):
     assert {*called} == {*inner(layer, *WEIGHED)}
 
 
-def test_a_batch_norm_fused_by_hand(name):
+def test_manually_fused_batch_norm(name):
     layer = fast(name, training=False)
     fused, pairs = slow(layer), dict(feature="norm", conv1="bn1")
     for module in fused.modules():
@@ -162,7 +162,7 @@ def test_global_hooks_see_each_module(name, backward):
     assert {*called} == {*layer.modules()}
 
 
-def test_a_counter_by_hooks_counts_what_a_counter_of_operators_does(name):
+def test_hook_based_and_operator_based_counts_agree(name):
     layer, counts = build(name).eval(), []
 
     def count(module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> None:
@@ -196,7 +196,7 @@ def steps(layer: nn.Module, count: int = 3) -> None:
 
 
 @pytest.mark.parametrize("method", ["l1_unstructured", "random_unstructured", "ln_structured"])
-def test_pruned_layers_train_and_stay_pruned(name, method):
+def test_pruned_layers_stay_pruned_in_training(name, method):
     layer = build(name)
     structured = dict(n=2, dim=0) if method == "ln_structured" else {}
     modules = inner(layer, *WEIGHED)
@@ -213,7 +213,7 @@ def test_pruned_layers_train_and_stay_pruned(name, method):
 
 @pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
 @pytest.mark.parametrize("old", [True, False])
-def test_normed_weights_train(name, norm, old):
+def test_weight_norm_trains(name, norm, old):
     layer = build(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # FutureWarning: deprecated
@@ -223,7 +223,7 @@ def test_normed_weights_train(name, norm, old):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
-def test_frozen_parametrisations_compute_the_same_again(name):
+def test_cached_parametrisations_give_the_same_outputs(name):
     layer = fast(name)
     touched = slow(layer)
     TOOLS["parametrised"](touched)
@@ -275,7 +275,7 @@ def test_activation_checkpointing(name, reentrant):
     assert_same(layer, twin, call=lambda x: checkpoint(twin, x, use_reentrant=reentrant))
 
 
-def test_another_module_of_the_same_class(name):
+def test_replaced_module_of_the_same_class(name):
     """With a bias, where there was none, or with other arguments: nothing is ignored."""
     layer = fast(name, training=False)
     changed = slow(layer)
@@ -327,7 +327,7 @@ def test_average_model(name):
     torch.testing.assert_close(averaged.eval()(feature_map()), layer.eval()(feature_map()))
 
 
-def test_half_wrapped_in_part(name):
+def test_partial_half_precision(name):
     """Only one module at a time: the others may stay as they are."""
     layer = fast(name)
     for key, module in layer.named_modules():
@@ -339,7 +339,7 @@ def test_half_wrapped_in_part(name):
             assert seen, key
 
 
-def test_adapters_learn(name):
+def test_adapters_train(name):
     layer = build(name)
     TOOLS["wrapped"](layer)
     for key, parameter in layer.named_parameters():

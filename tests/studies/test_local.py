@@ -7,7 +7,7 @@ from rfa_mmdet.studies.local import worker_environments
 
 
 @pytest.mark.parametrize(("jobs", "wanted"), [(1, ["3"]), (2, ["3", "5"]), (3, ["3", "5", "3"])])
-def test_runs_share_the_gpus_that_are_visible(jobs, wanted, monkeypatch):
+def test_runs_share_the_visible_gpus(jobs, wanted, monkeypatch):
     # The number of GPUs is all that is asked of PyTorch, and these tests have none.
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")

@@ -92,7 +92,7 @@ def report(tmp_path_factory):
     return text, sizes
 
 
-def test_page_asks_nobody_and_escapes_what_it_shows(report):
+def test_page_is_self_contained_and_escapes_its_content(report):
     text, _ = report
     assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?(?!data:)[^"'\s>]*[:/]""", text)
     assert "<script>alert(1)" not in text
@@ -104,7 +104,7 @@ def test_page_asks_nobody_and_escapes_what_it_shows(report):
     assert "ours has the highest mean, 0.4600 ± 0.0100, +0.0400 from the baseline" in words
 
 
-def test_names_of_any_characters_in_every_file(tmp_path):
+def test_names_with_any_characters_in_every_file(tmp_path):
     (tmp_path / "base.py").write_text("model = dict()")
     (tmp_path / "$x$.py").write_text(
         "base = 'base.py'; metric = 'a'; methods = {'_plain': {}, '+1+1': {}, '-猫': {}}"
@@ -140,7 +140,7 @@ def test_names_of_any_characters_in_every_file(tmp_path):
         assert cv2.imread(str(study.work_dir / f"{name}.png")).std() > 10
 
 
-def test_page_of_what_is_not_finished(tmp_path):
+def test_page_of_an_unfinished_study(tmp_path):
     results = results_of(dict(plain=[None, None], ours=[0.2, 0.3]))
     results["stages"].append(
         dict(name="later", methods=["ours"], seeds=[0], options={}, load_from="all")

@@ -62,7 +62,7 @@ def study(tmp_path):
 
 
 @pytest.mark.slow
-def test_jobs_that_are_killed_or_queued_again_continue(cluster, run_tool, tiny_config, tmp_path):
+def test_killed_or_requeued_jobs_resume(cluster, run_tool, tiny_config, tmp_path):
     # Names as files may have them, of which nothing means anything to Slurm or a shell.
     folder = tmp_path / '100%j of "a" $x\'s #1'
     folder.mkdir()
@@ -141,7 +141,7 @@ def test_scripts_without_sbatch(study, monkeypatch, tmp_path):
     assert "--array" not in report
 
 
-def test_a_later_script_is_rejected_by_a_federation(study, monkeypatch, tmp_path):
+def test_later_script_is_rejected_by_a_federation(study, monkeypatch, tmp_path):
     """Clusters that share their jobs add their name to a number; one user may have few jobs."""
     calls = tmp_path / "calls"
     sbatch = tmp_path / "bin" / "sbatch"
@@ -160,7 +160,7 @@ def test_a_later_script_is_rejected_by_a_federation(study, monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("name", ["back\\slash", "two\nlines"])
-def test_names_that_cannot_stand_in_a_script(study, tmp_path, name):
+def test_names_not_possible_in_a_script(study, tmp_path, name):
     moved = load_study(tmp_path / "spec.py", tmp_path / name)
     with pytest.raises(UserError, match="backslashes and line breaks are not possible"):
         submit(moved, ["spec.py"], "gpus")

@@ -22,7 +22,7 @@ def compared(ours, baseline):
 
 
 @given(values)
-def test_p_is_that_of_the_paired_t_statistic(pairs):
+def test_p_matches_the_paired_t_test(pairs):
     differences = [a - b for a, b in pairs]
     n = len(pairs)
     mean = math.fsum(differences) / n
@@ -70,14 +70,14 @@ def test_only_seeds_that_both_have_are_compared():
     assert ours.verdict == "better"
 
 
-def test_nothing_finished_is_no_number():
+def test_unfinished_study_has_no_numbers():
     (row,) = summarise(results_of(dict(plain=[None, None]))).itertuples()
     assert math.isnan(row.mean)
     assert math.isnan(row.deviation)
     assert (row.finished, row.wanted, row.verdict) == (0, 2, "")
 
 
-def test_without_the_baseline_nothing_is_compared():
+def test_no_comparison_without_the_baseline():
     _, ours = summarise(results_of(dict(plain=[None] * 3, ours=[0.1, 0.2, 0.3]))).itertuples()
     assert (ours.finished, ours.verdict) == (3, "")
     assert math.isnan(ours.difference)

@@ -87,7 +87,7 @@ def build(case: dict) -> tuple[ConAM, Tensor]:
 
 
 @given(cases())
-def test_forward_and_every_gradient_are_the_formula(case):
+def test_forward_and_gradients_match_the_formula(case):
     layer, x = build(case)
     cells = patches(*case["size"], case["s"])
     weights = {k: v.double().requires_grad_() for k, v in layer.state_dict().items()}
@@ -153,7 +153,7 @@ def test_padding_does_not_dilute_a_border_patch():
     torch.testing.assert_close(gates(layer, x), torch.full((1, 6, 5), 0.25))
 
 
-def test_scaling_multiplies_the_strengthening_by_the_number_of_patches():
+def test_scaling_multiplies_confidences_by_the_number_of_patches():
     case = dict(channels=4, hidden=5, s=3, size=(7, 8), batch=2, scale=False, seed=7)
     plain, x = build(case)
     scaled, _ = build({**case, "scale": True})
@@ -191,7 +191,7 @@ def test_half_module(dtype):
     assert relative_error(out.detach(), expected) < TOLERANCES[dtype].output
 
 
-def test_parameters_carry_the_published_names():
+def test_parameters_have_the_published_names():
     shapes = {k: tuple(v.shape) for k, v in ConAM(6, 2, 4).state_dict().items()}
     assert shapes == {
         "linear1.weight": (4, 6),
@@ -202,7 +202,7 @@ def test_parameters_carry_the_published_names():
 
 
 @pytest.mark.parametrize(("height", "width"), [(3, 9), (9, 3), (3, 3)])
-def test_patch_larger_than_the_map_is_refused(height, width):
+def test_patch_larger_than_the_map_raises(height, width):
     message = (
         rf"ConAM: patch_size=4 is larger than the {height} x {width} map; "
         "must be from 1 to 3 here"
@@ -226,14 +226,14 @@ def test_patch_larger_than_the_map_is_refused(height, width):
         ((4, 4), TypeError, r"\(4, 4\): must be an int, not tuple"),
     ],
 )
-def test_arguments_that_are_no_positive_int_are_refused(argument, value, error, shown):
+def test_arguments_must_be_positive_ints(argument, value, error, shown):
     arguments = {"in_channels": 8, "patch_size": 2, "hidden_channels": 4, argument: value}
     with pytest.raises(error, match=f"^{argument}={shown}$"):
         ConAM(**arguments)
 
 
 @pytest.mark.parametrize("value", ["False", 0, 1, None, 2.0])
-def test_scale_by_patches_that_is_no_bool_is_refused(value):
+def test_scale_by_patches_must_be_a_bool(value):
     with pytest.raises(TypeError, match=f"^scale_by_patches={value!r}: must be a bool, not "):
         ConAM(8, 2, 4, scale_by_patches=value)
 
@@ -251,7 +251,7 @@ def test_scale_by_patches_that_is_no_bool_is_refused(value):
         (None, TypeError, "ConAM: .*not NoneType"),
     ],
 )
-def test_inputs_that_are_no_feature_map_are_refused(x, error, message):
+def test_invalid_inputs_raise(x, error, message):
     with pytest.raises(error, match=message):
         ConAM(8, 2, 4)(x)
 

@@ -31,7 +31,7 @@ def test_plugin_is_named_by_its_abbreviation(layer_name):
 
 
 @pytest.mark.parametrize("layer_name", PLUGINS)
-def test_resnet_takes_a_plugin(layer_name):
+def test_resnet_accepts_every_plugin(layer_name):
     kind = MODELS.get(layer_name)
     cfg = dict(type=layer_name, **{**required(layer_name), **small(layer_name)})
     torch.manual_seed(0)

@@ -136,28 +136,28 @@ corners = [
 @given(**cases)
 @example(**corners[0])
 @example(**corners[1])
-def test_se_is_the_formula(**case):
+def test_se_matches_the_formula(**case):
     compare(SE, **case)
 
 
 @given(**cases)
 @example(**corners[0])
 @example(**corners[1])
-def test_eca_is_the_formula(**case):
+def test_eca_matches_the_formula(**case):
     compare(ECA, **case)
 
 
 @given(**cases)
 @example(**corners[0])
 @example(**corners[1])
-def test_cbam_is_the_formula(**case):
+def test_cbam_matches_the_formula(**case):
     compare(CBAM, **case)
 
 
 @given(**cases)
 @example(**corners[0])
 @example(**corners[1])
-def test_coord_att_is_the_formula(**case):
+def test_coord_att_matches_the_formula(**case):
     compare(CoordAtt, **case)
 
 
@@ -183,7 +183,7 @@ def test_float32_gradients_are_compared(plugin, training, batch):
     ],
     ids=str,
 )
-def test_other_sizes_are_the_formula(plugin, kwargs):
+def test_other_sizes_match_the_formula(plugin, kwargs):
     compare(plugin, **kwargs)
 
 
@@ -265,7 +265,7 @@ def test_kernel_of_eca_follows_the_number_of_channels():
     assert {channels: ECA(channels).kernel_size for channels in stages} == stages
 
 
-def test_the_convolutions_use_the_plugins_themselves():
+def test_convolutions_use_the_plugins():
     assert type(CAMConv(16, 8, 3).attention) is ChannelAttention
     assert type(CBAM(16).channel) is ChannelAttention
     assert type(CBAMConv(16, 8, 3).attention) is CBAM
@@ -278,7 +278,7 @@ def test_the_convolutions_use_the_plugins_themselves():
     ("conv", "plugin"), [(CAMConv, ChannelAttention), (CBAMConv, CBAM), (CAConv, CoordAtt)]
 )
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_a_convolution_with_a_plugin_inside_is_the_two_in_a_row(conv, plugin, kernel):
+def test_attended_convolution_equals_plugin_and_convolution(conv, plugin, kernel):
     attended = conv(16, 8, kernel).eval()
     alone = plugin(16).eval()
     alone.load_state_dict(attended.attention.state_dict())
@@ -310,7 +310,7 @@ def test_a_convolution_with_a_plugin_inside_is_the_two_in_a_row(conv, plugin, ke
     ],
     ids=str,
 )  # fmt: skip
-def test_arguments_are_refused_in_words(plugin, kwargs, error, message):
+def test_invalid_arguments_give_clear_errors(plugin, kwargs, error, message):
     with pytest.raises(error, match=message):
         plugin(32, **kwargs)
 
@@ -334,7 +334,7 @@ def test_empty_batch(plugin):
 
 
 @every_plugin
-def test_input_is_left_as_it_was_and_may_be_a_view(plugin):
+def test_input_is_unchanged_and_may_be_a_view(plugin):
     layer = build(plugin, 8, False, seed=0)
     base = torch.randn(2, 9, 17, 3)
     view = base.permute(0, 2, 3, 1)[:, 1::2]  # no contiguous layout

@@ -65,7 +65,7 @@ def test_signature_lists_every_argument_in_conv2ds_order(layer_name):
 @pytest.mark.parametrize("layer_name", CONVS)
 @pytest.mark.parametrize("kernel", [1, 2, 3, (1, 3), (4, 3), 5])
 @pytest.mark.parametrize("kwargs", GRID, ids=str)
-def test_conv_has_the_size_and_the_attributes_of_conv2d(layer_name, kernel, kwargs):
+def test_output_size_and_attributes_match_conv2d(layer_name, kernel, kwargs):
     kwargs = dict(dict(padding=0), **kwargs)
     x = torch.randn(1, 8, 14, 13)
     expected = nn.Conv2d(8, 12, kernel, **kwargs)
@@ -146,7 +146,7 @@ def test_conv_arguments_are_checked_when_the_layer_is_built(layer_name, kwargs, 
 
 
 @pytest.mark.parametrize("layer_name", CONVS)
-def test_maps_smaller_than_the_window_are_refused_in_words(layer_name):
+def test_maps_smaller_than_the_window_raise(layer_name):
     x = torch.randn(1, CHANNELS, 4, 9)
     layer = conv(layer_name, CHANNELS, 16, 3, padding=1, dilation=3).eval()
     message = r"\(1, 32, 4, 9\).*padding=\(1, 1\).*kernel_size=\(3, 3\).*dilation=\(3, 3\)"
@@ -216,7 +216,7 @@ def test_conv_module(layer_name, norm, act):
         ("circular", "zeros"),
     ],
 )
-def test_conv_module_pads_as_the_layer_does_itself(layer_name, mode, own):
+def test_conv_module_pads_like_the_layer(layer_name, mode, own):
     block = ConvModule(
         CHANNELS,
         16,

@@ -71,7 +71,7 @@ def compare(name: str, case: Case, dtypes=(torch.float64, torch.float32)) -> Non
 @given(case=formulas.cases())
 @example(case=Case(kernel=(1, 1), padding=(0, 0), stride=(2, 1), groups=3, out_channels=6))
 @example(case=Case(kernel=(7, 7), padding=(3, 3), channels=65, batch=1, size=(4, 3)))
-def test_output_and_every_gradient_are_the_formula(name, case):
+def test_output_and_gradients_match_the_formula(name, case):
     compare(name, dataclasses.replace(case, act=case.act and "ReLU"))
 
 
@@ -141,7 +141,7 @@ def test_magnitude_of_the_input(name, magnitude, training):
 
 @each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_statistics_of_the_batch_are_those_of_torch(name, dtype):
+def test_batch_statistics_match_torch(name, dtype):
     """Where the mean is 1000 times the deviation."""
     case = Case(channels=5, size=(13, 11))
     layer, x = build(name, case, backend="cpu").to(dtype), case.input().to(dtype) + 1000
@@ -174,7 +174,7 @@ def test_without_norm_or_its_parameters(name, norm_cfg, training):
 
 @each
 @pytest.mark.parametrize("wanted", ["x", "feature.weight", "norm.bias", "conv.weight", "spatial"])
-def test_of_one_gradient_alone(name, wanted):
+def test_single_gradients(name, wanted):
     case = Case(batch=2, channels=4, out_channels=4, groups=2, size=(9, 8))
     layer, x = build(name, case), case.input()
     wanted = "coordinate.conv_h.weight" if (name, wanted) == ("RFCAConv", "spatial") else wanted
@@ -201,7 +201,7 @@ def test_nan_reaches_the_output(name):
 
 
 @each
-def test_input_is_not_read_past_its_ends_and_may_be_a_view(name):
+def test_input_is_not_read_out_of_bounds_and_may_be_a_view(name):
     case = Case(batch=1, size=(6, 7), training=False)
     layer, x = build(name, case), case.input()
     expected = run(layer, x)
@@ -220,7 +220,7 @@ def test_input_is_not_read_past_its_ends_and_may_be_a_view(name):
 
 
 @each
-def test_statistics_computed_anew_give_the_gradients_of_kept_ones(name, monkeypatch):
+def test_recomputed_statistics_give_the_same_gradients(name, monkeypatch):
     results = []
     for least in (0, math.inf):
         monkeypatch.setattr(autograd, "KEEP_FROM", least)
@@ -229,7 +229,7 @@ def test_statistics_computed_anew_give_the_gradients_of_kept_ones(name, monkeypa
 
 
 @each
-def test_second_derivatives_are_refused(name):
+def test_second_derivatives_raise(name):
     layer, x = build(name, Case()), Case().input().requires_grad_()
     with pytest.raises(RuntimeError, match="no second derivative; pass backend='reference'"):
         torch.autograd.grad(layer(x).sum(), x, create_graph=True)
@@ -249,7 +249,7 @@ def test_activation_checkpointing(name, training):
 
 @each
 @pytest.mark.parametrize("training", [True, False])
-def test_features_are_made_where_somebody_needs_them(name, training):
+def test_features_are_materialised_if_needed(name, training):
     case = Case(training=training)
     layer, x = build(name, case), case.input()
     assert layer.window_features(x) is not None
@@ -309,7 +309,7 @@ def test_features_are_checked():
         features(torch.randn(2, 4, 7, 6), dilation=(9, 9)).max_and_mean()
 
 
-def test_of_equal_maxima_the_first_channel_gets_the_gradient():
+def test_first_of_equal_maxima_gets_the_gradient():
     one = torch.rand(1, 1, 5, 5, dtype=torch.float64)
     x = one.repeat(1, 3, 1, 1).requires_grad_()
     identity = torch.eye(9, dtype=torch.float64).view(9, 1, 3, 3).repeat(3, 1, 1, 1)
@@ -321,7 +321,7 @@ def test_of_equal_maxima_the_first_channel_gets_the_gradient():
     assert not x.grad[0, 1:].any()
 
 
-def test_every_bit_is_the_same_for_any_number_of_threads():
+def test_results_are_bitwise_equal_for_any_number_of_threads():
     by_position = torch.rand(3, 40), torch.rand(3, 9, 25, 61)
     by_coordinate = torch.rand(3, 40, 3, 25), torch.rand(3, 40, 3, 61)
     weight, threads = torch.randn(24, 40, 3, 3), torch.get_num_threads()

@@ -26,7 +26,7 @@ def assert_sane(layer: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("layer_name", CONVS)
-def test_a_parents_kaiming_does_not_shrink_the_layer(layer_name):
+def test_parents_kaiming_init_does_not_shrink_the_layer(layer_name):
     class Parent(BaseModule):
         def __init__(self):
             super().__init__(init_cfg=dict(type="Kaiming", layer="Conv2d"))
@@ -39,7 +39,7 @@ def test_a_parents_kaiming_does_not_shrink_the_layer(layer_name):
     assert_sane(ConvModule(64, 64, 3, padding=1, conv_cfg=dict(type=layer_name)).conv)
 
 
-def test_rfa_conv_starts_as_the_paper_and_resnet_do():
+def test_rfa_conv_is_initialised_like_the_paper_and_resnet():
     layer = conv("RFAConv", 64, 128, 3)
     for p in layer.parameters():
         p.data.fill_(7)
@@ -53,7 +53,7 @@ def test_rfa_conv_starts_as_the_paper_and_resnet_do():
 
 
 @pytest.mark.parametrize("layer_name", CONVS)
-def test_resnet_takes_a_conv_as_dcn(layer_name):
+def test_resnet_accepts_a_conv_as_dcn(layer_name):
     torch.manual_seed(0)
     net = ResNet(
         50,

@@ -150,11 +150,11 @@ def test_two_ranks_agree_with_the_joined_batch(kind, sizes, parallel, static):
     run_ranks(SAME, kind=kind, sizes=sizes, parallel=parallel, static=static, backend="auto")
 
 
-def test_a_rank_without_kernels_agrees_with_one_that_has_them(tmp_path):
+def test_rank_without_kernels_agrees_with_one_with_kernels(tmp_path):
     copy_without_kernels(tmp_path)
     settings = dict(kind="RFAConv", sizes=(3, 1), parallel=False, static=False, backend="auto")
     run_ranks(SAME, str(tmp_path), **settings)
 
 
-def test_ranks_take_the_formula_together_or_say_why_not():
+def test_ranks_use_the_formula_together_or_raise():
     run_ranks(DIFFERENT)

@@ -62,7 +62,7 @@ def in_process(rank: int, folder: str, kind: type, sync: bool) -> None:
 @pytest.mark.parametrize(
     ("kind", "sync"), [(RFAConv, False), (RFCBAMConv, False), (RFCAConv, False), (RFAConv, True)]
 )
-def test_ranks_take_the_statistics_of_all_and_stay_alike(kind, sync, tmp_path):
+def test_ranks_use_joint_statistics_and_stay_equal(kind, sync, tmp_path):
     # Forked, as importing everything anew takes far longer than the test.
     arguments = (str(tmp_path), kind, sync)
     mp.start_processes(in_process, arguments, nprocs=2, start_method="fork")

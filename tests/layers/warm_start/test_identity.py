@@ -58,7 +58,7 @@ def test_norm_obstacle_of_each_norm():
         assert not only_shifts(norm, 0.0)
 
 
-def test_what_a_norm_learnt_on_its_first_statistics_it_keeps():
+def test_norm_keeps_its_outputs_when_taking_statistics():
     """As after a run under norm_eval, which trained weight and bias on 0 and 1."""
     torch.manual_seed(0)
     norm, x = nn.BatchNorm2d(3).double(), 2 + 3 * torch.randn(4, 3, 5, 5).double()
@@ -72,7 +72,7 @@ def test_what_a_norm_learnt_on_its_first_statistics_it_keeps():
     assert not awaits_statistics(norm)
 
 
-def test_a_batch_without_two_values_tells_nothing():
+def test_batch_with_a_single_value_is_skipped():
     norm = nn.BatchNorm2d(3)
     norm.load_state_dict(identity_norm(norm, 0.0))
     before = copy.deepcopy(norm.state_dict())
@@ -82,6 +82,6 @@ def test_a_batch_without_two_values_tells_nothing():
         assert awaits_statistics(norm)
 
 
-def test_a_group_norm_forgets_what_a_convolution_keeps():
+def test_group_norm_removes_the_scale():
     norm, x = nn.GroupNorm(2, 4, eps=0.0).double(), torch.randn(2, 4, 5, 5).double()
     torch.testing.assert_close(norm(2 * x), norm(x))

@@ -78,7 +78,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @given(data=st.data())
-def test_it_computes_what_the_plain_convolution_did(variant, data):
+def test_outputs_equal_the_plain_convolution(variant, data):
     plain, layer, floor, x = data.draw(cases(VARIANTS[variant]))
     source = plain.state_dict()
     kept = {k: v.clone() for k, v in source.items()}
@@ -103,7 +103,7 @@ def test_it_computes_what_the_plain_convolution_did(variant, data):
     ("variant", "floor"),
     [(v, f) for v, cfg in VARIANTS.items() for f in (0.0, -1.0) if not f or takes_floor(cfg)],
 )
-def test_below_the_floor_it_does_only_where_nothing_is_cut_off(variant, floor):
+def test_outputs_below_the_floor_are_equal_only_without_clipping(variant, floor):
     cfg = VARIANTS[variant]
     more = dict(input_floor=floor) if cfg["type"] in RECEPTIVE else {}
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def test_below_the_floor_it_does_only_where_nothing_is_cut_off(variant, floor):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_under_norm_eval_it_trains_on_from_there(variant):
+def test_trains_with_norm_eval(variant):
     torch.manual_seed(0)
     plain = nn.Conv2d(4, 6, 3, padding=1).double()
     layer = build_randomly(VARIANTS[variant], 4, 6, 3, padding=1).double()
@@ -154,7 +154,7 @@ def test_under_norm_eval_it_trains_on_from_there(variant):
     [{}, dict(norm_cfg=None), dict(act_cfg=dict(type="SiLU")), dict(norm_cfg=dict(type="GN"))],
     ids=str,
 )
-def test_a_1x1_rfaconv_takes_any_plain_one(bias, more):
+def test_1x1_rfaconv_loads_any_plain_convolution(bias, more):
     if more.get("norm_cfg"):
         more = dict(norm_cfg=dict(type="GN", num_groups=2))
     plain = nn.Conv2d(4, 6, 1, bias=bias).double()
@@ -165,7 +165,7 @@ def test_a_1x1_rfaconv_takes_any_plain_one(bias, more):
 
 
 @pytest.mark.parametrize("name", CONVS)
-def test_within_a_model_and_by_mmengines_loader(name):
+def test_inside_a_model_with_mmengines_loader(name):
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3, bias=False))
     for load in (
@@ -181,7 +181,7 @@ def test_within_a_model_and_by_mmengines_loader(name):
 
 
 @pytest.mark.parametrize("name", CONVS)
-def test_a_subclass_starts_too(name):
+def test_subclasses_start_too(name):
     derived = type("Mine", (MODELS.get(name),), {})
     plain = nn.Conv2d(4, 6, 3, padding=1)
     layer = derived(4, 6, 3).eval()
@@ -196,7 +196,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @pytest.mark.parametrize("name", CONVS)
 @pytest.mark.parametrize(("own", "given"), list(itertools.product(DTYPES, DTYPES)), ids=str)
-def test_precision_is_the_layers_and_nothing_of_it_is_lost(name, own, given):
+def test_precision_of_the_layer_is_kept(name, own, given):
     torch.manual_seed(0)
     plain = nn.Conv2d(4, 6, 3, padding=1).to(given)
     layer = build_randomly(dict(type=name), 4, 6, 3, padding=1).to(own).eval()

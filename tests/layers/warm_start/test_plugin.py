@@ -61,7 +61,7 @@ def assert_identity(layer: nn.Module) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("tool", [None, "forward hook"])
-def test_it_is_the_identity_until_its_first_step(name, training, tool):
+def test_identity_until_the_first_step(name, training, tool):
     layer, x = build(name).train(training), feature_map()
     if tool is not None:  # its modules are called then
         TOOLS[tool](layer)
@@ -91,7 +91,7 @@ def test_it_is_the_identity_until_its_first_step(name, training, tool):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("tool", [None, "forward hook"])
-def test_a_checkpoint_wins_and_the_formula_is_multiplied_by_one_number(name, training, tool):
+def test_checkpoint_wins_and_the_output_scale_stays(name, training, tool):
     paper, layer = (build(name, start).double().train(training) for start in ("paper", "identity"))
     assert paper.output_scale == 1
     layer.load_state_dict(paper.state_dict(), strict=True)
@@ -106,14 +106,14 @@ def test_a_checkpoint_wins_and_the_formula_is_multiplied_by_one_number(name, tra
 
 
 @pytest.mark.parametrize("dtype", CONV_TYPES)
-def test_in_half_precision_it_is_the_identity_too(name, dtype):
+def test_identity_in_half_precision(name, dtype):
     layer, x = build(name).to(dtype), feature_map().to(dtype)
     assert layer(x).equal(x)
     assert layer.is_identity()
 
 
 @pytest.mark.parametrize("patches", [1, 4])
-def test_conam_without_scaling_is_near_the_identity(patches):
+def test_conam_without_scaling_is_close_to_the_identity(patches):
     size = 9 if patches == 1 else 5
     layer = ConAM(CHANNELS, size, 8, start="identity")
     x = torch.randn(2, CHANNELS, 9, 9)
@@ -138,7 +138,7 @@ INITS = {
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_it_survives_the_initialisation_of_a_parent(name, init):
+def test_parents_init_weights_keeps_the_identity(name, init):
     parent = Parent(build(name), [INITS[init]])
     parent.init_weights()
     assert_identity(parent.layer)
@@ -155,13 +155,13 @@ def test_it_survives_the_initialisation_of_a_parent(name, init):
     assert all(v.equal(before[k]) for k, v in parent.layer.state_dict().items())
 
 
-def test_from_the_papers_start_a_parents_initialisation_stays(name):
+def test_parents_init_weights_is_kept_with_the_paper_start(name):
     parent = Parent(build(name, "paper"), [INITS["Constant"]])
     parent.init_weights()
     assert all(bool((p == 3).all()) for p in parent.layer.parameters())
 
 
-def test_a_pretrained_file_with_its_own_keys_wins(name, tmp_path):
+def test_pretrained_checkpoint_with_plugin_keys_wins(name, tmp_path):
     source = build(name, "paper").state_dict()
     torch.save({f"layer.{key}": value for key, value in source.items()}, tmp_path / "file.pth")
     pretrained = dict(type="Pretrained", checkpoint=str(tmp_path / "file.pth"))
@@ -179,7 +179,7 @@ def test_start_is_shown_and_checked(name):
             build(name, wrong)
 
 
-def test_copies_and_pickles_start_there_too(name):
+def test_copies_and_pickles_keep_the_start(name):
     layer = build(name)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert_identity(twin)
@@ -191,6 +191,6 @@ def test_copies_and_pickles_start_there_too(name):
     assert pickle.loads(pickle.dumps(old))(feature_map()).equal(expected)
 
 
-def test_every_plugin_of_the_package_can(name):
+def test_every_plugin_supports_identity(name):
     assert accepts(name, "start")
     assert MODELS.get(name)(CHANNELS, **required(name)).start == "paper"

@@ -46,7 +46,7 @@ def test_basic_block_with_plugins_computes_in_the_right_order(stride):
             assert not torch.allclose(without(x), expected, rtol=1e-2, atol=1e-2), name
 
 
-def test_basic_block_without_plugins_is_mmdets():
+def test_basic_block_without_plugins_equals_mmdets():
     torch.manual_seed(0)
     block, plain = PluginBasicBlock(8, 8), BasicBlock(8, 8)
     plain.load_state_dict(block.state_dict(), strict=True)
@@ -54,7 +54,7 @@ def test_basic_block_without_plugins_is_mmdets():
     assert torch.equal(block(x), plain(x))
 
 
-def test_plugins_stand_in_the_chosen_stages():
+def test_plugins_are_in_the_chosen_stages():
     plugins = [
         dict(cfg=CONAM, stages=(False, True, False, True), position="after_conv1"),
         dict(cfg=EMA8, position="after_conv2"),
@@ -95,7 +95,7 @@ def test_bottleneck_with_plugins_computes_in_the_right_order():
 @pytest.mark.filterwarnings("ignore:torch.utils.checkpoint:UserWarning")
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("norm_eval", [True, False])
-def test_checkpointing_changes_no_output_and_no_gradient(depth, norm_eval):
+def test_checkpointing_keeps_outputs_and_gradients(depth, norm_eval):
     plugins = [dict(cfg=EMA8, position="after_conv2")]
     kwargs = dict(rfa=RFA, plugins=plugins, norm_eval=norm_eval)
     plain = thin(depth, **kwargs).double()
@@ -117,7 +117,7 @@ def test_checkpointing_changes_no_output_and_no_gradient(depth, norm_eval):
         assert float((a - b).abs().max()) <= 1e-10 * float(a.abs().max())
 
 
-def test_block_types_are_the_ones_to_be_replaced():
+def test_block_types_match_mmdet():
     assert issubclass(PluginBasicBlock, BasicBlock)
     for depth, (block, numbers) in RFAResNet.arch_settings.items():
         assert block is (Bottleneck if depth >= 50 else PluginBasicBlock)

@@ -62,7 +62,7 @@ def differences(pairs) -> float:
 @pytest.mark.parametrize("name", CONVS)
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("mode", MODES)
-def test_outputs_and_gradients_are_those_of_the_plain_net(name, depth, mode):
+def test_outputs_and_gradients_match_the_plain_net(name, depth, mode):
     plain, net = both(name, depth, mode)
     expected, of_plain = run(plain)
     found, gradients = run(net)
@@ -73,7 +73,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_net(name, depth, mode):
 
 @pytest.mark.parametrize("name", CONVS)
 @pytest.mark.parametrize("mode", MODES)
-def test_in_float32_they_are_within_its_rounding(name, mode):
+def test_outputs_match_in_float32(name, mode):
     """Which a net magnifies: how much shows the plain one, beside itself in float64."""
     plain, net = both(name, 18, mode, torch.float32)
     exact, of_exact = run(both(name, 18, mode)[0])
@@ -87,7 +87,7 @@ def test_in_float32_they_are_within_its_rounding(name, mode):
 
 @pytest.mark.parametrize("name", CONVS)
 @pytest.mark.parametrize("mode", MODES)
-def test_under_autocast_they_are_within_its_rounding(name, mode):
+def test_outputs_match_with_autocast(name, mode):
     plain, net = both(name, 18, mode, torch.float32)
     exact, _ = run(both(name, 18, mode)[0])
     amp = functools.partial(torch.autocast, "cpu", torch.bfloat16)

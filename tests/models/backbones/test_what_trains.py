@@ -24,7 +24,7 @@ def is_new(name: str, depth: int) -> bool:
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("frozen", [-1, 0, 1, 4])
 @pytest.mark.parametrize("norm_eval", [True, False])
-def test_frozen_stages_and_norm_eval_hold_for_pretrained_layers_only(depth, frozen, norm_eval):
+def test_frozen_stages_and_norm_eval_only_freeze_pretrained_layers(depth, frozen, norm_eval):
     plugins = [dict(cfg=EMA8, position="after_conv1")]
     net = RFAResNet(
         depth,
@@ -56,7 +56,7 @@ def test_frozen_stages_and_norm_eval_hold_for_pretrained_layers_only(depth, froz
             assert norm.training == (step == "train" and not still), (step, name)
 
 
-def test_running_statistics_move_in_new_layers_only():
+def test_running_statistics_only_change_in_new_layers():
     net = thin(18, rfa=RFA, frozen_stages=4, stage_with_rfa=(0, 1, 0, 1)).train()
     before = {n: m.running_mean.clone() for n, m in norms_of(net)}
     net(image())
@@ -68,7 +68,7 @@ def norms_of(net: nn.Module) -> list[tuple[str, nn.BatchNorm2d]]:
     return [(n, m) for n, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)]
 
 
-def test_gradients_reach_new_layers_in_frozen_stages_and_nothing_else_there():
+def test_only_new_layers_get_gradients_in_frozen_stages():
     net = thin(18, rfa=RFA, frozen_stages=2).train()
     out = net(image())
     torch.autograd.backward(out, [torch.randn_like(y) for y in out])
@@ -88,7 +88,7 @@ def test_what_the_user_froze_stays_frozen(frozen):
 
 
 @pytest.mark.parametrize("frozen", [-1, 4])
-def test_requires_grad_of_norm_cfg_is_heeded(frozen):
+def test_requires_grad_of_norm_cfg_is_respected(frozen):
     rfa = dict(RFA, norm_cfg=dict(type="BN", requires_grad=False))
     net = RFAResNet(18, rfa=rfa, frozen_stages=frozen, base_channels=8)
     for _ in range(2):

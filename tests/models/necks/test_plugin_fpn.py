@@ -71,7 +71,7 @@ def assert_equal(found: tuple, expected: list, tolerance: float = 1e-6) -> None:
 
 @pytest.mark.parametrize("levels", [(0,), (1, 2), (2,), None])
 @pytest.mark.parametrize("position", ["after_lateral", "after_output"])
-def test_plugins_stand_where_they_are_put(position, levels):
+def test_plugins_are_at_the_chosen_positions(position, levels):
     plugin = dict(cfg=EMA8, position=position) | ({} if levels is None else dict(levels=levels))
     net, xs = neck(plugins=[plugin]), maps()
     names = dict.fromkeys((0, 1, 2) if levels is None else levels, ("ema",))
@@ -103,7 +103,7 @@ def test_both_positions_and_several_plugins_in_order():
     assert isinstance(net.fpn_convs[1].se, SE)
 
 
-def test_levels_count_from_the_finest_of_the_pyramid():
+def test_levels_start_at_the_finest():
     plugins = [dict(LATERAL, levels=(0,)), dict(OUTPUT, levels=(1,))]
     net, xs = neck(2, start_level=1, plugins=plugins), maps()
     assert len(net.lateral_convs) == 2
@@ -125,7 +125,7 @@ def test_extra_convolutions_have_plugins_and_conv_cfg_too(source):
     assert [conv.conv.stride for conv in net.fpn_convs[3:]] == [(2, 2)] * 2
 
 
-def test_levels_by_pooling_have_neither():
+def test_pooled_levels_have_neither():
     net, xs = neck(5, plugins=[OUTPUT], conv_cfg=RFA).eval(), maps()
     levels = by_hand(net, xs, {}, dict.fromkeys(range(3), ("se",)))
     for _ in range(2):
@@ -135,7 +135,7 @@ def test_levels_by_pooling_have_neither():
 
 
 @pytest.mark.parametrize("more", [{}, dict(norm_cfg=dict(type="BN")), dict(add_extra_convs=True)])
-def test_the_3x3s_alone_become_conv_cfg(more):
+def test_conv_cfg_only_applies_to_3x3_convolutions(more):
     net, plain = neck(4, conv_cfg=RFA, **more), FPN(CHANNELS, 16, 4, **more)
     assert {type(conv.conv) for conv in net.lateral_convs} == {nn.Conv2d}
     assert {type(conv.conv) for conv in net.fpn_convs} == {RFAConv}
@@ -148,7 +148,7 @@ def test_the_3x3s_alone_become_conv_cfg(more):
 # --------------------------------------------------------------------------- keys and checkpoints
 
 
-def test_keys_outside_are_fpns():
+def test_other_keys_match_fpn():
     plain = FPN(CHANNELS, 16, 5, add_extra_convs="on_input").state_dict()
     kwargs = dict(add_extra_convs="on_input", plugins=[LATERAL, OUTPUT])
     net = neck(5, conv_cfg=RFA, **kwargs)
@@ -162,7 +162,7 @@ def test_keys_outside_are_fpns():
 
 
 @torch.no_grad()
-def test_without_anything_it_is_fpn():
+def test_without_arguments_it_equals_fpn():
     net, plain = neck(4), FPN(CHANNELS, 16, 4)
     plain.load_state_dict(net.state_dict(), strict=True)
     assert all(a.equal(b) for a, b in zip(net(maps()), plain(maps()), strict=True))
@@ -170,7 +170,7 @@ def test_without_anything_it_is_fpn():
 
 @torch.no_grad()
 @pytest.mark.parametrize("extra", [False, "on_input", "on_output"])
-def test_an_fpns_checkpoint_starts_it(extra):
+def test_fpn_checkpoint_warm_starts_it(extra):
     torch.manual_seed(1)
     plain = FPN(CHANNELS, 16, 5, add_extra_convs=extra)
     kwargs = dict(add_extra_convs=extra, strict_start=True)
@@ -197,7 +197,7 @@ def test_strict_start_and_other_shapes():
         load_state_dict(neck(conv_cfg=RFA), FPN(CHANNELS, 24, 3).state_dict())
 
 
-def test_init_weights_leaves_the_new_layers_at_scales_of_their_own():
+def test_init_weights_keeps_the_scale_of_new_layers():
     net = neck(conv_cfg=RFA, plugins=[LATERAL])
     net.init_weights()
     conv = net.fpn_convs[0].conv
@@ -209,7 +209,7 @@ def test_init_weights_leaves_the_new_layers_at_scales_of_their_own():
 
 
 @pytest.mark.parametrize("extra", ["on_input", "on_lateral", "on_output"])
-def test_gradients_reach_everything(extra):
+def test_every_parameter_gets_a_gradient(extra):
     net = neck(5, add_extra_convs=extra, conv_cfg=RFA, plugins=[LATERAL, OUTPUT])
     xs = tuple(x.requires_grad_() for x in maps())
     out = net(xs)
@@ -278,6 +278,6 @@ def test_gradients_reach_everything(extra):
         (dict(no_such=1), TypeError, "no_such"),
     ],
 )
-def test_wrong_arguments_are_refused_in_words(kwargs, kind, message):
+def test_invalid_arguments_give_clear_errors(kwargs, kind, message):
     with pytest.raises(kind, match=message):
         PluginFPN(**{**dict(in_channels=CHANNELS, out_channels=16, num_outs=3), **kwargs})

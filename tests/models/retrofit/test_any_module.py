@@ -81,7 +81,7 @@ class Detector(nn.Module):
 
 
 @pytest.mark.parametrize("conv", CONVS)
-def test_a_resnet_keeps_what_it_computes(conv):
+def test_resnet_keeps_its_outputs(conv):
     torch.manual_seed(0)
     plain = randomise_norms(ResNet()).eval()
     x = torch.randn(2, 3, 48, 64)
@@ -103,7 +103,7 @@ def test_a_resnet_keeps_what_it_computes(conv):
         assert relative([plain(x)], [net.eval()(x)]) <= 1e-4
 
 
-def test_a_detector_that_nobody_registered():
+def test_unregistered_detector():
     torch.manual_seed(0)
     plain = Detector().eval()
     images = torch.rand(2, 3, 32, 40)
@@ -119,7 +119,7 @@ def test_a_detector_that_nobody_registered():
     assert all(p.grad is not None for p in net.heads.parameters())
 
 
-def test_an_example_tells_the_channels_in_front_of_plugins():
+def test_example_input_gives_the_channels_of_plugins():
     net = Detector().train()
     net.stem.eval()
     modes = [m.training for m in net.modules()]
@@ -139,7 +139,7 @@ def test_an_example_tells_the_channels_in_front_of_plugins():
     assert [m.training for m in net.modules() if m not in own] == modes
 
 
-def test_an_example_must_reach_the_plugins():
+def test_example_input_must_reach_the_plugins():
     class Unused(Detector):
         def __init__(self):
             super().__init__()

@@ -80,12 +80,12 @@ RFA = dict(type="RFAConv")
         ),
     ],
 )
-def test_wrong_edits_are_refused_in_words(edits, kind, message):
+def test_invalid_edits_give_clear_errors(edits, kind, message):
     with pytest.raises(kind, match=message):
         retrofit(dict(NET), edits)
 
 
-def test_a_layer_that_forbids_groups_is_refused_by_name():
+def test_layer_without_groups_support_raises():
     @MODELS.register_module(name="UngroupedConv", force=True)
     class UngroupedConv(nn.Conv2d):
         def __init__(self, *args, groups=1, **kwargs):
@@ -98,7 +98,7 @@ def test_a_layer_that_forbids_groups_is_refused_by_name():
         retrofit(cfg, [dict(where=r"layer4\.\d\.conv2", conv=dict(type="UngroupedConv"))])
 
 
-def test_a_refused_edit_changes_nothing():
+def test_rejected_edit_changes_nothing():
     net = MODELS.build(dict(NET))
     before = copy.deepcopy(net)
     edits = [
@@ -128,12 +128,12 @@ def test_a_refused_edit_changes_nothing():
         ),
     ],
 )
-def test_wrong_arguments_are_refused_in_words(kwargs, kind, message):
+def test_invalid_arguments_give_clear_errors(kwargs, kind, message):
     with pytest.raises(kind, match=message):
         retrofit(edits=[dict(where=r"layer2\.0\.conv2", conv=RFA)], **kwargs)
 
 
-def test_other_shapes_are_refused_with_the_layers_name_and_both_shapes():
+def test_shape_mismatch_names_the_layer_and_both_shapes():
     plain = MODELS.build(dict(NET, base_channels=16))
     net = retrofit(dict(NET), [dict(where=r"layer4\.0\.conv2", conv=RFA)])
     message = r"layer4\.0\.conv2\.weight: .*\(128, 128, 3, 3\), but the RFAConv .*\(64, 64, 3, 3\)"
@@ -141,7 +141,7 @@ def test_other_shapes_are_refused_with_the_layers_name_and_both_shapes():
         load_state_dict(net, plain.state_dict(), strict=False)
 
 
-def test_dry_run_prints_the_plan_and_does_nothing(capsys, monkeypatch):
+def test_dry_run_only_prints_the_plan(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     edits = [
         dict(where=r"layer4\.0\.conv2", conv=RFA),

@@ -48,9 +48,7 @@ def in_frozen_stage(name: str, frozen: int) -> bool:
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("loaded", ["nothing", "plain", "own"])
 @pytest.mark.parametrize("norm_eval", [True, False])
-def test_new_parameters_train_and_norms_without_statistics_use_batches(
-    kind, depth, loaded, norm_eval
-):
+def test_new_parameters_train_and_new_norms_use_batches(kind, depth, loaded, norm_eval):
     for frozen in range(-1, 5):
         net = edited_resnet(kind, depth, frozen_stages=frozen, norm_eval=norm_eval)
         if loaded != "nothing":
@@ -75,7 +73,7 @@ CONV_PLACES = {18: range(8), 50: range(16)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_of_other_shapes_fills_nothing(kind):
+def test_checkpoint_with_other_shapes_loads_nothing(kind):
     """MMEngine leaves such keys out with a warning: holding them would hold random values."""
     net = edited_resnet(kind)
     state = copy.deepcopy(own_state(kind, 18))
@@ -89,7 +87,7 @@ def test_a_checkpoint_of_other_shapes_fills_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_norms_that_used_batches_do_so_after_a_resume_and_its_checkpoints(kind):
+def test_norms_on_batch_statistics_stay_so_after_resuming(kind):
     net = edited_resnet(kind)
     load_state_dict(net, plain_net(18).state_dict())
     expected = modes(net.train())
@@ -112,7 +110,7 @@ def test_norms_that_used_batches_do_so_after_a_resume_and_its_checkpoints(kind):
 
 
 @pytest.mark.parametrize("noted", [3, "layer1", [3, None], {"layer1": 1}, None])
-def test_odd_metadata_is_left_alone(noted):
+def test_unusual_metadata_is_ignored(noted):
     net = edited_resnet("Retrofit")
     state = net.state_dict()
     state._metadata[""]["rfa_mmdet_on_batches"] = noted
@@ -126,7 +124,7 @@ def modes(net: nn.Module) -> dict[str, bool]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("frozen", [-1, 2])
-def test_a_warm_start_under_norm_eval_computes_what_the_plain_net_does(kind, frozen):
+def test_warm_start_with_norm_eval_matches_the_plain_net(kind, frozen):
     for depth in (18, 50):
         plain = plain_net(depth)
         net = edited_resnet(kind, depth, plugins=False, frozen_stages=frozen, norm_eval=True)
@@ -160,7 +158,7 @@ def test_what_the_user_froze_stays_frozen(kind, loaded):
     assert conv.feature.weight.requires_grad
 
 
-def test_around_a_loaded_module_the_same_is_frozen_as_after_its_checkpoint():
+def test_loaded_module_freezes_the_same_as_its_checkpoint():
     bias = dict(RFA, bias=True)
     edits = [dict(where=r"layer\d\.\d+\.conv1", conv=bias)]
     plain = copy.deepcopy(plain_net(18))
@@ -183,7 +181,7 @@ def test_around_a_loaded_module_the_same_is_frozen_as_after_its_checkpoint():
     assert modes[0] == modes[1]
 
 
-def test_a_second_edit_is_kept_track_of_as_the_first_is(reports):
+def test_second_edit_is_tracked_too(reports):
     cfg = dict(type="ResNet", depth=18, base_channels=8, frozen_stages=4)
     net = retrofit(cfg, [dict(where=r"layer1\.\d\.conv1", conv=RFA)])
     first = net.new_layers
@@ -204,7 +202,7 @@ def test_a_second_edit_is_kept_track_of_as_the_first_is(reports):
         load_state_dict(net, state)
 
 
-def test_start_of_any_layer_whoever_wrote_it():
+def test_start_of_third_party_layers():
     @MODELS.register_module(name="ForeignConv", force=True)
     class ForeignConv(nn.Conv2d):
         pass
@@ -227,7 +225,7 @@ def test_start_of_any_layer_whoever_wrote_it():
     assert kept.start_of("1") == own.start
 
 
-def test_around_a_loaded_module_plugins_have_its_precision():
+def test_plugins_get_the_dtype_of_a_loaded_module():
     net = nn.Sequential(nn.Conv2d(3, 8, 3)).double()
     retrofit(net, [dict(after="0", plugin=dict(type="EMA", factor=4))])
     assert {p.dtype for p in net.parameters()} == {torch.float64}
@@ -240,7 +238,7 @@ def saved(path, state: dict) -> dict:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pretrained_file_warm_starts_a_module(kind, tmp_path, reports):
+def test_pretrained_checkpoint_warm_starts_a_module(kind, tmp_path, reports):
     plain = plain_net(18)
     init_cfg = saved(tmp_path / "plain.pth", dict(state_dict=plain.state_dict()))
     net = edited_resnet(kind, plugins=False, init_cfg=init_cfg, strict_start=True)
@@ -276,7 +274,7 @@ def test_init_weights_starts_new_layers_in_their_own_way(kind, first, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_second_init_weights_changes_nothing(kind):
+def test_second_init_weights_changes_nothing(kind):
     net = edited_resnet(kind)
     net.init_weights()
     before = copy.deepcopy(net.state_dict())

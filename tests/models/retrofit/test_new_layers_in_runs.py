@@ -48,7 +48,7 @@ def plain(tmp_path) -> str:
 # --------------------------------------------------------------------------- resume
 
 
-def test_a_resumed_run_trains_what_the_first_did_and_ends_at_the_same_weights(tmp_path, plain):
+def test_resumed_run_ends_with_the_same_weights(tmp_path, plain):
     whole, first = train(tmp_path / "whole", epochs=3, load_from=plain)
     train(tmp_path / "broken", epochs=1, load_from=plain)
     resumed, second = train(tmp_path / "broken", epochs=3, resume=True)
@@ -62,7 +62,7 @@ def test_a_resumed_run_trains_what_the_first_did_and_ends_at_the_same_weights(tm
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_run_from_scratch_resumes_with_its_norms_on_batches(tmp_path):
+def test_run_from_scratch_resumes_with_norms_on_batches(tmp_path):
     whole, first = train(tmp_path / "whole", epochs=2)
     train(tmp_path / "broken", epochs=1)
     resumed, second = train(tmp_path / "broken", epochs=2, resume=True)
@@ -72,7 +72,7 @@ def test_a_run_from_scratch_resumes_with_its_norms_on_batches(tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_first_steps_on_batches_resume_to_the_same_weights(tmp_path, plain):
+def test_first_steps_resume_to_the_same_weights(tmp_path, plain):
     """A checkpoint after each of three steps; the first holds statistics that it has just taken."""
 
     def run(name, **kwargs):
@@ -86,7 +86,7 @@ def test_the_first_steps_on_batches_resume_to_the_same_weights(tmp_path, plain):
     assert whole["backbone.layer1.0.conv1.norm.running_mean"].any()
 
 
-def test_checkpoints_have_no_key_of_their_own_for_it(tmp_path, plain):
+def test_checkpoints_have_no_extra_keys(tmp_path, plain):
     train(tmp_path / "run", load_from=plain)
     checkpoint = torch.load(tmp_path / "run" / "epoch_1.pth", weights_only=False)
     assert checkpoint["state_dict"].keys() == with_plugins().state_dict().keys()
@@ -174,7 +174,7 @@ def whole(two_processes):
     return two_processes("whole")
 
 
-def test_ddp_knows_what_a_checkpoint_froze(whole):
+def test_ddp_handles_layers_frozen_by_a_checkpoint(whole):
     output, _, (start, start_1, end, end_1) = whole
     assert "[2][2/2]" in output  # the second step is where DDP would miss gradients
     assert start["trained"] == start_1["trained"] == end["trained"]
@@ -197,7 +197,7 @@ def test_ddp_knows_what_a_checkpoint_froze(whole):
 
 
 @pytest.mark.slow
-def test_a_resume_in_two_processes_trains_the_same(whole, two_processes):
+def test_resuming_in_two_processes_trains_the_same(whole, two_processes):
     _, work_dir, (start, _, end, _) = whole
     _, _, resumed = two_processes("resumed", "--resume", work_dir / "epoch_1.pth")
     assert resumed[0]["trained"] == start["trained"]

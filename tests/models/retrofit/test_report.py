@@ -22,7 +22,7 @@ from tests.helpers.registered import CONVS
 from tests.helpers.zoo import CASES, inputs_of, relative
 
 
-def test_report_of_a_classifiers_checkpoint(reports):
+def test_report_of_a_classifier_checkpoint(reports):
     net = edited_resnet("RFAResNet")
     state = {
         **plain_net(18).state_dict(),
@@ -58,7 +58,7 @@ def test_report_of_a_classifiers_checkpoint(reports):
         (dict(type="SE", start="paper"), None),
     ],
 )
-def test_report_names_plugins_that_start_as_the_identity(plugin, kinds, reports):
+def test_report_lists_plugins_that_start_as_the_identity(plugin, kinds, reports):
     cfg = dict(type="ResNet", depth=18, base_channels=8)
     net = retrofit(cfg, [dict(after=r"layer4\.\d", plugin=plugin)])
     load_state_dict(net, plain_net(18).state_dict())
@@ -74,7 +74,7 @@ def test_report_names_plugins_that_start_as_the_identity(plugin, kinds, reports)
     assert "identity" not in "".join(reports[1:])
 
 
-def test_report_names_at_most_a_hundred_keys(reports):
+def test_report_lists_at_most_a_hundred_keys(reports):
     net = edited_resnet("RFAResNet", 50)
     load_state_dict(net, {"conv1.weight": net.state_dict()["conv1.weight"]})
     own = [key for key in net.state_dict() if not key.endswith("num_batches_tracked")]
@@ -83,7 +83,7 @@ def test_report_names_at_most_a_hundred_keys(reports):
     assert new.endswith(f", and {len(own) - 101} more")
 
 
-def test_report_of_modules_that_heads_share(reports):
+def test_report_of_modules_shared_by_heads(reports):
     case = CASES["RTMDetHead"]
     torch.manual_seed(1)
     plain = randomise_norms(MODELS.build(copy.deepcopy(case.cfg)))
@@ -132,7 +132,7 @@ def test_published_names_are_loaded(name, derived, reports):
     assert torch.equal(target.eval()(x), source.eval()(x))
 
 
-def test_report_says_why_a_key_is_skipped(reports):
+def test_report_gives_the_reason_for_skipped_keys(reports):
     norm_cfg = dict(type="GN", num_groups=1)
     rfa = dict(RFA, norm_cfg=norm_cfg)
     net = edited_resnet("RFAResNet", plugins=False, rfa=rfa, stage_with_rfa=(0, 0, 0, 1))
