@@ -1,4 +1,4 @@
-"""Nothing is left under a file's name unless it was written to its end."""
+"""Files appear under their name only after they are completely written."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Who may import whom: read from the syntax tree of every file, and tried in a bare process."""
+"""Import rules, checked in the syntax tree of every file and in a bare process."""
 
 import ast
 import subprocess
@@ -16,30 +16,30 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 OPENMMLAB = ("mmengine", "mmcv", "mmdet")
 NEVER = ("mmpretrain", "mmdeploy", "mmyolo", "tools", "tests", "benchmarks")
 
-# What every file may import: they import nothing of ours but each other.
+# Modules that every file may import; they only import each other.
 GROUND = {"errors", "files", "texts", "version"}
 
-# Room -> the rooms below it that it may import, and OpenMMLab's packages. From the table of the
-# design; where it differs, a comment says why.
+# Package -> lower packages that it may import, and OpenMMLab's packages. From the design's table;
+# comments explain differences.
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "ops": (set(), set()),
     "layers": ({"ops"}, {"mmengine", "mmcv.cnn"}),
     "models": ({"layers"}, {"mmengine", "mmcv", "mmdet"}),
     "hooks": ({"layers"}, {"mmengine"}),
-    # ops, here and in export: for what differs between the versions of torch.
+    # ops, here and in export: for differences between torch versions.
     "checkpoints": ({"ops", "layers", "models", "hooks"}, {"mmengine", "mmdet"}),
     # Above checkpoints, not below: it puts the safe loader that lives there into MMEngine.
     "compat": ({"layers", "checkpoints"}, {"mmengine", "mmdet"}),
     "data": (set(), {"mmengine", "mmcv", "mmdet"}),
     "config": ({"data", "layers"}, {"mmengine", "mmcv", "mmdet"}),
     "inference": ({"config", "checkpoints", "data"}, {"mmengine", "mmcv", "mmdet"}),
-    # compat: the operator counts stand beside the patch that gives them to MMDetection's tool.
+    # compat: the operator counts are next to the patch that adds them to MMDetection's tool.
     "analysis": ({"layers", "inference", "compat"}, {"mmengine", "mmcv", "mmdet"}),
     "export": ({"ops", "inference", "analysis"}, {"mmengine", "mmcv", "mmdet"}),
     "studies": ({"inference", "data", "analysis"}, {"mmengine", "mmcv", "mmdet"}),
 }
 RULES["cli"] = (set(RULES), {"mmengine", "mmcv", "mmdet"})
-# The files beside the rooms.
+# Files outside the packages.
 TOP = {
     "errors": set(),
     "files": set(),
@@ -51,10 +51,10 @@ TOP = {
 
 
 def imported(source: str, package: str) -> set[str]:
-    """Dotted names of all that ``source``, a file in ``package``, imports, at any depth.
+    """Return the dotted names of everything that a file in ``package`` imports, at any depth.
 
-    ``from a import b`` gives 'a' and 'a.b': b may be a module. Literal calls of import_module and
-    __import__ count.
+    ``from a import b`` gives 'a' and 'a.b', because b may be a module. Literal calls of
+    import_module and __import__ count.
     """
     names = set()
     for node in ast.walk(ast.parse(source)):
@@ -105,7 +105,7 @@ def test_rules_cover_every_package_without_cycles():
 
 
 def of_ours(names: set[str]) -> set[str]:
-    """Return the rooms, and the files beside them, that dotted names of this package stand in."""
+    """Return the packages or top-level files that contain dotted names of this package."""
     parts = (name.split(".") for name in names)
     return {p[1] for p in parts if p[0] == "rfa_mmdet" and len(p) > 1} & {*RULES, *TOP}
 
@@ -130,7 +130,7 @@ def test_file_imports_downward_only(file):
 
 
 def asked_of_torch(source: str) -> list[str]:
-    """Names that hasattr and getattr look for in torch or one of its modules."""
+    """Return names that hasattr and getattr look up in torch or its modules."""
     return [
         node.args[1].value
         for node in ast.walk(ast.parse(source))
@@ -171,7 +171,7 @@ def test_ops_only_import_torch_numpy_and_the_standard_library():
             assert tops <= allowed, f"{file.relative_to(ROOT)} imports {sorted(tops - allowed)}"
 
 
-# Makes OpenMMLab's packages, which are installed here, impossible to find or import.
+# Hides OpenMMLab's packages, which are installed here.
 BLOCK = f"""
 import importlib.abc, importlib.machinery, sys
 
@@ -257,7 +257,7 @@ except ImportError as error:
 
 
 def test_ops_load_nothing_of_openmmlab_in_a_bare_process():
-    # The first are operators for torch, no modules of Python.
+    # The first ones are torch operators, not Python modules.
     left_out = ["._cpu_", *([".triton."] if LACKS_TRITON else [])]
     code = (
         f"left_out = {left_out}"

@@ -21,12 +21,12 @@ DOCTOR = "`python -m rfa_mmdet doctor` prints the command that fixes this enviro
 
 @pytest.fixture
 def stand_ins(tmp_path):
-    """Stand-ins for OpenMMLab's packages; the real rfa_mmdet is put on the path."""
+    """Return stand-ins for OpenMMLab's packages, with the real rfa_mmdet on the path."""
     return Environment(tmp_path / "venv", *OPENMMLAB)
 
 
 def import_error(stand_ins):
-    """The last line of importing the package there."""
+    """Return the last line printed when importing the package in it."""
     done = stand_ins.run("-c", "import rfa_mmdet", PYTHONPATH=str(ROOT))
     assert done.returncode == 1
     return done.stderr.splitlines()[-1]
@@ -84,7 +84,7 @@ def test_doctor_starts_if_the_package_cannot_be_imported(stand_ins, tmp_path, mo
 
 
 def test_running_a_module_of_the_package_registers_everything(stand_ins):
-    """Only `-m rfa_mmdet` itself leaves that to its __main__."""
+    """Only `-m rfa_mmdet` itself leaves registration to its __main__."""
     stand_ins.remove("mmdet")
     done = stand_ins.run("-m", "rfa_mmdet.files", "rfa_mmdet", PYTHONPATH=str(ROOT))
     assert "ImportError: rfa_mmdet cannot register its layers" in done.stderr
@@ -132,7 +132,7 @@ def test_tool_names_the_missing_extra(package, extra, monkeypatch, capsys):
     tool = types.ModuleType("rfa_mmdet.cli.tables")
     tool.main = lambda: importlib.import_module(package)
     monkeypatch.setitem(sys.modules, tool.__name__, tool)
-    monkeypatch.setitem(sys.modules, package, None)  # Python's way to say: it cannot be imported
+    monkeypatch.setitem(sys.modules, package, None)  # makes Python fail to import it
     assert run_tool("tables") == 1
     assert capsys.readouterr().err == (
         f'error: tables needs {package}, which is not installed: pip install "rfa_mmdet[{extra}]"\n'
@@ -148,7 +148,7 @@ def test_every_tool_has_a_short_script():
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
-    """Of the checkout's files, without kernels."""
+    """Return a wheel of the checkout's files, without kernels."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     ignored = shutil.ignore_patterns("*.so", "_cpu_*.stamp", "__pycache__", ".mim")
     for name in ("rfa_mmdet", "configs", "tools"):
@@ -211,7 +211,7 @@ def test_wheel_contains_configs_and_tools(tmp_path, wheel):
             {"setup_env.py", "doctor.py", "demo.py"} if folder == "tools" else set()
         )
     assert (mim.parent / "py.typed").is_file()
-    # The doctor finds its pins there; the tools and configs run with the real packages.
+    # The doctor finds its pins in it; the tools and configs run with the real packages.
     done = environment.run("-m", "rfa_mmdet", "doctor", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "")
     assert re.search(
@@ -233,7 +233,7 @@ print(folder, type(model.backbone).__name__)
 
 
 def test_every_metafile_is_in_the_index():
-    """By which mim and MMEngine find a config's name."""
+    """mim and MMEngine find configs through the index."""
     listed = re.findall(r"(?m)^  - (\S+)$", (ROOT / "model-index.yml").read_text())
     assert listed == sorted(
         p.relative_to(ROOT).as_posix() for p in ROOT.glob("configs/*/metafile.yml")

@@ -1,4 +1,4 @@
-"""Names of any characters: in one line, in a spreadsheet, in a picture."""
+"""Names with any characters: as one line, in spreadsheets, and in pictures."""
 
 import csv
 import io
@@ -49,12 +49,12 @@ def width(text: str) -> float:
 @pytest.mark.parametrize("name", ["$aaaa$", "$\\alpha$", "$a$b_$", "$_$", "\\$x\\$", "a_b^c"])
 def test_pictures_show_no_tex(name):
     with drawn_as_written([name]):
-        # Each of its characters takes room, which is not so of TeX's signs.
+        # Every character takes up space, unlike in TeX.
         assert width(name) > width(name.replace("$", "").replace("\\", "")) or "$" not in name
     assert matplotlib.rcParams["text.parse_math"]
 
 
-@pytest.mark.filterwarnings("error")  # matplotlib's of characters without a glyph
+@pytest.mark.filterwarnings("error")  # matplotlib's warning about missing glyphs
 def test_pictures_only_have_characters_of_a_font():
     for name in ("é ß 猫 🐱 한", "\ufdd0", "\U0010fffd", "a\nb\x07", "\udcff"):
         shown = drawable(name)

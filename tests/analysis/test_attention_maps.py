@@ -1,4 +1,4 @@
-"""The attention that is shown is the attention that acts."""
+"""Attention maps and heat maps show the attention that the layers apply."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def model():
 def test_maps_are_the_attention_weights_of_the_features(model):
     x = torch.rand(1, 3, 9, 11)
     maps, result = attention_maps(model, lambda: model(x))
-    assert list(maps) == ["0", "3"]  # the 1x1 has none
+    assert list(maps) == ["0", "3"]  # the 1x1 convolution has none
     assert torch.equal(result, model(x))
     first, attention = model[0], maps["0"]
     features = first.act(first.norm(first.feature(x)))
@@ -59,7 +59,7 @@ def test_focus_is_one_if_one_position_has_all_the_weight():
 
 
 def randomised(layer):
-    """Give every parameter a value that is not its start, as gates start alike."""
+    """Randomise every parameter, because gates start with equal values."""
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5)
     return layer.eval()
@@ -75,7 +75,7 @@ def test_map_of_a_plugin_is_its_attention_weights(name):
     expected = x * weights + (x if name == "ConAM" else 0)
     assert torch.allclose(layer(x), expected, atol=1e-6)
     assert weights.std() > 1e-3
-    assert layer(x).requires_grad  # and in training the same, by the other way of computing it
+    assert layer(x).requires_grad  # the same in training, with the other implementation
     with torch.no_grad():
         assert torch.allclose(layer(x), expected, atol=1e-6)
 
@@ -103,7 +103,7 @@ def test_every_layer_has_one_heat_map(name):
     if name in CONVS:
         arguments = dict(out_channels=16, kernel_size=3)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), LAYERS.get(name)(16, **arguments)).eval()
-    # Attention inside of attention, such as CBAMConv's, is shown once.
+    # Nested attention, such as CBAMConv's, is drawn once.
     assert list(attention_layers(model)) == ["1"]
     (heat,), result = heat_maps(model, lambda: model(torch.rand(1, 3, 12, 13)))
     assert (heat.layer, heat.kind, tuple(heat.values.shape)) == ("1", name, (10, 11))
@@ -149,10 +149,10 @@ def test_patterns_of_heat_maps(model):
 def test_heat_maps_cover_the_image_without_padding():
     values = torch.zeros(8, 8)
     values[:2, 4:6] = 1
-    values[6:] = 5  # 8 rows stand for 80 pixels, of which the image has 60
+    values[6:] = 5  # 8 rows cover 80 pixels, 60 of them in the image
     over = over_image(values, (60, 80), (0.75, 1.0))
     assert over.shape == (60, 80)
     assert over[4:16, 44:56].min() > 0.5
-    # Half a cell from the padding, it begins to shine through.
+    # The padding shows from half a cell away.
     assert over[:54, :34].max() == 0
     assert over[26:54].max() == 0

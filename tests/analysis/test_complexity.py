@@ -1,4 +1,4 @@
-"""Counts against published ones, against counts by hand, and through MMEngine's own function."""
+"""Compare counts with published ones, manual ones, and those of MMEngine's own function."""
 
 import runpy
 import subprocess
@@ -37,20 +37,20 @@ DEMO = "configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py"
 
 @pytest.fixture(autouse=True)
 def _counts():
-    """As MMDetection's own tools count under RFA_MMDET_COMPAT=flop_counts."""
+    """Count like MMDetection's own tools with RFA_MMDET_COMPAT=flop_counts."""
     flop_counts.apply()
 
 
 @pytest.fixture
 def warned(monkeypatch):
-    """What MMEngine's analyzers log: unsupported operators, and submodules that nothing called."""
+    """Return what MMEngine's analyzers log: unsupported operators and uncalled submodules."""
     messages = []
     monkeypatch.setattr(jit_analysis, "print_log", lambda text, *_, **__: messages.append(text))
     return lambda: [text for text in messages if "Unsupported operator" in text]
 
 
 def analyse(network: nn.Module, *shape: int) -> dict:
-    """As MMDetection's tools do."""
+    """Count like MMDetection's tools."""
     return get_model_complexity_info(network.eval(), shape, show_table=False, show_arch=False)
 
 
@@ -147,7 +147,7 @@ def test_rfa_conv_by_hand():
     channels, out, cells, k = 4, 6, 8 * 10, 9
     wide = channels * k
     expected = cells * (
-        channels  # average pooling, 1 an output
+        channels  # average pooling: 1 per output
         + wide  # logits: a grouped 1x1
         + wide * k  # features: a depthwise 3x3
         + 2 * wide  # MMEngine's batch norm
@@ -161,7 +161,7 @@ def test_ema_by_hand():
     groups, c, height, width = 4, 2, 6, 5
     cells = height * width
     expected = groups * (
-        2 * c * cells  # means of rows and of columns, 1 an input element
+        2 * c * cells  # row and column means: 1 per input element
         + c * c * (height + width)  # the 1x1
         + 5 * c * cells  # MMEngine's group norm
         + 9 * c * c * cells  # the 3x3
@@ -199,7 +199,7 @@ def test_applying_counts_is_idempotent_and_leaves_other_handles(monkeypatch):
     monkeypatch.setitem(flops, "aten::mean", theirs)
     flop_counts.apply()
     assert flops["aten::mean"] is theirs
-    # The paper's rule holds whatever others have set.
+    # The paper's rule applies regardless of other handles.
     assert classifier_complexity(18, None).agrees(PUBLISHED[18, None])
 
 
@@ -239,7 +239,7 @@ def test_faster_rcnn_with_all_proposals():
 def test_region_heads_by_hand(name, masks):
     folder = "mask_rcnn" if name == "mask" else "cascade_rcnn"
     cfg = get_config(f"mmdet::{folder}/{name}-rcnn_r50_fpn_1x_coco.py")
-    # Few, and another number of each: they would hide in the backbone otherwise.
+    # Few regions, and different numbers, because the backbone dominates otherwise.
     found = {}
     for proposals, detections in ((0, 0), (7, 0), (0, 3)):
         cfg.model.backbone.update(depth=18, init_cfg=None)
@@ -251,7 +251,7 @@ def test_region_heads_by_hand(name, masks):
     stages, boxes = (1, 80) if name == "mask" else (3, 1)
     box_head = 256 * 7 * 7 * 1024 + 1024 * 1024 + 1024 * (81 + 4 * boxes)
     assert found[7, 0].flops - rest == 7 * stages * box_head
-    # Four 3x3, a 2x2 that doubles the side and starts from 14 x 14, and the classes.
+    # Four 3x3 convolutions, a 2x2 upsampling from 14 x 14, and the classifier.
     mask_head = 14**2 * (4 * 9 + 4) * 256**2 + 28**2 * 256 * 80
     assert found[0, 3].flops - rest == 3 * masks * mask_head
     parameters = sum(p.numel() for p in build(cfg.model).parameters())
@@ -307,7 +307,7 @@ def test_costs_added_to_resnet50():
     assert list(extras) == [*CONVS, *PLUGINS]
     assert all(extra.parameters > 0 and extra.flops > 0 for extra in extras.values())
     assert extras["RFAConv"].parameters == 387_072
-    # SE: 2 C^2 / 16 in each of 4, 6 and 3 blocks.
+    # SE: 2 C^2 / 16 in each of the 4, 6 and 3 blocks.
     assert extras["SE"].parameters == sum(
         2 * blocks * c * c // 16 for blocks, c in ((4, 512), (6, 1024), (3, 2048))
     )

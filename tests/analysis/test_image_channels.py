@@ -1,4 +1,4 @@
-"""Complexity of detectors whose images have other channels than three, however they begin."""
+"""Complexity of detectors for images with any number of channels."""
 
 import pytest
 from mmengine.hub import get_config

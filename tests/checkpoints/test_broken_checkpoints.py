@@ -1,4 +1,4 @@
-"""Checkpoints that are cut off, missing, or none, are named."""
+"""Truncated, missing and invalid checkpoints give clear errors."""
 
 import pytest
 import torch

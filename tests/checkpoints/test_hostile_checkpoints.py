@@ -1,4 +1,4 @@
-"""Checkpoints that would run something are refused, with what they asked for."""
+"""Checkpoints that would run code are rejected, and the error says what they ask for."""
 
 import builtins
 import collections
@@ -22,7 +22,7 @@ _scalar = np.float32(1).__reduce__()[0]
 
 
 class Call:
-    """Pickles as a call of ``function``; ``state`` goes to BUILD."""
+    """An object that pickles as a call of ``function``; ``state`` is passed to BUILD."""
 
     def __init__(self, function, *args, state=None):
         self.reduced = (function, args) if state is None else (function, args, state)
@@ -96,7 +96,7 @@ def test_hostile_checkpoint_is_rejected(tmp_path, name, zipped):
 
 
 def test_marker_would_have_been_written(tmp_path):
-    """The payloads above are live ones."""
+    """Prove that the payloads above work."""
     path, marker = tmp_path / "evil.pth", tmp_path / "marker"
     torch.save(hostile(marker)["system"][0], path)
     torch.load(path, weights_only=False)

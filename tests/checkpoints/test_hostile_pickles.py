@@ -1,4 +1,4 @@
-"""Pickles that no pickler writes: whatever they try, they get an error, and nothing changes."""
+"""Handcrafted pickles get an error, whatever they try, and change nothing."""
 
 import pickle
 import struct
@@ -21,7 +21,7 @@ SIZE = b"ctorch\nSize\n"
 ENCODE = b"c_codecs\nencode\n"
 ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85C\x01btR"
 F8 = b"cnumpy\ndtype\n(X\x02\x00\x00\x00f8\x89\x88tR"
-AGAIN = b"h\x00" + unicode("latin1") + b"\x86R"  # encodes the first of the memo
+AGAIN = b"h\x00" + unicode("latin1") + b"\x86R"  # encodes the first memo entry
 ATTRIBUTE = b"}" + unicode("__defaults__") + b"Ns"
 FOUR = struct.pack("<4f", 0, 1, 2, 3)
 LOOKS_LIKE_ONE = b"\x80\x02cos\nsystem\n" + unicode("true") + b"\x85R."
@@ -83,7 +83,7 @@ REFUSED = {
     "deep tuples": (b"K\x01" + b"\x85" * 10**5, "nests its data too deeply"),
     "a class as a value": (b"]ctorch\nTensor\na", r"torch\.Tensor as a value"),
     "an array without content": (b"]" + ARRAY + b"a", "ndarray without content"),
-    # 100 kB, handed to 1000 calls that copy them
+    # 100 kB, passed to 1000 calls that copy them
     "much from little": (
         b"(" + unicode("a" * 10**5) + b"q\x00" + 1000 * (ENCODE + AGAIN) + b"t",
         "too often, for more data than the file holds",
@@ -144,7 +144,7 @@ def test_hostile_pickle_is_rejected(tmp_path, name, zipped):
 def test_invalid_pickle_bytes_are_reported_as_damage(tmp_path, data, reason, zipped):
     path = tmp_path / "broken.pth"
     write_raw(path, data, zipped)
-    if not data and not zipped:  # the list of keys takes its place
+    if not data and not zipped:  # the list of keys is read instead
         reason = "KeyError|EOF|of bytes|EOFError|IndexError"
     with pytest.raises(BrokenCheckpointError, match=f"{path} .*truncated or not.*({reason})"):
         load(path)
@@ -162,7 +162,7 @@ def test_any_memo_index_can_be_used(tmp_path, index, zipped):
 
 @pytest.mark.parametrize("kind", ["tuple", "list", "dict", "array"])
 def test_shared_references_do_not_blow_up(tmp_path, kind):
-    """Each holds the one before twice; MMEngine looks at each of them when it saves."""
+    """Each list contains the previous one twice; MMEngine visits all of them when saving."""
 
     def nested(levels):
         value = ()
@@ -273,7 +273,7 @@ def test_torchscript_is_rejected(tmp_path):
 
 
 def test_tar_file_is_rejected(tmp_path):
-    """The format of torch 0.1, which torch.load unpacks."""
+    """Check the format of torch 0.1, which torch.load would unpack."""
     path = tmp_path / "a.pth"
     (tmp_path / "storages").write_bytes(pickle.dumps(0, 2))
     with tarfile.open(path, "w") as file:

@@ -1,4 +1,4 @@
-"""Who reads checkpoints beside a Runner's resume, and what each believes of them."""
+"""Other readers of checkpoints are safe too, not only a Runner's resume."""
 
 import threading
 
@@ -67,7 +67,7 @@ def test_flexible_runner_resumes_safely(tmp_path):
     not hasattr(torch.serialization, "get_safe_globals"), reason="torch >= 2.4 has the list"
 )
 def test_loaders_do_not_change_torchs_safe_globals(tmp_path):
-    """OneDL's did, for all threads; map_location is called in the middle of a load."""
+    """OneDL's loader changed it for all threads; map_location is called during a load."""
     torch.save(dict(a=torch.ones(1)), tmp_path / "a.pth")
     before, meanwhile = set(torch.serialization.get_safe_globals()), []
 
@@ -80,7 +80,7 @@ def test_loaders_do_not_change_torchs_safe_globals(tmp_path):
 
 
 def test_threads_resume_independently(tmp_path):
-    """While one thread's loader waits inside of a load, the others' are as safe as ever."""
+    """Other threads stay safe while one thread is in the middle of a load."""
     torch.save(dict(a=torch.ones(1)), tmp_path / "good.pth")
     torch.save(dict(a=threading.Event), tmp_path / "evil.pth")
     barrier, told = threading.Barrier(8), []

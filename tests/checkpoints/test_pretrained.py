@@ -1,4 +1,4 @@
-"""Weights that configs name: by name, address or file, in a cache, without a network."""
+"""Pretrained weights in configs: names, URLs and files, cached and offline."""
 
 import hashlib
 import sys
@@ -17,12 +17,12 @@ from rfa_mmdet.checkpoints.files import read_checkpoint
 from rfa_mmdet.checkpoints.pretrained import fetch_all, sources, torchvision_urls, url_of
 from rfa_mmdet.errors import UserError
 
-NOWHERE = "http://127.0.0.1:9"  # a port at which nothing answers
+NOWHERE = "http://127.0.0.1:9"  # a port that nothing listens on
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """torch's folder for files that it downloads."""
+    """Return torch's download folder."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     folder = tmp_path / "home" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
@@ -31,7 +31,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(tmp_path):
-    """An address, and the folder that is served there."""
+    """Return a URL, and the folder served there."""
     folder = tmp_path / "served"
     folder.mkdir()
     handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
@@ -91,7 +91,7 @@ def test_offline_error_names_the_cache_path(cache, monkeypatch, source):
     assert f"copy it to {cache}/resnet50-00000000.pth" in text
     assert "--cfg-options model.backbone.init_cfg.0.checkpoint=FILE" in text
     assert "\n" not in text
-    fetch_all(cfg, training=False)  # a test does not load it
+    fetch_all(cfg, training=False)  # testing does not load it
     with pytest.raises(UserError, match="cannot be downloaded"):
         read_checkpoint(source)
 

@@ -1,4 +1,4 @@
-"""Loading changes nothing for the rest of the process, and depends on nothing of it."""
+"""Loading does not affect the rest of the process, or depend on it."""
 
 import copy
 import inspect
@@ -45,7 +45,7 @@ def mine(tmp_path):
 
 @pytest.fixture
 def allowed():
-    """Allow objects in torch's list, as a user does."""
+    """Add objects to torch's safe globals, as a user does."""
     before = torch.serialization.get_safe_globals()
     yield torch.serialization.add_safe_globals
     torch.serialization.clear_safe_globals()
@@ -106,9 +106,9 @@ def test_loaders_arguments_have_no_effect(mine, tmp_path):
 
 
 def test_threads_do_not_see_each_other(mine, tmp_path):
-    """One thread is in the middle of a safe load while another loads plainly, and both are right.
+    """Both are correct if one thread is in a safe load while another loads normally.
 
-    Python's own events make the order certain.
+    Events enforce the order.
     """
     inside, done = threading.Event(), threading.Event()
     results = {}
@@ -178,7 +178,7 @@ def test_types_allowed_by_the_user_stay_allowed(mine, allowed):
     content = _load_checkpoint(mine)
     assert type(content["mine"]) is Mine
     assert content["array"].tolist() == [1, 1]
-    # OneDL's MMEngine changes the list while it loads.
+    # OneDL's MMEngine changes the list while loading.
     allowed([Mine, np.dtype, np.ndarray, _reconstruct])
     assert type(load(mine)["mine"]) is Mine
     assert set(torch.serialization.get_safe_globals()) == before
@@ -221,7 +221,7 @@ def test_modules_that_torch_blocks_are_rejected(tmp_path, allowed):
 
 @has_safe_list
 def test_torchs_own_safe_globals_are_rejected(tmp_path):
-    """Some of it starts process groups when it is made."""
+    """Some of these types start process groups when they are created."""
     tensor = pytest.importorskip("torch.distributed.tensor")
     torch.save(tensor.Shard(0), tmp_path / "a.pth")
     with pytest.raises(UnsafeCheckpointError, match=r"asks for torch\.distributed\.\S+\.Shard"):

@@ -1,4 +1,4 @@
-"""A Runner takes from a checkpoint what it needs, and nothing else that MMEngine would trust."""
+"""A Runner only takes what it needs from a checkpoint, unlike plain MMEngine."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from tests.helpers.toy_checkpoints import ToyModel, make_runner
 
 
 def resume(path, work_dir, epochs=2, **kwargs):
-    """Go on from a file to the end of the run, which saves its own checkpoints."""
+    """Resume from a file until the end of the run, which saves its own checkpoints."""
     runner = make_runner(work_dir, epochs, resume=True, load_from=str(path), **kwargs)
     runner.train()
     return runner
@@ -25,7 +25,7 @@ def resume(path, work_dir, epochs=2, **kwargs):
 
 @pytest.fixture
 def edited(trained, tmp_path):
-    """Return a function that saves the first epoch's checkpoint, changed."""
+    """Return a function that saves a modified checkpoint of the first epoch."""
 
     def edit(change, name="epoch_1.pth"):
         content = _load_checkpoint(str(trained / name))
@@ -37,7 +37,7 @@ def edited(trained, tmp_path):
 
 
 def put(*keys, value):
-    """Return a change of one value; ``None`` as the last key is the first of a list."""
+    """Return a change of one value; ``None`` as the last key means the first of a list."""
 
     def change(content):
         for key in keys[:-1]:
@@ -377,7 +377,7 @@ def test_best_checkpoint_cannot_be_resumed(trained, tmp_path):
 
 
 def test_iterations_beyond_the_end_raise(edited, tmp_path):
-    """MMEngine skips them one by one."""
+    """MMEngine would skip them one by one."""
     path = edited(put("meta", "iter", value=2**40))
     with pytest.raises(BrokenCheckpointError, match=r"beyond the config's train_cfg\.max_iters=4"):
         resume(path, tmp_path / "run", train_cfg=dict(by_epoch=False, max_iters=4))

@@ -1,4 +1,4 @@
-"""Every kind of tensor and value that torch.save writes for plain data comes back as it was."""
+"""All kinds of tensors and plain values that torch.save writes are loaded unchanged."""
 
 import collections
 import io
@@ -38,7 +38,7 @@ NUMBERS = [
     *(
         getattr(torch, name)
         for name in ("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")
-        if hasattr(torch, "uint16")  # 2.3: before, torch.save has no name for them
+        if hasattr(torch, "uint16")  # since 2.3; before, torch.save has no name for them
     ),
 ]
 
@@ -136,7 +136,7 @@ def test_plain_values(options):
         words=[np.str_("é"), np.bytes_(b"a")],
     )
     if options["pickle_protocol"] == 5:
-        del content["arrays"]  # it has an operation for them, which torch does not load either
+        del content["arrays"]  # they have their own operation, which torch does not load either
     got = load(saved(content, **options))
     assert got == content
     assert [type(v) for v in got.values()] == [type(v) for v in content.values()]

@@ -1,4 +1,4 @@
-"""Whose weights a checkpoint has: one rule for tests, and what training says of its start."""
+"""Weights must match the model for testing; training warns about its start."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ class Small(BaseModel):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Save a state dict made from Small's."""
+    """Save a modified state dict of Small."""
 
     def save(change=lambda state: state, **more):
         state = {key: torch.full_like(value, 2) for key, value in Small().state_dict().items()}

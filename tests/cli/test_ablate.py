@@ -1,4 +1,4 @@
-"""tools/ablate.py with real trainings: a failure does not stop the rest, nothing is done twice."""
+"""tools/ablate.py with real trainings: failures do not stop others, nothing runs twice."""
 
 import csv
 import json
@@ -18,8 +18,8 @@ from rfa_mmdet.studies import load_study, write_report
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import PATIENCE, wait_until
 
-# What each training saw: the images of every batch, in order, and whether they were flipped. One
-# whose folder the environment names waits in its second epoch, to be interrupted there.
+# Records the images of every batch and whether they were flipped. The training whose folder is in
+# the environment waits in its second epoch, to be interrupted there.
 WATCH = """
 import json
 import os
@@ -62,7 +62,7 @@ stages = dict(scratch=dict(), warm_start=dict(load_from="scratch", methods=["rfa
 
 @pytest.fixture(scope="module")
 def ablate(run_tool, tiny_config, tmp_path_factory):
-    """Write a spec, run the tool on it; the answer has its work dir."""
+    """Write a spec and run the tool on it; the result has its work dir."""
     folder = tmp_path_factory.mktemp("ablation")
     (folder / "watch_batches.py").write_text(WATCH)
 
@@ -82,7 +82,7 @@ def ablate(run_tool, tiny_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first(ablate):
-    """Two methods that train, and one that cannot."""
+    """Compare two methods that train and one that fails."""
     return ablate("first", TWO_AND_A_WRONG_ONE, "--jobs", "2")
 
 
@@ -105,7 +105,7 @@ def test_failed_run_is_reported_and_the_others_continue(first):
     )
     for method in ("plain", "rfaconv"):
         run, folder = runs[method], first.work_dir / f"runs/all/{method}/seed0"
-        # What tools/test.py says of the last checkpoint is what the last validation said.
+        # The test of the last checkpoint matches the last validation.
         tested = json.loads(next((folder / "test").glob("*/*.json")).read_text())
         assert run["test"] == tested["coco/bbox_mAP_50"] == run["val"]
         assert run["curve"] == [[1, run["val"]]]
@@ -133,7 +133,7 @@ def test_report_contents(first):
     assert rows[1]["verdict"] == "cannot be tested"
     page = (first.work_dir / "report.html").read_text()
     assert "train failed with exit code 1" in page
-    assert page.count("data:image/jpeg;base64,") == 2 * 3  # truth and both methods
+    assert page.count("data:image/jpeg;base64,") == 2 * 3  # ground truth and both methods
     picture = cv2.imread(str(first.work_dir / "samples" / "0_truth.jpg"))
     assert picture.shape == (512, 512, 3)
     assert not list(first.work_dir.rglob("*.part*"))
@@ -181,7 +181,7 @@ def test_interrupted_and_resumed_study_equals_an_uninterrupted_one(ablate, envir
     variables = {**environment, "PYTHONPATH": f"{listed.spec.parent}:{ROOT}", "HELD": str(train)}
     process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=variables)
     try:
-        # Three batches an epoch, and the first of the second.
+        # Three batches per epoch, and the first of the second epoch.
         wait_until(lambda: batches(work_dir, "rfaconv", stage="scratch").count("\n") == 4, process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=PATIENCE) != 0
@@ -191,14 +191,14 @@ def test_interrupted_and_resumed_study_equals_an_uninterrupted_one(ablate, envir
     assert record == dict(error=None)
     plain = work_dir / "runs/scratch/plain/seed0/record.json"
     before = plain.stat().st_mtime_ns
-    # The training that was ended is not at work any more: its lock is free.
+    # The stopped training is gone: its lock is free.
     done = ablate("broken", THREE_SEEDS, "--jobs", "2", epochs=2)
     assert done.returncode == 0, done.stdout
     assert "scratch/plain/seed0: already finished" in done.stdout
     assert plain.stat().st_mtime_ns == before
     log = (work_dir / "runs/scratch/rfaconv/seed0/log.txt").read_text()
     assert "--resume auto" in log
-    # Number 1 is the run that was interrupted.
+    # Run 1 was interrupted.
     whole = ablate("whole", THREE_SEEDS, "--run", "1", epochs=2)
     assert whole.returncode == 0, whole.stdout
     ours, theirs = (
@@ -214,7 +214,7 @@ def test_interrupted_and_resumed_study_equals_an_uninterrupted_one(ablate, envir
     rows = list(csv.DictReader((work_dir / "table.csv").open()))
     assert rows[1]["verdict"] in ("better", "worse", "within the spread")
     assert 0 <= float(rows[1]["p"]) <= 1
-    # Seeds differ, and the warm start began with the plain detector of its own.
+    # Seeds differ, and the warm start used the plain detector of the same seed.
     seeds = [batches(work_dir, "plain", seed, "scratch") for seed in (0, 1, 2)]
     assert len(set(seeds)) == 3
     warm = (work_dir / "runs/warm_start/rfaconv/seed2/config.py").read_text()
@@ -265,7 +265,7 @@ def test_shipped_plugin_spec_has_both_starts():
 )
 def test_shipped_specs_build(name, methods, classes, monkeypatch):
     for variable in ("DATA_ROOT", "CLASSES"):
-        monkeypatch.setenv(variable, "")  # so that it is gone again afterwards
+        monkeypatch.setenv(variable, "")  # so it is removed afterwards
         monkeypatch.delenv(variable)
     study = load_study(ROOT / "configs" / "ablation" / f"{name}.py")
     assert study.baseline == "plain"

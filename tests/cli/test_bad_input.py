@@ -1,4 +1,4 @@
-"""Each kind of bad input ends tools/train.py or tools/test.py in one error, before training."""
+"""Every kind of bad input gives one error in tools/train.py or tools/test.py, before training."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ def fails(capsys, monkeypatch, shapes, tiny_config, tmp_path):
 
 @pytest.fixture
 def damaged(shapes, tmp_path):
-    """A copy of the data set, to be damaged."""
+    """Return a copy of the dataset to damage."""
     return shutil.copytree(shapes, tmp_path / "data")
 
 
@@ -134,7 +134,7 @@ def test_ema_factor_must_divide_the_channels(fails, tiny_config, tmp_path):
 
 
 def test_even_kernel_without_padding():
-    # MMDetection always passes the padding: this one can only be met by building the layer.
+    # MMDetection always passes padding, so this only happens when building the layer directly.
     from mmcv.cnn import build_conv_layer
 
     with pytest.raises(ValueError, match=r"padding=None with the even kernel_size=\(4, 4\)"):

@@ -1,4 +1,4 @@
-"""tools/check_data.py against data that are really damaged, and the audit's rules one by one."""
+"""tools/check_data.py on really damaged data, and the audit's rules one by one."""
 
 import csv
 import json
@@ -24,12 +24,12 @@ CONFIG = "configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py"
 
 @pytest.fixture
 def damaged(shapes, tmp_path):
-    """A copy of the data set, to be damaged."""
+    """Return a copy of the dataset to damage."""
     return shutil.copytree(shapes, tmp_path / "data")
 
 
 def edit(root, change, split="train"):
-    """Change an annotation file, given its content, and the boxes of image i as by[i]."""
+    """Change an annotation file: its content, and the boxes of image i as by[i]."""
     path = root / "annotations" / f"{split}.json"
     content = json.loads(path.read_text())
     by = [
@@ -53,7 +53,7 @@ def test_good_data(run_tool, shapes, tmp_path):
     assert done.returncode == 0, done.stdout
     assert "error" not in done.stdout
     assert "warning" not in done.stdout
-    # COCO's file of the data set says the same as the table.
+    # The table matches the dataset's COCO file.
     content = json.loads((shapes / "annotations" / "train.json").read_text())
     counts = Counter(CLASSES[a["category_id"] - 1] for a in content["annotations"])
     rows = {line.split()[1]: line for line in done.stdout.splitlines() if line.startswith("│")}
@@ -109,7 +109,7 @@ def test_data_with_every_problem(run_tool, damaged, tmp_path):
     }
     assert [row["kind"] for row in rows] == sorted((r["kind"] for r in rows), key=KINDS.index)
     sheet = cv2.imread(str(tmp_path / "out" / "worst.png"))
-    # Twelve cells have a picture or a frame, and the boxes are red in some.
+    # Twelve cells have a picture or a frame, and some have red boxes.
     assert sheet.shape[1] == 1440
     assert (np.abs(sheet.astype(int) - (0x2D, 0x11, 0xE8)).max(2) < 8).sum() > 200
     assert not list((tmp_path / "out").glob(".*"))
@@ -188,7 +188,7 @@ def test_voc(damaged, monkeypatch):
     kinds = {(p.kind, p.path.rsplit("/")[-1]) for p in found.problems}
     assert ("box inverted or empty", "train_0000.jpg") in kinds
     assert ("unknown class", "train_0001.jpg") in kinds
-    # VOC's pixels are counted from 1: no box of the drawn set is outside.
+    # VOC's pixels start at 1: no box of the drawn dataset is outside.
     assert "box outside" not in {kind for kind, _ in kinds}
 
 
@@ -220,7 +220,7 @@ def test_splits_with_the_same_files_are_checked_once(shapes, monkeypatch):
 def test_rare_problems_are_shown_before_repeated_frequent_ones(damaged, monkeypatch):
     def change(content, by):
         for i in range(6):
-            by[i][0]["bbox"] = [60 + i, 5, 30, 30]  # the last is the furthest outside
+            by[i][0]["bbox"] = [60 + i, 5, 30, 30]  # the last one is furthest outside
         content["images"][7]["height"] = 99
 
     edit(damaged, change)

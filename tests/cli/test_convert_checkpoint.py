@@ -1,4 +1,4 @@
-"""tools/convert_checkpoint.py writes a file that loads strictly, and keeps all else in it."""
+"""tools/convert_checkpoint.py writes a file that loads strictly, and keeps everything else."""
 
 import os
 import pickle
@@ -40,13 +40,13 @@ def saved(content, path):
 
 @pytest.fixture
 def published(tmp_path):
-    """A small file with one published layer."""
+    """Return a small file with one published layer."""
     return saved(THEIRS["CAMConv"](16, 4, 3).state_dict(), tmp_path / "published.pth")
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run the tool in this process; return its exit code, output and errors."""
+    """Run the tool in this process; return its exit status, output and errors."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", [TOOL, *map(str, arguments)])
@@ -93,7 +93,7 @@ def test_converts_a_whole_training_checkpoint(tmp_path, monkeypatch):
     loss = converted["message_hub"]["log_scalars"]["train/loss"]
     assert loss.data[0].tolist() == history.data[0].tolist()
 
-    # Loads strictly where nothing is renamed any more.
+    # Loads strictly without renaming.
     monkeypatch.setattr("rfa_mmdet.layers.warm_start.start.rename_published", lambda *args: 0)
     detector = randomise(Detector("RFCBAMConv"), 4)
     detector.load_state_dict(converted["state_dict"], strict=True)
@@ -106,7 +106,7 @@ def test_converts_a_whole_training_checkpoint(tmp_path, monkeypatch):
     assert set(plugins) < set(kept)
     assert all(torch.equal(published[k], ours[k]) for k in kept)
 
-    # feature, norm (5), spatial, conv (2); not the two of se.fc, which are ours already
+    # feature, norm (5), spatial, conv (2); the two of se.fc already have our names
     for layer in ("layer1.0", "layer1.1", "layer2.0", "layer2.1"):
         row = next(line for line in done.stdout.splitlines() if f"backbone.{layer}.conv1" in line)
         assert [cell.strip() for cell in row.split("│")[1:-1]] == [

@@ -1,4 +1,4 @@
-"""tools/doctor.py: each known problem in an environment of stand-ins that has it."""
+"""tools/doctor.py finds each known problem in an environment of stand-ins."""
 
 import os
 import re
@@ -16,7 +16,7 @@ MMDET = packages_distributions().get("mmdet", [])  # the distributions of the re
 
 @pytest.fixture
 def sick(tmp_path):
-    """An environment in which all is well so far."""
+    """Return an environment without problems."""
     return Environment(tmp_path / "venv")
 
 
@@ -42,7 +42,7 @@ def onedl(sick):
 
 
 def fixes(out):
-    """The commands of a screen; each must be one that a shell can read."""
+    """Return the suggested commands; each must be valid shell syntax."""
     found = [line.split("fix: ")[1] for line in out.splitlines() if "  fix: " in line]
     for command in found:
         assert subprocess.run(["bash", "-n", "-c", command]).returncode == 0, command
@@ -63,7 +63,7 @@ def test_healthy_environment(sick):
 
 
 def test_this_environment(run_tool):
-    """In the environment of the tests, which trains."""
+    """Check the environment of the tests, which can train."""
     done = run_tool(sys.executable, "tools/doctor.py")
     assert done.returncode == 0, done.stdout
     assert "OK: training can start on the " in done.stdout
@@ -71,7 +71,7 @@ def test_this_environment(run_tool):
 
 @pytest.mark.skipif("onedl-mmdetection" in MMDET, reason="the fork takes any mmcv")
 def test_mmcv_2_2_with_the_real_mmdet(run_tool, sick, tmp_path):
-    """Real mmdet refuses to be imported, and so does this package with it."""
+    """Importing the real mmdet fails, and so does importing this package."""
     fake = tmp_path / "fake"
     sick.add("mmcv", "2.2.0", site=fake)
     path = os.pathsep.join([str(fake), str(ROOT)])
@@ -111,7 +111,7 @@ def test_mmcv_2_2_with_mmdet_3_3(sick):
     assert "error: mmdet 3.3.0 does not support mmcv 2.2.0: AssertionError" in out
     (fix,) = fixes(out)
     assert "mmcv==2.1.0" in fix
-    sick.add("mmdet", files={"__init__": ""})  # one that takes it
+    sick.add("mmdet", files={"__init__": ""})  # one that supports it
     code, out = sick.examine()
     assert (code, fixes(out)) == (0, [])
 
@@ -126,7 +126,7 @@ def test_setuptools_without_pkg_resources(sick):
         in out
     )
     assert fixes(out) == [f"{sick.python} -m pip install setuptools==80.10.2"]
-    sick.add("mmengine", files={"hub": "get_config = print"})  # the forks do without
+    sick.add("mmengine", files={"hub": "get_config = print"})  # the forks do not need it
     assert sick.examine()[0] == 0
 
 
@@ -157,23 +157,23 @@ def test_package_built_for_another_numpy(request, stack, module, files):
     assert code == 1
     name = NAMES.get(module, module)
     assert re.search(rf"error: {name} \S+ was not compiled for numpy [21]\.", out)
-    # The version that goes with the stack's numpy, which stays.
+    # The version for the stack's numpy, which is kept.
     version = {"cv2": {"sick": "5.0.0.93", "prebuilt": "4.11.0.86"}[stack]}.get(module, "2.0.11")
     pip = f"{sick.python} -m pip install --force-reinstall --no-deps"
     assert fixes(out) == [f"{pip} {name}=={version}"]
-    # The others were looked at one by one, and work.
+    # The others were checked one by one, and work.
     assert out.count("FAILS") == 1
 
 
 @pytest.mark.parametrize(("version", "word"), [((3, 14), "new"), ((3, 9), "old")])
 def test_unsupported_python(sick, version, word):
-    # There is no such Python here: the interpreter is told that it is one.
+    # This Python is not installed, so the interpreter pretends to be it.
     (sick.site / "sitecustomize.py").write_text(
         f"import sys\nsys.version_info = type('Version', (tuple,), {{}})({(*version, 0)})"
     )
     code, out = sick.examine()
     assert code == (1 if word == "old" else 0)
-    if word == "new":  # which is to blame as soon as something fails
+    if word == "new":  # which is reported as soon as something fails
         assert fixes(out) == []
         sick.add("torch", files={"__init__": "raise ImportError('no ABI of that name')"})
         out = sick.examine()[1]
@@ -195,7 +195,7 @@ def with_cuda(sick):
 def test_cpu_build_of_torch_with_a_gpu(sick):
     with_gpu(sick)
     code, out = sick.examine()
-    assert code == 0  # training can start, if slowly
+    assert code == 0  # training can start, but is slow
     assert "warning: torch 2.13.0 is a CPU build, so NVIDIA H200 is not used" in out
     (fix,) = fixes(out)
     assert "pip uninstall -y torch && " in fix
@@ -254,7 +254,7 @@ def test_forks_next_to_the_originals(sick):
 
 
 def test_original_mmdet_next_to_the_forks(onedl):
-    onedl.add("mmdet")  # whose files are the last that were written
+    onedl.add("mmdet")  # its files were written last
     code, out = onedl.examine()
     assert code == 1
     assert "error: mmdet 3.3.0 and onedl-mmdetection 3.5.1 are both installed" in out
@@ -337,7 +337,7 @@ def test_requirements_reported_by_pip_check(sick):
         "warning: mmdet 3.3.0 requires terminaltables, which is not installed; "
         "mmdet 3.3.0 requires tqdm, which is not installed\n"
     ) in out
-    # Another scipy than it asks for works all the same.
+    # A different scipy version than required works anyway.
     assert fixes(out) == [f"{sick.python} -m pip install terminaltables tqdm"]
     sick.add("mmdet", files={"models": "import tqdm"}, requires=["tqdm"])
     code, out = sick.examine()

@@ -1,4 +1,4 @@
-"""tools/doctor.py: pretrained weights in torch's cache."""
+"""tools/doctor.py lists pretrained weights in torch's cache."""
 
 import re
 

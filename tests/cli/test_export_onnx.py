@@ -1,4 +1,4 @@
-"""tools/export_onnx.py: detectors of every kind, run by ONNX Runtime at other sizes."""
+"""tools/export_onnx.py with all kinds of detectors, run by ONNX Runtime at other sizes."""
 
 import json
 import re
@@ -36,7 +36,7 @@ model = dict(
 )
 """
 DENSE = "bbox_head=dict(in_channels=32, feat_channels=32, stacked_convs=1),"
-# 32 groups of one channel would have nothing to normalise in a map of one pixel.
+# 32 groups of one channel have nothing to normalise in a map of one pixel.
 GROUPS = DENSE.replace("feat_channels=32", "feat_channels=64")
 TWO_STAGE = """
     rpn_head=dict(in_channels=32, feat_channels=32),
@@ -51,7 +51,7 @@ MASKS = """
         mask_head=dict(num_convs=1, in_channels=32, conv_out_channels=32),
 """
 MASK_RCNN = TWO_STAGE.replace("roi_head=dict(", f"roi_head=dict({MASKS}")
-# A list in a config takes the place of its base's.
+# A list in a config replaces the base's list.
 CASCADE = TWO_STAGE.replace(
     "bbox_head=dict(in_channels=32, fc_out_channels=64)",
     """bbox_head=[
@@ -64,7 +64,7 @@ model.update(backbone=dict(type="RFAResNet", rfa=dict(type="RFAConv"), **model["
 custom_imports = dict(imports=["rfa_mmdet"])
 """
 YOLO = "model = dict(backbone=dict(widen_factor={w}, deepen_factor=0.167), neck={n}, bbox_head={h})"
-# Thin detectors over mmdet's own configs, and what the graphs of each are called.
+# Thin detectors on top of mmdet's configs, and the names of their graphs.
 ONE, TWO = ("",), ("", ".roi")
 THREE = ("", ".roi_0", ".roi_1", ".roi_2")
 DETECTORS = {
@@ -107,7 +107,7 @@ def make(name, text, folder):
     """Write the config and a checkpoint of a thin detector; return the detector."""
     config = folder / "thin.py"
     config.write_text(f'_base_ = "mmdet::{name}.py"\n{text}')
-    # Scores that do not reach 1: of equal ones, rounding chooses which are kept.
+    # Scores below 1: with equal scores, rounding decides which are kept.
     checkpoint = save_random_checkpoint(config, folder / "thin.pth", std=0.03)
     cfg = Config.fromfile(config)
     for transform in cfg.test_dataloader.dataset.pipeline:
@@ -128,7 +128,7 @@ def test_detectors(name, image, tmp_path):
     assert sorted((tmp_path / "out").iterdir()) == sorted(path for path, _ in files)
     assert found.detections >= 20
     assert found.unmatched == 0
-    # float32, through exp in the box coders of boxes of 100 pixels
+    # float32, through exp in the box coders, for boxes of 100 pixels
     assert found.box < 0.02
     assert found.score < 1e-4
     assert found.masks == (found.detections if "mask" in name else 0)
@@ -136,7 +136,7 @@ def test_detectors(name, image, tmp_path):
     assert (found.mask_pixels > 0) == ("mask" in name)
     assert len(found.raw) == 2 * len(suffixes)
     assert max(found.raw.values()) < 1e-3
-    # Its network is PyTorch's again.
+    # The network is PyTorch's again.
     methods = {"extract_feat", "forward"}
     assert not any(methods & set(vars(module)) for module in detector.model.modules())
 
@@ -158,7 +158,7 @@ def test_tool(run_tool, tiny_config, checkpoint, shapes, tmp_path):
     rows = {r[0]: r[1] for line in done.stdout.splitlines() if len(r := line[2:].split(" │ ")) == 2}
     boxes = next(value for name, value in rows.items() if "detections on 3 images" in name)
     assert float(boxes.split()[0]) < 0.01
-    # What a stranger would need to run the file is in it; and it runs on any batch and size.
+    # The file has all metadata needed to run it, and runs with any batch and image size.
     facts = {p.key: p.value for p in onnx.load(str(out)).metadata_props}
     assert json.loads(facts["classes"]) == list(CLASSES)
     assert json.loads(facts["mean"]) == [123.675, 116.28, 103.53]
@@ -221,7 +221,7 @@ def test_wrong_masks_are_not_written(image, tmp_path, monkeypatch):
         return [t.flip(-1) if graph.part.suffix == ".mask" else t for t in run(graph, inputs)]
 
     monkeypatch.setattr(Graph, "run", other_masks)
-    # Not told by boxes, scores and outputs.
+    # Boxes, scores and raw outputs do not show it.
     monkeypatch.setattr(Comparison, "add_raw", lambda *_: None)
     with pytest.raises(
         UserError, match=r"scores by \S+e-\d+, masks in 0\.\d+ of their pixels, 0 of"

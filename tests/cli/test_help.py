@@ -1,4 +1,4 @@
-"""Every tool has --help with an example whose files are there, and a README entry."""
+"""Every tool has --help with an example whose files exist, and a README entry."""
 
 import re
 import runpy
@@ -12,7 +12,7 @@ from rfa_mmdet.cli import find_tools
 from tests.helpers.paths import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# Of what is beside a tool and only imported by it, none reads a command line.
+# Modules that tools only import do not read a command line.
 TOOLS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in ROOT.glob("tools/**/*")

@@ -1,4 +1,4 @@
-"""Slurm's and MPI's launchers on CPUs, under Slurm and OpenMPI themselves."""
+"""Slurm and MPI launchers on CPUs, with real Slurm and OpenMPI."""
 
 import shutil
 import socket
@@ -32,7 +32,7 @@ def test_slurm_scripts(slurm, tiny_config, tmp_path):
     folder = tmp_path / "a folder of $HOME's"
     folder.mkdir()
     config = shutil.copy(tiny_config, folder / "a config.py")
-    # At the same time: they share the first node, and must not meet each other there.
+    # In parallel: they share the first node, and must not use the same port.
     jobs = {
         "two nodes": dict(GPUS_PER_NODE="1"),
         "one node": dict(SRUN_ARGS="--gres=none --nodelist=rfa1 --time=10"),
@@ -58,14 +58,14 @@ def test_slurm_scripts(slurm, tiny_config, tmp_path):
 def test_slurm_reports_an_error(slurm, tiny_config, tmp_path):
     wrong = ("--cfg-options", "model.bbox_head.num_classes=9")
     done = slurm("train", tiny_config, "--work-dir", tmp_path, *wrong)
-    assert done.returncode != 0  # 1, or 143 of the rank that Slurm ended for it
+    assert done.returncode != 0  # 1, or 143 from the rank that Slurm then ended
     assert "error: model.bbox_head.num_classes=9" in done.stdout
     assert "Traceback" not in done.stdout
 
 
 @pytest.mark.slow
 def test_batch_script_is_not_a_rank(cluster, monkeypatch, tmp_path):
-    # Slurm's variables in one, of which a run without srun would wait for a second rank.
+    # With these variables, a run without srun would wait for a second rank.
     said = tmp_path / "said.txt"
     job = ("--partition=part", "--ntasks=2", f"--output={said}", "--wrap=env")
     cluster.run("sbatch", "--wait", *job)
@@ -94,7 +94,7 @@ def test_mpi_launcher(run_tool, tiny_config, tmp_path):
 
 @pytest.fixture
 def two_machines(monkeypatch):
-    """What mpirun tells the first of two processes, each on a machine of its own."""
+    """Set mpirun's variables for the first of two processes on two machines."""
     for name, value in dict(RANK=0, SIZE=2, LOCAL_RANK=0, LOCAL_SIZE=1).items():
         monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
 

@@ -1,4 +1,4 @@
-"""The tools with a config whose types are classes, as real processes."""
+"""The tools, as real processes, with a config whose types are classes."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What users run on a detector finds the same on a retrofitted one, from the plain checkpoint."""
+"""MMDetection's APIs give the same results on a retrofitted detector with a plain checkpoint."""
 
 import pickle
 import runpy
@@ -31,7 +31,7 @@ tta_pipeline = [
 
 @pytest.fixture(scope="module")
 def detectors(tiny_config, tmp_path_factory):
-    """The plain config, the retrofitted one, and the plain checkpoint."""
+    """Return the plain config, the retrofitted one, and the plain checkpoint."""
     folder = tmp_path_factory.mktemp("apis")
     plain, config = write_configs(folder, "retinanet", RETINANET.format(tiny=tiny_config) + TTA)
     return plain, config, save_plain(plain, folder / "plain.pth")
@@ -48,7 +48,7 @@ def _scope():
 
 
 def boxes(found) -> tuple:
-    """(N, 4), (N,) and (N,) of a data sample, or of the dictionary that is dumped of one."""
+    """Return boxes (N, 4), scores (N,) and labels (N,) of a data sample or its dumped dict."""
     get = found["pred_instances"] if isinstance(found, dict) else found.pred_instances
     return tuple(get[key] for key in ("bboxes", "scores", "labels"))
 
@@ -57,7 +57,7 @@ def assert_same(plain: list, retrofitted: list) -> None:
     assert len(plain) == len(retrofitted) > 0
     for a, b in zip(plain, retrofitted, strict=True):
         (boxes_a, scores_a, labels_a), (boxes_b, scores_b, labels_b) = boxes(a), boxes(b)
-        # A detector that finds nothing, or all alike, would prove nothing.
+        # A detector with no detections, or equal ones, would prove nothing.
         assert len(boxes_a) >= 5
         assert len(set(np.round(scores_a.tolist(), 3))) >= 3
         assert torch.equal(labels_a, labels_b)

@@ -29,7 +29,7 @@ from tests.helpers.retrofitted import (
 
 @pytest.fixture(scope="module")
 def detectors(tiny_config, tmp_path_factory):
-    """Name to plain config, retrofitted config and plain checkpoint."""
+    """Return name -> plain config, retrofitted config and plain checkpoint."""
     folder = tmp_path_factory.mktemp("detectors")
     texts = dict(retinanet=RETINANET.format(tiny=tiny_config), faster_rcnn=FASTER_RCNN)
     found = {}
@@ -41,7 +41,7 @@ def detectors(tiny_config, tmp_path_factory):
 
 @pytest.fixture
 def tool(capsys, monkeypatch):
-    """Run the tool in this process; return exit code, output and errors."""
+    """Run the tool in this process; return exit status, output and errors."""
 
     def run(*arguments):
         monkeypatch.chdir(ROOT)
@@ -61,7 +61,7 @@ def tool(capsys, monkeypatch):
 
 @pytest.fixture
 def fails(tool, tmp_path):
-    """Run the tool, which must refuse in one line and leave nothing; return that line."""
+    """Run the tool, which must fail with one line and write nothing; return that line."""
 
     def run(*arguments, target=None):
         target = tmp_path / "out" / "warm.pth" if target is None else target
@@ -96,7 +96,7 @@ def test_checkpoint_gives_the_same_outputs(name, detectors, tool, tmp_path):
     assert f"wrote: {target}" in output
     assert "warning" not in errors
     written = torch.load(target, weights_only=True)
-    # Only what belongs to the weights: this is no checkpoint of a training.
+    # Only the weights' own metadata: this is not a training checkpoint.
     assert written["meta"] == {
         "dataset_meta": {"classes": ("circle", "square", "triangle", "star")}
     }
@@ -108,7 +108,7 @@ def test_checkpoint_gives_the_same_outputs(name, detectors, tool, tmp_path):
     image = torch.randint(0, 256, (3, 192, 256), generator=torch.Generator().manual_seed(3))
     plain = build_plain(plain_config)
     assert compare(plain, net, image.float()).largest <= 1e-4
-    # It is the convolutions that make it so, in every part.
+    # All parts depend on the new convolutions.
     torch.nn.init.normal_(net.backbone.layer3[0].conv1.conv.weight)
     assert all(value > 1e-3 for value in compare(plain, net, image.float()).outputs.values())
 
@@ -128,7 +128,7 @@ def test_image_overwrite_and_bare_state_dict(detectors, tool, tmp_path):
 
 @pytest.fixture
 def with_ema(tiny_config, tmp_path):
-    """Write the config of a detector with EMA behind the blocks of stage 4, which starts so."""
+    """Write the config of a detector with EMA after the blocks of stage 4, with this start."""
 
     def write(start):
         more = f', dict(after=r"layer4\\.\\d", plugin=dict(type="EMA", factor=8{start}))'
@@ -235,7 +235,7 @@ def test_differing_outputs_raise(tiny_config, detectors, fails, tmp_path):
         r"relative \d\.\de-\d+ > tolerance=1\.0e-12; nothing written",
         error,
     )
-    # The neck's convolutions see values below 0, for which this layer starts only with a floor.
+    # The neck's convolutions get values below 0, which need an input_floor.
     below = tmp_path / "below.py"
     below.write_text(
         f'_base_ = "{detectors["retinanet"][0]}"\n'

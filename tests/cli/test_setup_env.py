@@ -1,4 +1,4 @@
-"""The set-up script: what it refuses, what it skips, and how it reads a build's output."""
+"""tools/setup_env.py: its checks, skipped steps, and parsing of build output."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from tests.helpers.environment import Environment, load_script, make_python, ver
 from tests.helpers.paths import ROOT
 
 SCRIPT = ROOT / "tools" / "setup_env.py"
-# Off a real build of mmcv, compiler flags and repeated notes left out.
+# From a real build of mmcv, without compiler flags and repeated notes.
 BUILD_LOG = """\
   Compiling mmcv._ext only with CPU
   building 'mmcv._ext' extension
@@ -37,7 +37,7 @@ HERE = "{}.{}".format(*sys.version_info[:2])
 
 
 def make_venv(tool, folder):
-    """Make what looks like a finished environment."""
+    """Create what looks like a finished environment."""
     make_python(folder)
     (folder / tool.STAMP).write_text(tool.Setup(folder).stamp())
     return folder
@@ -45,7 +45,7 @@ def make_venv(tool, folder):
 
 @pytest.fixture
 def command(tmp_path):
-    """Return a function that starts the script as users do, with an empty cache of wheels."""
+    """Return a function that starts the script as users do, with an empty wheel cache."""
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": "true"}
 
     def start(*args, **extra_env):
@@ -144,7 +144,7 @@ def test_check_prints_the_doctors_findings(command, tmp_path):
     sick.add("rfa_mmdet", files={"__init__": "raise SyntaxError('a slip')"})
     process = command("--check", sick.python, PYTHONPATH="")
     assert "training cannot start" in process.communicate(timeout=60)[0]
-    assert process.returncode == 0  # the environment is right: tests and lint can run in it
+    assert process.returncode == 0  # the environment is fine: tests and lint can run in it
     sick.add("torch", files={"__init__": "raise ImportError('no such driver')"})
     error = refusal(command("--check", sick.python, PYTHONPATH=""))
     assert f"{sick.python} cannot train:" in error
@@ -253,7 +253,7 @@ def test_job_count_follows_max_jobs_or_the_machine(tool, monkeypatch):
 
 @pytest.fixture
 def mmcv_step(tool, tmp_path, monkeypatch):
-    """Return a set-up at the step of mmcv, with the torch it shall see to be set."""
+    """Return a set-up at the mmcv step; tests set the torch that it finds."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("FORCE_CUDA", raising=False)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)

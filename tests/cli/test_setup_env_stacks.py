@@ -1,4 +1,4 @@
-"""The set-up script: what differs between the stacks."""
+"""tools/setup_env.py: differences between the stacks."""
 
 import re
 import shutil
@@ -23,7 +23,7 @@ def test_prebuilt_needs_python_3_10_or_3_11(tool, tmp_path, monkeypatch):
     assert tool.find_python([str(python)], "current", False) == (str(python), "3.12")
     with pytest.raises(tool.SetupError, match=r"Python 3\.10 or 3\.11 is needed"):
         tool.find_python([str(python)], "prebuilt", False)
-    # Of pyenv's, which are not on PATH unless they are asked for.
+    # From pyenv, which are not on PATH by default.
     found = tmp_path / "pyenv" / "versions" / "3.10.1" / "bin" / "python3.10"
     found.parent.mkdir(parents=True)
     found.symlink_to(sys.executable)
@@ -43,7 +43,7 @@ def test_unknown_stack_raises(tool, capsys):
 
 @pytest.mark.parametrize("stack", ["current", "prebuilt", "onedl"])
 def test_stack_pins_one_version_per_python(tool, stack):
-    """What pip takes of them: one version a package, the same packages for every Python."""
+    """pip sees one version per package, and the same packages for every Python."""
     names = []
     for python in tool.STACKS[stack]:
         found = []
@@ -62,7 +62,7 @@ def test_stack_pins_one_version_per_python(tool, stack):
         return
     project = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    del extras["timm"]  # brings torchvision, of which this torch has no build
+    del extras["timm"]  # needs torchvision, which has no build for this torch
     wanted = {Requirement(line).name for lines in extras.values() for line in lines}
     assert wanted - {"rfa_mmdet"} <= names[0]
 

@@ -37,14 +37,14 @@ def test_test_prints_metrics_draws_and_dumps(trained, tiny_config, run_tool, tmp
     assert "coco/bbox_mAP_50" in done.stdout
     pictures = list((tmp_path / "shown").rglob("*.jpg"))
     assert len(pictures) == 4
-    # Ground truth and detections side by side.
+    # Ground truth and detections are side by side.
     assert cv2.imread(str(pictures[0])).shape == (64, 128, 3)
     predictions = pickle.loads((tmp_path / "predictions.pkl").read_bytes())
     assert len(predictions) == 4
     assert f"predictions: {tmp_path / 'predictions.pkl'}" in done.stdout
     assert not list(tmp_path.glob(".*"))
     assert predictions[0]["pred_instances"]["bboxes"].shape[1] == 4
-    # What test finds is what training saw after the same epoch.
+    # The test matches the validation after the same epoch.
     tested = json.loads(next((tmp_path / "work").glob("*/*.json")).read_text())
     log = pd.read_json(next(trained.glob("*/vis_data/scalars.json")), lines=True)
     assert tested["coco/bbox_mAP"] == log["coco/bbox_mAP"].dropna().iloc[-1]
@@ -53,7 +53,7 @@ def test_test_prints_metrics_draws_and_dumps(trained, tiny_config, run_tool, tmp
 def test_every_image_gets_a_picture_with_any_name(trained, tiny_config, shapes, run_tool, tmp_path):
     root = shutil.copytree(shapes, tmp_path / "data")
     content = json.loads((root / "annotations" / "val.json").read_text())
-    # Of one name, but for the folder; as OpenCV cannot write it.
+    # The same name in another folder, and a name that OpenCV cannot write.
     for image, name in zip(
         content["images"], ("a/x.jpg", "b/x.jpg", "x.jfif", "y.jpg"), strict=True
     ):
@@ -225,7 +225,7 @@ def test_tensorboard_flag_and_best_checkpoint(tiny_config, run_tool, tmp_path):
     assert done.returncode == 0, done.stdout
     (folder,) = (tmp_path / "work").glob("*/vis_data")
     events = EventAccumulator(str(folder)).Reload()
-    # The same numbers as in the log that is always written.
+    # The same numbers as in the usual log.
     log = pd.read_json(folder / "scalars.json", lines=True)
     for name, number in (("loss", 6), ("pascal_voc/mAP", 2)):
         written = [event.value for event in events.Scalars(name)]
@@ -277,20 +277,20 @@ def test_two_processes_on_cpu_end_with_equal_parameters(tiny_config, run_tool, t
     assert all(torch.equal(first[name], second[name]) for name in first)
     saved = weights(tmp_path / "work" / "epoch_1.pth")
     assert all(torch.equal(first[name], saved[name]) for name in first)
-    # Each saw other images: before the end of the epoch, their BN statistics differed.
+    # Each process saw other images, so their BN statistics differed during the epoch.
     first, second = (torch.load(tmp_path / f"before{rank}.pth") for rank in (0, 1))
     name = next(name for name in first if name.endswith("running_mean"))
     assert not torch.equal(first[name], second[name])
     mean = (first[name] + second[name]) / 2
     assert torch.allclose(saved[name], mean, rtol=1e-6, atol=1e-7)
-    # And the test of a checkpoint in two processes, the images shared between them.
+    # Also test a checkpoint in two processes that share the images.
     tested = run_tool(
         *("bash", "tools/dist_test.sh", tiny_config, tmp_path / "work" / "epoch_1.pth", 2),
         *("--work-dir", tmp_path / "test"),
         PORT=free_port(),
     )
     assert tested.returncode == 0, tested.stdout
-    # What they validated in training is what was saved.
+    # The validated model is the saved one.
     (log,) = (tmp_path / "work").glob("*/vis_data/scalars.json")
     validated = pd.read_json(log, lines=True)["coco/bbox_mAP_50"].dropna().iloc[-1]
     metrics = json.loads(next((tmp_path / "test").glob("*/*.json")).read_text())

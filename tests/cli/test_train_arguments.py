@@ -1,4 +1,4 @@
-"""What tools/train.py lays over configs of every style."""
+"""Arguments of tools/train.py applied to configs of every style."""
 
 from argparse import Namespace
 

@@ -35,7 +35,7 @@ FIRST = """\
 
 @pytest.fixture
 def root(tmp_path):
-    """Two splits of two images of 640 x 360; the second image has no object."""
+    """Return two splits of two images of 640 x 360; the second image has no objects."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         folder = tmp_path / f"VisDrone2019-DET-{split}"
@@ -67,7 +67,7 @@ def test_tool(run_tool, root):
     ]
     assert [(a["truncation"], a["occlusion"]) for a in learnt] == [(0, 1), (0, 0), (1, 2)]
     crowds = [a for a in content["annotations"] if a["iscrowd"]]
-    # The ignored region lies outside this image; what is other counts for every class.
+    # The ignored region is outside of this image; "others" applies to every class.
     every = [(i, [300, 300, 50, 50]) for i in range(1, 11)]
     assert [(a["category_id"], a["bbox"]) for a in crowds] == [*every, (6, [100, 100, 20, 20])]
     assert len({a["id"] for a in content["annotations"]}) == len(content["annotations"])
@@ -103,7 +103,7 @@ def test_detections_in_ignored_regions_are_not_false_positives(root, ignored):
     path.write_text("100,100,50,50,1,4,0,0\n300,100,200,200,0,0,0,0\n")
     coco = COCO(str(convert(root, "val", ignored).path))
     hit = dict(image_id=2, category_id=4, bbox=[100, 100, 50, 50], score=0.5)
-    # A car, more certain than the true one, in the ignored region.
+    # A car in the ignored region, with a higher score than the true one.
     inside = dict(image_id=2, category_id=4, bbox=[350, 150, 40, 40], score=0.9)
     evaluation = COCOeval(coco, coco.loadRes([hit, inside]), "bbox")
     evaluation.params.catIds, evaluation.params.imgIds = [4], [2]

@@ -1,4 +1,4 @@
-"""The table of patches: what the environment chooses, and that nothing is replaced outside it."""
+"""The table of patches: selection by environment variable, and no replacements elsewhere."""
 
 import ast
 import os
@@ -15,7 +15,7 @@ from rfa_mmdet.errors import UserError
 from tests.helpers.paths import ROOT
 
 PACKAGE = ROOT / "rfa_mmdet"
-# Says for each patch whether it is in force, in a process of its own.
+# Prints for each patch whether it is active, in a separate process.
 IN_FORCE = """
 import rfa_mmdet
 import torch
@@ -110,7 +110,7 @@ print("aten::softmax" in complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS)
 
 # --- nothing is replaced outside -----------------------------------------------------------------
 
-# (file, what is assigned) -> why it may be.
+# (file, assigned name) -> why this is allowed.
 ALLOWED = {
     ("cli/command_line.py", "sys.excepthook"): "restored when the tool ends",
     ("__main__.py", "sys.argv"): "the tool's own arguments, in a process that runs nothing else",
@@ -134,9 +134,9 @@ def dotted(node: ast.AST) -> str | None:
 
 
 def foreign_changes(source: str) -> set[str]:
-    """Return what of other packages' modules and classes a file assigns, deletes or registers.
+    """Return what a file assigns, deletes or registers in modules and classes of other packages.
 
-    os.environ is no module's own, and what belongs to this package may be changed.
+    Changes of os.environ and of this package's own modules are allowed.
     """
     tree = ast.parse(source)
     foreign = set()

@@ -1,4 +1,4 @@
-"""A process that dies while MMEngine writes a checkpoint leaves no part of it under its name."""
+"""A process that dies while MMEngine writes a checkpoint leaves no truncated file."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from mmengine.runner import save_checkpoint
 from rfa_mmdet.compat.whole_files import WholeFileBackend, apply
 from rfa_mmdet.errors import UserError
 
-# The kernel ends it, as SIGKILL would, in the middle of the write that passes the limit.
+# The kernel kills it, like SIGKILL, in the middle of the write that exceeds the limit.
 DIES = """
 import resource, signal, sys
 import torch
@@ -48,7 +48,7 @@ def test_killed_while_writing_a_checkpoint(tmp_path, how, before):
     )
     assert done.returncode == -signal.SIGXFSZ, done.stderr
     assert sum(file.stat().st_size == 2**16 for file in tmp_path.iterdir()) == 1
-    if how == "mmengine":  # what there is to be prevented
+    if how == "mmengine":  # the failure that the patch prevents
         assert path.stat().st_size == 2**16
     elif before:
         assert torch.load(path)["state_dict"]["a"].tolist() == [0, 0]

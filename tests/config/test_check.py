@@ -1,4 +1,4 @@
-"""What a config's check refuses, and what it must not."""
+"""Configs that the check rejects, and configs that it must accept."""
 
 import pytest
 from mmdet.models import ResNet, RetinaNet
@@ -18,7 +18,7 @@ MASK_RCNN = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"
 
 
 def changed(changes, base=RETINANET, **more):
-    """A config of mmdet with other entries."""
+    """Return a config of mmdet with changed entries."""
     cfg = get_config(base)
     cfg.launcher = "none"
     cfg.merge_from_dict({**changes, **more})
@@ -31,7 +31,7 @@ def albu(name):
 
 
 class Strangers(nn.Module):
-    """Of a user's own module; what its arguments mean is its business."""
+    """A class from a user's module, whose arguments are not checked."""
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_configs_of_old_mmdetection():
     )
     with pytest.raises(ConfigError, match=r"2\.x: it has data, runner, optimizer.*migration"):
         check_config(Config(old))
-    # Beside what 3.x reads it changes nothing, and that is said.
+    # In addition to keys of 3.x, it has no effect, which gives a warning.
     warnings = check_run(changed({"optimizer": dict(type="SGD", lr=9.0)}), ("train", "val"))
     assert warnings == ["optimizer: MMDetection 3.x ignores this key; use optim_wrapper"]
     optimizer = dict(type="SGD", lr=9.0)

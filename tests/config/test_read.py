@@ -1,4 +1,4 @@
-"""Reading a config without a command line."""
+"""Reading configs without a command line."""
 
 import pytest
 
@@ -103,7 +103,7 @@ def test_none_means_absent(config):
     hooks = "default_hooks = dict(visualization=None, logger=None)"
     cfg = load_config(config("\n".join([*(f"{key} = None" for key in keys.split()), hooks])))
     assert not cfg.keys() & {*keys.split()}
-    assert cfg.default_hooks == dict(logger=None)  # which removes MMEngine's own
+    assert cfg.default_hooks == dict(logger=None)  # removes MMEngine's own hook
 
 
 def test_default_scope_of_pure_python_configs_stays_none(config):

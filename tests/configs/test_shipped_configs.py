@@ -1,4 +1,4 @@
-"""Every shipped config: its name, its model and its documents."""
+"""Name, model and documents of every shipped config."""
 
 import re
 
@@ -70,7 +70,7 @@ def test_name_matches_the_model(path):
     check_config(Config({**cfg, "launcher": "none"}))
 
     schedule, data = parts["schedule"], parts["data"]
-    # VOC's images are repeated three times an epoch.
+    # VOC's images are repeated three times per epoch.
     epochs = int(re.search(r"(\d+)[xe]$", schedule)[1]) * (12 if schedule.endswith("x") else 1)
     assert cfg.train_cfg.max_epochs == (epochs // 3 if data == "voc0712" else epochs)
     if schedule.startswith("8xb"):
@@ -106,7 +106,7 @@ def test_name_matches_the_model(path):
 
 @each_config
 def test_pretrained_backbone_is_the_bases(path):
-    """None is lost where Retrofit takes the base's backbone over, and none added."""
+    """Retrofit neither loses nor adds pretrained weights of the base's backbone."""
     cfg = read(path)
     parts = parts_of(path)
     backbone = cfg.model.backbone
@@ -142,7 +142,7 @@ def test_configs_are_a_few_lines_on_top_of_a_base(path):
 
 
 def readme_rows(method: str) -> dict[str, list[str]]:
-    """Return the cells of a README's table, by config."""
+    """Return the cells of a README's table by config."""
     text = (ROOT / "configs" / method / "README.md").read_text()
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
@@ -182,7 +182,7 @@ def test_readme_metafile_and_files_agree(method):
 
 
 def test_no_accuracy_is_claimed():
-    """Nobody here has trained these: no result, no weights, and no number beside a metric."""
+    """These configs have not been trained: no results, no weights, and no numbers for metrics."""
     for method in METHODS:
         folder = ROOT / "configs" / method
         assert {cells[-1] for cells in readme_rows(method).values()} == {"not measured"}
@@ -232,7 +232,7 @@ def test_all_operators_of_other_detectors_are_counted(name, size, method):
 
 @each_config
 def test_configs_are_self_contained(path):
-    """Under any trainer, a run then resumes as if nothing had interrupted it."""
+    """With any trainer, an interrupted run then resumes with identical results."""
     cfg = read(path)
     hooks = [hook["type"] for hook in cfg.custom_hooks]
     assert hooks[-2:] == ["EpochSeedHook", "SyncBuffersHook"]

@@ -1,4 +1,4 @@
-"""The checks before a run: what they find, and what they leave alone."""
+"""The checks before a run: problems that they report, and data that they accept."""
 
 import pytest
 from mmdet.registry import DATASETS
@@ -46,7 +46,7 @@ def test_finds_the_dataset_in_every_wrapper(coco):
     found = leaves(cfg, "train")
     key = "train_dataloader.dataset.dataset.dataset.dataset.datasets"
     assert [leaf.key for leaf in found] == [f"{key}.0", f"{key}.1"]
-    # In the order in which they run.
+    # In running order.
     names = [name for name, _ in found[0].transforms()]
     assert names == ["LoadImageFromFile", "LoadAnnotations", "FilterAnnotations"]
     message = errors_of(cfg)

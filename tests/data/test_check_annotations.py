@@ -1,4 +1,4 @@
-"""Annotation files that are missing, damaged, or not what MMDetection reads."""
+"""Annotation files that are missing, damaged, or not readable by MMDetection."""
 
 import json
 import shutil
@@ -191,6 +191,6 @@ def test_reads_the_same_boxes_as_mmdet(voc, objects):
     boxes = read_voc(str(voc / "Annotations" / "0.xml"), CLASSES).boxes
     mmdets = DATASETS.build(voc_dataset(voc, pipeline=[], serialize_data=False))
     theirs = mmdets.get_data_info(0)["instances"]
-    # VOC counts pixels from one.
+    # VOC's pixels start at one.
     assert [[v - 1 for v in box.xyxy] for box in boxes] == [i["bbox"] for i in theirs]
     assert [box.difficult for box in boxes] == [bool(i["ignore_flag"]) for i in theirs]

@@ -1,4 +1,4 @@
-"""Classes of data sets, of their files, and of the heads."""
+"""Classes of datasets, annotation files and heads."""
 
 import shlex
 from argparse import ArgumentParser
@@ -26,7 +26,7 @@ def test_classes_missing_in_the_file(coco):
     assert "1 of its 2 classes are not among the categories of" in message
     assert "'dgo'" in message
     assert f"metainfo=dict(classes={CLASSES!r})" in message
-    assert "--cfg-options" not in message  # which would take the blank out of "traffic light"
+    assert "--cfg-options" not in message  # it would remove the blank in "traffic light"
 
 
 def test_default_classes_and_the_option_that_fixes_them(coco):
@@ -41,7 +41,7 @@ def test_default_classes_and_the_option_that_fixes_them(coco):
 
 
 def parsed(text):
-    """What mmengine makes of the --cfg-options in a message."""
+    """Return MMEngine's parsing of the --cfg-options in a message."""
     parser = ArgumentParser()
     parser.add_argument("--cfg-options", nargs="+", action=DictAction)
     return parser.parse_args(shlex.split(text)).cfg_options

@@ -1,4 +1,4 @@
-"""Values of COCO files that MMDetection or pycocotools trips over, or silently takes for others."""
+"""Values in COCO files that break or mislead MMDetection or pycocotools."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def test_invalid_value_is_reported_with_field_and_count(coco, name, key, values)
         (coco / "train.json").write_text(whole)
         lines = told_of(coco, setting(name, **{key: value}))
         count = len(json.loads(whole)[name])
-        # Also "none", where a named category is not there any more.
+        # Also "none", if a named category no longer exists.
         told = [
             line for line in lines if f"1 of {count} {name} have " in line and f"'{key}'" in line
         ]
@@ -107,7 +107,7 @@ def test_invalid_values_are_counted_by_field(coco):
 )
 def test_suggested_command_fixes_the_file(coco, change, split):
     lines = told_of(coco, change, split)
-    for _ in range(2):  # two fields may be wrong
+    for _ in range(2):  # two fields may be invalid
         line = next((line for line in lines if "To fix the file:  " in line), None)
         if line is None:
             break
@@ -140,7 +140,7 @@ def test_file_names_from_urls(coco):
 
 
 def average_precision(coco, **metric):
-    """AP, by MMDetection's own data set and metric, of a detector that finds every box."""
+    """Return the AP of a perfect detector, with MMDetection's own dataset and metric."""
     MMLogger.get_instance("mmengine", log_level="ERROR")
     dataset = DATASETS.build(coco_dataset(coco, "val", pipeline=[], _scope_="mmdet"))
     metric = CocoMetric(ann_file=str(coco / "val.json"), **metric)
@@ -168,7 +168,7 @@ def average_precision(coco, **metric):
         every("annotations", "iscrowd", float),
         every("annotations", "id", lambda i: -i),
         every("annotations", "category_id", float),
-        every("annotations", "segmentation", lambda _: []),  # no masks are asked for
+        every("annotations", "segmentation", lambda _: []),  # no masks needed
         lambda content: content.update(info=[], licenses=7),
         lambda content: content["annotations"].reverse(),
         lambda content: (
@@ -234,7 +234,7 @@ def test_classwise_needs_sorted_categories(coco):
         for category, number in zip(content["categories"], (12, 11, 10), strict=True):
             category["id"] = number
         content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 10]
-        content["annotations"][0]["bbox"] = [0, 0, 0.5, 0.5]  # of a dog; nothing finds it
+        content["annotations"][0]["bbox"] = [0, 0, 0.5, 0.5]  # a dog that is not detected
 
     (line,) = (
         line
@@ -244,7 +244,7 @@ def test_classwise_needs_sorted_categories(coco):
     assert "are not sorted by id" in line
     with np.errstate(all="ignore"):
         measured = average_precision(coco, classwise=True)
-    assert math.isnan(measured["coco/cat_precision"])  # which has boxes, unlike traffic lights
+    assert math.isnan(measured["coco/cat_precision"])  # cats have boxes, unlike traffic lights
 
 
 # --- boxes that are dropped
@@ -319,7 +319,7 @@ def test_invalid_masks(coco, where):
         assert len(lines) == 1, (mask, lines)
         assert "1 of 6 annotations have a 'segmentation'" in lines[0]
         assert words in lines[0], mask
-    # Without masks, nothing is asked of it.
+    # Not checked without masks.
     assert told_of(coco, lambda content: None, split) == []
 
 

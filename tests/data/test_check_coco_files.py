@@ -1,4 +1,4 @@
-"""COCO files that are no JSON or of another form, and names that terminals should not see."""
+"""COCO files that are not JSON or have another structure, and names unsafe for terminals."""
 
 import codecs
 import gzip

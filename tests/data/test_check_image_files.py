@@ -1,4 +1,4 @@
-"""Files that should not be opened or decoded, images that resizing leaves nothing of, samples."""
+"""Files not to open or decode, images that resizing shrinks to nothing, and samples."""
 
 import os
 import socket
@@ -27,7 +27,7 @@ from tests.helpers.damaged_sets import (
 
 
 def png_header(width, height):
-    """A whole PNG file that says how large it is, and holds next to nothing."""
+    """Return a complete PNG file with a given size in its header but hardly any data."""
 
     def chunk(kind, data):
         code = struct.pack(">I", zlib.crc32(kind + data))
@@ -41,7 +41,7 @@ def png_header(width, height):
 
 
 def no_file(path, kind):
-    """Put something under a path that is no file."""
+    """Create something other than a regular file."""
     path.unlink(missing_ok=True)
     if kind == "FIFO":
         os.mkfifo(path)
@@ -52,7 +52,7 @@ def no_file(path, kind):
     else:
         with socket.socket(socket.AF_UNIX) as end:
             here = os.getcwd()
-            os.chdir(path.parent)  # addresses of sockets are short
+            os.chdir(path.parent)  # socket paths must be short
             end.bind(path.name)
             os.chdir(here)
 
@@ -198,7 +198,7 @@ def test_image_resized_to_nothing_gives_a_clear_error():
         ImageError, match=r"300 x 1 pixels; resizing to \(64, 48\) would make a side 0"
     ):
         transformed(own, dict(img=np.zeros((1, 300, 3), np.uint8)))
-    with pytest.raises(KeyError):  # what is no fault of the image stays what it is
+    with pytest.raises(KeyError):  # other errors are not changed
         transformed(lambda results: results["nothing"], dict(img=np.zeros((9, 9, 3), np.uint8)))
 
 
@@ -207,7 +207,7 @@ def test_image_resized_to_nothing_gives_a_clear_error():
 
 @pytest.fixture
 def many(coco):
-    """A set of more images than a quick check opens."""
+    """Return a dataset with more images than a quick check opens."""
     whole = (coco / "images" / "0.jpg").read_bytes()
     number = SAMPLE + 50
 
@@ -232,7 +232,7 @@ def test_quick_opens_a_sample_and_warns(many):
 
 def test_quick_finds_any_missing_file(many):
     cfg = config(coco_dataset(many, filter_cfg=None), model=None)
-    for i in range(100, 110):  # one of them, at least, is not among those that are opened
+    for i in range(100, 110):  # at least one of them is not opened
         (many / "images" / f"{i}.jpg").unlink()
     no_file(many / "images" / "111.jpg", "FIFO")
     message = errors_of(cfg)

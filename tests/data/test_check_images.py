@@ -1,4 +1,4 @@
-"""Images that are missing or damaged, and boxes that are not in them."""
+"""Missing and damaged images, and boxes outside of them."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -53,7 +53,7 @@ def test_truncated_images_at_any_position(tmp_path, ending, data):
     write_image(path)
     assert image_damage(str(path)) is None
     whole = path.read_bytes()
-    # Below four bytes no format can be told.
+    # The format is unknown below four bytes.
     cut = data.draw(st.integers(4, len(whole) - 1))
     path.write_bytes(whole[:cut])
     assert image_damage(str(path)).startswith("truncated")
@@ -166,7 +166,7 @@ def test_inverted_voc_boxes_raise_with_the_line_that_fixes_it(voc, box):
     assert "1 boxes are inverted or empty" in message
     assert "0.xml" in message
     line = message.split("LoadAnnotations:  ")[1]
-    fixed = [*LOAD, eval(line)]  # as the user would paste it
+    fixed = [*LOAD, eval(line)]  # as pasted by the user
     for dataset in (
         voc_dataset(voc, pipeline=fixed),
         dict(type="MultiImageMixDataset", dataset=voc_dataset(voc), pipeline=fixed),

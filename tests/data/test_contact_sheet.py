@@ -1,4 +1,4 @@
-"""The sheet of the worst images, whatever their names and pixels are."""
+"""The contact sheet of the worst images, with any names and pixels."""
 
 import csv
 from collections import Counter

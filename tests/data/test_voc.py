@@ -1,6 +1,6 @@
-"""XML files in VOC's format as tools write them: read, put right with a line, or refused in words.
+"""XML files in VOC format as written by tools: read, corrected with a log line, or rejected.
 
-Each case goes through the check before a run and through the data set itself, which must agree.
+Each case uses both the check before a run and the dataset itself, which must agree.
 """
 
 import pytest
@@ -25,7 +25,7 @@ def write(voc, content):
 
 
 def loaded(dataset):
-    """Return what training would read of the written file, its image decoded."""
+    """Return what training reads from the written file, including the decoded image."""
     built = DATASETS.build({**dataset, "serialize_data": False, "_scope_": "mmdet"})
     (info,) = (one for one in built.data_list if one["img_id"] == "1")
     assert built[built.data_list.index(info)]["img"].shape[:2] == (info["height"], info["width"])
@@ -185,7 +185,7 @@ def test_boxes_outside_the_image_are_ignored_in_training(voc, box):
     (warning,) = check_data(config(ours(voc)))
     assert "1.xml; they are ignored in training" in warning
     assert [one["ignore_flag"] for one in loaded(ours(voc))] == [0, 1]
-    # As in MMDetection, an evaluation counts them.
+    # As in MMDetection, they count in an evaluation.
     val = ours(voc, test_mode=True)
     (warning,) = check_data(config(val, val), ("val",))
     assert "counts them as missed" in warning

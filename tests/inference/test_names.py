@@ -1,4 +1,4 @@
-"""Names and colours of classes, whatever configs and checkpoints say, in pictures and files."""
+"""Names and colours of classes in pictures and files, for any metadata."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Whatever loads an image, and wherever that stands, a file's detections are those of a test."""
+"""Detections of a file match those of a test, for any loader at any place of the config."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ from rfa_mmdet.inference.predict import predict
 
 
 class LoadInverted(BaseTransform):
-    """A loader of somebody's own."""
+    """A third-party loader."""
 
     def transform(self, results):
         image = 255 - cv2.imread(results["img_path"])
@@ -61,7 +61,7 @@ def pipeline(change):
 
 
 def mixed(cfg):
-    """Of a wrapper, what follows the loading."""
+    """A transform of a wrapper, after loading."""
     first, *rest = cfg.test_dataloader.dataset.pipeline
     cfg.test_dataloader.dataset.pipeline = [first]
     wrapped("MultiImageMixDataset")(cfg)
@@ -113,7 +113,7 @@ CHANGES = {
 
 
 class ThreeTimes(BaseTransform):
-    """One channel as three; or a transform that asks for what is not there."""
+    """Convert one channel to three, or fail on a missing key."""
 
     def __init__(self, missing="img"):
         self.missing = missing
@@ -124,7 +124,7 @@ class ThreeTimes(BaseTransform):
 
 
 def items_of(cfg) -> dict[str, dict]:
-    """What a data set, built as a Runner builds it, gives for each file."""
+    """Return the items of a dataset built like in a Runner, by file."""
     dataset = DATASETS.build(copy.deepcopy(cfg.test_dataloader.dataset))
     items = [dataset[i] for i in range(len(dataset))]
     return {item["data_samples"].img_path: item for item in items}
@@ -193,7 +193,7 @@ def test_augmentation_reaches_every_data_set(types, cfg, checkpoint, tmp_path):
     dataset = DATASETS.build(copy.deepcopy(cfg.test_dataloader.dataset))
     for i in range(len(dataset)):
         assert len(dataset[i]["inputs"]) == 2
-    # And such a config predicts.
+    # The tool works with such a config too.
     detector = Detector(cfg, str(checkpoint), "cpu")
     path = dataset[0]["data_samples"][0].img_path
     found = predict(detector, [path], tmp_path)
@@ -251,7 +251,7 @@ def test_unusual_files_do_not_affect_results(cfg, checkpoint, shapes, tmp_path):
         *("$a$b_$.jpg", "[red]x.jpg", "a=b|c<d>&.jpg", "back\\slash.jpg", "new\nline.jpg"),
         *("猫🐱.jpg", "\udcff\udcfe.jpg"),
     ]
-    # As loaded of another number of channels, or of no height after the resizing.
+    # Loaded with another number of channels, or without height after resizing.
     bad = dict(grey=image[..., 0], thin=np.zeros((1, 9000, 3), np.uint8))
     paths = []
     for name, pixels in [*((name, image) for name in good), *bad.items()]:

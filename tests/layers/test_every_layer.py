@@ -1,4 +1,4 @@
-"""What mmcv and MMDetection expect of every layer that this package registers."""
+"""Requirements of mmcv and MMDetection for every registered layer of this package."""
 
 import copy
 import inspect
@@ -25,7 +25,7 @@ from tests.helpers.registered import (
     required,
 )
 
-FAR = (20, 31, 61, 63, 100)  # powers of two beyond every sensible number
+FAR = (20, 31, 61, 63, 100)  # powers of two beyond any sensible number
 
 
 def test_paper_names_are_registered_in_the_root_registry():
@@ -128,7 +128,7 @@ def test_eval_is_deterministic_and_leaves_input_and_state_alone(name):
     assert torch.equal(first, layer(x))
     assert torch.equal(x, kept)
     assert all(torch.equal(v, state[k]) for k, v in layer.state_dict().items())
-    # An image does not depend on the others of its batch.
+    # Images do not depend on the others in the batch.
     torch.testing.assert_close(layer(x[1:]), first[1:])
 
 
@@ -216,7 +216,7 @@ def test_window_and_padding_are_bounded(name):
 def test_norm_of_the_layer(name, training):
     x, outs = feature_map(), {}
     kinds = (nn.BatchNorm2d, nn.GroupNorm)
-    # An attention inside may have a norm of its own, which norm_cfg does not choose.
+    # A nested attention may have its own norm, independent of norm_cfg.
     bare = build(name, norm_cfg=None)
     fixed = {key for key, m in bare.named_modules() if isinstance(m, kinds)}
     for key, cfg in {

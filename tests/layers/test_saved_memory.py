@@ -1,6 +1,6 @@
-"""Bytes kept for the backward pass, counted by saved-tensor hooks, against the papers' formulas.
+"""Bytes saved for the backward pass, counted with saved-tensor hooks, compared with the formulas.
 
-The formulas are those of the benchmark, which its parity test holds against the layers.
+The formulas are those of the benchmark, whose parity test compares them with the layers.
 """
 
 import pytest
@@ -43,7 +43,7 @@ def test_saves_at_most_half_of_the_formula(op, shape, training):
     if op in ("RFCBAMConv", "RFCAConv") and not training:
         assert ours <= 0.3 * theirs  # without the norm's input
     if is_plugin(op):
-        assert ours < 1.3 * x  # of means of rows and columns on the smallest maps, 2 / 7
+        assert ours < 1.3 * x  # row and column means on the smallest maps, 2 / 7
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -58,10 +58,10 @@ def test_kernels_save_an_eighth_of_the_formula(op, shape, training):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_conam_saves_the_same_as_its_formula(shape):
-    # That is the input once, and little else: half of it is not enough for a gradient.
+    # That is the input once, and little else: half of it would not suffice for a gradient.
     layer = build("ConAM", shape)
     x = 4 * shape.batch * shape.channels * shape.height * shape.width
-    # More than it: what part of the map each patch is, a few numbers.
+    # In addition: the share of the map of each patch, a few numbers.
     assert x <= kept(layer, shape) <= 1.001 * kept(Formula("ConAM", layer), shape)
 
 

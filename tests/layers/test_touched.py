@@ -1,4 +1,4 @@
-"""Layers whose modules other people's tools have touched: they are called, and compute the same."""
+"""Modules modified by third-party tools are called, with the same outputs."""
 
 import copy
 import warnings
@@ -23,7 +23,7 @@ def name(request) -> str:
 
 
 def fast(name: str, training: bool = True) -> nn.Module:
-    """In float64, on the kernels where there are any."""
+    """Return the layer in float64, with kernels if there are any."""
     kernels = accepts(name, "backend") and missing("cpu") is None
     return build(name, **dict(backend="cpu") if kernels else {}).double().train(training)
 
@@ -36,18 +36,18 @@ def slow(layer: nn.Module) -> nn.Module:
 
 
 def run(layer, x: Tensor, parameters) -> list[Tensor | None]:
-    """Output and, for a random upstream gradient, those of the input and the parameters."""
+    """Return output and gradients of input and parameters for a random upstream gradient."""
     x = x.clone().requires_grad_()
     y = layer(x)
     for parameter in parameters:
         parameter.grad = None
-    # Not by torch.autograd.grad, which checkpoints do not know.
+    # Not with torch.autograd.grad, which reentrant checkpoints do not support.
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y))
     return [y, x.grad, *(parameter.grad for parameter in parameters)]
 
 
 def assert_same(layer: nn.Module, touched: nn.Module, call=None) -> None:
-    """Twice, as a graph may be freed after the first time, and statistics are updated."""
+    """Run twice, because a graph may be freed after the first time, and statistics change."""
     x = feature_map().double()
     own = dict(layer.named_parameters())
     shared = [key for key in own if key in dict(touched.named_parameters())]
@@ -178,7 +178,7 @@ def test_hook_based_and_operator_based_counts_agree(name):
 
 def count_of_operators(layer: nn.Module) -> int:
     """Multiply-adds of convolutions and of products with weights."""
-    # Older ones watch no module by themselves, and so count what replaces them.
+    # Older versions do not watch modules, so they count the operators that replace them.
     watched = () if find_spec("torch.utils.module_tracker") else (layer,)
     with FlopCounterMode(*watched, display=False) as mode, torch.no_grad():
         layer(feature_map())
@@ -271,12 +271,12 @@ def test_activation_checkpointing(name, reentrant):
     layer = fast(name)
     twin = slow(layer)
     for norm in inner(layer, nn.BatchNorm2d) + inner(twin, nn.BatchNorm2d):
-        norm.eval()  # which checkpoints would update once more, as of every layer
+        norm.eval()  # checkpoints would update them again, as for every layer
     assert_same(layer, twin, call=lambda x: checkpoint(twin, x, use_reentrant=reentrant))
 
 
 def test_replaced_module_of_the_same_class(name):
-    """With a bias, where there was none, or with other arguments: nothing is ignored."""
+    """An added bias or other arguments are not ignored."""
     layer = fast(name, training=False)
     changed = slow(layer)
     x = feature_map().double()
@@ -328,7 +328,7 @@ def test_average_model(name):
 
 
 def test_partial_half_precision(name):
-    """Only one module at a time: the others may stay as they are."""
+    """Wrap only one module at a time; the others stay unchanged."""
     layer = fast(name)
     for key, module in layer.named_modules():
         if module is not layer:

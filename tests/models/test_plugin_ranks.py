@@ -1,4 +1,4 @@
-"""Plug-ins from the identity on two ranks: gradients are those of the plain net on two ranks."""
+"""Plug-ins that start as the identity on two ranks: gradients match the plain net's."""
 
 import os
 import subprocess

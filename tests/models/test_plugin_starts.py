@@ -1,6 +1,6 @@
-"""Plug-ins from the identity, in every place: the net computes what it does without them.
+"""Plug-ins that start as the identity, at every place, do not change the net's outputs.
 
-Their gates are exactly 1 then, so outputs and gradients are the plain net's but for rounding.
+Their gates are exactly 1, so outputs and gradients equal the plain net's except for rounding.
 """
 
 import copy
@@ -24,7 +24,7 @@ PLACES = {
     18: ("after_conv1", "after_conv2", "behind blocks"),
     50: ("after_conv1", "after_conv2", "after_conv3", "behind blocks"),
 }
-# Evaluation, and training with the statistics of each batch, or under norm_eval.
+# Evaluation, and training with batch statistics or norm_eval.
 MODES = {"eval": (False, True), "train": (True, False), "norm_eval": (True, True)}
 each_plugin = pytest.mark.parametrize("plugin", IDENTITIES)
 each_place = pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def plain_run(depth: int, training: bool, norm_eval: bool, autocast: bool = Fals
 def with_plugins(plugin: str, depth: int, place: str, **kwargs) -> nn.Module:
     kwargs = dict(depth=depth, base_channels=8, **kwargs)
     cfg = IDENTITIES[plugin]
-    if place == "behind blocks":  # where it is Retrofit's default
+    if place == "behind blocks":  # Retrofit's default
         cfg = {key: value for key, value in cfg.items() if key != "start"}
         net = retrofit(dict(type="ResNet", **kwargs), [dict(after=r"layer\d\.\d+", plugin=cfg)])
     else:
@@ -140,7 +140,7 @@ def test_head_outputs_are_unchanged(plugin, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_mmdet_module_outputs_are_unchanged(name):
-    # Of all, EMA has most that a module's own initialisation could undo.
+    # EMA has the most values that a module's own initialisation could change.
     assert_behind(CASES[name], dict(type="EMA", factor=2))
 
 

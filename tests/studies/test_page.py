@@ -27,7 +27,7 @@ VALUES = {
     "failed": [None, None, None],
     "ten": [0.10, 0.09, 0.11],
 }
-# What a reader would see and do, told in an attribute.
+# Simulates a reader, and writes the results to an attribute.
 LOOK = """
 <script>
 const seen = {errors: window.failures, orders: {}};
@@ -57,7 +57,7 @@ WATCH = "<script>window.failures = []; window.onerror = m => window.failures.pus
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """A page with plots and samples, and the sizes of its pictures."""
+    """Return a page with plots and samples, and the sizes of its pictures."""
     folder = tmp_path_factory.mktemp("report")
     costs = dict(
         machine=dict(cpu="Some CPU", cores=2, simd="AVX2", gpu=None),
@@ -175,7 +175,7 @@ def test_report_in_a_browser(report, tmp_path):
     file.write_text(text.replace("<head>", f"<head>{WATCH}").replace("</body>", f"{LOOK}</body>"))
     command = [
         *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
-        # Every name that is looked up is not found.
+        # No host name can be resolved.
         *("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"),
         *("--window-size=1300,900", "--virtual-time-budget=5000", "--dump-dom", f"file://{file}"),
     ]
@@ -191,7 +191,7 @@ def test_report_in_a_browser(report, tmp_path):
     orders = seen["orders"]
     plain = "plain (baseline)"
     assert orders["start"] == [plain, "ours", "<b>&x", "failed", "ten"]
-    # As numbers, what is not known last both ways.
+    # Sorted as numbers; unknown values last in both directions.
     assert orders["test ascending"] == ["ten", "<b>&x", plain, "ours", "failed"]
     assert orders["test descending"] == ["ours", plain, "<b>&x", "ten", "failed"]
     assert orders["method ascending"] == ["<b>&x", "failed", "ours", plain, "ten"]

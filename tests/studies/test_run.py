@@ -1,4 +1,4 @@
-"""What the folder of a run says, and who may work in it."""
+"""The folder of a run: its results and its lock."""
 
 import os
 import threading
@@ -23,7 +23,7 @@ def test_locked_run_is_not_started(tmp_path, monkeypatch):
 
 
 def test_lock_is_waited_for(tmp_path):
-    # As that of the loader workers of a killed training, which outlive it by seconds.
+    # Like the lock of a killed training's workers, which outlive it by seconds.
     run = Run(tmp_path, "all", "a", 0)
     left = threading.Event()
 
@@ -67,7 +67,7 @@ def test_last_and_best_checkpoint(tmp_path):
     assert run.checkpoint("best") is None
     train = run.folder / "train"
     train.mkdir(parents=True)
-    # As MMEngine writes it: relative to the folder that the training was started in.
+    # As written by MMEngine: relative to the folder where the training was started.
     (train / "last_checkpoint").write_text("elsewhere/train/epoch_2.pth\n")
     assert run.checkpoint("last") is None
     (train / "epoch_2.pth").touch()

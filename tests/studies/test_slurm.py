@@ -1,4 +1,4 @@
-"""The scripts for Slurm: what Slurm makes of them, and what happens without it or against it."""
+"""The Slurm scripts, run by real Slurm, without Slurm, and rejected by Slurm."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ methods = dict(plain=dict(), ours=dict())
 seeds = (0, 1)
 stages = dict(first=dict(), next=dict(load_from="first"))
 """
-# Writes a line for each batch; in the second epoch waits, as long as it is told to, to be killed.
+# Writes a line for each batch; waits in the second epoch to be killed, if told so.
 HOLD = """
 import os
 import time
@@ -53,7 +53,7 @@ options = {{
 
 @pytest.fixture
 def study(tmp_path):
-    """Two stages of two methods and two seeds; run 1 is finished."""
+    """Return two stages of two methods and two seeds; run 1 is finished."""
     (tmp_path / "base.py").write_text("model = dict(type='A')")
     (tmp_path / "spec.py").write_text(SPEC)
     found = load_study(tmp_path / "spec.py", tmp_path / "work")
@@ -63,7 +63,7 @@ def study(tmp_path):
 
 @pytest.mark.slow
 def test_killed_or_requeued_jobs_resume(cluster, run_tool, tiny_config, tmp_path):
-    # Names as files may have them, of which nothing means anything to Slurm or a shell.
+    # Possible file names that must have no special meaning for Slurm or a shell.
     folder = tmp_path / '100%j of "a" $x\'s #1'
     folder.mkdir()
     (folder / "hold_hook.py").write_text(HOLD)
@@ -97,7 +97,7 @@ def test_killed_or_requeued_jobs_resume(cluster, run_tool, tiny_config, tmp_path
     cluster.run("scontrol", "requeue", f"{array}_0")
     cluster.run("scancel", f"{array}_1")
     cluster.wait()
-    # Slurm ends a job's processes one after another: its training, or what waits for that.
+    # Slurm ends a job's processes one by one: the training, or the process that waits for it.
     assert states() in (["finished", "started"], ["finished", "failed"])
     assert "report.html" in (work_dir / "slurm" / f"report-{report}.txt").read_text()
     finished = (run_folder("plain") / "record.json").stat()
@@ -107,7 +107,7 @@ def test_killed_or_requeued_jobs_resume(cluster, run_tool, tiny_config, tmp_path
     assert states() == ["finished", "finished"]
     assert (run_folder("plain") / "record.json").stat() == finished
     for method in ("plain", "rfaconv"):
-        # Three batches an epoch; one of the second when it was ended, then that epoch again.
+        # Three batches per epoch; killed after one of the second epoch, which is then repeated.
         assert seen(method) == ["0 0", "0 1", "0 2", "1 0", "1 0", "1 1", "1 2"]
         assert "--resume auto" in (run_folder(method) / "log.txt").read_text()
     rows = list(csv.DictReader((work_dir / "table.csv").open()))
@@ -142,7 +142,7 @@ def test_scripts_without_sbatch(study, monkeypatch, tmp_path):
 
 
 def test_later_script_is_rejected_by_a_federation(study, monkeypatch, tmp_path):
-    """Clusters that share their jobs add their name to a number; one user may have few jobs."""
+    """Federated clusters append their name to job IDs; users may have a job limit."""
     calls = tmp_path / "calls"
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()

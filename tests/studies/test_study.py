@@ -1,4 +1,4 @@
-"""What a spec says, and each thing that can be wrong in one."""
+"""Valid specs, and errors for invalid ones."""
 
 from functools import partial
 
@@ -48,7 +48,7 @@ def test_methods_change_the_base(spec):
     assert ours.model.backbone.to_dict() == dict(depth=34, rfa=dict(type="RFAConv"))
     assert plain.randomness == dict(seed=5, deterministic=True)
     assert "work_dir" not in plain
-    # A run's config is its own: another's has not changed the base.
+    # Runs have independent configs: another run has not changed the base.
     assert found.config(run("all", "ours", 4)).randomness.seed == 4
 
 

@@ -1,4 +1,4 @@
-"""EMA against the paper's formula, written here once more, one channel group at a time."""
+"""Compare EMA with an independent implementation of the paper's formula, group by group."""
 
 import copy
 
@@ -25,12 +25,12 @@ def formula(x: Tensor, weights: dict[str, Tensor], factor: int) -> Tensor:
             group = x[b, g * c : (g + 1) * c]  # (c, H, W)
             over_width = sum(group[:, :, j] for j in range(width)) / width  # (c, H)
             over_height = sum(group[:, i, :] for i in range(height)) / height  # (c, W)
-            # The shared 1x1 convolution, a matrix over channels
+            # The shared 1x1 convolution is a matrix over channels.
             matrix, bias = weights["conv1x1.weight"][:, :, 0, 0], weights["conv1x1.bias"][:, None]
             gate_h = 1 / (1 + torch.exp(-(matrix @ over_width + bias)))
             gate_w = 1 / (1 + torch.exp(-(matrix @ over_height + bias)))
             x1 = group * gate_h[:, :, None] * gate_w[:, None, :]
-            # GroupNorm with one channel a group
+            # GroupNorm with one channel per group
             mean = x1.mean((1, 2), keepdim=True)
             var = ((x1 - mean) ** 2).mean((1, 2), keepdim=True)
             x1 = (x1 - mean) / (var + 1e-5).sqrt()
@@ -67,7 +67,7 @@ def layer_and_input(factor: int, c: int, batch: int, size: tuple[int, int], seed
     factor=st.integers(1, 5),
     c=st.integers(1, 5),
     batch=st.integers(1, 2),
-    # GroupNorm of a single cell is 0 / sqrt(eps), whatever the layer does.
+    # GroupNorm of a single position is always 0 / sqrt(eps).
     size=st.tuples(st.integers(1, 8), st.integers(1, 8)).filter(lambda s: s[0] * s[1] >= 4),
     seed=st.integers(0, 2**20),
 )
@@ -80,7 +80,7 @@ def test_forward_and_gradients_match_the_formula(factor, c, batch, size, seed):
     names = [name for name, _ in layer.named_parameters()]
     inputs = [exact, *(weights[name] for name in names)]
     expected_gradients = torch.autograd.grad(expected, inputs, upstream)
-    # All parameters on one scale: that of conv3x3.bias, say, is 0 in exact arithmetic for c = 1.
+    # All parameters on one scale: e.g. that of conv3x3.bias is exactly 0 for c = 1.
     scale = max(float(g.abs().max()) for g in expected_gradients[1:])
     for dtype in (torch.float32, torch.float64):
         tolerance = TOLERANCES[dtype]

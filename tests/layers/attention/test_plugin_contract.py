@@ -1,4 +1,4 @@
-"""What mmcv and mmdet's ResNet expect of a plug-in."""
+"""Requirements of mmcv and mmdet's ResNet for plug-ins."""
 
 import pytest
 import torch
@@ -61,5 +61,5 @@ def test_resnet_accepts_every_plugin(layer_name):
 
 
 def small(layer_name: str) -> dict:
-    """Arguments for maps of 8 x 8."""
+    """Return arguments for maps of 8 x 8."""
     return {k: v for k, v in {"patch_size": 4}.items() if accepts(layer_name, k)}

@@ -1,4 +1,4 @@
-"""Norms and activations that the operators do not know: the input alone is kept."""
+"""With norms and activations that the operators do not support, only the input is saved."""
 
 import copy
 
@@ -20,7 +20,7 @@ FEATURES = [
 
 
 def pair(kind: type[nn.Module], **kwargs) -> tuple[nn.Module, nn.Module]:
-    """A layer, and the same with the formula as it is."""
+    """Return a layer, and the same layer with the plain formula."""
     layer = Case(channels=8, out_channels=6).build(kind, **kwargs)
     reference = copy.deepcopy(layer)
     reference.backend = "reference"

@@ -1,4 +1,4 @@
-"""The receptive-field convolutions under torch.compile: one graph, with the operators in it."""
+"""torch.compile turns receptive-field convolutions into one graph with the operators in it."""
 
 import copy
 import dataclasses

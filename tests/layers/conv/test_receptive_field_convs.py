@@ -1,7 +1,7 @@
-"""RFCBAMConv, RFCAConv and RFAConv on unfolded windows, against the papers' formulas.
+"""Compare RFCBAMConv, RFCAConv and RFAConv on unfolded windows with the papers' formulas.
 
-RFAConv on learnt features: tests/ops/receptive_field/test_reference.py. What mmcv and MMDetection
-expect of each of them: tests/layers/test_every_layer.py.
+RFAConv on learnt features is in tests/ops/receptive_field/test_reference.py;
+tests/layers/test_every_layer.py checks what mmcv and MMDetection require.
 """
 
 import pytest
@@ -88,7 +88,7 @@ def test_empty_batch_wherever_torch_accepts_one(name, mode):
 def test_input_is_unchanged_and_may_be_a_view(name, training):
     layer = build(name, Case(training=training))
     base = torch.randn(2, 9, 11, 3)
-    view = base.permute(0, 3, 2, 1)[:, :, 1::2]  # no contiguous layout
+    view = base.permute(0, 3, 2, 1)[:, :, 1::2]  # not contiguous
     kept = view.clone()
     torch.testing.assert_close(layer(view), layer(kept))
     assert torch.equal(view, kept)
@@ -135,7 +135,7 @@ def test_hooks_see_every_module_in_inference(name):
     for module in (layer.feature, layer.norm, layer.act):
         assert torch.equal(*seen[module])
 
-    # Nor is a forward of somebody else's, or a bias, passed over.
+    # A replaced forward or a bias is not ignored either.
     layer.norm.forward = lambda features: torch.zeros_like(features)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), layer.conv.bias[:, None, None].expand_as(found))
@@ -220,7 +220,7 @@ def test_1x1_window_gives_a_plain_convolution(feature, kernel_size):
             x = torch.randn(2, 4, 7, 5)
             expected = F.conv2d(x, layer.weight, layer.bias, 2)
             torch.testing.assert_close(layer(x), expected)
-    # Only where both sides are 1, and only of this method: the others still weigh the channels.
+    # Only if both sides are 1, and only for this method: the others still weight the channels.
     assert type(RFAConv(4, 6, (1, 3), feature=feature)) is RFAConv
     assert type(RFCAConv(4, 6, 1)) is RFCAConv
 

@@ -1,4 +1,4 @@
-"""RFAConv with its kernels, as a module among torch's and OpenMMLab's tools."""
+"""RFAConv with its kernels, together with tools of torch and OpenMMLab."""
 
 import copy
 import dataclasses
@@ -29,7 +29,7 @@ def cpu_backend():
 
 
 def pair(case=CASE, **kwargs):
-    """The same layer on the CPU's kernels and on the reference."""
+    """Return the same layer with the CPU kernels and with the reference."""
     layer = build(case, backend="cpu", **kwargs)
     reference = copy.deepcopy(layer)
     reference.backend = "reference"
@@ -38,7 +38,7 @@ def pair(case=CASE, **kwargs):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Count the calls of the operator."""
+    """Return a counter of the operator's calls."""
     from rfa_mmdet.ops.receptive_field import functional
 
     counts = []
@@ -65,7 +65,7 @@ def test_running_statistics_match_torch(momentum, tracked, affine, calls):
     for step in range(3):
         x = torch.randn(2, 6, 9, 11) * (step + 1) + step
         for module in (layer, reference):
-            module.train(step != 1)  # without tracking, batch statistics in eval as well
+            module.train(step != 1)  # without tracking, batch statistics are also used in eval mode
         torch.testing.assert_close(layer(x), reference(x), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(layer.state_dict(), reference.state_dict())
     assert len(calls) == 3
@@ -145,7 +145,7 @@ def test_autocast_uses_bfloat16_like_a_convolution(training, calls):
     assert found[0].dtype == plain.dtype == torch.bfloat16
     assert len(calls) == 1
     for f, e in zip(found, exact, strict=True):
-        # Twice: input, weight and upstream gradient are rounded, and the result.
+        # Twice, because input, weight and upstream gradient are rounded, and the result.
         assert relative_error(f, e) < 2 * TOLERANCES[torch.bfloat16].output
     assert all(g.dtype == torch.float32 for g in found[1:])
 
@@ -187,7 +187,7 @@ def test_activation_checkpointing(use_reentrant):
         def forward(self, x):
             return checkpoint(self.layer, x, use_reentrant=use_reentrant)
 
-    # The reentrant form allows no autograd.grad.
+    # The reentrant variant does not support autograd.grad.
     module, given = Checkpointed(), x.clone().requires_grad_()
     y = module(given)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""SyncBatchNorm in the features: two ranks compute what one computes of the joined batch."""
+"""SyncBatchNorm in the features: two ranks match one rank with the joint batch."""
 
 import os
 import subprocess
@@ -67,8 +67,8 @@ for step in range(2):
     close(layer.norm.running_var, joined.norm.running_var)
 """
 
-# What ranks say where one cannot do as the other. torch's own SyncBatchNorm, which the formula
-# calls, takes no tensors of the CPU: it shows by its words.
+# Errors of ranks that cannot do the same. torch's own SyncBatchNorm, which the formula calls, does
+# not support CPU tensors: its error shows that the formula ran.
 DIFFERENT = """
 def attempt(layer):
     try:
@@ -135,7 +135,7 @@ def run_ranks(body: str, without_kernels: str = "", **settings) -> None:
     assert result.stdout.count("agrees") == 2
 
 
-# torch's own SyncBatchNorm takes no CPU tensors: the joined batch is what it stands for.
+# torch's own SyncBatchNorm does not support CPU tensors, so compare with the joint batch.
 @pytest.mark.parametrize(
     ("kind", "sizes", "parallel", "static"),
     [

@@ -14,12 +14,12 @@ from rfa_mmdet.layers.warm_start.first_steps import only_shifts
 from tests.helpers.torch_features import compiles_operators
 
 LAYERS = (RFAConv, RFCBAMConv, RFCAConv)
-# On a CPU, the operators take float32 and the formula the rest.
+# On a CPU, float32 uses the operators and everything else the formula.
 TYPES = {torch.float32: 1e-4, torch.float64: 1e-6}
 
 
 def pair(kind=RFAConv, dtype=torch.float64, **kwargs) -> tuple[nn.Module, nn.Conv2d]:
-    """A layer started from a convolution, and that."""
+    """Return a layer started from a convolution, and the convolution."""
     torch.manual_seed(0)
     plain = nn.Conv2d(4, 6, 3, padding=1).to(dtype)
     layer = kind(4, 6, 3, **kwargs).to(dtype)
@@ -37,7 +37,7 @@ def step(layer: nn.Module, lr: float = 0.01) -> None:
 
 
 def gradients(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Output, and the gradient of the input."""
+    """Return the output and the gradient of the input."""
     x = x.clone().requires_grad_()
     y = net(x)
     torch.manual_seed(1)
@@ -58,7 +58,7 @@ def test_first_step_equals_the_convolution_then_trains_normally(kind, dtype, flo
     x, other = (maps(seed=seed, dtype=dtype) + floor for seed in (0, 1))
     same(gradients(layer, x), gradients(plain, x), TYPES[dtype])
     torch.testing.assert_close(layer.norm.running_mean, layer.feature(x).mean((0, 2, 3)))
-    # In evaluation, and on the batch's own statistics, it is the convolution too.
+    # It equals the convolution in evaluation, and on the batch's own statistics.
     same([layer.eval()(other)], [plain(other)], TYPES[dtype])
     twin = copy.deepcopy(layer).train()
     twin.settled = True
@@ -88,7 +88,7 @@ def test_accumulated_batches_equal_the_convolution(kind):
         same(gradients(layer, x), gradients(plain, x))
     mean = layer.norm.running_mean.clone()
     torch.testing.assert_close(mean, layer.feature(maps()).mean((0, 2, 3)))  # of the first
-    # A step that a scaler leaves out, as of an overflow, changes nothing.
+    # A step that a scaler skips, e.g. after an overflow, changes nothing.
     step(layer, lr=0.0)
     same(gradients(layer, maps(seed=3)), gradients(plain, maps(seed=3)))
     assert torch.equal(layer.norm.running_mean, mean)
@@ -132,7 +132,7 @@ def test_first_step_with_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = gradients(layer, x), gradients(plain, x)
     same(found, expected, 3e-2)
-    # Statistics are not rounded, and no gradient is lost to a copy that autocast keeps.
+    # Statistics are not rounded, and autocast's cached copies do not lose gradients.
     torch.testing.assert_close(layer.norm.running_mean, layer.feature(x).mean((0, 2, 3)))
     assert all(p.grad is not None for p in layer.parameters())
 
@@ -147,7 +147,7 @@ def test_saved_and_resumed_at_any_point(before, tmp_path):
         if moments[number] == before:
             torch.save(layer.state_dict(), tmp_path / "layer.pth")
             state = torch.load(tmp_path / "layer.pth", weights_only=True)
-            assert list(state) == names  # nothing beside the layer's own
+            assert list(state) == names  # only the layer's own state
             resumed.load_state_dict(state)
             break
         gradients(layer, maps(seed=number))
@@ -207,7 +207,7 @@ def test_weight_averages_are_correct(average, buffers):
 def test_compiled_graph_only_breaks_in_the_first_step():
     torch._dynamo.reset()
     layer, plain = pair(dtype=torch.float32)
-    # In a model, of whose compiled code the layer is a part.
+    # In a model whose compiled code contains the layer.
     net, same_net = nn.Sequential(nn.ReLU(), layer), nn.Sequential(nn.ReLU(), plain)
     graphs = []
 

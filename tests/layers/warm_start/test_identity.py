@@ -1,4 +1,4 @@
-"""Norms that only shift, on running statistics and on those of a batch."""
+"""Norms that only shift, on running statistics and on batch statistics."""
 
 import copy
 
@@ -33,7 +33,7 @@ def test_norms_that_only_shift(eps, floor, channels, seed):
     assert only_shifts(norm, floor)
     assert not only_shifts(norm, floor - 1)
     assert awaits_statistics(norm)
-    # On a batch's own statistics it is something else, until it has taken them.
+    # On batch statistics it differs until it has taken them.
     norm.train()
     twin = copy.deepcopy(norm)
     assert not torch.allclose(twin(x), x - floor, rtol=1e-2, atol=1e-2)
@@ -59,7 +59,7 @@ def test_norm_obstacle_of_each_norm():
 
 
 def test_norm_keeps_its_outputs_when_taking_statistics():
-    """As after a run under norm_eval, which trained weight and bias on 0 and 1."""
+    """Check a norm after norm_eval, with weight and bias trained on the statistics 0 and 1."""
     torch.manual_seed(0)
     norm, x = nn.BatchNorm2d(3).double(), 2 + 3 * torch.randn(4, 3, 5, 5).double()
     norm.weight.data.uniform_(0.5, 2)

@@ -1,4 +1,4 @@
-"""Published checkpoints load as they are, and compute what the published layers compute."""
+"""Published checkpoints load directly, with the outputs of the published layers."""
 
 import copy
 
@@ -42,7 +42,7 @@ def test_published_layer_loads_directly(system, k, stride, bias, c, o):
     before = list(state)
     layer.load_state_dict(state, strict=True)
     assert_same(layer(x), theirs(x))
-    assert list(state) == before  # the caller's
+    assert list(state) == before  # the caller's dict
 
 
 def test_norm_statistics_are_loaded(system):

@@ -1,4 +1,4 @@
-"""The table of published names: each is found and renamed, and nothing else is."""
+"""All published names, and no others, are found and renamed."""
 
 import pytest
 from hypothesis import given
@@ -17,7 +17,7 @@ from tests.helpers.published import (
     published_detector,
 )
 
-# As the list of published names gives them, '*' for all that a convolution or norm has.
+# As in the list of published names; '*' stands for all values of a convolution or norm.
 CONV, NORM = ("weight", "bias"), ("weight", "bias", "running_mean", "running_var")
 KEYS = {
     "RFAConv": "get_weight.1.weight generate_feature.0.weight generate_feature.1.* conv.0.*",
@@ -90,7 +90,7 @@ def test_unknown_layer():
 @pytest.mark.parametrize(
     "others",
     [
-        ["mlp.0.bias", "mlp.2.bias"],  # linear layers of some transformer
+        ["mlp.0.bias", "mlp.2.bias"],  # linear layers of a transformer
         ["conv.1.weight", "conv.1.bias"],
         ["attention.mlp.0.weight"],
     ],
@@ -123,7 +123,7 @@ PREFIXES = st.lists(
     shuffle=st.randoms(use_true_random=False),
 )
 def test_layers_are_found_and_renamed_at_any_prefix(placed, foreign, bias, shuffle):
-    # A module inside another one, or of another kind in the same place, is no published layer.
+    # Nested modules, or other modules at the same place, are not published layers.
     inside = [(a, b) for a in placed for b in placed if a != b and a.startswith(b)]
     placed = {p: s for p, s in placed.items() if p not in {a for a, _ in inside}}
     expected, others = {}, []
@@ -142,7 +142,7 @@ def test_layers_are_found_and_renamed_at_any_prefix(placed, foreign, bias, shuff
     changed = sum(rename_published(system, state, prefix) for prefix, system in found.items())
     assert changed == sum(old != new for old, new in expected.items())
     assert state == {expected.get(key, key): key for key in keys}
-    assert find_published(state) == {}  # nothing to be done twice
+    assert find_published(state) == {}  # nothing to rename again
 
 
 @given(

@@ -1,4 +1,4 @@
-"""The record of what a checkpoint filled, and what it refuses."""
+"""The record of values loaded from a checkpoint, and rejected warm starts."""
 
 import copy
 import pickle
@@ -65,7 +65,7 @@ def test_warm_start_keeps_other_values():
     before = layer.attention.mlp[0].weight.clone()
     layer.load_state_dict(plain_state())
     assert torch.equal(layer.attention.mlp[0].weight, before)
-    # mlp.2 is at its beginning now, not at what the first file gave it.
+    # mlp.2 has its initial value now, not that of the first file.
     assert layer.start.filled == {"attention.mlp.0.weight", "conv.weight", "conv.bias"}
 
 

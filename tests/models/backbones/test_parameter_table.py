@@ -1,4 +1,4 @@
-"""The paper's table of parameters: ResNet with each convolution, which carries a bias."""
+"""The paper's parameter counts of ResNet with each convolution, with a bias."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Plug-ins in the blocks of RFAResNet: where they stand, and what a block computes."""
+"""Plug-ins in the blocks of RFAResNet: their positions, and the outputs of blocks."""
 
 import copy
 
@@ -39,7 +39,7 @@ def test_basic_block_with_plugins_computes_in_the_right_order(stride):
         out = twin.ema_a(twin.bn2(twin.conv2(out)))
         expected = torch.relu(out + downsample(x))
         torch.testing.assert_close(block(x), expected)
-        # At these numbers each plug-in matters: without it the result is another one.
+        # With these values, each plug-in changes the result.
         for name in ("conam", "ema_a", "ema_b"):
             without = copy.deepcopy(block)
             setattr(without, name, nn.Identity())
@@ -65,7 +65,7 @@ def test_plugins_are_in_the_chosen_stages():
             kinds = {k: type(m) for k, m in block.named_children() if k in ("ema", "conam")}
             assert kinds == ({"ema": EMA, "conam": ConAM} if stage in (2, 4) else {"ema": EMA})
             assert block.ema.in_channels == 8 * 2 ** (stage - 1)
-    # conv1 of the block above, with rfa as well
+    # conv1 of the block above, also with rfa
     both = thin(18, plugins=plugins, rfa=RFA)
     block = both.layer2[1].eval()
     x = torch.randn(1, 16, 7, 5).relu()
@@ -108,7 +108,7 @@ def test_checkpointing_keeps_outputs_and_gradients(depth, norm_eval):
         x = image().double().requires_grad_()
         out = net.train()(x)
         torch.manual_seed(1)
-        # mmdet's Bottleneck checkpoints re-entrantly, which autograd.grad refuses.
+        # mmdet's Bottleneck uses reentrant checkpoints, which autograd.grad does not support.
         torch.autograd.backward(out, [torch.randn_like(y) for y in out])
         gradients = [x.grad, *(p.grad for p in net.parameters())]
         assert all(g is not None and g.any() for g in gradients)

@@ -1,4 +1,4 @@
-"""RFAResNet: what is replaced, what stays mmdet's, and what is refused."""
+"""RFAResNet: replaced layers, unchanged behaviour, and invalid arguments."""
 
 import copy
 
@@ -34,7 +34,7 @@ def test_parameter_counts_of_the_paper(depth, rfa, stages, more):
 @pytest.mark.parametrize(("depth", "total"), [(18, 11_689_512), (34, 21_797_672)])
 def test_plain_counts_of_the_paper(depth, total):
     with torch.device("meta"):
-        # The table is for classifiers of 1000 classes: 512 x 1000 weights and 1000 biases.
+        # The table is for classifiers with 1000 classes: 512 x 1000 weights and 1000 biases.
         assert parameters(RFAResNet(depth)) + 513_000 == total
 
 
@@ -81,7 +81,7 @@ def test_stride_and_dilation_are_kept(depth, style):
             assert type(a) is RFAConv
             assert (a.stride, a.dilation, a.padding) == (b.stride, b.dilation, b.padding)
             strides.add(a.stride)
-    # Only a Bottleneck of style caffe has the stride elsewhere, in its first 1x1.
+    # Only a caffe-style Bottleneck has the stride in its first 1x1 convolution.
     assert strides == ({(1, 1)} if depth == 50 and style == "caffe" else {(1, 1), (2, 2)})
     shapes = [y.shape for y in plain(image())]
     assert [y.shape for y in net(image())] == shapes

@@ -1,4 +1,4 @@
-"""ResNets with each convolution, started from a plain one: its outputs, and its gradients."""
+"""ResNets with each convolution, started from a plain one: outputs and gradients."""
 
 import copy
 import functools
@@ -43,7 +43,7 @@ def run(net: nn.Module, dtype=torch.float64, context=None) -> tuple[list[Tensor]
 
 
 def shared(net: RFAResNet, gradients: dict, of_plain: dict) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of gradients; that of a final weight is by its factor that of the plain one."""
+    """Yield pairs of gradients; final weights are scaled by their factor."""
     pairs = []
     for name, gradient in of_plain.items():
         layer = net.get_submodule(name.rpartition(".")[0])

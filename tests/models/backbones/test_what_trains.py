@@ -1,4 +1,4 @@
-"""What of RFAResNet trains under frozen_stages and norm_eval, also in a detector."""
+"""Layers of RFAResNet that train with frozen_stages and norm_eval, also in a detector."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.helpers.resnet import EMA8, RFA, blocks, image, replaced_conv, thin
 
 
 def is_new(name: str, depth: int) -> bool:
-    """Whether a parameter or module belongs to a replaced conv or a plug-in."""
+    """Return whether a parameter or module belongs to a replaced conv or a plug-in."""
     parts = name.split(".")
     return parts[0].startswith("layer") and (
         parts[2:3] == [replaced_conv(depth)] or any(p.startswith(("ema", "conam")) for p in parts)
@@ -81,7 +81,7 @@ def test_only_new_layers_get_gradients_in_frozen_stages():
 def test_what_the_user_froze_stays_frozen(frozen):
     plugins = [dict(cfg=EMA8, position="after_conv1")]
     net = RFAResNet(18, rfa=RFA, plugins=plugins, frozen_stages=frozen, base_channels=8)
-    net.requires_grad_(False)  # as a distillation's teacher is
+    net.requires_grad_(False)  # like the teacher of a distillation
     for mode in (True, False, True):
         net.train(mode)
         assert not any(p.requires_grad for p in net.parameters())
@@ -111,7 +111,7 @@ def test_new_layers_are_the_replaced_convs_and_the_plugins():
 
 def test_tiny_retinanet_from_a_config_trains_a_step():
     torch.manual_seed(0)
-    init_default_scope("mmdet")  # for the parts whose types name no scope
+    init_default_scope("mmdet")  # for types without a scope
     detector = MODELS.build(
         dict(
             type="mmdet.RetinaNet",

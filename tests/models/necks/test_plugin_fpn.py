@@ -1,4 +1,4 @@
-"""PluginFPN: FPN's formula with plug-ins in it, FPN's keys, and FPN's checkpoint."""
+"""PluginFPN: outputs with plug-ins, keys, and FPN checkpoints."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def neck(num_outs: int = 3, seed: int = 0, **kwargs) -> PluginFPN:
 
 
 def through(module: nn.Module, x: Tensor, *plugins: str) -> Tensor:
-    """A ConvModule of nothing but a convolution, then its plug-ins by name."""
+    """Apply the convolution of a ConvModule, then its plug-ins by name."""
     x = module.conv(x)
     for name in plugins:
         x = getattr(module, name)(x)
@@ -49,7 +49,7 @@ def through(module: nn.Module, x: Tensor, *plugins: str) -> Tensor:
 
 
 def by_hand(net: PluginFPN, xs: tuple, lateral: dict, output: dict) -> list[Tensor]:
-    """FPN's formula; the dictionaries name the plug-ins of each level."""
+    """Apply FPN's formula; the dicts name the plug-ins of each level."""
     levels = [
         through(c, x, *lateral.get(i, ()))
         for i, (c, x) in enumerate(zip(net.lateral_convs, xs, strict=True))
@@ -81,10 +81,10 @@ def test_plugins_are_at_the_chosen_positions(position, levels):
     convs = net.lateral_convs if position == "after_lateral" else net.fpn_convs
     assert {i for i, conv in enumerate(convs) if hasattr(conv, "ema")} == set(names)
     assert sum(isinstance(m, EMA) for m in net.modules()) == len(names)
-    # They do something, at each of those levels.
+    # They have an effect at each of these levels.
     without = by_hand(net, xs, {}, {})
     changed = {i for i, (a, b) in enumerate(zip(found, without, strict=True)) if not a.equal(b)}
-    below = set(range(max(names) + 1))  # what is added on the way down
+    below = set(range(max(names) + 1))  # the top-down sum
     assert changed == (below if lateral else set(names))
 
 
@@ -156,7 +156,7 @@ def test_other_keys_match_fpn():
     assert len(new) == 3 + 5 + 5
     own = {k: v.shape for k, v in net.state_dict().items() if not k.startswith(new)}
     assert own == {k: v.shape for k, v in plain.items() if not k.startswith(new)}
-    # Without conv_cfg, all of FPN's keys; without anything, FPN's alone.
+    # Without conv_cfg, all of FPN's keys; without any argument, exactly FPN's.
     assert set(plain) <= set(neck(5, **kwargs).state_dict())
     assert set(neck(5, add_extra_convs="on_input").state_dict()) == set(plain)
 
@@ -178,7 +178,7 @@ def test_fpn_checkpoint_warm_starts_it(extra):
     load_state_dict(net, plain.state_dict(), strict=True)
     # float32 keeps 24 bits of a shift by 64.
     assert_equal(net(maps()), list(plain(maps())), 1e-4)
-    # Without the floor, what is below 0 is cut off.
+    # Without the floor, values below 0 are clipped.
     net = neck(5, conv_cfg=RFA, **kwargs).eval()
     load_state_dict(net, plain.state_dict(), strict=True)
     with pytest.raises(AssertionError):

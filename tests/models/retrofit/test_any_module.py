@@ -1,4 +1,4 @@
-"""Retrofit of modules that MMEngine's registries have never seen, from the weights they have."""
+"""Retrofit of modules unknown to MMEngine's registries, with their current weights."""
 
 import copy
 
@@ -33,7 +33,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Of torchvision's names."""
+    """A ResNet with torchvision's names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class ResNet(nn.Module):
 
 
 class Odd(nn.Module):
-    """A block whose output no attribute describes."""
+    """A block without attributes that describe its output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Odd(nn.Module):
 
 
 class Detector(nn.Module):
-    """Centres and boxes from two levels; gives losses where it trains, as many do."""
+    """Predicts centres and boxes from two levels; returns losses in training mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def test_resnet_keeps_its_outputs(conv):
     assert len(net.new_layers.layers) == 4
     with torch.no_grad():
         assert relative([plain(x)], [net(x)]) <= 1e-4
-    # It trains, its checkpoint is its own, and the plain one's still starts it.
+    # It trains, has its own checkpoint, and still starts from the plain one's.
     net.train()(x).square().mean().backward()
     layer = net.layer2[0].conv2
     assert all(p.grad is not None for p in layer.parameters())

@@ -1,4 +1,4 @@
-"""Edits that are wrong, in words; and the plan of a dry run."""
+"""Errors for invalid edits, and the plan of a dry run."""
 
 import copy
 

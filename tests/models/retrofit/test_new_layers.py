@@ -1,4 +1,4 @@
-"""What of new layers trains and is held, after which checkpoint; and how they start without one."""
+"""Which new layers train or are frozen after a checkpoint, and how they are initialised."""
 
 import copy
 
@@ -32,7 +32,7 @@ def is_new(name: str, depth: int) -> bool:
 
 
 def has_statistics(norm: str, depth: int, loaded: str) -> bool:
-    """Whether a checkpoint gave a norm its statistics; what is mmdet's counts as if one had."""
+    """Return whether a checkpoint gave a norm its statistics; mmdet's own norms count as such."""
     if not is_new(norm, depth) or loaded == "own":
         return True
     return loaded == "plain" and "coord_att" not in norm
@@ -68,13 +68,13 @@ def test_new_parameters_train_and_new_norms_use_batches(kind, depth, loaded, nor
                 assert norm.training == (training and not held), (frozen, training, name)
 
 
-# Number of blocks, each with one replaced convolution and one plug-in.
+# Number of blocks; each has one replaced convolution and one plug-in.
 CONV_PLACES = {18: range(8), 50: range(16)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint_with_other_shapes_loads_nothing(kind):
-    """MMEngine leaves such keys out with a warning: holding them would hold random values."""
+    """MMEngine skips such keys with a warning; freezing them would freeze random values."""
     net = edited_resnet(kind)
     state = copy.deepcopy(own_state(kind, 18))
     odd = [k for k in state if k.endswith("coord_att.bn1.running_mean")]
@@ -100,10 +100,10 @@ def test_norms_on_batch_statistics_stay_so_after_resuming(kind):
     again = edited_resnet(kind)
     load_state_dict(again, resumed.eval().state_dict())
     assert modes(again.train()) == expected
-    # Without the metadata, as a backbone's part of a file, it is pretrained as a whole.
+    # Without the metadata, like the backbone's part of a file, everything counts as pretrained.
     load_state_dict(again, dict(state))
     assert not any(modes(again.train()).values())
-    # As is what trained where nothing was held.
+    # Also without anything frozen.
     free = edited_resnet(kind, norm_eval=False).train()
     load_state_dict(again, free.state_dict())
     assert not any(modes(again.train()).values())
@@ -149,7 +149,7 @@ def test_what_the_user_froze_stays_frozen(kind, loaded):
     for training in (True, False, True):
         net.train(training)
         assert not any(p.requires_grad for p in net.parameters())
-    # One layer alone: the others keep training.
+    # Only one layer; the others keep training.
     net = edited_resnet(kind, frozen_stages=1)
     conv = net.get_submodule(f"layer1.0.{replaced(18)}")
     conv.attention.requires_grad_(False)
@@ -171,8 +171,8 @@ def test_loaded_module_freezes_the_same_as_its_checkpoint():
     trained = [
         {name for name, p in net.named_parameters() if p.requires_grad} for net in (around, loaded)
     ]
-    assert "layer1.0.conv1.conv.bias" in trained[0]  # the plain one had none
-    # A convolution that was built, and frozen, stays so.
+    assert "layer1.0.conv1.conv.bias" in trained[0]  # the plain one has none
+    # A frozen convolution of a built module stays frozen.
     frozen = {f"layer{s}.{i}.conv1.conv.weight" for s in (1, 2) for i in (0, 1)}
     assert trained[0] == trained[1] - frozen
     assert frozen < trained[1]
@@ -212,13 +212,13 @@ def test_start_of_third_party_layers():
     foreign, own = net[0], net[1]
     kept = net.new_layers
     assert kept.start_of("0") == Start()
-    assert kept.start_of("1") == own.start != Start()  # from the convolution that stood there
+    assert kept.start_of("1") == own.start != Start()  # from the replaced convolution
     attributes = set(vars(foreign))
     net.load_state_dict({"0.weight": torch.zeros(4, 3, 3, 3)}, strict=False)
     net.load_state_dict({"0.bias": torch.zeros(4), "1.conv.bias": torch.zeros(4)}, strict=False)
     assert kept.start_of("0") == Start(frozenset({"weight", "bias"}))
     assert set(vars(foreign)) == attributes
-    # A copy's record is its own.
+    # A copy has its own record.
     twin = copy.deepcopy(net)
     twin.load_state_dict({"1.conv.weight": own.conv.weight.data}, strict=False)
     assert twin.new_layers.start_of("1") == twin[1].start
@@ -255,11 +255,11 @@ def test_pretrained_checkpoint_warm_starts_a_module(kind, tmp_path, reports):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("first", ["scratch", "pretrained"])
 def test_init_weights_starts_new_layers_in_their_own_way(kind, first, tmp_path):
-    # What the backbone's own init would do to a depthwise or grouped convolution shows at once.
+    # The backbone's own init would clearly change depthwise and grouped convolutions.
     init_cfg = [dict(type="Constant", val=7.0, layer="Conv2d")]
     if first == "pretrained":
         init_cfg.append(saved(tmp_path / "plain.pth", plain_net(18).state_dict()))
-    rfa = dict(RFA, norm_cfg=dict(type="GN", num_groups=1))  # refuses the plain convolution
+    rfa = dict(RFA, norm_cfg=dict(type="GN", num_groups=1))  # rejects the plain convolution
     net = edited_resnet(kind, rfa=rfa, plugins=False, init_cfg=init_cfg)
     net.init_weights()
     conv = net.layer1[0].conv1
@@ -278,6 +278,6 @@ def test_second_init_weights_changes_nothing(kind):
     net = edited_resnet(kind)
     net.init_weights()
     before = copy.deepcopy(net.state_dict())
-    net.init_weights()  # MMEngine warns, and leaves everything
+    net.init_weights()  # MMEngine warns and does nothing
     after = net.state_dict()
     assert all(torch.equal(after[key], before[key]) for key in before)

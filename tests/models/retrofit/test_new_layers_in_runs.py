@@ -1,4 +1,4 @@
-"""What trains under DDP and after a resume: real Runners, real processes, real files."""
+"""What trains with DDP and after resuming: real Runners, processes and files."""
 
 import pytest
 import torch
@@ -19,11 +19,11 @@ def trained(model: nn.Module) -> set[str]:
 
 
 def train(work_dir, epochs=1, **kwargs):
-    """Train the toy; return its Runner, and what trained and what ran on batches at the start."""
+    """Train the toy; return its Runner, and what trained and used batches at the start."""
     seen = {}
 
     def look(runner):
-        runner.model.train()  # as an epoch does
+        runner.model.train()  # like an epoch does
         seen["trained"] = trained(runner.model)
         seen["modes"] = {name: m.training for name, m in runner.model.named_modules()}
 
@@ -73,7 +73,7 @@ def test_run_from_scratch_resumes_with_norms_on_batches(tmp_path):
 
 
 def test_first_steps_resume_to_the_same_weights(tmp_path, plain):
-    """A checkpoint after each of three steps; the first holds statistics that it has just taken."""
+    """Resume from each of three steps; the first checkpoint has just taken its statistics."""
 
     def run(name, **kwargs):
         model = Toy(norm_eval=False)
@@ -92,7 +92,7 @@ def test_checkpoints_have_no_extra_keys(tmp_path, plain):
     assert checkpoint["state_dict"].keys() == with_plugins().state_dict().keys()
     places = [f"layer{s}.{i}.coord_att.bn1" for s in (1, 2) for i in (0, 1)]
     assert checkpoint["state_dict"]._metadata["backbone"][ON_BATCHES] == places
-    # Where everything trains, nothing is noted.
+    # Nothing is recorded if everything trains.
     train(tmp_path / "free", model=Toy(norm_eval=False))
     checkpoint = torch.load(tmp_path / "free" / "epoch_1.pth", weights_only=False)
     assert ON_BATCHES not in checkpoint["state_dict"]._metadata["backbone"]
@@ -135,7 +135,7 @@ class KeepWeightsHook(Hook):
 
 @pytest.fixture(scope="module")
 def two_processes(tiny_config, run_tool, tmp_path_factory):
-    """Train the thin detector in two processes, from a plain checkpoint; return what each kept."""
+    """Train the thin detector in two processes from a plain checkpoint; return their states."""
     root = tmp_path_factory.mktemp("two")
     (root / "keep_weights.py").write_text(KEEP_WEIGHTS)
     save_plain_detector(tiny_config, root / "plain.pth")

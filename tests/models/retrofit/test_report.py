@@ -1,4 +1,4 @@
-"""What the report of a load says, and what strict_start makes of it."""
+"""The report of a loaded checkpoint, and strict_start."""
 
 import copy
 
@@ -68,7 +68,7 @@ def test_report_lists_plugins_that_start_as_the_identity(plugin, kinds, reports)
         [f"  identity      2 plug-ins start as the identity ({kinds}): {names}"] if kinds else []
     )
     assert [line for line in lines if line.startswith("  identity")] == expected
-    # Its own keys win, and it is no longer said to be the identity.
+    # Its own keys win, and it is no longer reported as the identity.
     load_state_dict(net, {k: v + 1 for k, v in net.state_dict().items()})
     load_state_dict(net, plain_net(18).state_dict())
     assert "identity" not in "".join(reports[1:])
@@ -92,7 +92,7 @@ def test_report_of_modules_shared_by_heads(reports):
     net = retrofit(copy.deepcopy(case.cfg), edits, strict_start=True)
     load_state_dict(net, plain.state_dict(), strict=True)
     (report,) = reports
-    # Two convolutions of each of two branches, under the names of both levels.
+    # Two convolutions in each of two branches, with the names of both levels.
     places = [
         f"{b}_convs.{level}.{i}.conv" for b in ("cls", "reg") for level in (0, 1) for i in (0, 1)
     ]
@@ -143,7 +143,7 @@ def test_report_gives_the_reason_for_skipped_keys(reports):
     assert "bn1.weight (shape (9,) instead of (8,))" in last
     assert "layer4.1.conv1.weight (its norm, GroupNorm, removes the scale of its input, so" in last
     assert "warm-started  0 layers from 0 keys\n" in reports[0]
-    # The key that was not loaded is not counted as filled from the checkpoint either.
+    # A key that is not loaded does not count as loaded either.
     new = reports[0].splitlines()[-2]
     assert "bn1.weight" in new
     assert "layer4.0.conv1.conv.weight" in new

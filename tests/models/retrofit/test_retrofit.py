@@ -1,4 +1,4 @@
-"""Retrofit over mmdet's own modules: what is edited, what stays, and what is computed."""
+"""Retrofit of mmdet's own modules: edited layers, unchanged keys, and outputs."""
 
 import copy
 import pickle
@@ -48,7 +48,7 @@ def with_convs(case: Case, name: str = "RFAConv", **kwargs) -> nn.Module:
 
 
 def new_names(net: nn.Module) -> set[str]:
-    """All names, shared ones too, of what an edit put in."""
+    """Return all names of the new layers, including shared ones."""
     new = set(net.new_layers.layers.values())
     return {name for name, m in net.named_modules(remove_duplicate=False) if m in new}
 
@@ -93,7 +93,7 @@ def test_warm_start_matches_the_plain_module(name, conv):
     with torch.no_grad():
         expected, found = flat(plain(*inputs)), flat(net(*inputs))
     assert relative(expected, found) <= 1e-4
-    # and it is these layers that compute it: without one, something else comes out
+    # the outputs depend on these layers
     layer = next(iter(net.new_layers.layers.values()))
     torch.nn.init.normal_(layer.conv.weight)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_forward_and_backward_reach_every_parameter(name):
     ]
     net = retrofit(copy.deepcopy(case.cfg), edits)
     net.init_weights()
-    randomise_norms(net)  # mmdet starts some norms at 0, which stops the gradient
+    randomise_norms(net)  # mmdet starts some norms at 0, which stops the gradients
     net.train()
     plain = dict(plain_of(case).named_parameters())
     inputs = inputs_of(case)
@@ -123,7 +123,7 @@ def test_forward_and_backward_reach_every_parameter(name):
             assert p.requires_grad, n
             assert n in reached, n
         elif n not in reached:
-            # Only what gets no gradient in the plain module either.
+            # Only parameters without gradients in the plain module too.
             assert not p.requires_grad or n in plain, n
     assert all(t.grad is not None for t in flat(inputs))
 
