@@ -72,7 +72,7 @@ def main() -> None:
         found = retrofit_checkpoint(
             plain, cfg, args.source, args.target, image, args.tolerance, args.overwrite
         )
-    table = Table("raw outputs of", "largest relative difference to the plain detector")
+    table = Table("raw outputs of", "largest relative difference from the plain detector")
     for part, difference in found.outputs.items():
         table.add_row(part, f"{difference:.1e}")
     Console().print(table)
