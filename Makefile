@@ -1,8 +1,8 @@
-# Every command of the project. `make` alone lists them.
+# All commands of the project; run `make` to list them.
 #
-# PYTHON=... runs them in an environment of yours that already has torch, mmcv with compiled
-# operators, mmengine and mmdet; without it they run in VENV, which `make env` creates and fills
-# with the packages of STACK. TESTS=... are the tests to run; without it, all.
+# PYTHON=... uses your own environment, which must have torch, mmcv with compiled operators, mmengine
+# and mmdet. By default, commands use VENV, which `make env` creates with the packages of STACK.
+# TESTS=... selects tests; default: all.
 
 STACK ?= current
 VENV ?= $(patsubst .venv-current,.venv,.venv-$(STACK))
@@ -11,7 +11,7 @@ $(error STACK must be current, prebuilt or onedl, not "$(STACK)")
 endif
 
 ifdef PYTHON
-# Nothing is installed there: the checkout itself is put on the module path.
+# Installs nothing: the checkout is put on PYTHONPATH instead.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 SETUP := "$(PYTHON)" tools/setup_env.py --check "$(PYTHON)"
 else
@@ -26,15 +26,15 @@ endif
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-env:  ## create VENV with everything in it (minutes the first time, then no time)
+env:  ## create or update VENV (takes minutes the first time)
 	@$(SETUP)
 
-demo: env  ## draw images, train a detector with RFAConv on them, evaluate and picture it, in minutes
+demo: env  ## draw images, train a detector with RFAConv on them and evaluate it, in minutes
 	@"$(PYTHON)" tools/demo.py
 
 WINDOWED := RFAConv RFCBAMConv RFCAConv
 
-bench: env  ## measure every op on 2 CPU threads against the formulas and the plain convolution
+bench: env  ## benchmark all operators on 2 CPU threads against formulas and plain convolution
 	@"$(PYTHON)" -m benchmarks.run --compile RFAConv --detector 256 \
 	    --out benchmarks/results/cpu.json
 	@"$(PYTHON)" -m benchmarks.run --ops RFAConv --dtype bfloat16 \
@@ -46,25 +46,25 @@ bench: env  ## measure every op on 2 CPU threads against the formulas and the pl
 
 OUT ?= work_dirs/gpu
 
-gpu: env  ## check and measure everything on a GPU in ten minutes; JSON, table and log in OUT
+gpu: env  ## check and benchmark everything on a GPU in ten minutes; writes JSON, table and log to OUT
 	@"$(PYTHON)" -m benchmarks.gpu --out "$(OUT)"
 
-# The tools of lint are pinned in the current stack only.
-test: $(if $(filter $(STACK),current),lint,env)  ## lint, then the tests that take seconds, in two processes
+# Only the current stack has the lint tools.
+test: $(if $(filter $(STACK),current),lint,env)  ## lint, then run the fast tests in two processes
 	@"$(PYTHON)" -m pytest -q -n 2 --dist worksteal $(TESTS)
 
-test-slow: env  ## the tests that take minutes, in two processes; says what was skipped, and why
+test-slow: env  ## run the slow tests in two processes; lists skipped tests
 	@"$(PYTHON)" -m pytest -q -rs -n 2 --dist worksteal -m slow $(TESTS)
 
-test-all: test test-slow  ## lint, then every test
+test-all: test test-slow  ## lint, then run all tests
 
 PREBUILT_TESTS := ops layers models checkpoints cli/test_train_and_test.py
 
-test-prebuilt:  ## the tests of what depends most on torch, with the packages of prebuilt
+test-prebuilt:  ## run the tests that depend most on torch with the prebuilt stack
 	@$(MAKE) --no-print-directory test STACK=prebuilt TESTS="$(addprefix tests/,$(PREBUILT_TESTS))"
 
-# Each in a folder of its own, which goes before the environment's.
-test-triton: env  ## compile the kernels for GPUs with other versions of Triton
+# Each version is installed in its own folder, which takes precedence over the environment.
+test-triton: env  ## compile the GPU kernels with other versions of Triton
 	@set -e; for wanted in $$(sed -n 's/^triton==\([0-9.]*\).*/\1/p' requirements/triton.txt); do \
 	    folder=build/triton-$$wanted; \
 	    test -d $$folder/triton || \
@@ -74,18 +74,18 @@ test-triton: env  ## compile the kernels for GPUs with other versions of Triton
 	        -n 2 --dist worksteal tests/ops/receptive_field/test_triton_compile.py; \
 	done
 
-modelled: env  ## model the time of the kernels on a GPU that is not there, beside cuDNN's
+modelled: env  ## model the time of the GPU kernels and of cuDNN without a GPU
 	@"$(PYTHON)" -m benchmarks.modelled --table benchmarks/modelled.md
 
-lint: env  ## check style, format and types
+lint: env  ## check style, formatting and types
 	@"$(PYTHON)" -m ruff check .
 	@"$(PYTHON)" -m ruff format --check .
 	@"$(PYTHON)" -m mypy
 
-format: env  ## fix style and format where that is automatic
+format: env  ## fix style and formatting automatically
 	@"$(PYTHON)" -m ruff check --fix .
 	@"$(PYTHON)" -m ruff format .
 
-clean:  ## remove caches and build products; the environment and results stay
+clean:  ## remove caches and build products; keeps environments and results
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage htmlcov
 	@find . -path "./.venv*" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,8 +1,8 @@
-"""Build steps of rfa_mmdet; pyproject.toml holds the rest.
+"""Build steps of rfa_mmdet; see pyproject.toml for everything else.
 
-The C++ kernels (csrc) are optional: they are built where the interpreter that installs has
-torch and a C++ compiler works, and else left out with a notice.
-``RFA_MMDET_BUILD=1`` makes that an error, ``RFA_MMDET_BUILD=0`` builds none.
+The C++ kernels (csrc) are optional: if torch is not installed or the compiler fails, the package is
+installed without them, with a notice. ``RFA_MMDET_BUILD=1`` turns that into an error,
+``RFA_MMDET_BUILD=0`` skips the build.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from setuptools.command.build_py import build_py
 
 FOLDER = Path("rfa_mmdet/ops/receptive_field")
 KERNELS = ("kernels.cpp", "gated.cpp")
-# The names are those of torch.backends.cpu.get_cpu_capability(): torch's headers give the vectors
-# of the capability that they are compiled for.
+# Named after torch.backends.cpu.get_cpu_capability(): torch's headers select the vector types by
+# capability.
 X86_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": [
@@ -34,10 +34,10 @@ CAPABILITIES = {"default": [], **(X86_FLAGS if X86 else {})}
 
 
 class BuildKernels(build_ext):
-    """Compile the kernels for each capability, and link each with the bindings."""
+    """Compile the kernels for each CPU capability, and link each with the bindings."""
 
     def run(self):
-        """Build what can be built; in place, what is not there already."""
+        """Build the kernels; in place, only if they are out of date."""
         wish = os.environ.get("RFA_MMDET_BUILD")
         if wish == "0":
             return
@@ -57,13 +57,13 @@ class BuildKernels(build_ext):
             if wish == "1":
                 raise
             reason = f"{type(error).__name__}: {error}"
-            print(f"rfa_mmdet: without its C++ kernels, as they do not build ({reason})")
-            # A library of an earlier build would not be what this one's sources say.
+            print(f"rfa_mmdet: installing without C++ kernels, because the build failed ({reason})")
+            # Libraries of an earlier build would not match the sources.
             for library in libraries:
                 library.unlink(missing_ok=True)
 
     def get_ext_filename(self, fullname):
-        """Name a library after its torch, so that one checkout serves several environments."""
+        """Name a library after its torch, so one checkout works in several environments."""
         try:
             version = self.find_torch().__version__
         except ImportError:
@@ -72,7 +72,7 @@ class BuildKernels(build_ext):
 
     @classmethod
     def state(cls):
-        """Return what the libraries are made from, as a hash."""
+        """Return a hash of everything that the libraries depend on."""
         torch = cls.find_torch()
         parts = [torch.__version__, str(cls.flags()), str(CAPABILITIES)]
         files = [file.read_bytes() for file in sorted((FOLDER / "csrc").iterdir())]
@@ -80,9 +80,9 @@ class BuildKernels(build_ext):
 
     @staticmethod
     def find_torch():
-        """Return the torch that the libraries are for; an optional part, and slow to import."""
+        """Return the torch to build for; imported lazily, because it is optional and slow."""
         if find_spec("torch") is None:
-            # pip hides what is installed from a build (PEP 517); the kernels are for that torch.
+            # pip hides installed packages from builds (PEP 517), but we build for that torch.
             sys.path.append(sysconfig.get_path("purelib"))
         import torch
 
@@ -90,20 +90,20 @@ class BuildKernels(build_ext):
 
     @classmethod
     def flags(cls):
-        """Return the compiler's flags for every file."""
-        # OpenMP's library is not linked: torch has loaded one, maybe under another name, and a
-        # second one would have threads of its own.
+        """Return the compiler flags for all files."""
+        # The OpenMP library is not linked: torch has already loaded one, maybe under another name,
+        # and a second one would have its own threads.
         return [*("-std=c++17", "-O3", "-g0", "-fopenmp", "-fno-math-errno"),
                 *("-fno-trapping-math", "-fvisibility=hidden", "-w"),
                 f"-D_GLIBCXX_USE_CXX11_ABI={int(cls.find_torch().compiled_with_cxx11_abi())}",
                 *cls.extra_flags()]  # fmt: skip
 
     def build_extensions(self):
-        """Compile the bindings once for all, then one library for each capability."""
+        """Compile the bindings once, then one library per capability."""
         if not sys.platform.startswith("linux"):
-            raise RuntimeError(f"they are for Linux, and here is {sys.platform}")
-        # Not asked of torch.utils.cpp_extension, which does not import beside a setuptools of
-        # another age than torch's.
+            raise RuntimeError(f"only Linux is supported, not {sys.platform}")
+        # torch.utils.cpp_extension cannot be used: it fails to import if setuptools is much older
+        # or newer than torch.
         torch = Path(self.find_torch().__file__).parent
         headers = [torch / "include", torch / "include/torch/csrc/api/include"]
         csrc, flags = FOLDER / "csrc", self.flags()
@@ -141,18 +141,18 @@ class BuildKernels(build_ext):
 
     @staticmethod
     def extra_flags():
-        """Return the user's own, for both compiling and linking."""
+        """Return the user's own flags, for compiling and linking."""
         return os.environ.get("RFA_MMDET_CXXFLAGS", "").split()
 
 
 class BuildPackage(build_py):
-    """Put what mim looks for below rfa_mmdet/.mim: copies in a wheel, links in a checkout."""
+    """Put the files that mim needs into rfa_mmdet/.mim: copies in a wheel, links in a checkout."""
 
     SHIPPED = ("configs", "tools", "model-index.yml", "requirements")
     CHECKOUT_ONLY = ("setup_env.py", "doctor.py", "demo.py", "__pycache__", "*.pyc")
 
     def run(self):
-        """Build the package, then add the rest."""
+        """Build the package, then add these files."""
         super().run()
         target = Path("." if self.editable_mode else self.build_lib) / "rfa_mmdet" / ".mim"
         shutil.rmtree(target, ignore_errors=True)

@@ -1,13 +1,13 @@
 """Attention convolutions and plug-ins for MMDetection 3.x.
 
-``custom_imports = dict(imports=["rfa_mmdet"])`` in a config registers everything below
-:mod:`rfa_mmdet.layers`, :mod:`rfa_mmdet.models` and :mod:`rfa_mmdet.hooks`, and the data sets of
-:mod:`rfa_mmdet.data.voc_dataset`. :func:`rfa_mmdet.retrofit` edits a module that is built, of any
-library.
+``custom_imports = dict(imports=["rfa_mmdet"])`` in a config registers everything in
+:mod:`rfa_mmdet.layers`, :mod:`rfa_mmdet.models` and :mod:`rfa_mmdet.hooks`, and the datasets in
+:mod:`rfa_mmdet.data.voc_dataset`. :func:`rfa_mmdet.retrofit` edits an already built module from
+any library.
 
-The formulas in :mod:`rfa_mmdet.ops` need torch alone and can be imported without MMEngine. Where
-MMEngine is installed but mmdet or mmcv's operators cannot be imported, importing this package is
-an error, so that no config meets an empty registry.
+The formulas in :mod:`rfa_mmdet.ops` only need torch and can be imported without MMEngine. If
+MMEngine is installed but mmdet or mmcv's operators cannot be imported, importing this package
+raises an error, so that a config never sees an empty registry.
 """
 
 import sys
@@ -23,12 +23,12 @@ _INSTALL = {
     "mmcv": 'MMCV_WITH_OPS=1 pip install --no-build-isolation "mmcv>=2.0,<2.2"',
     "mmdet": 'pip install "rfa_mmdet[openmmlab]"',
 }
-# The forks bring the same modules: beside one of them, the originals would overwrite its files.
+# The forks install the same modules: next to one of them, the originals would overwrite its files.
 _INSTALL_ONEDL = {"mmcv": "pip install onedl-mmcv", "mmdet": "pip install onedl-mmdetection"}
 
 
 def register() -> None:
-    """Register every layer, model, hook and data set; importing the package does it already.
+    """Register every layer, model, hook and dataset; importing the package already does this.
 
     Raises:
         ImportError: MMEngine, mmcv's operators or MMDetection cannot be imported.
@@ -42,14 +42,14 @@ def register() -> None:
     for module in ("mmengine", "mmcv.ops", "mmdet.models"):
         try:
             import_module(module)
-        except (ImportError, AssertionError) as error:  # mmdet asserts the versions that it takes
+        except (ImportError, AssertionError) as error:  # mmdet asserts its supported versions
             raise ImportError(_explain(module, error)) from error
     from rfa_mmdet import compat, hooks, layers, models  # noqa: F401
     from rfa_mmdet.data import voc_dataset  # noqa: F401
 
 
 def _explain(module: str, error: Exception) -> str:
-    """Return why nothing can be registered, and what to do."""
+    """Return why registration failed and how to fix it."""
     package = module.partition(".")[0]
     missing = getattr(error, "name", None)
     doctor = "`python -m rfa_mmdet doctor` prints the command that fixes this environment"
@@ -82,7 +82,7 @@ def __getattr__(name: str):
 
 
 # `python -m rfa_mmdet ...` imports the package before __main__.py, while argv[0] is still "-m".
-# Registering is left to __main__ then, as the doctor must start where it fails.
+# __main__ then does the registering, because the doctor must start even where that fails.
 _RUN_AS_MAIN = (
     sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m") == __name__
 )

@@ -1,13 +1,13 @@
-"""Errors that the user can fix: one message that names the thing and what would be valid."""
+"""Errors that the user can fix; each message names the argument, its value and valid values."""
 
 
 class UserError(ValueError):
-    """Base of these errors; the tools show them without a traceback."""
+    """Base class; the tools print these errors without a traceback."""
 
 
 class ConfigError(UserError):
-    """The config or the command line cannot be run as it is."""
+    """The config or the command line is invalid."""
 
 
 class DataError(UserError):
-    """The data cannot be trained on, or tested on, as they are."""
+    """The data is invalid."""

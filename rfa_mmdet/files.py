@@ -1,4 +1,4 @@
-"""Whole files: written completely or not at all, and a check whether an image file is complete."""
+"""Write files atomically, and check that image files are complete."""
 
 import hashlib
 import os
@@ -11,8 +11,8 @@ from tempfile import TemporaryFile
 from rfa_mmdet.errors import UserError
 
 MISSING = "missing"
-# Decoded, an image of so many pixels takes 0.8 GB. OpenCV reads the variable too, for its own
-# limit of four times as many.
+# An image of this many pixels takes 0.8 GB when decoded. OpenCV reads the same variable for its own
+# limit, whose default is four times as high.
 MAX_PIXELS = int(os.environ.get("OPENCV_IO_MAX_IMAGE_PIXELS") or 2**28)
 _MAX_BYTES = 2**31 - 1  # decoders count in int
 _KINDS = {
@@ -21,7 +21,7 @@ _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
 }
-# How complete image files end, and how files start that only have an image's name.
+# How complete image files end, and how files start that are images by name only.
 _TAIL = 64
 _PADDING = b"\0\r\n \t"
 _JPEG_END = b"\xff\xd9"
@@ -40,16 +40,15 @@ _KNOWN = {
 
 @contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a path beside ``path`` to write to, and move what was written there at the end.
+    """Write a file atomically: yield a temporary path, and move it to ``path`` at the end.
 
-    After an error or an interruption nothing new stands under either name, and what stood under
-    ``path`` before is still there.
+    After an error or an interruption, the temporary file is gone and ``path`` is unchanged.
 
     Args:
-        path (str | os.PathLike): Of the file; its folder is made.
+        path (str | os.PathLike): The file to write; its folder is created.
 
     Yields:
-        Path: With the same ending, by which many libraries choose a format.
+        Path: The temporary path, with the same suffix, by which many libraries choose the format.
 
     Raises:
         UserError: The file cannot be written there.
@@ -64,7 +63,7 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     name, suffix = path.stem, path.suffix
-    if len(os.fsencode(path.name)) > 200:  # of the 255 bytes that file systems take
+    if len(os.fsencode(path.name)) > 200:  # file systems allow 255 bytes
         name = hashlib.sha1(os.fsencode(path.name), usedforsecurity=False).hexdigest()
         suffix = suffix if len(os.fsencode(suffix)) < 100 else ""
     part = path.with_name(f".{name}.{os.getpid()}.part{suffix}")
@@ -77,42 +76,42 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
-        with suppress(OSError):  # moved, never written, or no folder for it
+        with suppress(OSError):  # moved, never written, or its folder is missing
             part.unlink()
 
 
 def check_folder(folder: str | os.PathLike, what: str) -> None:
-    """Refuse a folder that cannot be written to, before anything is computed for it.
+    """Raise an error if a folder is not writable, before anything is computed for it.
 
     Args:
-        folder (str | os.PathLike): It need not be there yet, and is not made.
-        what (str): What the user calls it, for the error.
+        folder (str | os.PathLike): The folder; it may be missing, and is not created.
+        what (str): Name of the option or key that sets it, for the error.
 
     Raises:
-        UserError: It, or the folder that it would be made in, is no folder or cannot be written.
+        UserError: The folder, or its closest existing parent, is not a folder or not writable.
 
     Example:
         >>> check_folder("/dev/null/runs", "--work-dir")
         Traceback (most recent call last):
-        rfa_mmdet.errors.UserError: --work-dir=/dev/null/runs: /dev/null is no folder
+        rfa_mmdet.errors.UserError: --work-dir=/dev/null/runs: /dev/null is not a folder
     """
     place = Path(folder).absolute()
     try:
         while not place.exists() and not place.is_symlink():
             place = place.parent
         if not place.is_dir():
-            raise UserError(f"{what}={folder}: {place} is no folder")
-        with TemporaryFile(dir=place):  # permissions alone do not tell: of root, of full disks
+            raise UserError(f"{what}={folder}: {place} is not a folder")
+        with TemporaryFile(dir=place):  # permissions miss full disks, and mean nothing to root
             pass
     except OSError as error:
         raise UserError(f"{what}={folder}: cannot be written: {error.strerror}") from error
 
 
 def file_kind(path: str | os.PathLike) -> str:
-    """Return what stands under a path, without opening it: a FIFO would wait for its writer.
+    """Return the kind of a path without opening it, since opening a FIFO blocks.
 
     Raises:
-        OSError: Nothing does, or a folder on the way cannot be read.
+        OSError: The path does not exist, or one of its folders cannot be read.
 
     Example:
         >>> file_kind("/"), file_kind("/dev/null")
@@ -122,7 +121,7 @@ def file_kind(path: str | os.PathLike) -> str:
 
 
 def known_as(head: bytes) -> str | None:
-    """Return what a file is that was taken for an image or for text, by its first bytes.
+    """Return what a file really is that has the name of an image or text file, by its first bytes.
 
     Example:
         >>> known_as(b"<!DOCTYPE html>")
@@ -132,15 +131,18 @@ def known_as(head: bytes) -> str | None:
 
 
 def image_size(path: str) -> tuple[int, int] | None:
-    """Return width and height by the header of an image file, nothing decoded.
+    """Return the width and height of an image from its header, without decoding it.
 
-    A JPEG that its EXIF orientation turns has the sides it has after that, as decoders give it.
+    For JPEG, the EXIF orientation is applied, as decoders do.
 
     Args:
-        path (str): Of a file that exists; of other kinds than BMP, GIF, JPEG, JPEG 2000, PNG, PPM
-            and TIFF the size is not known: None.
+        path (str): An existing file.
+
+    Returns:
+        tuple[int, int] | None: None for formats other than BMP, GIF, JPEG, JPEG 2000, PNG, PPM and
+        TIFF, and for damaged headers.
     """
-    from PIL import (  # here: `rfa_mmdet.ops` needs torch alone
+    from PIL import (  # lazily, because `rfa_mmdet.ops` only needs torch
         BmpImagePlugin,
         GifImagePlugin,
         Jpeg2KImagePlugin,
@@ -150,7 +152,7 @@ def image_size(path: str) -> tuple[int, int] | None:
         TiffImagePlugin,
     )
 
-    # Image.open would refuse large images, and those of many pixels warn, before it tells a size.
+    # Image.open refuses or warns about large images before it gives their size.
     for kind in (
         JpegImagePlugin.JpegImageFile,
         PngImagePlugin.PngImageFile,
@@ -161,7 +163,7 @@ def image_size(path: str) -> tuple[int, int] | None:
         Jpeg2KImagePlugin.Jpeg2KImageFile,
     ):
         size = None
-        with suppress(Exception), kind(path) as image:  # damaged headers raise what they like
+        with suppress(Exception), kind(path) as image:  # damaged headers raise anything
             size = image.size
             if kind is JpegImagePlugin.JpegImageFile and image.getexif().get(0x0112, 1) > 4:
                 size = size[::-1]
@@ -173,19 +175,19 @@ def image_size(path: str) -> tuple[int, int] | None:
 def image_damage(path: str) -> str | None:
     """Return what is wrong with an image file, or None.
 
-    JPEG and PNG must end as they should; other formats are taken as they are. None may be larger
-    than OpenCV should decode.
+    JPEG and PNG files must have their end markers; other formats are not checked for them. No
+    image may have more than ``MAX_PIXELS`` pixels.
 
     Example:
         >>> image_damage("/no/such/file.jpg")
         'missing'
         >>> image_damage("/dev/zero")
-        'not a file but a device'
+        'a device, not a file'
     """
     try:
         kind = file_kind(path)
         if kind != "a file":
-            return f"not a file but {kind}"
+            return f"{kind}, not a file"
         with open(path, "rb") as file:
             head = file.read(32)
             size = file.seek(0, os.SEEK_END)
@@ -196,7 +198,7 @@ def image_damage(path: str) -> str | None:
         if size > _MAX_BYTES:
             return f"{size:,} bytes, above the limit of {_MAX_BYTES:,}"
         if head.startswith(b"\xff\xd8"):
-            # Cameras append things to a picture, so it may end before the file does.
+            # Cameras append data, so the image may end before the file does.
             whole = tail.rstrip(_PADDING).endswith(_JPEG_END)
             if not whole and not _jpeg_ends(path):
                 return f"truncated JPEG ({size:,} bytes, no end marker FFD9)"
@@ -204,7 +206,7 @@ def image_damage(path: str) -> str | None:
             if _PNG_END not in tail and not _contains(path, _PNG_END):
                 return f"truncated PNG ({size:,} bytes, no IEND)"
         elif what := known_as(head):
-            return f"no image but {what}"
+            return f"{what}, not an image"
         width, height = image_size(path) or (1, 1)
     except (FileNotFoundError, NotADirectoryError):
         return MISSING
@@ -214,14 +216,14 @@ def image_damage(path: str) -> str | None:
         return f"{MISSING} (no file can have this name)"
     if width * height > MAX_PIXELS:
         return (
-            f"{width} x {height} pixels, above the limit of {MAX_PIXELS:,}; the environment's "
-            "OPENCV_IO_MAX_IMAGE_PIXELS raises it"
+            f"{width} x {height} pixels, above the limit of {MAX_PIXELS:,}; set the environment "
+            "variable OPENCV_IO_MAX_IMAGE_PIXELS to raise it"
         )
     return None if width and height else f"{width} x {height} pixels"
 
 
 def _jpeg_ends(path: str) -> bool:
-    """Look for the end marker behind the first scan; thumbnails before it have their own."""
+    """Look for the end marker after the first scan; thumbnails before it have their own."""
     with open(path, "rb") as file:
         data = file.read()
     at = 2

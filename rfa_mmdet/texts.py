@@ -1,6 +1,6 @@
-"""Names of files and classes made safe for terminals, tables and pictures.
+"""Make names of files and classes safe for terminals, tables and pictures.
 
-A name can hold anything: line breaks, bytes that are no UTF-8, formulas of a spreadsheet, TeX.
+A name can contain anything: line breaks, invalid UTF-8, spreadsheet formulas, TeX.
 """
 
 import unicodedata
@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-# What starts a formula in a spreadsheet; the wide ones do in Japanese ones.
+# Characters that start a spreadsheet formula, full-width ones included.
 _FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001
 
 
 def printable(text: object) -> str:
-    r"""Return a text in one line that every terminal takes: escapes for control characters.
+    r"""Return a text as one line, with control characters escaped.
 
     Example:
         >>> print(printable("a\nb \x1b[31m \udcff é $x$"))
@@ -24,11 +24,11 @@ def printable(text: object) -> str:
 
 
 def shown(text: object, longest: int = 80) -> str:
-    r"""Return what a file says as it may stand in a message: printable, and not too long.
+    r"""Return a text from a file for use in a message: printable, and not too long.
 
     Args:
-        text (object): Of :func:`str`.
-        longest (int): Characters; of longer ones the end is left out. Defaults to 80.
+        text (object): Anything that :func:`str` takes.
+        longest (int): Maximum number of characters; longer texts are truncated. Defaults to 80.
 
     Example:
         >>> print(shown("a\x1b[31mb" + 100 * "c", 20))
@@ -39,7 +39,7 @@ def shown(text: object, longest: int = 80) -> str:
 
 
 def cell(value: Any) -> Any:
-    """Return the cell of a CSV file that a spreadsheet shows and does not run.
+    """Return a value for a CSV file, quoted if a spreadsheet would run it as a formula.
 
     Example:
         >>> cell("=1+1"), cell("-0.1"), cell(-0.1), cell("card-2")
@@ -51,11 +51,11 @@ def cell(value: Any) -> Any:
 
 
 def drawable(text: object, longest: int = 60) -> str:
-    r"""Return a text for a picture: in one line, without characters that no font here has.
+    r"""Return a text for a picture: one line, with characters that no font has escaped.
 
     Args:
-        text (object): Of :func:`str`.
-        longest (int): Characters; of longer ones the end is left out. Defaults to 60.
+        text (object): Anything that :func:`str` takes.
+        longest (int): Maximum number of characters; longer texts are truncated. Defaults to 60.
 
     Example:
         >>> drawable("a $x$\n"), drawable("abcdef", 4)
@@ -67,10 +67,10 @@ def drawable(text: object, longest: int = 60) -> str:
 
 @contextmanager
 def drawn_as_written(texts: Iterable[str] = ()) -> Iterator[None]:
-    """Have matplotlib draw the texts that are made inside as they are, without TeX.
+    """Let matplotlib draw texts literally, without TeX.
 
     Args:
-        texts (Iterable[str]): Those of :func:`drawable`, in whose characters' fonts to draw.
+        texts (Iterable[str]): Texts to be drawn, from :func:`drawable`; their fonts are enabled.
 
     Example:
         >>> import matplotlib
@@ -105,7 +105,7 @@ def _is_number(text: str) -> bool:
 
 @cache
 def _family(character: str) -> str | None:
-    """Return a font family that has a character: matplotlib's default, else an installed one."""
+    """Return a font family that has this character: matplotlib's default, or an installed one."""
     from matplotlib import font_manager
 
     usual = font_manager.FontProperties()
@@ -115,7 +115,7 @@ def _family(character: str) -> str | None:
         (
             font.name
             for font in font_manager.fontManager.ttflist
-            # It has a box for every character.
+            # Last Resort has a placeholder box for every character.
             if not font.name.startswith("Last Resort") and ord(character) in _characters(font.fname)
         ),
         None,
@@ -128,6 +128,6 @@ def _characters(file: str) -> frozenset[int]:
 
     try:
         font = get_font(file)
-    except (RuntimeError, OSError):  # such as fonts of coloured bitmaps
+    except (RuntimeError, OSError):  # e.g. fonts of coloured bitmaps
         return frozenset()
     return frozenset(font.get_charmap()) if font.scalable else frozenset()

@@ -1,4 +1,4 @@
-"""Hypothesis profiles: `ci` repeats the same examples in every run; `thorough` looks for new ones.
+"""Hypothesis profiles: `ci` uses the same examples in every run; `thorough` finds new ones.
 
 HYPOTHESIS_PROFILE=thorough python -m pytest tests/ops tests/layers
 """
@@ -29,6 +29,6 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-# Tensors here are small: a thread of its own for each slice of them, on cores that others use as
-# well, takes ten times as long. Processes that tests start are not touched.
+# The tensors are small: using several threads on busy cores takes ten times longer. Processes
+# started by tests are not affected.
 torch.set_num_threads(1)

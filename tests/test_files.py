@@ -1,4 +1,4 @@
-"""Nothing is left under a file's name unless it was written to its end."""
+"""Files appear under their name only after they are completely written."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
 
 
-def test_file_appears_at_the_end_only(tmp_path):
+def test_file_appears_only_at_the_end(tmp_path):
     path = tmp_path / "new" / "a.csv"
     with written_whole(path) as part:
         part.write_text("some")
@@ -17,7 +17,7 @@ def test_file_appears_at_the_end_only(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [ZeroDivisionError, KeyboardInterrupt])
-def test_what_was_there_stays_where_writing_breaks_off(tmp_path, stop):
+def test_interrupted_write_keeps_the_old_file(tmp_path, stop):
     path = tmp_path / "a.txt"
     path.write_text("old")
 
@@ -33,13 +33,13 @@ def test_what_was_there_stays_where_writing_breaks_off(tmp_path, stop):
 
 
 @pytest.mark.parametrize("name", ["é" * 125 + ".jpg", "a" * 255, "a." + "b" * 253])
-def test_names_as_long_as_a_file_system_takes(tmp_path, name):
+def test_names_of_maximum_length(tmp_path, name):
     with written_whole(tmp_path / name) as part:
         part.write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_paths_that_cannot_be_written(tmp_path):
+def test_unwritable_paths(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a folder"), written_whole(tmp_path):
         pass

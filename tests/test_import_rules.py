@@ -1,4 +1,4 @@
-"""Who may import whom: read from the syntax tree of every file, and tried in a bare process."""
+"""Import rules, checked in the syntax tree of every file and in a bare process."""
 
 import ast
 import subprocess
@@ -16,30 +16,30 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 OPENMMLAB = ("mmengine", "mmcv", "mmdet")
 NEVER = ("mmpretrain", "mmdeploy", "mmyolo", "tools", "tests", "benchmarks")
 
-# What every file may import: they import nothing of ours but each other.
+# Modules that every file may import; they only import each other.
 GROUND = {"errors", "files", "texts", "version"}
 
-# Room -> the rooms below it that it may import, and OpenMMLab's packages. From the table of the
-# design; where it differs, a comment says why.
+# Package -> lower packages that it may import, and OpenMMLab's packages. From the design's table;
+# comments explain differences.
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "ops": (set(), set()),
     "layers": ({"ops"}, {"mmengine", "mmcv.cnn"}),
     "models": ({"layers"}, {"mmengine", "mmcv", "mmdet"}),
     "hooks": ({"layers"}, {"mmengine"}),
-    # ops, here and in export: for what differs between the versions of torch.
+    # ops, here and in export: for differences between torch versions.
     "checkpoints": ({"ops", "layers", "models", "hooks"}, {"mmengine", "mmdet"}),
     # Above checkpoints, not below: it puts the safe loader that lives there into MMEngine.
     "compat": ({"layers", "checkpoints"}, {"mmengine", "mmdet"}),
     "data": (set(), {"mmengine", "mmcv", "mmdet"}),
     "config": ({"data", "layers"}, {"mmengine", "mmcv", "mmdet"}),
     "inference": ({"config", "checkpoints", "data"}, {"mmengine", "mmcv", "mmdet"}),
-    # compat: the operator counts stand beside the patch that gives them to MMDetection's tool.
+    # compat: the operator counts are next to the patch that adds them to MMDetection's tool.
     "analysis": ({"layers", "inference", "compat"}, {"mmengine", "mmcv", "mmdet"}),
     "export": ({"ops", "inference", "analysis"}, {"mmengine", "mmcv", "mmdet"}),
     "studies": ({"inference", "data", "analysis"}, {"mmengine", "mmcv", "mmdet"}),
 }
 RULES["cli"] = (set(RULES), {"mmengine", "mmcv", "mmdet"})
-# The files beside the rooms.
+# Files outside the packages.
 TOP = {
     "errors": set(),
     "files": set(),
@@ -51,10 +51,10 @@ TOP = {
 
 
 def imported(source: str, package: str) -> set[str]:
-    """Dotted names of all that ``source``, a file in ``package``, imports, at any depth.
+    """Return the dotted names of everything that a file in ``package`` imports, at any depth.
 
-    ``from a import b`` gives 'a' and 'a.b': b may be a module. Literal calls of import_module and
-    __import__ count.
+    ``from a import b`` gives 'a' and 'a.b', because b may be a module. Literal calls of
+    import_module and __import__ count.
     """
     names = set()
     for node in ast.walk(ast.parse(source)):
@@ -96,7 +96,7 @@ def test_imports_are_found(source, package, expected):
     assert imported(source, package) == expected
 
 
-def test_rules_name_every_room_and_no_circle():
+def test_rules_cover_every_package_without_cycles():
     rooms = {f.relative_to(PACKAGE).parts[0] for f in FILES if f.parent != PACKAGE}
     assert rooms == set(RULES)
     order = [*TopologicalSorter({room: below for room, (below, _) in RULES.items()}).static_order()]
@@ -105,7 +105,7 @@ def test_rules_name_every_room_and_no_circle():
 
 
 def of_ours(names: set[str]) -> set[str]:
-    """Return the rooms, and the files beside them, that dotted names of this package stand in."""
+    """Return the packages or top-level files that contain dotted names of this package."""
     parts = (name.split(".") for name in names)
     return {p[1] for p in parts if p[0] == "rfa_mmdet" and len(p) > 1} & {*RULES, *TOP}
 
@@ -130,7 +130,7 @@ def test_file_imports_downward_only(file):
 
 
 def asked_of_torch(source: str) -> list[str]:
-    """Names that hasattr and getattr look for in torch or one of its modules."""
+    """Return names that hasattr and getattr look up in torch or its modules."""
     return [
         node.args[1].value
         for node in ast.walk(ast.parse(source))
@@ -141,7 +141,7 @@ def asked_of_torch(source: str) -> list[str]:
     ]
 
 
-def test_what_differs_between_versions_of_torch_is_asked_in_one_file():
+def test_torch_versions_are_checked_in_one_file():
     assert asked_of_torch("hasattr(torch.library, 'a'), getattr(torch, name), hasattr(x, 'b')") == [
         "a"
     ]
@@ -159,11 +159,11 @@ def test_what_differs_between_versions_of_torch_is_asked_in_one_file():
         ("from mmdet import models", set()),
     ],
 )
-def test_rooms_of_imports_are_found(source, rooms):
+def test_packages_of_imports_are_found(source, rooms):
     assert of_ours(imported(source, "rfa_mmdet.data")) == rooms
 
 
-def test_ops_import_torch_numpy_and_the_standard_library_only():
+def test_ops_only_import_torch_numpy_and_the_standard_library():
     allowed = {*sys.stdlib_module_names, "torch", "triton", "numpy", "rfa_mmdet"}
     for file in FILES:
         if file.is_relative_to(PACKAGE / "ops"):
@@ -171,7 +171,7 @@ def test_ops_import_torch_numpy_and_the_standard_library_only():
             assert tops <= allowed, f"{file.relative_to(ROOT)} imports {sorted(tops - allowed)}"
 
 
-# Makes OpenMMLab's packages, which are installed here, impossible to find or import.
+# Hides OpenMMLab's packages, which are installed here.
 BLOCK = f"""
 import importlib.abc, importlib.machinery, sys
 
@@ -195,7 +195,7 @@ def run(code: str, blocked: bool = True) -> str:
     return result.stdout.strip()
 
 
-def test_ops_work_where_only_torch_is_installed():
+def test_ops_work_with_only_torch_installed():
     code = """
 for name in ("mmengine", "mmcv", "mmdet"):
     try:
@@ -243,7 +243,7 @@ print(rfa_mmdet.__version__)
     "statement",
     ["import rfa_mmdet.layers", "from rfa_mmdet import layers", "from rfa_mmdet.layers import EMA"],
 )
-def test_importing_layers_there_names_what_is_missing(statement):
+def test_importing_layers_names_missing_packages(statement):
     code = f"""
 try:
     {statement}
@@ -257,7 +257,7 @@ except ImportError as error:
 
 
 def test_ops_load_nothing_of_openmmlab_in_a_bare_process():
-    # The first are operators for torch, no modules of Python.
+    # The first ones are torch operators, not Python modules.
     left_out = ["._cpu_", *([".triton."] if LACKS_TRITON else [])]
     code = (
         f"left_out = {left_out}"

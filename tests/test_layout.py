@@ -1,4 +1,4 @@
-"""How the tests themselves are laid out: short files, and nothing shared but by tests/helpers."""
+"""Layout of the tests: short files, and shared code only in tests/helpers."""
 
 import ast
 from pathlib import Path
@@ -14,7 +14,7 @@ each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.rel
 
 
 def shared(source: str) -> set[str]:
-    """Return the modules of the tests that a file imports from."""
+    """Return the test modules that a file imports from."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

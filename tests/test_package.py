@@ -21,12 +21,12 @@ DOCTOR = "`python -m rfa_mmdet doctor` prints the command that fixes this enviro
 
 @pytest.fixture
 def stand_ins(tmp_path):
-    """Stand-ins for OpenMMLab's packages; the real rfa_mmdet is put on the path."""
+    """Return stand-ins for OpenMMLab's packages, with the real rfa_mmdet on the path."""
     return Environment(tmp_path / "venv", *OPENMMLAB)
 
 
 def import_error(stand_ins):
-    """The last line of importing the package there."""
+    """Return the last line printed when importing the package in it."""
     done = stand_ins.run("-c", "import rfa_mmdet", PYTHONPATH=str(ROOT))
     assert done.returncode == 1
     return done.stderr.splitlines()[-1]
@@ -41,7 +41,7 @@ def test_import_without_mmdet(stand_ins):
 
 
 @pytest.mark.parametrize("module", ["mmcv", "mmdet"])
-def test_import_beside_forks_names_the_fork_that_is_missing(stand_ins, module):
+def test_import_with_forks_names_the_missing_fork(stand_ins, module):
     stand_ins.remove("mmengine")
     stand_ins.add("mmengine", name="onedl-mmengine")
     stand_ins.remove(module)
@@ -49,7 +49,7 @@ def test_import_beside_forks_names_the_fork_that_is_missing(stand_ins, module):
     assert f"because {module} is not installed: run `pip install {fork}`" in import_error(stand_ins)
 
 
-def test_import_with_an_mmcv_that_has_no_operators(stand_ins):
+def test_import_with_mmcv_without_operators(stand_ins):
     (stand_ins.site / "mmcv" / "_ext.py").unlink()
     assert import_error(stand_ins) == (
         "ImportError: rfa_mmdet cannot register its layers, because mmcv has no compiled operators "
@@ -57,7 +57,7 @@ def test_import_with_an_mmcv_that_has_no_operators(stand_ins):
     )
 
 
-def test_import_with_an_mmdet_that_refuses_mmcv(stand_ins):
+def test_import_with_mmdet_that_rejects_mmcv(stand_ins):
     stand_ins.add("mmcv", "2.2.0")
     assert import_error(stand_ins) == (
         "ImportError: rfa_mmdet cannot register its layers, because mmdet.models cannot be "
@@ -76,21 +76,21 @@ def test_tools_are_listed_in_any_folder_without_openmmlab(stand_ins, tmp_path):
 
 
 @pytest.mark.parametrize("module", [["-m", "rfa_mmdet"], ["-mrfa_mmdet"]])
-def test_the_doctor_starts_where_the_package_cannot_be_imported(stand_ins, tmp_path, module):
+def test_doctor_starts_if_the_package_cannot_be_imported(stand_ins, tmp_path, module):
     stand_ins.remove("mmdet")
     done = stand_ins.run(*module, "doctor", cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert (done.returncode, done.stderr) == (1, "")
     assert re.search(r"(?m)^mmdet +- +not installed$", done.stdout)
 
 
-def test_a_module_of_the_package_that_is_run_registers_everything(stand_ins):
-    """Only `-m rfa_mmdet` itself leaves that to its __main__."""
+def test_running_a_module_of_the_package_registers_everything(stand_ins):
+    """Only `-m rfa_mmdet` itself leaves registration to its __main__."""
     stand_ins.remove("mmdet")
     done = stand_ins.run("-m", "rfa_mmdet.files", "rfa_mmdet", PYTHONPATH=str(ROOT))
     assert "ImportError: rfa_mmdet cannot register its layers" in done.stderr
 
 
-def test_another_tool_there_says_why_it_cannot_start(stand_ins):
+def test_other_tools_say_why_they_cannot_start(stand_ins):
     stand_ins.remove("mmdet")
     done = stand_ins.run("-m", "rfa_mmdet", "train", PYTHONPATH=str(ROOT))
     assert done.returncode == 1
@@ -104,15 +104,16 @@ def test_version(stand_ins):
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("trian", "nearest: train"), ("xyzzy", "there are ablate, check_data, ")]
+    ("name", "hint"),
+    [("trian", "did you mean train"), ("xyzzy", "choose from ablate, check_data, ")],
 )
 def test_unknown_tool(stand_ins, name, hint):
     done = stand_ins.run("-m", "rfa_mmdet", name, PYTHONPATH=str(ROOT))
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: no tool {name!r}; {hint}")
+    assert done.stderr.startswith(f"error: unknown tool {name!r}; {hint}")
 
 
-def test_a_tool_gets_its_arguments(run_tool):
+def test_tool_gets_its_arguments(run_tool):
     done = run_tool(sys.executable, "-m", "rfa_mmdet", "train", "no_such_config.py")
     assert done.returncode == 1
     assert "error: config='no_such_config.py': no such file" in done.stdout
@@ -127,18 +128,18 @@ def test_help_of_a_tool(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("package", "extra"), [("pandas", "tools"), ("onnxruntime", "onnx")])
-def test_a_tool_names_the_extra_that_it_lacks(package, extra, monkeypatch, capsys):
+def test_tool_names_the_missing_extra(package, extra, monkeypatch, capsys):
     tool = types.ModuleType("rfa_mmdet.cli.tables")
     tool.main = lambda: importlib.import_module(package)
     monkeypatch.setitem(sys.modules, tool.__name__, tool)
-    monkeypatch.setitem(sys.modules, package, None)  # Python's way to say: it cannot be imported
+    monkeypatch.setitem(sys.modules, package, None)  # makes Python fail to import it
     assert run_tool("tables") == 1
     assert capsys.readouterr().err == (
         f'error: tables needs {package}, which is not installed: pip install "rfa_mmdet[{extra}]"\n'
     )
 
 
-def test_every_tool_has_a_script_of_a_few_lines():
+def test_every_tool_has_a_short_script():
     scripts = {path.stem: path for path in ROOT.glob("tools/**/*.py")}
     del scripts["setup_env"]
     assert scripts.keys() == find_tools().keys()
@@ -147,7 +148,7 @@ def test_every_tool_has_a_script_of_a_few_lines():
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
-    """Of the checkout's files, without kernels."""
+    """Return a wheel of the checkout's files, without kernels."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     ignored = shutil.ignore_patterns("*.so", "_cpu_*.stamp", "__pycache__", ".mim")
     for name in ("rfa_mmdet", "configs", "tools"):
@@ -198,7 +199,7 @@ def test_installing_the_wheel_changes_nothing_else(tmp_path, wheel, names):
 
 
 @pytest.mark.slow
-def test_a_wheel_brings_configs_and_tools(tmp_path, wheel):
+def test_wheel_contains_configs_and_tools(tmp_path, wheel):
     environment = Environment(tmp_path / "venv", "pandas")
     install(environment, wheel)
     mim = environment.site / "rfa_mmdet" / ".mim"
@@ -210,7 +211,7 @@ def test_a_wheel_brings_configs_and_tools(tmp_path, wheel):
             {"setup_env.py", "doctor.py", "demo.py"} if folder == "tools" else set()
         )
     assert (mim.parent / "py.typed").is_file()
-    # The doctor finds its pins there; the tools and configs run with the real packages.
+    # The doctor finds its pins in it; the tools and configs run with the real packages.
     done = environment.run("-m", "rfa_mmdet", "doctor", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "")
     assert re.search(
@@ -232,7 +233,7 @@ print(folder, type(model.backbone).__name__)
 
 
 def test_every_metafile_is_in_the_index():
-    """By which mim and MMEngine find a config's name."""
+    """mim and MMEngine find configs through the index."""
     listed = re.findall(r"(?m)^  - (\S+)$", (ROOT / "model-index.yml").read_text())
     assert listed == sorted(
         p.relative_to(ROOT).as_posix() for p in ROOT.glob("configs/*/metafile.yml")

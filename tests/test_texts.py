@@ -1,4 +1,4 @@
-"""Names of any characters: in one line, in a spreadsheet, in a picture."""
+"""Names with any characters: as one line, in spreadsheets, and in pictures."""
 
 import csv
 import io
@@ -28,14 +28,14 @@ def test_text_in_one_line(text, shown):
 @pytest.mark.parametrize(
     "text", ["=1+1", "+1+1", "-1+cmd", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "\uff1d1"]
 )
-def test_no_cell_is_a_formula(text):
+def test_cells_are_never_formulas(text):
     file = io.StringIO()
     csv.writer(file).writerow([cell(text)])
     assert next(csv.reader(io.StringIO(file.getvalue(), newline=""))) == [f"'{text}"]
 
 
 @pytest.mark.parametrize("value", [-0.1, "-0.1", "+5", "-1e-3", 7, None, "a=1", "a-b", "1-2", ""])
-def test_numbers_and_other_texts_are_cells_as_they_are(value):
+def test_numbers_and_other_texts_are_unchanged(value):
     assert cell(value) is value
 
 
@@ -49,13 +49,13 @@ def width(text: str) -> float:
 @pytest.mark.parametrize("name", ["$aaaa$", "$\\alpha$", "$a$b_$", "$_$", "\\$x\\$", "a_b^c"])
 def test_pictures_show_no_tex(name):
     with drawn_as_written([name]):
-        # Each of its characters takes room, which is not so of TeX's signs.
+        # Every character takes up space, unlike in TeX.
         assert width(name) > width(name.replace("$", "").replace("\\", "")) or "$" not in name
     assert matplotlib.rcParams["text.parse_math"]
 
 
-@pytest.mark.filterwarnings("error")  # matplotlib's of characters without a glyph
-def test_pictures_hold_only_characters_that_a_font_has():
+@pytest.mark.filterwarnings("error")  # matplotlib's warning about missing glyphs
+def test_pictures_only_have_characters_of_a_font():
     for name in ("é ß 猫 🐱 한", "\ufdd0", "\U0010fffd", "a\nb\x07", "\udcff"):
         shown = drawable(name)
         with drawn_as_written([shown]):

@@ -1,4 +1,4 @@
-"""Compare methods over several seeds: train and test each, report what differences are worth."""
+"""Compare methods over several seeds: train and test each, and report significant differences."""
 
 import sys
 

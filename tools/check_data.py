@@ -1,4 +1,4 @@
-"""Look at every image and box that a config would load, and say what is wrong with them."""
+"""Check every image and box that a config loads, and report all problems."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Give the layers of a published checkpoint our names."""
+"""Rename the layers of a published checkpoint to this package's names."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Draw a data set, train a small RetinaNet with RFAConv on it, evaluate it and show it."""
+"""Draw a dataset, train a small detector with RFAConv on it, evaluate it and show the results."""
 
 import sys
 

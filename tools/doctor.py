@@ -1,9 +1,9 @@
-"""Tell whether training can start in this environment, and if not, why and what to do."""
+"""Check this environment, and print the command that fixes each problem."""
 
 import runpy
 from pathlib import Path
 
-# By its path: where the package cannot be imported, this tool says why.
+# Run by path, because the doctor must work even if the package cannot be imported.
 DOCTOR = Path(__file__).resolve().parents[1] / "rfa_mmdet" / "cli" / "doctor.py"
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Create the project's virtual environment, with mmcv's operators compiled for it.
+"""Create the project's virtual environment, including mmcv with compiled operators.
 
-Runs on any Python 3.8 or later with nothing installed. Every step first looks whether its result
-is already there, so running it again continues where it was interrupted, and costs nothing once a
-stamp says that all is done. The folder ``requirements`` holds the versions of each stack.
+Runs on Python 3.8 or later without any packages. Every step is skipped if its result already
+exists, so an interrupted set-up can be resumed, and a complete one takes no time. The folder
+``requirements`` has the versions of each stack.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
-# Stack -> the Pythons that it can have, the best first.
+# Stack -> supported Python versions, in order of preference.
 STACKS = {
     "current": ("3.12", "3.11", "3.10"),
     "prebuilt": ("3.10", "3.11"),
@@ -33,12 +33,12 @@ STACKS = {
 DOCTOR = ROOT / "rfa_mmdet" / "cli" / "doctor.py"
 BUILD_TOOLS = ("pip", "setuptools", "wheel", "ninja", "psutil")
 LOCK, STAMP = ".setup_env.lock", ".setup_env.stamp"
-GB_PER_JOB = 2  # what compiling one file against torch's headers takes at its peak
-# Setting CFLAGS replaces Python's own flags, optimisation included, so that is given again; -g0,
+GB_PER_JOB = 2  # peak memory of compiling one file against torch's headers
+# Setting CFLAGS replaces Python's own flags, including optimisation, so repeat them. -g0, which is
 # added to them, halves the time: 8.5 s instead of 15.9 s for roi_align.cpp.
 CFLAGS = "-O3 -DNDEBUG -fwrapv"
 
-# Code for another Python; what it prints is read back, and what it exits with is the problem.
+# Code to run in another Python; its output is read back, its exit message is the problem.
 ASK_PYTHON = """
 import os, sys, sysconfig
 from importlib.util import find_spec
@@ -67,11 +67,11 @@ print(json.dumps([mmcv.__version__, mmcv.ops.get_compiling_cuda_version()]))"""
 
 
 class SetupError(Exception):
-    """What went wrong and how to fix it, for the user."""
+    """An error for the user: what went wrong, and how to fix it."""
 
 
 def read_pins(name: str) -> str:
-    """Return the pins of a stack, those of the files that it includes among them."""
+    """Return the pins of a stack, including those of the files it refers to with -r."""
     text = (REQUIREMENTS / f"{name}.txt").read_text(encoding="utf-8")
     return re.sub(r"(?m)^-r (\w+)\.txt$", lambda line: read_pins(line.group(1)), text)
 
@@ -92,23 +92,23 @@ def run(command: list, what: str, **options) -> None:
     """Run a command with its output on the terminal."""
     code = subprocess.run([str(part) for part in command], **options).returncode
     if code:
-        raise SetupError(f"{what} failed (exit status {code}); what it said stands above")
+        raise SetupError(f"{what} failed (exit status {code}); see its output above")
 
 
 def compiler() -> str:
-    """Return the C++ compiler's command."""
+    """Return the command of the C++ compiler."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     for name in names:
         if shutil.which(shlex.split(name)[0]):
             return name
     raise SetupError(
-        f"no C++ compiler ({', '.join(names)}), and mmcv's operators must be compiled: "
+        f"no C++ compiler found ({', '.join(names)}), but mmcv's operators must be compiled: "
         "apt install g++"
     )
 
 
 def python_candidates(stack: str) -> list[str]:
-    """Return this Python and those on PATH and of pyenv; some may bear the same name."""
+    """Return this Python and those on PATH and in pyenv; names may occur several times."""
     names = [*(f"python{version}" for version in STACKS[stack]), "python3"]
     pyenv = Path(os.environ.get("PYENV_ROOT") or "~/.pyenv").expanduser()
     folders = os.environ.get("PATH", "").split(os.pathsep)
@@ -119,27 +119,27 @@ def python_candidates(stack: str) -> list[str]:
 
 
 def find_python(candidates: list[str], stack: str, will_compile: bool) -> tuple[str, str]:
-    """Return the first Python that serves a stack, and its version such as '3.11'."""
+    """Return the first Python that supports a stack, and its version, e.g. '3.11'."""
     problems, versions = {}, sorted(STACKS[stack])
     options = [" ".join(versions), *(["compile"] if will_compile else [])]
     for python in candidates:
         try:
             return python, ask(python, ASK_PYTHON, *options)
-        except SetupError as error:  # a shim of pyenv, for one, may stand for nothing
+        except SetupError as error:  # e.g. a pyenv shim without a version
             problems[python] = str(error)
     found = "".join(f"\n  {python} {problem}" for python, problem in problems.items())
     listed = f"{', '.join(versions[:-1])} or {versions[-1]}"
-    raise SetupError(f"Python {listed} is needed, with venv and its headers; found{found}")
+    raise SetupError(f"needs Python {listed} with venv and headers; found{found}")
 
 
 def cache_root() -> Path:
-    """Return the folder that keeps built wheels beyond the life of one environment."""
+    """Return the folder of the cache of built wheels, shared by all environments."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "rfa_mmdet" / "wheels"
 
 
 def job_count() -> int:
-    """Return how many files to compile at once, by processors and free memory."""
+    """Return how many files to compile in parallel, limited by CPUs and free memory."""
     wanted = os.environ.get("MAX_JOBS")
     if wanted:
         if not wanted.isdigit() or int(wanted) < 1:
@@ -151,7 +151,7 @@ def job_count() -> int:
 
 
 def show_progress(lines, out, clock=time.monotonic) -> None:
-    """Turn ninja's lines into a bar, or into a few lines where there is no terminal."""
+    """Turn ninja's output into a progress bar, or a few lines without a terminal."""
     start = last_time = clock()
     last_done = 0
     for line in lines:
@@ -171,21 +171,21 @@ def show_progress(lines, out, clock=time.monotonic) -> None:
 
 
 def log_errors(text: str, count: int = 20) -> str:
-    """Return the last lines of a log that tell of errors, or else just its last lines."""
+    """Return the last lines of a log that report errors, or else just its last lines."""
     lines = text.splitlines()
     bad = [x for x in lines if re.search(r"\berror:|Error\b|FAILED|[Kk]illed", x)]
     return "\n".join(x.strip()[:200] for x in (bad or lines)[-count:])
 
 
 def run_build(command: list, env: dict[str, str], log: Path) -> None:
-    """Run mmcv's build with its output in a log and its progress on the terminal."""
+    """Run mmcv's build, with output to a log and progress on the terminal."""
 
     def copied(lines, file):
         for line in lines:
             file.write(line)
             yield line
 
-    # A session of its own, so that an interruption ends the compilers too, and not pip alone.
+    # In its own session, so an interruption also stops the compilers, not only pip.
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     command = [str(part) for part in command]
     process = subprocess.Popen(command, env=env, errors="replace", start_new_session=True, **pipe)
@@ -199,11 +199,11 @@ def run_build(command: list, env: dict[str, str], log: Path) -> None:
             process.wait()
     if process.returncode:
         errors = log_errors(log.read_text(encoding="utf-8"))
-        raise SetupError(f"mmcv did not build (whole log: {log}). Its errors:\n{errors}")
+        raise SetupError(f"building mmcv failed (full log: {log}):\n{errors}")
 
 
 class Setup:
-    """The steps that fill one environment; ``force`` takes them though the stamp holds."""
+    """The steps that set up one environment; ``force`` runs them despite a valid stamp."""
 
     def __init__(
         self, venv: Path, wanted: str | None = None, force: bool = False, stack: str = "current"
@@ -214,12 +214,12 @@ class Setup:
         pin = re.search(r"(?m)^((?:onedl-)?mmcv)==(\S+)", self.pins)
         self.mmcv, self.mmcv_version = pin.group(1), pin.group(2)
         self.torch = re.search(r"(?m)^torch==(\S+)", self.pins).group(1)
-        # What the folders of its wheels begin with.
+        # Prefix of the folders of its wheels.
         self.key = self.mmcv_version if self.mmcv == "mmcv" else f"{self.mmcv}-{self.mmcv_version}"
 
     def choose_python(self) -> None:
-        """Settle the Python, and find what a build would lack before anything slow."""
-        built = self.stack == "prebuilt"  # most often
+        """Choose the Python, and check the requirements of a build before any slow step."""
+        built = self.stack == "prebuilt"  # usually
         built = built or any(cache_root().glob(f"{self.key}-{self.torch}*"))
         name = self.mmcv.replace("-", "_")
         built = built or any(self.venv.glob(f"lib/python*/site-packages/{name}-*.dist-info"))
@@ -230,7 +230,9 @@ class Setup:
         try:
             self.base, self.version = find_python(there, self.stack, not built)
             if self.wanted and find_python(wanted, self.stack, False)[1] != self.version:
-                raise SetupError(f"{self.venv} has Python {self.version}, not {self.wanted}'s")
+                raise SetupError(
+                    f"{self.venv} has Python {self.version}, not the version of {self.wanted}"
+                )
         except SetupError as error:
             if there is wanted:
                 raise
@@ -242,44 +244,44 @@ class Setup:
         run(command, f"pip {arguments[0]}", **options)
 
     def make_venv(self) -> None:
-        """Step 1: an environment with pip."""
+        """Step 1: create an environment with pip."""
         if not any(self.venv.glob("lib/python*/site-packages/pip")):
-            run([self.base, "-m", "venv", self.venv], "making the virtual environment")
+            run([self.base, "-m", "venv", self.venv], "creating the virtual environment")
 
     def install_torch(self) -> None:
-        """Step 2: torch, and the tools that build mmcv against it.
+        """Step 2: install torch and the build tools for mmcv.
 
-        A torch of the pinned version is kept, whatever its build (+cpu, +cu130).
+        A torch of the pinned version is kept, regardless of its build (+cpu, +cu130).
         """
         pins = {"input": self.pins, "text": True}
         self.pip("install", "-q", "-c", "/dev/stdin", *BUILD_TOOLS, **pins)
         there = any(self.venv.glob("lib/python*/site-packages/torch"))
-        quiet = ["-q"] if there else []  # a download of minutes is shown
+        quiet = ["-q"] if there else []  # show a download that takes minutes
         self.pip("install", *quiet, "-c", "/dev/stdin", "torch", **pins)
 
     def install_libraries(self) -> None:
-        """Step 3: the rest; before mmcv, which does not import without some of them."""
-        # torch's CUDA builds bring a triton of their own
+        """Step 3: install all other packages; before mmcv, which needs some of them to import."""
+        # torch's CUDA builds install their own triton
         names = f"{self.mmcv}|triton" if ask(self.python, ASK_TRITON) == "True" else self.mmcv
         rest = re.sub(rf"(?m)^({names})==.*$", "", self.pins)
         self.pip("install", "-q", "-r", "/dev/stdin", input=rest, text=True)
         try:
             ask(self.python, "import torch, cv2")
-        except SetupError as error:  # before minutes of compiling
-            hint = "\nOpenCV lacks a system library: apt install libgl1 libglib2.0-0"
+        except SetupError as error:  # fail before compiling for minutes
+            hint = "\nOpenCV needs a system library: apt install libgl1 libglib2.0-0"
             lacks = re.search("libGL|libgthread|libglib", str(error))
             raise SetupError(f"{self.python}: {error}{hint if lacks else ''}") from None
 
     def install_mmcv(self) -> None:
-        """Step 4: mmcv with compiled operators, from the cache or built now."""
+        """Step 4: install mmcv with compiled operators, from the cache or by building it."""
         torch = json.loads(ask(self.python, ASK_TORCH))
         cuda = bool(torch["archs"]) or os.environ.get("FORCE_CUDA") == "1"
         if self.mmcv_problem(cuda) is None:
             return
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or "+".join(torch["archs"]) or "all"
         kind = "cuda" + re.sub(r"[^\w.+]+", "_", archs) if cuda else "cpu"
-        # Keyed by torch too: mmcv built against another torch does not load. pip's own cache
-        # knows mmcv's version only.
+        # The key includes torch, because mmcv built against another torch does not load; pip's own
+        # cache only distinguishes versions of mmcv.
         tag = "cp" + self.version.replace(".", "")
         key = f"{self.key}-{torch['version']}-{tag}-{kind}"
         cache = cache_root() / key
@@ -288,7 +290,7 @@ class Setup:
             problem = self.install_wheel(wheel, cuda)
             if problem is None:
                 return
-            print(f"      that one does not work ({problem}); building it again", flush=True)
+            print(f"      it does not work ({problem}); rebuilding it", flush=True)
             shutil.rmtree(cache)
         if self.stack == "prebuilt" and self.fetch_mmcv(cuda):
             return
@@ -300,7 +302,7 @@ class Setup:
         shutil.rmtree(work)
         if problem is not None:
             shutil.rmtree(cache, ignore_errors=True)
-            raise SetupError(f"mmcv was built, but does not work: {problem}")
+            raise SetupError(f"mmcv was built but does not work: {problem}")
 
     def mmcv_problem(self, cuda: bool) -> str | None:
         """Return what is wrong with the environment's mmcv, or None."""
@@ -309,11 +311,11 @@ class Setup:
         except SetupError as error:
             return str(error)
         if version != self.mmcv_version:
-            return f"it is version {version}"
+            return f"its version is {version}"
         return "it has no CUDA operators" if cuda and built_for == "not available" else None
 
     def fetch_mmcv(self, cuda: bool) -> bool:
-        """Have mim install OpenMMLab's own build, where its index can be reached."""
+        """Install OpenMMLab's own build with mim, if its index is reachable."""
         mim = [str(self.python), "-I", "-m", "mim", "install", f"mmcv=={self.mmcv_version}"]
         options = ["--no-deps", "--force-reinstall", "--only-binary", "mmcv"]
         limits = ["--retries", "0", "--timeout", "15"]
@@ -321,7 +323,7 @@ class Setup:
             subprocess.run([*mim, *options, *limits], capture_output=True, timeout=600)
             if self.mmcv_problem(cuda) is None:
                 return True
-        print("      OpenMMLab's own build cannot be had here", flush=True)
+        print("      OpenMMLab's own build is not available; building mmcv", flush=True)
         return False
 
     def install_wheel(self, wheel: Path, cuda: bool) -> str | None:
@@ -333,10 +335,10 @@ class Setup:
         return self.mmcv_problem(cuda)
 
     def build_wheel(self, work: Path, cuda: bool) -> Path:
-        """Build mmcv's wheel in a tree that stays: after an interruption, ninja continues there.
+        """Build mmcv's wheel in a persistent tree, so ninja can resume after an interruption.
 
-        ``work``, the folder of the tree, is for one kind of build, as setuptools would take an
-        operator library linked against another torch for up to date.
+        ``work``, the folder of the tree, is for one kind of build, because setuptools would
+        consider an operator library linked against another torch as up to date.
         """
         name, jobs = f"{self.mmcv.replace('-', '_')}-{self.mmcv_version}", job_count()
         find_python([str(self.python)], self.stack, True)
@@ -352,7 +354,7 @@ class Setup:
             shutil.unpack_archive(str(work / f"{name}.tar.gz"), str(work / "unpacked"))
             (work / "unpacked" / name).rename(work / name)
         cost = "tens of minutes" if cuda else f"about {max(1, round(10 / jobs))} minutes"
-        print(f"      compiling its operators, {jobs} files at once: {cost}; happens once")
+        print(f"      compiling its operators, {jobs} files in parallel: {cost}, only once")
         log, dist = self.venv / "build" / "mmcv.log", work / "dist"
         print(f"      log: {log}", flush=True)
         build = [self.python, "-I", "-m", "pip", "wheel", "-v", *options, "-w", dist, work / name]
@@ -360,17 +362,17 @@ class Setup:
         return next(dist.glob("*.whl"))
 
     def install_project(self) -> None:
-        """Step 5: this checkout, editable, with its kernels where they are not up to date."""
+        """Step 5: install this checkout, editable, and build its kernels if out of date."""
         try:
             compiler()
         except SetupError as error:
-            print(f"      without the C++ kernels: {str(error).partition(', and')[0]}")
+            print(f"      without the C++ kernels: {str(error).partition(', but')[0]}")
             os.environ.setdefault("RFA_MMDET_BUILD", "0")
         os.environ.setdefault("RFA_MMDET_BUILD", "1")
         self.pip("install", "-qq", "--no-deps", "--no-build-isolation", "-e", ROOT)
 
     def stamp(self) -> str:
-        """Return what the environment was made from, as a hash; pyvenv.cfg names the Python."""
+        """Return a hash of everything the environment depends on; pyvenv.cfg names the Python."""
         files = [ROOT / "setup.py", ROOT / "pyproject.toml", self.venv / "pyvenv.cfg"]
         files += sorted(ROOT.glob("rfa_mmdet/ops/**/csrc/*"))
         parts = [file.read_bytes() if file.exists() else b"" for file in files]
@@ -378,20 +380,20 @@ class Setup:
         return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
     def is_done(self) -> bool:
-        """Tell by the stamp alone whether there is nothing to do."""
+        """Return whether the stamp is valid, so there is nothing to do."""
         if self.force or self.wanted or not self.python.exists():
             return False
         file = self.venv / STAMP
         return file.exists() and file.read_text() == self.stamp()
 
     def run(self) -> None:
-        """Go through the steps."""
+        """Run all steps."""
         steps = [
             (f"virtual environment {self.venv}", self.make_venv),
             (f"build tools and torch {self.torch}", self.install_torch),
             ("libraries and test tools", self.install_libraries),
-            (f"{self.mmcv} {self.mmcv_version} with its operators", self.install_mmcv),
-            ("rfa_mmdet itself, editable", self.install_project),
+            (f"{self.mmcv} {self.mmcv_version} with operators", self.install_mmcv),
+            ("rfa_mmdet, editable", self.install_project),
         ]
         for number, (title, step) in enumerate(steps, 1):
             print(f"[{number}/{len(steps)}] {title} ...", flush=True)
@@ -403,9 +405,9 @@ class Setup:
 
 
 def check_cuda(torch: dict) -> None:
-    """Refuse a CUDA build that could not succeed, before it starts."""
+    """Raise an error for a CUDA build that cannot succeed, before it starts."""
     if torch["cuda"] is None:
-        problem = f"torch {torch['version']} has no CUDA, so mmcv can have none either."
+        problem = f"torch {torch['version']} has no CUDA, so mmcv cannot be built with it."
     elif not torch["cuda_home"] or not Path(torch["cuda_home"], "bin", "nvcc").exists():
         problem = (
             f"mmcv's CUDA operators need nvcc: install the CUDA toolkit {torch['cuda']} and "
@@ -413,30 +415,30 @@ def check_cuda(torch: dict) -> None:
         )
     else:
         return
-    instead = "`CUDA_VISIBLE_DEVICES= make env` (FORCE_CUDA unset) builds CPU operators only."
+    instead = "To build only CPU operators: `CUDA_VISIBLE_DEVICES= make env` (FORCE_CUDA unset)."
     raise SetupError(f"{problem}\n{instead}")
 
 
 def keep(wheel: Path, cache: Path) -> Path:
-    """Put a built wheel into the cache, at once or not at all; return where it is now."""
+    """Copy a built wheel to the cache atomically; return its path."""
     temporary = cache / f".{os.getpid()}.part"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(wheel, temporary)
         temporary.rename(cache / wheel.name)
     except OSError as error:
-        print(f"      not kept for the next environment: {error}")
+        print(f"      not cached for other environments: {error}")
         return wheel
     return cache / wheel.name
 
 
 def examine(python: str | Path) -> None:
-    """Have the doctor look at an environment; print what it says if something is wrong."""
+    """Run the doctor on an environment, and raise an error with its output if it finds problems."""
     try:
         done = subprocess.run([str(python), str(DOCTOR)], capture_output=True, text=True)
     except OSError as error:
         raise SetupError(f"{python} does not run: {error.strerror}") from error
-    # A slip in this package, in the middle of work on it, is no fault of the environment.
+    # A bug in this package, in the middle of work on it, is not a problem of the environment.
     found = re.search(r"(?m)^error: (?!rfa_mmdet does not work)", done.stdout)
     if done.returncode and (found or done.stderr):
         raise SetupError(f"{python} cannot train:\n{done.stdout}{done.stderr}".rstrip())
@@ -445,28 +447,28 @@ def examine(python: str | Path) -> None:
 
 @contextlib.contextmanager
 def locked(venv: Path):
-    """Hold the environment's lock, so that two set-ups do not work on it at once."""
+    """Hold the environment's lock, so only one set-up works on it at a time."""
     import fcntl  # not on Windows, where this is never reached
 
     strangers = set(os.listdir(venv)) - {LOCK} if venv.is_dir() else set()
     if strangers and not (venv / "pyvenv.cfg").exists():
-        raise SetupError(f"{venv} is no virtual environment; remove it or choose another --venv")
+        raise SetupError(f"{venv} is not a virtual environment; remove it or choose another --venv")
     venv.mkdir(parents=True, exist_ok=True)
     with (venv / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print("another set-up is running in this environment, waiting", flush=True)
+            print("waiting for another set-up of this environment", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def set_up(setup: Setup) -> None:
-    """Bring the environment up to date."""
+    """Create or update the environment."""
     if not setup.is_done():
         setup.choose_python()
         with locked(setup.venv):
-            if not setup.is_done():  # whoever held the lock may have done it all
+            if not setup.is_done():  # the other set-up may have finished it
                 setup.run()
     print(f"{setup.venv} is up to date")
 
@@ -474,35 +476,35 @@ def set_up(setup: Setup) -> None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description="Create the virtual environment with everything in it: torch, mmcv with "
-        "compiled operators, mmdet, the test tools and this checkout.",
+        description="Create a virtual environment with torch, mmcv with compiled operators, mmdet, "
+        "the test tools and this checkout.",
         epilog="example: python3 tools/setup_env.py --venv ~/envs/rfa --python python3.12",
     )
     add = parser.add_argument
     add("--stack", choices=STACKS, default="current", help="packages to install (default: current)")
     text = "folder of the environment (default: .venv or .venv-STACK in the checkout)"
     add("--venv", metavar="PATH", help=text)
-    add("--python", metavar="PATH", help="Python to make it with, of a version that the stack has")
-    add("--force", action="store_true", help="check every step, also when all seems up to date")
-    add("--check", metavar="PATH", help="install nothing; check that this Python has the stack")
+    add("--python", metavar="PATH", help="Python to create it with; must be supported by the stack")
+    add("--force", action="store_true", help="check every step, even if all seems up to date")
+    add("--check", metavar="PATH", help="install nothing; only check this Python's packages")
     args = parser.parse_args(argv)
     if args.check and (args.venv or args.python or args.force):
-        parser.error("--check goes with no other option")
+        parser.error("--check cannot be combined with other options")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+    """Run the command line and return the exit status."""
     args = parse_args(argv)
     try:
         if args.check:
             examine(args.check)
             return 0
         if not sys.platform.startswith("linux"):
-            raise SetupError(f"this sets up Linux only, and here is {sys.platform}")
-        for name in ("PYTHONPATH", "PYTHONHOME"):  # would mix other packages into the environment
+            raise SetupError(f"only Linux is supported, not {sys.platform}")
+        for name in ("PYTHONPATH", "PYTHONHOME"):  # they would add packages to the environment
             os.environ.pop(name, None)
-        # a plain kill, too, must end the compilers
+        # a plain kill must also stop the compilers
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         name = ".venv" if args.stack == "current" else f".venv-{args.stack}"
         venv = Path(args.venv).expanduser().absolute() if args.venv else ROOT / name
@@ -511,7 +513,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; running it again continues from here", file=sys.stderr)
+        print("\ninterrupted; run it again to resume", file=sys.stderr)
         return 130
     return 0
 

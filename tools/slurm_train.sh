@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Run tools/train.py under Slurm.
+# Run tools/train.py with Slurm.
 #   GPUS=16 GPUS_PER_NODE=8 CPUS_PER_TASK=5 bash tools/slurm_train.sh PARTITION JOB CONFIG [more arguments of tools/train.py]
-# SRUN_ARGS in the environment goes to srun, such as --gres=none where there are no GPUs.
+# SRUN_ARGS in the environment are passed to srun, e.g. --gres=none without GPUs.
 # Example:
 #   GPUS=4 GPUS_PER_NODE=4 bash tools/slurm_train.sh gpu demo configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py
 set -euo pipefail
@@ -12,7 +12,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 gpus="${GPUS:-8}"
 for number in GPUS GPUS_PER_NODE CPUS_PER_TASK; do
   [[ "${!number:-1}" =~ ^[1-9][0-9]*$ ]] ||
-    { echo "error: $number='${!number}': must be a number, at least 1" >&2; exit 2; }
+    { echo "error: $number='${!number}': must be an integer of at least 1" >&2; exit 2; }
 done
 per_node="${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}"
 # shellcheck disable=SC2086  # SRUN_ARGS is a list of words

@@ -1,4 +1,4 @@
-"""Show what each attention layer looks at, as heat maps over images, one PNG an image."""
+"""Draw what each attention layer attends to, as heat maps over images, one PNG per image."""
 
 import sys
 

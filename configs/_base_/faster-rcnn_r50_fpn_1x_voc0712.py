@@ -1,4 +1,4 @@
-# MMDetection's own, with data sets of ours: see AnyImageVOCDataset.
+# MMDetection's config with our datasets, see AnyImageVOCDataset.
 _base_ = ["mmdet::pascal_voc/faster-rcnn_r50_fpn_1x_voc0712.py", "repeatable.py"]
 
 dataset_type = "AnyImageVOCDataset"

@@ -20,5 +20,5 @@ model = dict(
     ),
     bbox_head=dict(num_classes=10),
 )
-# As mmdet's own schedule of RetinaNet.
+# As in mmdet's RetinaNet configs.
 optim_wrapper = dict(optimizer=dict(lr=0.01))

@@ -1,6 +1,6 @@
 _base_ = "mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py"
 custom_imports = dict(imports=["rfa_mmdet"])
-# As ../_base_/repeatable.py, beside the base's own.
+# The hooks of ../_base_/repeatable.py, in addition to the base config's.
 custom_hooks = [
     *_base_.custom_hooks,
     dict(type="EpochSeedHook"),

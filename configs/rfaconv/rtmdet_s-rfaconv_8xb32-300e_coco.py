@@ -1,6 +1,6 @@
 _base_ = "mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py"
 custom_imports = dict(imports=["rfa_mmdet"])
-# As ../_base_/repeatable.py, beside the base's own.
+# The hooks of ../_base_/repeatable.py, in addition to the base config's.
 custom_hooks = [
     *_base_.custom_hooks,
     dict(type="EpochSeedHook"),
@@ -13,7 +13,7 @@ model = dict(
         type="Retrofit",
         module={{_base_.model.backbone}},
         edits=[
-            # Sums of up to two SiLUs, each at least -0.28, come in.
+            # The input is a sum of up to two SiLU outputs, each at least -0.28.
             dict(
                 where=r"stage[234]\.\d\.blocks\.\d\.conv1",
                 conv=dict(type="RFAConv", bias=True, input_floor=-1.0),

@@ -1,6 +1,6 @@
 _base_ = "mmdet::yolox/yolox_s_8xb8-300e_coco.py"
 custom_imports = dict(imports=["rfa_mmdet"])
-# As ../_base_/repeatable.py, beside the base's own.
+# The hooks of ../_base_/repeatable.py, in addition to the base config's.
 custom_hooks = [
     *_base_.custom_hooks,
     dict(type="EpochSeedHook"),
@@ -13,7 +13,7 @@ model = dict(
         type="Retrofit",
         module={{_base_.model.backbone}},
         edits=[
-            # A SiLU, at least -0.28, comes in.
+            # The input is a SiLU output, at least -0.28.
             dict(
                 where=r"stage[234]\.\d\.blocks\.\d\.conv2",
                 conv=dict(type="RFAConv", bias=True, input_floor=-0.3),

@@ -1,1 +1,1 @@
-"""What a detector costs, and where its attention acts."""
+"""Analyse a detector's complexity and attention."""

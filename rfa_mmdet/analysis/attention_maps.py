@@ -1,4 +1,4 @@
-"""Where the attention of a model's layers acts, as one map a layer."""
+"""Extract attention maps from a model's layers, one map per layer."""
 
 import math
 import re
@@ -13,13 +13,13 @@ from rfa_mmdet.layers import RFAConv
 
 
 def focus(attention: Tensor) -> Tensor:
-    """How far the attention over K positions is from weighing all alike, 0, towards one, 1.
+    """Return how focused the attention over K positions is: 0 if uniform, 1 if on one position.
 
     Args:
-        attention (Tensor): (B, C, K, h, w), sums to 1 over K.
+        attention (Tensor): (B, C, K, h, w); sums to 1 over K.
 
     Returns:
-        Tensor: (B, h, w), 1 - entropy / log K, mean over channels.
+        Tensor: 1 - entropy / log K, averaged over channels, (B, h, w).
 
     Example:
         >>> uniform = torch.full((1, 2, 9, 3, 3), 1 / 9)
@@ -31,17 +31,17 @@ def focus(attention: Tensor) -> Tensor:
 
 
 def passed(attention: Tensor, x: Tensor) -> Tensor:
-    """How much of a map its weights let through, in each cell.
+    """Return how much of a feature map passes its attention weights, at every position.
 
-    Weights of channels alone are the same in all cells; what they let through is not.
+    Channel weights are the same everywhere, but how much of the map they let through is not.
 
     Args:
-        attention (Tensor): Broadcast to ``x``.
-        x (Tensor): (B, C, H, W), the map that is weighed.
+        attention (Tensor): Attention weights, broadcastable to ``x``.
+        x (Tensor): The feature map, (B, C, H, W).
 
     Returns:
-        Tensor: (B, H, W): mean of the weights over channels, each counted by the size of its value
-        in the cell; the plain mean where all values are 0.
+        Tensor: Mean of the weights over channels, weighted by the magnitude of the features,
+        (B, H, W); the plain mean where all features are 0.
 
     Example:
         >>> x = torch.tensor([1.0, 3.0]).reshape(1, 2, 1, 1)
@@ -56,14 +56,14 @@ def passed(attention: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Heat:
-    """Where one layer acts.
+    """Heat map of one layer.
 
     Attributes:
-        layer (str): Name in the model.
+        layer (str): Name of the layer in the model.
         kind (str): Class of the layer.
-        values (Tensor): (h, w) on the CPU.
-        meaning (str): What they are: 'focus', of RFAConv: see :func:`focus`; 'weight': the mean
-            weight in the cell, see :func:`passed`.
+        values (Tensor): (h, w), on the CPU.
+        meaning (str): 'focus' for RFAConv, see :func:`focus`; 'weight' for all others: the mean
+            weight at each position, see :func:`passed`.
     """
 
     layer: str
@@ -73,19 +73,17 @@ class Heat:
 
 
 def attention_layers(model: nn.Module, pattern: str = "") -> dict[str, nn.Module]:
-    """Return the layers that can say what they weigh their input by.
-
-    Those are the layers with ``attention_map``; one inside another is a part of that.
+    """Return the layers with an ``attention_map`` method, without those nested in another one.
 
     Args:
-        model (nn.Module): Any.
-        pattern (str): Regular expression searched in the names. Defaults to every layer.
+        model (nn.Module): Any model.
+        pattern (str): Regular expression to search in the names. Defaults to '': all layers.
 
     Returns:
-        dict[str, nn.Module]: By name.
+        dict[str, nn.Module]: Layers by name.
 
     Raises:
-        ValueError: The pattern is no regular expression, or no layer has a name that matches.
+        ValueError: The pattern is not a regular expression, or matches no layer.
 
     Example:
         >>> from rfa_mmdet.layers import CBAM
@@ -103,19 +101,19 @@ def attention_layers(model: nn.Module, pattern: str = "") -> dict[str, nn.Module
 def heat_maps(
     model: nn.Module, run: Callable[[], Any], pattern: str = ""
 ) -> tuple[list[Heat], Any]:
-    """Run the model on an image and return where each layer with attention acts.
+    """Run the model on an image and return the heat map of each attention layer.
 
     Args:
-        model (nn.Module): In evaluation mode.
-        run (Callable): Runs the model once, on one image.
-        pattern (str): As of :func:`attention_layers`.
+        model (nn.Module): The model, in eval mode.
+        run (Callable): Runs the model once on one image.
+        pattern (str): See :func:`attention_layers`. Defaults to ''.
 
     Returns:
-        tuple[list[Heat], Any]: In the order in which the layers ran, every time that they did; not
-        of maps that are no image's, such as those of regions. And what ``run`` returned.
+        tuple[list[Heat], Any]: Heat maps in execution order, one per call of a layer on the whole
+        image, not on regions; and the result of ``run``.
 
     Raises:
-        ValueError: As of :func:`attention_layers`.
+        ValueError: See :func:`attention_layers`.
 
     Example:
         >>> from rfa_mmdet.layers import SE
@@ -134,7 +132,7 @@ def heat_maps(
             values, meaning = focus(attention.float()), "focus"
         else:
             meaning = "weight"
-            # Of a window's features, which are not kept: all alike.
+            # The features of windows are not available, so weight them equally.
             windows = attention.dim() == 5
             values = attention.float().mean((1, 2)) if windows else passed(attention, x)
         heats.append(Heat(name, type(layer).__name__, values[0].cpu(), meaning))
@@ -148,16 +146,16 @@ def attention_maps(
     """Run the model and return the attention of each RFAConv whose name matches.
 
     Args:
-        model (nn.Module): Any model that holds RFAConv layers.
-        run (Callable): Runs the model once, on the images to be looked at.
-        pattern (str): Regular expression searched in the layers' names. Defaults to every layer.
+        model (nn.Module): Any model with RFAConv layers.
+        run (Callable): Runs the model once on some images.
+        pattern (str): Regular expression to search in the names. Defaults to '': all layers.
 
     Returns:
-        tuple[dict[str, Tensor], Any]: Layer name to (B, C, K, h, w) on the CPU, in the order in
-        which the layers ran; and what ``run`` returned.
+        tuple[dict[str, Tensor], Any]: Layer name -> attention (B, C, K, h, w) on the CPU, in
+        execution order; and the result of ``run``.
 
     Raises:
-        ValueError: No RFAConv has a name that matches.
+        ValueError: The pattern is not a regular expression, or matches no RFAConv.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), RFAConv(8, 8, 3))
@@ -178,7 +176,7 @@ def _matching(layers: Mapping[str, nn.Module], pattern: str, what: str) -> dict[
     try:
         chosen = {name: layer for name, layer in layers.items() if re.search(pattern, name)}
     except re.error as error:
-        raise ValueError(f"pattern={pattern!r}: is no regular expression: {error}") from error
+        raise ValueError(f"pattern={pattern!r} is not a regular expression: {error}") from error
     if not chosen:
         raise ValueError(
             f"pattern={pattern!r} matches no {what}; the model has: {', '.join(layers) or 'none'}"
@@ -188,7 +186,7 @@ def _matching(layers: Mapping[str, nn.Module], pattern: str, what: str) -> dict[
 
 @torch.no_grad()
 def _watch(layers: dict[str, nn.Module], run: Callable[[], Any], look: Callable) -> Any:
-    """Run, and show ``look`` the input of each layer."""
+    """Run the model, and call ``look`` with the input of each layer."""
 
     def watcher(name: str) -> Callable:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:

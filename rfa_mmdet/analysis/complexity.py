@@ -1,8 +1,7 @@
-"""Parameters and FLOPs: of a detector's config, and of the RFAConv paper's classifiers.
+"""Count parameters and FLOPs of detectors, and of the RFAConv paper's classifiers.
 
-A FLOP is a multiply-add counted once, as in MMEngine's analyzer, which does the counting by tracing
-a forward on the CPU. What it does not know of the operators that attention is made of stands in
-:mod:`rfa_mmdet.compat.flop_counts`.
+A multiply-add counts as one FLOP, as in MMEngine's analyzer, which traces a forward pass on the
+CPU. :mod:`rfa_mmdet.compat.flop_counts` adds the operators of attention layers that it lacks.
 """
 
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from rfa_mmdet.inference.detector import build_detector, image_channels
 from rfa_mmdet.inference.region_heads import RegionHead, region_heads
 
 CONVS = ("RFAConv", "RFCBAMConv", "RFCAConv", "CAMConv", "CBAMConv", "CAConv")
-# With the arguments under which they are compared.
+# Arguments used for the comparison.
 PLUGINS = {
     "EMA": dict(factor=32),
     "ConAM": dict(patch_size=4, hidden_channels=16),
@@ -35,14 +34,14 @@ PLUGINS = {
 
 
 class Published(NamedTuple):
-    """One cell of the paper's table; GFLOPs None where none are published."""
+    """One entry of the paper's table; GFLOPs are None if not published."""
 
     parameters: int
     gflops: float | None
 
 
-# arXiv 2304.03198, comparison on ImageNet-1k: ResNet with the layer in place of the first 3x3 of
-# every BasicBlock, its inner convolution with bias, 1000 classes, 224 x 224. None: plain ResNet.
+# arXiv 2304.03198, comparison on ImageNet-1k: ResNet with the layer instead of the first 3x3
+# convolution of every BasicBlock, bias=True, 1000 classes, 224 x 224. None: plain ResNet.
 PUBLISHED = {
     (18, None): Published(11_689_512, 1.824),
     (18, "CAMConv"): Published(11_746_216, 1.825),
@@ -59,19 +58,19 @@ PUBLISHED = {
     (34, "RFCAConv"): Published(22_242_456, None),
     (34, "RFCBAMConv"): Published(22_237_704, None),
 }
-# Published to the third decimal; what is counted of the smallest terms is nowhere said.
+# Published with three decimals; how the smallest terms are counted is not documented.
 GFLOPS_TOLERANCE = 0.002
 
 
 @dataclass(frozen=True)
 class Complexity:
-    """What a network costs.
+    """Parameters and FLOPs of a network.
 
     Args:
-        parameters (int): Frozen ones included.
-        flops (int): Multiply-adds of one image.
-        uncounted (dict[str, int]): Operators that nobody knows how to count, and how often they
-            ran; they are missing in ``flops``.
+        parameters (int): Number of parameters, including frozen ones.
+        flops (int): Multiply-adds for one image.
+        uncounted (dict[str, int]): Operators without a formula, missing in ``flops`` -> number of
+            calls.
     """
 
     parameters: int
@@ -84,7 +83,7 @@ class Complexity:
         return self.flops / 1e9
 
     def agrees(self, published: Published) -> bool:
-        """Whether the parameters are equal to the unit, and the GFLOPs but for their rounding.
+        """Return whether parameters are equal, and GFLOPs are equal except for rounding.
 
         Example:
             >>> Complexity(11_689_512, 1_824_000_000).agrees(PUBLISHED[18, None])
@@ -99,7 +98,7 @@ def _count(network: nn.Module, shape: tuple[int, ...], **handles: Any) -> Comple
     network.eval()
     analyzer = FlopAnalyzer(network, (torch.zeros(shape),))
     analyzer.set_op_handle(**{**OP_COUNTS, **handles})
-    # Which are returned; and the functional forwards of our layers call no child.
+    # Uncounted operators are returned; our layers' functional forwards do not call submodules.
     analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     with torch.no_grad():
         flops = int(analyzer.total())
@@ -122,21 +121,22 @@ class _Classifier(nn.Module):
 
 
 def classifier_complexity(depth: int, conv: str | None) -> Complexity:
-    """Count a classifier of the paper's table, by the table's rule.
+    """Count a classifier of the paper's table, with the table's rules.
 
-    A multiply-add counts once, batch norm 4 an element, average pooling over windows 1 an output,
-    means over rows, columns or the map 1 an input element, everything else nothing: means over
-    channels, maxima, activations, softmax, products and biases.
+    A multiply-add counts 1, batch norm 4 per element, average pooling over windows 1 per output,
+    means over rows, columns or the map 1 per input element. Everything else counts nothing: means
+    over channels, maxima, activations, softmax, products and biases.
 
     Args:
         depth (int): 18 or 34.
-        conv (str | None): Of :data:`CONVS`, for the first 3x3 of every block. None: plain.
+        conv (str | None): One of :data:`CONVS`, for the first 3x3 convolution of every block. None:
+            plain.
 
     Returns:
-        Complexity: At 224 x 224.
+        Complexity: Parameters and FLOPs at 224 x 224.
 
     Raises:
-        ValueError: The table has no such classifier.
+        ValueError: The classifier is not in the table.
 
     Example:
         >>> found = classifier_complexity(18, "RFAConv")
@@ -145,8 +145,8 @@ def classifier_complexity(depth: int, conv: str | None) -> Complexity:
     """
     if (depth, conv) not in PUBLISHED:
         raise ValueError(
-            f"depth={depth!r}, conv={conv!r}: the table has depth 18 and 34, with conv=None or "
-            f"one of {CONVS}"
+            f"depth={depth!r}, conv={conv!r}: not in the paper's table; depth must be 18 or 34, "
+            f"and conv None or one of {CONVS}"
         )
     batch_norm = {"aten::batch_norm": elementwise_flop_counter(4, 0)}
     return _count(_Classifier(depth, conv), (1, 3, 224, 224), **batch_norm)
@@ -156,9 +156,9 @@ def classifier_complexity(depth: int, conv: str | None) -> Complexity:
 
 
 class _TwoStages(nn.Module):
-    """A two-stage detector whose heads see as many regions as the config allows.
+    """A two-stage detector whose heads get the maximum number of regions.
 
-    MMDetection's own raw forward runs them on those that random weights happen to propose.
+    MMDetection's own raw forward runs them on whatever random weights propose.
     """
 
     def __init__(self, detector: TwoStageDetector, heads: list[RegionHead]) -> None:
@@ -178,23 +178,24 @@ class _TwoStages(nn.Module):
 def detector_complexity(cfg: Config, image_size: tuple[int, int] = (800, 1333)) -> Complexity:
     """Count a detector, from the image to the raw outputs of its heads.
 
-    By MMEngine's rule, batch norm being 2 an element, with
-    :data:`~rfa_mmdet.compat.flop_counts.OP_COUNTS` for what it does not know. RoI pooling and what
-    follows the heads, such as NMS, count as nothing.
+    Uses MMEngine's rules (batch norm counts 2 per element), extended by
+    :data:`~rfa_mmdet.compat.flop_counts.OP_COUNTS`. RoI pooling and post-processing such as NMS are
+    not counted.
 
     Args:
-        cfg (Config): Of a single-stage detector such as RetinaNet, or of Faster, Mask or Cascade
-            R-CNN.
-        image_size (tuple[int, int]): Height and width; padded to the multiple that the config's
-            ``data_preprocessor`` asks for, as in a run.
+        cfg (Config): Config of a single-stage detector such as RetinaNet, or of Faster, Mask or
+            Cascade R-CNN.
+        image_size (tuple[int, int]): Height and width; padded as the config's
+            ``data_preprocessor`` does. Defaults to (800, 1333).
 
     Returns:
-        Complexity: For one image; box heads with ``test_cfg.rpn.max_per_img`` proposals, each stage
-        of a cascade, and mask heads with ``test_cfg.rcnn.max_per_img`` detections.
+        Complexity: Parameters and FLOPs for one image, with ``test_cfg.rpn.max_per_img`` proposals
+        for box heads, in each stage of a cascade, and ``test_cfg.rcnn.max_per_img`` detections for
+        mask heads.
 
     Raises:
-        ConfigError: The image size is not positive, the detector is of another kind, or it takes
-            no such image.
+        ConfigError: The image size is not positive, the kind of detector is not supported, or the
+            detector fails on such an image.
 
     Example:
         >>> from mmengine.hub import get_config
@@ -211,10 +212,10 @@ def detector_complexity(cfg: Config, image_size: tuple[int, int] = (800, 1333)) 
         network = _TwoStages(detector, heads)
     elif not isinstance(detector, SingleStageDetector):
         raise ConfigError(
-            f"model.type={type(detector).__name__!r}: only single-stage detectors and Faster, "
-            "Mask and Cascade R-CNN with an RPN and without a shared head can be counted; for "
-            "others see tools/analysis_tools/get_flops.py of MMDetection, which needs the data and "
-            "counts this package's layers as well under RFA_MMDET_COMPAT=flop_counts"
+            f"model.type={type(detector).__name__!r}: not supported; can only count single-stage "
+            "detectors, and Faster, Mask and Cascade R-CNN with an RPN and without a shared head. "
+            "For others, use MMDetection's tools/analysis_tools/get_flops.py, which needs the "
+            "data; RFA_MMDET_COMPAT=flop_counts makes it count this package's layers"
         )
     divisor = getattr(detector.data_preprocessor, "pad_size_divisor", 1)
     sides = [-(-side // divisor) * divisor for side in image_size]
@@ -222,11 +223,11 @@ def detector_complexity(cfg: Config, image_size: tuple[int, int] = (800, 1333)) 
     for channels in image_channels(detector):
         try:
             return _count(network, (1, channels, *sides))
-        except Exception as error:  # a model may say in any way that it takes other images
+        except Exception as error:  # a model may fail in any way on other images
             failures.append(error)
     raise ConfigError(
-        f"model.type={type(detector).__name__!r}: takes no image of 1 to 16 channels and "
-        f"{sides[0]} x {sides[1]} pixels: {failures[0]}"
+        f"model.type={type(detector).__name__!r}: fails on images of {sides[0]} x {sides[1]} "
+        f"pixels with any number of channels from 1 to 16: {failures[0]}"
     ) from failures[0]
 
 
@@ -234,11 +235,12 @@ def detector_complexity(cfg: Config, image_size: tuple[int, int] = (800, 1333)) 
 
 
 def system_backbone(name: str | None) -> dict:
-    """Return the config of a ResNet-50 with a system in stages 2 to 4.
+    """Return the config of a ResNet-50 with one of the layers in stages 2 to 4.
 
     Args:
-        name (str | None): Of :data:`CONVS`, then in place of every 3x3 and without bias, or of
-            :data:`PLUGINS`, then behind the last convolution of every block. None: plain.
+        name (str | None): One of :data:`CONVS`, which replaces every 3x3 convolution, without bias;
+            or one of :data:`PLUGINS`, which is added after the last convolution of every block.
+            None: plain.
 
     Example:
         >>> system_backbone("RFAConv")["rfa"]
@@ -255,15 +257,16 @@ def system_backbone(name: str | None) -> dict:
 
 
 def system_extras(image_size: tuple[int, int] = (800, 1333)) -> Iterator[tuple[str, Complexity]]:
-    """Yield what each system adds to a detector with a ResNet-50.
+    """Yield the cost that each layer adds to a detector with a ResNet-50.
 
-    Neck and heads see maps of the same shape with and without it, so the backbones are compared.
+    Compares backbones only: the maps for neck and heads have the same shape with and without it.
 
     Args:
-        image_size (tuple[int, int]): Height and width; padded to multiples of 32.
+        image_size (tuple[int, int]): Height and width; padded to multiples of 32. Defaults to
+            (800, 1333).
 
     Yields:
-        tuple[str, Complexity]: The system's name, and the differences from the plain backbone.
+        tuple[str, Complexity]: The layer's name, and the difference from the plain backbone.
     """
     shape = (1, 3, *(-(-side // 32) * 32 for side in image_size))
     plain = _count(MODELS.build(system_backbone(None)), shape)

@@ -1,4 +1,4 @@
-"""What measured numbers depend on: the machine, and the versions of what runs on it."""
+"""Describe the machine and the package versions that measurements depend on."""
 
 import os
 import platform
@@ -12,15 +12,15 @@ PACKAGES = ("mmcv", "mmengine", "mmdet", "triton")
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Describe the processor, the GPU if that is the device, and the versions.
+    """Describe the CPU, the GPU if it is the device, and the package versions.
 
     Args:
-        device (torch.device): Where the numbers are measured.
+        device (torch.device): Device of the measurement.
 
     Returns:
-        dict[str, Any]: ``machine``: ``cpu``, ``cores``, ``simd`` (what torch's own kernels use)
-        and ``gpu`` (None on the CPU). ``versions``: of Python, torch, CUDA if torch is built with
-        it, and of those of :data:`PACKAGES` that are installed.
+        dict[str, Any]: ``machine``: ``cpu``, ``cores``, ``simd`` (used by torch's own kernels) and
+        ``gpu`` (None on the CPU). ``versions``: of Python, torch, CUDA if torch is built with it,
+        and the installed packages of :data:`PACKAGES`.
 
     Example:
         >>> found = describe_machine(torch.device("cpu"))
@@ -28,7 +28,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         (True, True)
     """
     cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")  # Linux; platform knows no name there
+    info = Path("/proc/cpuinfo")  # Linux, where platform does not know the CPU's name
     if info.is_file():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].partition(":")[2].strip() if names else cpu

@@ -1,4 +1,4 @@
-"""What must stand in a file that MMEngine takes weights from."""
+"""Validate the content of checkpoints before MMEngine uses it."""
 
 from numbers import Real
 from typing import Any
@@ -12,21 +12,21 @@ _LONGEST = 1000
 
 
 def check_weights(content: Any) -> None:
-    """Refuse what MMEngine and MMDetection would trip over, or write to a terminal as it is.
+    """Check that MMEngine and MMDetection can load weights from a file's content and print it.
 
     Args:
-        content (Any): Of the file.
+        content (Any): The file's content.
 
     Raises:
-        Damaged: It is no dict of weights, nor has one under 'state_dict'.
+        Damaged: It is not a dict of weights, and has none under 'state_dict'.
 
     Example:
         >>> check_weights([1, 2])
         Traceback (most recent call last):
-        rfa_mmdet.checkpoints.unpickler.Damaged: holds a list, not a dict
+        rfa_mmdet.checkpoints.unpickler.Damaged: contains a list, not a dict
     """
     if not isinstance(content, dict):
-        raise Damaged(f"holds a {type(content).__name__}, not a dict")
+        raise Damaged(f"contains a {type(content).__name__}, not a dict")
     state = content
     if "state_dict" in content:
         state = require_dict(content["state_dict"], "its state_dict")
@@ -43,22 +43,24 @@ def check_weights(content: Any) -> None:
 
 
 def require_dict(value: Any, what: str) -> dict:
-    """Return a dict, or raise :class:`Damaged` for anything else, with a name for it."""
+    """Return a dict, or raise :class:`Damaged` for anything else, calling it ``what``."""
     if not isinstance(value, dict):
         raise Damaged(f"{what} is a {type(value).__name__}, not a dict")
     return value
 
 
 def require_names(value: Any, what: str) -> dict:
-    """Return a dict whose keys are names that could stand in a log, or raise :class:`Damaged`."""
+    """Return a dict whose keys are printable names, or raise :class:`Damaged`."""
     for key in require_dict(value, what):
         if not is_name(key):
-            raise Damaged(f"{what} has the key {shown(repr(key))}; right are short strings")
+            raise Damaged(
+                f"{what} has the key {shown(repr(key))}; keys must be short printable strings"
+            )
     return value
 
 
 def is_name(key: Any) -> bool:
-    r"""Whether a key is a name that could stand in a log.
+    r"""Return whether a key is a printable name, safe for logs.
 
     Example:
         >>> is_name("backbone.conv1.weight"), is_name("\n"), is_name(3)
@@ -68,12 +70,12 @@ def is_name(key: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number, or a tensor or NumPy scalar of one."""
+    """Return whether a value is a number, including tensors and NumPy scalars of one element."""
     return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def alike(value: Any, own: Any) -> bool:
-    """Whether a value could stand where an optimizer or scheduler has another one."""
+    """Return whether a value could replace an optimizer's or scheduler's own one."""
     if own is None or isinstance(own, bool):
         return value is None or is_number(value)
     if is_number(own):
@@ -84,13 +86,13 @@ def alike(value: Any, own: Any) -> bool:
 
 
 def shape_of(value: Any) -> Any:
-    """Return the shape of a tensor with data, or for anything else what it is."""
+    """Return the shape of a tensor with data, or a description of anything else."""
     if not isinstance(value, Tensor) or value.is_meta:
-        return f"no tensor but a {type(value).__name__}"
+        return f"a {type(value).__name__}, not a tensor"
     return tuple(value.shape)
 
 
 def such_as(names: list) -> str:
-    """Return the first names of many, as they may stand in a message."""
+    """Return the first of many names, for a message."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(shown, names[:3])) + more

@@ -1,4 +1,4 @@
-"""Rename the layers of a published checkpoint, so that the file itself carries our names."""
+"""Rename the layers of a published checkpoint to this package's names."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +14,12 @@ from rfa_mmdet.layers.warm_start.published_names import (
 
 
 class ConvertedLayer(NamedTuple):
-    """A layer that has our names now.
+    """A renamed layer.
 
     Attributes:
-        prefix (str): Of its keys, with the dot.
+        prefix (str): Prefix of its keys, including the dot.
         system (str): Name of its class.
-        renamed (int): How many keys changed.
+        renamed (int): Number of renamed keys.
     """
 
     prefix: str
@@ -28,12 +28,12 @@ class ConvertedLayer(NamedTuple):
 
 
 class Conversion(NamedTuple):
-    """What was done to a checkpoint.
+    """Result of a conversion.
 
     Attributes:
-        layers (list[ConvertedLayer]): In the order of the file.
-        kept (int): How many keys of the state dict stayed as they were.
-        warnings (list[str]): What to know before the new file is used.
+        layers (list[ConvertedLayer]): Renamed layers, in file order.
+        kept (int): Number of unchanged keys of the state dict.
+        warnings (list[str]): Caveats about using the new file.
     """
 
     layers: list[ConvertedLayer]
@@ -42,21 +42,21 @@ class Conversion(NamedTuple):
 
 
 def convert_checkpoint(source: str, target: str | Path, overwrite: bool = False) -> Conversion:
-    """Write a copy of a checkpoint in which every published layer has our names.
+    """Write a copy of a checkpoint in which all published layers have this package's names.
 
-    Everything else in the file stays as it is. The copy appears only when it is complete.
+    Everything else in the file is kept. The copy is written atomically.
 
     Args:
-        source (str): File or URL, of what MMEngine loads. Its state dict stands under 'state_dict',
-            under 'model', or is the file.
-        target (str | Path): File to write; its folder is made if it is missing.
-        overwrite (bool): Whether ``target`` may exist. Defaults to False.
+        source (str): File or URL that MMEngine can load. Its state dict is under 'state_dict',
+            under 'model', or the file itself.
+        target (str | Path): File to write; missing folders are created.
+        overwrite (bool): Whether to replace an existing ``target``. Defaults to False.
 
     Returns:
-        Conversion: What was done.
+        Conversion: The renamed layers.
 
     Raises:
-        UserError: A file cannot be read or written, or holds no published layer.
+        UserError: A file cannot be read or written, or contains no published layer.
 
     Example:
         >>> import tempfile, torch
@@ -91,9 +91,9 @@ def _nothing_found() -> str:
     systems = [f"  {system}: {', '.join(published_weights(system))}" for system in PUBLISHED]
     return "\n".join(
         [
-            "no layer with published names; looked for keys that, after a common prefix, are",
+            "no layer with published names found. A layer needs all keys of one of these lines "
+            "after a common prefix, and no others except their biases and statistics:",
             *systems,
-            "all of one line, with the biases and statistics that go with them and nothing else",
         ]
     )
 
@@ -102,12 +102,12 @@ def _warnings(checkpoint: dict, state_dict: dict) -> list[str]:
     warnings = []
     if state_dict is checkpoint.get("model"):
         warnings.append(
-            "the state dict stands under 'model', as it did; MMEngine's load_from reads it under "
+            "the state dict is still under 'model'; MMEngine's load_from expects it under "
             "'state_dict' or as the file itself"
         )
     if "optimizer" in checkpoint:
         warnings.append(
-            "the optimizer's state is kept, but counts parameters in the published model's order: "
-            "use the file as load_from, not to resume"
+            "the optimizer state is kept, but follows the parameter order of the published model: "
+            "use the file with load_from, not to resume"
         )
     return warnings

@@ -1,4 +1,4 @@
-"""Read and write checkpoint files, with the user's mistakes in words."""
+"""Read and write checkpoint files, with clear errors for user mistakes."""
 
 from pathlib import Path
 
@@ -11,16 +11,16 @@ from rfa_mmdet.files import written_whole
 
 
 def writable(target: str | Path, overwrite: bool) -> Path:
-    """Return the path of a file to write, if it may be written.
+    """Return the path of a file to write, if that is allowed.
 
     Raises:
-        UserError: It is a folder, or exists and ``overwrite`` is off.
+        UserError: It is a folder, or exists and ``overwrite`` is False.
     """
     target = Path(target)
     if target.is_dir():
         raise UserError(f"{target}: is a folder; name the file to write")
     if target.exists() and not overwrite:
-        raise UserError(f"{target}: exists already; --overwrite replaces it")
+        raise UserError(f"{target}: already exists; use --overwrite to replace it")
     return target
 
 
@@ -28,13 +28,13 @@ def read_checkpoint(source: str | Path) -> dict:
     """Read a checkpoint onto the CPU.
 
     Args:
-        source (str | Path): File or URL, of what MMEngine loads.
+        source (str | Path): File or URL that MMEngine can load.
 
     Returns:
-        dict: Its content.
+        dict: The content.
 
     Raises:
-        UserError: It is missing, damaged, unsafe, or holds no dict.
+        UserError: The file is missing, damaged, unsafe, or does not contain a dict.
 
     Example:
         >>> read_checkpoint("/no/such.pth")
@@ -50,18 +50,18 @@ def read_checkpoint(source: str | Path) -> dict:
     except OSError as error:
         raise UserError(f"{source}: {error.strerror or error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{source}: holds a {type(content).__name__}, not a dict")
+        raise UserError(f"{source}: contains a {type(content).__name__}, not a dict")
     return content
 
 
 def write_checkpoint(checkpoint: dict, target: Path) -> None:
-    """Write a file that appears only when it is complete; its folder is made.
+    """Write a checkpoint atomically; missing folders are created.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: The file cannot be written.
     """
     try:
         with written_whole(target) as part:
             torch.save(checkpoint, part)
-    except RuntimeError as error:  # torch's writer raises it, for a full disk among others
+    except RuntimeError as error:  # torch's writer raises it, e.g. for a full disk
         raise UserError(f"{target}: cannot be written: {error}") from error

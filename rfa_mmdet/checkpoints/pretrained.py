@@ -1,7 +1,7 @@
-"""Pretrained weights that a config names: where they are, and fetching them before a run.
+"""Locate the pretrained weights that a config names, and download them before a run.
 
-``torchvision://resnet50`` names a file, for which MMEngine asks the package torchvision. Of that
-package nothing but the file's address is needed, which MMEngine has as well.
+MMEngine imports the package torchvision to resolve names such as ``torchvision://resnet50``, but
+only needs the file's URL, which it ships as well.
 """
 
 import hashlib
@@ -34,11 +34,11 @@ from torch.hub import download_url_to_file
 from rfa_mmdet.errors import UserError
 
 TORCHVISION = ("torchvision://", "modelzoo://")
-SECONDS = 30  # without an answer from the server
+SECONDS = 30  # timeout of the server
 
 
 def torchvision_urls() -> dict[str, str]:
-    """Return the addresses of torchvision's weights by name, of those that are known here.
+    """Return the URLs of torchvision's weights by name.
 
     Example:
         >>> torchvision_urls()["resnet50"]
@@ -46,7 +46,7 @@ def torchvision_urls() -> dict[str, str]:
     """
     try:
         return get_torchvision_models()
-    except Exception:  # not installed, or for another torch, which fails in many ways
+    except Exception:  # not installed, or built for another torch, which fails in many ways
         return load(os.path.join(mmengine.__path__[0], "hub", "torchvision_0.12.json"))
 
 
@@ -56,7 +56,7 @@ def _openmmlab_urls() -> dict[str, str]:
     return urls | {old: urls[new] for old, new in renamed if new in urls}
 
 
-# Prefix -> addresses by the names that may follow it
+# Prefix -> function that returns URLs by name
 _NAMES: dict[str, Callable[[], dict[str, str]]] = {
     **dict.fromkeys(TORCHVISION, torchvision_urls),
     **dict.fromkeys(("open-mmlab://", "openmmlab://"), _openmmlab_urls),
@@ -65,18 +65,19 @@ _NAMES: dict[str, Callable[[], dict[str, str]]] = {
 
 
 def url_of(source: str) -> str | None:
-    """Return the address of what a config names as a checkpoint; None: it has none.
+    """Return the URL of a checkpoint, or None if it is not a download.
 
     Args:
-        source (str): Such as 'torchvision://resnet50', an address, or a file.
+        source (str): A checkpoint as in configs: a name such as 'torchvision://resnet50', a URL or
+            a file.
 
     Raises:
-        UserError: There are no weights of that name.
+        UserError: The name is unknown.
 
     Example:
         >>> url_of("torchvision://resnet5")
         Traceback (most recent call last):
-        rfa_mmdet.errors.UserError: 'torchvision://resnet5': no such weights; nearest: ...
+        rfa_mmdet.errors.UserError: 'torchvision://resnet5': no such weights; did you mean ...
     """
     prefix, mark, name = source.partition("://")
     if prefix in ("http", "https"):
@@ -86,40 +87,39 @@ def url_of(source: str) -> str | None:
     urls = _NAMES[prefix + mark]()
     if name not in urls:
         near = ", ".join(prefix + mark + one for one in get_close_matches(name, urls, n=3))
-        raise UserError(f"{source!r}: no such weights{near and '; nearest: '}{near}")
+        raise UserError(f"{source!r}: no such weights{near and f'; did you mean {near}?'}")
     url = urls[name]
     return url if "://" in url else None
 
 
 def cached_file(url: str) -> Path:
-    """Return the file in torch's cache that an address is downloaded to."""
+    """Return the file in torch's cache that a URL is downloaded to."""
     return Path(torch.hub.get_dir(), "checkpoints", os.path.basename(urlparse(url).path))
 
 
 def fetch(source: str) -> None:
-    """Download what a config names as a checkpoint, unless it is here.
+    """Download a checkpoint unless it is already cached or local.
 
     Args:
-        source (str): As for :func:`url_of`.
+        source (str): A checkpoint, see :func:`url_of`.
 
     Raises:
-        UserError: There is no such file or name, or it cannot be downloaded, or is another file
-            than torchvision's.
+        UserError: The file or name does not exist, the download fails, or the hash does not match.
     """
     url = url_of(source)
     if url is None:
         is_local = CheckpointLoader._get_checkpoint_loader(source) is load_from_local
         if is_local and not Path(source).expanduser().is_file():
             raise UserError(f"{source!r}: no such file")
-        return  # here, or in a storage of which MMEngine knows
+        return  # local, or on a storage that MMEngine reads
     file = cached_file(url)
-    # Of other files it is not sure that the digits in their names are those of their hash.
+    # Only torchvision's file names are sure to end in digits of their hash.
     digits = file.stem.rpartition("-")[2] if source.startswith(TORCHVISION) else None
     if file.is_file():
         if digits and not _sha256(file).startswith(digits):
             print(
-                f"warning: {source}: {file} is not torchvision's file, whose SHA-256 begins "
-                f"with {digits}; it is used as it is",
+                f"warning: {source}: {file} is not torchvision's file, whose SHA-256 starts with "
+                f"{digits}; using it anyway",
                 file=sys.stderr,
             )
         return
@@ -128,17 +128,17 @@ def fetch(source: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with _patience():
             download_url_to_file(url, str(file), digits, progress=sys.stderr.isatty())
-    except (OSError, RuntimeError) as error:  # RuntimeError: another hash
+    except (OSError, RuntimeError) as error:  # RuntimeError: wrong hash
         reason = getattr(error, "reason", None) or error
         raise UserError(
-            f"{source!r}: {url} cannot be downloaded ({reason}); download it elsewhere and put it "
-            f"at {file}, or name a file that is here"
+            f"{source!r}: {url} cannot be downloaded ({reason}); download it on another machine "
+            f"and copy it to {file}, or use a local file"
         ) from error
 
 
 @contextmanager
 def _patience() -> Iterator[None]:
-    """Give up early on a server that does not answer, as behind a firewall."""
+    """Set a timeout for servers that do not answer, e.g. behind a firewall."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SECONDS)
     try:
@@ -156,11 +156,11 @@ def _sha256(file: Path) -> str:
 
 
 def load_from_torchvision(filename: str, map_location: Any = None) -> Any:
-    """Load ``torchvision://NAME``, without the package torchvision, for MMEngine's loader.
+    """Load ``torchvision://NAME`` without the package torchvision, as a loader for MMEngine.
 
     Args:
-        filename (str): With a prefix of :data:`TORCHVISION`.
-        map_location (Any): As of ``torch.load``.
+        filename (str): A name with a prefix of :data:`TORCHVISION`.
+        map_location (Any): As for ``torch.load``.
 
     Raises:
         UserError: See :func:`fetch`.
@@ -171,7 +171,7 @@ def load_from_torchvision(filename: str, map_location: Any = None) -> Any:
 
 
 def sources(cfg: Config) -> Iterator[tuple[str, str]]:
-    """Yield config key and value of all pretrained weights that training loads into a model.
+    """Yield the config key and value of all pretrained weights that training loads.
 
     Example:
         >>> init = dict(type="Pretrained", checkpoint="torchvision://resnet18")
@@ -197,15 +197,15 @@ def sources(cfg: Config) -> Iterator[tuple[str, str]]:
 
 
 def fetch_all(cfg: Config, training: bool) -> None:
-    """Fetch all that a run will load, of which MMEngine would find out when it has begun.
+    """Download all weights that a run loads, so problems show before it starts.
 
     Args:
-        cfg (Config): Of a detector.
-        training (bool): Whether the run starts from what the model's config names, or, as a test,
-            from ``load_from`` alone.
+        cfg (Config): A detector's config.
+        training (bool): Whether the run loads the pretrained weights in the model's config; a test
+            only loads ``load_from``.
 
     Raises:
-        UserError: See :func:`fetch`; it names the key of the config.
+        UserError: See :func:`fetch`; the message names the config key.
     """
     start = [("load_from", cfg.load_from)] if cfg.get("load_from") is not None else []
     for key, source in [*start, *(sources(cfg) if training else ())]:

@@ -1,4 +1,4 @@
-"""Warm-start a retrofitted detector once, prove that it computes the same, and write the file."""
+"""Warm-start a retrofitted detector, verify that its outputs are unchanged, and save it."""
 
 import copy
 from collections.abc import Iterable
@@ -23,12 +23,12 @@ from rfa_mmdet.models.retrofit.new_layers import new_layers
 
 
 class Equality(NamedTuple):
-    """How far a retrofitted detector is from the plain one.
+    """How far a retrofitted detector deviates from the plain one.
 
     Attributes:
-        outputs (dict[str, float]): Part of the detector to the largest difference of its raw
-            outputs, over their largest value, level by level.
-        plugins (tuple[str, ...]): Names of plug-ins that are not the identity, and so change it.
+        outputs (dict[str, float]): Part of the detector -> largest difference of its raw outputs,
+            relative to their largest value, over all levels.
+        plugins (tuple[str, ...]): Names of plug-ins that are not the identity.
     """
 
     outputs: dict[str, float]
@@ -36,7 +36,7 @@ class Equality(NamedTuple):
 
     @property
     def largest(self) -> float:
-        """The largest of all."""
+        """The largest difference of all parts."""
         return _largest(self.outputs.values())
 
 
@@ -49,29 +49,31 @@ def retrofit_checkpoint(
     tolerance: float = 1e-3,
     overwrite: bool = False,
 ) -> Equality:
-    """Write a warm-started checkpoint of a retrofitted detector, from one of the plain detector.
+    """Convert a plain detector's checkpoint into a warm-started one of the retrofitted detector.
 
     Args:
-        plain_cfg (Config): Of the plain detector.
-        cfg (Config): Of the retrofitted one.
-        source (str): Checkpoint of the plain detector: file or URL.
+        plain_cfg (Config): Config of the plain detector.
+        cfg (Config): Config of the retrofitted detector.
+        source (str): Checkpoint of the plain detector, a file or URL.
         target (str | Path): File to write.
-        image (Tensor | None): (3, H, W), BGR in 0 to 255, for the comparison. None: drawn noise.
-        tolerance (float): Largest relative difference to accept, where no plug-in makes one.
-        overwrite (bool): Whether ``target`` may exist.
+        image (Tensor | None): Image to compare on, (3, H, W), BGR in 0 to 255. Defaults to None:
+            noise.
+        tolerance (float): Largest accepted relative difference, unless plug-ins change the
+            outputs. Defaults to 1e-3.
+        overwrite (bool): Whether to replace an existing ``target``. Defaults to False.
 
     Returns:
-        Equality: Of both detectors on the image.
+        Equality: Comparison of both detectors on the image.
 
     Raises:
-        UserError: A file cannot be read or written, does not belong to the plain config, or the
-            two detectors differ; then nothing is written.
+        UserError: A file cannot be read or written, the checkpoint does not fit the plain config,
+            or the detectors differ. Nothing is written then.
     """
     target = writable(target, overwrite)
     checkpoint = read_checkpoint(source)
     state = checkpoint.get("state_dict", checkpoint)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{source}: holds no state dict")
+        raise UserError(f"{source}: contains no state dict")
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
         plain, net = (
             revert_sync_batchnorm(MODELS.build(copy.deepcopy(c.model))) for c in (plain_cfg, cfg)
@@ -81,9 +83,9 @@ def retrofit_checkpoint(
     found = compare(plain, net, _noise() if image is None else image)
     if not found.plugins and not found.largest <= tolerance:  # NaN is not
         raise UserError(
-            f"the retrofitted detector differs from the plain one by {found.largest:.1e} > "
-            f"tolerance={tolerance:.1e}, relative, in {_worst(found)}; nothing written. Inputs "
-            "below 0 need input_floor, see RFAConv"
+            f"the retrofitted detector's {_worst(found)} differs from the plain one's by a "
+            f"relative {found.largest:.1e} > tolerance={tolerance:.1e}; nothing written. If a "
+            "layer has inputs below 0, set its input_floor, see RFAConv"
         )
     meta = checkpoint.get("meta", {}) if "state_dict" in checkpoint else {}
     kept = {key: meta[key] for key in ("dataset_meta", "CLASSES") if key in meta}
@@ -99,7 +101,7 @@ def _largest(values: Iterable[float]) -> float:
 
 def _worst(found: Equality) -> str:
     parts, values = zip(*found.outputs.items(), strict=True)
-    return parts[values.index(found.largest)]  # which finds a NaN by identity
+    return parts[values.index(found.largest)]  # finds a NaN by identity
 
 
 def _load_plain(plain: nn.Module, state: dict, source: str) -> None:
@@ -110,18 +112,18 @@ def _load_plain(plain: nn.Module, state: dict, source: str) -> None:
     ]
     if missing:
         raise UserError(
-            f"{source}: is no checkpoint of the plain detector, as {len(missing)} of its keys are "
-            f"missing, such as {', '.join(missing[:3])}"
+            f"{source}: not a checkpoint of the plain detector: {len(missing)} of its keys are "
+            f"missing, e.g. {', '.join(missing[:3])}"
         )
     wrong = [
-        f"{key} has the shape {tuple(state[key].shape)} there, and {tuple(value.shape)} here"
+        f"{key} has shape {tuple(state[key].shape)} instead of {tuple(value.shape)}"
         for key, value in plain.state_dict().items()
         if key in state and state[key].shape != value.shape
     ]
     if wrong:
         raise UserError(
-            f"{source}: is no checkpoint of the plain detector, as {len(wrong)} of its keys have "
-            f"other shapes, such as {wrong[0]}"
+            f"{source}: not a checkpoint of the plain detector: {len(wrong)} of its keys have "
+            f"different shapes, e.g. {wrong[0]}"
         )
     plain.load_state_dict(state, strict=False)
 
@@ -131,12 +133,12 @@ def compare(plain: BaseDetector, net: BaseDetector, image: Tensor) -> Equality:
     """Compare the raw outputs of two detectors, in eval mode.
 
     Args:
-        plain, net (BaseDetector): Of one config but for this package's layers.
-        image (Tensor): (3, H, W), BGR in 0 to 255.
+        plain, net (BaseDetector): Detectors with the same config except for this package's layers.
+        image (Tensor): Image, (3, H, W), BGR in 0 to 255.
 
     Returns:
-        Equality: Of maps, dense head, proposals' head and RoI heads, as far as there are any; the
-        RoI heads of both see the proposals of the plain one.
+        Equality: Comparison of the feature maps, dense head, RPN head and RoI heads that exist.
+        Both RoI heads get the proposals of the plain detector.
     """
     sample = DetDataSample(
         metainfo=dict(
@@ -187,7 +189,7 @@ def _flat(outputs: object) -> list[Tensor]:
 
 
 def _noise() -> Tensor:
-    """Return an image with structure at many scales, the same in every run."""
+    """Return a reproducible image with structure at many scales."""
     generator = torch.Generator().manual_seed(0)
     image = torch.zeros(1, 3, 256, 320)
     for scale in (1, 4, 16, 64):

@@ -1,4 +1,4 @@
-"""Which files a run removes because a checkpoint names them: its own, and no others."""
+"""Keep a resumed run from removing files other than its own."""
 
 import re
 from collections.abc import Callable
@@ -13,16 +13,16 @@ from rfa_mmdet.texts import shown
 
 
 def keep_to_own_files(before_train: Callable) -> Callable:
-    """Wrap ``before_train`` of MMEngine's CheckpointHook, which removes what a checkpoint names.
+    """Wrap ``before_train`` of MMEngine's CheckpointHook, which removes files a checkpoint names.
 
-    A best checkpoint is a ``best_*`` in the folder of this run's checkpoints, wherever it was when
-    the one before saved it; those to be removed are numbers.
+    With the wrapper, the best checkpoint is always a ``best_*`` file in this run's checkpoint
+    folder, wherever the previous run saved it; ids of old checkpoints must be integers.
 
     Args:
-        before_train (Callable): The method.
+        before_train (Callable): The method to wrap.
 
     Returns:
-        Callable: With the same signature.
+        Callable: The wrapper, with the same signature.
     """
 
     @wraps(before_train)
@@ -32,7 +32,7 @@ def keep_to_own_files(before_train: Callable) -> Callable:
         if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
             del info["keep_ckpt_ids"]
             runner.logger.warning(
-                "the checkpoint's keep_ckpt_ids are not a list of numbers: ignored"
+                "ignoring the checkpoint's keep_ckpt_ids, which is not a list of integers"
             )
         paths = {key: info.pop(key) for key in list(info) if key.startswith("best_ckpt")}
         before_train(self, runner)
@@ -40,12 +40,14 @@ def keep_to_own_files(before_train: Callable) -> Callable:
             score = key.replace("best_ckpt", "best_score", 1)
             if not is_number(info.get(score, 0.0)):
                 del info[score]
-                runner.logger.warning(f"the checkpoint's {shown(score)} is not a number: ignored")
+                runner.logger.warning(
+                    f"ignoring the checkpoint's {shown(score)}, which is not a number"
+                )
             name = re.split(r"[/\\]", path)[-1] if isinstance(path, str) else ""
             own = self.file_backend.join_path(self.out_dir, name)
             suffix = PurePath(self.filename_tmpl).suffix
             if not (name.startswith("best_") and name.endswith(suffix)):
-                why = f"is no best_*{suffix}"
+                why = f"does not match best_*{suffix}"
             elif not self.file_backend.exists(own):
                 why = f"is not in {self.out_dir}"
             else:
@@ -56,6 +58,6 @@ def keep_to_own_files(before_train: Callable) -> Callable:
                 elif indicator in getattr(self, "best_ckpt_path_dict", {}):
                     self.best_ckpt_path_dict[indicator] = own
                 continue
-            runner.logger.warning(f"{shown(path)}, the best checkpoint so far, {why}: left alone")
+            runner.logger.warning(f"ignoring the previous best checkpoint {shown(path)}: it {why}")
 
     return wrapped

@@ -1,10 +1,10 @@
-"""Load MMEngine's training checkpoints and run nothing of them, on any version of torch.
+"""Load MMEngine's training checkpoints without running code from them, with any version of torch.
 
-Before PyTorch 2.6 ``torch.load`` runs whatever a file asks for; since then it refuses the NumPy
-arrays and the ``HistoryBuffer`` that MMEngine 0.10 puts in a training checkpoint, so ``--resume``
-fails. Loads through MMEngine, and they alone, go to :func:`load` here: it makes tensors, plain data
-and what the tables of :mod:`~rfa_mmdet.checkpoints.tensors` and
-:mod:`~rfa_mmdet.checkpoints.stand_ins` name, in the same way everywhere.
+Before PyTorch 2.6, ``torch.load`` runs any code in a file; since then, it refuses the NumPy arrays
+and the ``HistoryBuffer`` that MMEngine 0.10 saves in training checkpoints, so ``--resume`` fails.
+Loads through MMEngine, and only those, use :func:`load` instead. It creates tensors, plain data and
+the types listed in :mod:`~rfa_mmdet.checkpoints.tensors` and
+:mod:`~rfa_mmdet.checkpoints.stand_ins`, the same way on every version.
 """
 
 import functools
@@ -28,9 +28,9 @@ class _Loading(NamedTuple):
     """The checkpoint that MMEngine loads in this thread.
 
     Attributes:
-        name (str): As the user named it.
-        allowed (dict[str, Callee]): By the user, before MMEngine: OneDL's loader adds to torch's
-            list, ``getattr`` among others, while it loads.
+        name (str): The name the user gave.
+        allowed (dict[str, Callee]): Types that the user allowed, recorded before MMEngine runs:
+            OneDL's loader temporarily adds to torch's list, e.g. ``getattr``.
     """
 
     name: str
@@ -38,16 +38,16 @@ class _Loading(NamedTuple):
 
 
 _LOADING: ContextVar[_Loading | None] = ContextVar("loading", default=None)
-# The Runner that resumes in this thread, and whether with its optimizer and schedulers.
+# The Runner resuming in this thread, and whether it resumes its optimizer and schedulers.
 _RESUMING: ContextVar[tuple[Any, bool, bool] | None] = ContextVar("resuming", default=None)
 
 
 class UnsafeCheckpointError(UserError):
-    """The checkpoint asks for more than tensors and plain data."""
+    """The checkpoint contains more than tensors and plain data."""
 
 
 class BrokenCheckpointError(UserError):
-    """The file is cut off, or no checkpoint."""
+    """The file is truncated, or not a checkpoint."""
 
 
 def load(
@@ -57,24 +57,24 @@ def load(
     name: str = "",
     allowed: dict[str, Callee] | None = None,
 ) -> Any:
-    """Load a file of ``torch.save``, and run nothing of it.
+    """Load a file written by ``torch.save`` without running code from it.
 
-    What the user allowed by ``torch.serialization.add_safe_globals`` is allowed here too, except
-    under the names in our own tables.
+    Types allowed with ``torch.serialization.add_safe_globals`` are allowed here too, except for the
+    names in our own tables.
 
     Args:
-        file (Any): Path, or open binary file.
-        map_location (Any): As of ``torch.load``.
-        encoding (str): Of Python 2's strings.
-        name (str): Of the file, for errors.
-        allowed (dict[str, Callee] | None): What the user allowed. Defaults to torch's list.
+        file (Any): Path or open binary file.
+        map_location (Any): As for ``torch.load``.
+        encoding (str): Encoding of strings from Python 2. Defaults to 'utf-8'.
+        name (str): Name of the file, for errors. Defaults to ``file``.
+        allowed (dict[str, Callee] | None): Types allowed by the user. Defaults to torch's list.
 
     Returns:
-        Any: Its content.
+        Any: The content.
 
     Raises:
-        UnsafeCheckpointError: It asks for more than plain data.
-        BrokenCheckpointError: It is truncated, or no such file.
+        UnsafeCheckpointError: The file contains more than plain data.
+        BrokenCheckpointError: The file is truncated, or not written by ``torch.save``.
 
     Example:
         >>> import io, torch
@@ -86,7 +86,7 @@ def load(
     is_path = isinstance(file, (str, os.PathLike))
     name = name or str(file)
     user = stand_ins.user_names() if allowed is None else allowed
-    # ours last: real objects would not mix with stand-ins
+    # Ours last, because real objects do not mix with stand-ins.
     tables = Tables(
         {**user, **tensors.NAMES, **stand_ins.NAMES},
         {
@@ -109,33 +109,33 @@ def load(
 def _unsafe(name: str, error: Refused) -> UnsafeCheckpointError:
     allow = ""
     if isinstance(error, UnknownNames) and HAS_SAFE_GLOBALS:
-        allow = ", or allow them by torch.serialization.add_safe_globals"
+        allow = ", or allow the types with torch.serialization.add_safe_globals"
     return UnsafeCheckpointError(
-        f"{name}: not loaded, as its pickle {error}; nothing of it was run. A "
-        "checkpoint may hold tensors, numbers, strings, dicts, lists, tuples, NumPy arrays and "
-        "MMEngine's log history. If the file comes from someone else, do not trust it. If it is "
-        f"yours, save it again with plain values in their place{allow}."
+        f"{name}: not loaded, because its pickle {error}; no code from it was run. A checkpoint "
+        "may contain tensors, numbers, strings, dicts, lists, tuples, NumPy arrays and MMEngine's "
+        "log history. If the file comes from someone else, do not trust it. If it is yours, save "
+        f"it again with plain values instead{allow}."
     )
 
 
 def _broken(name: str, size: int, error: Damaged) -> BrokenCheckpointError:
     return BrokenCheckpointError(
-        f"{name} ({size} bytes) is incomplete, or no checkpoint of torch.save: {error}. Was the "
-        "run killed while it was saving, or the download cut? Take an earlier checkpoint, or "
-        "fetch it again."
+        f"{name} ({size} bytes) is truncated or not a checkpoint of torch.save: {error}. The run "
+        "may have been killed while saving, or the download interrupted; use an earlier "
+        "checkpoint, or download it again."
     )
 
 
 def load_safely(load_checkpoint: Callable) -> Callable:
-    """Wrap MMEngine's ``CheckpointLoader.load_checkpoint``, which then loads by :func:`load`.
+    """Wrap MMEngine's ``CheckpointLoader.load_checkpoint`` so that it uses :func:`load`.
 
-    What it returns are weights, and where a Runner resumes, the state of one that fits to it.
+    It then returns validated weights or, when a Runner resumes, a validated training state.
 
     Args:
-        load_checkpoint (Callable): The function of the class method; takes the class first.
+        load_checkpoint (Callable): Function of the class method; takes the class first.
 
     Returns:
-        Callable: With the same signature, for a torch with :func:`safe_while_loading`.
+        Callable: The wrapper, with the same signature; requires :func:`safe_while_loading`.
     """
 
     @functools.wraps(load_checkpoint)
@@ -156,13 +156,13 @@ def load_safely(load_checkpoint: Callable) -> Callable:
 
 
 def resume_safely(resume: Callable) -> Callable:
-    """Wrap ``resume`` of MMEngine's Runner, which takes what it needs of a checkpoint and no more.
+    """Wrap ``resume`` of MMEngine's Runner so that it only takes what it needs from a checkpoint.
 
     Args:
-        resume (Callable): The method.
+        resume (Callable): The method to wrap.
 
     Returns:
-        Callable: With the same signature, for a loader with :func:`load_safely`.
+        Callable: The wrapper, with the same signature; requires :func:`load_safely`.
     """
 
     @functools.wraps(resume)
@@ -184,13 +184,15 @@ def resume_safely(resume: Callable) -> Callable:
 
 
 def safe_while_loading(torch_load: Callable) -> Callable:
-    """Wrap ``torch.load``: while MMEngine loads a checkpoint in this thread it is :func:`load`.
+    """Wrap ``torch.load`` so that it is :func:`load` while MMEngine loads a checkpoint.
+
+    This only affects the loading thread.
 
     Args:
-        torch_load (Callable): Is called at any other time, with just what the wrapper is given.
+        torch_load (Callable): Called with the original arguments at any other time.
 
     Returns:
-        Callable: With the same signature; of the arguments, :func:`load` sees ``f``,
+        Callable: The wrapper, with the same signature; :func:`load` only gets ``f``,
         ``map_location`` and ``encoding``.
     """
 

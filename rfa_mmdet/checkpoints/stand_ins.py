@@ -1,8 +1,8 @@
-"""What the pickles of MMEngine's training checkpoints may call, besides torch's.
+"""The types beyond torch's own that pickles of MMEngine's training checkpoints may contain.
 
-NumPy's and MMEngine's own functions would let a pickle rewrite an array's memory, or change the
-methods of a class. It gets stand-ins instead, which only keep checked plain data; :func:`resolve`
-puts the real objects in their places when the pickle has ended.
+With NumPy's and MMEngine's own functions, a pickle could overwrite an array's memory or change the
+methods of a class. It gets stand-ins instead, which only keep validated plain data;
+:func:`resolve` replaces them by the real objects at the end.
 """
 
 import math
@@ -20,10 +20,10 @@ from rfa_mmdet.checkpoints.tensors import Storage, resolve_storage
 from rfa_mmdet.checkpoints.unpickler import Callee, Refused, StandIn, require
 from rfa_mmdet.ops.common.torch_versions import safe_globals
 
-# Numbers, strings of a fixed size, and objects; free of structure.
+# Numbers, strings of a fixed size, and objects; no structured types.
 _DTYPES = re.compile("b1|[iu][1248]|f[248]|c8|c16|O8|[US][1-9][0-9]{0,4}")
-# No run's data is as deep or large. MMEngine walks through it recursively, and visits a shared
-# part once for every place that refers to it.
+# Well above the data of any run. MMEngine walks through it recursively, and visits a shared part
+# once per reference.
 _DEEPEST, _MOST = 100, 2**24
 _STATISTICS = ("min", "max", "current", "mean")
 _ANNEALING = ("_annealing_cos", "_annealing_linear")
@@ -64,7 +64,7 @@ class _Array(StandIn):
         if dtype.hasobject:
             require(type(data) is list and len(data) == size, "of odd size")
             flat = np.empty(size, dtype)
-            for i, item in enumerate(data):  # one by one: NumPy would look into sequences
+            for i, item in enumerate(data):  # one by one, because NumPy unpacks sequences
                 flat[i] = item
         else:
             require(
@@ -74,7 +74,7 @@ class _Array(StandIn):
             flat = np.frombuffer(bytearray(data), dtype)  # bytearray: writable
         self.value = flat.reshape(shape, order="F" if fortran else "C")
         if dtype.kind == "U":
-            self.value.tolist()  # fails for what is no character
+            self.value.tolist()  # fails for invalid characters
 
 
 class _History(StandIn):
@@ -87,7 +87,7 @@ class _History(StandIn):
 
     def resolve(self) -> HistoryBuffer:
         require(type(self.state) is dict, "HistoryBuffer with odd state")
-        # "statistics_methods" is left out: HistoryBuffer has its own.
+        # "statistics_methods" is ignored: HistoryBuffer has its own.
         arrays = [self.state.get(key) for key in ("_log_history", "_count_history")]
         max_length = self.state.get("max_length")
         require(type(max_length) is int, "HistoryBuffer with odd state")
@@ -125,9 +125,9 @@ def _config_dict(items: Any) -> ConfigDict:
 
 
 def _getattr(owner: Any, name: Any) -> Any:
-    """Hand out one of two functions of floats, or nothing.
+    """Return one of two functions of floats, or None.
 
-    Nothing for a history's statistics: they only appear in ``statistics_methods``, see above.
+    None is for a history's statistics, which only appear in the ignored ``statistics_methods``.
     """
     require(isinstance(owner, Callee) and type(name) is str)
     if owner.path == _ONE_CYCLE and name in _ANNEALING:
@@ -160,17 +160,17 @@ BUILDERS: dict[type, Callable[[Any, Any], None]] = {
 
 
 def resolve(value: Any) -> Any:
-    """Put the real objects in the places of the stand-ins.
+    """Replace stand-ins by the real objects.
 
     Args:
-        value (Any): What a pickle made; its dicts and lists are changed, and stay the same objects.
+        value (Any): The result of a pickle; dicts and lists are changed in place.
 
     Returns:
-        Any: The value, or what it stood for.
+        Any: The value, or the object that it stands for.
 
     Raises:
-        Refused: A stand-in has no content, or the data is nested too deeply, contains itself, or is
-            shared so often that whoever walks through it does not come to an end.
+        Refused: A stand-in has no content, or the data is nested too deeply, contains itself, or
+            has so many shared references that walking through it would not end.
 
     Example:
         >>> resolve([1, Callee("a.b", value=str)])
@@ -183,11 +183,11 @@ def resolve(value: Any) -> Any:
 
 
 class _Resolver:
-    """Visits each object once, and counts how many it would be with shared ones once for each use.
+    """Visits each object once, and counts the objects, shared ones once per reference.
 
     Attributes:
-        seen (dict): Id of an object to it, which keeps the id its own, and to what it stood for
-            and the number of values in that. None stands there while it is visited.
+        seen (dict): Id of an object -> the object (kept alive so that its id stays unique), the
+            resolved object, and the number of values in it; None while it is being visited.
     """
 
     def __init__(self) -> None:
@@ -255,9 +255,9 @@ class _Resolver:
 
 
 def user_names() -> dict[str, Callee]:
-    """Return what the user allowed by ``torch.serialization.add_safe_globals``, where torch has it.
+    """Return the types allowed with ``torch.serialization.add_safe_globals``, if torch has it.
 
-    Modules that torch never allows are left out, and what it allows itself of its process groups.
+    Excludes modules that torch never allows, and types of process groups that torch adds itself.
     """
     named = (
         item if isinstance(item, tuple) else (item, f"{item.__module__}.{item.__qualname__}")
@@ -282,7 +282,7 @@ def _real(path: str, target: Any) -> Callee:
 
 
 def build_real(target: Any, state: Any) -> None:
-    """Give an object of a class that the user allowed its state, as pickle does."""
+    """Set the state of an object whose class the user allowed, as pickle does."""
     state = resolve(state)
     if hasattr(target, "__setstate__"):
         target.__setstate__(state)

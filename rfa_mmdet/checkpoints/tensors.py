@@ -1,7 +1,7 @@
-"""What the pickles of ``torch.save`` may call: torch's tensors and a few of Python's own types.
+"""The types that pickles of ``torch.save`` may contain: tensors and a few built-in types.
 
-The arguments are checked here and not left to torch, which makes a storage larger where a tensor
-reaches out of it, and keeps what it could not check yet in a list of the process.
+The arguments are checked here rather than by torch, which enlarges a storage if a tensor exceeds
+it, and puts some checks off to a process-wide list.
 """
 
 import math
@@ -25,7 +25,7 @@ from rfa_mmdet.checkpoints.unpickler import (
 
 
 class Storage(NamedTuple):
-    """What the pickle gets for a storage."""
+    """Stand-in for a storage in the pickle."""
 
     untyped: torch.UntypedStorage
     dtype: torch.dtype
@@ -106,7 +106,7 @@ def _quantized(
     _require_no_hooks(hooks)
     require(type(storage) is Storage, "without a storage")
     _require_inside(storage, storage.dtype, offset, size, stride)
-    # torch makes one of this size before it takes the storage
+    # torch allocates this size before it uses the storage.
     require(math.prod(size) * storage.dtype.itemsize <= storage.untyped.nbytes(), "of odd size")
     typed = _typed(storage)
     return torch._utils._rebuild_qtensor(
@@ -155,7 +155,7 @@ def _attributes(tensor: Tensor, state: Any) -> None:
 
 
 def _from_type(function: Any, kind: Any, args: Any, state: Any) -> Tensor:
-    """Make a tensor that has attributes, or is of a class that the user allowed."""
+    """Create a tensor that has attributes, or whose class the user allowed."""
     require(isinstance(function, Callee) and function.path in _TENSORS and type(args) is tuple)
     require(isinstance(kind, Callee))
     tensor = _TENSORS[function.path](*args)
@@ -180,7 +180,7 @@ def _typed(storage: Storage) -> torch.TypedStorage:
 
 
 def resolve_storage(storage: Storage) -> torch.TypedStorage:
-    """Return torch's object for a storage that stands in the data by itself."""
+    """Return torch's object for a storage that is a value by itself."""
     return _typed(storage)
 
 
@@ -232,7 +232,7 @@ def _frozen_set(items: Any) -> frozenset:
 
 
 def _of_scalars(kind: type) -> Callable[..., Any]:
-    """Return a class of the standard library that only keeps its arguments, for plain ones."""
+    """Wrap a standard library class that only keeps its arguments, so that they must be plain."""
 
     def make(*args: Any) -> Any:
         require(all(is_plain(arg) or type(arg) in (timedelta, timezone) for arg in args))
@@ -252,7 +252,7 @@ def _encode(text: Any, encoding: Any) -> bytes:
 
 
 def _bytes(*args: Any) -> bytes:
-    require(not args)  # how protocol 2 writes empty ones
+    require(not args)  # protocol 2 writes empty bytes like this
     return b""
 
 
@@ -294,7 +294,7 @@ _TENSORS: dict[str, Callable[..., Tensor]] = {
     "torch._utils._rebuild_parameter_with_state": _parameter,
 }
 
-# Of the other system, where there is no such path: without access to files.
+# Paths of the other system become pure paths, without file access.
 _PATHS = {
     "PurePosixPath": pathlib.PurePosixPath,
     "PureWindowsPath": pathlib.PureWindowsPath,
@@ -314,7 +314,7 @@ _OTHERS: dict[str, Callable[..., Any] | None] = {
     "builtins.frozenset": _frozen_set,
     "collections.deque": _deque,
     "collections.defaultdict": _default_dict,
-    # what a defaultdict makes
+    # default factories of defaultdict
     **{f"builtins.{kind.__name__}": None for kind in _FACTORIES[:-2]},
     **{
         f"{kind.__module__}.{kind.__name__}": _of_scalars(kind)
@@ -324,7 +324,7 @@ _OTHERS: dict[str, Callable[..., Any] | None] = {
     "builtins.complex": _complex,
     "builtins.bytes": _bytes,
     "builtins.bytearray": _bytearray,
-    "_codecs.encode": _encode,  # bytes, in protocol 2
+    "_codecs.encode": _encode,  # bytes in protocol 2
 }
 
 NAMES: dict[str, Any] = {

@@ -1,7 +1,7 @@
-"""Read the two file formats of ``torch.save``, with a pickle machine that runs nothing else.
+"""Read the two file formats of ``torch.save`` with a restricted unpickler.
 
-Not by ``torch.load``: whether it takes another unpickler depends on environment variables, it runs
-TorchScript and unpacks tar files, and it believes a pickle how long the file's parts are.
+``torch.load`` cannot be used: whether it accepts another unpickler depends on environment
+variables, it runs TorchScript, unpacks tar files, and trusts the sizes that a pickle gives.
 """
 
 import os
@@ -26,7 +26,7 @@ from rfa_mmdet.checkpoints.unpickler import (
     UnknownNames,
 )
 
-# Of the format before PyTorch 1.6, the first number and its protocol.
+# First number and protocol of the format before PyTorch 1.6.
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 _DAMAGE = (
@@ -36,18 +36,18 @@ _DAMAGE = (
 
 
 class _MovingError(Exception):
-    """What map_location or a missing device raised, which is no fault of the file."""
+    """An error of map_location or of a missing device, not of the file."""
 
     def __init__(self, error: Exception):
         self.error = error
 
 
 class Tables(NamedTuple):
-    """What a pickle may ask for.
+    """The types that a pickle may contain.
 
     Attributes:
         names (Mapping[str, Any]): See :class:`~rfa_mmdet.checkpoints.unpickler.Maker`.
-        builders (Mapping[type, Callable]): See there.
+        builders (Mapping[type, Callable]): See :class:`~rfa_mmdet.checkpoints.unpickler.Maker`.
     """
 
     names: Mapping[str, Any]
@@ -55,20 +55,20 @@ class Tables(NamedTuple):
 
 
 def read(file: BinaryIO, map_location: Any, tables: Tables, encoding: str = "utf-8") -> Any:
-    """Read a file of ``torch.save``.
+    """Read a file written by ``torch.save``.
 
     Args:
-        file (BinaryIO): Open, and able to seek.
-        map_location (Any): As of ``torch.load``.
-        tables (Tables): What the pickle may ask for.
-        encoding (str): Of Python 2's strings.
+        file (BinaryIO): An open, seekable file.
+        map_location (Any): As for ``torch.load``.
+        tables (Tables): The types that the pickle may contain.
+        encoding (str): Encoding of strings from Python 2. Defaults to 'utf-8'.
 
     Returns:
-        Any: Its content, with stand-ins.
+        Any: The content, with stand-ins.
 
     Raises:
-        Refused: It asks for something else.
-        Damaged: It is cut off, or no such file.
+        Refused: The pickle asks for anything else.
+        Damaged: The file is truncated, or not written by ``torch.save``.
     """
     try:
         reader = _Zip if file.read(4) == b"PK\x03\x04" else _Legacy
@@ -91,7 +91,7 @@ class _Reader:
         raise NotImplementedError
 
     def scan(self, file: BinaryIO) -> dict[str, StorageId]:
-        """Return the storages that a pickle asks for, if it asks for nothing unknown."""
+        """Return the storages that a pickle refers to, if all its names are known."""
         scanner = Scanner(file, self.tables.names, self.encoding)
         try:
             scanner.load()
@@ -110,17 +110,17 @@ class _Reader:
             if asked.view is not None:
                 start, count = (n * asked.dtype.itemsize for n in asked.view)
                 if start + count > untyped.nbytes():
-                    raise Damaged(f"a view of storage {asked.key} is larger than it")
+                    raise Damaged(f"a view of storage {asked.key} exceeds it")
                 untyped = untyped[start : start + count]
             return Storage(untyped, asked.dtype)
 
-        # Plain data is given to two calls, each of which sees all of it, and names to more.
+        # Plain data is passed to two calls, each of which gets all of it, and names to more.
         budget = 4 * length + 2**16
         names, builders = self.tables
         return Maker(file, names, builders, storage, budget, self.encoding).load()
 
     def storage(self, asked: StorageId, order: str) -> torch.UntypedStorage:
-        """Read the storage that stands at the file's position."""
+        """Read a storage at the file's current position."""
         try:
             storage = torch.UntypedStorage(asked.nbytes)
         except (RuntimeError, MemoryError) as error:
@@ -155,14 +155,14 @@ class _Reader:
 
 
 class _Zip(_Reader):
-    """Records without compression, of which data.pkl is the pickle and data/KEY a storage."""
+    """Format since PyTorch 1.6: uncompressed records, data.pkl and a storage in each data/KEY."""
 
     def content(self) -> Any:
         with zipfile.ZipFile(self.file) as archive:
             self.records = {record.filename: record for record in archive.infolist()}
         tops = [n.removesuffix("data.pkl") for n in self.records if n.endswith("/data.pkl")]
         if any(f"{top}constants.pkl" in self.records for top in tops):
-            raise Refused("is the one of a TorchScript archive, which holds code")
+            raise Refused("belongs to a TorchScript archive, which contains code")
         if len(tops) != 1:
             raise Damaged(f"the zip file has {len(tops)} records named data.pkl")
         self.top = tops[0]
@@ -182,24 +182,24 @@ class _Zip(_Reader):
         return self.make(BytesIO(data), length, storages)
 
     def go_to(self, name: str) -> int:
-        """Go to where a record's data begins, and return its length."""
+        """Seek to a record's data, and return its length."""
         record = self.records.get(self.top + name)
         if record is None:
             raise Damaged(f"record {name} is missing")
         if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
-            raise Damaged(f"record {name} is compressed, or encrypted")
+            raise Damaged(f"record {name} is compressed or encrypted")
         self.file.seek(record.header_offset)
         header = self.file.read(30)
         if header[:4] != b"PK\x03\x04":
             raise Damaged(f"record {name} is not where the zip file's index says")
         self.file.seek(sum(struct.unpack("<HH", header[26:])), os.SEEK_CUR)
         if self.file.tell() + record.file_size > self.size:
-            raise Damaged(f"record {name} reaches out of the file")
+            raise Damaged(f"record {name} exceeds the file")
         return record.file_size
 
 
 class _Bounded:
-    """A file that refuses at once to read more than it holds; Python would make room first."""
+    """A file that refuses to read past its end; Python would first allocate the memory."""
 
     def __init__(self, file: BinaryIO, size: int):
         self.file, self.size, self.readline = file, size, file.readline
@@ -211,13 +211,13 @@ class _Bounded:
 
 
 class _Legacy(_Reader):
-    """Pickles of two numbers, the machine, the content and the storages' keys; then storages."""
+    """Format before PyTorch 1.6: pickles of header, content and storage keys; then the storages."""
 
     def content(self) -> Any:
         bounded: Any = _Bounded(self.file, self.size)
         for expected in (_MAGIC, _PROTOCOL):
             if self.plain(bounded) != expected:
-                raise Damaged("it begins as no file of torch.save does")
+                raise Damaged("it does not start like a file of torch.save")
         self.plain(bounded)
         start = self.file.tell()
         found = self.scan(bounded)
@@ -226,7 +226,7 @@ class _Legacy(_Reader):
         for key in self.plain(bounded):
             asked = found[key]
             if self.file.read(8) != struct.pack("<q", asked.numel):
-                raise Damaged(f"storage {key} has another length than {asked.numel}")
+                raise Damaged(f"storage {key} does not have {asked.numel} elements")
             storages[key] = self.storage(asked, "little")
         self.file.seek(start)
         return self.make(bounded, length, storages)
@@ -236,4 +236,4 @@ class _Legacy(_Reader):
 
 
 def _no_storage(asked: StorageId) -> Any:
-    raise Damaged(f"its head asks for storage {asked.key}")
+    raise Damaged(f"its header refers to storage {asked.key}")

@@ -1,12 +1,12 @@
-"""A pickle machine for files that nobody vouches for.
+"""A restricted unpickler for untrusted files.
 
-Python's own unpickler imports what a pickle names, calls it, and sets attributes of whatever stands
-on its stack. Here the operations are a closed list, those that pickling plain data writes; a name
-leads to an entry of a table or to an error; and what stands on the stack for a function or class
-is a :class:`Callee`, which can be called, with arguments that its entry checks, and nothing else.
+Python's own unpickler imports and calls whatever a pickle names, and sets attributes of any object
+on its stack. Here, only the operations that pickling plain data writes are allowed, and every name
+must be in a table. On the stack, a function or class is a :class:`Callee`, which can only be
+called, and validates its arguments.
 
-A pickle is read twice: :class:`Scanner` makes nothing and finds all that it asks for, then
-:class:`Maker` makes it.
+A pickle is read twice: :class:`Scanner` finds everything that it refers to without creating
+objects, then :class:`Maker` creates them.
 """
 
 import pickle
@@ -25,18 +25,18 @@ _SCALARS = (str, bytes, int, float, bool, type(None))
 
 
 class _Told(Exception):
-    """Repeats what a file says, as it may stand in a message."""
+    """An error that quotes a file in a printable form."""
 
     def __init__(self, what: str):
         super().__init__(shown(what, 800))
 
 
 class Refused(_Told):
-    """The pickle asks for something that it may not have; says what, after 'its pickle'."""
+    """The pickle asks for something not allowed; the message continues 'its pickle'."""
 
 
 class UnknownNames(Refused):
-    """A refusal because of names alone, which the user could allow."""
+    """The pickle only asks for unknown names, which the user could allow."""
 
     def __init__(self, names: list[str]):
         more = f" and {len(names) - 9} more" if len(names) > 9 else ""
@@ -44,18 +44,18 @@ class UnknownNames(Refused):
 
 
 class Damaged(_Told):
-    """The file is cut off, or no checkpoint; says how."""
+    """The file is truncated, or not a checkpoint."""
 
 
 class Callee:
-    """What the pickle gets for a function or class.
+    """Stand-in for a function or class in the pickle.
 
     Args:
-        path (str): Its name.
-        call (Callable | None): What a call does. It may raise anything for arguments that are not
-            right. None: it cannot be called.
-        new (Callable | None): What making an instance without ``__init__`` does.
-        value (Any): What remains in the data where the name itself does. None: an error.
+        path (str): Its qualified name.
+        call (Callable | None): Function to run for a call; it may raise anything for invalid
+            arguments. Defaults to None: not callable.
+        new (Callable | None): Function to run for ``__new__``. Defaults to None: not allowed.
+        value (Any): Replaces the name itself in the data. Defaults to None: an error.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Callee:
 
 
 class StandIn:
-    """Base of what the pickle gets for an object that is made when it has ended.
+    """Base class of stand-ins for objects that are created after unpickling.
 
     Attributes:
         path (str): Name of the object's class.
@@ -79,20 +79,20 @@ class StandIn:
 
 
 class StorageKind(NamedTuple):
-    """What the pickle gets for a class of storages."""
+    """Stand-in for a storage class in the pickle."""
 
     dtype: torch.dtype
 
 
 class StorageId(NamedTuple):
-    """How the pickle asks for a storage.
+    """A reference to a storage in the pickle.
 
     Attributes:
-        dtype (torch.dtype): Of its elements.
-        key (str): In the file.
+        dtype (torch.dtype): Type of its elements.
+        key (str): Key in the file.
         location (str): Device that it was saved from.
-        numel (int): Elements, of the whole storage.
-        view (tuple[int, int] | None): Start and length in elements of the part that is meant.
+        numel (int): Number of elements of the whole storage.
+        view (tuple[int, int] | None): Start and length of a view, in elements.
     """
 
     dtype: torch.dtype
@@ -108,15 +108,15 @@ class StorageId(NamedTuple):
 
 
 def require(condition: bool, what: str = "with odd arguments") -> None:
-    """Raise an error in a call that the pickle asks for, unless its arguments are right."""
+    """Raise an error, used for invalid arguments of a call in the pickle."""
     if not condition:
         raise ValueError(what)
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value is a number, a string or the like, or a tuple of those.
+    """Return whether a value is a scalar such as a number or string, or a tuple of scalars.
 
-    Deeper ones could not be keys: hashing them recurs in C, where nothing limits it.
+    Deeper tuples are not allowed as keys: hashing them recurses in C without a limit.
     """
     if isinstance(value, np.generic) or type(value) in _SCALARS:
         return True
@@ -124,12 +124,12 @@ def is_plain(value: Any) -> bool:
 
 
 def set_attributes(target: Any, state: Any, plain: bool = False) -> None:
-    """Give an object attributes that hide none of its class.
+    """Set attributes of an object, unless they hide attributes of its class.
 
     Args:
-        target (Any): Gets them.
-        state (Any): Right is a dict.
-        plain (bool): Whether they can only be plain values.
+        target (Any): The object.
+        state (Any): Attributes by name; anything but a dict is an error.
+        plain (bool): Whether only plain values are allowed. Defaults to False.
     """
     require(type(state) is dict, "with odd attributes")
     for name, value in state.items():
@@ -163,7 +163,7 @@ def _storage_id(saved: Any) -> StorageId:
             and (view is None or (view and all(type(n) is int and n >= 0 for n in view)))
         ):
             return StorageId(kind.dtype, key, location, numel, view)
-    raise Refused("asks for an object outside it that is no storage of a tensor")
+    raise Refused("asks for an external object that is not a tensor storage")
 
 
 class _Operations(dict):
@@ -171,13 +171,13 @@ class _Operations(dict):
         for operation in pickletools.opcodes:
             if operation.code == chr(code):
                 raise Refused(f"asks for the operation {operation.name}")
-        raise Damaged(f"its pickle holds the byte {code} as an operation")
+        raise Damaged(f"its pickle contains the invalid operation {code}")
 
 
 class _Machine(pickle._Unpickler):
-    """Operations that make numbers, strings and tuples, and those that name things."""
+    """Operations that create numbers, strings and tuples, and that look up names."""
 
-    # The base class has them, though its type stub has not.
+    # Missing in the base class's type stub.
     stack: list[Any]
     append: Callable[[Any], None]
     readline: Callable[[], bytes]
@@ -212,11 +212,11 @@ class _Machine(pickle._Unpickler):
     def _find_on_stack(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         if not type(name) is type(module) is str:
-            raise Refused("asks for a name that is no string")
+            raise Refused("asks for a name that is not a string")
         self._name(module, name)
 
     def _name(self, module: str, name: str) -> None:
-        # Python 2's names, which Python 3 writes as well up to protocol 2
+        # Python 3 also writes Python 2's names, up to protocol 2.
         module, name = NAME_MAPPING.get((module, name), (module, name))
         path = f"{'builtins' if module == '__builtin__' else module}.{name}"
         self.append(self._named(path))
@@ -229,11 +229,11 @@ class _Machine(pickle._Unpickler):
 
 
 class Scanner(_Machine):
-    """Find what a pickle asks for, and make nothing.
+    """Find what a pickle refers to, without creating objects.
 
     Attributes:
-        unknown (dict[str, None]): Names that the table lacks, in their order.
-        storages (dict[str, StorageId]): Key to the first mention of a storage.
+        unknown (dict[str, None]): Names missing in the table, in order.
+        storages (dict[str, StorageId]): Key -> first reference to a storage.
     """
 
     dispatch = _Operations(_Machine.dispatch)
@@ -282,16 +282,16 @@ class Scanner(_Machine):
 
 
 class Maker(_Machine):
-    """Make what a pickle asks for.
+    """Create the objects of a pickle.
 
     Args:
-        file (BinaryIO): Stands where the pickle begins.
-        names (Mapping[str, Any]): What each name leads to: a :class:`Callee`, or a plain value.
-        builders (Mapping[type, Callable]): How objects of exactly this type get their state.
-        storage (Callable): Returns what a :class:`StorageId` means.
-        budget (int): How many characters and items all calls together may be given. A pickle can
-            hand the same long string to any number of calls, each of which copies it.
-        encoding (str): Of Python 2's strings.
+        file (BinaryIO): File, positioned at the pickle.
+        names (Mapping[str, Any]): Name -> :class:`Callee` or plain value.
+        builders (Mapping[type, Callable]): Exact type of an object -> function that sets its state.
+        storage (Callable): Returns the storage for a :class:`StorageId`.
+        budget (int): Maximum number of characters and items passed to all calls together. Without
+            it, a pickle could pass the same long string to many calls, each of which copies it.
+        encoding (str): Encoding of strings from Python 2. Defaults to 'utf-8'.
     """
 
     dispatch = _Operations(_Machine.dispatch)
@@ -321,12 +321,12 @@ class Maker(_Machine):
         self.budget -= sum(len(part) for part in parts if isinstance(part, sized))
         if self.budget < 0:
             asked = _asked(path, args)
-            raise Refused(f"{asked} too often, for more data than the file holds")
+            raise Refused(f"{asked} too often, for more data than the file contains")
         try:
             return function(*args)
         except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:
             reason = shown((str(error).splitlines() or [""])[0], 150)
-            raise Refused(f"{_asked(path, args)}, {reason}") from error
+            raise Refused(f"{_asked(path, args)}: {reason}") from error
 
     def _reduce(self) -> None:
         args, callee = self.stack.pop(), self.stack.pop()
@@ -370,7 +370,7 @@ class Maker(_Machine):
         self._target(set).update(map(self._key, items))
 
     def _frozen_set(self) -> None:
-        items = self.pop_mark()  # which changes what append is
+        items = self.pop_mark()  # this also replaces self.append
         self.append(frozenset(map(self._key, items)))
 
     def _set_items(self, items: list) -> None:

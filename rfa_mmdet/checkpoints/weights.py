@@ -1,6 +1,6 @@
-"""Weights that must be a model's own, or some of them.
+"""Load weights that must match the model, completely or in part.
 
-MMEngine only logs the names of what does not fit, and keeps random weights there.
+MMEngine only logs the names of mismatched parameters, and keeps their random values.
 """
 
 import logging
@@ -20,19 +20,19 @@ from rfa_mmdet.errors import UserError
 
 
 def bare(model: nn.Module) -> Any:
-    """Return the model that a wrapper such as DDP holds, or the model itself."""
+    """Return the model inside a wrapper such as DDP, or the model itself."""
     return model.module if is_model_wrapper(model) else model
 
 
 def state_of(checkpoint: dict, name: str) -> dict[str, Tensor]:
-    """Return a checkpoint's state dict, without what DDP puts before the names.
+    """Return a checkpoint's state dict, without DDP's prefix of the names.
 
     Args:
-        checkpoint (dict): As :func:`~rfa_mmdet.checkpoints.files.read_checkpoint` returns it.
-        name (str): Of the file, for the error.
+        checkpoint (dict): Returned by :func:`~rfa_mmdet.checkpoints.files.read_checkpoint`.
+        name (str): Name of the file, for the error.
 
     Raises:
-        UserError: It holds none.
+        UserError: The checkpoint contains no weights.
 
     Example:
         >>> import torch
@@ -42,12 +42,12 @@ def state_of(checkpoint: dict, name: str) -> dict[str, Tensor]:
     state = checkpoint.get("state_dict", checkpoint)
     named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
     if not named or not any(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"checkpoint={name!r} holds no weights of a model")
+        raise UserError(f"checkpoint={name!r} contains no model weights")
     return _like(state, ((re.sub(r"^module\.", "", key), state[key]) for key in state))
 
 
 def _like(state: dict, items: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Return a state dict of other items, with the versions of modules that torch notes in one."""
+    """Return a state dict with other items but the same metadata, which has module versions."""
     found = OrderedDict(items)
     found._metadata = getattr(state, "_metadata", {})  # type: ignore[attr-defined]
     return found
@@ -57,20 +57,20 @@ def load_weights(model: nn.Module, checkpoint: dict, name: str) -> None:
     """Load a checkpoint into the model that it was saved from.
 
     Args:
-        model (nn.Module): Takes the weights.
-        checkpoint (dict): As :func:`~rfa_mmdet.checkpoints.files.read_checkpoint` returns it.
-        name (str): Of the file, for the error.
+        model (nn.Module): The model.
+        checkpoint (dict): Returned by :func:`~rfa_mmdet.checkpoints.files.read_checkpoint`.
+        name (str): Name of the file, for the error.
 
     Raises:
-        UserError: It has other parameters than the model.
+        UserError: The parameters do not match the model.
 
     Example:
         >>> load_weights(nn.Linear(2, 3), nn.Linear(2, 4).state_dict(), "a.pth")
         Traceback (most recent call last):
-        rfa_mmdet.errors.UserError: checkpoint='a.pth' is of another model...
+        rfa_mmdet.errors.UserError: checkpoint='a.pth' does not fit the config's model...
     """
     state = state_of(checkpoint, name)
-    # MMDetection 2.x kept averages of the weights, which it had swapped with them, as buffers.
+    # MMDetection 2.x kept averaged weights as buffers, swapped with the weights.
     averages = {f"ema_{key.replace('.', '_')}" for key in model.state_dict()}
     state = _like(state, (item for item in state.items() if item[0] not in averages))
     try:
@@ -79,22 +79,22 @@ def load_weights(model: nn.Module, checkpoint: dict, name: str) -> None:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         first, more = lines[min(1, len(lines) - 1)], len(lines) - 2
         raise UserError(
-            f"checkpoint={name!r} is of another model than the config: {first}"
+            f"checkpoint={name!r} does not fit the config's model: {first}"
             f"{f' (and {more} more)' if more > 0 else ''}"
         ) from error
     if difference := _difference(result.missing_keys, result.unexpected_keys):
-        raise UserError(f"checkpoint={name!r} is of another model than the config: {difference}")
+        raise UserError(f"checkpoint={name!r} does not fit the config's model: {difference}")
 
 
 def _difference(missing: Iterable[str], unexpected: Iterable[str]) -> str:
-    """Say which names differ, if any do."""
+    """Describe which names differ, if any."""
     # Old checkpoints do not count batches.
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]
     parts = [
-        f"{len(keys)} parameters {what}, such as {keys[0]}"
+        f"{len(keys)} parameters are {what}, e.g. {keys[0]}"
         for keys, what in (
-            (missing, "of the config's model are not in it"),
-            (list(unexpected), "in it are not the model's"),
+            (missing, "missing in the checkpoint"),
+            (list(unexpected), "not in the model"),
         )
         if keys
     ]
@@ -102,22 +102,19 @@ def _difference(missing: Iterable[str], unexpected: Iterable[str]) -> str:
 
 
 class OwnWeightsRunner(Runner):
-    """MMEngine's Runner, for tests: it loads a checkpoint of its own model, or none."""
+    """MMEngine's Runner for testing, which only loads checkpoints that match its model."""
 
     def load_checkpoint(
         self, filename: str, map_location: Any = "cpu", *args: Any, **kwargs: Any
     ) -> dict:
-        """Load a checkpoint by :func:`load_weights`; hooks are asked before, as in the base class.
+        """Load a checkpoint with :func:`load_weights`, after the hooks, as in the base class.
 
         Raises:
-            UserError: It is missing, damaged, or of another model.
+            UserError: The checkpoint is missing, damaged, or does not match the model.
         """
         checkpoint = read_checkpoint(filename)
         state = state_of(checkpoint, filename)
-        checkpoint = {
-            **checkpoint,
-            "state_dict": state,
-        }  # also where the file was no more than that
+        checkpoint = {**checkpoint, "state_dict": state}  # the file may be a bare state dict
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model = bare(self.model)
         model = model.module if isinstance(model, BaseTTAModel) else model
@@ -127,33 +124,33 @@ class OwnWeightsRunner(Runner):
 
 
 class StartHook(Hook):
-    """Looks at the checkpoint that a training starts from, and says what does not come from it.
+    """Checks the checkpoint that a training starts from, and warns if little of it is used.
 
     Raises:
-        UserError: It has nothing of the model.
+        UserError: The checkpoint has none of the model's parameters.
     """
 
     priority = "HIGHEST"
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Look at it before it is loaded, and before other hooks do."""
+        """Check the checkpoint before it is loaded, and before other hooks."""
         name = str(runner._load_from or find_latest_checkpoint(runner.work_dir))
         state = state_of(checkpoint, name)
-        checkpoint["state_dict"] = state  # also where the file was no more than that
+        checkpoint["state_dict"] = state  # the file may be a bare state dict
         own = bare(runner.model).state_dict()
         fit = [key for key in own if key in state and _shape(state[key]) == _shape(own[key])]
         if not fit:
             raise UserError(
-                f"load_from={name!r} is of another model than the config: none of its {len(state)} "
-                f"parameters, such as {next(iter(state))}, is one of the model's {len(own)}, such "
-                f"as {next(iter(own))}, by name and shape"
+                f"load_from={name!r} does not fit the config's model: none of its {len(state)} "
+                f"parameters (e.g. {next(iter(state))}) matches one of the model's {len(own)} "
+                f"(e.g. {next(iter(own))}) by name and shape"
             )
         if runner._resume:
             _tell_resumed(runner, checkpoint, name)
         elif len(fit) < len(own) / 2:
             print_log(
-                f"load_from={name!r} has only {len(fit)} of the model's {len(own)} parameters, by "
-                "name and shape; the others keep their initial values",
+                f"load_from={name!r} has only {len(fit)} of the model's {len(own)} parameters with "
+                "the same name and shape; the others keep their initial values",
                 logger="current",
                 level=logging.WARNING,
             )
@@ -164,26 +161,26 @@ def _shape(value: Any) -> Any:
 
 
 def _tell_resumed(runner: Runner, checkpoint: dict, name: str) -> None:
-    """Say that the config's optimizer and schedule have no effect."""
+    """Log that the config's optimizer and schedule have no effect."""
     unit = "epoch" if isinstance(runner.train_loop, EpochBasedTrainLoop) else "iter"
     most = getattr(runner, f"max_{unit}s")
     if checkpoint["meta"].get(unit) == most:
         print_log(
-            f"--resume: {name} has completed train_cfg.max_{unit}s={most}: nothing is left to "
+            f"--resume: {name} has already completed train_cfg.max_{unit}s={most}; nothing left to "
             "train",
             logger="current",
             level=logging.WARNING,
         )
     groups = (checkpoint["optimizer"].get("param_groups"), runner.optim_wrapper.param_groups)
-    # Of several optimizers, no one rate is the run's.
+    # With several optimizers, there is no single learning rate.
     theirs, ours = (
         g[0].get("initial_lr", g[0].get("lr")) if g and isinstance(g, list) else None
         for g in groups
     )
     print_log(
-        "--resume: optimizer and schedule are the checkpoint's, whatever the config says "
-        f"(learning rate {theirs} there, {ours} here); to train its weights with others, leave out "
-        f"--resume and give --cfg-options load_from={name}",
+        "--resume: using the checkpoint's optimizer and schedule instead of the config's (learning "
+        f"rate {theirs} instead of {ours}); to train its weights with the config's, replace "
+        f"--resume by --cfg-options load_from={name}",
         logger="current",
         level=logging.INFO if theirs == ours else logging.WARNING,
     )

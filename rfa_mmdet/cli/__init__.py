@@ -1,11 +1,11 @@
-"""The tools: parsing, printing, exit codes; one module a tool."""
+"""The tools: parsing, printing and exit codes; one module per tool."""
 
 import ast
 import sys
 from importlib import import_module
 from pathlib import Path
 
-# What not every tool needs, by the extra of this package that brings it.
+# Packages that only some tools need, by the extra that installs them.
 _EXTRAS = {
     "tools": {"jinja2", "matplotlib", "pandas", "rich", "scipy", "tensorboard"},
     "onnx": {"onnx", "onnxruntime"},
@@ -13,7 +13,7 @@ _EXTRAS = {
 
 
 def find_tools() -> dict[str, str]:
-    """Return the first line of each tool's docstring by its name, without importing any."""
+    """Map each tool's name to the first line of its docstring, without importing any."""
     tools = {}
     for file in sorted(Path(__file__).parent.glob("*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -26,16 +26,16 @@ def run_tool(name: str) -> int | str | None:
     """Run a tool on ``sys.argv[1:]``.
 
     Args:
-        name: Of :func:`find_tools`.
+        name: A key of :func:`find_tools`.
 
     Returns:
-        What the process exits with.
+        The exit status.
     """
-    if name != "doctor":  # which must run where nothing else can be imported
+    if name != "doctor":  # the doctor must run even where nothing else can be imported
         try:
             import_module("rfa_mmdet").register()
         except ImportError as error:
-            if error.__cause__ is None:  # no word about the environment, but a fault of ours
+            if error.__cause__ is None:  # our own bug, not a problem of the environment
                 raise
             print(f"error: {error}", file=sys.stderr)
             return 1

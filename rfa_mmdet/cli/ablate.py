@@ -1,7 +1,7 @@
-"""Train and test methods over several seeds, and report what their differences are worth.
+"""Train and test methods over several seeds, and report whether their differences are significant.
 
-Run it again with the same arguments to resume: finished runs are skipped, interrupted ones continue
-from their last checkpoint. The spec is a config file, see configs/ablation/shapes.py.
+Run it again with the same arguments to resume: finished runs are skipped, interrupted runs resume
+from their last checkpoint. The spec is a config file; see configs/ablation/shapes.py.
 """
 
 import signal
@@ -34,16 +34,17 @@ def parse_args() -> Namespace:
         formatter_class=RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("spec", help="config file that says what to compare")
-    add("--work-dir", help="where to write; default: work_dirs/ablation_<spec name>")
-    add("--jobs", type=int, metavar="N", help="runs at a time, on the GPUs in turn")
+    add("spec", help="config file that defines the study")
+    add("--work-dir", help="output folder; default: work_dirs/ablation_<spec name>")
+    add("--jobs", type=int, metavar="N", help="number of parallel runs, spread over the GPUs")
     add("--slurm-args", nargs="+", default=[], metavar="ARG",
-        help="options for sbatch, without dashes, such as gres=gpu:1 time=8:00:00")  # fmt: skip
+        help="sbatch options without leading dashes, e.g. gres=gpu:1 time=8:00:00")  # fmt: skip
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--list", action="store_true", help="only list the runs and their state")
-    add("--run", type=int, metavar="I", help="only do run I of --list, without a report")
-    add("--report-only", action="store_true", help="only write the report of what is finished")
-    add("--slurm", metavar="PARTITION", help="submit job arrays to Slurm, or write their scripts")
+    add("--list", action="store_true", help="list the runs and their state, then exit")
+    add("--run", type=int, metavar="I", help="execute only run I of --list; write no report")
+    add("--report-only", action="store_true", help="only write the report of the finished runs")
+    add("--slurm", metavar="PARTITION",
+        help="submit job arrays to Slurm; without sbatch, only write the scripts")  # fmt: skip
     args = parser.parse_args()
     if args.jobs is not None and args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: must be at least 1")
@@ -51,7 +52,7 @@ def parse_args() -> Namespace:
 
 
 def main() -> None:
-    """Do what the arguments say."""
+    """Run the command line."""
     args = parse_args()
     with user_errors():
         study = load_study(args.spec, args.work_dir)
@@ -73,11 +74,11 @@ def main() -> None:
 
 
 def run_one(study: Study, number: int) -> None:
-    """Do one run."""
+    """Execute one run."""
     runs = study.runs()
     if not 0 <= number < len(runs):
-        raise ConfigError(f"--run {number}: must be one of 0 to {len(runs) - 1}, see --list")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the process too
+        raise ConfigError(f"--run {number}: must be between 0 and {len(runs) - 1}; see --list")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the child process too
     try:
         execute(study, runs[number])
     except RunFailed as error:
@@ -85,14 +86,14 @@ def run_one(study: Study, number: int) -> None:
 
 
 def run_the_rest(study: Study, jobs: int) -> dict[Run, str]:
-    """Do all that is left, printing what becomes of it; return why runs failed."""
+    """Execute the remaining runs and print their progress; return the errors of failed runs."""
 
     def tell(run: Run, state: str) -> None:
         console.print(
             Text(f"{run}: {printable(state)}"), style="red" if state.startswith("failed") else None
         )
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the processes too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the child processes too
     try:
         return run_all(study, jobs, tell)
     except KeyboardInterrupt:
@@ -101,7 +102,7 @@ def run_the_rest(study: Study, jobs: int) -> dict[Run, str]:
 
 
 def submit_all(study: Study, args: Namespace) -> None:
-    """Hand all that is left to Slurm."""
+    """Submit the remaining runs to Slurm."""
     arguments = [args.spec, "--work-dir", str(study.work_dir)]
     options = [f"--{argument.lstrip('-')}" for argument in args.slurm_args]
     scripts, numbers = submit(study, arguments, args.slurm, args.jobs, options)
@@ -109,16 +110,16 @@ def submit_all(study: Study, args: Namespace) -> None:
         print(f"wrote {printable(script)}")
     if numbers:
         where = printable(study.work_dir)
-        print(f"submitted as {', '.join(numbers)}; the report will be in {where}")
+        print(f"submitted jobs {', '.join(numbers)}; the report will be in {where}")
     else:
         console.print(
-            "there is no sbatch here; submit them in this order, each after the first with"
+            "sbatch not found; submit the scripts in this order, each one after the first with"
         )
-        console.print("  sbatch --dependency=afterany:<job ID of the one before> <script>")
+        console.print("  sbatch --dependency=afterany:<job ID of the previous script> <script>")
 
 
 def print_report(study: Study, summary: pd.DataFrame) -> None:
-    """Print what of the summary fits into a terminal, and where the report is."""
+    """Print the columns that fit into a terminal, and the paths of the report."""
     columns = [column for column in COLUMNS if column.title in SHOWN]
     for stage, rows in summary.groupby("stage", sort=False):
         table = Table(title=Text(printable(f"{stage}: {study.metric}")))

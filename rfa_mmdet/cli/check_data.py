@@ -1,7 +1,7 @@
-"""Look at every image and box that a config would load, and say what is wrong with them.
+"""Check every image and box that a config loads, and report all problems.
 
-Prints a table, and writes the list of all problems and a contact sheet of the worst. The exit code
-is 1 if training or evaluation would fail.
+Prints a table, and writes a list of all problems and a contact sheet of the worst images. The exit
+status is 1 if training or evaluation would fail.
 """
 
 import csv
@@ -34,18 +34,23 @@ def parse_args() -> Namespace:
         __doc__,
         "python tools/check_data.py configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py",
     )
-    parser.add_argument("--splits", nargs="+", choices=SPLITS, help="default: those of the config")
     parser.add_argument(
-        "--out", help="folder for problems.csv and worst.png; default: work_dirs/<config>/data"
+        "--splits", nargs="+", choices=SPLITS, help="splits to check; default: all in the config"
+    )
+    parser.add_argument(
+        "--out",
+        help="folder for problems.csv and worst.png; default: work_dirs/<config name>/data",
     )
     parser.add_argument(
         "--check-data",
         choices=["full", "quick"],
         default="full",
-        help="decode every image, or do what a run does before it starts: read the annotations "
-        "and look at some images (default: %(default)s)",
+        help="full: decode every image; quick: read the annotations and look at a sample of the "
+        "images, as every run does before it starts (default: %(default)s)",
     )
-    parser.add_argument("--threads", type=int, help="images decoded at a time; default: processors")
+    parser.add_argument(
+        "--threads", type=int, help="images to decode in parallel; default: number of CPUs"
+    )
     args = parser.parse_args()
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads {args.threads}: must be at least 1")
@@ -53,7 +58,7 @@ def parse_args() -> Namespace:
 
 
 def print_tables(found: Audit) -> None:
-    """Print problems by kind and split, and boxes by class and split."""
+    """Print the problems by kind and split, and the boxes by class and split."""
     splits = list(found.images)
     table = Table("", *splits, title="images, boxes and problems")
     table.add_row("images", *(f"{found.images[split]:,}" for split in splits))
@@ -76,7 +81,7 @@ def print_tables(found: Audit) -> None:
 
 
 def write_list(found: Audit, path: Path) -> None:
-    """Write all problems as CSV, the worst kinds first."""
+    """Write all problems as CSV, worst kinds first."""
     with (
         written_whole(path) as part,
         part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
@@ -88,7 +93,7 @@ def write_list(found: Audit, path: Path) -> None:
 
 
 def main() -> int:
-    """Look, print and write; return the exit code."""
+    """Check the data, print and write the results; return the exit status."""
     args = parse_args()
     with user_errors():
         cfg = load_config(args.config, args.cfg_options)
@@ -104,15 +109,15 @@ def main() -> int:
         out = Path(args.out or Path("work_dirs", Path(args.config).stem, "data"))
         if found.images:
             print_tables(found)
-        for name in ("problems.csv", "worst.png"):  # of data that may have been fixed since
+        for name in ("problems.csv", "worst.png"):  # an earlier check's, which may be fixed now
             (out / name).unlink(missing_ok=True)
         if found.problems:
             write_list(found, out / "problems.csv")
             print(f"all problems: {printable(out / 'problems.csv')}")
         if save_contact_sheet(found, out / "worst.png"):
-            print(f"the worst:    {printable(out / 'worst.png')}")
+            print(f"worst images: {printable(out / 'worst.png')}")
     for key in found.skipped:
-        print(f"warning: {key}: images not looked at one by one", file=sys.stderr)
+        print(f"warning: {key}: images not checked one by one", file=sys.stderr)
     for warning in problems.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     bad = [p for p in found.problems if p.kind == NOT_DECODABLE and p.path in problems.read]
@@ -123,7 +128,7 @@ def main() -> int:
     for error in problems.errors:
         print(f"error: {error}", file=sys.stderr)
     if problems.errors:
-        print("a run on these data would fail")
+        print("a run on this data would fail")
         return 1
-    print("a run on these data can start" + (", less what is listed" if found.problems else ""))
+    print("OK; the items listed above will be skipped" if found.problems else "OK: a run can start")
     return 0

@@ -1,4 +1,4 @@
-"""What the tools have in common: arguments, the checks before a run, errors."""
+"""Shared by the tools: arguments, the checks before a run, error handling."""
 
 import multiprocessing
 import os
@@ -29,10 +29,10 @@ def config_parser(description: str, example: str) -> ArgumentParser:
 
     Args:
         description (str): What the tool does.
-        example (str): A command that works.
+        example (str): A working command.
 
     Returns:
-        ArgumentParser: To be extended by the tool's own arguments.
+        ArgumentParser: The parser, to which the tool adds its own arguments.
     """
     parser = ArgumentParser(
         description=description,
@@ -46,51 +46,51 @@ def config_parser(description: str, example: str) -> ArgumentParser:
         action=DictAction,
         default={},
         metavar="KEY=VALUE",
-        help='override entries of the config, such as train_cfg.max_epochs=24 or a="[1,2]"',
+        help='override config entries, e.g. train_cfg.max_epochs=24 or a="[1,2]"',
     )
     return parser
 
 
 def run_parser(description: str, example: str) -> ArgumentParser:
-    """Return a parser with the arguments of every run, which are more than those of every tool.
+    """Return a :func:`config_parser` with the additional arguments of training and testing.
 
     Args:
         description (str): What the tool does.
-        example (str): A command that works.
+        example (str): A working command.
 
     Returns:
-        ArgumentParser: To be extended by the tool's own arguments.
+        ArgumentParser: The parser, to which the tool adds its own arguments.
     """
     parser = config_parser(description, example)
-    parser.add_argument("--work-dir", help="where to write; default: work_dirs/<config name>")
+    parser.add_argument("--work-dir", help="output folder; default: work_dirs/<config name>")
     parser.add_argument(
         "--launcher",
         choices=["none", "pytorch", "slurm", "mpi"],
         default="none",
-        help="what started several processes of this tool (default: %(default)s)",
+        help="launcher that started the processes of this run (default: %(default)s)",
     )
     parser.add_argument(
         "--check-data",
         choices=["full", "quick", "off"],
         default="quick",
-        help="look at the annotations and every image, or the annotations and some images of each "
-        "data set, or nothing, before the run (default: %(default)s)",
+        help="check the data before the run; full: annotations and every image; quick: annotations "
+        "and a sample of the images; off: nothing (default: %(default)s)",
     )
     return parser
 
 
 def load_run(args: Namespace, *splits: str) -> Config:
-    """Read the config of a run, and check that it has what one needs.
+    """Read the config of a run, and check that it is complete.
 
     Args:
-        args (Namespace): Of :func:`run_parser`.
-        *splits (str): Of 'train', 'val' and 'test', those that the run reads.
+        args (Namespace): Parsed by :func:`run_parser`.
+        *splits (str): The splits that the run reads: 'train', 'val' or 'test'.
 
     Returns:
-        Config: With the arguments of every run laid over it.
+        Config: The config, with the common arguments of a run applied.
 
     Raises:
-        UserError: The config cannot be read, or lacks something.
+        UserError: The config cannot be read, or is incomplete.
     """
     cfg = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     check_config(cfg)
@@ -102,19 +102,19 @@ def load_run(args: Namespace, *splits: str) -> Config:
 
 
 def prepare_run(cfg: Config, *splits: str, images: str = "quick") -> None:
-    """Check all that can be known before a run, then make the group of its processes.
+    """Check config, weights and data before a run, then create its process group.
 
     Args:
         cfg (Config): From :func:`load_run`.
-        *splits (str): Of 'train', 'val' and 'test', those whose data the run reads.
-        images (str): --check-data: 'full' or 'quick', see
+        *splits (str): The splits that the run reads: 'train', 'val' or 'test'.
+        images (str): Value of --check-data: 'full' or 'quick', see
             :func:`~rfa_mmdet.data.check.check_data`, or 'off'.
 
     Raises:
-        UserError: The config or the data cannot be run, or pretrained weights cannot be had.
+        UserError: The config or the data is invalid, or pretrained weights are unavailable.
     """
     check_config(cfg)
-    if launched_rank(cfg.launcher) == 0:  # one look at the files is enough
+    if launched_rank(cfg.launcher) == 0:  # one rank checks for all
         fetch_all(cfg, "train" in splits)
         if images != "off":
             _print_warnings(check_data(cfg, splits, images))
@@ -130,7 +130,7 @@ def progress(what: str) -> Callable[..., Iterable]:
     """Return a function that wraps an iterable in a progress bar on stderr.
 
     Args:
-        what (str): Label of the bar.
+        what (str): Label of the progress bar.
 
     Example:
         >>> list(progress("counting")([1, 2], total=2))
@@ -143,22 +143,23 @@ def progress(what: str) -> Callable[..., Iterable]:
 def print_left_out(
     number: int, skipped: Mapping[str, str], undrawn: Mapping[str, str] | None = None
 ) -> None:
-    """Say why images were left out, each in a line on stderr, and how many in a last line.
+    """Print the reason for each skipped image on stderr, then a line with their number.
 
     Args:
-        number (int): Of all images.
-        skipped (Mapping[str, str]): What is wrong with those that have no results, by path.
-        undrawn (Mapping[str, str] | None): Why others have no picture. Defaults to None.
+        number (int): Number of all images.
+        skipped (Mapping[str, str]): Path of each image without results -> reason.
+        undrawn (Mapping[str, str] | None): Path of each other image without a picture -> reason.
+            Defaults to None.
 
     Example:
         >>> print_left_out(3, {"a.jpg": "missing"})
         skipped 1 of 3 images
     """
-    for what, images in (("skipped", skipped), ("no picture of", undrawn or {})):
+    for what, images in (("skipped", skipped), ("no picture written for", undrawn or {})):
         for path, reason in images.items():
             print(f"warning: {what} {printable(path)}: {printable(reason)}", file=sys.stderr)
     said = [f"skipped {len(skipped)} of {number} images"] if skipped else []
-    said += [f"no picture of {len(undrawn)} of {number} images"] if undrawn else []
+    said += [f"no picture written for {len(undrawn)} of {number} images"] if undrawn else []
     if said:
         print("; ".join(said))
 
@@ -171,18 +172,18 @@ _OF_A_WRONG_CONFIG = (
 
 @contextmanager
 def user_errors(*errors: type[Exception]) -> Iterator[None]:
-    """End the process with one message, ``error: ...``, and exit code 1 where the user is at fault.
+    """Turn user errors into one ``error: ...`` line and exit status 1.
 
-    Ctrl-C ends it with one word, and the exit code that shells give it, 130.
+    Ctrl-C prints ``interrupted`` and exits with status 130, as shells do.
 
-    RFA_MMDET_TRACEBACK=1 in the environment shows the traceback as well.
+    Set RFA_MMDET_TRACEBACK=1 in the environment to see the traceback as well.
 
     Args:
-        *errors (type[Exception]): What to treat so. Default: what building a run from a config
-            raises for a wrong one, with the place that raised it.
+        *errors (type[Exception]): Exceptions to treat as user errors. Default: those that building
+            a run from a wrong config raises; the message then names the line that raised it.
     """
     errors = errors or _OF_A_WRONG_CONFIG
-    # MMEngine's import of it, which the user cannot fix.
+    # MMEngine imports it; the user cannot fix that.
     warnings.filterwarnings("ignore", "pkg_resources is deprecated as an API", UserWarning)
     shown, sys.excepthook = sys.excepthook, _hide_lost_readers(sys.excepthook)
     try:
@@ -209,11 +210,10 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
 
 
 def _hide_lost_readers(hook: Callable) -> Callable:
-    """Return a hook for uncaught errors: ``hook``, but for a worker whose reader went away.
+    """Wrap an excepthook so that it ignores a data loader worker's lost connection.
 
-    A data loader's worker inherits it. The thread there that hands tensors over fails where Ctrl-C
-    ends the main process in the middle of one, and would print its traceback after that one's last
-    word.
+    Workers inherit the hook. If Ctrl-C ends the main process in the middle of a transfer, the
+    worker's feeder thread fails and would print its traceback after our last message.
     """
 
     def show(kind, error, trace) -> None:
@@ -225,7 +225,7 @@ def _hide_lost_readers(hook: Callable) -> Callable:
 
 
 def _is_interruption(error: BaseException | None) -> bool:
-    """Tell a Ctrl-C, also one that a library's ``except:`` took for an error of its own."""
+    """Return whether this is Ctrl-C, even if a library re-raised it as an error of its own."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True

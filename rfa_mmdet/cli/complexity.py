@@ -1,7 +1,7 @@
-"""Count a config's parameters and GFLOPs, beside the same detector without this package's layers.
+"""Count a config's parameters and GFLOPs, and those of its plain base without our layers.
 
-Or check the counts against those that the RFAConv paper publishes (--table), or print what each
-system adds to a RetinaNet R50-FPN, as markdown (--systems). A multiply-add counts once.
+Alternatively, check the counts against the RFAConv paper (--table), or print what each layer adds
+to RetinaNet R50-FPN as a markdown table (--systems). A multiply-add counts as one operation.
 """
 
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -39,17 +39,25 @@ def parse_args() -> Namespace:
     add(
         "config",
         nargs="?",
-        help="config of a single-stage detector, or Faster, Mask or Cascade R-CNN",
+        help="config of a single-stage detector or of Faster, Mask or Cascade R-CNN",
     )
-    add("--table", action="store_true", help="check the paper's classifiers; 1 where one deviates")
-    add("--systems", action="store_true", help="what each system adds; takes a minute or two")
+    add(
+        "--table",
+        action="store_true",
+        help="check the paper's classifiers; exit status 1 if one deviates",
+    )
+    add(
+        "--systems",
+        action="store_true",
+        help="print what each layer adds; takes a minute or two",
+    )
     add(
         "--image-size",
         nargs=2,
         type=int,
         metavar=("H", "W"),
         default=(800, 1333),
-        help="padded as the config's data_preprocessor does (default: 800 1333)",
+        help="input size; the config's data_preprocessor pads it (default: 800 1333)",
     )
     add(
         "--cfg-options",
@@ -57,18 +65,18 @@ def parse_args() -> Namespace:
         action=DictAction,
         default={},
         metavar="KEY=VALUE",
-        help="override entries of the config",
+        help="override config entries, e.g. model.backbone.depth=18",
     )
     args = parser.parse_args()
     if (args.config is not None) + args.table + args.systems != 1:
-        parser.error("give one of CONFIG, --table and --systems")
+        parser.error("give exactly one of CONFIG, --table and --systems")
     if min(args.image_size) < 1:
         parser.error(f"--image-size {' '.join(map(str, args.image_size))}: must be positive")
     return args
 
 
 def print_config(args: Namespace) -> None:
-    """Print what a config costs, and its plain base."""
+    """Print the cost of a config and of its plain base."""
     cfg = load_config(args.config, args.cfg_options)
     check_config(cfg)
     if cfg.get("model") is None:
@@ -92,18 +100,18 @@ def print_config(args: Namespace) -> None:
     print(f"{args.config}, {args.image_size[0]} x {args.image_size[1]}")
     Console().print(table)
     if not plain:
-        print("No layer of this package stands in the model: there is no plainer base.")
+        print("The model has no layer of this package, so there is no plain base to compare with.")
     _print_uncounted(found)
 
 
 def _print_uncounted(found: Complexity) -> None:
     if found.uncounted:
         ops = ", ".join(f"{op} ({times} times)" for op, times in found.uncounted.items())
-        print(f"Not counted, because MMEngine does not know how: {ops}")
+        print(f"Not counted, because MMEngine has no formula for them: {ops}")
 
 
 def print_table() -> bool:
-    """Print ours beside the published numbers; return whether all agree."""
+    """Print our counts next to the published ones; return whether all agree."""
     table = Table(title="ResNet with the layer in every BasicBlock, ImageNet, 224 x 224")
     table.add_column("depth")
     table.add_column("conv")
@@ -130,7 +138,7 @@ def print_table() -> bool:
 
 
 def print_systems(image_size: tuple[int, int]) -> None:
-    """Print what each system adds to a RetinaNet R50-FPN, as rows of a markdown table."""
+    """Print what each layer adds to RetinaNet R50-FPN, as rows of a markdown table."""
     plain = detector_complexity(get_config(DETECTOR), image_size)
     print("| RetinaNet R50-FPN with | parameters | GFLOPs |\n|---|---:|---:|")
     print(f"| nothing | {plain.parameters:,} | {plain.gflops:.2f} |", flush=True)
@@ -139,7 +147,7 @@ def print_systems(image_size: tuple[int, int]) -> None:
 
 
 def main() -> None:
-    """Do the one thing asked for."""
+    """Run the command line."""
     args = parse_args()
     with user_errors():
         if args.table:

@@ -1,7 +1,7 @@
-"""Give the layers of a published checkpoint our names.
+"""Rename the layers of a published checkpoint to this package's names.
 
-Models of this package read the published names as they are. This writes a file for what does not
-load through them, or to see which layers a file holds.
+Models of this package load published names directly. Use this tool for other consumers of the
+file, or to see which layers a file contains.
 """
 
 import sys
@@ -21,13 +21,15 @@ def parse_args() -> Namespace:
     """Read the command line."""
     parser = ArgumentParser(
         description=__doc__,
-        epilog="published.pth being a file with published names, for example:\n"
+        epilog="for a file published.pth with published names, for example:\n"
         "  python tools/convert_checkpoint.py published.pth converted.pth --overwrite",
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="IN", help="checkpoint with published names: file or URL")
-    parser.add_argument("target", metavar="OUT", help="file to write; its folder is made")
-    parser.add_argument("--overwrite", action="store_true", help="write OUT also if it exists")
+    parser.add_argument(
+        "source", metavar="IN", help="checkpoint with published names, a file or URL"
+    )
+    parser.add_argument("target", metavar="OUT", help="file to write; missing folders are created")
+    parser.add_argument("--overwrite", action="store_true", help="overwrite OUT if it exists")
     return parser.parse_args()
 
 
@@ -43,7 +45,7 @@ def print_table(conversion: Conversion) -> None:
 
 
 def main() -> None:
-    """Convert, and say what was done."""
+    """Run the command line."""
     args = parse_args()
     with user_errors(UserError):
         conversion = convert_checkpoint(args.source, args.target, args.overwrite)
@@ -51,5 +53,5 @@ def main() -> None:
     for warning in conversion.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     renamed = sum(layer.renamed for layer in conversion.layers)
-    print(f"{renamed} keys renamed, {conversion.kept} left as they were")
+    print(f"renamed {renamed} keys, kept {conversion.kept}")
     print(f"wrote: {args.target}")

@@ -1,7 +1,7 @@
-"""Where the processes of a run meet, and their group on machines without CUDA.
+"""Rendezvous of a run's processes, and their process group on machines without CUDA.
 
-MMEngine's launchers call ``torch.cuda.set_device``. Where there is no CUDA, the gloo group has to
-exist before the Runner is made, which then leaves it alone.
+MMEngine's launchers call ``torch.cuda.set_device``. Without CUDA, we create a gloo group before the
+Runner is built, and the Runner then uses that one.
 """
 
 import os
@@ -16,14 +16,14 @@ from torch import distributed as dist
 
 from rfa_mmdet.errors import ConfigError
 
-# launcher -> the variables in which it tells each process its place; the last ones tell its job.
+# launcher -> the variables that give each process its place; the last ones identify the job.
 _PLACES = {
     "pytorch": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    # A batch script, which is no task of Slurm's, has a SLURM_PROCID as well, but no step.
+    # A batch script, which is not a Slurm task, has a SLURM_PROCID too, but no step.
     "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID"),
     "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
 }
-# Below the ports that systems hand out by themselves.
+# Below the ephemeral ports.
 _PORTS = range(20_000, 32_000)
 
 
@@ -45,22 +45,22 @@ def launched_rank(launcher: str) -> int:
     missing = [name for name in _PLACES[launcher] if name not in os.environ]
     if missing:
         raise ConfigError(
-            f"--launcher {launcher}: {', '.join(missing)} not set, so {launcher} has not started "
-            "this process; use tools/dist_train.sh, tools/slurm_train.sh or mpirun"
+            f"--launcher {launcher}: {', '.join(missing)} not set: this process was not started "
+            f"by {launcher}; use tools/dist_train.sh, tools/slurm_train.sh or mpirun"
         )
     return int(os.environ[_PLACES[launcher][0]])
 
 
 def prepare_group(cfg: Config) -> None:
-    """Say where the processes of a run meet; without CUDA, make their group and have it used.
+    """Set the rendezvous of a run's processes and, without CUDA, create their process group.
 
-    Without a launcher, nothing is done.
+    Does nothing without a launcher.
 
     Args:
-        cfg (Config): Of the run; ``cfg.launcher`` is read, ``model_wrapper_cfg`` set.
+        cfg (Config): The run's config; reads ``cfg.launcher``, sets ``cfg.model_wrapper_cfg``.
 
     Raises:
-        ConfigError: The launcher did not start this process, or they cannot meet.
+        ConfigError: The launcher did not start this process, or the rendezvous failed.
     """
     if cfg.launcher == "none":
         return
@@ -69,11 +69,11 @@ def prepare_group(cfg: Config) -> None:
         _set_meeting_place(cfg.launcher, rank)
     if torch.cuda.is_available():
         return
-    # Rank, world size and local rank come first for each.
+    # Rank, world size and local rank come first for every launcher.
     for name, source in zip(_PLACES["pytorch"], _PLACES[cfg.launcher], strict=False):
         os.environ[name] = os.environ[source]
     dist.init_process_group("gloo")
-    # Other than on a GPU, DDP must not be told a device.
+    # Without a GPU, DDP must not get a device.
     wrapper = dict(
         type="MMDistributedDataParallel",
         broadcast_buffers=False,
@@ -84,10 +84,10 @@ def prepare_group(cfg: Config) -> None:
 
 
 def _set_meeting_place(launcher: str, rank: int) -> None:
-    """Set MASTER_ADDR and MASTER_PORT, unless the user has."""
+    """Set MASTER_ADDR and MASTER_PORT unless the user did."""
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _first_host(launcher)
-    # Jobs may share a node: each has a port of its own, which all of its processes know.
+    # Jobs may share a node, so each gets its own port, which all its processes can derive.
     names = dict(slurm=("SLURM_JOB_ID", "SLURM_STEP_ID"), mpi=("PMIX_NAMESPACE",))[launcher]
     job = ".".join(os.environ.get(name, "") for name in names)
     port = os.environ.setdefault("MASTER_PORT", str(_PORTS[zlib.crc32(job.encode()) % len(_PORTS)]))
@@ -96,8 +96,8 @@ def _set_meeting_place(launcher: str, rank: int) -> None:
             socket.create_server(("", int(port))).close()
         except (OSError, OverflowError, ValueError) as error:
             raise ConfigError(
-                f"MASTER_PORT={port}: the processes cannot meet there ({error}); set it to a port "
-                f"that is free on {os.environ['MASTER_ADDR']}"
+                f"MASTER_PORT={port}: cannot listen on this port ({error}); set it to a free port "
+                f"of {os.environ['MASTER_ADDR']}"
             ) from error
 
 
@@ -106,8 +106,8 @@ def _first_host(launcher: str) -> str:
     if launcher == "mpi":
         if os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") != os.environ["OMPI_COMM_WORLD_SIZE"]:
             raise ConfigError(
-                "MASTER_ADDR: not set; on several machines, mpirun needs "
-                "-x MASTER_ADDR=<address of the first one>"
+                "MASTER_ADDR: not set; on several machines, call mpirun with "
+                "-x MASTER_ADDR=<address of the first machine>"
             )
         return "127.0.0.1"
     if os.environ.get("SLURM_STEP_NUM_NODES") == "1":
@@ -116,18 +116,18 @@ def _first_host(launcher: str) -> str:
     name = _scontrol("hostnames", nodes).split()[0]
     try:
         socket.getaddrinfo(name, None)
-    except socket.gaierror:  # a name that only Slurm knows
+    except socket.gaierror:  # only Slurm knows this name
         return re.findall(r"NodeAddr=(\S+)", _scontrol("node", name))[0]
     return name
 
 
 def _scontrol(what: str, name: str) -> str:
-    """Return what Slurm says of some nodes."""
+    """Return the output of ``scontrol show`` for some nodes."""
     command = ["scontrol", "show", what, name]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise ConfigError(
-            f"MASTER_ADDR: not set, and {' '.join(command)} does not tell it ({error}); set it to "
-            "the address of the job's first node"
+            f"MASTER_ADDR: not set, and `{' '.join(command)}` failed ({error}); set it to the "
+            "address of the job's first node"
         ) from error

@@ -1,8 +1,8 @@
-"""Say what is wrong with a Python's packages for detection, and the command that fixes it.
+"""Check this Python environment, and print the command that fixes each problem.
 
-One screen: versions, what is compiled, which backend would be used, the GPU, and each problem.
-The exit code is 0 if training can start, 1 if not. Only the standard library is imported here, and
-every package in a process of its own, so that one that is broken, or even crashes, is a finding.
+Shows versions, compiled operators, the backend in use, the GPU, and every problem found. The exit
+status is 0 if training can start, else 1. The doctor imports only the standard library and tries
+every package in a separate process, so even a package that crashes is only reported.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PACKAGE = Path(__file__).resolve().parents[1]
-ROOT = PACKAGE.parent  # of a checkout
+ROOT = PACKAGE.parent  # the checkout, if there is one
 PYTHONS = ((3, 10), (3, 12))
-# Distribution -> versions that work together: from (inclusive), to (exclusive).
+# Distribution -> versions that work together: first (inclusive), last (exclusive).
 WANTED = {
     "torch": ((2, 1), (3,)),
     "mmengine": ((0, 10), (0, 11)),
@@ -35,16 +35,16 @@ WANTED = {
 }
 OPENMMLAB = ("mmcv", "mmdet", "mmengine")
 FORKS = {"mmcv": "onedl-mmcv", "mmdet": "onedl-mmdetection", "mmengine": "onedl-mmengine"}
-# What training imports, then what only some tools do.
+# Needed for training, then by some tools only.
 LIBRARIES = ("numpy", "cv2", "pycocotools", "matplotlib", "scipy", "shapely", "rich")
 FOR_TOOLS = ("pandas", "jinja2")
-DISTRIBUTIONS = {"cv2": "opencv-python"}  # where pip has another name than Python
-# Where torch keeps weights that it has downloaded.
+DISTRIBUTIONS = {"cv2": "opencv-python"}  # modules with another name on PyPI
+# torch's cache of downloaded weights.
 HOME = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch")
 CACHE = Path(os.environ.get("TORCH_HOME", HOME), "hub", "checkpoints").expanduser()
-SECONDS = 300  # for one import: a cold disk may need a minute
+SECONDS = 300  # time limit of one import: a cold disk may take a minute
 
-# What is tried with each package once it is imported; `facts` is handed back.
+# Code to try with each package after importing it; `facts` is returned.
 PROBES = {
     "torch": """
 facts.update(cuda=torch.version.cuda, gpus=[])
@@ -53,7 +53,7 @@ if torch.cuda.is_available():
 import numpy
 torch.from_numpy(numpy.zeros(1))
 """,
-    # Every run logs what collect_env finds.
+    # Every run logs the result of collect_env.
     "mmengine": """
 import mmengine.runner
 from mmengine.utils.dl_utils import collect_env
@@ -64,7 +64,7 @@ import torch, mmcv.ops
 facts.update(cuda=mmcv.ops.get_compiling_cuda_version())
 mmcv.ops.nms(torch.tensor([[0.0, 0.0, 9.0, 9.0]]), torch.ones(1), 0.5)
 """,
-    # MMEngine finds the bases of configs by pkg_resources.
+    # MMEngine finds base configs through pkg_resources.
     "mmdet": """
 import mmdet.models
 from mmengine.hub import get_config
@@ -76,13 +76,14 @@ from mmdet.registry import MODELS
 MODELS.get("RFAResNet")
 from rfa_mmdet.ops.receptive_field.backends import missing
 cpu, triton = missing("cpu"), missing("triton")
-names = f"{'plain torch' if triton else 'triton'} on a GPU, {'plain torch' if cpu else 'cpu'} else"
+gpu, cpu_name = "plain torch" if triton else "triton", "plain torch" if cpu else "cpu"
+names = f"{gpu} on a GPU, {cpu_name} otherwise"
 facts.update(backend=names, slow=cpu)
 """,
     **dict.fromkeys((*LIBRARIES, *FOR_TOOLS), ""),
     "pycocotools": "import pycocotools.mask",
 }
-# The current folder is left out of the path, as it is for `python tools/train.py`.
+# The current folder is not on the path, as for `python tools/train.py`.
 FRAME = """
 import json, sys, warnings
 sys.path[:] = [entry for entry in sys.path if entry]
@@ -104,7 +105,7 @@ PIP_CHECK = re.compile(r"(?m)^((\S+) \S+ requires (\S+), which is not installed)
 
 
 class Problem(NamedTuple):
-    """What is wrong, the command that fixes it, and whether training cannot start before."""
+    """A problem, the command that fixes it, and whether it keeps training from starting."""
 
     text: str
     fix: str
@@ -112,7 +113,7 @@ class Problem(NamedTuple):
 
 
 def output(*command: str) -> str:
-    """Return what a command prints, or nothing where there is no such command."""
+    """Return the output of a command, or an empty string if it does not exist."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS).stdout
     except (OSError, subprocess.TimeoutExpired):
@@ -120,61 +121,61 @@ def output(*command: str) -> str:
 
 
 def probe(name: str) -> dict[str, Any]:
-    """Try a package in a process of its own; return its facts, with an 'error' if it failed."""
+    """Try a package in a separate process; return its facts, with an 'error' if it failed."""
     command = [sys.executable, "-c", FRAME.format(name=name, code=PROBES[name])]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=SECONDS
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"not done after {SECONDS} s"}
+        return {"error": f"timed out after {SECONDS} s"}
     try:
         facts = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):  # it was killed, or ended itself
+    except (IndexError, ValueError):  # killed, or exited by itself
         status = done.returncode
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         return {"error": f"the process died ({how})"}
     if "error" in facts:
-        # torch only warns of it, and continues without NumPy.
+        # torch only warns about it and continues without NumPy.
         facts["clash"] = bool(NUMPY_CLASH.search(facts["error"] + done.stderr))
         facts["error"] = " ".join(facts["error"].split())[:150]
     return facts
 
 
 def examine() -> dict[str, dict[str, Any]]:
-    """Return the facts of all probes by name."""
+    """Run all probes; return their facts by name."""
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         try:
             asked = {name: pool.submit(probe, name) for name in PROBES}
             return {name: future.result() for name, future in asked.items()}
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)  # those that have not begun
+            pool.shutdown(wait=False, cancel_futures=True)  # those not yet started
             raise
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version, such as (2, 13, 0) of '2.13.0+cpu'."""
+    """Return the leading numbers of a version, e.g. (2, 13, 0) for '2.13.0+cpu'."""
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
 def read_pins(folder: Path, name: str) -> str:
-    """Return the pins of a stack, those of the files that it includes among them."""
+    """Return the pins of a stack, including those of the files it refers to with -r."""
     text = (folder / f"{name}.txt").read_text(encoding="utf-8")
     return re.sub(r"(?m)^-r (\w+)\.txt$", lambda line: read_pins(folder, line[1]), text)
 
 
 def canonical(name: str | None) -> str:
-    """Return the form of a distribution's name that pip compares."""
+    """Return the normalised form of a distribution's name, as pip compares it."""
     return re.sub(r"[-_.]+", "-", name or "").lower()
 
 
 class Doctor:
-    """Looks at the environment of this Python."""
+    """Examines the environment of this Python."""
 
     def __init__(self) -> None:
         self.facts = examine()
         found = [(canonical(d.metadata["Name"]), d.version) for d in metadata.distributions()]
-        self.installed = dict(reversed(found))  # of two of a name, the first on the path is used
+        self.installed = dict(reversed(found))  # if a name occurs twice, the first on the path wins
         owners = metadata.packages_distributions()
         self.owners = {m: sorted({*map(canonical, owners.get(m, ()))}) for m in OPENMMLAB}
         self.gpus = re.findall(r"(?m)^GPU \d+: (.*?)(?: \(UUID.*)?$", output("nvidia-smi", "-L"))
@@ -185,7 +186,7 @@ class Doctor:
         here = os.path.relpath(os.path.abspath(sys.executable), ROOT)
         venv = re.match(r"\.venv(?:-(prebuilt|onedl))?/", here)
         self.stack = venv[1] or "current" if venv else self.find_stack()
-        # The command that repairs an environment of the set-up's making.
+        # The command that repairs an environment made by setup_env.py.
         self.repair = f"{self.setup} --stack {self.stack} --force" if self.setup and venv else ""
         folders = (PACKAGE / ".mim" / "requirements", ROOT / "requirements")
         text = read_pins(next(filter(Path.exists, folders)), self.stack)
@@ -195,20 +196,20 @@ class Doctor:
         self.names = DISTRIBUTIONS | (FORKS if self.stack == "onedl" else {})
 
     def is_fork(self, module: str) -> bool:
-        """Tell whether the forks' package is installed under a module's name."""
+        """Return whether the module is installed from its onedl-* fork."""
         return FORKS[module] in self.owners[module]
 
     def find_stack(self) -> str:
-        """Return the stack of the project's that is nearest to what is installed."""
+        """Return the project's stack that is closest to the installed packages."""
         sure = [name for name in OPENMMLAB if len(self.owners[name]) == 1]
         if sure and self.is_fork(sure[0]):
             return "onedl"
         torch = numbers(self.version("torch")) or (3,)
-        # torch 2.3 is the first that can be had for numpy 2, and 2.2 for Python 3.12.
+        # torch 2.3 is the first release for numpy 2, and 2.2 the first for Python 3.12.
         return "prebuilt" if torch < (2, 3) and sys.version_info < (3, 12) else "current"
 
     def tested_stack(self) -> str:
-        """Return the stack that this is, or '' for none of the project's."""
+        """Return the name of the tested stack that is installed, or ''."""
         for name in WANTED:
             pin = self.pins[self.names.get(name, name)]
             if numbers(self.version(name))[:2] != numbers(pin)[:2]:
@@ -216,45 +217,45 @@ class Doctor:
         return self.stack
 
     def error(self, name: str) -> str:
-        """Return what a probe failed with."""
+        """Return the error of a probe, or ''."""
         return self.facts[name].get("error", "")
 
     def version(self, module: str) -> str:
-        """Return the version of what is imported under a name, or else of what is installed."""
+        """Return a module's version: the imported one, or else the installed one."""
         found = self.facts[module].get("version")
         return found or self.installed.get(DISTRIBUTIONS.get(module, module), "")
 
     # --- commands
 
     def install(self, *modules: str, options: str = "") -> str:
-        """Return the command that installs tested versions."""
+        """Return the command that installs the tested versions."""
         names = [self.names.get(module, module) for module in modules]
         pins = [f"{name}=={self.pins[name]}" if name in self.pins else name for name in names]
         return " ".join([f"{self.pip} install", *filter(None, [options]), *pins])
 
     def uninstall_others(self, module: str) -> str:
-        """Return the beginning of a command that replaces what other distributions installed."""
+        """Return a command prefix that uninstalls other distributions of the module."""
         owners = self.owners.get(module, [])
         others = {*owners} - {self.names.get(module, module)}
         return f"{self.pip} uninstall -y {' '.join(owners)} && " if others else ""
 
     def reinstall(self, module: str) -> str:
-        """Return the command that puts the tested version in place of whatever is there."""
+        """Return the command that replaces a module with its tested version."""
         install = self.install(module, options="--force-reinstall --no-deps")
         return self.uninstall_others(module) + install
 
     def build_mmcv(self, cuda: bool = False) -> str:
-        """Return the command that gives this Python an mmcv with operators."""
+        """Return the command that installs mmcv with compiled operators."""
         name, first = self.names.get("mmcv", "mmcv"), self.uninstall_others("mmcv")
         force = "FORCE_CUDA=1 " if cuda else ""
         if self.repair:
             return f"{first}{force}{self.repair}"
         tools = self.install("setuptools", "wheel", "ninja", "psutil")
         options = "--force-reinstall --no-deps"
-        # Without --no-cache-dir pip would take the mmcv that it built before.
+        # Without --no-cache-dir, pip would reuse the mmcv that it built before.
         build = f"--no-build-isolation --no-cache-dir {options} --no-binary {name}"
         build = f"{force}MMCV_WITH_OPS=1 {self.install('mmcv', options=build)}"
-        if self.stack == "prebuilt":  # OpenMMLab's own build, where its index can be reached
+        if self.stack == "prebuilt":  # OpenMMLab's own wheel, if its index is reachable
             mim = f"{self.python} -m mim install {options} --only-binary mmcv"
             tools = self.install("openmim", "setuptools", "wheel", "ninja", "psutil")
             return f"{first}{tools} && {{ {mim} mmcv=={self.pins['mmcv']} || {build}; }}"
@@ -266,7 +267,7 @@ class Doctor:
         return self.repair or f"{self.pip} install --no-deps {source}"
 
     def new_environment(self) -> str:
-        """Return the command that makes an environment in which everything fits."""
+        """Return the command that creates an environment with matching packages."""
         if not self.setup:
             return f"{self.install('torch', 'mmengine', 'mmdet')} && {self.build_mmcv()}"
         return self.repair or f"make -C {shlex.quote(str(ROOT))} env STACK={self.stack}"
@@ -274,7 +275,7 @@ class Doctor:
     # --- checks
 
     def problems(self) -> list[Problem]:
-        """Return everything that is wrong, what keeps training from starting first."""
+        """Return all problems, the fatal ones first."""
         checks = (
             *(self.check_python, self.check_owners, self.check_copies, self.check_missing),
             *(self.check_versions, self.check_failures, self.check_speed, self.check_requirements),
@@ -285,48 +286,48 @@ class Doctor:
         return sorted(found, key=lambda problem: not problem.fatal)
 
     def check_python(self) -> Iterator[Problem]:
-        """Python itself, and pkg_resources of setuptools."""
+        """Check Python itself, and setuptools for pkg_resources."""
         here = sys.version_info[:2]
         broken = any(self.error(name) for name in PROBES if name not in FOR_TOOLS)
         if here < PYTHONS[0] or (here > PYTHONS[1] and broken):
             word = "old" if here < PYTHONS[0] else "new"
-            text = f"Python {here[0]}.{here[1]} is too {word}: the packages need 3.10 to 3.12"
+            text = f"Python {here[0]}.{here[1]} is too {word}: 3.10 to 3.12 are supported"
             make = f"{self.setup} --venv .venv-3.12 --python python3.12"
             yield Problem(text, make if self.setup else "python3.12 -m venv .venv-3.12")
         for error in filter(re.compile("pkg_resources").search, map(self.error, OPENMMLAB)):
             version = self.installed.get("setuptools", "(not installed)")
-            text = f"setuptools {version} lacks a part that is used: {error}"
+            text = f"setuptools {version} has no pkg_resources, which MMEngine imports: {error}"
             yield Problem(text, self.install("setuptools"))
             return
 
     def check_owners(self) -> Iterator[Problem]:
-        """Two distributions of one module, such as an onedl-* fork beside the original."""
+        """Find modules with two distributions, such as an onedl-* fork and the original."""
         for module, names in self.owners.items():
             if len(names) > 1:
-                listed = " beside ".join(f"{name} {self.installed[name]}" for name in names)
+                listed = " and ".join(f"{name} {self.installed[name]}" for name in names)
                 yield Problem(
-                    f"{listed}: both write files into the same folder, so that what is imported "
-                    f"as {module} is a mixture",
+                    f"{listed} are both installed: they share the folder {module}, whose files "
+                    "are now a mixture of both",
                     self.build_mmcv() if module == "mmcv" else self.reinstall(module),
                     "mmcv-lite" not in names or bool(self.error("mmcv")),
                 )
 
     def check_copies(self) -> Iterator[Problem]:
-        """More than one mmdet, mmcv or mmengine."""
+        """Find more than one mmdet, mmcv or mmengine on the path."""
         variable = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         for name in OPENMMLAB:
             specs = (find_spec(name), *(PathFinder.find_spec(name, [e]) for e in sys.path[1:]))
             found = (os.path.realpath(os.path.dirname(s.origin)) for s in specs if s and s.origin)
             used, *hidden = dict.fromkeys(found) or [""]
             if hidden:
-                text = f"{1 + len(hidden)} {name}s are on the path; {used} is used and hides "
-                fix = f"{self.pip} uninstall -y {self.names.get(name, name)}   # until none is left"
+                text = f"{1 + len(hidden)} copies of {name} on the path; {used} is used and hides "
+                fix = f"{self.pip} uninstall -y {self.names.get(name, name)}   # until all are gone"
                 if os.path.dirname(used) in map(os.path.realpath, filter(None, variable)):
                     fix = "unset PYTHONPATH"
                 yield Problem(text + ", ".join(hidden), fix, False)
 
     def check_missing(self) -> Iterator[Problem]:
-        """What cannot be found at all."""
+        """Find packages that are not installed."""
         needed = [name for name in ("torch", *OPENMMLAB, *LIBRARIES) if not find_spec(name)]
         if "torch" in needed or len(needed) > 3:
             yield Problem(f"not installed: {', '.join(needed)}", self.new_environment())
@@ -336,18 +337,18 @@ class Doctor:
         if "mmcv" in needed:
             yield Problem("not installed: mmcv", self.build_mmcv())
         if names := [name for name in FOR_TOOLS if not find_spec(name)]:
-            text = f"not installed: {', '.join(names)}, which some tools need"
+            text = f"not installed: {', '.join(names)}, needed by some tools"
             yield Problem(text, self.install(*names), False)
         if not find_spec("rfa_mmdet"):
             yield Problem("not installed: rfa_mmdet, this checkout", self.build_kernels())
 
     def check_versions(self) -> Iterator[Problem]:
-        """Versions that do not go together; the forks have numbers of their own."""
-        mixed = any(len(names) > 1 for names in self.owners.values())  # told above
+        """Find versions that do not work together; the forks have their own version numbers."""
+        mixed = any(len(names) > 1 for names in self.owners.values())  # already reported
         if not mixed and re.search("MMCV==.*incompatible", self.error("mmdet")):
             same = self.is_fork("mmcv") == self.is_fork("mmdet")
-            text = f"mmcv {self.version('mmcv')} with mmdet {self.version('mmdet')}, which refuses "
-            text += f"it: {self.error('mmdet')}"
+            text = f"mmdet {self.version('mmdet')} does not support mmcv {self.version('mmcv')}"
+            text += f": {self.error('mmdet')}"
             yield Problem(text, self.build_mmcv() if same else self.reinstall("mmdet"))
             return
         for name, (low, high) in WANTED.items():
@@ -356,66 +357,65 @@ class Doctor:
             fork = name in FORKS and self.is_fork(name)
             if not (version and broken) or fork or low <= numbers(version) < high:
                 continue
-            text = f"{name} {version}: supported is {'.'.join(map(str, low))} or later"
-            text += f", below {'.'.join(map(str, high))}"
+            text = f"{name} {version} is not supported: needs >={'.'.join(map(str, low))}"
+            text += f",<{'.'.join(map(str, high))}"
             fix = self.build_mmcv() if name == "mmcv" else self.reinstall(name)
             if name == "torch":
                 fix = f"{self.install('torch')} && {self.build_mmcv()}"
             yield Problem(text, fix)
 
     def check_failures(self) -> Iterator[Problem]:
-        """What does not work for a reason that is known."""
+        """Find failures whose cause is known."""
         numpy = self.version("numpy")
         for name in ("torch", *LIBRARIES, *FOR_TOOLS):
             if not self.facts[name].get("clash"):
                 continue
             package = f"{self.names.get(name, name)} {self.version(name)}"
-            text = f"{package} was compiled for another numpy than {numpy}: {self.error(name)}"
+            text = f"{package} was not compiled for numpy {numpy}: {self.error(name)}"
             right = numbers(numpy)[:1] == numbers(self.pins["numpy"])[:1]
             fix = self.reinstall(name) if right else self.install("numpy")
             yield Problem(text, fix, name not in FOR_TOOLS)
         if self.error("torch") or not self.facts["mmcv"].get("version"):
-            return  # without them there is nothing to say of mmcv's operators
+            return  # mmcv's operators cannot work without them
         broken = self.error("mmcv")
         if "'mmcv._ext'" in broken:
             have = f"{next(iter(self.owners['mmcv']), 'mmcv')} {self.version('mmcv')}"
             text = f"{have} has no compiled operators, which every detector needs"
             yield Problem(text, self.build_mmcv())
         elif re.search(r"undefined symbol|\.so", broken):
-            text = f"mmcv's operators were compiled for another torch than {self.version('torch')}"
+            text = f"mmcv's operators were not compiled for torch {self.version('torch')}"
             yield Problem(f"{text}: {broken}", self.build_mmcv())
 
     def check_speed(self) -> Iterator[Problem]:
-        """What would be slow: kernels that are not built, a GPU that would not be used."""
+        """Find what makes training slow: missing kernels, an unused GPU."""
         torch, slow = self.facts["torch"], self.facts["rfa_mmdet"].get("slow")
         if slow:
-            text = "the receptive-field convolutions run in plain torch on the CPU, slower than by "
-            text += "kernels"
-            yield Problem(f"{text}: {slow}", self.build_kernels(), False)
+            text = "no C++ kernels: receptive-field convolutions on the CPU use plain torch, which "
+            yield Problem(f"{text}is slower: {slow}", self.build_kernels(), False)
         if "version" not in torch:
             return
         have = f"torch {torch['version']}"
         if torch["gpus"]:
             if self.facts["mmcv"].get("cuda") == "not available":
-                text = "mmcv's operators were compiled for the CPU only, but torch would train on "
+                text = "mmcv's operators were compiled for the CPU only, but torch uses "
                 yield Problem(text + torch["gpus"][0], self.build_mmcv(cuda=True))
         elif not self.gpus:
             return
         elif torch["cuda"] is None:
-            text = f"{have} is a CPU build, so {self.gpus[0]} stays unused"
+            text = f"{have} is a CPU build, so {self.gpus[0]} is not used"
             first = f"{self.pip} uninstall -y torch && {self.install('torch')}"
             yield Problem(text, f"{first} && {self.build_mmcv()}", False)
         elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
             text = f"CUDA_VISIBLE_DEVICES hides {self.gpus[0]}"
             yield Problem(text, "unset CUDA_VISIBLE_DEVICES", False)
         else:
-            text = f"{have} (CUDA {torch['cuda']}) cannot use {self.gpus[0]}; most often the "
-            text += "driver is older than that CUDA"
-            fix = "nvidia-smi   # shows the latest CUDA that the driver serves; update the driver"
+            text = f"{have} (CUDA {torch['cuda']}) cannot use {self.gpus[0]}; most likely the "
+            text += "driver is too old for that CUDA version"
+            fix = "nvidia-smi   # shows the latest CUDA version of the driver; update the driver"
             yield Problem(text, fix, False)
 
     def check_requirements(self) -> Iterator[Problem]:
-        """What pip finds missing for the packages that count here."""
+        """Find requirements of the relevant packages that pip reports as missing."""
         ours = {"rfa-mmdet", "torch", *(n for names in self.owners.values() for n in names)}
         told = {DISTRIBUTIONS.get(name, name) for name in (*LIBRARIES, *FOR_TOOLS)}
         report = PIP_CHECK.findall(output(sys.executable, "-m", "pip", "check"))
@@ -427,7 +427,7 @@ class Doctor:
             yield Problem("; ".join(found), fix, broken)
 
     def check_rest(self) -> Iterator[Problem]:
-        """Name the first package that fails for a reason not known above."""
+        """Report the first package that fails for an unknown reason."""
         for name in PROBES:
             error = self.error(name)
             if not error or not find_spec(name):
@@ -436,17 +436,17 @@ class Doctor:
             if re.search(r"libGL|libgthread|libglib", error):
                 fix = "apt install libgl1 libglib2.0-0"
             if name == "rfa_mmdet":
-                fix = f"{self.python} -c 'import rfa_mmdet'   # shows where"
+                fix = f"{self.python} -c 'import rfa_mmdet'   # shows the traceback"
             yield Problem(f"{name} does not work: {error}", fix, name not in FOR_TOOLS)
             return
 
     # --- the screen
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
-        """Yield (name, version, remark)."""
+        """Yield the rows of the table: (name, version, remark)."""
         tested = self.tested_stack()
         remark = ", ".join(f"{name} {self.pins[self.names.get(name, name)]}" for name in WANTED)
-        yield "stack", tested or "-", remark if tested else "none of the tested ones"
+        yield "stack", tested or "-", remark if tested else "not a tested combination"
         yield "python", ".".join(map(str, sys.version_info[:3])), self.python
         torch, ours = self.facts["torch"], self.facts["rfa_mmdet"]
         cuda = self.facts["mmcv"].get("cuda")
@@ -471,12 +471,12 @@ class Doctor:
             yield "nvcc", env["NVCC"], ""
         yield "GPU", ", ".join(torch.get("gpus") or self.gpus) or "none", ""
         found = ", ".join(sorted(file.name[:-13] for file in CACHE.glob(f"resnet*-{8 * '?'}.pth")))
-        more = "" if found else ", where the first training from torchvision:// downloads them"
+        more = "" if found else " (downloaded on first use of torchvision:// weights)"
         yield "weights", found or "none", f"{CACHE}{more}"
 
 
 def report(doctor: Doctor) -> int:
-    """Print the screen; return the exit code."""
+    """Print the table and the problems; return the exit status."""
     rows = list(doctor.rows())
     widths = [max(len(row[i]) for row in rows if len(row[i]) < 30) for i in (0, 1)]
     for name, version, remark in rows:
@@ -493,7 +493,7 @@ def report(doctor: Doctor) -> int:
 
 
 def main() -> int:
-    """Run the command line; return the exit code."""
+    """Run the command line; return the exit status."""
     argparse.ArgumentParser(
         description=__doc__,
         epilog="example:\n  python tools/doctor.py",

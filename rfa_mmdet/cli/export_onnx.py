@@ -1,9 +1,9 @@
-"""Export a detector's backbone, neck and head as ONNX, and compare it with ONNX Runtime.
+"""Export a detector's backbone, neck and head to ONNX, and verify them with ONNX Runtime.
 
-The graph maps normalised, padded images of any batch, height and width to the heads' raw outputs.
-Of Faster, Mask and Cascade R-CNN there are more: the box head on pooled regions is .roi.onnx, or
-.roi_0.onnx, .roi_1.onnx, ... for the stages of a cascade, and the mask head .mask.onnx. The files
-appear only if the detections on images are the same through MMDetection's own post-processing.
+The graph maps normalised, padded images of any batch size, height and width to the raw outputs of
+the heads. Faster, Mask and Cascade R-CNN get additional files for the heads on pooled regions:
+.roi.onnx (.roi_0.onnx, .roi_1.onnx, ... for the stages of a cascade) and .mask.onnx. The files are
+written only if MMDetection's post-processing gives the same detections on the compared images.
 """
 
 import sys
@@ -36,15 +36,16 @@ def parse_args() -> Namespace:
     )
     add = parser.add_argument
     add("checkpoint", help="checkpoint file or URL")
-    add("--out", help="file to write; default: the checkpoint's name in work_dirs/<config name>")
+    add("--out", help="file to write; default: work_dirs/<config name>/<checkpoint name>.onnx")
     add(
         "--images",
         nargs="+",
         metavar="INPUT",
-        help="images, folders or patterns to compare on; default: of the config's test data",
+        help="images, folders or patterns to compare on; default: the config's test data",
     )
-    add("--number", type=int, default=8, metavar="N", help="compare on so many (%(default)s)")
-    add("--opset", type=int, default=17, help="ONNX operator set (%(default)s)")
+    add("--number", type=int, default=8, metavar="N",
+        help="number of images to compare on (default: %(default)s)")  # fmt: skip
+    add("--opset", type=int, default=17, help="ONNX operator set (default: %(default)s)")
     args = parser.parse_args()
     if args.number < 1:
         parser.error(f"--number {args.number}: must be at least 1")
@@ -52,21 +53,21 @@ def parse_args() -> Namespace:
 
 
 def images_to_compare(cfg: Config, args: Namespace) -> list[str]:
-    """Return the images of the command line, or those of the test data."""
+    """Return the images from the command line, or else those of the test data."""
     if args.images:
         return find_images(args.images)[: args.number]
     paths = dataset_images(cfg, "test", args.number)
     if not paths:
         raise ConfigError(
-            f"config={args.config!r}: its test data cannot be read here; name images to compare "
-            "on by --images"
+            f"config={args.config!r}: cannot read its test data; pass images to compare on with "
+            "--images"
         )
     return paths
 
 
 def print_table(found: Comparison) -> None:
-    """Print how far ONNX Runtime is from PyTorch."""
-    table = Table("compared", "largest difference", title="ONNX Runtime beside PyTorch")
+    """Print how far ONNX Runtime deviates from PyTorch."""
+    table = Table("compared", "largest difference", title="ONNX Runtime against PyTorch")
     for name, difference in found.raw.items():
         table.add_row(f"outputs on {name}", f"{difference:.2g} of the largest value")
     what = f"{found.detections:,} detections on {found.images} images"
@@ -79,7 +80,7 @@ def print_table(found: Comparison) -> None:
 
 
 def main() -> None:
-    """Export, compare, and say how far apart they are."""
+    """Run the command line."""
     args = parse_args()
     name = f"{Path(args.checkpoint).stem}.onnx"
     out = Path(args.out or Path("work_dirs", Path(args.config).stem, name))
@@ -98,13 +99,13 @@ def main() -> None:
     print_table(found)
     if not found.detections:
         print(
-            "warning: no detection on these images, so that only raw outputs were compared; see "
-            "--images",
+            "warning: no detections on these images, so only raw outputs were compared; pass other "
+            "images with --images",
             file=sys.stderr,
         )
     for path, damage in found.skipped.items():
         print(f"warning: skipped {printable(path)}: {printable(damage)}", file=sys.stderr)
     if found.skipped:
         print(f"skipped {len(found.skipped)} of {len(paths)} images")
-    for file, holds in files:
-        print(f"wrote: {printable(file)} ({holds})")
+    for file, content in files:
+        print(f"wrote: {printable(file)} ({content})")

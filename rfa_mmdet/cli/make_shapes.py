@@ -1,4 +1,4 @@
-"""Draw a small data set of shapes, as COCO and as VOC."""
+"""Draw a small dataset of shapes, in COCO and VOC format."""
 
 import json
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -25,18 +25,46 @@ def parse_args() -> Namespace:
         "  python tools/make_shapes.py data/shapes --train 960 --val 120 --size 160 --seed 0",
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("root", help="folder to write; made if it is missing")
+    parser.add_argument("root", help="output folder; created if missing")
     add = parser.add_argument
-    add("--train", type=int, default=960, metavar="N", help="training images (%(default)s)")
-    add("--val", type=int, default=120, metavar="N", help="validation images (%(default)s)")
-    add("--size", type=int, default=160, help="side of an image in pixels (%(default)s)")
-    add("--seed", type=int, default=0, help="same seed, same images (%(default)s)")
-    add("--max-objects", type=int, default=8, metavar="N", help="in one image (%(default)s)")
+    add(
+        "--train",
+        type=int,
+        default=960,
+        metavar="N",
+        help="number of training images (default: %(default)s)",
+    )
+    add(
+        "--val",
+        type=int,
+        default=120,
+        metavar="N",
+        help="number of validation images (default: %(default)s)",
+    )
+    add(
+        "--size",
+        type=int,
+        default=160,
+        help="image width and height in pixels (default: %(default)s)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="random seed; the same seed gives the same images (default: %(default)s)",
+    )
+    add(
+        "--max-objects",
+        type=int,
+        default=8,
+        metavar="N",
+        help="largest number of objects in one image (default: %(default)s)",
+    )
     return parser.parse_args()
 
 
 def print_table(summary: ShapesSummary) -> None:
-    """Print how many boxes there are of each class and size."""
+    """Print the number of boxes of each class and size."""
     print(f"{'split':<7}{'images':>7}  {'class':<10}{'boxes':>6}", end="")
     print("".join(f"{size:>8}" for size in SIZE_LIMITS))
     for split, classes in summary.boxes.items():
@@ -48,7 +76,7 @@ def print_table(summary: ShapesSummary) -> None:
 
 
 def write_contact_sheet(root: Path, rows: int = 4, columns: int = 4) -> Path:
-    """Write the first training images, with their boxes, as one picture."""
+    """Write the first training images, with their boxes, into one picture."""
     coco = json.loads((root / "annotations" / "train.json").read_text())
     sheet = np.full((rows * CELL, columns * CELL, 3), 255, np.uint8)
     for cell, info in enumerate(coco["images"][: rows * columns]):
@@ -80,7 +108,7 @@ def draw_box(picture: np.ndarray, annotation: dict, scale: float) -> None:
 
 
 def main() -> None:
-    """Draw the set, or find it drawn, and say what it holds."""
+    """Run the command line."""
     args = parse_args()
     with user_errors(UserError):
         summary = make_shapes(

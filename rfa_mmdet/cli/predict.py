@@ -1,6 +1,6 @@
-"""Detect on images: annotated pictures, and all detections as COCO-format JSON.
+"""Run a detector on images; write annotated pictures and all detections as COCO-format JSON.
 
-An image that fails costs no other its results; the last line counts those left out.
+Images that fail are skipped and do not affect the others; the last line counts them.
 """
 
 from argparse import Namespace
@@ -31,21 +31,21 @@ def parse_args() -> Namespace:
     )
     add = parser.add_argument
     add("checkpoint", help="checkpoint file or URL")
-    add("inputs", nargs="+", metavar="INPUT", help="image, folder, or pattern in quotes")
-    add("--out", help="folder to write; default: work_dirs/<config name>/predictions")
-    add("--score", type=float, default=0.3, help="draw detections from here on (%(default)s)")
-    add("--batch-size", type=int, default=1, metavar="N", help="images at a time (%(default)s)")
-    add("--device", help="such as cpu or cuda:1; default: a GPU where there is one")
+    add("inputs", nargs="+", metavar="INPUT", help="image, folder or quoted glob pattern")
+    add("--out", help="output folder; default: work_dirs/<config name>/predictions")
+    add("--score", type=float, default=0.3, help="lowest score to draw (default: %(default)s)")
+    add("--batch-size", type=int, default=1, metavar="N", help="batch size (default: %(default)s)")
+    add("--device", help="device, e.g. cpu or cuda:1; default: the GPU if there is one")
     args = parser.parse_args()
     if args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: must be at least 1")
     if not 0 <= args.score <= 1:
-        parser.error(f"--score {args.score}: must be from 0 to 1")
+        parser.error(f"--score {args.score}: must be between 0 and 1")
     return args
 
 
 def print_table(found: Predictions, score: float) -> None:
-    """Print how much was found of each class."""
+    """Print the number of detections of each class."""
     table = Table("class", title=f"detections on {len(found.coco['images']):,} images")
     table.add_column("all", justify="right")
     table.add_column(f"score >= {score:g}", justify="right")
@@ -62,7 +62,7 @@ def print_table(found: Predictions, score: float) -> None:
 
 
 def main() -> None:
-    """Detect, write, and say what was found."""
+    """Run the command line."""
     args = parse_args()
     out = Path(args.out or Path("work_dirs", Path(args.config).stem, "predictions"))
     with user_errors():
@@ -82,5 +82,5 @@ def main() -> None:
     print(f"pictures:   {printable(out / 'pictures')}")
     print(f"detections: {printable(out / 'predictions.json')}")
     if found.not_finite:
-        print(f"left out {found.not_finite:,} detections whose box or score is no number")
+        print(f"dropped {found.not_finite:,} detections with a NaN or infinite box or score")
     print_left_out(len(paths), found.skipped, found.undrawn)

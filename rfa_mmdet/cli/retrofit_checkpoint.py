@@ -1,7 +1,7 @@
-"""Write a warm-started checkpoint of a retrofitted detector, from one of the plain detector.
+"""Convert a plain detector's checkpoint into a warm-started one of the retrofitted detector.
 
-Both detectors are run on an image and have to agree before anything is written. Without this tool,
-``load_from`` of the plain checkpoint starts a training in the same way.
+Runs both detectors on an image and writes the file only if they agree. To start a training, this
+tool is not needed: ``load_from`` with the plain checkpoint does the same.
 """
 
 import sys
@@ -27,7 +27,7 @@ def parse_args() -> Namespace:
     """Read the command line."""
     parser = ArgumentParser(
         description=__doc__,
-        epilog="example, once the plain detector is trained as README.md says:\n"
+        epilog="example, after training the plain detector as in README.md:\n"
         "  python tools/retrofit_checkpoint.py "
         "configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py work_dirs/demo_plain/epoch_6.pth "
         "work_dirs/warm.pth",
@@ -35,39 +35,39 @@ def parse_args() -> Namespace:
     )
     parser.add_argument("config", help="config of the retrofitted detector")
     parser.add_argument("source", metavar="PLAIN", help="checkpoint of the plain detector")
-    parser.add_argument("target", metavar="OUT", help="file to write; its folder is made")
+    parser.add_argument("target", metavar="OUT", help="file to write; missing folders are created")
     parser.add_argument("--image", help="image to compare on (default: noise)")
     parser.add_argument(
         "--tolerance",
         type=float,
         default=1e-3,
-        help="largest relative difference of raw outputs to accept (default: %(default)s)",
+        help="largest accepted relative difference of the raw outputs (default: %(default)s)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="write OUT also if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="overwrite OUT if it exists")
     return parser.parse_args()
 
 
 def read_image(path: str) -> torch.Tensor:
-    """Read an image as (3, H, W), no larger than needed to compare."""
+    """Read an image as (3, H, W), scaled down to what the comparison needs."""
     try:
         image = mmcv.imread(path) if Path(path).is_file() else None
     except OSError as error:
         raise UserError(f"--image {path}: {error}") from error
     if image is None:
-        raise UserError(f"--image {path}: no image that can be read")
+        raise UserError(f"--image {path}: cannot be read as an image")
     image = mmcv.imrescale(image, (LONGEST_SIDE, LONGEST_SIDE))
     return torch.from_numpy(image.transpose(2, 0, 1).copy())
 
 
 def main() -> None:
-    """Write the checkpoint, and print how equal the two detectors are."""
+    """Run the command line."""
     args = parse_args()
     with user_errors():
         cfg = load_config(args.config)
         check_config(cfg)
         plain = plain_base(cfg)
         if plain is None:
-            raise ConfigError("the config has no layers of this package: there is nothing to start")
+            raise ConfigError(f"config={args.config!r}: has no layer of this package to warm-start")
         image = None if args.image is None else read_image(args.image)
         found = retrofit_checkpoint(
             plain, cfg, args.source, args.target, image, args.tolerance, args.overwrite
@@ -78,8 +78,8 @@ def main() -> None:
     Console().print(table)
     if found.plugins:
         print(
-            f"warning: {len(found.plugins)} plug-ins, such as {found.plugins[0]}, are not the "
-            "identity: they change what is computed until they are trained",
+            f"warning: {len(found.plugins)} plug-ins (e.g. {found.plugins[0]}) do not start as the "
+            "identity, so they change the outputs until they are trained",
             file=sys.stderr,
         )
     print(f"wrote: {args.target}")

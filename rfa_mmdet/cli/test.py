@@ -1,4 +1,4 @@
-"""Evaluate a detector."""
+"""Evaluate a detector on the config's test data."""
 
 import os
 from pathlib import Path
@@ -18,10 +18,10 @@ from rfa_mmdet.layers.warm_start.start import WarmStartError
 
 
 class DumpWhole(DumpDetResults):
-    """MMDetection's dump of predictions, as a file that appears only when it is complete."""
+    """MMDetection's dump of predictions, written atomically."""
 
     def compute_metrics(self, results: list) -> dict:
-        """Write what all ranks have predicted."""
+        """Write the predictions of all ranks."""
         with written_whole(self.out_file_path) as part:
             dump(results, str(part))
         print_log(f"predictions: {self.out_file_path}", logger="current")
@@ -31,54 +31,54 @@ class DumpWhole(DumpDetResults):
 def parse_args():
     """Read the command line."""
     parser = run_parser(
-        "Evaluate a checkpoint with the config's test metrics.",
+        "Evaluate a checkpoint with the config's test data and metrics.",
         "python tools/test.py configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py "
         "work_dirs/demo/epoch_6.pth --show-dir work_dirs/demo/pictures",
     )
     parser.add_argument("checkpoint", help="checkpoint file or URL")
-    parser.add_argument("--show-dir", help="write pictures: ground truth beside detections")
-    parser.add_argument("--out", help="write the predictions, as a .pkl file")
+    parser.add_argument("--show-dir", help="folder for pictures of ground truth next to detections")
+    parser.add_argument("--out", help="write the predictions to this .pkl file")
     parser.add_argument(
         "--tta",
         action="store_true",
-        help="test-time augmentation, by tta_model and tta_pipeline of the config",
+        help="use test-time augmentation: the config's tta_model and tta_pipeline",
     )
     return parser.parse_args()
 
 
 def apply_args(cfg: Config, args) -> None:
-    """Lay test's own arguments over the config."""
+    """Apply this tool's own arguments to the config."""
     if "://" not in args.checkpoint and not Path(args.checkpoint).is_file():
         raise ConfigError(f"checkpoint={args.checkpoint!r}: no such file")
     cfg.load_from = args.checkpoint
     if args.out is not None:
         if Path(args.out).suffix not in (".pkl", ".pickle"):
-            raise ConfigError(f"--out {args.out}: the file's name must end in .pkl or .pickle")
+            raise ConfigError(f"--out {args.out}: must end in .pkl or .pickle")
         folder = Path(args.out).resolve().parent
-        try:  # now, not after the evaluation
+        try:  # fail now rather than after the evaluation
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--out {args.out}: {folder}: {error.strerror}") from error
         if Path(args.out).is_dir() or not os.access(folder, os.W_OK):
-            raise ConfigError(f"--out {args.out}: is a folder, or in one that cannot be written")
+            raise ConfigError(f"--out {args.out}: is a folder, or its folder is not writable")
     missing = [key for key in ("tta_model", "tta_pipeline") if key not in cfg]
     if args.tta and missing:
         raise ConfigError(
-            f"--tta: the config has no {' and no '.join(missing)}; mmdet's "
-            "configs/retinanet/retinanet_tta.py is an example to put into _base_"
+            f"--tta: the config has no {' and no '.join(missing)}; for example, add mmdet's "
+            "configs/retinanet/retinanet_tta.py to _base_"
         )
     if args.show_dir is not None:
         check_folder(args.show_dir, "--show-dir")
 
 
 def augment(cfg: Config) -> None:
-    """Put the detector, and the images, into test-time augmentation."""
+    """Wrap the detector and the test pipeline in test-time augmentation."""
 
     def replace(dataset: dict) -> None:
         inner = [dataset["dataset"]] if "dataset" in dataset else dataset.get("datasets", [])
         if not inner:
             dataset["pipeline"] = cfg.tta_pipeline
-        elif "pipeline" in dataset:  # of images that are whole already
+        elif "pipeline" in dataset:  # the inner pipeline already gives complete images
             dataset["pipeline"] = []
         for one in inner:
             replace(one)
@@ -88,7 +88,7 @@ def augment(cfg: Config) -> None:
 
 
 def main() -> None:
-    """Check everything that can be known, then evaluate."""
+    """Check everything up front, then evaluate."""
     args = parse_args()
     setup_cache_size_limit_of_dynamo()
     with user_errors():

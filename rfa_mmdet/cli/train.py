@@ -17,7 +17,7 @@ from rfa_mmdet.layers.warm_start.start import WarmStartError
 def parse_args():
     """Read the command line."""
     parser = run_parser(
-        "Train a detector; progress, ETA and memory are logged, checkpoints kept in the work dir.",
+        "Train a detector. Logs and checkpoints go to the work dir.",
         "python tools/train.py configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py --tensorboard",
     )
     parser.add_argument(
@@ -25,28 +25,28 @@ def parse_args():
         nargs="?",
         const="auto",
         metavar="PATH|auto",
-        help="resume from a checkpoint; auto (also without a value): the latest in the work dir",
+        help="resume from a checkpoint; auto, or no value: from the latest one in the work dir",
     )
-    parser.add_argument("--amp", action="store_true", help="automatic mixed precision")
+    parser.add_argument("--amp", action="store_true", help="use automatic mixed precision")
     parser.add_argument(
         "--auto-scale-lr",
         action="store_true",
-        help="scale the learning rate by batch size over the config's auto_scale_lr",
+        help="scale the learning rate by batch size / auto_scale_lr.base_batch_size",
     )
     parser.add_argument(
         "--tensorboard",
         action="store_true",
-        help="also log for TensorBoard: tensorboard --logdir <work dir>",
+        help="also write TensorBoard logs; view them with tensorboard --logdir <work dir>",
     )
     return parser.parse_args()
 
 
 def add_tensorboard(cfg: Config) -> None:
-    """Have the visualizer write what is logged for TensorBoard as well."""
+    """Add TensorBoard to the visualizer's backends."""
     if find_spec("tensorboard") is None:
         raise ConfigError("--tensorboard: tensorboard is not installed: pip install tensorboard")
     if cfg.get("visualizer") is None:
-        # With its scope, as pure-Python configs have no default one.
+        # With its scope, because pure-Python configs have no default scope.
         cfg.visualizer = dict(type="mmdet.DetLocalVisualizer", name="visualizer")
     backends = cfg.visualizer.get("vis_backends") or [dict(type="LocalVisBackend")]
     if not any(type_name(backend["type"]) == "TensorboardVisBackend" for backend in backends):
@@ -54,22 +54,22 @@ def add_tensorboard(cfg: Config) -> None:
 
 
 def keep_best(cfg: Config) -> None:
-    """Keep the best checkpoint, by the first metric, unless the config says what to do about it."""
+    """Keep the best checkpoint by the first metric, unless the config sets ``save_best``."""
     if cfg.get("val_evaluator") is None:
         return
     hooks = cfg.setdefault("default_hooks", {})
     hook = hooks.setdefault("checkpoint", dict(type="CheckpointHook", interval=1))
     known = hook is not None and type_name(hook.get("type", "CheckpointHook")) == "CheckpointHook"
     if known and "save_best" not in hook:
-        # Of some, such as LVIS's bbox_AP, MMEngine does not know that more is better.
+        # For some metrics, e.g. LVIS's bbox_AP, MMEngine does not know that more is better.
         hook.update(save_best="auto", rule="greater")
 
 
 def check_last_checkpoint(work_dir: str) -> None:
-    """Refuse to resume from a file that is not there, before MMEngine fails over it.
+    """Raise an error if ``last_checkpoint`` names a missing file, before MMEngine fails on it.
 
-    MMEngine writes that name straight into its file, which a kill may have left empty, and removes
-    checkpoints beyond ``max_keep_ckpts`` before it has written the next one.
+    MMEngine does not write ``last_checkpoint`` atomically, so a kill may leave it empty. It also
+    removes checkpoints beyond ``max_keep_ckpts`` before it writes the next one.
     """
     path = Path(work_dir, "last_checkpoint")
     name = path.read_text().strip() if path.is_file() else None
@@ -77,29 +77,32 @@ def check_last_checkpoint(work_dir: str) -> None:
         return
     found = ", ".join(sorted(p.name for p in Path(work_dir).glob("[!.]*.pth"))) or "no checkpoint"
     raise ConfigError(
-        f"--resume auto: {path} names {name!r}, which is no checkpoint; name another by "
-        f"--resume PATH; in {work_dir}: {found}"
+        f"--resume auto: {path} names {name!r}, which does not exist; pass another checkpoint with "
+        f"--resume PATH (in {work_dir}: {found})"
     )
 
 
 def apply_args(cfg: Config, args) -> None:
-    """Lay train's own arguments over the config."""
+    """Apply this tool's own arguments to the config."""
     if type_name(cfg.get("runner_type") or "Runner") != "Runner":
         raise ConfigError(
-            f"runner_type={cfg.runner_type!r}: this tool trains with MMEngine's Runner; leave it "
-            "out, or use MMDetection's own tools/train.py"
+            f"runner_type={cfg.runner_type!r}: this tool only supports MMEngine's Runner; remove "
+            "runner_type, or use MMDetection's own tools/train.py"
         )
     if args.amp:
         kind = type_name(cfg.optim_wrapper.get("type", "OptimWrapper"))
         if kind not in ("OptimWrapper", "AmpOptimWrapper"):
-            raise ConfigError(f"--amp: cannot replace optim_wrapper.type={kind!r}")
+            raise ConfigError(
+                f"--amp: optim_wrapper.type={kind!r} is not supported; must be OptimWrapper or "
+                "AmpOptimWrapper"
+            )
         cfg.optim_wrapper.type = "AmpOptimWrapper"
         cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
     if args.auto_scale_lr:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
             raise ConfigError(
-                "--auto-scale-lr: the config does not say for which batch size its learning rate "
-                "is meant; add auto_scale_lr = dict(base_batch_size=16)"
+                "--auto-scale-lr: the config has no auto_scale_lr.base_batch_size, the batch size "
+                "that its learning rate is for; add e.g. auto_scale_lr = dict(base_batch_size=16)"
             )
         cfg.auto_scale_lr.enable = True
     if args.resume is not None:
@@ -115,13 +118,13 @@ def apply_args(cfg: Config, args) -> None:
 
 
 def build_run(cfg: Config) -> Runner:
-    """Build all that a training is made of, in the Runner's own order, before it begins."""
+    """Build everything a training needs, in the Runner's own order, before it starts."""
     runner = Runner.from_cfg(cfg)
     runner.register_hook(StartHook())
     _ = runner.train_loop
     runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
-    runner.auto_scale_lr = None  # it is scaled
+    runner.auto_scale_lr = None  # already scaled
     if runner.param_schedulers is not None:
         runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
     _ = runner.val_loop
@@ -129,7 +132,7 @@ def build_run(cfg: Config) -> Runner:
 
 
 def main() -> None:
-    """Check everything that can be known, then train."""
+    """Check everything up front, then train."""
     args = parse_args()
     setup_cache_size_limit_of_dynamo()
     with user_errors():

@@ -1,8 +1,8 @@
-"""Convert VisDrone2019-DET's text files to COCO's JSON, for configs/_base_/datasets/visdrone.py.
+"""Convert VisDrone2019-DET annotations to COCO JSON, for configs/_base_/datasets/visdrone.py.
 
-Ignored regions, other objects (category 11) and objects of score 0 become iscrowd annotations:
-nothing is learnt from them, and detections there do not count as false. --ignored drop leaves them
-out.
+Ignored regions, other objects (category 11) and objects with score 0 become iscrowd annotations:
+training ignores them, and detections there do not count as false positives. --ignored drop removes
+them.
 """
 
 import sys
@@ -27,14 +27,14 @@ def parse_args() -> Namespace:
         formatter_class=RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("root", help="folder that holds VisDrone2019-DET-train and the like, as unpacked")
-    add("--splits", nargs="+", choices=SPLITS, help="default: those that are there")
-    add("--ignored", choices=IGNORED, default="crowd", help="see above (%(default)s)")
+    add("root", help="folder with the unpacked VisDrone2019-DET-train, -val and -test-dev")
+    add("--splits", nargs="+", choices=SPLITS, help="splits to convert; default: all in ROOT")
+    add("--ignored", choices=IGNORED, default="crowd", help="see above (default: %(default)s)")
     return parser.parse_args()
 
 
 def print_table(summaries: dict[str, Summary]) -> None:
-    """Print what was converted."""
+    """Print what was converted, by split."""
     table = Table("", *summaries, title="VisDrone2019-DET")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -44,21 +44,23 @@ def print_table(summaries: dict[str, Summary]) -> None:
         table.add_row(name, *(f"{one.boxes[name]:,}" for one in every))
     table.add_section()
     table.add_row("boxes of all classes", *(f"{sum(one.boxes.values()):,}" for one in every))
-    table.add_row("lines to be ignored", *(f"{one.ignored:,}" for one in every))
-    table.add_row("boxes cut at the edge", *(f"{one.clipped:,}" for one in every))
-    table.add_row("boxes without extent, dropped", *(f"{one.dropped:,}" for one in every))
+    table.add_row("ignored annotations", *(f"{one.ignored:,}" for one in every))
+    table.add_row("boxes clipped to the image", *(f"{one.clipped:,}" for one in every))
+    table.add_row("empty boxes dropped", *(f"{one.dropped:,}" for one in every))
     table.add_row("images skipped", *(f"{len(one.skipped):,}" for one in every))
     console.print(table)
 
 
 def main() -> None:
-    """Convert, and say what is in the files."""
+    """Run the command line."""
     args = parse_args()
     summaries = {}
     with user_errors(UserError):
         there = [s for s in SPLITS if Path(args.root, f"VisDrone2019-DET-{s}").is_dir()]
         if not there and not args.splits:
-            raise UserError(f"{args.root}: holds no folder VisDrone2019-DET-train, -val, -test-dev")
+            raise UserError(
+                f"{args.root}: no folder VisDrone2019-DET-train, -val or -test-dev found"
+            )
         for split in args.splits or there:
             summaries[split] = convert(
                 args.root,

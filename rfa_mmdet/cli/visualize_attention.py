@@ -1,7 +1,8 @@
-"""Show what each attention layer looks at, as heat maps over images, one PNG an image.
+"""Draw what each attention layer attends to, as heat maps over images, one PNG per image.
 
-Of RFAConv: where it prefers some positions of its window ('focus', 0 to 1). Of the others: how
-much they let through ('weight'). With --compare, the detections of two models side by side.
+For RFAConv, the heat ('focus', 0 to 1) shows where it prefers some positions of its window; for the
+others ('weight'), how much of the features passes. --compare also draws the detections of two
+models side by side.
 """
 
 from argparse import Namespace
@@ -22,7 +23,7 @@ from rfa_mmdet.inference.picture_names import picture_names
 from rfa_mmdet.inference.predict import first_line
 from rfa_mmdet.texts import printable
 
-WIDTH = 320  # pixels that a picture of detections has at least
+WIDTH = 320  # smallest width of a picture of detections, in pixels
 
 
 def parse_args() -> Namespace:
@@ -34,15 +35,15 @@ def parse_args() -> Namespace:
     )
     add = parser.add_argument
     add("checkpoint", help="checkpoint file or URL")
-    add("images", nargs="+", metavar="IMAGE", help="image, folder, or pattern in quotes")
-    add("--layers", default="", metavar="PATTERN", help="regular expression; default: all layers")
-    add("--compare", nargs=2, metavar=("CONFIG", "CHECKPOINT"), help="another model")
-    add("--out", help="folder to write; default: work_dirs/<config name>/attention")
-    add("--score", type=float, default=0.3, help="draw detections from here on (%(default)s)")
-    add("--device", help="such as cpu or cuda:1; default: a GPU where there is one")
+    add("images", nargs="+", metavar="IMAGE", help="image, folder or quoted glob pattern")
+    add("--layers", default="", metavar="REGEX", help="names of layers to draw; default: all")
+    add("--compare", nargs=2, metavar=("CONFIG", "CHECKPOINT"), help="model to compare with")
+    add("--out", help="output folder; default: work_dirs/<config name>/attention")
+    add("--score", type=float, default=0.3, help="lowest score to draw (default: %(default)s)")
+    add("--device", help="device, e.g. cpu or cuda:1; default: the GPU if there is one")
     args = parser.parse_args()
     if not 0 <= args.score <= 1:
-        parser.error(f"--score {args.score}: must be from 0 to 1")
+        parser.error(f"--score {args.score}: must be between 0 and 1")
     return args
 
 
@@ -54,7 +55,7 @@ def load(config: str, checkpoint: str, device: str | None, options: dict) -> Det
     if isinstance(detector.model, BaseTTAModel):
         raise ConfigError(
             f"config={config!r}: model.type={type(detector.model).__name__!r} runs the detector "
-            "several times an image; name the config without test-time augmentation"
+            "several times per image; use a config without test-time augmentation"
         )
     return detector
 
@@ -66,7 +67,7 @@ def show(
     heats_out: Path,
     detections_out: Path,
 ) -> None:
-    """Write the pictures of one image, as each detector's pipeline has loaded it."""
+    """Write the pictures of one image, as loaded by each detector's pipeline."""
     first = next(iter(detectors))
     rgb = images[first].picture[..., ::-1]
     heats, (sample,) = heat_maps(
@@ -74,7 +75,7 @@ def show(
     )
     if not heats:
         raise ConfigError(
-            f"--layers {args.layers!r}: none of these layers sees the whole image, only regions"
+            f"--layers {args.layers!r}: these layers only see regions, none sees the whole image"
         )
     padded = sample.metainfo.get("batch_input_shape", sample.img_shape)
     seen = tuple(a / b for a, b in zip(sample.img_shape, padded, strict=True))
@@ -93,14 +94,16 @@ def show(
 
 
 def main() -> None:
-    """Show every image that can be read."""
+    """Run the command line."""
     args = parse_args()
     folder = Path(args.out or Path("work_dirs", Path(args.config).stem, "attention"))
     with user_errors():
         paths = find_images(args.images, without=folder)
         names = [Path(args.config).stem]
         detectors = {names[0]: load(args.config, args.checkpoint, args.device, args.cfg_options)}
-        attention_layers(next(iter(detectors.values())).model, args.layers)  # before any image
+        attention_layers(
+            next(iter(detectors.values())).model, args.layers
+        )  # fail before reading images
         if args.compare:
             other = Path(args.compare[0]).stem
             if other in names:
@@ -109,11 +112,11 @@ def main() -> None:
             detectors[other] = load(config, checkpoint, args.device, {})
         pictures = picture_names(paths, ".png", "_detections.png")
         skipped: dict[str, str] = {}
-        for path in progress("looking")(paths):
+        for path in progress("drawing")(paths):
             try:
                 images = {name: detector.load(path) for name, detector in detectors.items()}
                 show(args, detectors, images, *(folder / name for name in pictures[path]))
-            except ConfigError:  # whatever the image
+            except ConfigError:  # does not depend on the image
                 raise
             except Exception as error:  # a model may fail in any way on an odd image
                 skipped[path] = first_line(error)

@@ -1,7 +1,7 @@
-"""Every assignment to another package's module at run time.
+"""All runtime patches of other packages.
 
 :data:`PATCHES` lists what is replaced, why, and for which versions. ``import rfa_mmdet`` applies
-the patches that every run needs. An environment variable switches single ones off or on::
+the patches that every run needs. An environment variable turns single patches off or on::
 
     RFA_MMDET_COMPAT=-whole_files python tools/train.py CONFIG    # off
     RFA_MMDET_COMPAT=flop_counts python get_flops.py CONFIG       # on

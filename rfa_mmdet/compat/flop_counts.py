@@ -1,4 +1,4 @@
-"""FLOP counts of the operators in this package's layers that MMEngine's analyzers do not know."""
+"""FLOP counts of operators in this package's layers that MMEngine's analyzers do not support."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from mmengine.analysis.jit_handles import elementwise_flop_counter
 
 
 def _mean(inputs: list[Any], outputs: list[Any]) -> int:
-    """Count a mean: one an input element, as MMEngine's adaptive pooling; over channels nothing."""
-    # Traced as mean(x, [dim, ...], keepdim, dtype); without a list it goes over everything.
+    """Count one per input element, as MMEngine's adaptive pooling; nothing for a channel mean."""
+    # Traced as mean(x, [dim, ...], keepdim, dtype); without a list, over all dimensions.
     dims = [dim.toIValue() for dim in inputs[1].node().inputs()]
     rank = len(inputs[0].type().sizes())
     if 1 in [dim % rank for dim in dims]:
@@ -16,7 +16,7 @@ def _mean(inputs: list[Any], outputs: list[Any]) -> int:
     return elementwise_flop_counter(1, 0)(inputs, outputs)
 
 
-# The rule of the published numbers. None: counts as nothing, which MMEngine says of ReLU and max.
+# Chosen to match the published numbers. None counts as nothing, as for ReLU and max in MMEngine.
 OP_COUNTS = {
     "aten::mean": _mean,
     "aten::avg_pool2d": elementwise_flop_counter(0, 1),
@@ -33,9 +33,7 @@ OP_COUNTS = {
 
 
 def apply() -> None:
-    """Add the counts to the defaults of MMEngine's analyzers.
-
-    Handles that are already set for these operators stay.
+    """Add the counts to the defaults of MMEngine's analyzers, keeping existing handles.
 
     Example:
         >>> from mmengine.analysis import get_model_complexity_info
@@ -45,9 +43,9 @@ def apply() -> None:
         >>> get_model_complexity_info(layer, (64, 7, 9), show_table=False, show_arch=False)["flops"]
         4224
     """
-    # Private tables: get_model_complexity_info, which MMDetection's tool calls, creates its
-    # analyzers itself, so the public set_op_handle is out of reach. It also counts activations, of
-    # convolutions and matrix products only, and warns about every other operator.
+    # The tables are private, but get_model_complexity_info, which MMDetection's tool calls, creates
+    # its own analyzers, out of reach of the public set_op_handle. It also counts activations, only
+    # of convolutions and matrix products, and warns about every other operator.
     for op, handle in OP_COUNTS.items():
         complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.setdefault(op, handle)
     for op in (*OP_COUNTS, "aten::batch_norm", "aten::group_norm"):

@@ -1,4 +1,4 @@
-"""What a checkpoint holds is data for MMEngine, and nothing that it runs, trusts or removes."""
+"""Make MMEngine treat the content of checkpoints as data that it does not run or trust."""
 
 from functools import cache, wraps
 
@@ -18,8 +18,8 @@ def _with_config(init_model):
     def wrapped(self, cfg, weights, *args, **kwargs):
         if not cfg:
             raise ConfigError(
-                f"{type(self).__name__}(weights={weights!r}): without a config, MMEngine executes "
-                "the text that the checkpoint holds for one; name the file that the run wrote to "
+                f"{type(self).__name__}(weights={weights!r}): without a config, MMEngine would "
+                "execute the config text in the checkpoint; pass the config that the run wrote to "
                 "its work dir, model='CONFIG.py'"
             )
         return init_model(self, cfg, weights, *args, **kwargs)
@@ -29,11 +29,11 @@ def _with_config(init_model):
 
 @cache  # wrap once
 def apply() -> None:
-    """Wrap MMEngine's loader, and ``torch.load``, which acts differently only inside of that.
+    """Wrap MMEngine's loader, and ``torch.load``, which only changes its behaviour inside it.
 
-    Every registered loader, including those registered later, is called by
-    ``CheckpointLoader.load_checkpoint``, and calls ``torch.load``, some of them by ``torch.hub``.
-    Then wrap who takes more from a checkpoint than weights.
+    ``CheckpointLoader.load_checkpoint`` calls every registered loader, including those registered
+    later, and these call ``torch.load``, some through ``torch.hub``. Also wrap everything that
+    takes more than weights from a checkpoint.
 
     Example:
         >>> apply()
@@ -41,11 +41,11 @@ def apply() -> None:
     """
     original = CheckpointLoader.load_checkpoint.__func__
     CheckpointLoader.load_checkpoint = classmethod(load_safely(original))
-    # under both of its names, so that pickle, which looks for the second, still finds the first
+    # Under both names, so that torch.load can still be pickled, by the second.
     torch.load = torch.serialization.load = safe_while_loading(torch.load)
     if hasattr(checkpoint, "_safe_torch_load"):
-        # OneDL's puts getattr and more on torch's list of safe names, which is the whole process's,
-        # while it loads; a load in another thread would believe that the user had done so.
+        # While loading, OneDL's version adds getattr and more to torch's process-wide list of safe
+        # names, which a load in another thread would take for the user's.
         checkpoint._safe_torch_load = lambda file, map_location=None, **_: torch.load(
             file, map_location=map_location
         )

@@ -13,12 +13,12 @@ class Patch(NamedTuple):
     """One replacement in another package.
 
     Attributes:
-        name (str): For :data:`VARIABLE` and :func:`apply`.
-        target (str): What is replaced.
+        name (str): Name in :data:`VARIABLE` and :func:`apply`.
+        target (str): The replaced function or class.
         reason (str): What goes wrong without the patch.
         versions (str): Versions that need it.
         apply (Callable): Applies the patch in this process; calling it twice is harmless.
-        on_import (bool): Whether ``import rfa_mmdet`` applies it. If not, only on request.
+        on_import (bool): Whether ``import rfa_mmdet`` applies it, rather than only on request.
     """
 
     name: str
@@ -33,42 +33,41 @@ class Patch(NamedTuple):
 PATCHES = (
     Patch(
         "safe_loading",
-        "mmengine.runner.checkpoint.CheckpointLoader.load_checkpoint, and torch.load inside of "
-        "it; resume of Runner and FlexibleRunner, CheckpointHook.before_train, "
+        "mmengine.runner.checkpoint.CheckpointLoader.load_checkpoint, and torch.load inside it; "
+        "resume of Runner and FlexibleRunner, CheckpointHook.before_train, "
         "BaseInferencer._init_model; OneDL's _safe_torch_load",
         "torch 2.6 and later refuse MMEngine's training checkpoints, so --resume fails; older "
-        "torch runs any code that a checkpoint contains. A resume executes the text in "
-        "meta['config'], takes over what does not fit the run, and removes the file that the "
-        "checkpoint calls its best; an inferencer without a config executes the text in cfg. The "
-        "tools read checkpoints by MMEngine's loader too, and so need the patch, or another safe "
-        "load there",
+        "versions run any code that a checkpoint contains. Resuming executes the text in "
+        "meta['config'], accepts state that does not fit the run, and removes the file that the "
+        "checkpoint names as the best; an inferencer without a config executes the text in cfg. "
+        "The tools use MMEngine's loader too, so they need the patch or another safe loader",
         "mmengine 0.10, on any torch",
         safe_loading.apply,
         on_import=True,
     ),
     Patch(
         "whole_files",
-        "the backend 'local' of mmengine.fileio",
-        "a run killed while saving leaves a truncated checkpoint; on import, since any trainer "
-        "can be killed",
+        "backend 'local' of mmengine.fileio",
+        "a run killed while saving leaves a truncated checkpoint; on import, because this affects "
+        "every trainer",
         "mmengine 0.10",
         whole_files.apply,
         on_import=True,
     ),
     Patch(
         "torchvision_weights",
-        "MMEngine's loader of torchvision://",
-        "a ResNet-50 of MMDetection starts from torchvision://resnet50, for which MMEngine imports "
-        "torchvision, a package that nothing else needs; nor does it check the hash of the file",
+        "MMEngine's loader for torchvision://",
+        "MMDetection's ResNet-50 starts from torchvision://resnet50, for which MMEngine imports "
+        "the package torchvision, which nothing else needs; it also does not check the file's hash",
         "mmengine 0.10",
         torchvision_weights.apply,
         on_import=True,
     ),
     Patch(
         "flop_counts",
-        "the default tables of mmengine.analysis.complexity_analysis",
-        "MMDetection's get_flops.py cannot count the operators of attention; on request, since our "
-        "own tool uses MMEngine's public API instead",
+        "default tables of mmengine.analysis.complexity_analysis",
+        "MMDetection's get_flops.py cannot count the operators of attention layers; on request, "
+        "because our own tool uses MMEngine's public API instead",
         "mmengine 0.10",
         flop_counts.apply,
         on_import=False,
@@ -77,31 +76,31 @@ PATCHES = (
 
 
 def apply(name: str) -> None:
-    """Apply one patch in this process, whatever the environment says.
+    """Apply one patch in this process, regardless of the environment variable.
 
     Args:
-        name (str): Of :data:`PATCHES`.
+        name (str): Name of a patch in :data:`PATCHES`.
 
     Raises:
-        UserError: There is no such patch.
+        UserError: The name is unknown.
 
     Example:
         >>> apply("flop_count")
         Traceback (most recent call last):
-        rfa_mmdet.errors.UserError: 'flop_count': no such patch; there are safe_loading, ...
+        rfa_mmdet.errors.UserError: 'flop_count': no such patch; choose from safe_loading, ...
     """
     _named(name).apply()
 
 
 def apply_on_import(choice: str) -> None:
-    """Apply the default patches, plus or minus those that the user names.
+    """Apply the default patches, plus or minus those that the user chooses.
 
     Args:
-        choice (str): Comma-separated names: 'flop_counts' adds a patch, '-whole_files' leaves one
-            out. '': the defaults.
+        choice (str): Comma-separated names: 'flop_counts' adds a patch, '-whole_files' removes one.
+            '' applies the defaults.
 
     Raises:
-        UserError: There is no such patch.
+        UserError: A name is unknown.
 
     Example:
         >>> apply_on_import("-no_such")
@@ -124,4 +123,4 @@ def _named(name: str) -> Patch:
         if patch.name == name:
             return patch
     names = ", ".join(patch.name for patch in PATCHES)
-    raise UserError(f"{name!r}: no such patch; there are {names}")
+    raise UserError(f"{name!r}: no such patch; choose from {names}")

@@ -1,4 +1,4 @@
-"""``torchvision://`` in configs, without the package torchvision."""
+"""Support ``torchvision://`` in configs without the package torchvision."""
 
 from mmengine.runner.checkpoint import CheckpointLoader
 
@@ -6,7 +6,7 @@ from rfa_mmdet.checkpoints.pretrained import TORCHVISION, load_from_torchvision
 
 
 def apply() -> None:
-    """Register a loader in the place of MMEngine's.
+    """Replace MMEngine's loader.
 
     Example:
         >>> apply()

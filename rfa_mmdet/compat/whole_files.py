@@ -1,7 +1,7 @@
-"""Checkpoints, and whatever else MMEngine writes to disk, complete or not at all.
+"""Write MMEngine's checkpoints and other files atomically.
 
-MMEngine's own backend opens a checkpoint under its final name and then writes it: a run that is
-killed meanwhile leaves half a file there, and where it overwrites one, not even the one before.
+MMEngine's own backend writes directly to the final name: a run killed meanwhile leaves a truncated
+file, and destroys the one it overwrites.
 """
 
 import os
@@ -13,7 +13,7 @@ from rfa_mmdet.files import written_whole
 
 
 class WholeFileBackend(LocalBackend):
-    """MMEngine's files on the disk, by :func:`~rfa_mmdet.files.written_whole`.
+    """MMEngine's backend for local files, with :func:`~rfa_mmdet.files.written_whole`.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -24,11 +24,11 @@ class WholeFileBackend(LocalBackend):
     """
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write bytes; through a link, as the base class does, to what it leads to.
+        """Write bytes. Follows symbolic links, as the base class does.
 
         Args:
-            obj (bytes): Data to be written.
-            filepath (str | Path): Its folder is made.
+            obj (bytes): Data to write.
+            filepath (str | Path): File to write; its folder is created.
 
         Raises:
             UserError: The file cannot be written there.
@@ -37,12 +37,12 @@ class WholeFileBackend(LocalBackend):
             super().put(obj, part)
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = "utf-8") -> None:
-        """Write text, otherwise as :meth:`put`.
+        """Write text; see :meth:`put`.
 
         Args:
-            obj (str): Data to be written.
-            filepath (str | Path): Its folder is made.
-            encoding (str): Of the file.
+            obj (str): Text to write.
+            filepath (str | Path): File to write; its folder is created.
+            encoding (str): Encoding of the file. Defaults to 'utf-8'.
 
         Raises:
             UserError: The file cannot be written there.
@@ -52,11 +52,11 @@ class WholeFileBackend(LocalBackend):
 
 
 def apply() -> None:
-    """Let MMEngine write its local files through :class:`WholeFileBackend`.
+    """Make MMEngine write local files through :class:`WholeFileBackend`.
 
-    In the place of the backend 'local', and under its name: a config needs no ``backend_args``, so
-    the one that a run dumps, which names no class of ours for it, loads in plain MMDetection; every
-    checkpoint hook is covered; and paths with a prefix, such as s3://, keep their own backends.
+    It replaces the backend 'local' under the same name, so configs need no ``backend_args``, the
+    config that a run dumps still loads in plain MMDetection, every checkpoint hook is covered, and
+    paths with a prefix such as s3:// keep their own backends.
 
     Example:
         >>> apply()

@@ -1,4 +1,4 @@
-"""What is wrong with a config, found before anything is built, in words."""
+"""Check a config before anything is built from it."""
 
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -18,7 +18,7 @@ from rfa_mmdet.data.check.find import leaves
 from rfa_mmdet.errors import ConfigError
 
 PACKAGE = "rfa_mmdet"
-# What a Runner builds; other top-level keys are the config file's own variables.
+# Keys that a Runner builds from; other top-level keys are the config file's own variables.
 BUILT = (
     "model",
     "tta_model",
@@ -37,13 +37,13 @@ BUILT = (
     "visualizer",
     "log_processor",
 )
-# What a Runner wants all of, or nothing of.
+# A Runner needs all keys of a group, or none.
 GROUPS = {
     "train": ("train_dataloader", "train_cfg", "optim_wrapper"),
     "val": ("val_dataloader", "val_cfg", "val_evaluator"),
     "test": ("test_dataloader", "test_cfg", "test_evaluator"),
 }
-# Keys of MMDetection 2.x that nothing reads since 3.0, and what took their place.
+# Keys of MMDetection 2.x that 3.x ignores, and their replacements.
 OLD_KEYS = {
     **dict(data="train_dataloader, val_dataloader and test_dataloader", runner="train_cfg"),
     **dict(optimizer="optim_wrapper", optimizer_config="optim_wrapper", fp16="optim_wrapper"),
@@ -55,17 +55,17 @@ OLD_KEYS = {
 }
 OLD_DATA = {"samples_per_gpu", "workers_per_gpu", "train", "val", "test"}
 MIGRATION = "https://mmdetection.readthedocs.io/en/latest/migration/config_migration.html"
-PACKAGES = ("mmdet", "mmengine", "mmcv", PACKAGE)  # which build what a ``type`` in them names
+PACKAGES = ("mmdet", "mmengine", "mmcv", PACKAGE)  # they look up every ``type`` in a registry
 SYNC_BN = ("SyncBatchNorm", "SyncBN", "MMSyncBN", "NaiveSyncBN1d", "NaiveSyncBN2d", "NaiveSyncBN3d")
 
 
 class _Typed(NamedTuple):
-    """A ``type`` of a config.
+    """A ``type`` in a config.
 
     Attributes:
-        path (str): Such as 'model.backbone.type'.
-        kind (Any): Its value: a name, or in pure-Python configs a class or function.
-        built (bool): Whether it is sure to be looked up in MMDetection's registries.
+        path (str): Its key, e.g. 'model.backbone.type'.
+        kind (Any): Its value: a name or, in pure-Python configs, a class or function.
+        built (bool): Whether it is certain to be looked up in MMDetection's registries.
     """
 
     path: str
@@ -74,20 +74,20 @@ class _Typed(NamedTuple):
 
 
 def check_config(cfg: Config) -> None:
-    """Raise if ``cfg`` names what is not there, or asks for what this machine cannot do.
+    """Raise if ``cfg`` uses unknown types, or features that this machine does not support.
 
     Args:
         cfg (Config): A detector's config, with ``cfg.launcher`` set.
 
     Raises:
-        ConfigError: A config of MMDetection 2.x, or without a model; a ``type`` that is registered
-            nowhere (with the nearest names); this package used but not imported by
-            ``custom_imports``; SyncBN in several processes, or mixed precision, without CUDA.
+        ConfigError: The config is for MMDetection 2.x or has no model; a ``type`` is not registered
+            (the message suggests similar names); this package is used but missing from
+            ``custom_imports``; SyncBN in several processes or mixed precision without CUDA.
 
     Example:
         >>> check_config(Config(dict(launcher="none", model=dict(type="RetinaNett"))))
         Traceback (most recent call last):
-        rfa_mmdet.errors.ConfigError: model.type='RetinaNett' is registered nowhere...
+        rfa_mmdet.errors.ConfigError: model.type='RetinaNett' is not registered...
     """
     _check_version(cfg)
     model = cfg.get("model")
@@ -103,18 +103,18 @@ def check_config(cfg: Config) -> None:
 
 
 def check_run(cfg: Config, splits: tuple[str, ...]) -> list[str]:
-    """Raise if a Runner could not train or test with ``cfg``, beyond :func:`check_config`.
+    """Raise if a Runner cannot train or test with ``cfg``; complements :func:`check_config`.
 
     Args:
         cfg (Config): A detector's config.
-        splits (tuple[str, ...]): Of 'train', 'val' and 'test', those that the run reads.
+        splits (tuple[str, ...]): The splits that the run reads: 'train', 'val' or 'test'.
 
     Returns:
-        list[str]: Warnings, of what has no effect.
+        list[str]: Warnings about keys without effect.
 
     Raises:
-        ConfigError: A data loader, loop or evaluator is missing; the default scope is; masks are
-            evaluated of a detector that finds boxes, or not loaded for a mask head.
+        ConfigError: A dataloader, loop, evaluator or the default scope is missing; masks are
+            evaluated for a detector without a mask head, or not loaded for one that has it.
 
     Example:
         >>> check_run(Config(dict(train_cfg=dict(max_epochs=1))), ("train",))
@@ -126,12 +126,12 @@ def check_run(cfg: Config, splits: tuple[str, ...]) -> list[str]:
         lacking = " and no ".join(key for key in group if key not in there)
         if lacking and (there or split == splits[0]):
             have = f"has {' and '.join(there)}, but no" if there else "has no"
-            raise ConfigError(f"{_name(cfg)}{have} {lacking}: a run needs all three")
+            raise ConfigError(f"{_name(cfg)}{have} {lacking}: a run needs all three of them")
     model = cfg.model["type"]
     is_scoped = cfg.get("default_scope") or not isinstance(model, str) or "." in model
     if not is_scoped and model not in mmengine.registry.MODELS.module_dict:
         raise ConfigError(
-            f"{_name(cfg)}has no default_scope, so that model.type={model!r} is not looked for in "
+            f"{_name(cfg)}has no default_scope, so model.type={model!r} is not looked up in "
             "MMDetection; add default_scope = 'mmdet'"
         )
     if finds_masks := _finds_masks(cfg):
@@ -140,7 +140,7 @@ def check_run(cfg: Config, splits: tuple[str, ...]) -> list[str]:
         for split in splits:
             _check_evaluated_masks(cfg, f"{split}_evaluator")
     old = _old_keys(cfg)
-    return [f"{key}: is read by MMDetection 2.x alone; now it is {OLD_KEYS[key]}" for key in old]
+    return [f"{key}: MMDetection 3.x ignores this key; use {OLD_KEYS[key]}" for key in old]
 
 
 def _name(cfg: Config) -> str:
@@ -148,7 +148,7 @@ def _name(cfg: Config) -> str:
 
 
 def _old_keys(cfg: Config) -> list[str]:
-    """Return the keys of MMDetection 2.x that are no variables of which use was made."""
+    """Return the keys of MMDetection 2.x, except variables that the config uses elsewhere."""
     found = [key for key in OLD_KEYS if cfg.get(key) and not _occurs(cfg[key], cfg)]
     is_variable = not isinstance(cfg.get("data"), dict) or OLD_DATA.isdisjoint(cfg.data)
     return [key for key in found if key != "data" or not is_variable]
@@ -165,16 +165,16 @@ def _occurs(value: Any, cfg: Config) -> bool:
 
 def _check_version(cfg: Config) -> None:
     old = _old_keys(cfg)
-    # train_cfg and test_cfg have an old meaning too.
+    # train_cfg and test_cfg exist in both versions.
     if old and not any(cfg.get(key) for group in GROUPS.values() for key in group[::2]):
         raise ConfigError(
-            f"{_name(cfg)}is of MMDetection 2.x, as it has {', '.join(old)} and no data loader of "
-            f"3.x; how to rewrite it: {MIGRATION}"
+            f"{_name(cfg)}is for MMDetection 2.x: it has {', '.join(old)} and no dataloader of "
+            f"3.x; see {MIGRATION}"
         )
 
 
 def _finds_masks(cfg: Config) -> bool | None:
-    """Whether a detector has heads that find masks; None where it may do so in its own way."""
+    """Return whether a detector has a mask head; None if that cannot be told from its config."""
     model = _unwrapped(cfg.model)
     kind = _resolve(model.get("type"))
     head = _unwrapped(model.get("roi_head") or model.get("bbox_head"))
@@ -188,7 +188,7 @@ def _finds_masks(cfg: Config) -> bool | None:
 
 
 def _check_trained_masks(cfg: Config, splits: tuple[str, ...]) -> None:
-    """Raise if no masks are loaded for a mask head, which would fail in the first iteration."""
+    """Raise if a mask head gets no masks, which would fail in the first iteration."""
     model = _unwrapped(cfg.model)
     if "train" not in splits or not _unwrapped(model.get("roi_head") or {}).get("mask_head"):
         return
@@ -196,16 +196,16 @@ def _check_trained_masks(cfg: Config, splits: tuple[str, ...]) -> None:
         for name, transform in leaf.transforms():
             if name == "LoadAnnotations" and not transform.get("with_mask"):
                 raise ConfigError(
-                    f"{leaf.key}: its pipeline loads no masks, which model.roi_head.mask_head "
-                    "learns from; write dict(type='LoadAnnotations', with_bbox=True, "
-                    "with_mask=True), or model.roi_head.mask_head=None"
+                    f"{leaf.key}: the pipeline loads no masks, but model.roi_head.mask_head needs "
+                    "them; use dict(type='LoadAnnotations', with_bbox=True, with_mask=True), or "
+                    "model.roi_head.mask_head=None"
                 )
 
 
 def _check_evaluated_masks(cfg: Config, key: str) -> None:
-    """Raise if masks are to be evaluated that the detector does not find.
+    """Raise if masks are evaluated for a detector that predicts none.
 
-    CocoMetric finds out when the first epoch is over.
+    CocoMetric would only notice after the first epoch.
     """
     model = _unwrapped(cfg.model)
     metrics = cfg.get(key)
@@ -215,20 +215,20 @@ def _check_evaluated_masks(cfg: Config, key: str) -> None:
         if "segm" in wanted:
             raise ConfigError(
                 f"{key}.metric={metric['metric']!r}: evaluates masks, but model.type="
-                f"{type_name(model['type'])!r} has no head that finds them; take 'bbox', or a "
-                "detector such as MaskRCNN with a roi_head.mask_head"
+                f"{type_name(model['type'])!r} has no mask head; use 'bbox', or a detector with a "
+                "mask head such as MaskRCNN"
             )
 
 
 def _unwrapped(cfg: Any) -> Any:
-    """Return the config of what Retrofit edits."""
+    """Return the config of the module inside ``Retrofit``."""
     while isinstance(cfg, dict) and type_name(cfg.get("type")).lower() == "retrofit":
         cfg = cfg["module"]
     return cfg
 
 
 def _resolve(kind: Any) -> Any:
-    """Return the class of a model's ``type``, or None."""
+    """Return the class of a model's ``type``, or None if it is unknown."""
     return mmdet.registry.MODELS.get(kind) if isinstance(kind, str) else kind
 
 
@@ -243,8 +243,8 @@ def _types(cfg: Config, known: dict[str, Any]) -> Iterator[_Typed]:
                 yield _Typed(f"{path}.type", kind, built)
                 cls = known.get(type_name(kind)) if isinstance(kind, str) else kind
                 if isinstance(cls, type) and issubclass(cls, Albu):
-                    return  # Its transforms are albumentations' own.
-                # What else is below a class of somebody else is for that class to read.
+                    return  # Its transforms belong to albumentations.
+                # Below a third-party class, only that class knows what a ``type`` means.
                 built &= getattr(cls, "__module__", PACKAGE).split(".")[0] in PACKAGES
             for key, value in node.items():
                 yield from walk(value, f"{path}.{key}", built)
@@ -257,7 +257,7 @@ def _types(cfg: Config, known: dict[str, Any]) -> Iterator[_Typed]:
 
 
 def _registered() -> dict[str, Any]:
-    """Everything that MMEngine, mmcv, mmdet and what they imported have registered, by name."""
+    """Return every class registered so far with MMEngine, mmcv and mmdet, by name."""
     registries = [
         value
         for module in (mmengine.registry, mmdet.registry)
@@ -275,15 +275,15 @@ def _check_registered(types: list[_Typed], known: dict[str, Any]) -> None:
     for path, name, built in types:
         scope, _, bare = name.rpartition(".") if isinstance(name, str) else ("", "", "")
         # Lower-case types are switches inside a module (FPG's 'conv'), not registered names; other
-        # packages' scopes ('mmpretrain.ConvNeXt') import themselves when they are built.
+        # packages' scopes ('mmpretrain.ConvNeXt') are imported when they are built.
         if not (built and bare) or bare.islower() or scope not in ("", "mmdet", "mmengine", "mmcv"):
             continue
         if bare not in known:
             near = get_close_matches(bare, known, n=3, cutoff=0.5)
-            hint = f"; nearest: {', '.join(near)}" if near else ""
+            hint = f"; did you mean {', '.join(near)}?" if near else "."
             raise ConfigError(
-                f"{path}={name!r} is registered nowhere{hint}. A class of your own needs its "
-                "module in custom_imports"
+                f"{path}={name!r} is not registered{hint} To use your own class, add its module to "
+                "custom_imports"
             )
 
 
@@ -298,8 +298,8 @@ def _check_custom_imports(cfg: Config, types: list[_Typed], known: dict[str, Any
         module = getattr(known.get(name), "__module__", "") if isinstance(name, str) else ""
         if module.split(".")[0] == PACKAGE:
             raise ConfigError(
-                f"{path}={name!r} is {PACKAGE}'s, but the config's custom_imports={imports} does "
-                f"not name it, so other tools cannot build it; add "
+                f"{path}={name!r} belongs to {PACKAGE}, which is missing from the config's "
+                f"custom_imports={imports}, so other tools cannot build it; add "
                 f"custom_imports = dict(imports=['{PACKAGE}'])"
             )
 
@@ -308,17 +308,17 @@ def _check_cpu(cfg: Config, types: list[_Typed]) -> None:
     amp = next((p for p, kind, _ in types if type_name(kind) == "AmpOptimWrapper"), None)
     if amp:
         raise ConfigError(
-            f"{amp}='AmpOptimWrapper': MMEngine's mixed precision needs CUDA, and torch "
-            f"{torch.__version__} sees none here; leave out --amp, or use OptimWrapper"
+            f"{amp}='AmpOptimWrapper': mixed precision in MMEngine needs CUDA, but torch "
+            f"{torch.__version__} finds none; remove --amp, or use OptimWrapper"
         )
     if cfg.launcher == "none":
-        return  # The Runner turns SyncBN into BN, which is the same for one process.
+        return  # The Runner turns SyncBN into BN, which is equivalent in one process.
     names = ((path, type_name(kind)) for path, kind, _ in types)
     sync = next((f"{path}={name!r}" for path, name in names if name in SYNC_BN), None)
     if cfg.get("sync_bn"):
         sync = f"sync_bn={cfg.sync_bn!r}"
     if sync:
         raise ConfigError(
-            f"{sync}: SyncBN over several processes needs CUDA, and torch {torch.__version__} sees "
-            "none here; use BN or GN (--cfg-options ...norm_cfg.type=BN), or one process"
+            f"{sync}: SyncBN in several processes needs CUDA, but torch {torch.__version__} finds "
+            "none; use BN or GN (--cfg-options ...norm_cfg.type=BN), or one process"
         )

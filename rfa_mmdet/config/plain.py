@@ -1,4 +1,4 @@
-"""A detector's config without what this package adds to it."""
+"""Remove this package's layers from a detector's config."""
 
 import copy
 from typing import Any
@@ -8,7 +8,7 @@ from mmengine.registry import MODELS as LAYERS
 
 
 def type_name(kind: Any) -> str:
-    """Return the bare name of a ``type``, which pure-Python configs give as a class or function.
+    """Return the bare name of a ``type``: a string or, in pure-Python configs, a class or function.
 
     Example:
         >>> type_name("mmdet.ResNet"), type_name(Config), type_name(None)
@@ -18,23 +18,23 @@ def type_name(kind: Any) -> str:
 
 
 def _is_retrofit(node: Any) -> bool:
-    # The function that is registered as Retrofit is called retrofit.
+    # The function registered as Retrofit is called retrofit.
     return isinstance(node, dict) and type_name(node.get("type")).lower() == "retrofit"
 
 
-# Retrofit's arguments.
+# Arguments of Retrofit itself.
 _RETROFIT = ("type", "module", "edits", "dry_run", "strict_start")
 
 
 def plain_base(cfg: Config) -> Config | None:
-    """Take this package's layers out of a detector's config.
+    """Return a detector's config without this package's layers.
 
     Args:
-        cfg (Config): A detector's config; stays as it is.
+        cfg (Config): A detector's config; not modified.
 
     Returns:
-        Config | None: Without ``Retrofit``, convolutions of this package (``rfa``, ``dcn``,
-        ``conv_cfg``) and its plug-ins. None: there are none.
+        Config | None: The config without ``Retrofit``, convolutions of this package (``rfa``,
+        ``dcn``, ``conv_cfg``) and its plug-ins; None if it has none of them.
 
     Example:
         >>> backbone = dict(type="RFAResNet", depth=50, rfa=dict(type="RFAConv"))
@@ -56,7 +56,7 @@ def _take_out(node: Any) -> bool:
         if _is_retrofit(value):
             while _is_retrofit(value):
                 own = {k: v for k, v in value.items() if k not in _RETROFIT}
-                # What is left beside Retrofit's own arguments is meant for the module.
+                # Arguments other than Retrofit's own go to the module.
                 value = {**value["module"], **own}
             node[key] = value
             _take_out(value)

@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 
 from rfa_mmdet.errors import ConfigError
 
-# Keys of a config that a run reads besides the arguments of Runner itself.
+# Config keys that a run reads besides the arguments of Runner.
 _READ_KEYS = {
     *("auto_scale_lr", "custom_imports", "find_unused_parameters", "model_wrapper_cfg", "sync_bn"),
     *("tta_model", "tta_pipeline", "activation_checkpointing", "compile", "runner_type"),
@@ -31,24 +31,24 @@ def load_config(
     work_dir: str | None = None,
     launcher: str = "none",
 ) -> Config:
-    """Read a config file and apply overrides to it.
+    """Read a config file and apply overrides.
 
     Args:
-        path (str | os.PathLike): Config file, or one of a package, such as
+        path (str | os.PathLike): Config file, or a config of an installed package, e.g.
             ``mmdet::retinanet/retinanet_r50_fpn_1x_coco.py``.
-        cfg_options (Mapping[str, Any] | None): Dotted key to value, such as
+        cfg_options (Mapping[str, Any] | None): Dotted key -> value, e.g.
             ``{"train_cfg.max_epochs": 24}``. Defaults to None.
-        work_dir (str | None): Where a run writes. Defaults to None: as the config says, else
+        work_dir (str | None): Output folder. Defaults to None: the config's, or else
             ``work_dirs/<config name>``.
-        launcher (str): What started the processes of a run. Defaults to 'none'.
+        launcher (str): Launcher that started the processes of the run. Defaults to 'none'.
 
     Returns:
-        Config: With ``launcher`` and ``work_dir`` set, and without keys of a run that are None:
-        left out means the same. Its default scope becomes the current one.
+        Config: The config, with ``launcher`` and ``work_dir`` set and without keys that are None,
+        which mean the same as absent ones. Its default scope becomes the current one.
 
     Raises:
         ConfigError: The file or one of its bases is missing or cannot be read as a config, or an
-            option names what no run reads.
+            option overrides an unknown key.
 
     Example:
         >>> load_config("no_such_config.py")
@@ -67,12 +67,12 @@ def load_config(
         cfg.merge_from_dict(options)
     except (KeyError, TypeError, IndexError, AssertionError) as error:
         raise ConfigError(f"--cfg-options: {_one_line(error)}") from error
-    # But for the default scope, for which None has a meaning of its own in pure-Python configs.
+    # Except default_scope, for which None has its own meaning in pure-Python configs.
     for key in _read_by_runs() - {"default_scope"}:
         if key in cfg and cfg[key] is None:
             cfg.pop(key)
     for key, hook in list(cfg.get("default_hooks", {}).items()):
-        # To MMEngine None is no hook of its own, and an error in the place of any other.
+        # MMEngine accepts None only for its own hooks.
         if hook is None and key not in _OWN_HOOKS:
             cfg.default_hooks.pop(key)
     cfg.launcher = launcher
@@ -80,21 +80,21 @@ def load_config(
         cfg.work_dir = work_dir
     elif "work_dir" not in cfg:
         cfg.work_dir = str(Path("work_dirs", path.stem))
-    # What is built before the Runner, such as the data sets that are checked, is looked up there.
-    # Pure-Python configs have None: then a registry looks among its own names, MMDetection's.
+    # Anything built before the Runner, such as the datasets to check, is looked up in this scope.
+    # Pure-Python configs have None: a registry then uses its own names, MMDetection's.
     if cfg.get("default_scope", "mmengine") is not None:
         init_default_scope(cfg.get("default_scope", "mmengine"))
     return cfg
 
 
 def _find(path: str | os.PathLike) -> Path:
-    """Return the path of a config file that is there."""
+    """Return the path of an existing config file."""
     package, is_packaged, name = str(path).partition("::")
     places = [Path(path)]
     if is_packaged:
         spec = find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
-            raise ConfigError(f"config={str(path)!r}: no package {package!r} is installed")
+            raise ConfigError(f"config={str(path)!r}: package {package!r} is not installed")
         home = Path(spec.submodule_search_locations[0])
         places = [home / ".mim" / "configs" / name, home.parent / "configs" / name]
     found = next((place for place in places if place.is_file()), None)
@@ -106,35 +106,35 @@ def _find(path: str | os.PathLike) -> Path:
             p.name for place in places for p in place.parent.glob("*") if p.suffix in _SUFFIXES
         ]
         near = get_close_matches(places[0].name, beside, n=3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise ConfigError(f"config={str(path)!r}: no such file{hint}")
     if found.suffix not in _SUFFIXES:
-        raise ConfigError(f"config={str(path)!r}: a config ends in {', '.join(_SUFFIXES)}")
+        raise ConfigError(f"config={str(path)!r}: must end in {', '.join(_SUFFIXES)}")
     return found
 
 
 def _import_all(node: Any) -> None:
-    """Have a pure-Python config import what it names, which it puts off until that is read."""
+    """Resolve the lazy imports of a pure-Python config."""
     if isinstance(node, (dict, list, tuple)):
         for child in node.values() if isinstance(node, dict) else node:
             _import_all(child)
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """Say in one line why MMEngine cannot read a config."""
+    """Return in one line why MMEngine cannot read a config."""
     frames = list(traceback.walk_tb(error.__traceback__))
-    # MMEngine's functions that read a file, one inside the other.
+    # MMEngine's nested calls, one per file it reads.
     calls = [f for f, _ in frames if f.f_code.co_name in ("_file2dict", "_parse_lazy_import")]
     files = list(dict.fromkeys(os.path.basename(f.f_locals["filename"]) for f in calls))
     if isinstance(error, RecursionError):
         return f"its bases form a cycle: {', '.join(files[:5])}"
     if isinstance(error, ImportError) and error.__cause__ is not None:
-        cause: BaseException = error.__cause__  # without the whole sys.path, which MMEngine adds
+        cause: BaseException = error.__cause__  # MMEngine's own message has all of sys.path
         return f"custom_imports: {_one_line(cause.__context__ or cause)}"
     if isinstance(error, TypeError) and "import_modules_from_strings" in str(error):
-        return "custom_imports must be a dict, as in custom_imports = dict(imports=['my_package'])"
+        return "custom_imports must be a dict, e.g. custom_imports = dict(imports=['my_package'])"
     if isinstance(error, AttributeError) and files and not files[-1].endswith(".py"):
-        return "holds no dict"
+        return "must contain a dict"
     in_base = files and files[-1] != path.name and not isinstance(error, OSError)
     where = f"{files[-1]}: " if in_base else ""
     line = next((n for f, n in reversed(frames) if f.f_code.co_name == "<module>"), None)
@@ -163,13 +163,13 @@ def _check_options(cfg: Config, options: dict[str, Any]) -> None:
             continue
         if top in cfg:
             raise ConfigError(
-                f"--cfg-options {key}=...: {top} is a variable of the config file; its value has "
-                "been put to use already, and overriding it changes nothing. Override what it went "
-                f"into, such as {_first_use(cfg, top)}"
+                f"--cfg-options {key}=...: {top} is a variable of the config file, and overriding "
+                "it has no effect. Override the keys that were set from it, e.g. "
+                f"{_first_use(cfg, top)}"
             )
         near = get_close_matches(top, read, n=2)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise ConfigError(f"--cfg-options {key}=...: no run reads {top!r}{hint}")
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ConfigError(f"--cfg-options {key}=...: unknown config key {top!r}{hint}")
 
 
 def _first_use(cfg: Config, variable: str) -> str:

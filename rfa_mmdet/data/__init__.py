@@ -1,1 +1,1 @@
-"""Data sets, the checks before a run, generated shapes, converters."""
+"""Datasets, data checks, generated shapes and converters."""

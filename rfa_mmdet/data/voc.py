@@ -1,4 +1,4 @@
-"""An image's XML file in Pascal VOC's format, read alike by the data set and by its check."""
+"""Read an image's XML file in Pascal VOC format, both for the dataset and for its check."""
 
 import os
 import re
@@ -12,9 +12,9 @@ from mmengine.fileio import get
 from rfa_mmdet.errors import DataError
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-# Of a corner, in pixels: more is a slip of the pen, and infinite in float16.
+# Largest corner coordinate in pixels: anything beyond is a typo, and infinite in float16.
 LARGEST = 1_000_000
-# What tools write for <difficult> beside whole numbers.
+# Values that tools write for <difficult>, other than integers.
 _DIFFICULT = dict.fromkeys(("", "unspecified", "none", "null", "false", "no", "0.0"), False)
 _DIFFICULT |= dict.fromkeys(("true", "yes", "1.0"), True)
 _ENCODING = re.compile(rb"""<\?xml[^>]*?\bencoding\s*=\s*["']([^"']*)["']""")
@@ -22,7 +22,7 @@ _ENCODING = re.compile(rb"""<\?xml[^>]*?\bencoding\s*=\s*["']([^"']*)["']""")
 
 @dataclass(frozen=True)
 class VocBox:
-    """A box: corners, and whether it is marked as difficult, which keeps it out of training."""
+    """A box: corners, and whether it is marked as difficult, which excludes it from training."""
 
     name: str
     xyxy: tuple[int, int, int, int]
@@ -34,7 +34,7 @@ class VocBox:
         return self.xyxy[2] - self.xyxy[0], self.xyxy[3] - self.xyxy[1]
 
     def is_empty(self, size: tuple[int, int] | None = None) -> bool:
-        """Tell whether nothing of the box lies in an image of width and height ``size``.
+        """Return whether the box has no area in an image of width and height ``size``.
 
         Example:
             >>> box = VocBox("cat", (65, 1, 80, 9), False)  # pixels are counted from 1
@@ -50,15 +50,15 @@ class VocBox:
 
 @dataclass(frozen=True)
 class VocImage:
-    """What an XML file says.
+    """The content of an XML file.
 
     Attributes:
-        filename (str | None): Of the image, as written.
+        filename (str | None): The image's ``<filename>``, as written.
         size (tuple[int, int] | None): Width and height, if the file gives them.
-        names (tuple[str, ...]): Of all objects.
-        boxes (tuple[VocBox, ...]): Of the objects of the wanted classes.
-        corrected (tuple[str, ...]): What was put right.
-        path (str): The image file, where it was looked for.
+        names (tuple[str, ...]): Class names of all objects.
+        boxes (tuple[VocBox, ...]): Boxes of the objects of the wanted classes.
+        corrected (tuple[str, ...]): Descriptions of what was corrected.
+        path (str): The image file, if it was searched for.
     """
 
     filename: str | None
@@ -76,37 +76,37 @@ def read_voc(
 
     Args:
         path (str): The XML file.
-        classes (Collection[str]): Objects of other names are not looked into.
-        correct (bool): Put right what can mean one thing only: encodings, an empty or odd
-            difficult, a size that is none, blanks around names. Without it, what MMDetection's
-            XMLDataset cannot read is an error.
-        backend_args (dict | None): Of MMEngine's file backend. Defaults to None: local.
+        classes (Collection[str]): Wanted classes; other objects are only named.
+        correct (bool): Correct what is unambiguous: encodings, an empty or unusual
+            ``<difficult>``, an invalid ``<size>``, blanks around names. If False, anything that
+            MMDetection's XMLDataset cannot read is an error. Defaults to False.
+        backend_args (dict | None): Arguments of MMEngine's file backend. Defaults to None: local.
 
     Raises:
-        DataError: It is cut off, not XML, or a field has no valid value.
-        FileNotFoundError: There is no such file.
+        DataError: The file is truncated, not XML, or a field is invalid.
+        FileNotFoundError: The file does not exist.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would block
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would block
         raise DataError(f"{path}: is not a file")
     return _Reader(path, classes, correct).read(get(path, backend_args))
 
 
 def told(corrected: Mapping[str, Sequence[str]]) -> str:
-    """Say what was put right, in one line.
+    """Summarise the corrections in one line.
 
     Args:
-        corrected (Mapping[str, Sequence[str]]): By what it was, the images' ids.
+        corrected (Mapping[str, Sequence[str]]): Correction -> ids of the images.
 
     Example:
         >>> told({"encoding 'gbk'": ["a", "b", "c", "d"]})
-        "put right: encoding 'gbk' (4 XML files: a, b, c, ...)"
+        "corrected: encoding 'gbk' (4 XML files: a, b, c, ...)"
     """
     parts = [
         f"{what} ({len(ids)} XML files: {', '.join(ids[:3])}{', ...' * (len(ids) > 3)})"
         for what, ids in corrected.items()
     ]
-    more = f"; and {len(parts) - 5} other things" if len(parts) > 5 else ""
-    return "put right: " + "; ".join(parts[:5]) + more
+    more = f"; and {len(parts) - 5} more" if len(parts) > 5 else ""
+    return "corrected: " + "; ".join(parts[:5]) + more
 
 
 def _short(text: str) -> str:
@@ -121,7 +121,7 @@ class _Reader:
     def read(self, content: bytes) -> VocImage:
         root = self._parse(content)
         if root.tag.startswith("{"):
-            self._put_right(f"namespace {root.tag[: root.tag.index('}') + 1]!r} left out")
+            self._correct(f"namespace {root.tag[: root.tag.index('}') + 1]!r} removed")
             for node in root.iter():
                 node.tag = node.tag.rpartition("}")[2]
         objects = root.findall("object")
@@ -129,8 +129,8 @@ class _Reader:
             objects or root.tag == "annotation"
         ):
             self._fail(
-                f"<{root.tag}> is not laid out as VOC's XML, where <annotation> has every <object> "
-                "directly below it"
+                f"<{root.tag}> is not in VOC format, where every <object> is a direct child of "
+                "<annotation>"
             )
         names, boxes = [], []
         for number, node in enumerate(objects, 1):
@@ -145,7 +145,7 @@ class _Reader:
     def _fail(self, what: str) -> NoReturn:
         raise DataError(f"{self.path}: {_short(what)}")
 
-    def _put_right(self, what: str) -> None:
+    def _correct(self, what: str) -> None:
         if not self.correct:
             self._fail(
                 f"MMDetection's XMLDataset cannot read this; type='AnyImageXMLDataset' can: {what}"
@@ -155,13 +155,13 @@ class _Reader:
     def _parse(self, content: bytes) -> Any:
         try:
             return ET.fromstring(content.strip() if self.correct else content)
-        # The last two for encodings that expat does not know.
+        # LookupError and ValueError: encodings that expat does not support.
         except (ET.ParseError, LookupError, ValueError) as error:
             reason = str(error)
         content = content.strip()
         declared = _ENCODING.match(content)
         encoding = declared[1].decode("latin-1") if declared else "UTF-8"
-        # .NET declares UTF-16 in files that it then writes as UTF-8.
+        # .NET declares UTF-16 but then writes UTF-8.
         for codec in dict.fromkeys((encoding, "UTF-8")):
             try:
                 root = ET.fromstring(content.decode(codec))
@@ -170,16 +170,16 @@ class _Reader:
             except (ET.ParseError, ValueError) as error:  # UnicodeDecodeError
                 reason = str(error) if codec == encoding else reason
             else:
-                self._put_right(f"encoding {encoding!r}" + " read as UTF-8" * (codec != encoding))
+                self._correct(f"encoding {encoding!r}" + " read as UTF-8" * (codec != encoding))
                 return root
-        raise DataError(f"{self.path} ({len(content):,} bytes) is cut off or not XML: {reason}")
+        raise DataError(f"{self.path} ({len(content):,} bytes) is truncated or not XML: {reason}")
 
     def _name(self, node: Any, number: int) -> str:
         name = node.findtext("name")
         if name is None or not name.strip():
             self._fail(f"object {number} has {'no' if name is None else 'an empty'} <name>")
         if self.correct and name not in self.classes and name.strip() in self.classes:
-            self._put_right(f"blanks around <name>{name.strip()}</name> left out")
+            self._correct(f"blanks around <name>{name.strip()}</name> removed")
             return name.strip()
         return name
 
@@ -189,7 +189,7 @@ class _Reader:
             rotated = node.find("robndbox") is not None
             self._fail(
                 f"{where} has no <bndbox> ({', '.join(CORNERS)})"
-                + (", only the rotated <robndbox>, which this detector cannot learn" * rotated)
+                + (", only a rotated <robndbox>, which is not supported" * rotated)
             )
         x1, y1, x2, y2 = (self._corner(corners, key, where) for key in CORNERS)
         return VocBox(name, (x1, y1, x2, y2), self._difficult(node, where))
@@ -214,8 +214,8 @@ class _Reader:
         except ValueError:
             value = _DIFFICULT.get(text.strip().lower())
         if value is None:
-            self._fail(f"<difficult> of {where} is {text!r}; valid are 0 and 1")
-        self._put_right(f"<difficult>{text.strip()}</difficult> read as {int(value)}")
+            self._fail(f"<difficult> of {where} is {text!r}; must be 0 or 1")
+        self._correct(f"<difficult>{text.strip()}</difficult> read as {int(value)}")
         return value
 
     def _size(self, node: Any) -> tuple[int, int] | None:
@@ -227,8 +227,8 @@ class _Reader:
             valid = min(size) > 0
         except (TypeError, ValueError):
             size, valid = None, False
-        # MMDetection takes any whole number.
+        # MMDetection accepts any integer.
         if not valid and (self.correct or size is None):
-            self._put_right(f"<size> of {width} x {height} taken from the image")
+            self._correct(f"<size> of {width} x {height} taken from the image")
             return None
         return size

@@ -1,4 +1,4 @@
-"""Data sets in Pascal VOC's layout, with images of any suffix: MMDetection's know '.jpg' alone."""
+"""Datasets in Pascal VOC format with images of any suffix; MMDetection's only support '.jpg'."""
 
 import logging
 import os
@@ -20,11 +20,11 @@ SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".tif", ".tiff", ".webp"),
     *(".ppm", ".pgm", ".pbm", ".gif", ".jp2"),
 }
-_OWN_TAKEN = "that of the XML file's name is taken"
+_OWN_TAKEN = "the one with the XML file's name is used"
 
 
 class ImageFolders:
-    """The files below a folder, each folder listed once however many are looked for.
+    """Finds image files below a folder, listing each subfolder once.
 
     Args:
         root (str): The folder.
@@ -32,23 +32,22 @@ class ImageFolders:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        # Folder -> names by name and by stem, both in lower case.
+        # Folder -> file names by lower-case name and by lower-case stem.
         self._listed: dict[str, tuple[dict, dict]] = {}
         self._taken: dict[str, str] = {}
 
     def find(self, img_id: str, filename: str | None) -> tuple[str | None, str | None]:
-        """Find an image by its id, and by the file's name that its annotations give.
+        """Find an image by its id and by the file name in its annotations.
 
         Args:
             img_id (str): Path below the root, without suffix.
-            filename (str | None): With or without folder and suffix.
+            filename (str | None): ``<filename>``, with or without folder and suffix.
 
         Returns:
-            tuple[str | None, str | None]: Path below the root, if there is one, and what was put
-            right.
+            tuple[str | None, str | None]: Path below the root if found, and what was corrected.
 
         Raises:
-            DataError: Several files could be meant, or the file is another id's.
+            DataError: The image is ambiguous, or belongs to another id.
         """
         folder, stem = os.path.split(img_id)
         own = self._pick(folder, stem, by_stem=True)
@@ -57,24 +56,24 @@ class ImageFolders:
         if len(both) == 1 or not own:
             found, note = both or named, None
         elif len(own) == 1:
-            # As MMDetection and the tools that write XML have it. A file name may be of old.
+            # As MMDetection does; <filename> may be outdated.
             found = own
-            note = f"<filename> names another image, {_OWN_TAKEN}" if named else None
+            note = f"<filename> names another image; {_OWN_TAKEN}" if named else None
         else:
             found = [path for path in own if path == f"{img_id}.jpg"] or own
-            note = f"several images of one name and no <filename> to choose, {_OWN_TAKEN}"
+            note = f"several images with the same name and no usable <filename>; {_OWN_TAKEN}"
         if len(found) > 1:
             raise DataError(
-                f"{img_id}.xml: <filename> {filename!r} does not say which image of "
-                f"{self.root!r} is meant: {', '.join(sorted(found))}"
+                f"{img_id}.xml: <filename> {filename!r} is ambiguous in {self.root!r}: "
+                f"{', '.join(sorted(found))}"
             )
         if not found:
             return None, None
         other = self._taken.setdefault(found[0], img_id)
         if other != img_id:
             raise DataError(
-                f"{img_id}.xml: its image would be {found[0]!r}, by <filename> {filename!r}, which "
-                f"is that of {other}.xml"
+                f"{img_id}.xml: <filename> {filename!r} leads to {found[0]!r}, the image of "
+                f"{other}.xml"
             )
         return found[0], note
 
@@ -82,7 +81,7 @@ class ImageFolders:
         path = filename.replace("\\", "/")
         below, name = os.path.split(path)
         by_stem = os.path.splitext(name)[1].lower() not in SUFFIXES
-        # A folder is followed only below the root: files are written on other machines.
+        # Follow only folders below the root: the files were written on other machines.
         inside = below and not re.match(r"/|\w:", path) and ".." not in below.split("/")
         for place in ([below] if inside else []) + [folder]:
             found = self._pick(place, name) or (by_stem and self._pick(place, name, by_stem=True))
@@ -91,7 +90,7 @@ class ImageFolders:
         return []
 
     def _pick(self, folder: str, wanted: str, by_stem: bool = False) -> list[str]:
-        """Return the paths of a name, or of a stem; those in its own case, if there are any."""
+        """Return the paths with a name or stem; exact matches of the case win."""
         names = self._list(folder)[by_stem].get(wanted.lower(), [])
         exact = [n for n in names if (os.path.splitext(n)[0] if by_stem else n) == wanted]
         return [os.path.join(folder, name) for name in exact or names]
@@ -107,7 +106,7 @@ class ImageFolders:
                         if suffix.lower() in SUFFIXES:
                             stems[stem.lower()].append(name)
             except (FileNotFoundError, NotADirectoryError):
-                pass  # every image of it is missing
+                pass  # all its images are missing
             except OSError as error:
                 raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
             self._listed[folder] = names, stems
@@ -115,15 +114,15 @@ class ImageFolders:
 
 
 def image_size(path: str, backend_args: dict | None = None) -> tuple[int, int]:
-    """Return width and height of an image as MMDetection loads it, turned by its EXIF orientation.
+    """Return an image's width and height as MMDetection loads it, with EXIF orientation applied.
 
     Args:
         path (str): The image file.
-        backend_args (dict | None): Of MMEngine's file backend. Defaults to None: local.
+        backend_args (dict | None): Arguments of MMEngine's file backend. Defaults to None: local.
 
     Raises:
-        DataError: It is no image.
-        FileNotFoundError: There is no such file.
+        DataError: The file is not an image.
+        FileNotFoundError: The file does not exist.
     """
     content = get(path, backend_args=backend_args)
     try:
@@ -136,7 +135,7 @@ def image_size(path: str, backend_args: dict | None = None) -> tuple[int, int]:
 
 
 def is_outside(box: VocBox, image: VocImage, backend_args: dict | None = None) -> bool:
-    """Tell whether nothing of a box is in its image; of a missing image, nothing is known."""
+    """Return whether a box has no area in its image; False if the image is missing."""
     if image.size and not box.is_empty(image.size):
         return False
     try:  # the size in the XML file may be wrong
@@ -147,40 +146,40 @@ def is_outside(box: VocBox, image: VocImage, backend_args: dict | None = None) -
 
 @DATASETS.register_module()
 class AnyImageXMLDataset(XMLDataset):
-    """MMDetection's XMLDataset for images of any suffix, and for XML files as tools write them.
+    """MMDetection's XMLDataset, for images of any suffix and for XML files as written by tools.
 
-    An image is the one of the XML file's name, whatever its suffix, or else the one that
-    ``<filename>`` names; where several have that name, ``<filename>`` decides. What can mean one
-    thing only is put right, and one line says so (see :func:`~rfa_mmdet.data.voc.read_voc`). Boxes
-    with nothing inside the image are ignored in training, where they would make a loss infinite.
-    With remote storage, images are '<id>.jpg', as MMDetection has it.
+    The image is the file with the XML file's name and any suffix, or else the one that
+    ``<filename>`` names; if several files qualify, ``<filename>`` decides. Unambiguous mistakes are
+    corrected and logged in one line (see :func:`~rfa_mmdet.data.voc.read_voc`). Boxes without any
+    area in the image are ignored in training, where they would make the loss infinite. On remote
+    storage, images are '<id>.jpg', as in MMDetection.
 
-    Everything else, and every argument, is XMLDataset's.
+    Takes the arguments of XMLDataset.
 
     Raises:
-        DataError: XML files cannot be read: the message names files, fields and values.
+        DataError: XML files cannot be read; the message names the files, fields and values.
     """
 
     _folders: ImageFolders | None = None
 
     def image_ids(self) -> list[str]:
-        """Return the names that ``ann_file`` lists, without blanks around them and empty lines."""
+        """Return the names listed in ``ann_file``, stripped, without empty lines."""
         try:
             lines = list_from_file(self.ann_file, backend_args=self.backend_args)
         except UnicodeDecodeError as error:
             raise DataError(f"{self.ann_file}: is not UTF-8 text: {error}") from error
-        # A list may begin with a byte order mark, and have Windows' separators.
+        # A list may start with a byte order mark, and use Windows separators.
         lines = [line.strip("\ufeff \t\r\n\v\f").replace("\\", "/") for line in lines]
         ids = [line for line in lines if line]
         if ids and all(re.fullmatch(r"\S+\s+(-1|0|1)", line) for line in ids):
             raise DataError(
-                f"{self.ann_file}: lists of one class ({ids[0]!r}) have another format; right "
-                "would be one name per line"
+                f"{self.ann_file}: per-class lists ({ids[0]!r}) have another format; use one name "
+                "per line"
             )
         return ids
 
     def xml_path(self, img_id: str) -> str:
-        """Return where an image's XML file is."""
+        """Return the path of an image's XML file."""
         return os.path.join(self.sub_data_root, self.ann_subdir, f"{img_id}.xml")
 
     def read(self, img_id: str) -> VocImage:
@@ -188,7 +187,7 @@ class AnyImageXMLDataset(XMLDataset):
 
         Raises:
             DataError: The file cannot be read, or the image is ambiguous.
-            FileNotFoundError: There is no such XML file.
+            FileNotFoundError: The XML file does not exist.
         """
         image = read_voc(self.xml_path(img_id), self._metainfo["classes"], True, self.backend_args)
         found, note = None, None
@@ -204,11 +203,11 @@ class AnyImageXMLDataset(XMLDataset):
         )
 
     def size_of(self, image: VocImage) -> tuple[int, int]:
-        """Return an image's width and height, from the image file where the XML has none."""
+        """Return an image's width and height, from the image file if the XML has none."""
         return image.size or image_size(image.path, self.backend_args)
 
     def is_ignored(self, box: VocBox, image: VocImage) -> bool:
-        """Tell whether nothing is learnt from a box, nor its absence counted."""
+        """Return whether training or evaluation ignores a box."""
         if box.difficult or self.test_mode:
             return box.difficult
         if self.bbox_min_size is not None and min(box.sides) < self.bbox_min_size:
@@ -232,10 +231,10 @@ class AnyImageXMLDataset(XMLDataset):
                 continue
             for what in image.corrected:
                 corrected[what].append(img_id)
-        self._folders = None  # as large as the folder, and handed to every worker
+        self._folders = None  # large, and would be copied to every worker
         if problems:
             raise DataError(
-                f"{len(problems)} of the {len(ids)} images that {self.ann_file} lists cannot be "
+                f"{len(problems)} of the {len(ids)} images listed in {self.ann_file} cannot be "
                 f"read: {'; '.join(problems[:3])}"
             )
         if corrected:
@@ -243,7 +242,7 @@ class AnyImageXMLDataset(XMLDataset):
         return data_list
 
     def parse_data_info(self, img_info: dict) -> dict:
-        """Read one image's annotations; ``img_id`` alone counts."""
+        """Read one image's annotations; only ``img_id`` is used."""
         return self._info(img_info["img_id"], self.read(img_info["img_id"]))
 
     def _info(self, img_id: str, image: VocImage) -> dict:
@@ -251,7 +250,7 @@ class AnyImageXMLDataset(XMLDataset):
         instances = [
             dict(
                 ignore_flag=int(self.is_ignored(box, image)),
-                bbox=[value - 1 for value in box.xyxy],  # VOC counts pixels from 1
+                bbox=[value - 1 for value in box.xyxy],  # VOC's pixels start at 1
                 bbox_label=self.cat2label[box.name],
             )
             for box in image.boxes
@@ -268,4 +267,4 @@ class AnyImageXMLDataset(XMLDataset):
 
 @DATASETS.register_module()
 class AnyImageVOCDataset(AnyImageXMLDataset, VOCDataset):
-    """MMDetection's VOCDataset, with its 20 classes, read as :class:`AnyImageXMLDataset` does."""
+    """MMDetection's VOCDataset with its 20 classes, read like :class:`AnyImageXMLDataset`."""

@@ -1,12 +1,12 @@
-"""A detector's network as ONNX, compared with itself through MMDetection's post-processing.
+"""Export a detector's network to ONNX, and verify it through MMDetection's post-processing.
 
-Exported is what maps a normalised, padded batch to the raw outputs of the heads: backbone, neck and
-head. A single-stage detector is one graph. Of Faster, Mask and Cascade R-CNN the first graph ends
-in the neck's maps and the RPN head's outputs; each head that sees pooled regions is another, and
-RoIAlign is left to whoever runs them. Batch, height and width are dynamic.
+The graphs map a normalised, padded batch to the raw outputs of the heads: backbone, neck and head.
+A single-stage detector is one graph. For Faster, Mask and Cascade R-CNN, the first graph ends with
+the neck's maps and the RPN head's outputs; each head on pooled regions is another graph, and the
+runtime must implement RoIAlign between them. Batch size, height and width are dynamic.
 
-``parts`` says which graphs a detector needs, ``graph`` writes and runs one, ``comparison`` compares
-detections, and ``export`` does all of it.
+``parts`` defines the graphs of a detector, ``graph`` writes and runs one, ``comparison`` compares
+detections, and ``onnx`` combines them.
 """
 
 from rfa_mmdet.export.comparison import Comparison

@@ -1,4 +1,4 @@
-"""How far ONNX Runtime is from PyTorch: in raw outputs, boxes, scores and masks."""
+"""Compare ONNX Runtime with PyTorch: raw outputs, boxes, scores and masks."""
 
 from dataclasses import dataclass, field
 
@@ -11,32 +11,33 @@ from torch import Tensor
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.export.graph import Graph
 
-# Beyond these, the graph does not compute what the model does: pixels, and a share of one.
+# Limits beyond which the graph is wrong: pixels, and relative.
 BOX_LIMIT, SCORE_LIMIT = 0.5, 0.01
-# Detections that differ by rounding can be kept here and suppressed there.
+# NMS may keep a detection in one and suppress it in the other because of rounding.
 UNMATCHED_LIMIT = 0.01
-# Rounding turns pixels over whose probability is at the threshold, a few on the outline of a mask:
-# one is much of a small mask, so the share is of all masks together. A mask of 100 x 100 whose
-# outline is a quarter of a pixel off all the way round has this share.
+# Rounding flips a few pixels at the threshold on the outline of a mask. One pixel is a lot for a
+# small mask, so the share is over all masks. It is reached by a mask of 100 x 100 pixels whose
+# outline is off by a quarter of a pixel everywhere.
 MASK_LIMIT = 0.01
 
 
 @dataclass
 class Comparison:
-    """How far ONNX Runtime is from PyTorch.
+    """How far ONNX Runtime deviates from PyTorch.
 
     Attributes:
-        images (int): Compared through the post-processing.
-        detections (int): PyTorch's on them.
-        unmatched (int): Detections of either that the other does not have.
-        box (float): Largest difference of a corner, in pixels of the image.
+        images (int): Number of compared images.
+        detections (int): Number of PyTorch's detections on them.
+        unmatched (int): Number of detections that only one of the two has.
+        box (float): Largest difference of a box coordinate, in pixels of the image.
         score (float): Largest difference of a score.
-        masks (int): Pairs of masks that were compared.
-        mask_pixels (float): Pixels in either mask of a pair, of all pairs.
-        other_pixels (float): Those of them that are not in both.
-        raw (dict[str, float]): Largest difference of a graph's outputs over their largest value,
-            by the shape of its input: the first image's, and another batch, height and width.
-        skipped (dict[str, str]): What is wrong with images that could not be read, by path.
+        masks (int): Number of compared pairs of masks.
+        mask_pixels (float): Pixels in either mask of a pair, over all pairs.
+        other_pixels (float): Pixels in only one mask of a pair, over all pairs.
+        raw (dict[str, float]): Input shape -> largest difference of a graph's outputs, relative to
+            their largest value. Shapes are the first image's and one that differs in batch size,
+            height and width.
+        skipped (dict[str, str]): Path of each unreadable image -> what is wrong with it.
     """
 
     images: int = 0
@@ -52,12 +53,12 @@ class Comparison:
 
     @property
     def mask(self) -> float:
-        """Share of the masks' pixels that are in one of a pair only."""
+        """Share of the masks' pixels that are in only one mask of a pair."""
         return self.other_pixels / max(self.mask_pixels, 1)
 
     @property
     def agrees(self) -> bool:
-        """Whether the graph computes what the model does."""
+        """Whether the graph computes the same as the model."""
         return (
             self.box <= BOX_LIMIT
             and self.score <= SCORE_LIMIT
@@ -75,16 +76,15 @@ class Comparison:
         if self.masks:
             text += f"masks in {self.mask:.3g} of their pixels, "
         return (
-            f"{text}{self.unmatched} of {self.detections} detections are not in both, outputs "
-            f"differ by up to {self._worst_output:.3g} of their largest value"
+            f"{text}{self.unmatched} of {self.detections} detections are not in both, and raw "
+            f"outputs differ by up to {self._worst_output:.3g} of their largest value"
         )
 
     def add_raw(self, graph: Graph) -> None:
-        """Compare a graph's outputs, with the traced shape and with another one.
+        """Compare a graph's outputs for the traced input shape and a different one.
 
         Raises:
-            UserError: ONNX Runtime cannot run the graph on one of them, or its outputs have
-                another shape than PyTorch's.
+            UserError: ONNX Runtime cannot run the graph, or its outputs have different shapes.
         """
         part = graph.part
         other = torch.randn(part.other_shape, generator=torch.Generator().manual_seed(1))
@@ -100,15 +100,15 @@ class Comparison:
             for ours, theirs in zip(outputs, expected, strict=True):
                 if ours.shape != theirs.shape:
                     raise UserError(
-                        f"ONNX Runtime gives {tuple(ours.shape)} on {name}, PyTorch "
-                        f"{tuple(theirs.shape)}: the graph holds a fixed size"
+                        f"ONNX Runtime returns shape {tuple(ours.shape)} on {name}, but PyTorch "
+                        f"{tuple(theirs.shape)}: the graph contains a fixed size"
                     )
                 scale = theirs.abs().max().clamp_min(1e-6)
                 difference = ((ours - theirs).abs().max() / scale).item()
                 self.raw[name] = _largest(self.raw.get(name, 0.0), difference)
 
     def add_image(self, theirs: DetDataSample, ours: DetDataSample) -> None:
-        """Pair the detections of PyTorch and ONNX Runtime, and note how they differ."""
+        """Match the detections of PyTorch and ONNX Runtime, and record their differences."""
         theirs, ours = theirs.pred_instances, ours.pred_instances
         self.images += 1
         self.detections += len(theirs)
@@ -125,27 +125,27 @@ class Comparison:
 
     def _add_masks(self, theirs: Tensor, ours: Tensor) -> None:
         self.masks += 1
-        # Probabilities from 0 to 255 where test_cfg.rcnn.mask_thr_binary is negative, else bool.
+        # bool, or probabilities from 0 to 255 if test_cfg.rcnn.mask_thr_binary is negative.
         either = torch.maximum(theirs, ours).sum().item()
         self.mask_pixels += either
         self.other_pixels += either - torch.minimum(theirs, ours).sum().item()
 
 
 def _largest(*values: float) -> float:
-    """Return the largest, or NaN if it is among them, which max() overlooks."""
+    """Return the maximum, or NaN if any value is NaN, unlike max()."""
     return float(np.max(values, initial=0))
 
 
 def match(boxes: Tensor, labels: Tensor, other_boxes: Tensor, other_labels: Tensor) -> Tensor:
-    """Pair boxes of the same label so that their corners are as near as can be.
+    """Match boxes with the same label by the distance of their corners.
 
     Args:
-        boxes, other_boxes (Tensor): (N, 4) and (M, 4), corners in pixels.
+        boxes, other_boxes (Tensor): Corners in pixels, (N, 4) and (M, 4).
         labels, other_labels (Tensor): (N,) and (M,).
 
     Returns:
-        Tensor: (P, 2), indices into both. Corners that are more than a pixel and a twentieth of the
-        box apart make no pair.
+        Tensor: Indices into both, (P, 2). Boxes whose corners differ by more than a pixel plus a
+        twentieth of the box are not matched.
 
     Example:
         >>> boxes = torch.tensor([[0.0, 0, 9, 9], [20, 20, 30, 30]])

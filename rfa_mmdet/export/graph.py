@@ -1,4 +1,4 @@
-"""One part of a detector as a file, run by ONNX Runtime."""
+"""Export one part of a detector to a file, and run it with ONNX Runtime."""
 
 import json
 import warnings
@@ -15,13 +15,13 @@ from rfa_mmdet.ops.common.torch_versions import TRACES_TO_ONNX
 
 
 class Graph:
-    """A part as ONNX.
+    """A part of a detector as an ONNX graph.
 
     Args:
-        part (Part): In eval mode, on the CPU.
-        file (Path): To write.
+        part (Part): The part, in eval mode on the CPU.
+        file (Path): File to write.
         opset (int): ONNX operator set.
-        classes (Sequence[str]): Of the detector, for whoever finds the file.
+        classes (Sequence[str]): The detector's classes, for the file's metadata.
 
     Raises:
         UserError: PyTorch cannot export it.
@@ -41,7 +41,7 @@ class Graph:
 
 def _write(part: Part, file: Path, opset: int) -> None:
     with warnings.catch_warnings():
-        # Of tracing: sizes that Python compares. Whether they matter, the comparison tells.
+        # Tracing warns about sizes compared in Python; the comparison shows whether they matter.
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
@@ -54,13 +54,13 @@ def _write(part: Part, file: Path, opset: int) -> None:
                 opset_version=opset,
                 **TRACES_TO_ONNX,
             )
-        except (RuntimeError, ValueError) as error:  # the exporter's own are among them
+        except (RuntimeError, ValueError) as error:  # includes the exporter's own errors
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"opset {opset}: PyTorch cannot export the model: {reason}") from error
 
 
 def _describe(file: Path, facts: dict[str, str]) -> None:
-    """Write facts into the file, and check it."""
+    """Write metadata into the file, and check it."""
     import onnx
 
     model = onnx.load(str(file))

@@ -1,4 +1,4 @@
-"""Export a detector, compare it on images, and only then name the files."""
+"""Export a detector, compare it on images, and only then write the files."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,25 +25,25 @@ def export_onnx(
     opset: int = 17,
     progress: Callable[[Iterable], Iterable] = lambda items: items,
 ) -> tuple[list[tuple[Path, str]], Comparison]:
-    """Export, compare on images, and only then give the files their names.
+    """Export a detector, compare it on images, and write the files if the results agree.
 
     Args:
-        detector (Detector): Of a config and a checkpoint, on the CPU.
-        paths (Sequence[str]): Images to compare on; those that cannot be read are left out.
-        out (str | os.PathLike): Of the first graph, '.onnx'.
+        detector (Detector): The detector, on the CPU.
+        paths (Sequence[str]): Images to compare on; unreadable ones are skipped.
+        out (str | os.PathLike): File of the first graph, '.onnx'.
         opset (int): ONNX operator set. Defaults to 17.
-        progress (Callable): Given the images, yields them as they are dealt with.
+        progress (Callable): Wraps the iterable of images, e.g. in a progress bar.
 
     Returns:
-        tuple: (file, what it holds) of each graph, and the comparison.
+        tuple: Pairs (file, description) of the graphs, and the comparison.
 
     Raises:
-        UserError: The detector cannot be exported, no image can be read, or ONNX Runtime computes
-            something else than PyTorch; nothing is written then.
+        UserError: The detector cannot be exported, no image can be read, or ONNX Runtime's results
+            differ from PyTorch's; nothing is written then.
     """
     out = Path(out)
     if out.suffix != ".onnx":
-        raise UserError(f"--out {out}: the file's name must end in .onnx")
+        raise UserError(f"--out {out}: must end in .onnx")
     _need("onnx", "onnxruntime")
     model = detector.model
     check_supported(model)
@@ -67,7 +67,7 @@ def export_onnx(
             found.add_image(theirs[0], ours[0])
         if not found.agrees:
             raise UserError(
-                "ONNX Runtime computes something else than PyTorch, so nothing was written: "
+                "the results of ONNX Runtime differ from those of PyTorch, so nothing was written: "
                 f"{found}"
             )
     return files, found
@@ -84,7 +84,7 @@ def _need(*modules: str) -> None:
 def _batches(
     detector: Detector, paths: Iterable[str]
 ) -> tuple[list[tuple[Tensor, list[DetDataSample]]], dict[str, str]]:
-    """Return each image as the model's network sees it, and what is wrong with the others."""
+    """Return the preprocessed images, and what is wrong with the unreadable ones."""
     batches, skipped = [], {}
     for path in paths:
         try:
@@ -101,7 +101,7 @@ def _batches(
 
 @contextmanager
 def _through(graphs: Iterable[Graph]) -> Iterator[None]:
-    """Have the model's network run by ONNX Runtime; all else stays MMDetection's."""
+    """Run the model's network with ONNX Runtime, and everything else with MMDetection."""
     replaced: list[tuple[nn.Module, str]] = []
     try:
         for graph in graphs:
@@ -111,4 +111,4 @@ def _through(graphs: Iterable[Graph]) -> Iterator[None]:
         yield
     finally:
         for module, name in replaced:
-            delattr(module, name)  # the class has its own
+            delattr(module, name)  # restores the class's own

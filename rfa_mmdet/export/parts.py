@@ -1,4 +1,4 @@
-"""Which graphs a detector needs, and what each takes the place of when MMDetection predicts."""
+"""The graphs of a detector, and what each of them replaces in MMDetection's prediction."""
 
 import inspect
 import json
@@ -15,23 +15,24 @@ from rfa_mmdet.inference.region_heads import RegionHead, region_heads
 
 Run = Callable[[Tensor], list[Tensor]]
 
-# Sizes of maps must fit where a neck adds them up.
+# Map sizes must match where a neck adds maps.
 _DIVISOR = 32
 
 
 class Part(nn.Module):
-    """A part of a detector that becomes a graph: one tensor in, a flat tuple of tensors out.
+    """A part of a detector that becomes a graph: one input tensor, a flat tuple of output tensors.
 
-    Subclasses have ``forward`` and :meth:`stand_ins`.
+    Subclasses implement ``forward`` and :meth:`stand_ins`.
 
     Args:
-        suffix (str): Of the file's name, before '.onnx'.
-        holds (str): What it is, for whoever finds the file.
+        suffix (str): Suffix of the file name, before '.onnx'.
+        holds (str): Description, for the file's metadata.
         inputs (tuple[str, dict[int, str]]): Name of the input, and its dynamic axes.
-        outputs (dict[str, dict[int, str]]): Those of the outputs, in their order.
-        example (Tensor): An input to trace the part with.
-        other_shape (tuple[int, ...]): Of an input that differs in every dynamic axis.
-        facts (dict[str, str] | None): What else whoever runs the graph must know. Defaults to None.
+        outputs (dict[str, dict[int, str]]): Names of the outputs in order -> their dynamic axes.
+        example (Tensor): Input to trace the part with.
+        other_shape (tuple[int, ...]): Input shape that differs in every dynamic axis.
+        facts (dict[str, str] | None): More metadata that is needed to run the graph. Defaults to
+            None.
     """
 
     def __init__(
@@ -51,30 +52,29 @@ class Part(nn.Module):
         self.example, self.other_shape = example, other_shape
 
     def stand_ins(self, run: Run) -> Iterator[tuple[nn.Module, str, Callable]]:
-        """Yield what to replace so that the detector predicts by the graph.
+        """Yield the replacements that make the detector use the graph.
 
         Args:
-            run (Run): Runs the graph.
+            run (Run): Function that runs the graph.
 
         Yields:
-            tuple: A module, the name of its method, and what to call instead.
+            tuple: A module, the name of its method, and the function to call instead.
         """
         raise NotImplementedError
 
 
 class DensePart(Part):
-    """Backbone, neck and a dense head, from the images on.
+    """Backbone, neck and a dense head.
 
     Args:
-        detector (BaseDetector): In eval mode.
-        head (str): The detector's attribute.
-        keep_maps (bool): Whether the neck's maps are outputs too: others need them.
-        images (Tensor): A batch to trace with.
+        detector (BaseDetector): The detector, in eval mode.
+        head (str): Attribute name of the head.
+        keep_maps (bool): Whether to also output the neck's maps, for other parts.
+        images (Tensor): Batch to trace with.
         holds (str): See :class:`Part`.
 
     Raises:
-        UserError: The head is none with anchors or points, or returns something else than tensors
-            for each of its levels.
+        UserError: The head has no anchors or points, or does not return tensors per level.
     """
 
     def __init__(
@@ -105,13 +105,13 @@ class DensePart(Part):
         self.levels = len(module.prior_generator.strides)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the maps, if they are outputs, and what the head makes of them."""
+        """Return the maps, if they are outputs, and the outputs of the head."""
         maps = self.detector.extract_feat(images)
         outputs = _flat(getattr(self.detector, self.head)(maps))
         return (*maps, *outputs) if self.maps else outputs
 
     def stand_ins(self, run: Run) -> Iterator[tuple[nn.Module, str, Callable]]:
-        """Have the graph run for the maps, and keep the head's outputs until it is called."""
+        """Run the graph for the maps, and keep the head's outputs until it is called."""
         kept: list[Tensor] = []
 
         def extract_feat(images: Tensor) -> tuple[Tensor, ...]:
@@ -130,7 +130,7 @@ class RegionPart(Part):
     """A head on pooled regions.
 
     Args:
-        head (RegionHead): Of a detector in eval mode.
+        head (RegionHead): The head of a detector in eval mode.
     """
 
     def __init__(self, head: RegionHead) -> None:
@@ -139,8 +139,8 @@ class RegionPart(Part):
         axes = {0: "regions"}
         super().__init__(
             {"box": ".roi", "mask": ".mask"}[head.kind] + (f"_{head.stage}" if cascade else ""),
-            f"{head.kind} head{f' of stage {head.stage}' if cascade else ''}, on regions pooled by "
-            f"RoIAlign to {size}",
+            f"{head.kind} head{f' of stage {head.stage}' if cascade else ''}, for regions pooled "
+            f"with RoIAlign to {size}",
             ("regions", axes),
             dict.fromkeys(head.outputs, axes),
             torch.randn(5, *head.region, generator=torch.Generator().manual_seed(0)),
@@ -149,11 +149,11 @@ class RegionPart(Part):
         self.head = head.module
 
     def forward(self, regions: Tensor) -> tuple[Tensor, ...]:
-        """Return what the head makes of pooled regions."""
+        """Return the outputs of the head for pooled regions."""
         return _flat([self.head(regions)])
 
     def stand_ins(self, run: Run) -> Iterator[tuple[nn.Module, str, Callable]]:
-        """Have the graph run where the head is called."""
+        """Run the graph instead of the head."""
 
         def forward(regions: Tensor) -> Tensor | tuple[Tensor, ...]:
             found = run(regions)
@@ -163,21 +163,21 @@ class RegionPart(Part):
 
 
 def parts(detector: BaseDetector, images: Tensor) -> list[Part]:
-    """Return the graphs that a detector needs.
+    """Return the parts of a detector that become graphs.
 
     Args:
-        detector (BaseDetector): In eval mode.
+        detector (BaseDetector): The detector, in eval mode.
         images (Tensor): A normalised, padded batch.
 
     Returns:
-        list[Part]: In the order in which they run.
+        list[Part]: The parts in execution order.
 
     Raises:
-        UserError: Neither a single-stage detector with dense outputs nor Faster, Mask or Cascade
-            R-CNN.
+        UserError: The detector is neither a single-stage detector with dense outputs nor Faster,
+            Mask or Cascade R-CNN.
     """
     if heads := region_heads(detector):
-        holds = "backbone, neck and RPN head; the other graphs see regions of the maps"
+        holds = "backbone, neck and RPN head; the other graphs take regions of the maps"
         return [
             DensePart(detector, "rpn_head", True, images, holds),
             *(RegionPart(head) for head in heads),
@@ -187,7 +187,7 @@ def parts(detector: BaseDetector, images: Tensor) -> list[Part]:
 
 
 def check_supported(detector: nn.Module) -> None:
-    """Refuse a detector of another kind, for which no image need be loaded.
+    """Raise an error for unsupported detectors, before loading images.
 
     Raises:
         UserError: It is neither a single-stage detector nor Faster, Mask or Cascade R-CNN.
@@ -199,22 +199,22 @@ def check_supported(detector: nn.Module) -> None:
 
 def _unsupported(detector: nn.Module) -> UserError:
     return UserError(
-        f"model.type={type(detector).__name__!r}: only single-stage detectors with anchors or "
-        "points, and Faster, Mask and Cascade R-CNN with an RPN and without a shared head, can be "
-        "exported"
+        f"model.type={type(detector).__name__!r}: not supported; can only export single-stage "
+        "detectors with anchors or points, and Faster, Mask and Cascade R-CNN with an RPN and "
+        "without a shared head"
     )
 
 
 def _kinds(
     detector: BaseDetector, head: Any, maps: tuple[Tensor, ...]
 ) -> tuple[list[str], tuple[list[Tensor], ...]]:
-    """Run a dense head; name what it returns as its ``predict_by_feat`` does: cls_scores, ..."""
+    """Run a dense head; name its outputs like the arguments of ``predict_by_feat``."""
     outputs = head(maps)
     parameters = list(inspect.signature(head.predict_by_feat).parameters)
-    # Many inherit an argument for centerness and the like, the last one, and return none.
+    # Many heads inherit a last argument, e.g. for centerness, without a matching output.
     kinds = parameters[: parameters.index("batch_img_metas")][: len(outputs)]
     levels = len(head.prior_generator.strides)
-    # RTMDet-Ins, for one, also returns a map that all levels share.
+    # E.g. RTMDet-Ins also returns a map shared by all levels.
     dense = (not isinstance(one, Tensor) and len(_flat(one)) == levels for one in outputs)
     if len(kinds) != len(outputs) or not all(dense):
         raise _unsupported(detector)
@@ -222,7 +222,7 @@ def _kinds(
 
 
 def _flat(outputs: Iterable) -> tuple[Tensor, ...]:
-    """Return all tensors of nested lists and tuples, in their order."""
+    """Flatten nested lists and tuples of tensors."""
     found: list[Tensor] = []
     for one in outputs:
         found += [one] if isinstance(one, Tensor) else _flat(one)
@@ -240,5 +240,5 @@ def _preprocessing(preprocessor: DetDataPreprocessor) -> dict[str, str]:
 
 
 def _short(tensor: Tensor) -> list[float]:
-    """Return values as they were before they became float32."""
+    """Return the values before their conversion to float32."""
     return [float(f"{value:.6g}") for value in tensor.flatten().tolist()]

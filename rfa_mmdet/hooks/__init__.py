@@ -1,4 +1,4 @@
-"""What a Runner's events call."""
+"""Hooks for MMEngine's Runner."""
 
 from rfa_mmdet.hooks.epoch_seed import EpochSeedHook
 

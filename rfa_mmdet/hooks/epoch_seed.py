@@ -1,7 +1,7 @@
-"""Random numbers that follow from (seed, epoch, rank), so that a resumed run repeats them.
+"""Derive random numbers from (seed, epoch, rank), so a resumed run repeats them.
 
-MMEngine restores weights, optimizer and schedules, but no random state: after a resume, dropout,
-samplers and augmentations draw other numbers than in the run that was not interrupted.
+MMEngine restores weights, optimizer and schedules, but no random state: after resuming, dropout,
+samplers and augmentations draw different numbers than in an uninterrupted run.
 """
 
 from mmengine.hooks import Hook
@@ -12,11 +12,11 @@ from numpy.random import SeedSequence
 
 @HOOKS.register_module()
 class EpochSeedHook(Hook):
-    """Seed python, numpy and torch anew at the start of every epoch.
+    """Reseed Python, NumPy and torch at the start of every epoch.
 
-    Workers of the data loader are seeded by torch from the main process: they are started anew in
-    every epoch, also with ``persistent_workers=True``, and MMEngine's own seeding of them, the same
-    in every epoch, is taken off.
+    torch seeds the dataloader's workers from the main process: they are restarted in every epoch,
+    even with ``persistent_workers=True``, and MMEngine's own seeding, which is the same in every
+    epoch, is disabled.
 
     Example:
         >>> custom_hooks = [dict(type="EpochSeedHook")]
@@ -25,17 +25,17 @@ class EpochSeedHook(Hook):
     priority = "VERY_HIGH"
 
     def before_train(self, runner: Runner) -> None:
-        """Leave the seeding of workers to torch, and give the sampler the seed of the run."""
+        """Let torch seed the workers, and give the sampler the seed of the run."""
         loader = runner.train_dataloader
         loader.worker_init_fn = None
-        # Where the config names no seed, the Runner drew one for the sampler before it took over
-        # that of the checkpoint.
+        # Without a seed in the config, the Runner drew one for the sampler before it restored the
+        # checkpoint's.
         randomness = runner.cfg.get("randomness") or {}
         if hasattr(loader.sampler, "seed") and not randomness.get("diff_rank_seed", False):
             loader.sampler.seed = runner.seed
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Seed this process for the epoch that begins, and the workers that it starts."""
-        runner.train_dataloader._iterator = None  # where it keeps workers that persist
+        """Seed this process, and thereby the workers that it starts, for the next epoch."""
+        runner.train_dataloader._iterator = None  # drops persistent workers
         entropy = (runner.seed, runner.epoch, runner.rank)
         set_random_seed(int(SeedSequence(entropy).generate_state(1)[0]))

@@ -1,1 +1,1 @@
-"""From a config and a checkpoint to a detector that runs on images."""
+"""Run a detector, given by a config and a checkpoint, on images."""

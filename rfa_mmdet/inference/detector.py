@@ -1,4 +1,4 @@
-"""A detector with its checkpoint, on images loaded by the pipeline of its config."""
+"""A detector with its checkpoint, for images loaded by the config's pipeline."""
 
 import copy
 import warnings
@@ -36,25 +36,25 @@ from rfa_mmdet.texts import drawable, drawn_as_written
 
 
 def check_device(device: str | None) -> None:
-    """Refuse a device that is not here.
+    """Raise an error if a device does not exist on this machine.
 
     Raises:
-        UserError: It is no device, or none of this machine.
+        UserError: The device is invalid or not available.
 
     Example:
         >>> check_device("cpu")
         >>> check_device("gpu")
         Traceback (most recent call last):
-        rfa_mmdet.errors.UserError: device='gpu': is no device; cpu or cuda:0 would be
+        rfa_mmdet.errors.UserError: device='gpu': not a device; use e.g. cpu or cuda:0
     """
     try:
         wanted = torch.device(device or "cpu")
     except RuntimeError as error:
-        raise UserError(f"device={device!r}: is no device; cpu or cuda:0 would be") from error
+        raise UserError(f"device={device!r}: not a device; use e.g. cpu or cuda:0") from error
     count = torch.cuda.device_count()
     if wanted.type == "cuda" and (wanted.index or 0) >= count:
         raise UserError(
-            f"device={device!r}: PyTorch sees {count} GPUs here; tools/doctor.py may say why"
+            f"device={device!r}: PyTorch finds {count} GPUs; run tools/doctor.py to see why"
         )
 
 
@@ -62,10 +62,10 @@ def build_detector(cfg: Config) -> nn.Module:
     """Build the detector of a config for a single process, with its initial weights.
 
     Args:
-        cfg (Config): Of a detector; stays as it is.
+        cfg (Config): A detector's config; not modified.
 
     Returns:
-        nn.Module: In eval mode, on the CPU.
+        nn.Module: The detector, in eval mode on the CPU.
     """
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
         return revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model))).eval()
@@ -75,27 +75,26 @@ def load_detector(cfg: Config, checkpoint: str) -> nn.Module:
     """Build the detector of a config and load its checkpoint.
 
     Args:
-        cfg (Config): Of a detector; stays as it is.
-        checkpoint (str): File or URL.
+        cfg (Config): A detector's config; not modified.
+        checkpoint (str): Checkpoint file or URL.
 
     Returns:
-        nn.Module: In eval mode, on the CPU.
+        nn.Module: The detector, in eval mode on the CPU.
 
     Raises:
-        UserError: The checkpoint is missing, damaged, or of another model.
+        UserError: The checkpoint is missing, damaged, or does not fit the model.
     """
-    content = read_checkpoint(checkpoint)  # before the model is built, for its errors
+    content = read_checkpoint(checkpoint)  # fail before the model is built
     detector = build_detector(cfg)
     load_weights(detector, content, checkpoint)
     return detector
 
 
 def image_channels(detector: nn.Module) -> Iterator[int]:
-    """Yield how many channels an image of a detector may have, the likeliest number first.
+    """Yield the numbers of image channels that a detector may take, the likeliest first.
 
-    It is nowhere written down: the first convolution says it in most detectors, though not where
-    pixels become channels before it, or where another module is registered first. So whoever makes
-    an image tries one number after another.
+    Configs do not contain the number. The first convolution shows it, unless pixels become channels
+    before it or another module is registered first. Callers should try one number after another.
 
     Example:
         >>> next(image_channels(nn.Sequential(nn.ReLU(), nn.Conv2d(1, 8, 3))))
@@ -114,7 +113,7 @@ class LoadedImage:
 
     Attributes:
         path (str): The file.
-        pixels (np.ndarray): (H, W) or (H, W, C) of any dtype, as the pipeline's loader reads it.
+        pixels (np.ndarray): (H, W) or (H, W, C) of any dtype, as read by the pipeline's loader.
         data (dict): Output of the whole pipeline: ``inputs`` and ``data_samples``.
     """
 
@@ -126,8 +125,8 @@ class LoadedImage:
     def picture(self) -> np.ndarray:
         """The image for display: (H, W, 3) uint8, BGR.
 
-        Values that are not from 0 to 255, such as those of 16 bits, are spread over that range,
-        but for the darkest and brightest thousandth; a float image from 0 to 1 is scaled.
+        Values above 255, e.g. of 16-bit images, are stretched to that range after clipping the
+        darkest and brightest thousandth; float images from 0 to 1 are scaled.
 
         Example:
             >>> grey = np.array([[0, 1000, 4000]], np.uint16)
@@ -149,28 +148,29 @@ class LoadedImage:
 
 
 class Detector:
-    """A detector as a test of its config runs it, on image files.
+    """A detector for image files, configured as in a test of its config.
 
     Args:
-        cfg (Config): Of the detector.
-        checkpoint (str): File or URL, which must be the model's own.
-        device (str | None): Defaults to None: a GPU where there is one.
+        cfg (Config): The detector's config.
+        checkpoint (str): Checkpoint file or URL; must fit the model.
+        device (str | None): Device to run on. Defaults to None: the GPU if there is one.
 
     Attributes:
-        model (nn.Module): In eval mode; its ``dataset_meta`` holds ``classes`` and ``palette``.
+        model (nn.Module): The model in eval mode; its ``dataset_meta`` has ``classes`` and
+            ``palette``.
 
     Raises:
-        UserError: The checkpoint is missing, damaged, or of another model; the config has no test
-            data, whose pipeline loads images; or there is no such device.
+        UserError: The checkpoint is missing, damaged, or does not fit the model; the config has no
+            test dataset, whose pipeline is needed; or the device does not exist.
     """
 
     def __init__(self, cfg: Config, checkpoint: str, device: str | None = None) -> None:
         check_device(device)
         found = leaves(cfg, "test")
         if not found:
-            raise ConfigError("test_dataloader: is not there, and its pipeline loads the images")
+            raise ConfigError("test_dataloader: missing; its pipeline is needed to load images")
         init_default_scope(cfg.get("default_scope") or "mmdet")
-        content = read_checkpoint(checkpoint)  # before the model is built, for its errors
+        content = read_checkpoint(checkpoint)  # fail before the model is built
         self.model = cast(Any, build_detector(cfg))
         own = self.model.module if isinstance(self.model, BaseTTAModel) else self.model
         load_weights(own, content, checkpoint)
@@ -183,7 +183,7 @@ class Detector:
         kind = given["type"] if isclass(given["type"]) else VISUALIZERS.get(given["type"])
         if kind is DetLocalVisualizer:
             given = {**given, "type": LegibleVisualizer}
-        # Its backends are for what a run logs.
+        # Its backends are only for logging.
         built = VISUALIZERS.build({**given, "name": f"visualizer {id(self)}", "vis_backends": None})
         self._visualizer = built if hasattr(built, "dataset_meta") else LegibleVisualizer()
 
@@ -194,14 +194,14 @@ class Detector:
             path (str): The file.
 
         Returns:
-            LoadedImage: To be given to :meth:`detect`.
+            LoadedImage: Input for :meth:`detect`.
 
         Raises:
-            ImageError: The file is missing, damaged, or not an image that the pipeline takes.
+            ImageError: The file is missing, damaged, or not an image that the pipeline can load.
         """
         if damage := image_damage(path):
             raise ImageError(damage)
-        # What a data set says of an image without annotations.
+        # As a dataset describes an image without annotations.
         results: Any = dict(img_path=path, img_id=0, sample_idx=0, seg_map_path=None, instances=[])
         pixels = None
         for transform in self._transforms:
@@ -209,18 +209,18 @@ class Detector:
                 results = transformed(transform, results)
             except ImageError:
                 raise
-            except Exception as error:  # decoders raise what they like
+            except Exception as error:  # decoders raise anything
                 raise ImageError(_reason(transform, error, pixels is None)) from error
             if results is None:
-                raise ImageError(f"{type(transform).__name__} drops it")
+                raise ImageError(f"dropped by {type(transform).__name__}")
             if pixels is None and "img" in results:
                 pixels = results["img"].copy()
                 height, width = results.get("ori_shape", pixels.shape[:2])
                 results = {"height": height, "width": width, **results}
-                if pixels.shape[:2] != (height, width):  # loaded and resized in one
+                if pixels.shape[:2] != (height, width):  # loaded and resized at once
                     pixels = cv2.resize(pixels, (width, height))
         if pixels is None:
-            raise ImageError("the test pipeline loads no image: 'img' is in none of its results")
+            raise ImageError("the test pipeline loads no image: no transform returns 'img'")
         return LoadedImage(path, pixels, results)
 
     def batch(self, images: Sequence[LoadedImage]) -> dict[str, Any]:
@@ -232,7 +232,7 @@ class Detector:
         """Run the detector on a batch of images.
 
         Args:
-            images (Sequence[LoadedImage]): From :meth:`load`.
+            images (Sequence[LoadedImage]): Images returned by :meth:`load`.
 
         Returns:
             list[DetDataSample]: Detections of each image, in its own pixel coordinates.
@@ -246,10 +246,10 @@ class Detector:
         Args:
             image (np.ndarray): (H, W, 3) uint8, BGR.
             sample (DetDataSample): Its detections.
-            score (float): Those below are left out.
+            score (float): Lowest score to draw.
 
         Returns:
-            np.ndarray: Of the same shape, BGR.
+            np.ndarray: The drawn image, with the same shape, BGR.
         """
         rgb = np.ascontiguousarray(image[..., ::-1])
         options = dict(draw_gt=False, pred_score_thr=score)
@@ -263,14 +263,14 @@ def draw(
     metainfo: dict[str, Any],
     **options: Any,
 ) -> np.ndarray:
-    """Draw a sample with its classes' names as they are written, and a colour for every class.
+    """Draw a sample with literal class names, and a colour for every class.
 
     Args:
-        visualizer (DetLocalVisualizer): Draws.
+        visualizer (DetLocalVisualizer): The visualizer.
         image (np.ndarray): (H, W, 3) uint8, RGB.
-        sample (DetDataSample): Truth, detections, or both.
+        sample (DetDataSample): Ground truth, detections, or both.
         metainfo (dict): ``classes`` and ``palette``, see :mod:`rfa_mmdet.inference.names`.
-        **options: Of the visualizer's ``add_datasample``.
+        **options: Options of the visualizer's ``add_datasample``.
 
     Returns:
         np.ndarray: (H, W, 3) uint8, RGB.
@@ -287,9 +287,9 @@ def draw(
 
 
 def _metainfo(cfg: Config, leaf: Leaf, checkpoint: dict, name: str) -> dict[str, Any]:
-    """Return the classes that the checkpoint was trained for, and the config's colours."""
+    """Return the classes that the checkpoint was trained on, and the config's colours."""
     meta = checkpoint.get("meta") or {}
-    old = {"classes": meta["CLASSES"]} if "CLASSES" in meta else {}  # of MMDetection 2
+    old = {"classes": meta["CLASSES"]} if "CLASSES" in meta else {}  # MMDetection 2.x
     theirs = {k.lower(): v for k, v in (meta.get("dataset_meta") or old).items()}
     ours = leaf.build().metainfo
     counts = dict(heads(cfg.model))
@@ -302,8 +302,8 @@ def _metainfo(cfg: Config, leaf: Leaf, checkpoint: dict, name: str) -> dict[str,
     if not classes and counts:
         key, count = next(iter(counts.items()))
         raise ConfigError(
-            f"{key}.num_classes={count}, but checkpoint={name!r} names no classes and {leaf.key} "
-            f"{len(class_names(ours))}; write metainfo=dict(classes=(...)) into that data set"
+            f"{key}.num_classes={count}, but checkpoint={name!r} has no class names and {leaf.key} "
+            f"has {len(class_names(ours))}; set metainfo=dict(classes=(...)) in that dataset"
         )
     classes = classes or class_names(ours)
     palette = class_colours({**theirs, **ours}, len(classes))
@@ -311,12 +311,12 @@ def _metainfo(cfg: Config, leaf: Leaf, checkpoint: dict, name: str) -> dict[str,
 
 
 def _pipeline(found: list[Leaf]) -> list:
-    """Return the pipeline from the file on, with those of the data set's wrappers behind it."""
+    """Return the dataset's pipeline, followed by those of its wrappers."""
     pipelines = [[t for part in reversed(leaf.pipelines) for t in part] for leaf in found]
     if any(other != pipelines[0] for other in pipelines):
         raise ConfigError(
-            f"{found[0].key}.pipeline: is another one than that of the other test data sets, so "
-            "that it is not known how to load an image; name one data set as test_dataloader"
+            f"{found[0].key}.pipeline: differs from the pipelines of the other test datasets, so "
+            "it is unclear how to load an image; use a single dataset in test_dataloader"
         )
     return Compose(pipelines[0]).transforms
 
@@ -330,7 +330,7 @@ def _flat(transforms: Sequence) -> Iterator:
 
 
 def _collate(loader: dict) -> partial:
-    """Build the function as a Runner does."""
+    """Build the collate function as a Runner does."""
     given = loader.get("collate_fn") or dict(type="pseudo_collate")
     if not isinstance(given, dict):
         return partial(given)

@@ -1,4 +1,4 @@
-"""Find the image files that a user names, and report those that cannot be read."""
+"""Find image files from a command line, and report unreadable ones."""
 
 import glob
 import os
@@ -20,22 +20,22 @@ def transformed(transform: Callable, results: dict) -> dict:
     """Apply a transform of a pipeline to an image.
 
     Args:
-        transform (Callable): Of mmcv or MMDetection.
-        results (dict): What it takes; 'img' is the image.
+        transform (Callable): A transform of mmcv or MMDetection.
+        results (dict): Its input; 'img' is the image.
 
     Raises:
-        ImageError: Resized to the pipeline's scale, one side of the image would be 0.
+        ImageError: Resizing to the pipeline's scale would make a side of the image 0.
     """
     try:
         return transform(results)
-    except Exception as error:  # of the library that resizes
+    except Exception as error:  # from the library that resizes
         height, width = results["img"].shape[:2] if "img" in results else (1, 1)
         scale = results.get("scale")
         left: Any = (1, 1)
         if isinstance(scale, tuple):
             left = scale if min(scale) == 0 else mmcv.rescale_size((width, height), scale)
         if min(left) == 0:
-            text = f"{width} x {height} pixels, of which resizing to {scale} leaves a side of 0"
+            text = f"{width} x {height} pixels; resizing to {scale} would make a side 0"
             raise ImageError(text) from error
         raise
 
@@ -44,30 +44,30 @@ def none_readable(skipped: dict[str, str]) -> UserError:
     """Return the error to raise when no image could be read.
 
     Args:
-        skipped (dict[str, str]): What is wrong with each, by path.
+        skipped (dict[str, str]): Path of each image -> what is wrong with it.
 
     Example:
         >>> print(none_readable({"a.jpg": "missing"}))
-        none of the 1 images can be read, such as a.jpg: missing
+        none of the 1 images can be read, e.g. a.jpg: missing
     """
     path, damage = next(iter(skipped.items()))
-    return UserError(f"none of the {len(skipped)} images can be read, such as {path}: {damage}")
+    return UserError(f"none of the {len(skipped)} images can be read, e.g. {path}: {damage}")
 
 
 def find_images(inputs: Sequence[str], without: str | os.PathLike | None = None) -> list[str]:
-    """Return the image files that a command line names.
+    """Return the image files for the inputs of a command line.
 
     Args:
-        inputs (Sequence[str]): Files, folders (searched to any depth) and patterns such as
+        inputs (Sequence[str]): Files, folders (searched recursively) and patterns such as
             'data/**/*.png'.
-        without (str | os.PathLike | None): A folder whose files are left out: the results of an
-            earlier run. Defaults to None.
+        without (str | os.PathLike | None): Folder to exclude, with results of an earlier run.
+            Defaults to None.
 
     Returns:
-        list[str]: Every file once, in the order of the inputs, those of a folder sorted.
+        list[str]: Every file once, in the order of the inputs; files of a folder are sorted.
 
     Raises:
-        UserError: One of the inputs names no image.
+        UserError: An input matches no image.
 
     Example:
         >>> find_images(["/no/such/*.jpg"])
@@ -82,9 +82,7 @@ def find_images(inputs: Sequence[str], without: str | os.PathLike | None = None)
         elif os.path.isdir(one):
             files = _images_below(one)
             if not files:
-                raise UserError(
-                    f"input {one!r}: no image in it; looked for *{', *'.join(_ENDINGS)}"
-                )
+                raise UserError(f"input {one!r}: contains no images (*{', *'.join(_ENDINGS)})")
         else:
             names = sorted(glob.glob(one, recursive=True))
             files = [n for n in names if os.path.isfile(n) and n.lower().endswith(_ENDINGS)]
@@ -98,11 +96,11 @@ def find_images(inputs: Sequence[str], without: str | os.PathLike | None = None)
             if not (own and real.startswith(own)):
                 found.setdefault(real, file)
     if not found:
-        raise UserError(f"input {inputs[0]!r}: holds nothing but results of an earlier run")
+        raise UserError(f"input {inputs[0]!r}: only contains results of an earlier run")
     return list(found.values())
 
 
-# Names that JPEG files have too, and GIF; files of other names are read where they are named.
+# Other suffixes of JPEG, and GIF; files with any other suffix are read if named explicitly.
 _ENDINGS = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".gif")
 
 

@@ -1,19 +1,21 @@
-"""The names and colours of a detector's classes, whatever a config or checkpoint says of them."""
+"""Names and colours of a detector's classes, robust against invalid metadata."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from mmdet.visualization import get_palette
 
-Colour = tuple[int, ...]  # of red, green and blue
+Colour = tuple[int, ...]  # red, green and blue
 
 
 def class_names(metainfo: Mapping[str, Any], number: int = 0) -> tuple[str, ...]:
-    """Return the names of a data set's classes.
+    """Return the names of a dataset's classes.
 
     Args:
-        metainfo (Mapping[str, Any]): Of a data set or a checkpoint. A string is the one class.
-        number (int): Names to return at least; unknown ones are called by their label.
+        metainfo (Mapping[str, Any]): Metadata of a dataset or a checkpoint. A string is a single
+            class.
+        number (int): Minimum number of names; unknown classes are named after their label. Defaults
+            to 0.
 
     Example:
         >>> class_names(dict(classes="cat"), 2), class_names({}, 1), class_names(dict(classes=[7]))
@@ -25,12 +27,12 @@ def class_names(metainfo: Mapping[str, Any], number: int = 0) -> tuple[str, ...]
 
 
 def class_colours(metainfo: Mapping[str, Any], number: int) -> list[Colour]:
-    """Return as many colours as there are classes: of the palette, and random ones after its end.
+    """Return a colour for each class: the palette's, then random ones.
 
     Args:
-        metainfo (Mapping[str, Any]): Whose ``palette`` may be short, missing or one of
-            MMDetection's names.
-        number (int): Of classes.
+        metainfo (Mapping[str, Any]): Metadata; its ``palette`` may be too short, missing or a name
+            of MMDetection's palettes.
+        number (int): Number of classes.
 
     Example:
         >>> colours = class_colours(dict(palette=[(1, 2, 3)]), 3)
@@ -41,7 +43,7 @@ def class_colours(metainfo: Mapping[str, Any], number: int) -> list[Colour]:
     if isinstance(given, str) or _is_colour(given):
         try:
             given = get_palette(given if isinstance(given, str) else tuple(given), number)
-        except (AssertionError, ValueError, KeyError):  # no such name, or a short one
+        except (AssertionError, ValueError, KeyError):  # unknown name, or palette too short
             given = None
     known = [tuple(map(int, c)) for c in (() if given is None else given) if _is_colour(c)]
     random = [tuple(map(int, c)) for c in get_palette("random", number)]

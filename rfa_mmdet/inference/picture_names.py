@@ -1,25 +1,25 @@
-"""What the pictures of images are called."""
+"""Choose file names for the pictures of images."""
 
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-# Endings of images that OpenCV writes in colour, and every viewer shows.
+# Suffixes of formats that OpenCV writes in colour and every viewer shows.
 _KEPT = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-_LONGEST = 240  # bytes of a name; file systems take 255
+_LONGEST = 240  # bytes of a name; file systems allow 255
 
 
 def picture_names(paths: Sequence[str], *endings: str) -> dict[str, list[Path]]:
-    """Return the names of the pictures of images, relative to the folder of all pictures.
+    """Return file names for the pictures of images, relative to the folder of all pictures.
 
     Args:
-        paths (Sequence[str]): Of images.
-        *endings (str): Of the pictures of one image, such as '.png'. Default to one picture with
-            the image's own ending, or .png where that is no good for a picture.
+        paths (Sequence[str]): Image files.
+        *endings (str): Endings of the pictures of one image, e.g. '.png'. Default: one picture with
+            the image's own suffix, or .png if that is not suitable.
 
     Returns:
-        dict[str, list[Path]]: By image, below the images' common folder. They are all different,
-        none is a folder of another one, and all are short enough to be written.
+        dict[str, list[Path]]: Image -> names, relative to the images' common folder. All names are
+        different, none is a folder of another, and all are short enough for the file system.
 
     Example:
         >>> [str(one) for (one,) in picture_names(["/a/x.jpg", "/a/b/x.pgm", "/a/b/x"]).values()]
@@ -30,7 +30,7 @@ def picture_names(paths: Sequence[str], *endings: str) -> dict[str, list[Path]]:
     relative = {path: Path(os.path.relpath(one, common)) for path, one in whole.items()}
     taken = {folder for one in relative.values() for folder in one.parents}
     found: dict[str, list[Path]] = {}
-    # Those that keep their name come first, so that no other one takes it.
+    # Images that keep their name come first, so no other image takes it.
     for path in sorted(relative, key=lambda path: relative[path].suffix.lower() not in _KEPT):
         for names in _candidates(relative[path], endings):
             if not taken & set(names):

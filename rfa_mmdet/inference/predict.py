@@ -1,4 +1,4 @@
-"""Detections on images that belong to no data set."""
+"""Run a detector on image files and save the detections."""
 
 import json
 import os
@@ -22,14 +22,14 @@ from rfa_mmdet.inference.picture_names import picture_names
 
 @dataclass
 class Predictions:
-    """What was found on images.
+    """Detections on images.
 
     Attributes:
-        coco (dict): ``images``, ``categories`` and ``annotations`` in COCO's format, each
-            annotation with its ``score``: a list that pycocotools' ``loadRes`` takes.
-        skipped (dict[str, str]): What is wrong with files that have no results, by path.
-        undrawn (dict[str, str]): Why images with results have no picture, by path.
-        not_finite (int): Detections left out because their box or score is no number.
+        coco (dict): ``images``, ``categories`` and ``annotations`` in COCO format. Annotations have
+            a ``score``, so pycocotools' ``loadRes`` accepts the list.
+        skipped (dict[str, str]): Path of each image without results -> reason.
+        undrawn (dict[str, str]): Path of each other image without a picture -> reason.
+        not_finite (int): Number of detections dropped because their box or score is not finite.
     """
 
     coco: dict
@@ -46,30 +46,30 @@ def predict(
     batch_size: int = 1,
     progress: Callable[[Iterable], Iterable] = lambda items: items,
 ) -> Predictions:
-    """Detect, and write annotated pictures and ``predictions.json``.
+    """Run a detector; write annotated pictures and ``predictions.json``.
 
-    Every file appears when it is complete; the JSON file, when all images are done. An image that
-    fails, in whatever way, loses no results of the others.
+    All files are written atomically; the JSON file after all images are done. An image that fails,
+    for any reason, does not affect the others.
 
     Args:
-        detector (Detector): Of a config and a checkpoint.
+        detector (Detector): The detector.
         paths (Sequence[str]): Image files.
-        folder (str | os.PathLike): Where to write; pictures go below ``pictures``, by their path
-            below the images' common folder.
-        score (float): Detections below are not drawn; the JSON file has all that the model's
-            ``test_cfg`` lets pass. Defaults to 0.3.
-        batch_size (int): Images in one forward. Defaults to 1.
-        progress (Callable): Given the paths, yields them as they are dealt with.
+        folder (str | os.PathLike): Output folder; pictures go to ``pictures``, with their path
+            relative to the images' common folder.
+        score (float): Lowest score to draw; the JSON file has all detections that the model's
+            ``test_cfg`` keeps. Defaults to 0.3.
+        batch_size (int): Batch size. Defaults to 1.
+        progress (Callable): Wraps the iterable of paths, e.g. in a progress bar.
 
     Returns:
-        Predictions: What was found and what was left out.
+        Predictions: The detections, and what was skipped.
 
     Raises:
-        UserError: No image has results, or nothing can be written.
+        UserError: No image has results, or the folder is not writable.
     """
     found = Predictions(dict(images=[], categories=[], annotations=[]))
     folder = Path(folder)
-    try:  # now, not after hours
+    try:  # fail now rather than after hours
         (folder / "pictures").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
@@ -91,7 +91,7 @@ def predict(
             try:
                 drawn = detector.draw(image.picture, sample, score)
                 _write(drawn, folder / "pictures" / names[image.path][0])
-            except Exception as error:  # such as a picture that is too large to draw on
+            except Exception as error:  # e.g. the picture is too large to draw on
                 found.undrawn[image.path] = first_line(error)
     if not found.coco["images"]:
         raise none_readable(found.skipped)
@@ -104,7 +104,7 @@ def predict(
 
 
 def first_line(error: Exception) -> str:
-    r"""Return what an error says, in one line.
+    r"""Return the first line of an error's message.
 
     Example:
         >>> first_line(ValueError()), first_line(ValueError("one\ntwo"))
@@ -116,22 +116,23 @@ def first_line(error: Exception) -> str:
 def _detections(
     detector: Detector, images: list[LoadedImage], skipped: dict[str, str]
 ) -> list[tuple[LoadedImage, DetDataSample]]:
-    """Detect on a batch, or one by one where one of its images fails, which is skipped."""
+    """Detect on a batch; if that fails, on each image alone, and skip those that fail."""
     try:
         samples = [sample.cpu() for sample in detector.detect(images)]
         if not {"bboxes", "masks"} & set(samples[0].get("pred_instances", {}).keys()):
-            raise UserError("it finds no boxes or masks, which is what is written")
+            raise UserError("it predicts no boxes or masks")
         return list(zip(images, samples, strict=True))
-    except Exception as error:  # a model may fail in any way on an image of another kind
+    except Exception as error:  # a model may fail in any way on an unusual image
         if len(images) == 1:
             pixels = "x".join(map(str, images[0].pixels.shape))
-            skipped[images[0].path] = f"the model fails on its {pixels} values: {first_line(error)}"
+            reason = f"the model fails on its pixels of shape {pixels}: {first_line(error)}"
+            skipped[images[0].path] = reason
             return []
     return [pair for image in images for pair in _detections(detector, [image], skipped)]
 
 
 def _write(picture: Any, path: Path) -> None:
-    """Write a picture; OpenCV itself cannot open every name."""
+    """Write a picture; OpenCV cannot open all file names itself."""
     done, data = cv2.imencode(path.suffix, picture)
     if not done:
         raise UserError(f"OpenCV cannot write {path.suffix}")
@@ -140,7 +141,7 @@ def _write(picture: Any, path: Path) -> None:
 
 
 def _add(found: Predictions, image: LoadedImage, sample: DetDataSample) -> None:
-    """Put an image and its detections into a dict of COCO's format, and drop those of NaN."""
+    """Add an image and its detections to a dict in COCO format; drop non-finite detections."""
     coco = found.coco
     number = len(coco["images"]) + 1
     height, width = image.pixels.shape[:2]
@@ -148,7 +149,7 @@ def _add(found: Predictions, image: LoadedImage, sample: DetDataSample) -> None:
     instances = sample.pred_instances
     masks = instances.get("masks")
     if "bboxes" not in instances or (masks is not None and not instances.bboxes.any()):
-        instances.bboxes = mask2bbox(masks)  # of models without boxes, such as SOLO
+        instances.bboxes = mask2bbox(masks)  # for models without boxes, e.g. SOLO
     finite = instances.bboxes.isfinite().all(1) & instances.scores.isfinite()
     found.not_finite += int((~finite).sum())
     sample.pred_instances = instances = instances[finite]

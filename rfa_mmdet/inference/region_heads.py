@@ -1,4 +1,4 @@
-"""The heads of a two-stage detector that see regions pooled from its maps."""
+"""Find the heads of a two-stage detector that run on pooled regions."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from mmdet.models.detectors import TwoStageDetector
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from torch import Tensor, nn
 
-# Subclasses that override one of these give their heads something else, or do more with them.
+# Subclasses that override one of these use their heads differently.
 _DETECTOR_METHODS = ("predict",)
 _ROI_HEAD_METHODS = (
     *("predict", "predict_bbox", "predict_mask"),
@@ -23,10 +23,10 @@ class RegionHead:
 
     Attributes:
         kind (str): 'box' or 'mask'.
-        stage (int | None): Of a cascade, from 0. None: there is only one.
+        stage (int | None): Stage of a cascade, starting at 0; None if there is only one.
         module (nn.Module): The head.
         region (tuple[int, int, int]): Channels, height and width of a pooled region.
-        outputs (tuple[str, ...]): What it returns: a tuple of tensors, or the only one.
+        outputs (tuple[str, ...]): Names of its outputs: a tuple of tensors, or a single tensor.
     """
 
     kind: str
@@ -37,14 +37,14 @@ class RegionHead:
 
 
 def region_heads(detector: nn.Module) -> list[RegionHead]:
-    """Return what runs between RoIAlign and the post-processing.
+    """Return the heads that run between RoIAlign and the post-processing.
 
     Args:
-        detector (nn.Module): In eval mode.
+        detector (nn.Module): The detector, in eval mode.
 
     Returns:
-        list[RegionHead]: In the order in which they run. None at all: the detector has no RPN, a
-        shared head, or predicts in another way than Faster, Mask and Cascade R-CNN.
+        list[RegionHead]: The heads in execution order. Empty if the detector has no RPN or a shared
+        head, or does not predict like Faster, Mask and Cascade R-CNN.
 
     Example:
         >>> region_heads(nn.Identity())
@@ -84,7 +84,7 @@ def _stages(
 
 @torch.no_grad()
 def _returns_its_outputs(head: RegionHead) -> bool:
-    """Whether it returns what a plain head does; SABL's, for one, returns tuples of tuples."""
+    """Return whether a head has plain outputs; e.g. SABL's returns tuples of tuples."""
     device = next(head.module.parameters()).device
     found = head.module(torch.zeros(1, *head.region, device=device))
     if isinstance(found, Tensor):

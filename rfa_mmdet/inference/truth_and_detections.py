@@ -1,4 +1,4 @@
-"""Pictures of a test: the truth beside the detections, of every image."""
+"""Draw the ground truth next to the detections for every image of a test."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +20,14 @@ from rfa_mmdet.texts import printable
 
 
 class TruthAndDetectionsHook(Hook):
-    """Draws every image of a test, whatever its file and its classes are called.
+    """Draws every image of a test, with any names of files and classes.
 
-    MMDetection's own hook writes images of one name over each other, and ends the test at a name
-    that OpenCV cannot write. An image of which no picture can be made is told at the end.
+    MMDetection's own hook overwrites pictures of images with the same name, and crashes on names
+    that OpenCV cannot write. This hook reports images without a picture at the end.
 
     Args:
-        folder (str | Path): Where the pictures go.
-        score (float): Detections below are not drawn. Defaults to 0.3.
+        folder (str | Path): Output folder.
+        score (float): Lowest score to draw. Defaults to 0.3.
     """
 
     def __init__(self, folder: str | Path, score: float = 0.3) -> None:
@@ -36,7 +36,7 @@ class TruthAndDetectionsHook(Hook):
         self.undrawn: dict[str, str] = {}
 
     def before_test(self, runner: Runner) -> None:
-        """Name the pictures."""
+        """Choose the file names of the pictures."""
         dataset = runner.test_dataloader.dataset
         self.visualizer = LegibleVisualizer()
         paths = [dataset.get_data_info(i)["img_path"] for i in range(len(dataset))]
@@ -58,14 +58,14 @@ class TruthAndDetectionsHook(Hook):
                 drawn = draw(self.visualizer, image, sample, metainfo, **options)
                 with written_whole(self.folder / self.names[sample.img_path][0]) as part:
                     mmcv.imwrite(drawn[..., ::-1], str(part))
-            except Exception as error:  # decoders raise what they like
+            except Exception as error:  # decoders raise anything
                 self.undrawn[sample.img_path] = first_line(error)
 
     def after_test(self, runner: Runner) -> None:
-        """Say of how many images there is no picture."""
+        """Log the number of images without a picture."""
         for path, reason in list(self.undrawn.items())[:1]:
             print_log(
-                f"no picture of {len(self.undrawn)} images, such as {printable(path)}: "
+                f"no picture written for {len(self.undrawn)} images, e.g. {printable(path)}: "
                 f"{printable(reason)}",
                 logger="current",
             )

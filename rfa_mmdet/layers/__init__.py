@@ -1,4 +1,4 @@
-"""Modules under mmcv's conv and plug-in contracts, on MMEngine's root ``MODELS``."""
+"""Convolutions and plug-ins for mmcv, registered with MMEngine's root ``MODELS``."""
 
 from rfa_mmdet.layers.attention import CBAM, ECA, EMA, SE, ConAM, CoordAtt
 from rfa_mmdet.layers.conv import CAConv, CAMConv, CBAMConv, RFAConv, RFCAConv, RFCBAMConv

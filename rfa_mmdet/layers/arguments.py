@@ -1,4 +1,4 @@
-"""Arguments and inputs of every layer: checked with one error in words, and shown in signatures."""
+"""Check the arguments and inputs of layers, and show inherited arguments in signatures."""
 
 import inspect
 from collections.abc import Callable
@@ -9,24 +9,24 @@ from torch import Tensor
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
-LARGEST = 2**20  # of every int: what is made of a few of them stays far from overflow
-LARGEST_WINDOW = 2**15  # positions; a channel has a weight for every two of them
-LARGEST_SIDE = 181  # of a square one
+LARGEST = 2**20  # limit of every int, so that products of a few of them do not overflow
+LARGEST_WINDOW = 2**15  # positions; a channel has a weight for each pair of them
+LARGEST_SIDE = 181  # side of a square window
 
 
 def with_arguments_of(parent: type) -> Callable[[Init], Init]:
-    """Show a parent's arguments in the signature of a constructor that passes them on.
+    """Show a parent's arguments in the signature of a constructor that forwards them.
 
-    The constructor takes ``*args``, keyword arguments of its own, and ``**kwargs``.
-    :func:`inspect.signature` and :func:`help` then list the parent's arguments, with defaults and
-    annotations, in place of ``*args`` and ``**kwargs``. Positional-only arguments of the parent are
-    the constructor's own business and are not listed.
+    For a constructor with ``*args``, its own keyword arguments and ``**kwargs``,
+    :func:`inspect.signature` and :func:`help` list the parent's arguments, with defaults and
+    annotations, instead of ``*args`` and ``**kwargs``. Positional-only arguments of the parent are
+    not listed.
 
     Args:
         parent (type): The class whose constructor gets ``*args`` and ``**kwargs``.
 
     Returns:
-        Callable: Decorator of an ``__init__``.
+        Callable: Decorator for ``__init__``.
 
     Example:
         >>> class Pool:
@@ -53,11 +53,11 @@ def with_arguments_of(parent: type) -> Callable[[Init], Init]:
 
 
 def positive_int(name: str, value: Any, largest: int = LARGEST) -> int:
-    """Return an int, or one of NumPy, as an int.
+    """Return an int or NumPy integer as an int.
 
     Raises:
-        TypeError: It is not an int.
-        ValueError: It is not from 1 to ``largest``.
+        TypeError: The value is not an int.
+        ValueError: The value is not from 1 to ``largest``.
 
     Example:
         >>> positive_int("groups", 0)
@@ -68,10 +68,10 @@ def positive_int(name: str, value: Any, largest: int = LARGEST) -> int:
 
 
 def odd_int(name: str, value: Any, largest: int = LARGEST) -> int:
-    """Return an odd int, of a kernel that has a centre and keeps the size.
+    """Return an odd int, for a kernel size that can keep the size of the map.
 
     Raises:
-        TypeError, ValueError: As of :func:`positive_int`, or it is even.
+        TypeError, ValueError: See :func:`positive_int`; or the value is even.
 
     Example:
         >>> odd_int("kernel_size", 4)
@@ -85,11 +85,11 @@ def odd_int(name: str, value: Any, largest: int = LARGEST) -> int:
 
 
 def int_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
-    """Return an int, or a pair of ints, as a pair (vertical, horizontal).
+    """Return an int or a pair of ints as a pair (vertical, horizontal).
 
     Raises:
-        TypeError: It is neither an int nor a pair of ints.
-        ValueError: One of the two is below ``minimum``, or above 2**20.
+        TypeError: The value is neither an int nor a pair of ints.
+        ValueError: One of the ints is below ``minimum`` or above 2**20.
 
     Example:
         >>> int_pair("stride", 2, minimum=1)
@@ -105,10 +105,10 @@ def int_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
 
 
 def boolean(name: str, value: Any) -> bool:
-    """Return ``value`` if it is a bool: the string "False" would count as true.
+    """Return ``value`` if it is a bool, because strings such as "False" are true.
 
     Raises:
-        TypeError: It is not a bool.
+        TypeError: The value is not a bool.
 
     Example:
         >>> boolean("bias", "False")
@@ -121,11 +121,11 @@ def boolean(name: str, value: Any) -> bool:
 
 
 def check_feature_map(layer: str, x: Any, in_channels: int) -> None:
-    """Raise unless ``x`` is a (B, in_channels, H, W) tensor of floating point with H, W > 0.
+    """Raise unless ``x`` is a floating-point tensor (B, in_channels, H, W) with H, W > 0.
 
     Raises:
-        TypeError: It is not a floating-point tensor.
-        ValueError: Another rank, other channels, or an empty map.
+        TypeError: The input is not a floating-point tensor.
+        ValueError: The input has the wrong rank, the wrong number of channels, or an empty map.
 
     Example:
         >>> import torch
@@ -135,10 +135,10 @@ def check_feature_map(layer: str, x: Any, in_channels: int) -> None:
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         found = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{layer}: input must be a tensor of floating point, not {found}")
+        raise TypeError(f"{layer}: input must be a floating-point tensor, not {found}")
     shape = tuple(x.shape)
     if len(shape) != 4:
-        raise ValueError(f"{layer}: input has shape {shape}, but (B, C, H, W) is needed")
+        raise ValueError(f"{layer}: input has shape {shape}; must be (B, C, H, W)")
     if shape[1] != in_channels:
         raise ValueError(
             f"{layer}: input has {shape[1]} channels (shape {shape}), but in_channels={in_channels}"
@@ -148,12 +148,12 @@ def check_feature_map(layer: str, x: Any, in_channels: int) -> None:
 
 
 def _int_from(minimum: int, name: str, value: Any, largest: int = LARGEST) -> int:
-    # bool is an int to Python, but bias=True in the wrong place is no kernel_size.
+    # bool is a subclass of int, but a misplaced bias=True is not a kernel_size.
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}={value!r}: must be an int, not {type(value).__name__}")
     number = int(value)
     if number < minimum:
         raise ValueError(f"{name}={number}: must be at least {minimum}")
     if number > largest:
-        raise ValueError(f"{name}={number}: must be at least {minimum} and at most {largest}")
+        raise ValueError(f"{name}={number}: must be from {minimum} to {largest}")
     return number

@@ -1,7 +1,7 @@
-"""Which modules a layer need not call, because it computes from their weights what they would.
+"""Decide whether a layer may compute with a module's weights instead of calling the module.
 
-That would miss what tools have done to a module: hooks, a weight recomputed in every call, another
-module in its place. Modules that tools have touched are called.
+It may not if a tool has modified the module: with hooks, a weight recomputed in every call, or by
+replacing the module. Such modules must be called.
 """
 
 from typing import Any
@@ -16,13 +16,13 @@ _CALL = nn.Module.__call__
 
 
 def must_be_called(module: nn.Module) -> bool:
-    """Whether a module has hooks, or a ``forward`` of its own, that else would not run.
+    """Return whether a module has hooks or its own ``forward``, which would not run otherwise.
 
     Example:
         >>> must_be_called(nn.ReLU())
         False
     """
-    if is_compiling() and not COMPILES_OPERATORS:  # nor compiles what looks into a module
+    if is_compiling() and not COMPILES_OPERATORS:  # cannot compile this inspection either
         return True
     own = module.__dict__
     return bool(
@@ -37,10 +37,10 @@ def must_be_called(module: nn.Module) -> bool:
 
 
 def are_plain(kind: type[nn.Module], *modules: nn.Module) -> bool:
-    """Whether modules are of this very class, with plain weights, and need not be called.
+    """Return whether modules are of exactly this class, with plain weights, and need not be called.
 
-    A parametrised module has another class, as has a quantised or a wrapped one; pruning and the
-    older weight norm leave a hook.
+    Parametrised, quantised and wrapped modules have another class; pruning and the older weight
+    norm leave a hook.
 
     Example:
         >>> conv = nn.Conv2d(2, 4, 3)
@@ -49,12 +49,12 @@ def are_plain(kind: type[nn.Module], *modules: nn.Module) -> bool:
         >>> are_plain(nn.Conv2d, nn.utils.parametrizations.weight_norm(conv))
         False
     """
-    if not is_compiling() and kind.__call__ is not _CALL:  # as torchstat patches classes
+    if not is_compiling() and kind.__call__ is not _CALL:  # e.g. torchstat patches classes
         return False
     for module in modules:
         if type(module) is not kind or must_be_called(module):
             return False
-        # A subclass of Tensor, as of quantised weights, knows modules only.
+        # A subclass of Tensor, e.g. for quantised weights, only works inside its module.
         if not is_compiling():
             for weight in module._parameters.values():
                 if not (weight is None or type(weight) in (nn.Parameter, Tensor)):
@@ -72,12 +72,13 @@ def is_plain_conv(
     padding_mode: str = "zeros",
     bias: bool = False,
 ) -> bool:
-    """Whether a module is a plain convolution with these arguments, and need not be called.
+    """Return whether a module is a plain convolution with these arguments and need not be called.
 
     Args:
         conv (nn.Module): The module.
-        kernel_size, stride, padding, dilation, groups, padding_mode: Of the convolution.
-        bias (bool): Whether it may have one.
+        kernel_size, stride, padding, dilation, groups, padding_mode: Required arguments of the
+            convolution.
+        bias (bool): Whether a bias is allowed. Defaults to False.
 
     Example:
         >>> conv = nn.Conv2d(2, 4, 3)
@@ -97,19 +98,19 @@ def is_plain_conv(
 
 
 def dtype_of(module: nn.Module, x: Tensor) -> torch.dtype:
-    """Return the type that a module computes in, or that of sums of ``x`` where none shows.
+    """Return the dtype that a module computes in, or that of sums of ``x`` if it is unknown.
 
     Example:
         >>> dtype_of(nn.Sequential(nn.Linear(2, 2)), torch.ones(1, dtype=torch.float16))
         torch.float32
     """
     if is_compiling() and not COMPILES_OPERATORS:
-        return next(module.parameters()).dtype  # all that it compiles
-    weight: Tensor | None = module._parameters.get("weight")  # in less time than parameters()
+        return next(module.parameters()).dtype  # the only variant that compiles
+    weight: Tensor | None = module._parameters.get("weight")  # faster than parameters()
     if weight is None:
-        # An adapter's scale may have another type.
+        # An adapter's scale may have another dtype.
         weight = next((p for p in module.parameters() if p.dim() > 1), None)
-    if weight is None:  # a replica of DataParallel, or a quantised module, has no parameters
+    if weight is None:  # replicas of DataParallel and quantised modules have no parameters
         of_inner = (inner.__dict__.get("weight") for inner in module.modules())
         weight = next((w for w in of_inner if isinstance(w, Tensor)), None)
     if weight is None or not weight.is_floating_point():

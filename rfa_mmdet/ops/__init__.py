@@ -1,1 +1,1 @@
-"""Formulas: tensors in, tensors out. Needs torch and nothing else."""
+"""Operators on tensors. Only requires torch."""

@@ -15,12 +15,12 @@ from rfa_mmdet.ops.common.scale import scaled
 
 
 def channel_gate(maxima: Tensor, means: Tensor, squeeze: Tensor, excite: Tensor) -> Tensor:
-    """Weigh the channels, by one MLP on their maxima and on their means.
+    """Return the channel weights, from a shared MLP on the channels' maxima and means.
 
     Args:
         maxima, means (Tensor): (B, C, 1, 1).
-        squeeze (Tensor): (hidden, C, 1, 1), first layer of the MLP.
-        excite (Tensor): (C, hidden, 1, 1), its second.
+        squeeze (Tensor): First layer of the MLP, (hidden, C, 1, 1).
+        excite (Tensor): Second layer of the MLP, (C, hidden, 1, 1).
 
     Returns:
         Tensor: (B, C, 1, 1) in (0, 1), at least float32.
@@ -31,7 +31,7 @@ def channel_gate(maxima: Tensor, means: Tensor, squeeze: Tensor, excite: Tensor)
         tensor([0.5000])
     """
     with no_autocast(maxima):
-        # As matrix products: convolutions of single cells take three times as long.
+        # As matrix products: convolutions of single positions take three times longer.
         first, second = squeeze.flatten(1), excite.flatten(1)
         of_maxima, of_means = [
             F.linear(torch.relu(F.linear(pool.flatten(1), first)), second)
@@ -41,7 +41,7 @@ def channel_gate(maxima: Tensor, means: Tensor, squeeze: Tensor, excite: Tensor)
 
 
 def spatial_pools(x: Tensor) -> Tensor:
-    """Return maxima and means over the channels.
+    """Return the maxima and means over the channels.
 
     Args:
         x (Tensor): (B, C, H, W).
@@ -58,13 +58,13 @@ def spatial_pools(x: Tensor) -> Tensor:
 
 
 def in_fast_layout(pools: Tensor) -> Tensor:
-    """Lay maps of two channels out as a CPU convolves them fastest to one: channels last.
+    """Convert two-channel maps to the memory format that a CPU convolves fastest: channels last.
 
     Args:
         pools (Tensor): (B, 2, H, W).
 
     Returns:
-        Tensor: The same, maybe in other memory.
+        Tensor: The same values, possibly copied.
 
     Example:
         >>> in_fast_layout(torch.rand(1, 2, 3, 5)).stride()
@@ -72,15 +72,15 @@ def in_fast_layout(pools: Tensor) -> Tensor:
     """
     if is_recorded() or pools.device.type != "cpu":
         return pools
-    # Up to ten times as fast as of planes, forward and backward.
+    # Up to ten times faster than contiguous, forward and backward.
     return pools.contiguous(memory_format=torch.channels_last)
 
 
 def spatial_gate(pools: Tensor, weight: Tensor) -> Tensor:
-    """Weigh the cells, by a convolution of the maxima and the means over the channels.
+    """Return the spatial weights, from a convolution of the maxima and means over the channels.
 
     Args:
-        pools (Tensor): (B, 2, H, W), of :func:`spatial_pools`.
+        pools (Tensor): Returned by :func:`spatial_pools`, (B, 2, H, W).
         weight (Tensor): (1, 2, k, k), k odd.
 
     Returns:
@@ -105,17 +105,18 @@ def weigh_channels_and_cells(
     weight: Tensor,
     scale: float = 1.0,
 ) -> Tensor:
-    """Weigh the channels, and then the cells of what the channels have become.
+    """Apply the channel weights, then the spatial weights of the result.
 
-    The backward pass keeps the map, its pools and the weight of each cell. Not differentiable
-    twice, unless a graph is recorded (:func:`~rfa_mmdet.ops.common.recompute.is_recorded`).
+    Only saves the map, its pools and the spatial weights for the backward pass. Not twice
+    differentiable, unless a graph is being recorded
+    (:func:`~rfa_mmdet.ops.common.recompute.is_recorded`).
 
     Args:
         x (Tensor): (B, C, H, W).
-        maxima, means (Tensor): (B, C, 1, 1), of x's channels.
-        squeeze, excite (Tensor): As of :func:`channel_gate`.
-        weight (Tensor): As of :func:`spatial_gate`.
-        scale (float): What the result is multiplied by. Defaults to 1.
+        maxima, means (Tensor): Maxima and means of x's channels, (B, C, 1, 1).
+        squeeze, excite (Tensor): See :func:`channel_gate`.
+        weight (Tensor): See :func:`spatial_gate`.
+        scale (float): Factor of the result. Defaults to 1.
 
     Returns:
         Tensor: (B, C, H, W), in x's dtype.
@@ -153,7 +154,7 @@ class _WeighChannelsAndCells(torch.autograd.Function):
         with torch.enable_grad():
             learnt_channel = channel_gate(*given).to(x.dtype)
         channel = learnt_channel.detach()
-        # Two buffers of x's size are all that is made: weighed and grad.
+        # Only two buffers of x's size are allocated: weighed and grad.
         weighed = x * channel
         grad = grad_y * weighed
         of_gate = scaled(grad.sum(1, keepdim=True, dtype=gate.dtype), ctx.scale)

@@ -1,4 +1,4 @@
-"""Parameter-free parts of confident attention, ConAM (arXiv 2110.14369)."""
+"""Parameter-free parts of confidence attention, ConAM (arXiv 2110.14369)."""
 
 from collections.abc import Callable
 
@@ -11,11 +11,11 @@ from rfa_mmdet.ops.common.recompute import is_recorded
 
 
 def patch_means(x: Tensor, patch_size: int) -> Tensor:
-    """Means over non-overlapping patches; those at the border are means over real pixels only.
+    """Return the means of non-overlapping patches; at the border, over real pixels only.
 
     Args:
         x (Tensor): (B, C, H, W).
-        patch_size (int): Side s of a patch, in cells.
+        patch_size (int): Side s of a patch.
 
     Returns:
         Tensor: (B, C, ceil(H / s), ceil(W / s)).
@@ -26,17 +26,17 @@ def patch_means(x: Tensor, patch_size: int) -> Tensor:
     """
     if not is_recorded():
         return F.avg_pool2d(x, patch_size, ceil_mode=True, count_include_pad=False)
-    # Floor mode over s - 1 more zeros is ceil mode, whose size does not export.
+    # Floor mode with s - 1 more zeros equals ceil mode, whose size does not export.
     padding = (0, patch_size - 1, 0, patch_size - 1)
     real = F.pad(torch.ones_like(x[:1, :1]), padding)
     return F.avg_pool2d(F.pad(x, padding), patch_size) / F.avg_pool2d(real, patch_size)
 
 
 def map_means(local: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
-    """Means over the map, from those over its patches: the map need not be read again.
+    """Return the means of the map from those of its patches, without reading the map again.
 
     Args:
-        local (Tensor): (B, C, rows, columns), of :func:`patch_means`.
+        local (Tensor): Returned by :func:`patch_means`, (B, C, rows, columns).
         patch_size (int): Side s of a patch.
         size (tuple[int, int]): (H, W) of the map.
 
@@ -48,7 +48,7 @@ def map_means(local: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
         >>> torch.allclose(map_means(patch_means(x, 3), 3, (5, 7)), x.mean((2, 3)))
         True
     """
-    # What part of the map a patch is.
+    # Share of the map in each patch.
     rows, columns = [
         (n - patch_size * torch.arange(count).to(local)).clamp(max=patch_size) / n
         for n, count in zip(size, local.shape[2:])  # noqa: B905
@@ -57,14 +57,14 @@ def map_means(local: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
 
 
 def patch_confidence(local: Tensor, whole: Tensor) -> Tensor:
-    """Softmax over patches of each patch's dot product with the vector of the whole map.
+    """Return the softmax over patches of their dot products with the vector of the map.
 
     Args:
-        local (Tensor): (B, P, C), a vector a patch.
-        whole (Tensor): (B, C), the vector of the map.
+        local (Tensor): Vectors of the patches, (B, P, C).
+        whole (Tensor): Vector of the map, (B, C).
 
     Returns:
-        Tensor: (B, P), sums to 1 over P.
+        Tensor: (B, P); sums to 1 over P.
 
     Example:
         >>> patch_confidence(torch.zeros(1, 4, 8), torch.zeros(1, 8))
@@ -74,7 +74,7 @@ def patch_confidence(local: Tensor, whole: Tensor) -> Tensor:
 
 
 def spread_patches(value: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
-    """Give every cell the value of its patch.
+    """Give every position the value of its patch.
 
     Args:
         value (Tensor): (B, ceil(H / s), ceil(W / s)).
@@ -89,7 +89,7 @@ def spread_patches(value: Tensor, patch_size: int, size: tuple[int, int]) -> Ten
         tensor([[[[1., 1., 2.],
                   [1., 1., 2.]]]])
     """
-    if is_recorded():  # sizes from an index export, those of a repetition do not
+    if is_recorded():  # sizes of an indexing operation export, those of a repetition do not
         rows, columns = [torch.arange(n, device=value.device) // patch_size for n in size]
         return value[:, None, rows][..., columns]
     value = value.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
@@ -102,13 +102,13 @@ def confidence_gate(
     scale_by_patches: bool,
     mlp: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Weigh the patches of a map, each by its confidence.
+    """Return the confidence of each patch of a map, at every position.
 
     Args:
         x (Tensor): (B, C, H, W).
         patch_size (int): Side of a patch.
-        scale_by_patches (bool): Whether the mean over patches is 1, and not their sum.
-        mlp (Callable): The shared MLP, of the vectors of patches, (B, P, C), and of the map,
+        scale_by_patches (bool): Whether the mean over patches is 1, rather than the sum.
+        mlp (Callable): The shared MLP; takes the vectors of the patches, (B, P, C), and of the map,
             (B, C).
 
     Returns:
@@ -121,7 +121,7 @@ def confidence_gate(
     with no_autocast(x):
         values = at_least_float32(x)
         local = patch_means(values, patch_size)  # (B, C, rows, columns)
-        if is_recorded():  # as FLOPs are counted there by the formula
+        if is_recorded():  # so that FLOPs are counted as in the formula
             means = values.mean((2, 3))
         else:
             means = map_means(local, patch_size, (x.shape[2], x.shape[3]))

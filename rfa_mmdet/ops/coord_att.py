@@ -21,15 +21,15 @@ def coordinate_gates(
     of_columns: Callable[[Tensor], Tensor],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Weigh rows and columns of every channel by all of their means.
+    """Return the weights of the rows and columns of every channel.
 
     Args:
-        rows (Tensor): (B, C, H), the mean of each row.
-        columns (Tensor): (B, C, W), the mean of each column.
-        shared (Callable): Takes (B, C, H + W, 1), both, to (B, m, H + W, 1).
-        of_rows (Callable): Takes the part of the rows, (B, m, H, 1), to (B, C, H, 1).
-        of_columns (Callable): Likewise, for columns.
-        dtype (torch.dtype): That ``shared`` takes.
+        rows (Tensor): The mean of each row, (B, C, H).
+        columns (Tensor): The mean of each column, (B, C, W).
+        shared (Callable): Maps both means, (B, C, H + W, 1), to (B, m, H + W, 1).
+        of_rows (Callable): Maps the part of the rows, (B, m, H, 1), to (B, C, H, 1).
+        of_columns (Callable): Maps the part of the columns, (B, m, W, 1), to (B, C, W, 1).
+        dtype (torch.dtype): Input dtype of ``shared``.
 
     Returns:
         tuple[Tensor, Tensor]: (B, C, H) and (B, C, W) in (0, 1), at least float32.
@@ -59,21 +59,21 @@ def weigh_by_coordinates(
     *given: Tensor | None,
     scale: float = 1.0,
 ) -> Tensor:
-    """Multiply a map by its :func:`coordinate_gates`, keeping the map and its means for backward.
+    """Multiply a map by its :func:`coordinate_gates`, saving only the map and its means.
 
-    Not differentiable twice.
+    Not twice differentiable.
 
     Args:
         x (Tensor): (B, C, H, W).
         norm (Callable): Batch norm of (B, m, H + W, 1) with its side effects, for the forward pass.
-        eps (float): Of the norm.
-        *given (Tensor | None): Weight and bias of the 1x1 convolution of both means, of the norm,
-            before a hard swish, and of the 1x1 convolutions of rows and of columns; mean and
-            variance, if those of the batch are not what the norm divides by.
-        scale (float): What the result is multiplied by. Defaults to 1.
+        eps (float): Epsilon of the norm.
+        *given (Tensor | None): Weight and bias of the shared 1x1 convolution, of the norm (a hard
+            swish follows), and of the 1x1 convolutions of rows and columns; then mean and variance,
+            if the norm does not use those of the batch.
+        scale (float): Factor of the result. Defaults to 1.
 
     Returns:
-        Tensor: x's shape and dtype.
+        Tensor: A tensor with x's shape and dtype.
 
     Example:
         >>> convs = [torch.nn.Conv2d(4, 8, 1), torch.nn.Conv2d(8, 4, 1), torch.nn.Conv2d(8, 4, 1)]
@@ -164,7 +164,7 @@ def _gates(
     weight_w: Tensor,
     bias_w: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gates of rows, (B, C, H), and columns, (B, C, W), at least float32."""
+    """Return the row gates, (B, C, H), and column gates, (B, C, W), at least float32."""
     rows, columns = hidden[..., :height], hidden[..., height:]
     return (
         torch.sigmoid(at_least_float32(pointwise(rows, weight_h, bias_h))),

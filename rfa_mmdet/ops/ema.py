@@ -18,8 +18,8 @@ from rfa_mmdet.ops.common.scale import scaled
 
 Layer = Callable[[Tensor], Tensor]
 
-# What each cell of a 3x3 kernel sees: the whole map but for one row and one column, the ones at the
-# border that it never reaches, which have a corner in common.
+# The part of the map that each position of a 3x3 kernel sees: all of it except one row and one
+# column at the border, which share a corner.
 _SEEN = (
     (1, 1, 1, 1, 1, 1, 1, 1, 1),  # the whole
     (0, 0, 0, 0, 0, 0, -1, -1, -1),  # the first row
@@ -31,12 +31,12 @@ _SEEN = (
     (0, 0, 1, 0, 0, 0, 0, 0, 0),  # last row, first column
     (1, 0, 0, 0, 0, 0, 0, 0, 0),  # last row, last column
 )
-# Cells of a slice of the map on a CPU: what is computed from them stays in its cache.
+# Positions per slice of the map on a CPU, so that intermediate values stay in the cache.
 CELLS = 2**16
 
 
 def cross_spatial_gate(x1: Tensor, x2: Tensor) -> Tensor:
-    """Let the channel distribution of each branch weigh the positions of the other.
+    """Weight the positions of each branch by the channel distribution of the other.
 
     Args:
         x1 (Tensor): (N, c, H, W).
@@ -53,7 +53,7 @@ def cross_spatial_gate(x1: Tensor, x2: Tensor) -> Tensor:
     """
     with no_autocast(x1):
         x1, x2 = at_least_float32(x1), at_least_float32(x2)
-        # A list: torch 2.1 compiles no unpacked generator.
+        # A list, because torch 2.1 cannot compile an unpacked generator.
         p1, p2 = [torch.softmax(x.mean((2, 3)), dim=1).unsqueeze(1) for x in (x1, x2)]
         score = p1 @ x2.flatten(2) + p2 @ x1.flatten(2)  # (N, 1, c) @ (N, c, H * W)
         gate: Tensor = torch.sigmoid(score).unflatten(2, x1.shape[2:])
@@ -63,15 +63,16 @@ def cross_spatial_gate(x1: Tensor, x2: Tensor) -> Tensor:
 def ema_gate(
     x: Tensor, conv1: Layer, conv3: Layer, norm: Layer, dtype: torch.dtype, size: tuple[int, int]
 ) -> Tensor:
-    """Weigh every cell of a group of channels.
+    """Return the spatial weights of a group of channels.
 
     Args:
-        x (Tensor): (N, c, H, W), a group of channels.
-        conv1 (Callable): 1x1, of (N, c, H + W, 1), for the gates of rows and columns.
-        conv3 (Callable): 3x3, the second branch.
-        norm (Callable): Of the first branch.
-        dtype (torch.dtype): That ``conv1`` takes.
-        size (tuple[int, int]): (H, W). Of ``x`` itself they would be constants to an exporter.
+        x (Tensor): A group of channels, (N, c, H, W).
+        conv1 (Callable): 1x1 convolution of (N, c, H + W, 1), for the row and column gates.
+        conv3 (Callable): 3x3 convolution, the second branch.
+        norm (Callable): Norm of the first branch.
+        dtype (torch.dtype): Input dtype of ``conv1``.
+        size (tuple[int, int]): (H, W). Passed separately, because exporters treat the sizes of
+            ``x`` as constants.
 
     Returns:
         Tensor: (N, 1, H, W) in (0, 1), in x's dtype.
@@ -92,20 +93,20 @@ def ema_gate(
 
 
 def weigh_by_ema(x: Tensor, *weights: Tensor, eps: float, scale: float = 1.0) -> Tensor:
-    """Multiply a map by its :func:`ema_gate`, keeping the map alone for the backward pass.
+    """Multiply a map by its :func:`ema_gate`, saving only the map for the backward pass.
 
-    For a norm of one channel a group. Its means are then known, so that of the 3x3 convolution the
-    sum over channels by known weights is enough, which is a convolution to one channel; and the
-    means of the channels follow from sums of the map. Not differentiable twice.
+    Requires a norm with one channel per group. Its means are then known, so only a weighted sum
+    over the channels of the 3x3 convolution is needed, which is a convolution to one channel; its
+    channel means follow from sums of the map. Not twice differentiable.
 
     Args:
-        x (Tensor): (N, c, H, W), a group of channels.
-        *weights (Tensor): Weight and bias of the 1x1 convolution, the 3x3 one and the norm.
-        eps (float): Of the norm.
-        scale (float): What the result is multiplied by. Defaults to 1.
+        x (Tensor): A group of channels, (N, c, H, W).
+        *weights (Tensor): Weight and bias of the 1x1 and 3x3 convolutions and of the norm.
+        eps (float): Epsilon of the norm.
+        scale (float): Factor of the result. Defaults to 1.
 
     Returns:
-        Tensor: x's shape and dtype.
+        Tensor: A tensor with x's shape and dtype.
 
     Example:
         >>> x, modules = torch.rand(2, 4, 3, 5), (torch.nn.Conv2d(4, 4, 1),
@@ -161,20 +162,20 @@ class _WeighByEMA(torch.autograd.Function):
 
 
 def _slices(x: Tensor) -> Iterator[slice]:
-    """Divide (N, c, H, W) along N; one slice at least."""
+    """Divide (N, c, H, W) along N into at least one slice."""
     count = max(1, len(x))
     step = max(1, CELLS // (x.shape[2] * x.shape[3])) if x.device.type == "cpu" else count
     return (slice(start, start + step) for start in range(0, count, step))
 
 
 def _of_slice(parts: tuple[Tensor, ...], part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what :func:`_cells` takes."""
+    """Return the arguments of :func:`_cells` for a slice."""
     gates, weights, constant, kernel, *_ = parts
     return gates[part], weights[part], constant[part], kernel
 
 
 def _means(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the means of rows and columns, (N, c, H + W), and the shares of the whole in _SEEN."""
+    """Return row and column means, (N, c, H + W), and the sums for _SEEN, relative to the size."""
     height, width = x.shape[2:]
     dtype = compute_dtype(x.dtype)
     rows, columns = x.sum(3, dtype=dtype), x.sum(2, dtype=dtype)
@@ -185,7 +186,7 @@ def _means(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _add_to_map(grad_x: Tensor, of_means: Tensor, of_shares: Tensor) -> None:
-    """Add the gradients of :func:`_means` to that of the map."""
+    """Add the gradients of :func:`_means` to the gradient of the map."""
     height, width = grad_x.shape[2:]
     rows, columns = of_means[..., :height] / width, of_means[..., height:] / height
     of_sums = of_shares / (height * width)
@@ -201,7 +202,7 @@ def _add_to_map(grad_x: Tensor, of_means: Tensor, of_shares: Tensor) -> None:
 
 
 def _corners(x: Tensor) -> Tensor:
-    """Return a view of the corners, (N, c, 2, 2); of size 1 where the map is."""
+    """Return a view of the corners, (N, c, 2, 2), with size 1 where the map has size 1."""
     return x[:, :, :: max(1, x.shape[2] - 1), :: max(1, x.shape[3] - 1)]
 
 
@@ -215,13 +216,13 @@ def _parts(
     scale: Tensor,
     shift: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Return all that :func:`_means` of the map tell about its gate.
+    """Return everything about the gate that follows from :func:`_means` of the map.
 
     Returns:
-        tuple[Tensor, ...]: The gates of rows and columns, (N, c, H + W); of the score, the weights
-        of the normed map's channels, (N, 1, c), what is constant, (N, 1, 1), and the kernel that
-        convolves the map, (1, c, 3, 3); the distributions of the second branch's channels, (N, c),
-        and of the first one's, (c,).
+        tuple[Tensor, ...]: The row and column gates, (N, c, H + W); the parts of the score: weights
+        of the normed map's channels, (N, 1, c), a constant, (N, 1, 1), and a kernel for the map,
+        (1, c, 3, 3); the channel distributions of the second branch, (N, c), and of the first,
+        (c,).
     """
     gates = torch.sigmoid(pointwise(means, weight1, bias1))
     p1 = torch.softmax(shift, dim=0)
@@ -232,7 +233,7 @@ def _parts(
 
 
 def _of_shares(weight3: Tensor) -> Tensor:
-    """Return the 3x3 convolution's weight as one of the shares of the whole, (c, c * 9)."""
+    """Return the 3x3 convolution's weight as a weight of the relative sums, (c, c * 9)."""
     return (weight3.flatten(2) @ weight3.new_tensor(_SEEN).T).flatten(1)
 
 
@@ -256,7 +257,7 @@ def _parts_backward(
     scale: Tensor,
     shift: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of what :func:`_parts` takes, from those of its first four results."""
+    """Return the gradients of the inputs of :func:`_parts` from those of its first four results."""
     of_gates = torch.ops.aten.sigmoid_backward(of_gates, gates)
     of_means, of_weight1, of_bias1 = pointwise_gradients(of_gates, means, weight1)
     of_weights, of_constant, of_kernel = of_weights[:, 0], of_constant[:, 0], of_kernel.flatten()
@@ -281,11 +282,11 @@ def _parts_backward(
 def _cells(
     eps: float, x: Tensor, gates: Tensor, weights: Tensor, constant: Tensor, kernel: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gate, (N, 1, H, W), and how it is made.
+    """Return the gate and intermediate values.
 
     Returns:
-        tuple[Tensor, ...]: The gate; the gates of rows and columns, multiplied, (N, c, H, W); the
-        normed map and its inverse deviations, (N, c).
+        tuple[Tensor, ...]: The gate, (N, 1, H, W); the product of row and column gates,
+        (N, c, H, W); the normed map; and its inverse standard deviations, (N, c).
     """
     count, channels, height, width = x.shape
     row_gates, column_gates = _split(gates, x)
@@ -307,7 +308,7 @@ def _cells_backward(
     constant: Tensor,
     kernel: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of x and of the next four."""
+    """Return the gradients of x and of the next four arguments."""
     gate, both, normed, inverse = _cells(eps, x, gates, weights, constant, kernel)
     of_gate = scaled((grad_y * x).sum(1, keepdim=True), scale)
     of_score = torch.ops.aten.sigmoid_backward(of_gate, gate)
@@ -315,7 +316,7 @@ def _cells_backward(
     grad_x.addcmul_(grad_y, gate, value=scale)
     of_weights = torch.bmm(of_score.flatten(2), normed.flatten(2).mT)  # (N, 1, c)
     of_constant = of_score.sum((2, 3)).unsqueeze(2)
-    # Through the norm: less its mean, and less what lies along the normed map.
+    # Through the norm: subtract the mean, and the component along the normed map.
     cells = x.shape[2] * x.shape[3]
     of_score -= (of_constant / cells).unsqueeze(3)
     slope = (inverse * weights.squeeze(1))[..., None, None]
@@ -331,6 +332,6 @@ def _cells_backward(
 
 
 def _split(gates: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (N, c, H, 1) and (N, c, 1, W) of (N, c, H + W)."""
+    """Split (N, c, H + W) into (N, c, H, 1) and (N, c, 1, W)."""
     rows, columns = gates.split(list(x.shape[2:]), dim=2)
     return rows.unsqueeze(3), columns.unsqueeze(2)

@@ -1,8 +1,8 @@
 """Compare methods over several seeds.
 
-Data flows one way: ``study`` reads what to compare; ``local`` and ``slurm`` start the runs, each by
-``execute`` in a folder of its own (``run``); ``costs`` and ``samples`` use the finished
-detectors; ``results`` gathers everything in results.json; ``summary`` makes one table of that, for
+Data flows one way: ``study`` reads the spec; ``local`` and ``slurm`` start the runs, each with
+``execute`` in its own folder (``run``); ``costs`` and ``samples`` use the finished detectors;
+``results`` collects everything in results.json; ``summary`` turns that into one table for
 ``tables``, ``plots`` and ``report``.
 """
 

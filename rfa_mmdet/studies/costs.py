@@ -1,7 +1,7 @@
-"""Parameters, FLOPs and speed of each method.
+"""Measure parameters, FLOPs and speed of each method.
 
-All methods are measured in one process that runs nothing else, in turns, so that other load on the
-machine affects them alike.
+All methods take turns in one process that runs nothing else, so other load on the machine affects
+them equally.
 """
 
 import copy
@@ -32,13 +32,13 @@ def method_costs(study: Study, known: dict[str, Any]) -> dict[str, Any]:
     """Measure the methods that have a finished run.
 
     Args:
-        study (Study): What to compare.
-        known (dict): Earlier result, returned as it is if it has all these methods.
+        study (Study): The study.
+        known (dict): Earlier result, returned unchanged if it has all these methods.
 
     Returns:
         dict[str, Any]: ``machine``, ``versions`` and ``threads``; ``image_size``, (height, width)
-        of the network's input; ``train_batch``, images per iteration; and ``methods``, by name:
-        ``parameters``, ``flops`` (None if they cannot be counted), ``image_seconds`` with
+        of the network's input; ``train_batch``, images per iteration; and ``methods``, which maps
+        names to ``parameters``, ``flops`` (None if they cannot be counted), ``image_seconds`` with
         post-processing, and ``iteration_seconds``, both medians without data loading.
 
     Raises:
@@ -101,7 +101,7 @@ def _train_step(model: BaseModel, cfg: Config) -> Callable[[dict], Any]:
 def _flops(cfg: Config, shape: tuple[int, int]) -> int | None:
     try:
         return detector_complexity(cfg, shape).flops
-    except UserError:  # a kind of detector whose FLOPs cannot be counted
+    except UserError:  # not supported for this kind of detector
         return None
 
 
@@ -112,7 +112,7 @@ def _time_in_turns(
     for i in range(1 + ROUNDS):
         for batch in batches:
             for method, step in steps.items():
-                own = copy.deepcopy(batch)  # a step writes into its batch
+                own = copy.deepcopy(batch)  # a step modifies its batch
                 start = time.perf_counter()
                 step(own)
                 if torch.cuda.is_available():

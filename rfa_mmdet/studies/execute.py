@@ -1,4 +1,4 @@
-"""Do one run: a training, then a test, each in a process of its own."""
+"""Execute one run: a training, then a test, each in its own process."""
 
 import json
 import os
@@ -19,22 +19,22 @@ from rfa_mmdet.studies.study import Study
 
 
 class RunFailed(UserError):
-    """A run, or the one it starts from, has failed; the message says how."""
+    """A run, or the one it starts from, has failed."""
 
 
 class Interrupted(Exception):
-    """This program ended a run, which can resume later."""
+    """This program stopped a run, which can be resumed later."""
 
 
 class Processes:
-    """The processes of all current runs, which can be ended together."""
+    """The processes of all current runs, which can be stopped together."""
 
     def __init__(self) -> None:
         self.ended = False
         self._running: set[int] = set()
 
     def run(self, command: Sequence[str], **options: Any) -> tuple[int, float]:
-        """Run a process to its end; return its exit code and its peak memory in MB."""
+        """Run a process; return its exit status and its peak memory in MB."""
         process = subprocess.Popen(command, **options)
         self._running.add(process.pid)
         if self.ended:
@@ -51,7 +51,7 @@ class Processes:
         return process.returncode, usage.ru_maxrss / unit
 
     def end(self) -> None:
-        """End all processes, and any that start later."""
+        """Stop all processes, including any that start later."""
         self.ended = True
         for pid in tuple(self._running):
             with suppress(ProcessLookupError):
@@ -64,18 +64,19 @@ def execute(
     environment: Mapping[str, str] | None = None,
     processes: Processes | None = None,
 ) -> None:
-    """Do what is left of a run; an interrupted training resumes from its last checkpoint.
+    """Execute the remaining steps of a run; an interrupted training resumes.
 
     Args:
-        study (Study): What to compare.
+        study (Study): The study.
         run (Run): One of its runs.
-        environment (Mapping[str, str] | None): Of the processes. Defaults to this one's.
-        processes (Processes | None): Lets another thread end the run.
+        environment (Mapping[str, str] | None): Environment variables of the processes. Defaults to
+            None: those of this process.
+        processes (Processes | None): Lets another thread stop the run. Defaults to None.
 
     Raises:
-        RunFailed: A step has failed; the record says so too.
-        Interrupted: ``processes`` were ended.
-        ConfigError: The run's folder holds another config.
+        RunFailed: A step failed; this is also recorded.
+        Interrupted: ``processes`` were stopped.
+        ConfigError: The run's folder contains another config.
         UserError: Another process is working on the run.
     """
     cfg = run_config(study, run)
@@ -105,7 +106,7 @@ def run_config(study: Study, run: Run) -> Config:
     """Return the config of a run.
 
     Raises:
-        ConfigError: The run's folder holds another config.
+        ConfigError: The run's folder contains another config.
     """
     cfg = study.config(run)
     if not run.config.is_file():
@@ -114,11 +115,11 @@ def run_config(study: Study, run: Run) -> Config:
         json.loads(json.dumps(one.to_dict(), default=str))
         for one in (Config.fromfile(run.config), cfg)
     )
-    # load_from is a path, which follows from the study's stages.
+    # load_from is a path that depends on the study's stages.
     changed = sorted(k for k in {*old, *new} - {"load_from"} if old.get(k) != new.get(k))
     if changed:
         raise ConfigError(
-            f"{run.folder}: holds a run with another config (different: {', '.join(changed)}); "
+            f"{run.folder}: contains a run with another config (different: {', '.join(changed)}); "
             "choose another --work-dir, or delete the folder"
         )
     return cfg
@@ -137,7 +138,7 @@ def _start_checkpoint(study: Study, run: Run) -> str | None:
 def _train(run: Run, tool: Callable[..., float]) -> dict[str, Any]:
     resume = ("--resume", "auto") if run.checkpoint("last") else ()
     peak = tool("train", run.config, "--work-dir", run.folder / "train", *resume)
-    # With CUDA, MMEngine logs the peak that it has reserved, in MB.
+    # With CUDA, MMEngine logs the peak of reserved memory in MB.
     cuda = [line["memory"] for line in run.scalars() if "memory" in line]
     return dict(memory_mb=max(cuda, default=peak))
 
@@ -156,7 +157,7 @@ def _test(run: Run, which: str, tool: Callable[..., float]) -> dict[str, Any]:
 
 
 def _run_tool(run: Run, arguments: Sequence, processes: Processes, options: dict) -> float:
-    """Run a tool, its output in the run's log; return its peak memory in MB."""
+    """Run a tool, with output to the run's log; return its peak memory in MB."""
     command = [sys.executable, "-m", "rfa_mmdet", *map(str, arguments)]
     path = run.folder / "log.txt"
     with open(path, "ab") as log:
@@ -168,7 +169,7 @@ def _run_tool(run: Run, arguments: Sequence, processes: Processes, options: dict
     if processes.ended:
         raise Interrupted
     if code < 0:
-        raise RunFailed(f"{arguments[0]} was ended by signal {-code}")
+        raise RunFailed(f"{arguments[0]} was killed by signal {-code}")
     if code:
         lines = path.read_bytes()[start:].decode(errors="replace").strip().splitlines()
         errors = [line.strip() for line in lines if "error: " in line.lower()]

@@ -1,4 +1,4 @@
-"""All runs on this machine, one after another or several at a time."""
+"""Execute all runs on this machine, one after another or in parallel."""
 
 import os
 import queue
@@ -14,14 +14,14 @@ from rfa_mmdet.studies.study import Study
 
 
 def worker_environments(jobs: int) -> list[dict[str, str]]:
-    """Return the environment variables of each of several runs at a time.
+    """Return the environment variables of each parallel run.
 
     Args:
-        jobs (int): Runs at a time, at least 1.
+        jobs (int): Number of parallel runs, at least 1.
 
     Returns:
-        list[dict[str, str]]: One GPU each, which several share if there are too few. Without GPUs,
-        an equal share of the cores, unless OMP_NUM_THREADS is set.
+        list[dict[str, str]]: One GPU each, shared if there are too few. Without GPUs, an equal
+        share of the cores, unless OMP_NUM_THREADS is set.
 
     Example:
         >>> len(worker_environments(2))
@@ -43,19 +43,19 @@ def run_all(
     jobs: int = 1,
     report: Callable[[Run, str], None] = lambda run, state: None,
 ) -> dict[Run, str]:
-    """Do all that is left to do; a failed run does not stop the others.
+    """Execute all remaining runs; a failed run does not stop the others.
 
     Args:
-        study (Study): What to compare.
-        jobs (int): Runs at a time. Defaults to 1.
-        report (Callable): Called with each run and its new state. Defaults to nothing.
+        study (Study): The study.
+        jobs (int): Number of parallel runs. Defaults to 1.
+        report (Callable): Called with each run and its new state. Defaults to doing nothing.
 
     Returns:
-        dict[Run, str]: Why runs failed.
+        dict[Run, str]: Failed run -> reason.
 
     Raises:
-        ConfigError: A folder holds a run with another config; nothing has been started.
-        KeyboardInterrupt: The processes have been ended.
+        ConfigError: A folder contains a run with another config; no run has been started.
+        KeyboardInterrupt: The processes have been stopped.
     """
     for run in study.runs():
         run_config(study, run)

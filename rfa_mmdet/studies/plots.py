@@ -1,4 +1,4 @@
-"""Curves of all methods, their differences from the baseline, and what each gains for its cost."""
+"""Plot all methods: their curves, differences from the baseline, and gains over their costs."""
 
 import itertools
 from pathlib import Path
@@ -19,12 +19,12 @@ from rfa_mmdet.files import written_whole
 from rfa_mmdet.texts import drawable, drawn_as_written
 
 _TAB20 = plt.get_cmap("tab20")
-_COLOURS = [_TAB20(i) for i in (*range(0, 20, 2), *range(1, 20, 2))]  # the strong ones first
+_COLOURS = [_TAB20(i) for i in (*range(0, 20, 2), *range(1, 20, 2))]  # strong colours first
 
 
 @drawn_as_written()
 def save_stage_curves(results: dict[str, Any], stage: str, out: Path) -> bool:
-    """Plot losses and validations of a stage's finished runs: mean and range over the seeds.
+    """Plot losses and validation metrics of a stage's finished runs: mean and range over seeds.
 
     Returns:
         bool: Whether there was anything to plot.
@@ -93,7 +93,7 @@ def save_differences(results: dict[str, Any], summary: pd.DataFrame, out: Path) 
 
 @drawn_as_written()
 def save_gains(results: dict[str, Any], summary: pd.DataFrame, out: Path) -> bool:
-    """Plot the metric over time and over GFLOPs per image, from a stage's rows of the summary.
+    """Plot the metric over time and GFLOPs per image, from a stage's rows of the summary.
 
     Returns:
         bool: Whether there was anything to plot.
@@ -121,13 +121,13 @@ def save_gains(results: dict[str, Any], summary: pd.DataFrame, out: Path) -> boo
 
 
 def _colours(results: dict[str, Any]) -> dict[str, Any]:
-    """Return the same colour for a method in every plot; the baseline is black."""
+    """Return each method's colour, the same in all plots; the baseline is black."""
     others = [method for method in results["methods"] if method != results["baseline"]]
     return {results["baseline"]: "black", **dict(zip(others, itertools.cycle(_COLOURS)))}
 
 
 def _label(method: str) -> str:
-    return f" {drawable(method)}"  # without the blank, matplotlib hides those that start with _
+    return f" {drawable(method)}"  # without the blank, matplotlib hides labels that start with _
 
 
 def _save(figure: Figure, legend_of: Axes | None, out: Path) -> None:

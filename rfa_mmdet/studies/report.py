@@ -1,4 +1,4 @@
-"""The report: results.json, tables, plots, and one HTML file that needs no network."""
+"""Write the report: results.json, tables, plots, and a self-contained HTML file."""
 
 import base64
 import sys
@@ -30,17 +30,17 @@ _TEMPLATES = Environment(
 
 
 def write_report(study: Study) -> pd.DataFrame:
-    """Write the report of what is finished.
+    """Write the report of the finished runs.
 
     Args:
-        study (Study): What to compare. If its work dir has results.json but no runs any more, the
-            report is made from that.
+        study (Study): The study. If its work dir has a results.json but no longer any runs, the
+            report is made from that file.
 
     Returns:
         pd.DataFrame: The summary, see :func:`~rfa_mmdet.studies.summary.summarise`.
 
     Raises:
-        UserError: Nothing has been started there.
+        UserError: No run has been started.
     """
     folder = study.work_dir
     results = read_json(folder / "results.json")
@@ -50,10 +50,10 @@ def write_report(study: Study) -> pd.DataFrame:
             costs = method_costs(study, costs)
             samples = draw_samples(study)
         except (OSError, UserError) as error:  # the data or checkpoints are gone
-            print(f"warning: no new costs and samples: {error}", file=sys.stderr)
+            print(f"warning: costs and samples not updated: {error}", file=sys.stderr)
         results = collect(study, costs, samples)
     elif results is None:
-        raise UserError(f"{folder}: no run of this spec has been started there")
+        raise UserError(f"{folder}: no run of this spec has been started in this folder")
     summary = summarise(results)
     plots = {}
     for stage, rows in summary.groupby("stage", sort=False):
@@ -85,10 +85,10 @@ def page(
     """Return the report as HTML.
 
     Args:
-        results (dict): From :func:`~rfa_mmdet.studies.results.collect`.
-        summary (pd.DataFrame): From :func:`~rfa_mmdet.studies.summary.summarise`.
+        results (dict): Returned by :func:`~rfa_mmdet.studies.results.collect`.
+        summary (pd.DataFrame): Returned by :func:`~rfa_mmdet.studies.summary.summarise`.
         plots (Mapping[str, Sequence[Path]]): PNG files by stage.
-        samples (Path): Folder of the files that ``results["samples"]`` names.
+        samples (Path): Folder of the files named in ``results["samples"]``.
     """
     runs = pd.DataFrame(results["runs"])
     finished = runs["state"] == "finished"

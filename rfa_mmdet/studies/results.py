@@ -1,4 +1,4 @@
-"""results.json: everything that the runs have left."""
+"""Collect the results of all runs in results.json."""
 
 import math
 from dataclasses import asdict
@@ -7,11 +7,11 @@ from typing import Any
 from rfa_mmdet.studies.run import Run, write_json
 from rfa_mmdet.studies.study import Study
 
-POINTS = 200  # of a loss curve
+POINTS = 200  # maximum number of points of a loss curve
 
 
 def collect(study: Study, costs: dict[str, Any], samples: dict[str, Any]) -> dict[str, Any]:
-    """Gather the records of all runs, and write results.json.
+    """Collect the records of all runs, and write results.json.
 
     Returns:
         dict[str, Any]: The study's ``name``, ``metric``, ``baseline``, ``checkpoint``, ``methods``
@@ -33,13 +33,13 @@ def collect(study: Study, costs: dict[str, Any], samples: dict[str, Any]) -> dic
 
 
 def read_run(study: Study, run: Run) -> dict[str, Any]:
-    """Return what is known of a run.
+    """Return the results of a run.
 
     Returns:
         dict[str, Any]: ``stage``, ``method``, ``seed``; ``state``: 'finished', 'failed', 'started'
-        or 'missing'; ``error`` if failed; of the test ``metrics`` and ``test``, the one to compare;
-        of the validations ``curve``, [epoch, metric], and ``val``, the last; ``losses``,
-        [iteration, loss]; ``memory_mb``, the training's peak.
+        or 'missing'; ``error`` if failed; ``metrics`` of the test, and ``test``, the one to
+        compare; ``curve``, pairs [epoch, validation metric], and ``val``, the last one; ``losses``,
+        pairs [iteration, loss]; ``memory_mb``, the training's peak.
     """
     record = run.record
     error = record.get("error")
@@ -48,7 +48,7 @@ def read_run(study: Study, run: Run) -> dict[str, Any]:
     if run.finished:
         state = "finished"
         if study.metric not in metrics:
-            error = f"metric={study.metric!r}: the test gives only {', '.join(metrics)}"
+            error = f"metric={study.metric!r}: the test only reports {', '.join(metrics)}"
     # If a resumed training repeats an epoch, the later line counts.
     curve, losses = {}, {}
     for line in run.scalars():
@@ -73,6 +73,6 @@ def read_run(study: Study, run: Run) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """Return a float that JSON has; None otherwise."""
+    """Return a finite number as a float, anything else as None."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if number and math.isfinite(value) else None

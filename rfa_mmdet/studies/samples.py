@@ -1,4 +1,4 @@
-"""Test images with the ground truth, and with what each method detects."""
+"""Draw test images with the ground truth and each method's detections."""
 
 from typing import Any
 
@@ -18,16 +18,16 @@ from rfa_mmdet.studies.run import Run
 from rfa_mmdet.studies.study import Study
 
 SCORE = 0.3
-MIN_WIDTH = 480  # pixels of a picture
+MIN_WIDTH = 480  # smallest width of a picture, in pixels
 
 
 def draw_samples(study: Study) -> dict[str, Any]:
     """Draw test images into ``samples``, with detections of the last stage's first finished seed.
 
     Returns:
-        dict[str, Any]: ``stage``, ``seed``, ``score`` (the lowest shown), ``columns``, 'truth' and
-        the methods, and ``rows``, files of each image, one a column. Empty if no test is finished
-        or the spec asks for no samples.
+        dict[str, Any]: ``stage``, ``seed``, ``score`` (lowest score drawn), ``columns`` ('truth'
+        and the methods), and ``rows`` (files of each image, one per column). Empty if no test is
+        finished or the spec has samples=0.
     """
     runs = _finished(study)
     if not runs or not study.samples:
@@ -68,7 +68,7 @@ def draw_samples(study: Study) -> dict[str, Any]:
 
 
 def _finished(study: Study) -> list[Run]:
-    """Return the runs of one seed whose detections can be shown."""
+    """Return the runs of one seed whose detections can be drawn."""
     for stage in reversed(study.stages.values()):
         for seed in stage.seeds:
             runs = [run for run in study.runs(stage.name) if run.seed == seed]

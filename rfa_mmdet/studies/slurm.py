@@ -1,4 +1,4 @@
-"""All runs as Slurm job arrays: one per stage, and a last job that writes the report."""
+"""Submit all runs as Slurm job arrays, one per stage, and a final job that writes the report."""
 
 import os
 import shlex
@@ -20,27 +20,30 @@ def submit(
     jobs: int | None = None,
     options: Sequence[str] = (),
 ) -> tuple[list[Path], list[str]]:
-    """Write a script for each stage and one for the report, and submit them if Slurm is here.
+    """Write a script for each stage and one for the report, and submit them if sbatch is available.
 
-    A stage starts when the one before has ended, even if runs of it failed: a run that needs a
-    failed one fails and says so.
+    A stage starts when the previous one has ended, even if some of its runs failed: a run that
+    depends on a failed one fails with a clear error.
 
     Args:
-        study (Study): What to compare; its work dir must be one that all nodes see.
-        arguments (Sequence[str]): Of ``ablate``, common to all jobs.
-        partition (str): Slurm's.
-        jobs (int | None): Runs at a time. Defaults to None: no limit.
-        options (Sequence[str]): More for sbatch, such as '--gres=gpu:1'.
+        study (Study): The study; its work dir must be visible on all nodes.
+        arguments (Sequence[str]): Arguments of ``ablate`` for all jobs.
+        partition (str): Slurm partition.
+        jobs (int | None): Maximum number of parallel runs. Defaults to None: no limit.
+        options (Sequence[str]): More options for sbatch, e.g. '--gres=gpu:1'. Defaults to none.
 
     Returns:
-        tuple[list[Path], list[str]]: The scripts in order, and their job IDs; none without sbatch.
+        tuple[list[Path], list[str]]: The scripts in order, and their job IDs; no IDs without
+        sbatch.
 
     Raises:
-        UserError: sbatch rejects a script, or a name that cannot stand in one.
+        UserError: sbatch rejects a script, or a name is not possible in a script.
     """
     folder = (study.work_dir / "slurm").resolve()
     if set("\\\n") & set(f"{study.name}{folder}"):
-        raise UserError(f"{study.name}, {folder}: Slurm's scripts take no backslash or line break")
+        raise UserError(
+            f"{study.name}, {folder}: backslashes and line breaks are not possible in Slurm scripts"
+        )
     for old in folder.glob("*.sh"):
         old.unlink()
     tasks = {}
@@ -53,13 +56,13 @@ def submit(
     command = shlex.join([sys.executable, "-m", "rfa_mmdet", "ablate", *arguments])
     scripts: list[Path] = []
     for name, (log, own, what) in tasks.items():
-        # Slurm replaces %j and the like in the name of an output.
+        # Slurm expands %j and the like in output names.
         output = f"{folder}/{name}-".replace("%", "%%") + log
         all_options = [
             f"--partition={partition}",
             f"--job-name={study.name}-{name}",
             f"--output={output}",
-            # A job whose node failed starts again, and its run continues.
+            # A job whose node failed is restarted, and its run resumes.
             "--requeue",
             "--open-mode=append",
             *own,
@@ -80,7 +83,7 @@ def submit(
         sbatch = ["sbatch", "--parsable", *after, str(script)]
         done = subprocess.run(sbatch, capture_output=True, text=True)
         if done.returncode:
-            before = f"; submitted before: {', '.join(numbers)}" if numbers else ""
+            before = f"; already submitted: {', '.join(numbers)}" if numbers else ""
             said = done.stderr.strip() or done.returncode
             raise UserError(f"{shlex.join(sbatch)}: {said}{before}")
         numbers.append(done.stdout.strip().split(";")[0])

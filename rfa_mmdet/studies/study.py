@@ -1,7 +1,7 @@
-"""What to compare, as a config file, the spec.
+"""A study is defined by a config file, the spec.
 
-    base = "../demo/some_config.py"  # beside the spec, or mmdet::...: the config of every run
-    methods = dict(  # name: its changes to base; the first is the baseline
+    base = "../demo/some_config.py"  # config of every run: relative to the spec, or mmdet::...
+    methods = dict(  # name -> changes to base; the first is the baseline
         plain={"model.backbone.rfa": None},
         rfaconv=dict(),
     )
@@ -9,16 +9,16 @@
     metric = "coco/bbox_mAP"
 
 Optional: ``baseline`` (a method), ``options`` (changes for every run), ``checkpoint`` ('last' or
-'best': the one to test), ``environment`` (defaults of variables that the base reads), ``samples``
-(number of test images in the report), and ``stages``, for example
+'best': the one to test), ``environment`` (defaults of environment variables that the base reads),
+``samples`` (number of test images in the report), and ``stages``, for example
 
     stages = dict(
         scratch=dict(),
         warm_start=dict(load_from="scratch", options={"train_cfg.max_epochs": 3}),
     )
 
-Each run of ``warm_start`` starts from the baseline's run in ``scratch`` that has the same seed, or
-else from that of its first seed. A stage may have ``methods`` and ``seeds`` of its own.
+Each run of ``warm_start`` starts from the baseline's run in ``scratch`` with the same seed, or else
+with its first seed. A stage may have its own ``methods`` and ``seeds``.
 """
 
 import copy
@@ -44,7 +44,7 @@ _NAME = re.compile(r"(?!\.)[\w.+-]+")
 
 @dataclass(frozen=True)
 class Stage:
-    """Runs that may be done in any order."""
+    """Runs that can be executed in any order."""
 
     name: str
     methods: tuple[str, ...]
@@ -55,16 +55,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Study:
-    """What to compare, as the module describes it, and where to write.
+    """A study as defined by its spec, and its work dir.
 
     Attributes:
-        name (str): Stem of the spec.
-        work_dir (Path): Where everything is written.
-        base (Config): Of every run, with ``options`` applied.
-        methods (dict[str, dict]): Changes by name.
-        baseline (str): The method that the others are compared with.
-        metric (str): A key of the test's metrics, such as 'coco/bbox_mAP'.
-        stages (dict[str, Stage]): By name, in the order in which to run them.
+        name (str): Stem of the spec's file name.
+        work_dir (Path): Output folder.
+        base (Config): Config of every run, with ``options`` applied.
+        methods (dict[str, dict]): Method -> changes.
+        baseline (str): Method that the others are compared with.
+        metric (str): Key of the test's metrics, e.g. 'coco/bbox_mAP'.
+        stages (dict[str, Stage]): Stages by name, in execution order.
         checkpoint (str): 'last' or 'best'.
         samples (int): Number of test images in the report.
     """
@@ -80,7 +80,7 @@ class Study:
     samples: int
 
     def runs(self, *stages: str) -> list[Run]:
-        """Return the runs of some stages, or all; seed by seed, to compare methods early."""
+        """Return the runs of some or all stages, seed by seed, to compare methods early."""
         own = [self.stages[name] for name in stages or self.stages]
         return [
             Run(self.work_dir, s.name, m, seed) for s in own for seed in s.seeds for m in s.methods
@@ -113,14 +113,15 @@ def load_study(spec: str | os.PathLike, work_dir: str | os.PathLike | None = Non
     """Read and check a spec.
 
     Args:
-        spec (str | os.PathLike): The config file that the module describes.
-        work_dir (str | os.PathLike | None): Defaults to work_dirs/ablation_<name of the spec>.
+        spec (str | os.PathLike): The spec's file.
+        work_dir (str | os.PathLike | None): Output folder. Defaults to None:
+            work_dirs/ablation_<name of the spec>.
 
     Returns:
-        Study: Checked as far as possible without building a model.
+        Study: The study, checked as far as possible without building a model.
 
     Raises:
-        ConfigError: An entry is missing or wrong.
+        ConfigError: An entry is missing or invalid.
 
     Example:
         >>> load_study("no/such.py")
@@ -132,14 +133,14 @@ def load_study(spec: str | os.PathLike, work_dir: str | os.PathLike | None = Non
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     _require(path.is_file(), f"spec={str(path)!r}: no such file{hint}")
     given = _read(path, f"spec={str(path)!r}").to_dict()
-    for key in given.keys() - set(_KEYS):  # a variable of the file, unless it is misspelled
+    for key in given.keys() - set(_KEYS):  # a variable of the file, unless misspelled
         near = get_close_matches(key, _KEYS, n=1, cutoff=0.8)
         _require(not near, f"spec: unknown key {key!r}; did you mean {''.join(near)}?")
     missing = [key for key in _NEEDED if key not in given]
     _require(not missing, f"spec={str(path)!r}: missing {', '.join(missing)}")
     methods = given["methods"]
     _check_named_dicts("methods", methods, "changes to the base")
-    _require("truth" not in methods, "methods: 'truth' names the boxes that are right; use another")
+    _require("truth" not in methods, "methods: 'truth' is reserved for the ground truth")
     baseline = given.get("baseline", next(iter(methods)))
     _require(baseline in methods, f"baseline={baseline!r}: must be one of {list(methods)}")
     which = given.get("checkpoint", "last")
@@ -170,7 +171,7 @@ def _base(spec: Path, base: Any) -> Config:
         except (ValueError, OSError, KeyError) as error:
             raise ConfigError(f"base={base!r}: {error}") from error
     file = spec.parent / str(base)
-    _require(file.is_file(), f"base={base!r}: no such file; it is relative to the spec: {file}")
+    _require(file.is_file(), f"base={base!r}: no such file (relative to the spec: {file})")
     return _read(file, f"base={base!r}")
 
 
@@ -184,35 +185,35 @@ def _merge(cfg: Config, name: str, options: dict) -> None:
 def _stages(spec: dict[str, Any], baseline: str) -> dict[str, Stage]:
     given = spec.get("stages", dict(all=dict()))
     _check_named_dicts("stages", given, "settings")
-    _require("report" not in given, "stages: 'report' is the name of the last job; use another one")
+    _require("report" not in given, "stages: 'report' is reserved for the last job")
     known = list(spec["methods"])
     stages: dict[str, Stage] = {}
     for name, stage in given.items():
         where = f"stages.{name}"
         for key in stage:
             names = ", ".join(_STAGE_KEYS)
-            _require(key in _STAGE_KEYS, f"{where}: unknown key {key!r}; valid: {names}")
+            _require(key in _STAGE_KEYS, f"{where}: unknown key {key!r}; choose from {names}")
         methods = tuple(stage.get("methods", known))
         for method in methods:
             _require(method in known, f"{where}.methods: {method!r} is not one of {known}")
         source = stage.get("load_from")
         if source is not None:
             what = f"{where}.load_from={source!r}:"
-            _require(source in stages, f"{what} must be an earlier stage, of {list(stages)}")
+            _require(source in stages, f"{what} must be an earlier stage, one of {list(stages)}")
             trained = baseline in stages[source].methods
             _require(trained, f"{what} does not train the baseline {baseline!r}")
         own = f"{where}.seeds" if "seeds" in stage else "seeds"
         seeds = stage.get("seeds", spec.get("seeds", (0, 1, 2)))
         valid = isinstance(seeds, (list, tuple)) and bool(seeds) and all(map(_is_count, seeds))
-        _require(valid, f"{own}={seeds!r}: must be a list of ints, such as (0, 1, 2)")
-        _require(len(set(seeds)) == len(seeds), f"{own}={seeds!r}: repeats a seed")
+        _require(valid, f"{own}={seeds!r}: must be a list of ints, e.g. (0, 1, 2)")
+        _require(len(set(seeds)) == len(seeds), f"{own}={seeds!r}: seeds must be different")
         stages[name] = Stage(name, methods, tuple(seeds), stage.get("options", {}), source)
     return stages
 
 
 def _check_named_dicts(what: str, value: Any, holds: str) -> None:
     valid = isinstance(value, dict) and bool(value)
-    _require(valid, f"{what}={value!r}: must be a dict, name to {holds}, not empty")
+    _require(valid, f"{what}={value!r}: must be a non-empty dict that maps names to {holds}")
     for name, one in value.items():
         valid = isinstance(name, str) and bool(_NAME.fullmatch(name))
         _require(valid, f"{what}: {name!r} names a folder; use only letters, digits and '_-+.'")

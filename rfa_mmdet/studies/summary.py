@@ -1,4 +1,4 @@
-"""One table: for each method of each stage means, deviations, costs and a paired test."""
+"""Summarise each method of each stage: means, deviations, costs and a paired test."""
 
 import math
 from typing import Any
@@ -22,18 +22,19 @@ def summarise(results: dict[str, Any]) -> pd.DataFrame:
     """Summarise the finished runs.
 
     Args:
-        results (dict): From :func:`~rfa_mmdet.studies.results.collect`.
+        results (dict): Returned by :func:`~rfa_mmdet.studies.results.collect`.
 
     Returns:
-        pd.DataFrame: A row for each method of each stage, in the spec's order, unknown values NA:
-        ``stage``, ``method``, ``is_baseline``; ``finished`` and ``wanted``, numbers of runs;
-        ``mean`` and ``deviation`` (n - 1) of the test's metric, ``val_mean`` and ``val_deviation``
-        of the last validation's; ``memory_mb``, the highest of all runs; ``difference`` from the
-        baseline, mean over the ``pairs`` of runs with the same seed, and ``interval``, half the
-        width of its 95 % confidence interval: a smaller difference could not have been shown;
-        ``p``, see :func:`paired_p`, and ``p_holm``, corrected for all comparisons of the stage;
-        ``verdict``, from ``p_holm``: 'better', 'worse', 'within the spread', 'cannot be tested' or
-        ''; and the costs ``parameters``, ``flops``, ``image_seconds`` and ``iteration_seconds``.
+        pd.DataFrame: A row for each method of each stage, in the spec's order, with NA for unknown
+        values: ``stage``, ``method``, ``is_baseline``; ``finished`` and ``wanted``, numbers of
+        runs; ``mean`` and ``deviation`` (n - 1) of the test metric, ``val_mean`` and
+        ``val_deviation`` of the last validation; ``memory_mb``, the maximum over runs;
+        ``difference`` from the baseline, mean over ``pairs`` of runs with the same seed, and
+        ``interval``, half the width of its 95 % confidence interval: the test could not have shown
+        a smaller difference; ``p``, see :func:`paired_p`, and ``p_holm``, corrected for all
+        comparisons of the stage; ``verdict``, based on ``p_holm``: 'better', 'worse', 'within the
+        spread', 'cannot be tested' or ''; and the costs ``parameters``, ``flops``,
+        ``image_seconds`` and ``iteration_seconds``.
     """
     runs = pd.DataFrame(results["runs"]).astype({"test": float, "val": float, "memory_mb": float})
     done = runs[(runs["state"] == "finished") & runs["test"].notna()]
@@ -88,14 +89,14 @@ def interval(differences: pd.Series) -> float:
 
 
 def paired_p(differences: pd.Series) -> float:
-    """Return p of a two-sided paired t-test.
+    """Return the p-value of a two-sided paired t-test.
 
     Args:
-        differences (pd.Series): Between two methods, one per seed; NA if one of them lacks it.
+        differences (pd.Series): Differences between two methods, one per seed; NA if missing.
 
     Returns:
-        float: NaN for fewer than three pairs. The variance is at least that of the metrics'
-        rounding: three differences of 0.001 prove nothing.
+        float: The p-value; NaN for fewer than three pairs. The variance is at least that of the
+        metrics' rounding: three differences of 0.001 prove nothing.
 
     Example:
         >>> round(paired_p(pd.Series([0.02, 0.03, 0.01])), 3)

@@ -1,4 +1,4 @@
-"""The columns of the summary as people read them, and the summary as Markdown."""
+"""The summary's columns for display, and the summary as Markdown."""
 
 import re
 from collections.abc import Callable
@@ -14,7 +14,7 @@ class Column(NamedTuple):
 
     title: str
     key: str  # the column of the summary to sort by
-    text: Callable[[dict[str, Any]], str]  # from a row, see records(), to its cell
+    text: Callable[[dict[str, Any]], str]  # formats the cell of a row, see records()
     is_text: bool = False
 
 
@@ -64,12 +64,12 @@ COLUMNS = (
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the rows of a table as dicts, missing values as None."""
+    """Return the rows of a table as dicts, with None for missing values."""
     return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
 def markdown(summary: pd.DataFrame, metric: str) -> str:
-    """Return the summary as Markdown, a table per stage, with the metric in their headings."""
+    """Return the summary as Markdown, one table per stage, with the metric in its heading."""
     titles = [column.title for column in COLUMNS]
     rules = ["---" if column.is_text else "---:" for column in COLUMNS]
     parts = []
@@ -82,5 +82,5 @@ def markdown(summary: pd.DataFrame, metric: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Take the meaning from what Markdown and its HTML would not show."""
+    """Escape characters with a meaning in Markdown or HTML."""
     return re.sub(r"[\\`*\[\]<>|$&]|\b_|_\b", r"\\\g<0>", printable(text))

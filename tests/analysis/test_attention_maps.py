@@ -1,4 +1,4 @@
-"""The attention that is shown is the attention that acts."""
+"""Attention maps and heat maps show the attention that the layers apply."""
 
 import pytest
 import torch
@@ -24,10 +24,10 @@ def model():
     return nn.Sequential(*layers).eval()
 
 
-def test_maps_are_what_weighs_the_features(model):
+def test_maps_are_the_attention_weights_of_the_features(model):
     x = torch.rand(1, 3, 9, 11)
     maps, result = attention_maps(model, lambda: model(x))
-    assert list(maps) == ["0", "3"]  # the 1x1 has none
+    assert list(maps) == ["0", "3"]  # the 1x1 convolution has none
     assert torch.equal(result, model(x))
     first, attention = model[0], maps["0"]
     features = first.act(first.norm(first.feature(x)))
@@ -37,7 +37,7 @@ def test_maps_are_what_weighs_the_features(model):
     assert torch.allclose(first(x), expected, atol=1e-6)
 
 
-def test_hooks_are_gone_afterwards_even_if_the_run_fails(model):
+def test_hooks_are_removed_even_if_the_run_fails(model):
     def run():
         raise RuntimeError("stop")
 
@@ -46,12 +46,12 @@ def test_hooks_are_gone_afterwards_even_if_the_run_fails(model):
     assert all(not module._forward_pre_hooks for module in model.modules())
 
 
-def test_pattern_that_matches_nothing_names_the_layers(model):
+def test_pattern_without_a_match_lists_the_layers(model):
     with pytest.raises(ValueError, match=r"pattern='stem' matches no RFAConv; the model has: 0, 3"):
         attention_maps(model, lambda: None, "stem")
 
 
-def test_focus_is_one_where_one_position_has_all():
+def test_focus_is_one_if_one_position_has_all_the_weight():
     attention = torch.zeros(1, 2, 9, 1, 2)
     attention[:, :, 4, :, 0] = 1
     attention[:, :, :, :, 1] = 1 / 9
@@ -59,14 +59,14 @@ def test_focus_is_one_where_one_position_has_all():
 
 
 def randomised(layer):
-    """Give every parameter a value that is not its start, as gates start alike."""
+    """Randomise every parameter, because gates start with equal values."""
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5)
     return layer.eval()
 
 
 @pytest.mark.parametrize("name", PLUGINS)
-def test_map_of_a_plug_in_is_what_it_weighs_its_input_by(name):
+def test_map_of_a_plugin_is_its_attention_weights(name):
     torch.manual_seed(0)
     arguments = {**PLUGINS[name], **(dict(factor=4) if name == "EMA" else {})}
     layer = randomised(LAYERS.get(name)(16, **arguments))
@@ -75,13 +75,13 @@ def test_map_of_a_plug_in_is_what_it_weighs_its_input_by(name):
     expected = x * weights + (x if name == "ConAM" else 0)
     assert torch.allclose(layer(x), expected, atol=1e-6)
     assert weights.std() > 1e-3
-    assert layer(x).requires_grad  # and in training the same, by the other way of computing it
+    assert layer(x).requires_grad  # the same in training, with the other implementation
     with torch.no_grad():
         assert torch.allclose(layer(x), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CONVS)
-def test_map_of_a_convolution_is_what_it_weighs_windows_or_input_by(name):
+def test_map_of_a_convolution_is_its_attention_weights(name):
     torch.manual_seed(0)
     layer = randomised(LAYERS.get(name)(4, 6, 3, stride=2))
     x = torch.randn(2, 4, 9, 11)
@@ -98,12 +98,12 @@ def test_map_of_a_convolution_is_what_it_weighs_windows_or_input_by(name):
 
 
 @pytest.mark.parametrize("name", [*CONVS, *PLUGINS])
-def test_every_system_has_one_heat_map(name):
+def test_every_layer_has_one_heat_map(name):
     arguments = {**PLUGINS.get(name, {}), **(dict(factor=4) if name == "EMA" else {})}
     if name in CONVS:
         arguments = dict(out_channels=16, kernel_size=3)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), LAYERS.get(name)(16, **arguments)).eval()
-    # Attention inside of attention, such as CBAMConv's, is shown once.
+    # Nested attention, such as CBAMConv's, is drawn once.
     assert list(attention_layers(model)) == ["1"]
     (heat,), result = heat_maps(model, lambda: model(torch.rand(1, 3, 12, 13)))
     assert (heat.layer, heat.kind, tuple(heat.values.shape)) == ("1", name, (10, 11))
@@ -113,7 +113,7 @@ def test_every_system_has_one_heat_map(name):
     assert result.shape[0] == 1
 
 
-def test_a_layer_that_runs_twice_is_shown_twice_and_regions_are_not():
+def test_layers_are_drawn_once_per_run_but_not_on_regions():
     layer = LAYERS.get("SE")(8).eval()
     model = nn.ModuleDict(dict(head=layer))
 
@@ -126,7 +126,7 @@ def test_a_layer_that_runs_twice_is_shown_twice_and_regions_are_not():
     assert [tuple(heat.values.shape) for heat in heats] == [(8, 8), (4, 4)]
 
 
-def test_what_passes_is_counted_by_size():
+def test_passed_attention_is_weighted_by_magnitude():
     torch.manual_seed(0)
     x, weights = torch.randn(1, 5, 3, 4), torch.rand(1, 5, 1, 1)
     x[..., 0, 0] = 0
@@ -142,17 +142,17 @@ def test_what_passes_is_counted_by_size():
 def test_patterns_of_heat_maps(model):
     with pytest.raises(ValueError, match=r"pattern='stem' matches no layer with attention.*0, 3"):
         heat_maps(model, lambda: None, "stem")
-    with pytest.raises(ValueError, match=r"pattern='\(': is no regular expression"):
+    with pytest.raises(ValueError, match=r"pattern='\(' is not a regular expression"):
         heat_maps(model, lambda: None, "(")
 
 
-def test_heat_is_laid_over_the_image_without_the_padding():
+def test_heat_maps_cover_the_image_without_padding():
     values = torch.zeros(8, 8)
     values[:2, 4:6] = 1
-    values[6:] = 5  # 8 rows stand for 80 pixels, of which the image has 60
+    values[6:] = 5  # 8 rows cover 80 pixels, 60 of them in the image
     over = over_image(values, (60, 80), (0.75, 1.0))
     assert over.shape == (60, 80)
     assert over[4:16, 44:56].min() > 0.5
-    # Half a cell from the padding, it begins to shine through.
+    # The padding shows from half a cell away.
     assert over[:54, :34].max() == 0
     assert over[26:54].max() == 0

@@ -1,4 +1,4 @@
-"""Counts against published ones, against counts by hand, and through MMEngine's own function."""
+"""Compare counts with published ones, manual ones, and those of MMEngine's own function."""
 
 import runpy
 import subprocess
@@ -37,20 +37,20 @@ DEMO = "configs/demo/atss_r18-rfaconv_fpn_8e_shapes.py"
 
 @pytest.fixture(autouse=True)
 def _counts():
-    """As MMDetection's own tools count under RFA_MMDET_COMPAT=flop_counts."""
+    """Count like MMDetection's own tools with RFA_MMDET_COMPAT=flop_counts."""
     flop_counts.apply()
 
 
 @pytest.fixture
 def warned(monkeypatch):
-    """What MMEngine's analyzers log: unsupported operators, and submodules that nothing called."""
+    """Return what MMEngine's analyzers log: unsupported operators and uncalled submodules."""
     messages = []
     monkeypatch.setattr(jit_analysis, "print_log", lambda text, *_, **__: messages.append(text))
     return lambda: [text for text in messages if "Unsupported operator" in text]
 
 
 def analyse(network: nn.Module, *shape: int) -> dict:
-    """As MMDetection's tools do."""
+    """Count like MMDetection's tools."""
     return get_model_complexity_info(network.eval(), shape, show_table=False, show_arch=False)
 
 
@@ -67,7 +67,7 @@ def test_published_table(depth, conv):
     assert not found.uncounted
 
 
-def test_deviations_are_seen():
+def test_deviations_are_detected():
     published = PUBLISHED[18, "RFAConv"]
     assert not Complexity(published.parameters + 1, 1_908_000_000).agrees(published)
     assert not Complexity(published.parameters, 1_910_100_000).agrees(published)
@@ -77,15 +77,15 @@ def test_deviations_are_seen():
 
 
 @pytest.mark.parametrize(("depth", "conv"), [(50, None), (18, "EMA"), (18, "plain")])
-def test_no_such_classifier(depth, conv):
-    with pytest.raises(ValueError, match=f"depth={depth}, conv={conv!r}: the table has"):
+def test_unknown_classifier(depth, conv):
+    with pytest.raises(ValueError, match=f"depth={depth}, conv={conv!r}: not in the paper's table"):
         classifier_complexity(depth, conv)
 
 
 # --- MMEngine's analysis -------------------------------------------------------------------------
 
 
-def test_every_registered_layer_is_a_system():
+def test_every_registered_layer_is_counted():
     layers = {
         name: cls.__module__.split(".")[2]
         for name, cls in MODELS.module_dict.items()
@@ -133,7 +133,7 @@ def test_unfolded_features_and_the_backbone_are_supported(warned):
     assert not warned()
 
 
-def test_other_operators_are_warned_about_still(warned):
+def test_unknown_operators_still_give_a_warning(warned):
     class Unknown(nn.Module):
         def forward(self, x):
             return torch.cumsum(torch.erf(x), dim=1)
@@ -147,7 +147,7 @@ def test_rfa_conv_by_hand():
     channels, out, cells, k = 4, 6, 8 * 10, 9
     wide = channels * k
     expected = cells * (
-        channels  # average pooling, 1 an output
+        channels  # average pooling: 1 per output
         + wide  # logits: a grouped 1x1
         + wide * k  # features: a depthwise 3x3
         + 2 * wide  # MMEngine's batch norm
@@ -161,7 +161,7 @@ def test_ema_by_hand():
     groups, c, height, width = 4, 2, 6, 5
     cells = height * width
     expected = groups * (
-        2 * c * cells  # means of rows and of columns, 1 an input element
+        2 * c * cells  # row and column means: 1 per input element
         + c * c * (height + width)  # the 1x1
         + 5 * c * cells  # MMEngine's group norm
         + 9 * c * c * cells  # the 3x3
@@ -177,7 +177,7 @@ def test_ema_by_hand():
     [((2, 3), 210), ((3,), 210), ((-1,), 210), ((1,), 0), ((-3,), 0), ((), 210)],
     ids=str,
 )
-def test_means_over_channels_are_free(dims, expected):
+def test_means_over_channels_are_not_counted(dims, expected):
     class Mean(nn.Module):
         def forward(self, x):
             return x.mean(dims) if dims else x.mean()
@@ -199,7 +199,7 @@ def test_applying_counts_is_idempotent_and_leaves_other_handles(monkeypatch):
     monkeypatch.setitem(flops, "aten::mean", theirs)
     flop_counts.apply()
     assert flops["aten::mean"] is theirs
-    # The paper's rule holds whatever others have set.
+    # The paper's rule applies regardless of other handles.
     assert classifier_complexity(18, None).agrees(PUBLISHED[18, None])
 
 
@@ -215,7 +215,7 @@ def demo_config() -> Config:
     return Config.fromfile(ROOT / DEMO)
 
 
-def test_detector_is_counted_as_mmengine_counts_it():
+def test_detector_counts_match_mmengine():
     cfg = demo_config()
     found = detector_complexity(cfg, (60, 90))
     theirs = analyse(build(cfg.model), 3, 64, 96)  # padded to multiples of 32
@@ -223,7 +223,7 @@ def test_detector_is_counted_as_mmengine_counts_it():
     assert not found.uncounted
 
 
-def test_faster_rcnn_with_all_its_proposals():
+def test_faster_rcnn_with_all_proposals():
     cfg = get_config("mmdet::faster_rcnn/faster-rcnn_r18_fpn_8xb8-amp-lsj-200e_coco.py")
     cfg.model.backbone.init_cfg = None
     cfg.model.test_cfg.rpn.max_per_img = 0
@@ -236,10 +236,10 @@ def test_faster_rcnn_with_all_its_proposals():
 
 
 @pytest.mark.parametrize(("name", "masks"), [("mask", 1), ("cascade", 0), ("cascade-mask", 3)])
-def test_heads_on_regions_by_hand(name, masks):
+def test_region_heads_by_hand(name, masks):
     folder = "mask_rcnn" if name == "mask" else "cascade_rcnn"
     cfg = get_config(f"mmdet::{folder}/{name}-rcnn_r50_fpn_1x_coco.py")
-    # Few, and another number of each: they would hide in the backbone otherwise.
+    # Few regions, and different numbers, because the backbone dominates otherwise.
     found = {}
     for proposals, detections in ((0, 0), (7, 0), (0, 3)):
         cfg.model.backbone.update(depth=18, init_cfg=None)
@@ -251,7 +251,7 @@ def test_heads_on_regions_by_hand(name, masks):
     stages, boxes = (1, 80) if name == "mask" else (3, 1)
     box_head = 256 * 7 * 7 * 1024 + 1024 * 1024 + 1024 * (81 + 4 * boxes)
     assert found[7, 0].flops - rest == 7 * stages * box_head
-    # Four 3x3, a 2x2 that doubles the side and starts from 14 x 14, and the classes.
+    # Four 3x3 convolutions, a 2x2 upsampling from 14 x 14, and the classifier.
     mask_head = 14**2 * (4 * 9 + 4) * 256**2 + 28**2 * 256 * 80
     assert found[0, 3].flops - rest == 3 * masks * mask_head
     parameters = sum(p.numel() for p in build(cfg.model).parameters())
@@ -262,8 +262,8 @@ def test_heads_on_regions_by_hand(name, masks):
 @pytest.mark.parametrize(
     "name", ["htc/htc-without-semantic_r50_fpn_1x_coco", "mask_rcnn/mask-rcnn_r50-caffe-c4_1x_coco"]
 )
-def test_other_detectors_are_refused(name):
-    with pytest.raises(ConfigError, match="only single-stage detectors and Faster, Mask and"):
+def test_unsupported_detectors_raise(name):
+    with pytest.raises(ConfigError, match="can only count single-stage detectors, and Faster"):
         detector_complexity(get_config(f"mmdet::{name}.py"), (64, 64))
 
 
@@ -280,7 +280,7 @@ def test_plain_base_has_none_of_our_layers():
     assert detector_complexity(base, (64, 64)).parameters == expected
 
 
-def test_plain_base_of_every_place():
+def test_plain_base_replaces_every_kind_of_layer():
     def plugins(*names):
         return [dict(cfg=dict(type=name), position="after_conv3") for name in names]
 
@@ -302,12 +302,12 @@ def test_plain_base_of_every_place():
     )
 
 
-def test_what_systems_add_to_resnet50():
+def test_costs_added_to_resnet50():
     extras = dict(system_extras((128, 128)))
     assert list(extras) == [*CONVS, *PLUGINS]
     assert all(extra.parameters > 0 and extra.flops > 0 for extra in extras.values())
     assert extras["RFAConv"].parameters == 387_072
-    # SE: 2 C^2 / 16 in each of 4, 6 and 3 blocks.
+    # SE: 2 C^2 / 16 in each of the 4, 6 and 3 blocks.
     assert extras["SE"].parameters == sum(
         2 * blocks * c * c // 16 for blocks, c in ((4, 512), (6, 1024), (3, 2048))
     )
@@ -342,7 +342,7 @@ def test_tool_counts_a_config():
     assert "Not counted" not in done.stdout
 
 
-def test_tool_fails_where_the_table_deviates(monkeypatch, capsys):
+def test_tool_fails_if_the_table_deviates(monkeypatch, capsys):
     table = {(18, None): PUBLISHED[18, None], (18, "CAMConv"): PUBLISHED[18, "CBAMConv"]}
     for module in (complexity, complexity_tool):
         monkeypatch.setattr(module, "PUBLISHED", table)
@@ -358,17 +358,17 @@ def test_tool_fails_where_the_table_deviates(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give one of CONFIG, --table and --systems"),
-        ([DEMO, "--table"], "give one of CONFIG, --table and --systems"),
+        ([], "give exactly one of CONFIG, --table and --systems"),
+        ([DEMO, "--table"], "give exactly one of CONFIG, --table and --systems"),
         ([DEMO, "--image-size", "0", "64"], "--image-size 0 64: must be positive"),
         (["configs/demo/no.py"], "config='configs/demo/no.py': no such file"),
         (["configs/_base_/schedules/adamw_50e.py"], "has no model"),
-        ([DEMO, "--cfg-options", "model.backbone.rfa.type=RFACov"], "nearest: RFAConv"),
-        ([DEMO, "--cfg-options", "modell.x=1"], "no run reads 'modell'; nearest: model"),
+        ([DEMO, "--cfg-options", "model.backbone.rfa.type=RFACov"], "did you mean RFAConv"),
+        ([DEMO, "--cfg-options", "modell.x=1"], "unknown config key 'modell'; did you mean model"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_tool_ends_bad_arguments_in_one_error(arguments, message, monkeypatch, capsys):
+def test_tool_reports_bad_arguments_in_one_error(arguments, message, monkeypatch, capsys):
     code, _, err = run_here(monkeypatch, capsys, *arguments)
     assert code in (1, 2)
     assert err.count("error: ") == 1

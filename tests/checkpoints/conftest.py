@@ -1,3 +1,3 @@
-"""MMEngine's loading made safe, and the checkpoints of a real run."""
+"""Enable safe loading, and provide checkpoints of a real run."""
 
 from tests.helpers.toy_checkpoints import _installed, trained  # noqa: F401

@@ -1,4 +1,4 @@
-"""Checkpoints that are cut off, missing, or none, are named."""
+"""Truncated, missing and invalid checkpoints give clear errors."""
 
 import pytest
 import torch
@@ -15,16 +15,16 @@ def test_truncated_checkpoint(trained, tmp_path, part, zipped):
     torch.save(content, whole, _use_new_zipfile_serialization=zipped)
     data = whole.read_bytes()
     path.write_bytes(data[: int(len(data) * part)])
-    message = f"{path} .{path.stat().st_size} bytes. is incomplete"
+    message = f"{path} .{path.stat().st_size} bytes. is truncated"
     with pytest.raises(BrokenCheckpointError, match=message):
         _load_checkpoint(str(path))
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 20000, b"hello world\n" * 9, b"<html></html>" * 99])
-def test_no_checkpoint_at_all(tmp_path, data):
+def test_file_that_is_not_a_checkpoint(tmp_path, data):
     path = tmp_path / "a.pth"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=f"{path} .{len(data)} bytes. is incomplete, or no check"):
+    with pytest.raises(ValueError, match=f"{path} .{len(data)} bytes. is truncated or not a check"):
         _load_checkpoint(str(path))
 
 
@@ -33,12 +33,12 @@ def test_missing_checkpoint(tmp_path):
         _load_checkpoint(str(tmp_path / "none.pth"))
 
 
-def test_unknown_name_in_a_zoo_is_not_called_damage():
+def test_unknown_model_zoo_name_is_not_reported_as_damage():
     with pytest.raises(KeyError):
         _load_checkpoint("openmmlab://no_such_model")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
-def test_missing_device_is_not_called_damage(trained):
+def test_missing_device_is_not_reported_as_damage(trained):
     with pytest.raises(RuntimeError, match="CUDA"):
         _load_checkpoint(str(trained / "epoch_1.pth"), map_location="cuda")

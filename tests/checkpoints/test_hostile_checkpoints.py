@@ -1,4 +1,4 @@
-"""Checkpoints that would run something are refused, with what they asked for."""
+"""Checkpoints that would run code are rejected, and the error says what they ask for."""
 
 import builtins
 import collections
@@ -22,7 +22,7 @@ _scalar = np.float32(1).__reduce__()[0]
 
 
 class Call:
-    """Pickles as a call of ``function``; ``state`` goes to BUILD."""
+    """An object that pickles as a call of ``function``; ``state`` is passed to BUILD."""
 
     def __init__(self, function, *args, state=None):
         self.reduced = (function, args) if state is None else (function, args, state)
@@ -82,7 +82,7 @@ def hostile(marker):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("name", list(hostile("")))
-def test_hostile_checkpoint_is_refused(tmp_path, name, zipped):
+def test_hostile_checkpoint_is_rejected(tmp_path, name, zipped):
     path, marker = tmp_path / "evil.pth", tmp_path / "marker"
     payload, called = hostile(marker)[name]
     content = dict(state_dict=dict(a=torch.ones(2)), meta=dict(hooks=[(payload,)]))
@@ -90,13 +90,13 @@ def test_hostile_checkpoint_is_refused(tmp_path, name, zipped):
     with pytest.raises(UnsafeCheckpointError, match=called) as info:
         _load_checkpoint(str(path))
     assert str(path) in str(info.value)
-    assert "nothing of it was run" in str(info.value)
+    assert "no code from it was run" in str(info.value)
     assert len(str(info.value)) < 900
     assert not marker.exists()
 
 
 def test_marker_would_have_been_written(tmp_path):
-    """The payloads above are live ones."""
+    """Prove that the payloads above work."""
     path, marker = tmp_path / "evil.pth", tmp_path / "marker"
     torch.save(hostile(marker)["system"][0], path)
     torch.load(path, weights_only=False)
@@ -108,7 +108,7 @@ def test_all_unknown_names_are_listed(tmp_path, zipped):
     path = tmp_path / "evil.pth"
     content = [Call(eval, "1"), torch.ones(2), Call(os.system, "true"), fractions.Fraction()]
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    listed = r"asks for builtins\.eval, (posix|nt)\.system, fractions\.Fraction; nothing"
+    listed = r"asks for builtins\.eval, (posix|nt)\.system, fractions\.Fraction; no code"
     with pytest.raises(UnsafeCheckpointError, match=listed):
         _load_checkpoint(str(path))
 
@@ -132,7 +132,7 @@ def test_history_cannot_change_its_class(tmp_path, monkeypatch):
     assert HistoryBuffer._statistics_methods == methods
 
 
-def test_hostile_download_is_refused(tmp_path, monkeypatch):
+def test_hostile_download_is_rejected(tmp_path, monkeypatch):
     """``torch.hub`` loads with weights_only=False."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")

@@ -1,4 +1,4 @@
-"""Pickles that no pickler writes: whatever they try, they get an error, and nothing changes."""
+"""Handcrafted pickles get an error, whatever they try, and change nothing."""
 
 import pickle
 import struct
@@ -21,7 +21,7 @@ SIZE = b"ctorch\nSize\n"
 ENCODE = b"c_codecs\nencode\n"
 ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85C\x01btR"
 F8 = b"cnumpy\ndtype\n(X\x02\x00\x00\x00f8\x89\x88tR"
-AGAIN = b"h\x00" + unicode("latin1") + b"\x86R"  # encodes the first of the memo
+AGAIN = b"h\x00" + unicode("latin1") + b"\x86R"  # encodes the first memo entry
 ATTRIBUTE = b"}" + unicode("__defaults__") + b"Ns"
 FOUR = struct.pack("<4f", 0, 1, 2, 3)
 LOOKS_LIKE_ONE = b"\x80\x02cos\nsystem\n" + unicode("true") + b"\x85R."
@@ -60,13 +60,16 @@ REFUSED = {
     "NEXT_BUFFER": (b"\x97", "the operation NEXT_BUFFER"),
     "BYTEARRAY8": (b"\x96" + struct.pack("<Q", 2**40), "the operation BYTEARRAY8"),
     "LONG4": (b"\x8b" + struct.pack("<i", 2**30), "the operation LONG4"),
-    "id: a number": (b"K\x01Q", "no storage of a tensor"),
-    "id: nothing": (b")Q", "no storage of a tensor"),
-    "id: a module": (b"(" + unicode("module") + b"NNNNtQ", "no storage of a tensor"),
-    "id: of a class": (storage("0", 1).replace(b"FloatStorage", b"Tensor"), "no storage of"),
-    "id: less than nothing": (storage("0", -1), "no storage of a tensor"),
-    "id: of a half": (storage("0", 1).replace(b"K\x01tQ", b"G" + bytes(8) + b"tQ"), "no storage"),
-    "name: of numbers": (b"K\x01K\x02\x93", "a name that is no string"),
+    "id: a number": (b"K\x01Q", "not a tensor storage"),
+    "id: nothing": (b")Q", "not a tensor storage"),
+    "id: a module": (b"(" + unicode("module") + b"NNNNtQ", "not a tensor storage"),
+    "id: of a class": (storage("0", 1).replace(b"FloatStorage", b"Tensor"), "not a tensor storage"),
+    "id: less than nothing": (storage("0", -1), "not a tensor storage"),
+    "id: of a half": (
+        storage("0", 1).replace(b"K\x01tQ", b"G" + bytes(8) + b"tQ"),
+        "not a tensor storage",
+    ),
+    "name: of numbers": (b"K\x01K\x02\x93", "a name that is not a string"),
     "name: by attributes": (unicode("os") + unicode("path.join") + b"\x93", r"os\.path\.join"),
     "name: of a method": (b"ccollections\nOrderedDict.fromkeys\n", r"OrderedDict\.fromkeys"),
     "item of a class": (b"ctorch\nTensor\nK\x01K\x01s", r"new items of torch\.Tensor"),
@@ -80,7 +83,7 @@ REFUSED = {
     "deep tuples": (b"K\x01" + b"\x85" * 10**5, "nests its data too deeply"),
     "a class as a value": (b"]ctorch\nTensor\na", r"torch\.Tensor as a value"),
     "an array without content": (b"]" + ARRAY + b"a", "ndarray without content"),
-    # 100 kB, handed to 1000 calls that copy them
+    # 100 kB, passed to 1000 calls that copy them
     "much from little": (
         b"(" + unicode("a" * 10**5) + b"q\x00" + 1000 * (ENCODE + AGAIN) + b"t",
         "too often, for more data than the file holds",
@@ -105,7 +108,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("name", list(REFUSED))
-def test_pickle_is_refused(tmp_path, name, zipped):
+def test_hostile_pickle_is_rejected(tmp_path, name, zipped):
     data, asked = REFUSED[name]
     path = tmp_path / "evil.pth"
     defaults = torch._utils._rebuild_tensor_v2.__defaults__
@@ -124,7 +127,7 @@ def test_pickle_is_refused(tmp_path, name, zipped):
         (b"", "EOF"),
         (b"K\x01", "EOF"),
         (b".", "IndexError"),
-        (b"\xff", "the byte 255"),
+        (b"\xff", "the invalid operation 255"),
         (b"j\xff\xff\xff\x7f.", "Memo value not found"),
         (b"r\xff\xff\xff\x7f.", "IndexError"),
         (b"e.", "IndexError"),
@@ -138,18 +141,18 @@ def test_pickle_is_refused(tmp_path, name, zipped):
         (storage("0", 2**70) + b".", "larger than the file"),
     ],
 )
-def test_bytes_that_are_no_pickle_are_damage(tmp_path, data, reason, zipped):
+def test_invalid_pickle_bytes_are_reported_as_damage(tmp_path, data, reason, zipped):
     path = tmp_path / "broken.pth"
     write_raw(path, data, zipped)
-    if not data and not zipped:  # the list of keys takes its place
+    if not data and not zipped:  # the list of keys is read instead
         reason = "KeyError|EOF|of bytes|EOFError|IndexError"
-    with pytest.raises(BrokenCheckpointError, match=f"{path} .*incomplete, or no.*({reason})"):
+    with pytest.raises(BrokenCheckpointError, match=f"{path} .*truncated or not.*({reason})"):
         load(path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("index", [0, 255, 256, 2**31 - 1, 2**32 - 1])
-def test_any_place_of_the_memo_can_be_used(tmp_path, index, zipped):
+def test_any_memo_index_can_be_used(tmp_path, index, zipped):
     path = tmp_path / "a.pth"
     place = struct.pack("<I", index)
     write_raw(path, b"\x80\x02]r" + place + b"j" + place + b"\x86.", zipped)
@@ -158,8 +161,8 @@ def test_any_place_of_the_memo_can_be_used(tmp_path, index, zipped):
 
 
 @pytest.mark.parametrize("kind", ["tuple", "list", "dict", "array"])
-def test_shared_parts_take_no_time(tmp_path, kind):
-    """Each holds the one before twice; MMEngine looks at each of them when it saves."""
+def test_shared_references_do_not_blow_up(tmp_path, kind):
+    """Each list contains the previous one twice; MMEngine visits all of them when saving."""
 
     def nested(levels):
         value = ()
@@ -181,7 +184,7 @@ def test_shared_parts_take_no_time(tmp_path, kind):
         load(tmp_path / "b.pth")
 
 
-def test_data_that_contains_itself_is_refused(tmp_path):
+def test_recursive_data_is_rejected(tmp_path):
     content = dict(a=[])
     content["a"].append(content)
     torch.save(content, tmp_path / "a.pth")
@@ -190,7 +193,7 @@ def test_data_that_contains_itself_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_inside_is_only_bytes(tmp_path, zipped):
+def test_nested_pickle_stays_bytes(tmp_path, zipped):
     path = tmp_path / "a.pth"
     content = dict(a=LOOKS_LIKE_ONE, b=LOOKS_LIKE_ONE.decode("latin1"))
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
@@ -229,7 +232,7 @@ def test_tensor_inside_its_storage(tmp_path, zipped):
         (0, 4, 1),
     ],
 )
-def test_tensor_out_of_its_storage_is_refused(tmp_path, offset, size, stride, zipped):
+def test_tensor_outside_its_storage_is_rejected(tmp_path, offset, size, stride, zipped):
     path = tmp_path / "evil.pth"
     write_raw(path, b"\x80\x02" + tensor("k", 4, offset, size, stride) + b".", zipped, k=FOUR)
     with pytest.raises(UnsafeCheckpointError, match=r"_rebuild_tensor_v2\(.*(shape|storage)"):
@@ -238,7 +241,7 @@ def test_tensor_out_of_its_storage_is_refused(tmp_path, offset, size, stride, zi
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("numel", [3, 5, 0])
-def test_storage_of_another_length_is_damage(tmp_path, numel, zipped):
+def test_storage_of_wrong_length_is_reported_as_damage(tmp_path, numel, zipped):
     path = tmp_path / "evil.pth"
     write_raw(path, b"\x80\x02" + tensor("k", numel, 0, (0,), (1,)) + b".", zipped, k=FOUR)
     with pytest.raises(BrokenCheckpointError, match="storage k has"):
@@ -246,14 +249,14 @@ def test_storage_of_another_length_is_damage(tmp_path, numel, zipped):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_missing_storage_is_damage(tmp_path, zipped):
+def test_missing_storage_is_reported_as_damage(tmp_path, zipped):
     path = tmp_path / "evil.pth"
     write_raw(path, b"\x80\x02" + tensor("other", 4, 0, (4,), (1,)) + b".", zipped, k=FOUR)
     with pytest.raises(BrokenCheckpointError, match=r"data/other is missing|KeyError"):
         load(path)
 
 
-def test_hooks_are_refused(tmp_path):
+def test_tensor_hooks_are_rejected(tmp_path):
     path = tmp_path / "evil.pth"
     hooks = b"OrderedDict\n)R"
     data = tensor("k", 4, 0, (4,), (1,)).replace(hooks, hooks + b"K\x01K\x01s")
@@ -262,18 +265,18 @@ def test_hooks_are_refused(tmp_path):
         load(path)
 
 
-def test_torchscript_is_refused(tmp_path):
+def test_torchscript_is_rejected(tmp_path):
     path = tmp_path / "script.pth"
     path.write_bytes(torchscript())
-    with pytest.raises(UnsafeCheckpointError, match="TorchScript archive, which holds code"):
+    with pytest.raises(UnsafeCheckpointError, match="TorchScript archive, which contains code"):
         load(path)
 
 
-def test_tar_file_is_no_checkpoint(tmp_path):
-    """The format of torch 0.1, which torch.load unpacks."""
+def test_tar_file_is_rejected(tmp_path):
+    """Check the format of torch 0.1, which torch.load would unpack."""
     path = tmp_path / "a.pth"
     (tmp_path / "storages").write_bytes(pickle.dumps(0, 2))
     with tarfile.open(path, "w") as file:
         file.add(tmp_path / "storages", "storages")
-    with pytest.raises(BrokenCheckpointError, match=r"incomplete, or no checkpoint of torch.save"):
+    with pytest.raises(BrokenCheckpointError, match=r"truncated or not a checkpoint of torch.save"):
         load(path)

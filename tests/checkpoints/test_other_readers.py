@@ -1,4 +1,4 @@
-"""Who reads checkpoints beside a Runner's resume, and what each believes of them."""
+"""Other readers of checkpoints are safe too, not only a Runner's resume."""
 
 import threading
 
@@ -14,7 +14,7 @@ from tests.helpers.toy_checkpoints import ToyData, ToyModel
 
 
 @pytest.mark.parametrize("where", ["meta", "message_hub"])
-def test_an_inferencer_does_not_execute_a_checkpoints_config(tmp_path, where):
+def test_inferencer_does_not_execute_the_checkpoints_config(tmp_path, where):
     marker = tmp_path / "marker"
     cfg = dict(cfg=f"open({str(marker)!r}, 'w')")
     content = dict(meta=cfg) if where == "meta" else dict(message_hub=dict(runtime_info=cfg))
@@ -46,7 +46,7 @@ def make_flexible_runner(work_dir, name, epochs, **kwargs):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_flexible_runner_resumes_as_safely(tmp_path):
+def test_flexible_runner_resumes_safely(tmp_path):
     make_flexible_runner(tmp_path, "flexible1", 1).train()
     content = _load_checkpoint(str(tmp_path / "epoch_1.pth"))
     content["meta"]["config"] = f"open({str(tmp_path / 'marker')!r}, 'w')"
@@ -66,8 +66,8 @@ def test_the_flexible_runner_resumes_as_safely(tmp_path):
 @pytest.mark.skipif(
     not hasattr(torch.serialization, "get_safe_globals"), reason="torch >= 2.4 has the list"
 )
-def test_no_loader_changes_torchs_list_while_it_loads(tmp_path):
-    """OneDL's did, for all threads; map_location is called in the middle of a load."""
+def test_loaders_do_not_change_torchs_safe_globals(tmp_path):
+    """OneDL's loader changed it for all threads; map_location is called during a load."""
     torch.save(dict(a=torch.ones(1)), tmp_path / "a.pth")
     before, meanwhile = set(torch.serialization.get_safe_globals()), []
 
@@ -79,8 +79,8 @@ def test_no_loader_changes_torchs_list_while_it_loads(tmp_path):
     assert meanwhile == [before]
 
 
-def test_many_threads_resume_nothing_of_each_other(tmp_path):
-    """While one thread's loader waits inside of a load, the others' are as safe as ever."""
+def test_threads_resume_independently(tmp_path):
+    """Other threads stay safe while one thread is in the middle of a load."""
     torch.save(dict(a=torch.ones(1)), tmp_path / "good.pth")
     torch.save(dict(a=threading.Event), tmp_path / "evil.pth")
     barrier, told = threading.Barrier(8), []

@@ -1,4 +1,4 @@
-"""Weights that configs name: by name, address or file, in a cache, without a network."""
+"""Pretrained weights in configs: names, URLs and files, cached and offline."""
 
 import hashlib
 import sys
@@ -17,12 +17,12 @@ from rfa_mmdet.checkpoints.files import read_checkpoint
 from rfa_mmdet.checkpoints.pretrained import fetch_all, sources, torchvision_urls, url_of
 from rfa_mmdet.errors import UserError
 
-NOWHERE = "http://127.0.0.1:9"  # a port at which nothing answers
+NOWHERE = "http://127.0.0.1:9"  # a port that nothing listens on
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """torch's folder for files that it downloads."""
+    """Return torch's download folder."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     folder = tmp_path / "home" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
@@ -31,7 +31,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(tmp_path):
-    """An address, and the folder that is served there."""
+    """Return a URL, and the folder served there."""
     folder = tmp_path / "served"
     folder.mkdir()
     handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
@@ -45,18 +45,18 @@ def name_weights(monkeypatch, url):
     monkeypatch.setattr(pretrained, "get_torchvision_models", lambda: {"resnet50": url})
 
 
-def test_names_are_known_without_torchvision(monkeypatch):
+def test_names_resolve_without_torchvision(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)  # cannot be imported
     assert torchvision_urls()["resnet18"].endswith("/resnet18-f37072fd.pth")
     assert url_of("modelzoo://resnet101") == torchvision_urls()["resnet101"]
     assert url_of("open-mmlab://resnet50_caffe").startswith("https://download.openmmlab.com/")
     assert url_of("a/b.pth") is url_of("s3://a/b.pth") is None
-    with pytest.raises(UserError, match="nearest: torchvision://resnet50"):
+    with pytest.raises(UserError, match="did you mean torchvision://resnet50"):
         url_of("torchvision://resnet51")
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_a_download_has_the_hash_of_its_name(cache, server, monkeypatch, right):
+def test_download_is_checked_against_its_hash(cache, server, monkeypatch, right):
     address, folder = server
     torch.save(dict(a=torch.ones(2)), folder / "x")
     digits = hashlib.sha256((folder / "x").read_bytes()).hexdigest()[:8] if right else "0" * 8
@@ -72,15 +72,15 @@ def test_a_download_has_the_hash_of_its_name(cache, server, monkeypatch, right):
         assert not list(cache.iterdir())
 
 
-def test_a_file_in_the_cache_is_used_without_a_network(cache, monkeypatch, capsys):
+def test_cached_file_needs_no_network(cache, monkeypatch, capsys):
     name_weights(monkeypatch, f"{NOWHERE}/resnet50-00000000.pth")
     torch.save(dict(a=torch.ones(2)), cache / "resnet50-00000000.pth")
     assert read_checkpoint("torchvision://resnet50")["a"].tolist() == [1, 1]
-    assert "is not torchvision's file, whose SHA-256 begins" in capsys.readouterr().err
+    assert "is not torchvision's file, whose SHA-256 starts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("source", ["torchvision://resnet50", f"{NOWHERE}/resnet50-00000000.pth"])
-def test_without_a_network_the_error_says_where_the_file_goes(cache, monkeypatch, source):
+def test_offline_error_names_the_cache_path(cache, monkeypatch, source):
     name_weights(monkeypatch, f"{NOWHERE}/resnet50-00000000.pth")
     init = dict(type=PretrainedInit, checkpoint=source)
     cfg = Config(dict(model=dict(backbone=dict(init_cfg=[init]))))
@@ -88,15 +88,15 @@ def test_without_a_network_the_error_says_where_the_file_goes(cache, monkeypatch
         fetch_all(cfg, training=True)
     text = str(error.value)
     assert text.startswith(f"model.backbone.init_cfg.0.checkpoint={source!r}: ")
-    assert f"put it at {cache}/resnet50-00000000.pth" in text
+    assert f"copy it to {cache}/resnet50-00000000.pth" in text
     assert "--cfg-options model.backbone.init_cfg.0.checkpoint=FILE" in text
     assert "\n" not in text
-    fetch_all(cfg, training=False)  # a test does not load it
+    fetch_all(cfg, training=False)  # testing does not load it
     with pytest.raises(UserError, match="cannot be downloaded"):
         read_checkpoint(source)
 
 
-def test_what_training_loads(tmp_path):
+def test_sources_of_pretrained_weights(tmp_path):
     backbone = dict(type="ResNet", init_cfg=dict(type="Pretrained", checkpoint="a"))
     model = dict(backbone=backbone, neck=dict(pretrained="b", init_cfg=dict(type="Xavier")))
     assert [source for _, source in sources(Config(dict(model=model)))] == ["a", "b"]

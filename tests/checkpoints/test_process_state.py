@@ -1,4 +1,4 @@
-"""Loading changes nothing for the rest of the process, and depends on nothing of it."""
+"""Loading does not affect the rest of the process, or depend on it."""
 
 import copy
 import inspect
@@ -45,14 +45,14 @@ def mine(tmp_path):
 
 @pytest.fixture
 def allowed():
-    """Allow objects in torch's list, as a user does."""
+    """Add objects to torch's safe globals, as a user does."""
     before = torch.serialization.get_safe_globals()
     yield torch.serialization.add_safe_globals
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(before)
 
 
-def test_plain_torch_load_is_what_it_was(mine):
+def test_torch_load_is_unchanged_outside_mmengine(mine):
     original = torch.load.__wrapped__
     assert inspect.signature(torch.load) == inspect.signature(original)
     assert torch.load.__doc__ == original.__doc__
@@ -65,7 +65,7 @@ def test_plain_torch_load_is_what_it_was(mine):
         torch.load()
 
 
-def test_torch_load_is_plain_again_after_an_error(mine):
+def test_torch_load_is_restored_after_an_error(mine):
     with pytest.raises(UnsafeCheckpointError):
         _load_checkpoint(mine)
     assert type(torch.load(mine, weights_only=False)["mine"]) is Mine
@@ -73,7 +73,7 @@ def test_torch_load_is_plain_again_after_an_error(mine):
 
 @pytest.mark.parametrize("force", [None, "0", "1"])
 @pytest.mark.parametrize("dont", [None, "0", "1"])
-def test_torchs_switches_change_nothing(mine, tmp_path, monkeypatch, force, dont):
+def test_torchs_environment_variables_have_no_effect(mine, tmp_path, monkeypatch, force, dont):
     for name, value in ((FORCE, force), (DONT, dont)):
         if value is not None:
             monkeypatch.setenv(name, value)
@@ -85,7 +85,7 @@ def test_torchs_switches_change_nothing(mine, tmp_path, monkeypatch, force, dont
     assert dict(os.environ) == before
 
 
-def test_a_loaders_own_arguments_do_not_matter(mine, tmp_path):
+def test_loaders_arguments_have_no_effect(mine, tmp_path):
     torch.save(rich_content(), tmp_path / "good.pth")
     calls = [
         lambda path: torch.load(path, weights_only=False),
@@ -106,9 +106,9 @@ def test_a_loaders_own_arguments_do_not_matter(mine, tmp_path):
 
 
 def test_threads_do_not_see_each_other(mine, tmp_path):
-    """One thread is in the middle of a safe load while another loads plainly, and both are right.
+    """Both are correct if one thread is in a safe load while another loads normally.
 
-    Python's own events make the order certain.
+    Events enforce the order.
     """
     inside, done = threading.Event(), threading.Event()
     results = {}
@@ -172,20 +172,20 @@ def test_many_loads_at_once(mine, tmp_path):
 
 
 @has_safe_list
-def test_what_the_user_allowed_stays_allowed(mine, allowed):
+def test_types_allowed_by_the_user_stay_allowed(mine, allowed):
     allowed([Mine, np.dtype, np.ndarray, _reconstruct])
     before = set(torch.serialization.get_safe_globals())
     content = _load_checkpoint(mine)
     assert type(content["mine"]) is Mine
     assert content["array"].tolist() == [1, 1]
-    # OneDL's MMEngine changes the list while it loads.
+    # OneDL's MMEngine changes the list while loading.
     allowed([Mine, np.dtype, np.ndarray, _reconstruct])
     assert type(load(mine)["mine"]) is Mine
     assert set(torch.serialization.get_safe_globals()) == before
 
 
 @has_safe_list
-def test_what_a_loader_allows_meanwhile_is_not_allowed(mine, allowed):
+def test_types_allowed_by_a_loader_are_rejected(mine, allowed):
     def load_as_onedl(cls, filename, map_location, logger):
         allowed([Mine])
         return torch.load(filename)
@@ -197,7 +197,7 @@ def test_what_a_loader_allows_meanwhile_is_not_allowed(mine, allowed):
 
 @has_safe_list
 @pytest.mark.parametrize("zipped", [True, False])
-def test_what_the_user_allowed_gets_real_objects(tmp_path, allowed, zipped):
+def test_types_allowed_by_the_user_get_real_objects(tmp_path, allowed, zipped):
     allowed([(Holder, f"{__name__}.Holder")])
     content = dict(holder=Holder(np.ones(2)), kind=Holder)
     torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
@@ -208,7 +208,7 @@ def test_what_the_user_allowed_gets_real_objects(tmp_path, allowed, zipped):
 
 
 @has_safe_list
-def test_what_torch_never_allows_is_not_allowed(tmp_path, allowed):
+def test_modules_that_torch_blocks_are_rejected(tmp_path, allowed):
     class Call:
         def __reduce__(self):
             return os.system, ("true",)
@@ -220,8 +220,8 @@ def test_what_torch_never_allows_is_not_allowed(tmp_path, allowed):
 
 
 @has_safe_list
-def test_what_torch_allows_by_itself_is_not_allowed(tmp_path):
-    """Some of it starts process groups when it is made."""
+def test_torchs_own_safe_globals_are_rejected(tmp_path):
+    """Some of these types start process groups when they are created."""
     tensor = pytest.importorskip("torch.distributed.tensor")
     torch.save(tensor.Shard(0), tmp_path / "a.pth")
     with pytest.raises(UnsafeCheckpointError, match=r"asks for torch\.distributed\.\S+\.Shard"):
@@ -229,8 +229,10 @@ def test_what_torch_allows_by_itself_is_not_allowed(tmp_path):
 
 
 @has_safe_list
-def test_the_way_out_is_named_only_for_names(tmp_path, mine):
-    with pytest.raises(UnsafeCheckpointError, match=r"allow them by torch.serialization.add_safe"):
+def test_add_safe_globals_is_suggested_only_for_unknown_names(tmp_path, mine):
+    with pytest.raises(
+        UnsafeCheckpointError, match=r"allow the types with torch.serialization.add_safe"
+    ):
         _load_checkpoint(mine)
     torch.save(np.zeros(1, "f8,f8"), tmp_path / "a.pth")
     with pytest.raises(UnsafeCheckpointError, match=r"dtype\('V16'.*values in their place\.$"):

@@ -1,4 +1,4 @@
-"""A Runner takes from a checkpoint what it needs, and nothing else that MMEngine would trust."""
+"""A Runner only takes what it needs from a checkpoint, unlike plain MMEngine."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from tests.helpers.toy_checkpoints import ToyModel, make_runner
 
 
 def resume(path, work_dir, epochs=2, **kwargs):
-    """Go on from a file to the end of the run, which saves its own checkpoints."""
+    """Resume from a file until the end of the run, which saves its own checkpoints."""
     runner = make_runner(work_dir, epochs, resume=True, load_from=str(path), **kwargs)
     runner.train()
     return runner
@@ -25,7 +25,7 @@ def resume(path, work_dir, epochs=2, **kwargs):
 
 @pytest.fixture
 def edited(trained, tmp_path):
-    """Return a function that saves the first epoch's checkpoint, changed."""
+    """Return a function that saves a modified checkpoint of the first epoch."""
 
     def edit(change, name="epoch_1.pth"):
         content = _load_checkpoint(str(trained / name))
@@ -37,7 +37,7 @@ def edited(trained, tmp_path):
 
 
 def put(*keys, value):
-    """Return a change of one value; ``None`` as the last key is the first of a list."""
+    """Return a change of one value; ``None`` as the last key means the first of a list."""
 
     def change(content):
         for key in keys[:-1]:
@@ -68,7 +68,7 @@ def drop(*keys):
         ("message_hub", "runtime_info", "config"),
     ],
 )
-def test_text_of_a_checkpoint_is_not_executed(edited, tmp_path, where):
+def test_config_text_of_a_checkpoint_is_not_executed(edited, tmp_path, where):
     code = f"open({str(tmp_path / 'marker')!r}, 'w')"
     path = edited(put(*where, value=code))
     resume(path, tmp_path / "run")
@@ -78,7 +78,7 @@ def test_text_of_a_checkpoint_is_not_executed(edited, tmp_path, where):
 
 
 @pytest.mark.parametrize("kept", [["../../other/{}"], ["1/../../../mine"], "123", 3, [-1], [1.5]])
-def test_old_checkpoints_are_numbers(edited, tmp_path, kept):
+def test_ids_of_old_checkpoints_must_be_integers(edited, tmp_path, kept):
     (tmp_path / "mine.pth").touch()
     (tmp_path / "run/epoch_1").mkdir(parents=True)
     path = edited(put("message_hub", "runtime_info", "keep_ckpt_ids", value=kept))
@@ -96,7 +96,7 @@ def test_old_checkpoints_are_numbers(edited, tmp_path, kept):
         *("best_../../other/mine.pth", "{run}", ["{other}"], "s3://bucket/best_a.pth"),
     ],
 )
-def test_a_best_checkpoint_is_one_of_this_run(edited, tmp_path, name, several):
+def test_best_checkpoint_must_belong_to_this_run(edited, tmp_path, name, several):
     other, run = tmp_path / "other", tmp_path / "run"
     for folder in (other, run):
         folder.mkdir()
@@ -117,7 +117,7 @@ def test_a_best_checkpoint_is_one_of_this_run(edited, tmp_path, name, several):
 
 @pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("several", [False, True])
-def test_the_best_checkpoint_before_is_removed(tmp_path, moved, several):
+def test_previous_best_checkpoint_is_removed(tmp_path, moved, several):
     run = tmp_path / "run"
     checkpoint = dict(save_best=["toy/acc", "toy/loss"], rule="greater") if several else {}
     checkpoint["max_keep_ckpts"] = 1
@@ -132,7 +132,7 @@ def test_the_best_checkpoint_before_is_removed(tmp_path, moved, several):
     assert {p.name for p in run.glob("epoch_*")} == {"epoch_2.pth"}
 
 
-def test_a_best_checkpoint_that_is_worse_stays_the_best(trained, tmp_path):
+def test_best_checkpoint_is_kept_if_the_new_one_is_worse(trained, tmp_path):
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     resume(run / "epoch_1.pth", run, accuracy=0.1)
     assert [p.name for p in run.glob("best_*")] == ["best_toy_acc_epoch_1.pth"]
@@ -140,14 +140,14 @@ def test_a_best_checkpoint_that_is_worse_stays_the_best(trained, tmp_path):
     assert info["best_ckpt"] == str(run / "best_toy_acc_epoch_1.pth")
 
 
-def test_odd_scores_are_left_out(edited, tmp_path):
+def test_invalid_scores_are_ignored(edited, tmp_path):
     path = edited(put("message_hub", "runtime_info", "best_score", value="high"))
     resume(path, tmp_path / "run")
     assert (tmp_path / "run/best_toy_acc_epoch_2.pth").exists()
 
 
 @pytest.mark.parametrize("odd", [HistoryBuffer(), "text", None, torch.ones(2)])
-def test_odd_log_histories_are_left_out(edited, tmp_path, odd):
+def test_invalid_log_histories_are_ignored(edited, tmp_path, odd):
     def change(content):
         scalars = content["message_hub"]["log_scalars"]
         scalars.update(dict.fromkeys(scalars, odd))
@@ -168,7 +168,7 @@ METAINFO = [
 
 
 @pytest.mark.parametrize("metainfo", METAINFO)
-def test_metainfo_of_any_plain_kind(tmp_path, metainfo, caplog):
+def test_plain_metainfo_of_any_type(tmp_path, metainfo, caplog):
     make_runner(tmp_path, 1, metainfo=metainfo).train()
     runner = resume(tmp_path / "epoch_1.pth", tmp_path, metainfo=metainfo)
     assert runner.iter == 4
@@ -219,7 +219,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("kwargs", CASES, ids=str)
-def test_optimizers_schedules_and_averages_go_on(tmp_path, kwargs):
+def test_optimizers_schedules_and_averages_resume(tmp_path, kwargs):
     by_epoch = "train_cfg" not in kwargs
     checkpoint = dict(by_epoch=by_epoch, interval=1)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -250,17 +250,17 @@ def another_state(**optimizer):
 GROUP = ("optimizer", "param_groups", 0)
 INFO, HUB = ("message_hub", "runtime_info"), "message_hub"
 WRONG = {
-    "list": (lambda c: [c], "pth: holds a list, not a dict"),
-    "int keys": (lambda c: {0: c}, "its state dict has the key 0; right are short strings"),
+    "list": (lambda c: [c], "pth: contains a list, not a dict"),
+    "int keys": (lambda c: {0: c}, "its state dict has the key 0; keys must be short printable"),
     "int weights": (put("state_dict", 0, value=torch.ones(1)), "state dict has the key 0"),
     "no weights": (put("state_dict", value=[1]), "its state_dict is a list, not a dict"),
     "tensor": (put("state_dict", value=torch.ones(2)), "its state_dict is a Tensor, not a dict"),
     "long name": (put("state_dict", 8000 * "a", value=torch.ones(1)), r"the key 'aaa.{,90}\.\.\."),
     "escapes": (put("state_dict", "\x1b[31m", value=torch.ones(1)), r"the key '\\x1b\[31m'"),
     "meta": (put("meta", value=[]), "its meta is a list, not a dict"),
-    "meta None": (put("meta", value=None), "has no meta, so no run can be resumed from it"),
-    "no meta": (drop("meta"), "has no meta, so no run can be resumed from it"),
-    "no hub": (drop("message_hub"), "has no message_hub, so no run"),
+    "meta None": (put("meta", value=None), "has no meta, so it cannot be resumed from"),
+    "no meta": (drop("meta"), "has no meta, so it cannot be resumed from"),
+    "no hub": (drop("message_hub"), "has no message_hub, so it cannot"),
     "hub": (put("message_hub", value=3), "its message_hub is a int, not a dict"),
     "half a hub": (drop(HUB, "log_scalars"), r"message_hub\['log_scalars'\] is a NoneType, not"),
     "no info": (put(*INFO, value=[]), r"message_hub\['runtime_info'\] is a list, not"),
@@ -268,15 +268,15 @@ WRONG = {
         put(HUB, "log_scalars", "train/\x1b[2J", value=HistoryBuffer()),
         r"log_scalars'\] has the key 'train/\\x1b\[2J'",
     ),
-    "no optimizer": (drop("optimizer"), "has no optimizer, so no run can be resumed.*load_from"),
-    "no schedules": (drop("param_schedulers"), "has no param_schedulers, so no run"),
+    "no optimizer": (drop("optimizer"), "has no optimizer, so it cannot be resumed.*load_from"),
+    "no schedules": (drop("param_schedulers"), "has no param_schedulers, so it cannot"),
     "optimizer": (put("optimizer", value=[]), "its optimizer is a list, not a dict"),
     "groups": (put("optimizer", "param_groups", value={}), "has no list of param_groups"),
     "more groups": (
         lambda c: c["optimizer"]["param_groups"].append(dict(params=[])),
-        "has 2 groups of 2 parameters, and the config's AdamW 1 of 2",
+        "has 2 parameters in 2 groups, which does not match the 2 parameters in 1 groups of",
     ),
-    "fewer parameters": (put(*GROUP, "params", value=[0]), "1 groups of 1 parameters, and the"),
+    "fewer parameters": (put(*GROUP, "params", value=[0]), "1 parameters in 1 groups, which"),
     "SGD": (another_state(type="SGD", momentum=0.9), "does not fit the config's AdamW: KeyErr"),
     "Adamax": (another_state(type="Adamax"), "does not fit the config's AdamW: "),
     "Adagrad": (another_state(type="Adagrad"), "does not fit the config's AdamW: KeyError"),
@@ -286,16 +286,19 @@ WRONG = {
     "entry": (put("optimizer", "state", 0, value=[]), r"state\[0\] is a list, not a dict"),
     "keys": (
         lambda c: c["optimizer"].update(state={"0": c["optimizer"]["state"][0]}),
-        "optimizer.state has the key '0', which is in none of its",
+        "optimizer.state has the key '0', which is not in its",
     ),
-    "empty": (put("optimizer", "state", value={}), "state is empty, and the config's AdamW keeps"),
-    "ids": (put(*GROUP, "params", value=[[], 1]), r"params=\[\[\], 1\], not a list of numbers"),
-    "no moment": (put("optimizer", "state", 0, "exp_avg", value=1.0), "is no tensor but a float"),
-    "no count": (put("optimizer", "state", 0, "step", value=None), r"\['step'\] is no tensor but"),
+    "empty": (put("optimizer", "state", value={}), "state is empty, but the config's AdamW needs"),
+    "ids": (put(*GROUP, "params", value=[[], 1]), r"params=\[\[\], 1\], not a list of integers"),
+    "no moment": (put("optimizer", "state", 0, "exp_avg", value=1.0), "is a float, not a tensor"),
+    "no count": (
+        put("optimizer", "state", 0, "step", value=None),
+        r"\['step'\] is a NoneType, not",
+    ),
     "moment": (drop("optimizer", "state", 0, "exp_avg"), "it has no exp_avg"),
     "shape": (
         put("optimizer", "state", 0, "exp_avg", value=torch.ones(7)),
-        r"state\[0\]\['exp_avg'\] is \(7,\), and its parameter \(1, 2\)",
+        r"state\[0\]\['exp_avg'\] is \(7,\), but its parameter is \(1, 2\)",
     ),
     "schedules": (put("param_schedulers", value={}), "its param_schedulers is a NoneType, not"),
     "no schedule": (put("param_schedulers", value=torch.ones(0)), "schedulers is a Tensor, not a"),
@@ -311,17 +314,17 @@ WRONG = {
     "another": (lambda c: c["param_schedulers"].reverse(), "does not fit the config's LinearLR"),
     "weights": (
         put("state_dict", "fc.weight", value=torch.ones(5, 2)),
-        r"of another model than the config: .*fc.weight \(\(5, 2\) there, \(1, 2\) here\)",
+        r"does not fit the config's model: .*fc.weight \(\(5, 2\), model: \(1, 2\)\)",
     ),
-    "no tensor": (put("state_dict", "fc.weight", value=3), r"fc.weight \(no tensor but a int"),
-    "other names": (drop("state_dict", "fc.weight"), "of another model .*it lacks fc.weight"),
+    "no tensor": (put("state_dict", "fc.weight", value=3), r"fc.weight \(a int, not a tensor"),
+    "other names": (drop("state_dict", "fc.weight"), "does not fit .*: missing fc.weight"),
     "average": (
         put("ema_state_dict", "module.x", value=torch.ones(1)),
-        "ema_state_dict averages what it does not have: module.x",
+        "ema_state_dict has keys without weights: module.x",
     ),
     "averaged shape": (
         put("ema_state_dict", "steps", value=torch.ones(3)),
-        "its ema_state_dict has other shapes than its weights: steps",
+        "its ema_state_dict differs in shape from its weights: steps",
     ),
     "averages": (put("ema_state_dict", value=[1]), "its ema_state_dict is a list, not a dict"),
     "epoch": (put("meta", "epoch", value="1"), "its meta has epoch='1'"),
@@ -329,7 +332,7 @@ WRONG = {
     "huge": (put("meta", "iter", value=10**400), "its meta has iter=1000"),
     "no epoch": (drop("meta", "epoch"), "its meta has epoch=None"),
     "later": (put("meta", "epoch", value=9), "at epoch 9, beyond the config's train_cfg.max_ep"),
-    "seed": (put("meta", "seed", value="x"), "its meta has seed='x'; right are 0 to"),
+    "seed": (put("meta", "seed", value="x"), "its meta has seed='x'; must be from 0 to"),
     "names": (put("meta", "dataset_meta", value=[1]), r"meta\['dataset_meta'\] is a list"),
     "versions": (
         lambda c: setattr(c["state_dict"], "_metadata", {"": dict(version="x")}),
@@ -339,7 +342,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", list(WRONG))
-def test_what_is_wrong_is_one_sentence(edited, tmp_path, name):
+def test_invalid_states_give_one_clear_error(edited, tmp_path, name):
     change, message = WRONG[name]
     path = edited(change)
     with pytest.raises(BrokenCheckpointError, match=message) as info:
@@ -352,14 +355,14 @@ def test_what_is_wrong_is_one_sentence(edited, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["list", "int keys", "tensor", "escapes", "names", "versions"])
-def test_load_from_tells_what_is_wrong_too(edited, tmp_path, name):
+def test_load_from_gives_the_same_errors(edited, tmp_path, name):
     change, message = WRONG[name]
     runner = make_runner(tmp_path / "run", 1, load_from=str(edited(change)))
     with pytest.raises(BrokenCheckpointError, match=message):
         runner.train()
 
 
-def test_the_best_checkpoint_is_none_to_resume_from(trained, tmp_path):
+def test_best_checkpoint_cannot_be_resumed(trained, tmp_path):
     with pytest.raises(
         BrokenCheckpointError, match=r"has no optimizer and no param_schedulers, so"
     ):
@@ -373,8 +376,8 @@ def test_the_best_checkpoint_is_none_to_resume_from(trained, tmp_path):
     assert runner.epoch == 1
 
 
-def test_iterations_beyond_the_end_are_not_waited_for(edited, tmp_path):
-    """MMEngine skips them one by one."""
+def test_iterations_beyond_the_end_raise(edited, tmp_path):
+    """MMEngine would skip them one by one."""
     path = edited(put("meta", "iter", value=2**40))
     with pytest.raises(BrokenCheckpointError, match=r"beyond the config's train_cfg\.max_iters=4"):
         resume(path, tmp_path / "run", train_cfg=dict(by_epoch=False, max_iters=4))

@@ -1,4 +1,4 @@
-"""Checkpoints of MMEngine load, and hold what they held."""
+"""Checkpoints of MMEngine load with their original content."""
 
 import collections
 import shutil
@@ -60,12 +60,12 @@ def test_resumes_in_a_fresh_process(trained, tmp_path):
     assert words[1:5] == ["2", "4", "4", "4.0"]
     before = _load_checkpoint(str(trained / "epoch_1.pth"))["message_hub"]["log_scalars"]
     assert float(words[5]) == pytest.approx(before["train/loss"].data[0][0])
-    # what was resumed from stand-ins is saved as MMEngine saves it
+    # state resumed from stand-ins is saved as usual
     again = _load_checkpoint(str(work_dir / "epoch_2.pth"))["message_hub"]["log_scalars"]
     assert len(again["train/loss"].data[0]) == 4
 
 
-def test_install_twice_wraps_once():
+def test_applying_twice_wraps_once():
     before = CheckpointLoader.load_checkpoint.__func__
     apply()
     assert CheckpointLoader.load_checkpoint.__func__ is before
@@ -75,7 +75,7 @@ def test_install_twice_wraps_once():
 
 
 def rename_numpy(path, module):
-    """Have a checkpoint name NumPy's functions as another version of NumPy does."""
+    """Make a checkpoint use the function names of another NumPy version."""
 
     def rename(data):
         for old in (b"cnumpy.core.multiarray\n", b"cnumpy._core.multiarray\n"):

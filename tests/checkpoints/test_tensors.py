@@ -1,4 +1,4 @@
-"""Every kind of tensor and value that torch.save writes for plain data comes back as it was."""
+"""All kinds of tensors and plain values that torch.save writes are loaded unchanged."""
 
 import collections
 import io
@@ -38,7 +38,7 @@ NUMBERS = [
     *(
         getattr(torch, name)
         for name in ("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")
-        if hasattr(torch, "uint16")  # 2.3: before, torch.save has no name for them
+        if hasattr(torch, "uint16")  # since 2.3; before, torch.save has no name for them
     ),
 ]
 
@@ -136,7 +136,7 @@ def test_plain_values(options):
         words=[np.str_("é"), np.bytes_(b"a")],
     )
     if options["pickle_protocol"] == 5:
-        del content["arrays"]  # it has an operation for them, which torch does not load either
+        del content["arrays"]  # they have their own operation, which torch does not load either
     got = load(saved(content, **options))
     assert got == content
     assert [type(v) for v in got.values()] == [type(v) for v in content.values()]
@@ -155,7 +155,7 @@ def test_storages(options):
     assert bytes(untyped.untyped()) == torch.ones(2).numpy().tobytes()
 
 
-def test_a_view_of_a_storage_from_before_torch_0_4(tmp_path):
+def test_storage_views_from_before_torch_0_4(tmp_path):
     path = tmp_path / "a.pth"
     view = b"(" + unicode("v") + number(1) + number(2) + b"t"
     whole = storage("k", 4)
@@ -185,7 +185,7 @@ def test_map_location(tmp_path, zipped):
         assert load(path, map_location=place).device.type == "meta"
 
 
-def test_what_map_location_raises_is_not_called_damage(tmp_path):
+def test_errors_of_map_location_are_not_reported_as_damage(tmp_path):
     path = str(tmp_path / "a.pth")
     torch.save(torch.ones(2), path)
 
@@ -196,7 +196,7 @@ def test_what_map_location_raises_is_not_called_damage(tmp_path):
         load(path, map_location=fail)
 
 
-def test_the_other_order_of_bytes(tmp_path):
+def test_other_byte_order(tmp_path):
     path, swapped = tmp_path / "a.pth", tmp_path / "b.pth"
     other = "big" if sys.byteorder == "little" else "little"
     torch.save(torch.tensor([1, 256], dtype=torch.int16), path)
@@ -217,7 +217,7 @@ def test_strings_of_python_2(tmp_path):
     assert load(path, encoding="bytes") == b"\xc3\xa9"
 
 
-def test_compressed_records_are_damage(tmp_path):
+def test_compressed_records_are_reported_as_damage(tmp_path):
     path, packed = tmp_path / "a.pth", tmp_path / "b.pth"
     torch.save(torch.zeros(10**4), path)
     with (
@@ -230,8 +230,8 @@ def test_compressed_records_are_damage(tmp_path):
         load(packed)
 
 
-def test_pickle_of_another_program_is_no_checkpoint(tmp_path):
+def test_pickle_of_another_program_is_rejected(tmp_path):
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps(dict(a=1), 2))
-    with pytest.raises(ValueError, match=r"incomplete, or no checkpoint of torch.save"):
+    with pytest.raises(ValueError, match=r"truncated or not a checkpoint of torch.save"):
         load(path)

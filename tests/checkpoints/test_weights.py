@@ -1,4 +1,4 @@
-"""Whose weights a checkpoint has: one rule for tests, and what training says of its start."""
+"""Weights must match the model for testing; training warns about its start."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ class Small(BaseModel):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Save a state dict made from Small's."""
+    """Save a modified state dict of Small."""
 
     def save(change=lambda state: state, **more):
         state = {key: torch.full_like(value, 2) for key, value in Small().state_dict().items()}
@@ -52,7 +52,7 @@ def averaged(state):
 @pytest.mark.parametrize("change", [dict, ddp, averaged])
 @pytest.mark.parametrize("hooks", [[], [dict(type="EMAHook")]])
 @pytest.mark.parametrize("wrap", [lambda model: model, lambda model: DetTTAModel(module=model)])
-def test_own_weights_are_loaded(saved, tmp_path, change, hooks, wrap):
+def test_matching_weights_are_loaded(saved, tmp_path, change, hooks, wrap):
     runner = loaded_for_test(saved(change), wrap(Small()), tmp_path, custom_hooks=hooks)
     assert all((p == 2).all() for p in runner.model.parameters())
     runner.call_hook("before_test_epoch")  # EMAHook swaps its average in
@@ -62,17 +62,17 @@ def test_own_weights_are_loaded(saved, tmp_path, change, hooks, wrap):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: {"a.b": torch.ones(1)}, r"4 parameters of .*such as conv\.weight.*such as a\.b"),
+        (lambda s: {"a.b": torch.ones(1)}, r"4 parameters are missing .*conv\.weight.*e\.g\. a\.b"),
         (
             lambda s: {**s, "more.weight": torch.ones(1)},
-            r"1 parameters in it.*more\.weight",
+            r"1 parameters are not in .*more\.weight",
         ),
         (lambda s: {**s, "conv.bias": torch.ones(3)}, r"size mismatch for conv\.bias"),
-        (lambda s: {}, "holds no weights"),
-        (lambda s: {"a": 1}, "holds no weights"),
+        (lambda s: {}, "contains no model weights"),
+        (lambda s: {"a": 1}, "contains no model weights"),
     ],
 )
-def test_other_weights_are_refused(saved, tmp_path, change, message):
+def test_mismatched_weights_raise(saved, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         loaded_for_test(saved(change), Small(), tmp_path)
 
@@ -95,12 +95,12 @@ def trained(tmp_path, name, **kwargs):
     return (tmp_path / name).glob("2*/*.log")
 
 
-def test_a_start_from_another_model_is_refused(saved, tmp_path):
-    with pytest.raises(UserError, match=r"none of its 4 parameters, such as conv\.weight"):
+def test_load_from_another_model_raises(saved, tmp_path):
+    with pytest.raises(UserError, match=r"none of its 4 parameters \(e\.g\. conv\.weight"):
         trained(tmp_path, "a", load_from=saved())
 
 
-def test_a_start_from_few_weights_is_said(tmp_path):
+def test_load_from_with_few_matching_weights_warns(tmp_path):
     state = Toy().state_dict()
     path = tmp_path / "few.pth"
     torch.save({f"module.{key}": state[key] for key in list(state)[:5]}, path)
@@ -108,7 +108,7 @@ def test_a_start_from_few_weights_is_said(tmp_path):
     assert f"has only 5 of the model's {len(state)} parameters" in log.read_text()
 
 
-def test_resuming_says_that_the_config_does_not_set_the_learning_rate(tmp_path):
+def test_resuming_logs_that_the_configs_learning_rate_is_ignored(tmp_path):
     (log,) = trained(tmp_path, "a", lr=0.05)
     assert "--resume" not in log.read_text()
     path = tmp_path / "a" / "epoch_1.pth"
@@ -118,4 +118,6 @@ def test_resuming_says_that_the_config_does_not_set_the_learning_rate(tmp_path):
     assert "(learning rate 0.05 there, 0.5 here)" in line
     assert f"load_from={path}" in line
     (log,) = trained(tmp_path, "c", epochs=1, resume=True, load_from=str(path))
-    assert "epoch_1.pth has completed train_cfg.max_epochs=1: nothing is left" in log.read_text()
+    assert (
+        "epoch_1.pth has already completed train_cfg.max_epochs=1; nothing left" in log.read_text()
+    )

@@ -1,4 +1,4 @@
-"""tools/ablate.py with real trainings: a failure does not stop the rest, nothing is done twice."""
+"""tools/ablate.py with real trainings: failures do not stop others, nothing runs twice."""
 
 import csv
 import json
@@ -18,8 +18,8 @@ from rfa_mmdet.studies import load_study, write_report
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import PATIENCE, wait_until
 
-# What each training saw: the images of every batch, in order, and whether they were flipped. One
-# whose folder the environment names waits in its second epoch, to be interrupted there.
+# Records the images of every batch and whether they were flipped. The training whose folder is in
+# the environment waits in its second epoch, to be interrupted there.
 WATCH = """
 import json
 import os
@@ -62,7 +62,7 @@ stages = dict(scratch=dict(), warm_start=dict(load_from="scratch", methods=["rfa
 
 @pytest.fixture(scope="module")
 def ablate(run_tool, tiny_config, tmp_path_factory):
-    """Write a spec, run the tool on it; the answer has its work dir."""
+    """Write a spec and run the tool on it; the result has its work dir."""
     folder = tmp_path_factory.mktemp("ablation")
     (folder / "watch_batches.py").write_text(WATCH)
 
@@ -82,7 +82,7 @@ def ablate(run_tool, tiny_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first(ablate):
-    """Two methods that train, and one that cannot."""
+    """Compare two methods that train and one that fails."""
     return ablate("first", TWO_AND_A_WRONG_ONE, "--jobs", "2")
 
 
@@ -92,7 +92,7 @@ def batches(work_dir, method, seed=0, stage="all"):
 
 
 @pytest.mark.slow
-def test_a_failed_run_is_reported_and_the_rest_goes_on(first):
+def test_failed_run_is_reported_and_the_others_continue(first):
     assert first.returncode == 1, first.stdout
     assert "1 of 3 runs failed" in first.stdout
     assert "all/wrong/seed0: train failed with exit code 1: error: model.bbox_head" in (
@@ -105,7 +105,7 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(first):
     )
     for method in ("plain", "rfaconv"):
         run, folder = runs[method], first.work_dir / f"runs/all/{method}/seed0"
-        # What tools/test.py says of the last checkpoint is what the last validation said.
+        # The test of the last checkpoint matches the last validation.
         tested = json.loads(next((folder / "test").glob("*/*.json")).read_text())
         assert run["test"] == tested["coco/bbox_mAP_50"] == run["val"]
         assert run["curve"] == [[1, run["val"]]]
@@ -124,7 +124,7 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(first):
 
 
 @pytest.mark.slow
-def test_report_of_it(first):
+def test_report_contents(first):
     names = ("table.md", "table.csv", "curves_all.png", "gains_all.png", "report.html")
     for name in names:
         assert (first.work_dir / name).stat().st_size > 100
@@ -133,7 +133,7 @@ def test_report_of_it(first):
     assert rows[1]["verdict"] == "cannot be tested"
     page = (first.work_dir / "report.html").read_text()
     assert "train failed with exit code 1" in page
-    assert page.count("data:image/jpeg;base64,") == 2 * 3  # truth and both methods
+    assert page.count("data:image/jpeg;base64,") == 2 * 3  # ground truth and both methods
     picture = cv2.imread(str(first.work_dir / "samples" / "0_truth.jpg"))
     assert picture.shape == (512, 512, 3)
     assert not list(first.work_dir.rglob("*.part*"))
@@ -149,21 +149,21 @@ def test_all_methods_see_the_same_images_in_the_same_order(first):
 
 
 @pytest.mark.slow
-def test_another_config_in_the_same_folder_is_refused(first, fails, tiny_config, monkeypatch):
+def test_another_config_in_the_same_folder_raises(first, fails, tiny_config, monkeypatch):
     monkeypatch.syspath_prepend(first.spec.parent)
     spec = first.spec.with_name("changed.py")
     spec.write_text(SPEC.format(tiny=str(tiny_config), epochs=2) + TWO_AND_A_WRONG_ONE)
     logs = [path.read_bytes() for path in sorted(first.work_dir.rglob("log.txt"))]
     message = fails("ablate", spec, "--work-dir", first.work_dir)
-    assert "holds a run with another config (different: train_cfg)" in message
+    assert "contains a run with another config (different: train_cfg)" in message
     assert logs == [path.read_bytes() for path in sorted(first.work_dir.rglob("log.txt"))]
 
 
 @pytest.mark.slow
-def test_report_of_results_alone(first, shapes, tmp_path, monkeypatch):
+def test_report_from_results_json_only(first, shapes, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_ROOT", str(shapes))
     study = load_study(first.spec, tmp_path)
-    with pytest.raises(UserError, match="no run of this spec has been started there"):
+    with pytest.raises(UserError, match="no run of this spec has been started in this folder"):
         write_report(study)
     shutil.copy(first.work_dir / "results.json", tmp_path)
     write_report(study)
@@ -172,7 +172,7 @@ def test_report_of_results_alone(first, shapes, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_interrupted_and_continued_equals_one_that_was_not(ablate, environment, run_tool):
+def test_interrupted_and_resumed_study_equals_an_uninterrupted_one(ablate, environment, run_tool):
     arguments = ("--jobs", "1")
     listed = ablate("broken", THREE_SEEDS, "--list", epochs=2)
     work_dir = listed.work_dir
@@ -181,7 +181,7 @@ def test_interrupted_and_continued_equals_one_that_was_not(ablate, environment, 
     variables = {**environment, "PYTHONPATH": f"{listed.spec.parent}:{ROOT}", "HELD": str(train)}
     process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=variables)
     try:
-        # Three batches an epoch, and the first of the second.
+        # Three batches per epoch, and the first of the second epoch.
         wait_until(lambda: batches(work_dir, "rfaconv", stage="scratch").count("\n") == 4, process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=PATIENCE) != 0
@@ -191,14 +191,14 @@ def test_interrupted_and_continued_equals_one_that_was_not(ablate, environment, 
     assert record == dict(error=None)
     plain = work_dir / "runs/scratch/plain/seed0/record.json"
     before = plain.stat().st_mtime_ns
-    # The training that was ended is not at work any more: its lock is free.
+    # The stopped training is gone: its lock is free.
     done = ablate("broken", THREE_SEEDS, "--jobs", "2", epochs=2)
     assert done.returncode == 0, done.stdout
     assert "scratch/plain/seed0: already finished" in done.stdout
     assert plain.stat().st_mtime_ns == before
     log = (work_dir / "runs/scratch/rfaconv/seed0/log.txt").read_text()
     assert "--resume auto" in log
-    # Number 1 is the run that was interrupted.
+    # Run 1 was interrupted.
     whole = ablate("whole", THREE_SEEDS, "--run", "1", epochs=2)
     assert whole.returncode == 0, whole.stdout
     ours, theirs = (
@@ -214,7 +214,7 @@ def test_interrupted_and_continued_equals_one_that_was_not(ablate, environment, 
     rows = list(csv.DictReader((work_dir / "table.csv").open()))
     assert rows[1]["verdict"] in ("better", "worse", "within the spread")
     assert 0 <= float(rows[1]["p"]) <= 1
-    # Seeds differ, and the warm start began with the plain detector of its own.
+    # Seeds differ, and the warm start used the plain detector of the same seed.
     seeds = [batches(work_dir, "plain", seed, "scratch") for seed in (0, 1, 2)]
     assert len(set(seeds)) == 3
     warm = (work_dir / "runs/warm_start/rfaconv/seed2/config.py").read_text()
@@ -241,12 +241,12 @@ def test_bad_input(fails, tiny_config, tmp_path):
     assert "no such file; did you mean shapes.py" in fails("ablate", "configs/ablation/shape.py")
     spec = tmp_path / "spec.py"
     spec.write_text(SPEC.format(tiny=str(tiny_config), epochs=1) + "methods = dict(plain=plain)")
-    assert "--run 3: must be one of 0 to 2" in fails("ablate", spec, "--run", "3")
+    assert "--run 3: must be between 0 and 2" in fails("ablate", spec, "--run", "3")
     spec.write_text(spec.read_text() + "\nbase = 'none.py'")
     assert "base='none.py': no such file" in fails("ablate", spec)
 
 
-def test_shipped_spec_of_plugins_starts_each_in_both_ways():
+def test_shipped_plugin_spec_has_both_starts():
     study = load_study(ROOT / "configs" / "ablation" / "shapes_plugins.py")
     starts = {}
     for run in study.runs("warm_start")[: len(study.methods)]:
@@ -265,7 +265,7 @@ def test_shipped_spec_of_plugins_starts_each_in_both_ways():
 )
 def test_shipped_specs_build(name, methods, classes, monkeypatch):
     for variable in ("DATA_ROOT", "CLASSES"):
-        monkeypatch.setenv(variable, "")  # so that it is gone again afterwards
+        monkeypatch.setenv(variable, "")  # so it is removed afterwards
         monkeypatch.delenv(variable)
     study = load_study(ROOT / "configs" / "ablation" / f"{name}.py")
     assert study.baseline == "plain"

@@ -1,4 +1,4 @@
-"""One config under every trainer: the same losses from a warm start on, also after a resume."""
+"""One config in every trainer: the same losses after a warm start and after resuming."""
 
 import importlib.util
 import sys
@@ -14,8 +14,7 @@ from tests.helpers.retrofitted import save_plain_detector
 from tests.helpers.run_logs import losses, weights
 
 MMDET = Path(mmdet.__file__).parent / ".mim/tools/train.py"
-# Of itself; between its processes, MMEngine's launcher asks for CUDA, so that the group is made
-# before, and DDP must not be told a device.
+# MMEngine's launcher needs CUDA, so create the group before; DDP must not get a device.
 RUNNER = """
 import sys
 import torch
@@ -35,7 +34,7 @@ Runner.from_cfg(cfg).train()
 
 @pytest.fixture(scope="module")
 def config(tiny_config, tmp_path_factory):
-    """The tiny detector, warm-started; its norms train on batches."""
+    """Return the tiny detector, warm-started, with norms that train on batches."""
     root = tmp_path_factory.mktemp("any")
     save_plain_detector(tiny_config, root / "plain.pth")
     (root / "runner.py").write_text(RUNNER)
@@ -70,11 +69,13 @@ def whole(run_tool, config, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["mmdet", "mim", "Runner"])
-def test_every_trainer_starts_goes_on_and_resumes_alike(trainer, whole, config, run_tool, tmp_path):
+def test_all_trainers_start_continue_and_resume_identically(
+    trainer, whole, config, run_tool, tmp_path
+):
     if trainer == "mim" and importlib.util.find_spec("mim") is None:
         pytest.skip("openmim is not installed")
     for epochs, more in ((3, ()), (7, ("resume",))):
-        # Of OpenMMLab's own imports, which these trainers do not hide.
+        # From OpenMMLab's own imports, which these trainers do not hide.
         done = run_tool(*command(trainer, config, tmp_path, epochs, *more), PYTHONWARNINGS="ignore")
         assert done.returncode == 0, done.stdout
     found, expected = losses(tmp_path), losses(whole)
@@ -83,14 +84,14 @@ def test_every_trainer_starts_goes_on_and_resumes_alike(trainer, whole, config, 
     mine, theirs = weights(tmp_path / "epoch_7.pth"), weights(whole / "epoch_7.pth")
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    # What was started from the plain one has moved from 0, on batches.
+    # The warm-started statistics have moved from 0.
     norm = "backbone.layer2.0.conv1.norm"
     assert mine[f"{norm}.running_mean"].any()
     assert mine[f"{norm}.num_batches_tracked"] == 21
 
 
 @pytest.mark.slow
-def test_two_ranks_of_two_trainers_train_alike(config, run_tool, tmp_path):
+def test_two_trainers_with_two_ranks_train_identically(config, run_tool, tmp_path):
     ours, runner = tmp_path / "ours", tmp_path / "runner"
     options = ("--work-dir", ours, "--cfg-options", "train_cfg.max_epochs=2")
     launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")

@@ -1,4 +1,4 @@
-"""Training with the kernels of a convolution gives the loss curve of its formula."""
+"""Training with kernels gives the same loss curve as with the formula."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ import pytest
 
 from rfa_mmdet.ops.receptive_field.backends import missing
 
-# How often the first step of a training calls each of this package's operators.
+# Number of calls of each operator in the first training step.
 COUNT = """
 import json
 from mmengine.hooks import Hook
@@ -51,7 +51,7 @@ LAYERS, ITERATIONS = 6, 9  # of tiny_config
         pytest.param("RFCAConv", marks=pytest.mark.slow),
     ],
 )
-def test_kernels_and_formula_give_one_loss_curve(run_tool, tiny_config, tmp_path, conv):
+def test_kernels_and_formula_give_the_same_loss_curve(run_tool, tiny_config, tmp_path, conv):
     (tmp_path / "count_operators.py").write_text(COUNT)
 
     def train(backend):
@@ -74,5 +74,5 @@ def test_kernels_and_formula_give_one_loss_curve(run_tool, tiny_config, tmp_path
     formula, calls = train("reference")
     assert calls == {}
     assert len(kernels) == len(set(kernels)) == ITERATIONS  # it learns
-    # Rounding alone.
+    # Only rounding differs.
     assert kernels == pytest.approx(formula, rel=64 * 2**-23)

@@ -1,4 +1,4 @@
-"""Each kind of bad input ends tools/train.py or tools/test.py in one error, before training."""
+"""Every kind of bad input gives one error in tools/train.py or tools/test.py, before training."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ def fails(capsys, monkeypatch, shapes, tiny_config, tmp_path):
 
 @pytest.fixture
 def damaged(shapes, tmp_path):
-    """A copy of the data set, to be damaged."""
+    """Return a copy of the dataset to damage."""
     return shutil.copytree(shapes, tmp_path / "data")
 
 
@@ -47,22 +47,22 @@ def with_model(tiny_config, tmp_path, text):
 
 def test_missing_config(fails):
     error = fails(config="configs/rfaconv/retinanet_r50-rfaconv_fpn_1x_coc.py")
-    assert "no such file; near it: retinanet_r50-rfaconv_fpn_1x_coco.py" in error
+    assert "no such file; did you mean retinanet_r50-rfaconv_fpn_1x_coco.py" in error
 
 
 def test_wrong_type(fails):
     error = fails("--cfg-options", "model.backbone.rfa.type=RFACov")
-    assert "model.backbone.rfa.type='RFACov' is registered nowhere; nearest: RFAConv" in error
+    assert "model.backbone.rfa.type='RFACov' is not registered; did you mean RFAConv" in error
 
 
 def test_missing_custom_imports(fails, tiny_config, tmp_path):
     config = with_model(tiny_config, tmp_path, "custom_imports = dict(_delete_=True, imports=[])")
     error = fails(config=config)
-    assert "model.backbone.type='RFAResNet' is rfa_mmdet's" in error
+    assert "model.backbone.type='RFAResNet' belongs to rfa_mmdet" in error
     assert "add custom_imports = dict(imports=['rfa_mmdet'])" in error
 
 
-def test_custom_imports_that_cannot_be_imported(fails, tiny_config, tmp_path):
+def test_failing_custom_imports(fails, tiny_config, tmp_path):
     config = with_model(
         tiny_config, tmp_path, 'custom_imports = dict(imports=["rfa_mmdet", "no_such_module"])'
     )
@@ -73,20 +73,20 @@ def test_custom_imports_that_cannot_be_imported(fails, tiny_config, tmp_path):
     ("options", "message"),
     [
         (["data_root=elsewhere"], "data_root is a variable of the config file"),
-        (["train_cgf.max_epochs=1"], "no run reads 'train_cgf'; nearest: train_cfg"),
+        (["train_cgf.max_epochs=1"], "unknown config key 'train_cgf'; did you mean train_cfg"),
     ],
 )
-def test_options_that_would_change_nothing(fails, options, message):
+def test_options_without_effect(fails, options, message):
     assert message in fails("--cfg-options", *options)
 
 
-def test_head_of_other_classes(fails):
+def test_head_with_wrong_num_classes(fails):
     error = fails("--cfg-options", "model.bbox_head.num_classes=80")
     assert "model.bbox_head.num_classes=80" in error
     assert "model.bbox_head.num_classes=4" in error
 
 
-def test_classes_that_the_annotations_do_not_have(fails, tiny_config, tmp_path):
+def test_classes_missing_in_the_annotations(fails, tiny_config, tmp_path):
     config = with_model(
         tiny_config,
         tmp_path,
@@ -127,14 +127,14 @@ def test_image(fails, damaged, damage):
 PLUGIN = "model = dict(backbone=dict(plugins=[dict(cfg=dict({cfg}), position='after_conv1')]))"
 
 
-def test_ema_factor_that_does_not_divide_the_channels(fails, tiny_config, tmp_path):
+def test_ema_factor_must_divide_the_channels(fails, tiny_config, tmp_path):
     config = with_model(tiny_config, tmp_path, PLUGIN.format(cfg="type='EMA', factor=3"))
     error = fails(config=config)
     assert "factor=3: must divide in_channels=8; valid: 1, 2, 4, 8" in error
 
 
 def test_even_kernel_without_padding():
-    # MMDetection always passes the padding: this one can only be met by building the layer.
+    # MMDetection always passes padding, so this only happens when building the layer directly.
     from mmcv.cnn import build_conv_layer
 
     with pytest.raises(ValueError, match=r"padding=None with the even kernel_size=\(4, 4\)"):
@@ -142,7 +142,7 @@ def test_even_kernel_without_padding():
 
 
 def test_amp_without_cuda(fails):
-    assert "mixed precision needs CUDA" in fails("--amp")
+    assert "mixed precision in MMEngine needs CUDA" in fails("--amp")
 
 
 def test_auto_scale_lr_without_base(fails, tiny_config, tmp_path):
@@ -155,17 +155,17 @@ def test_resume_from_a_missing_file(fails):
 
 
 @pytest.mark.parametrize("name", ["", "{work_dir}/epoch_3.pth"])
-def test_resume_where_the_name_of_the_last_checkpoint_leads_nowhere(fails, tmp_path, name):
+def test_resume_with_a_dangling_last_checkpoint(fails, tmp_path, name):
     name = name.format(work_dir=tmp_path)
     (tmp_path / "last_checkpoint").write_text(name)
     for file in ("epoch_1.pth", "epoch_2.pth", ".epoch_3.17.part.pth"):
         (tmp_path / file).touch()
     error = fails("--resume")
-    assert f"last_checkpoint names {name!r}, which is no checkpoint; name another" in error
-    assert error.strip().endswith(": epoch_1.pth, epoch_2.pth")
+    assert f"last_checkpoint names {name!r}, which does not exist; pass another" in error
+    assert error.strip().endswith(": epoch_1.pth, epoch_2.pth)")
 
 
-def test_checkpoint_that_is_missing_or_no_checkpoint(fails, tmp_path):
+def test_missing_or_invalid_checkpoint(fails, tmp_path):
     missing = tmp_path / "nowhere.pth"
     assert f"checkpoint={str(missing)!r}: no such file" in fails(missing, tool="test")
     broken = tmp_path / "broken.pth"
@@ -179,7 +179,7 @@ def test_checkpoint_that_is_missing_or_no_checkpoint(fails, tmp_path):
         ("optim_wrapper = dict(optimizer=dict(lrr=1))", "unexpected keyword argument 'lrr'"),
         ("param_scheduler = [dict(type='MultiStepLR', mile=1)]", "argument 'mile'"),
         ("val_evaluator = dict(metric='bbx')", "metric should be one of"),
-        ("val_evaluator = dict(metric=['segm'])", "has no head that finds them"),
+        ("val_evaluator = dict(metric=['segm'])", "has no mask head"),
         ("val_cfg = None", "but no val_cfg"),
         ("load_from = 'no_such.pth'", "load_from='no_such.pth': no such file"),
         ("load_from = 'http://127.0.0.1:9/a.pth'", "cannot be downloaded"),
@@ -187,19 +187,20 @@ def test_checkpoint_that_is_missing_or_no_checkpoint(fails, tmp_path):
         (
             "model = dict(backbone=dict(init_cfg=dict("
             "_delete_=True, type='Pretrained', checkpoint='torchvision://resnet5')))",
-            "init_cfg.checkpoint='torchvision://resnet5': no such weights; nearest: torchvision://",
+            "init_cfg.checkpoint='torchvision://resnet5': no such weights; did you mean torchvision://",
         ),
     ],
 )
-def test_configs_that_cannot_be_run(fails, tiny_config, tmp_path, text, message):
+def test_invalid_configs(fails, tiny_config, tmp_path, text, message):
     assert message in fails(config=with_model(tiny_config, tmp_path, text))
 
 
 @pytest.mark.parametrize(
-    ("place", "message"), [("file", "no folder"), ("file/x", "no folder"), ("/proc/x", "cannot")]
+    ("place", "message"),
+    [("file", "not a folder"), ("file/x", "not a folder"), ("/proc/x", "cannot")],
 )
 @pytest.mark.parametrize("tool", ["train", "test"])
-def test_work_dir_that_cannot_be_written(fails, tmp_path, place, message, tool):
+def test_unwritable_work_dir(fails, tmp_path, place, message, tool):
     (tmp_path / "file").touch()
     checkpoint = [tmp_path / "file"] if tool == "test" else []
     error = fails(*checkpoint, tool=tool, work_dir=tmp_path / place)
@@ -210,17 +211,17 @@ def test_work_dir_that_cannot_be_written(fails, tmp_path, place, message, tool):
 def test_checkpoint_of_another_model(fails, checkpoint, tiny_config, tmp_path):
     config = with_model(tiny_config, tmp_path, "model = dict(backbone=dict(depth=34))")
     error = fails(checkpoint, tool="test", config=config)
-    assert "is of another model than the config: " in error
-    assert "parameters of the config's model are not in it, such as backbone.layer" in error
+    assert "does not fit the config's model: " in error
+    assert "parameters are missing in the checkpoint, e.g. backbone.layer" in error
 
 
-def test_out_that_is_no_pickle(fails, tmp_path):
+def test_out_must_be_a_pickle(fails, tmp_path):
     some = tmp_path / "some.pth"
     some.touch()
     assert "must end in .pkl" in fails(some, "--out", "x.json", tool="test")
 
 
-def test_out_where_nothing_can_be_written(fails, tmp_path):
+def test_unwritable_out(fails, tmp_path):
     some = tmp_path / "some.pth"
     some.touch()
     assert "Not a directory" in fails(some, "--out", some / "x" / "y.pkl", tool="test")
@@ -228,6 +229,6 @@ def test_out_where_nothing_can_be_written(fails, tmp_path):
     assert "is a folder" in fails(some, "--out", tmp_path / "folder.pkl", tool="test")
 
 
-def test_launcher_that_did_not_launch(fails, monkeypatch):
+def test_launcher_that_did_not_start_the_process(fails, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert "--launcher pytorch: RANK" in fails("--launcher", "pytorch")

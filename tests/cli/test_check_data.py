@@ -1,4 +1,4 @@
-"""tools/check_data.py against data that are really damaged, and the audit's rules one by one."""
+"""tools/check_data.py on really damaged data, and the audit's rules one by one."""
 
 import csv
 import json
@@ -24,12 +24,12 @@ CONFIG = "configs/demo/atss_r18-rfaconv_fpn_8e_shapes.py"
 
 @pytest.fixture
 def damaged(shapes, tmp_path):
-    """A copy of the data set, to be damaged."""
+    """Return a copy of the dataset to damage."""
     return shutil.copytree(shapes, tmp_path / "data")
 
 
 def edit(root, change, split="train"):
-    """Change an annotation file, given its content, and the boxes of image i as by[i]."""
+    """Change an annotation file: its content, and the boxes of image i as by[i]."""
     path = root / "annotations" / f"{split}.json"
     content = json.loads(path.read_text())
     by = [
@@ -53,7 +53,7 @@ def test_good_data(run_tool, shapes, tmp_path):
     assert done.returncode == 0, done.stdout
     assert "error" not in done.stdout
     assert "warning" not in done.stdout
-    # COCO's file of the data set says the same as the table.
+    # The table matches the dataset's COCO file.
     content = json.loads((shapes / "annotations" / "train.json").read_text())
     counts = Counter(CLASSES[a["category_id"] - 1] for a in content["annotations"])
     rows = {line.split()[1]: line for line in done.stdout.splitlines() if line.startswith("│")}
@@ -109,36 +109,36 @@ def test_data_with_every_problem(run_tool, damaged, tmp_path):
     }
     assert [row["kind"] for row in rows] == sorted((r["kind"] for r in rows), key=KINDS.index)
     sheet = cv2.imread(str(tmp_path / "out" / "worst.png"))
-    # Twelve cells have a picture or a frame, and the boxes are red in some.
+    # Twelve cells have a picture or a frame, and some have red boxes.
     assert sheet.shape[1] == 1440
     assert (np.abs(sheet.astype(int) - (0x2D, 0x11, 0xE8)).max(2) < 8).sum() > 200
     assert not list((tmp_path / "out").glob(".*"))
 
 
 @pytest.mark.slow
-def test_mended_data_leave_no_old_results(run_tool, damaged, tmp_path):
+def test_fixed_data_removes_old_results(run_tool, damaged, tmp_path):
     out = tmp_path / "out"
     path = damaged / "annotations" / "train.json"
     whole = path.read_text()
     edit(damaged, lambda content, by: by[0][0]["bbox"].__setitem__(0, -30))
     done = check(run_tool, damaged, out)
-    assert "a run on these data can start, less what is listed" in done.stdout
+    assert "OK; the items listed above will be skipped\n" in done.stdout
     assert {file.name for file in out.iterdir()} == {"problems.csv", "worst.png"}
     path.write_text(whole)
     done = check(run_tool, damaged, out)
-    assert "a run on these data can start\n" in done.stdout
+    assert "OK: a run can start\n" in done.stdout
     assert list(out.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_annotations_that_cannot_be_read_do_not_make_images_unnamed(run_tool, damaged, tmp_path):
+def test_unreadable_annotations_do_not_mark_images_as_unannotated(run_tool, damaged, tmp_path):
     path = damaged / "annotations" / "train.json"
     path.write_text(path.read_text()[:-100])
     for splits in (["train", "val"], ["val"]):
         done = check(run_tool, damaged, tmp_path / "out", "--splits", *splits)
         assert done.returncode == int("train" in splits), done.stdout
         assert not (tmp_path / "out" / "problems.csv").exists()
-    assert "a run on these data can start\n" in done.stdout
+    assert "OK: a run can start\n" in done.stdout
 
 
 @pytest.mark.slow
@@ -160,7 +160,7 @@ def test_problems_that_training_survives(run_tool, damaged, tmp_path):
         (["--cfg-options", "train_dataloader.dataset.ann_file=no.json"], "no.json does not exist"),
     ],
 )
-def test_what_check_data_finds_before_a_run(run_tool, shapes, tmp_path, options, message):
+def test_problems_found_before_a_run(run_tool, shapes, tmp_path, options, message):
     done = check(run_tool, shapes, tmp_path, *options)
     assert done.returncode == 1
     assert done.stdout.count("error: ") == 1
@@ -188,11 +188,11 @@ def test_voc(damaged, monkeypatch):
     kinds = {(p.kind, p.path.rsplit("/")[-1]) for p in found.problems}
     assert ("box inverted or empty", "train_0000.jpg") in kinds
     assert ("unknown class", "train_0001.jpg") in kinds
-    # VOC's pixels are counted from 1: no box of the drawn set is outside.
+    # VOC's pixels start at 1: no box of the drawn dataset is outside.
     assert "box outside" not in {kind for kind, _ in kinds}
 
 
-def test_coco_and_voc_of_one_set_have_the_same_boxes(shapes, monkeypatch):
+def test_coco_and_voc_of_the_same_data_have_the_same_boxes(shapes, monkeypatch):
     voc = audit(load(shapes, monkeypatch), ["train"])
     coco = audit(Config.fromfile(ROOT / CONFIG), ["train"])
     assert voc.boxes == coco.boxes
@@ -209,7 +209,7 @@ def test_classes_without_boxes_are_counted(damaged, monkeypatch):
     assert audit(Config.fromfile(ROOT / CONFIG), ["train"]).boxes["train"]["star"] == 0
 
 
-def test_test_split_under_the_same_files_is_looked_at_once(shapes, monkeypatch):
+def test_splits_with_the_same_files_are_checked_once(shapes, monkeypatch):
     monkeypatch.setenv("DATA_ROOT", str(shapes))
     init_default_scope("mmdet")
     found = audit(Config.fromfile(ROOT / CONFIG))
@@ -217,10 +217,10 @@ def test_test_split_under_the_same_files_is_looked_at_once(shapes, monkeypatch):
     assert found.problems == []
 
 
-def test_rare_problems_come_before_the_second_of_a_frequent_one(damaged, monkeypatch):
+def test_rare_problems_are_shown_before_repeated_frequent_ones(damaged, monkeypatch):
     def change(content, by):
         for i in range(6):
-            by[i][0]["bbox"] = [60 + i, 5, 30, 30]  # the last is the furthest outside
+            by[i][0]["bbox"] = [60 + i, 5, 30, 30]  # the last one is furthest outside
         content["images"][7]["height"] = 99
 
     edit(damaged, change)
@@ -235,7 +235,7 @@ side = st.floats(-200, 200, width=32)
 
 
 @given(st.tuples(side, side, side, side), st.tuples(st.integers(1, 99), st.integers(1, 99)))
-def test_box_problem_is_one_exactly_where_the_box_is_not_in_the_image(xyxy, size):
+def test_box_problem_is_reported_iff_the_box_is_outside_the_image(xyxy, size):
     x1, y1, x2, y2 = xyxy
     problem = box_problem(Box("a", xyxy), size)
     inside = x1 >= -1 and y1 >= -1 and x2 <= size[0] + 1 and y2 <= size[1] + 1

@@ -1,4 +1,4 @@
-"""tools/convert_checkpoint.py writes a file that loads strictly, and keeps all else in it."""
+"""tools/convert_checkpoint.py writes a file that loads strictly, and keeps everything else."""
 
 import os
 import pickle
@@ -40,13 +40,13 @@ def saved(content, path):
 
 @pytest.fixture
 def published(tmp_path):
-    """A small file with one published layer."""
+    """Return a small file with one published layer."""
     return saved(THEIRS["CAMConv"](16, 4, 3).state_dict(), tmp_path / "published.pth")
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run the tool in this process; return its exit code, output and errors."""
+    """Run the tool in this process; return its exit status, output and errors."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", [TOOL, *map(str, arguments)])
@@ -93,7 +93,7 @@ def test_converts_a_whole_training_checkpoint(tmp_path, monkeypatch):
     loss = converted["message_hub"]["log_scalars"]["train/loss"]
     assert loss.data[0].tolist() == history.data[0].tolist()
 
-    # Loads strictly where nothing is renamed any more.
+    # Loads strictly without renaming.
     monkeypatch.setattr("rfa_mmdet.layers.warm_start.start.rename_published", lambda *args: 0)
     detector = randomise(Detector("RFCBAMConv"), 4)
     detector.load_state_dict(converted["state_dict"], strict=True)
@@ -106,7 +106,7 @@ def test_converts_a_whole_training_checkpoint(tmp_path, monkeypatch):
     assert set(plugins) < set(kept)
     assert all(torch.equal(published[k], ours[k]) for k in kept)
 
-    # feature, norm (5), spatial, conv (2); not the two of se.fc, which are ours already
+    # feature, norm (5), spatial, conv (2); the two of se.fc already have our names
     for layer in ("layer1.0", "layer1.1", "layer2.0", "layer2.1"):
         row = next(line for line in done.stdout.splitlines() if f"backbone.{layer}.conv1" in line)
         assert [cell.strip() for cell in row.split("│")[1:-1]] == [
@@ -114,7 +114,7 @@ def test_converts_a_whole_training_checkpoint(tmp_path, monkeypatch):
             "RFCBAMConv",
             "9",
         ]
-    assert f"36 keys renamed, {len(published) - 36} left as they were" in done.stdout
+    assert f"renamed 36 keys, kept {len(published) - 36}\n" in done.stdout
     assert "wrote: new/out.pth" in done.stdout
     assert "not to resume" in done.stderr
 
@@ -135,7 +135,7 @@ def test_example_of_the_help_works(run, published, tmp_path, monkeypatch):
 @pytest.mark.parametrize("system", PUBLISHED)
 @pytest.mark.parametrize("nested", ["state_dict", "model", None])
 @pytest.mark.parametrize("prefix", ["", "module.layer1.0.conv1."])
-def test_every_system_and_structure(system, nested, prefix, tmp_path):
+def test_every_layer_and_file_structure(system, nested, prefix, tmp_path):
     theirs = randomise(THEIRS[system](32, 8, 3)).state_dict()
     state = {prefix + key: value for key, value in theirs.items()}
     source = saved({nested: state, "epoch": 1} if nested else state, tmp_path / "in.pth")
@@ -155,7 +155,7 @@ def test_every_system_and_structure(system, nested, prefix, tmp_path):
     assert any("under 'model'" in w for w in conversion.warnings) == (nested == "model")
 
 
-def test_several_systems_in_one_file(run, tmp_path):
+def test_several_kinds_of_layers_in_one_file(run, tmp_path):
     layers = nn.ModuleDict({name: THEIRS[name](32, 8, 3) for name in THEIRS})
     layers["plain"] = nn.Conv2d(3, 3, 1)
     source = saved(layers.state_dict(), tmp_path / "in.pth")
@@ -166,11 +166,11 @@ def test_several_systems_in_one_file(run, tmp_path):
     assert conversion.kept == 2 + 2  # the plain one's, and se.fc
 
 
-def test_a_layer_alone_in_its_file(run, published, tmp_path):
+def test_single_layer_file(run, published, tmp_path):
     code, out, err = run(published, tmp_path / "out.pth")
     assert (code, err) == (0, "")
     assert "(the whole file)" in out
-    assert "4 keys renamed, 0 left as they were" in out
+    assert "renamed 4 keys, kept 0\n" in out
 
 
 def test_long_and_odd_prefixes_are_shown_whole(run, tmp_path, monkeypatch):
@@ -186,11 +186,11 @@ def test_long_and_odd_prefixes_are_shown_whole(run, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------- errors
 
 
-def test_nothing_found_says_what_was_looked_for(run, tmp_path):
+def test_error_without_published_layers_lists_the_expected_names(run, tmp_path):
     source = saved(nn.Conv2d(3, 3, 1).state_dict(), tmp_path / "in.pth")
     code, out, err = run(source, tmp_path / "out.pth")
     assert (code, out) == (1, "")
-    assert err.startswith(f"error: {source}: no layer with published names; looked for")
+    assert err.startswith(f"error: {source}: no layer with published names found. A layer")
     for system in PUBLISHED:
         assert f"  {system}: " in err
     assert "spatital.weight" in err
@@ -204,11 +204,11 @@ def test_converting_twice_finds_nothing(run, published, tmp_path):
     assert "no layer with published names" in err
 
 
-def test_existing_file_is_kept_unless_told(run, published, tmp_path):
+def test_existing_file_is_kept_without_overwrite(run, published, tmp_path):
     target = tmp_path / "out.pth"
     target.write_text("mine")
     code, _, err = run(published, target)
-    assert (code, err) == (1, f"error: {target}: exists already; --overwrite replaces it\n")
+    assert (code, err) == (1, f"error: {target}: already exists; use --overwrite to replace it\n")
     assert target.read_text() == "mine"
     assert run(published, target, "--overwrite")[0] == 0
     assert "attention.mlp.0.weight" in load(target)
@@ -220,7 +220,7 @@ def test_in_place(run, published):
     assert "attention.mlp.0.weight" in load(published)
 
 
-def test_failed_conversion_leaves_the_old_file(run, tmp_path):
+def test_failed_conversion_keeps_the_old_file(run, tmp_path):
     target = tmp_path / "out.pth"
     target.write_text("mine")
     assert run(tmp_path / "missing.pth", target, "--overwrite")[0] == 1
@@ -229,7 +229,7 @@ def test_failed_conversion_leaves_the_old_file(run, tmp_path):
     assert target.read_text() == "mine"
 
 
-def test_a_write_that_fails_leaves_nothing(published, tmp_path, monkeypatch):
+def test_failed_write_leaves_no_file(published, tmp_path, monkeypatch):
     def full(content, path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -254,12 +254,12 @@ def broken(path):
     [
         (lambda path: None, "in.pth: no such file\n"),
         (lambda path: path.mkdir(), "no such file"),
-        (lambda path: path.write_bytes(b""), "incomplete, or no checkpoint"),
-        (lambda path: path.write_text("no checkpoint"), "incomplete, or no checkpoint"),
-        (broken, "incomplete, or no checkpoint"),
-        (lambda path: saved(dict(model=Hostile()), path), "posix.system; nothing of it was run"),
+        (lambda path: path.write_bytes(b""), "truncated or not a checkpoint"),
+        (lambda path: path.write_text("no checkpoint"), "truncated or not a checkpoint"),
+        (broken, "truncated or not a checkpoint"),
+        (lambda path: saved(dict(model=Hostile()), path), "posix.system; no code from it was run"),
         (lambda path: path.write_bytes(pickle.dumps(Hostile())), "not loaded|no checkpoint"),
-        (lambda path: saved([torch.ones(1)], path), "holds a list, not a dict"),
+        (lambda path: saved([torch.ones(1)], path), "contains a list, not a dict"),
         (lambda path: saved({}, path), "no layer with published names"),
         (lambda path: saved({0: torch.ones(1)}, path), "its state dict has the key 0"),
         (lambda path: saved(dict(state_dict=[1]), path), "its state_dict is a list, not a"),
@@ -269,7 +269,7 @@ def broken(path):
         *("list", "nothing", "numbers", "no-dict"),
     ],
 )
-def test_files_that_cannot_be_converted(run, write, message, tmp_path):
+def test_unconvertible_files(run, write, message, tmp_path):
     source = tmp_path / "in.pth"
     write(source)
     code, out, err = run(source, tmp_path / "out.pth")
@@ -283,7 +283,7 @@ def test_files_that_cannot_be_converted(run, write, message, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_targets_that_cannot_be_written(run, published, tmp_path):
+def test_unwritable_targets(run, published, tmp_path):
     code, _, err = run(published, tmp_path, "--overwrite")
     assert code == 1
     assert "is a folder; name the file to write" in err

@@ -1,4 +1,4 @@
-"""Two ranks on a CPU: the same results as one, no hang when one dies, and going on afterwards."""
+"""Two ranks on a CPU: the same results as one rank, no hang if one dies, and resuming."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.ports import free_port
 from tests.helpers.processes import PATIENCE, wait_until
 
-# Ends the second rank in the middle of the second epoch, in the way that it is told.
+# Ends the second rank in the middle of the second epoch, in the given way.
 DIES = """
 import os
 from mmengine.hooks import Hook
@@ -33,18 +33,18 @@ class DyingHook(Hook):
 
 
 def metrics(work_dir):
-    """What a test has logged, without times."""
+    """Return the logged metrics of a test, without times."""
     found = json.loads(next(work_dir.glob("*/*.json")).read_text())
     return {k: v for k, v in found.items() if k not in ("time", "data_time")}
 
 
 def predictions(path):
-    """Detections by image."""
+    """Return detections by image."""
     return {one["img_id"]: one["pred_instances"] for one in pickle.loads(path.read_bytes())}
 
 
 def processes_with(text):
-    """Processes in whose command line ``text`` stands."""
+    """Return processes with ``text`` in their command line."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -56,10 +56,10 @@ def processes_with(text):
 
 
 @pytest.mark.slow
-def test_evaluation_by_two_ranks_equals_that_by_one(
+def test_evaluation_with_two_ranks_equals_one_rank(
     run_tool, tiny_config, checkpoint, shapes, tmp_path
 ):
-    # Five images, of which two ranks get three each: one of them twice, which must not count.
+    # Five images: two ranks get three each, and the repeated one must not count twice.
     root = tmp_path / "shapes"
     root.mkdir()
     for name in ("JPEGImages", "Annotations", "ImageSets"):
@@ -98,7 +98,7 @@ def test_evaluation_by_two_ranks_equals_that_by_one(
 
 @pytest.fixture(scope="module")
 def dying(tmp_path_factory, tiny_config):
-    """A config whose second rank dies."""
+    """Return a config whose second rank dies."""
     folder = tmp_path_factory.mktemp("dying")
     (folder / "dying_hook.py").write_text(DIES)
     config = folder / "dying.py"
@@ -119,7 +119,7 @@ def dying(tmp_path_factory, tiny_config):
         ("is killed", "Signal 9 (SIGKILL)"),
     ],
 )
-def test_a_rank_that_dies_ends_the_job_with_its_error(run_tool, dying, tmp_path, way, message):
+def test_dying_rank_ends_the_job_with_its_error(run_tool, dying, tmp_path, way, message):
     done = run_tool(
         *("bash", "tools/dist_train.sh", dying, 2, "--work-dir", tmp_path),
         PYTHONPATH=str(dying.parent),
@@ -129,15 +129,15 @@ def test_a_rank_that_dies_ends_the_job_with_its_error(run_tool, dying, tmp_path,
     assert done.returncode != 0
     assert message in done.stdout
     assert "rank      : 1 (local_rank: 1)" in done.stdout
-    # It did not wait for gloo's time limit of half an hour, which is more than run_tool's. And no
-    # process is left: not the other rank, no worker of a data loader.
+    # It did not wait for gloo's timeout of half an hour, which is longer than run_tool's. And no
+    # process is left: neither the other rank nor a dataloader worker.
     wait_until(lambda: not processes_with(str(tmp_path)))
     assert (tmp_path / "epoch_1.pth").is_file()
     assert not (tmp_path / "epoch_2.pth").exists()
 
 
 @pytest.mark.slow
-def test_training_by_two_ranks_goes_on_from_the_last_checkpoint(
+def test_training_with_two_ranks_resumes_from_the_last_checkpoint(
     run_tool, dying, tiny_config, tmp_path
 ):
     (tmp_path / "whole.py").write_text(

@@ -1,4 +1,4 @@
-"""tools/export_onnx.py: detectors of every kind, run by ONNX Runtime at other sizes."""
+"""tools/export_onnx.py with all kinds of detectors, run by ONNX Runtime at other sizes."""
 
 import json
 import re
@@ -36,7 +36,7 @@ model = dict(
 )
 """
 DENSE = "bbox_head=dict(in_channels=32, feat_channels=32, stacked_convs=1),"
-# 32 groups of one channel would have nothing to normalise in a map of one pixel.
+# 32 groups of one channel have nothing to normalise in a map of one pixel.
 GROUPS = DENSE.replace("feat_channels=32", "feat_channels=64")
 TWO_STAGE = """
     rpn_head=dict(in_channels=32, feat_channels=32),
@@ -51,7 +51,7 @@ MASKS = """
         mask_head=dict(num_convs=1, in_channels=32, conv_out_channels=32),
 """
 MASK_RCNN = TWO_STAGE.replace("roi_head=dict(", f"roi_head=dict({MASKS}")
-# A list in a config takes the place of its base's.
+# A list in a config replaces the base's list.
 CASCADE = TWO_STAGE.replace(
     "bbox_head=dict(in_channels=32, fc_out_channels=64)",
     """bbox_head=[
@@ -64,7 +64,7 @@ model.update(backbone=dict(type="RFAResNet", rfa=dict(type="RFAConv"), **model["
 custom_imports = dict(imports=["rfa_mmdet"])
 """
 YOLO = "model = dict(backbone=dict(widen_factor={w}, deepen_factor=0.167), neck={n}, bbox_head={h})"
-# Thin detectors over mmdet's own configs, and what the graphs of each are called.
+# Thin detectors on top of mmdet's configs, and the names of their graphs.
 ONE, TWO = ("",), ("", ".roi")
 THREE = ("", ".roi_0", ".roi_1", ".roi_2")
 DETECTORS = {
@@ -107,7 +107,7 @@ def make(name, text, folder):
     """Write the config and a checkpoint of a thin detector; return the detector."""
     config = folder / "thin.py"
     config.write_text(f'_base_ = "mmdet::{name}.py"\n{text}')
-    # Scores that do not reach 1: of equal ones, rounding chooses which are kept.
+    # Scores below 1: with equal scores, rounding decides which are kept.
     checkpoint = save_random_checkpoint(config, folder / "thin.pth", std=0.03)
     cfg = Config.fromfile(config)
     for transform in cfg.test_dataloader.dataset.pipeline:
@@ -128,7 +128,7 @@ def test_detectors(name, image, tmp_path):
     assert sorted((tmp_path / "out").iterdir()) == sorted(path for path, _ in files)
     assert found.detections >= 20
     assert found.unmatched == 0
-    # float32, through exp in the box coders of boxes of 100 pixels
+    # float32, through exp in the box coders, for boxes of 100 pixels
     assert found.box < 0.02
     assert found.score < 1e-4
     assert found.masks == (found.detections if "mask" in name else 0)
@@ -136,7 +136,7 @@ def test_detectors(name, image, tmp_path):
     assert (found.mask_pixels > 0) == ("mask" in name)
     assert len(found.raw) == 2 * len(suffixes)
     assert max(found.raw.values()) < 1e-3
-    # Its network is PyTorch's again.
+    # The network is PyTorch's again.
     methods = {"extract_feat", "forward"}
     assert not any(methods & set(vars(module)) for module in detector.model.modules())
 
@@ -158,7 +158,7 @@ def test_tool(run_tool, tiny_config, checkpoint, shapes, tmp_path):
     rows = {r[0]: r[1] for line in done.stdout.splitlines() if len(r := line[2:].split(" │ ")) == 2}
     boxes = next(value for name, value in rows.items() if "detections on 3 images" in name)
     assert float(boxes.split()[0]) < 0.01
-    # What a stranger would need to run the file is in it; and it runs on any batch and size.
+    # The file has all metadata needed to run it, and runs with any batch and image size.
     facts = {p.key: p.value for p in onnx.load(str(out)).metadata_props}
     assert json.loads(facts["classes"]) == list(CLASSES)
     assert json.loads(facts["mean"]) == [123.675, 116.28, 103.53]
@@ -173,7 +173,7 @@ def test_tool(run_tool, tiny_config, checkpoint, shapes, tmp_path):
 
 
 @pytest.mark.slow
-def test_tool_names_every_graph_and_compares_masks(run_tool, image, tmp_path):
+def test_tool_lists_every_graph_and_compares_masks(run_tool, image, tmp_path):
     config, checkpoint = tmp_path / "thin.py", tmp_path / "thin.pth"
     config.write_text(f'_base_ = "mmdet::{MASKED}.py"\n{DETECTORS[MASKED][0]}')
     save_random_checkpoint(config, checkpoint, std=0.03)
@@ -192,7 +192,7 @@ def test_tool_names_every_graph_and_compares_masks(run_tool, image, tmp_path):
 
 
 @pytest.mark.slow
-def test_tool_says_where_there_was_nothing_to_compare(run_tool, tiny_config, checkpoint, tmp_path):
+def test_tool_warns_without_detections(run_tool, tiny_config, checkpoint, tmp_path):
     done = run_tool(
         *(sys.executable, "-W", "ignore", "tools/export_onnx.py", tiny_config, checkpoint),
         *("--out", tmp_path / "a.onnx", "--number", 1),
@@ -200,20 +200,20 @@ def test_tool_says_where_there_was_nothing_to_compare(run_tool, tiny_config, che
     )
     assert done.returncode == 0, done.stdout
     assert "boxes of 0 detections on 1 images" in done.stdout
-    assert "warning: no detection on these images" in done.stdout
+    assert "warning: no detections on these images" in done.stdout
 
 
-def test_graph_that_computes_something_else_is_not_written(image, tmp_path, monkeypatch):
+def test_wrong_graph_is_not_written(image, tmp_path, monkeypatch):
     detector = make(RETINANET, DETECTORS[RETINANET][0], tmp_path)
     run = Graph.run
     monkeypatch.setattr(Graph, "run", lambda *args: [1.1 * t for t in run(*args)])
     out = tmp_path / "out" / "thin.onnx"
-    with pytest.raises(UserError, match="computes something else than PyTorch"):
+    with pytest.raises(UserError, match="differ from those of PyTorch"):
         engine.export_onnx(detector, [image], out)
     assert not list(out.parent.iterdir())
 
 
-def test_masks_that_are_something_else_are_not_written(image, tmp_path, monkeypatch):
+def test_wrong_masks_are_not_written(image, tmp_path, monkeypatch):
     detector = make(MASKED, DETECTORS[MASKED][0], tmp_path)
     run = Graph.run
 
@@ -221,7 +221,7 @@ def test_masks_that_are_something_else_are_not_written(image, tmp_path, monkeypa
         return [t.flip(-1) if graph.part.suffix == ".mask" else t for t in run(graph, inputs)]
 
     monkeypatch.setattr(Graph, "run", other_masks)
-    # Not told by boxes, scores and outputs.
+    # Boxes, scores and raw outputs do not show it.
     monkeypatch.setattr(Comparison, "add_raw", lambda *_: None)
     with pytest.raises(
         UserError, match=r"scores by \S+e-\d+, masks in 0\.\d+ of their pixels, 0 of"
@@ -230,7 +230,7 @@ def test_masks_that_are_something_else_are_not_written(image, tmp_path, monkeypa
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_stages_in_another_order_are_not_written(image, tmp_path, monkeypatch):
+def test_wrong_order_of_stages_is_not_written(image, tmp_path, monkeypatch):
     name = "cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco"
     detector = make(name, DETECTORS[name][0], tmp_path)
     stand_ins = RegionPart.stand_ins
@@ -241,12 +241,12 @@ def test_stages_in_another_order_are_not_written(image, tmp_path, monkeypatch):
         return [(after[head], *rest) for head, *rest in stand_ins(part, run)]
 
     monkeypatch.setattr(RegionPart, "stand_ins", shifted)
-    with pytest.raises(UserError, match="computes something else than PyTorch"):
+    with pytest.raises(UserError, match="differ from those of PyTorch"):
         engine.export_onnx(detector, [image], tmp_path / "out" / "thin.onnx")
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_graph_of_a_fixed_size_is_not_written(image, tmp_path, monkeypatch):
+def test_graph_with_a_fixed_size_is_not_written(image, tmp_path, monkeypatch):
     detector = make(RETINANET, DETECTORS[RETINANET][0], tmp_path)
     stem = detector.model.backbone.conv1
     whole = stem.forward
@@ -265,7 +265,7 @@ def test_bad_inputs(fails, tiny_config, checkpoint, image, tmp_path):
     assert "no such file" in error("--images", tmp_path / "none.jpg")
     assert "must end in .onnx" in error("--out", tmp_path / "a.pb")
     data = "test_dataloader.dataset.ann_file=none.json"
-    assert "its test data cannot be read" in error("--cfg-options", data)
+    assert "cannot read its test data" in error("--cfg-options", data)
     model = "model.bbox_head.num_classes=9"
     assert "of another model" in error("--images", image, "--cfg-options", model)
     assert "opset 3" in error("--images", image, "--opset", "3")
@@ -289,7 +289,7 @@ def test_bad_inputs(fails, tiny_config, checkpoint, image, tmp_path):
         "detr/detr_r50_8xb2-150e_coco",
     ],
 )
-def test_detectors_that_are_not_supported(name):
+def test_unsupported_detectors(name):
     cfg = get_config(f"mmdet::{name}.py")
     init_default_scope("mmdet")
     with torch.device("meta"):
@@ -299,7 +299,7 @@ def test_detectors_that_are_not_supported(name):
         engine.parts(detector.eval(), images)
 
 
-def test_map_that_all_levels_share_is_not_supported(image, tmp_path):
+def test_map_shared_by_all_levels_is_not_supported(image, tmp_path):
     text, _ = DETECTORS["rtmdet/rtmdet_s_8xb32-300e_coco"]
     detector = make("rtmdet/rtmdet-ins_s_8xb32-300e_coco", text, tmp_path)
     with pytest.raises(UserError, match=r"model\.type='RTMDet': only single"):
@@ -315,7 +315,7 @@ def sample(boxes, scores, labels, masks=None):
     return DetDataSample(pred_instances=instances)
 
 
-def test_comparison_counts_what_only_one_has():
+def test_comparison_counts_unmatched_detections():
     boxes = [[0, 0, 50, 50], [50, 50, 99, 99]]
     found = Comparison()
     theirs, ours = sample(boxes, [0.9, 0.5], [0, 1]), sample(boxes, [0.9, 0.5], [0, 0])
@@ -324,7 +324,7 @@ def test_comparison_counts_what_only_one_has():
     assert not found.agrees
 
 
-def test_comparison_sees_what_is_no_number():
+def test_comparison_detects_nan():
     found = Comparison()
     found.add_image(sample([[0, 0, 50, 50]], [0.9], [0]), sample([[0, 0, 50, 50]], [np.nan], [0]))
     found.add_image(sample([[0, 0, 50, 50]], [0.9], [0]), sample([[0, 0, 50, 50]], [0.9], [0]))
@@ -335,7 +335,7 @@ def test_comparison_sees_what_is_no_number():
 
 
 @given(st.permutations(range(6)), st.floats(0, 0.4), st.floats(0, 0.009))
-def test_comparison_does_not_mind_the_order(order, shift, less):
+def test_comparison_ignores_the_order(order, shift, less):
     boxes = [[60.0 * i, 0, 60 * i + 50, 50] for i in range(6)]
     scores = [0.9 - 0.1 * i for i in range(6)]
     moved = [[x + shift, y, x2 + shift, y2] for x, y, x2, y2 in boxes]

@@ -1,4 +1,4 @@
-"""Every tool has --help with an example whose files are there, and a README entry."""
+"""Every tool has --help with an example whose files exist, and a README entry."""
 
 import re
 import runpy
@@ -12,7 +12,7 @@ from rfa_mmdet.cli import find_tools
 from tests.helpers.paths import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# Of what is beside a tool and only imported by it, none reads a command line.
+# Modules that tools only import do not read a command line.
 TOOLS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in ROOT.glob("tools/**/*")
@@ -62,12 +62,10 @@ def test_too_few_arguments_of_a_script_print_its_usage(script, arguments):
 @pytest.mark.parametrize(
     "arguments", [["train", "config.py", "--resume"], ["test", "config.py", "weights.pth", "0"]]
 )
-def test_a_number_of_processes_that_is_none(arguments):
+def test_invalid_number_of_processes(arguments):
     tool, *rest = arguments
     done = subprocess.run(
         ["bash", f"tools/dist_{tool}.sh", *rest], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert done.stderr == (
-        f"error: PROCESSES='{rest[-1]}': must be a number, or auto, gpu or cpu\n"
-    )
+    assert done.stderr == (f"error: PROCESSES='{rest[-1]}': must be a number, auto, gpu or cpu\n")

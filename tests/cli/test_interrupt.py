@@ -1,4 +1,4 @@
-"""Ctrl-C ends a tool, its workers too, with one word and the exit code of shells."""
+"""Ctrl-C ends a tool and its workers with one word and the usual exit status."""
 
 import multiprocessing
 import os
@@ -17,7 +17,7 @@ from tests.helpers.processes import PATIENCE, wait_until
 
 
 def is_alive(group):
-    """Tell whether a group has processes."""
+    """Return whether a process group has processes."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
@@ -27,7 +27,7 @@ def is_alive(group):
 
 @pytest.fixture
 def interrupted(environment, tmp_path):
-    """Start a tool, and interrupt it once ``started``, given what it has printed, is true."""
+    """Start a tool, and interrupt it once ``started`` is true for its output."""
 
     def run(started, tool, *arguments, **variables):
         log = tmp_path / "log.txt"
@@ -38,8 +38,8 @@ def interrupted(environment, tmp_path):
                 env={**environment, **variables},
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                # As a terminal does it, with a group of processes that all get the signal. A
-                # shell's background commands, such as these tests may be one of, ignore it.
+                # As a terminal does it: the whole process group gets the signal. Background
+                # commands of a shell, which these tests may be, ignore it.
                 start_new_session=True,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
@@ -73,7 +73,7 @@ def test_training_with_workers(interrupted, tiny_config, tmp_path):
     assert os.path.getsize(last) > 0
 
 
-# Reads no image to its end, as of a disk that does not answer.
+# Never finishes reading an image, like a disk that does not respond.
 HOLD = """
 import time
 import mmcv
@@ -122,12 +122,12 @@ def test_doctor(environment):
 
 
 def hand_over(connection):
-    """As a loader's worker hands over the memory of a tensor: a thread waits for its reader."""
+    """Send a tensor like a dataloader worker: a thread waits for its reader."""
     connection.send(DupFd(connection.fileno()))
     connection.recv()
 
 
-def test_a_worker_is_silent_where_its_reader_goes_away(capfd):
+def test_worker_is_silent_if_its_reader_dies(capfd):
     before = sys.excepthook
     ours, theirs = multiprocessing.Pipe()
     with user_errors():
@@ -136,7 +136,7 @@ def test_a_worker_is_silent_where_its_reader_goes_away(capfd):
     handle = ours.recv()
     with socket.socket(socket.AF_UNIX) as reader:
         reader.connect(handle._id[0])
-    # The thread goes on, so that it is done with the first reader once it has served another.
+    # The thread continues, so it is done with the first reader once it has served another.
     os.close(handle.detach())
     ours.send("end")
     worker.join()
@@ -164,13 +164,13 @@ def misread():
         raise SyntaxError("cannot be formatted") from error
 
 
-def test_an_interruption_that_a_library_took_for_its_own_error(capsys):
+def test_interruption_wrapped_by_a_library(capsys):
     with pytest.raises(SystemExit) as stop, user_errors():
         misread()
     assert stop.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_errors_that_are_not_the_users_pass():
+def test_internal_errors_propagate():
     with pytest.raises(RuntimeError, match="ours"), user_errors():
         raise RuntimeError("ours")

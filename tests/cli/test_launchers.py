@@ -1,4 +1,4 @@
-"""Slurm's and MPI's launchers on CPUs, under Slurm and OpenMPI themselves."""
+"""Slurm and MPI launchers on CPUs, with real Slurm and OpenMPI."""
 
 import shutil
 import socket
@@ -32,7 +32,7 @@ def test_slurm_scripts(slurm, tiny_config, tmp_path):
     folder = tmp_path / "a folder of $HOME's"
     folder.mkdir()
     config = shutil.copy(tiny_config, folder / "a config.py")
-    # At the same time: they share the first node, and must not meet each other there.
+    # In parallel: they share the first node, and must not use the same port.
     jobs = {
         "two nodes": dict(GPUS_PER_NODE="1"),
         "one node": dict(SRUN_ARGS="--gres=none --nodelist=rfa1 --time=10"),
@@ -55,24 +55,26 @@ def test_slurm_scripts(slurm, tiny_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_slurm_passes_an_error_on(slurm, tiny_config, tmp_path):
+def test_slurm_reports_an_error(slurm, tiny_config, tmp_path):
     wrong = ("--cfg-options", "model.bbox_head.num_classes=9")
     done = slurm("train", tiny_config, "--work-dir", tmp_path, *wrong)
-    assert done.returncode != 0  # 1, or 143 of the rank that Slurm ended for it
+    assert done.returncode != 0  # 1, or 143 from the rank that Slurm then ended
     assert "error: model.bbox_head.num_classes=9" in done.stdout
     assert "Traceback" not in done.stdout
 
 
 @pytest.mark.slow
-def test_a_batch_script_is_no_rank(cluster, monkeypatch, tmp_path):
-    # Slurm's variables in one, of which a run without srun would wait for a second rank.
+def test_batch_script_is_not_a_rank(cluster, monkeypatch, tmp_path):
+    # With these variables, a run without srun would wait for a second rank.
     said = tmp_path / "said.txt"
     job = ("--partition=part", "--ntasks=2", f"--output={said}", "--wrap=env")
     cluster.run("sbatch", "--wait", *job)
     for line in said.read_text().splitlines():
         if line.startswith("SLURM_"):
             monkeypatch.setenv(*line.split("=", 1))
-    with pytest.raises(ConfigError, match="SLURM_STEP_ID not set, so slurm has not started this"):
+    with pytest.raises(
+        ConfigError, match="SLURM_STEP_ID not set: this process was not started by slurm"
+    ):
         launched_rank("slurm")
 
 
@@ -92,29 +94,29 @@ def test_mpi_launcher(run_tool, tiny_config, tmp_path):
 
 @pytest.fixture
 def two_machines(monkeypatch):
-    """What mpirun tells the first of two processes, each on a machine of its own."""
+    """Set mpirun's variables for the first of two processes on two machines."""
     for name, value in dict(RANK=0, SIZE=2, LOCAL_RANK=0, LOCAL_SIZE=1).items():
         monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
 
 
 def test_mpi_on_two_machines_needs_an_address(two_machines, monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(ConfigError, match="mpirun needs -x MASTER_ADDR="):
+    with pytest.raises(ConfigError, match="mpirun with -x MASTER_ADDR="):
         prepare_group(Config(dict(launcher="mpi")))
 
 
 @pytest.mark.parametrize("port", ["of another job", "70000", "here"])
-def test_a_port_that_cannot_be_had(two_machines, monkeypatch, port):
+def test_unavailable_port(two_machines, monkeypatch, port):
     with socket.create_server(("", 0)) as other:
         port = str(other.getsockname()[1]) if port == "of another job" else port
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", port)
-        with pytest.raises(ConfigError, match=f"MASTER_PORT={port}: .* free on 127.0.0.1"):
+        with pytest.raises(ConfigError, match=f"MASTER_PORT={port}: .* free port of 127.0.0.1"):
             prepare_group(Config(dict(launcher="mpi")))
 
 
 @pytest.mark.parametrize("script", ["dist_train", "dist_test", "slurm_train", "slurm_test"])
-def test_scripts_without_arguments_say_how_they_are_called(run_tool, script):
+def test_scripts_without_arguments_print_their_usage(run_tool, script):
     done = run_tool("bash", f"tools/{script}.sh")
     assert done.returncode == 2
     assert f"bash tools/{script}.sh" in done.stdout
@@ -122,7 +124,7 @@ def test_scripts_without_arguments_say_how_they_are_called(run_tool, script):
 
 @pytest.mark.parametrize("variable", ["GPUS", "GPUS_PER_NODE", "CPUS_PER_TASK"])
 @pytest.mark.parametrize("script", ["slurm_train", "slurm_test"])
-def test_a_number_that_is_none(run_tool, script, variable):
+def test_invalid_number(run_tool, script, variable):
     done = run_tool("bash", f"tools/{script}.sh", *"pjcx", **{variable: "two"})
     assert done.returncode == 2
-    assert done.stdout == f"error: {variable}='two': must be a number, at least 1\n"
+    assert done.stdout == f"error: {variable}='two': must be an integer of at least 1\n"

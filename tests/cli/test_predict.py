@@ -1,4 +1,4 @@
-"""tools/predict.py: the same detections as mmdet's, broken images skipped, nothing left half."""
+"""tools/predict.py: the same detections as mmdet, broken images skipped, no partial files."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from tests.helpers.processes import PATIENCE, wait_until
 
 @pytest.fixture
 def images(shapes, tmp_path):
-    """The validation images, one of them in a folder of its own under the name of another."""
+    """Return the validation images, one of them in a subfolder with the name of another."""
     folder = tmp_path / "images"
     (folder / "more").mkdir(parents=True)
     for path in sorted(shapes.glob("JPEGImages/val_*.jpg")):
@@ -33,7 +33,7 @@ def images(shapes, tmp_path):
     return folder
 
 
-def test_detections_are_those_of_mmdet_and_broken_images_are_skipped(
+def test_detections_match_mmdet_and_broken_images_are_skipped(
     run_tool, images, shapes, tiny_config, checkpoint, tmp_path, monkeypatch
 ):
     whole = (images / "val_0001.jpg").read_bytes()
@@ -53,7 +53,7 @@ def test_detections_are_those_of_mmdet_and_broken_images_are_skipped(
     assert files == [*(f"pictures/{name}.jpg" for name in pictures), "predictions.json"]
     printed = done.stdout
 
-    # The detections of mmdet's own function on the same files.
+    # Detections of mmdet's own function on the same files.
     monkeypatch.setenv("DATA_ROOT", str(shapes))
     model = init_detector(str(tiny_config), str(checkpoint), device="cpu")
     content = json.loads((out / "predictions.json").read_text())
@@ -67,7 +67,7 @@ def test_detections_are_those_of_mmdet_and_broken_images_are_skipped(
         corners[:, 2:] += corners[:, :2]
         scores = torch.tensor([a["score"] for a in ours])
         labels = torch.tensor([a["category_id"] - 1 for a in ours])
-        # In no order: equal scores are sorted by rounding, which the batch changes.
+        # Unordered: rounding, which depends on the batch, sorts equal scores.
         apart = (corners[:, None] - theirs.bboxes[None]).abs().amax(2)
         apart += (scores[:, None] - theirs.scores[None]).abs() * 10
         apart += (labels[:, None] != theirs.labels[None]) * 100
@@ -78,7 +78,7 @@ def test_detections_are_those_of_mmdet_and_broken_images_are_skipped(
     assert boxes > 40
     assert [c["name"] for c in content["categories"]] == list(CLASSES)
 
-    # The file is in COCO's format, and the tool's table counts what is in it.
+    # The file is in COCO format, and the tool's table matches it.
     coco = COCO(str(out / "predictions.json"))
     coco.loadRes(content["annotations"])
     sure = sum(a["score"] >= 0.94 for a in content["annotations"])
@@ -86,7 +86,7 @@ def test_detections_are_those_of_mmdet_and_broken_images_are_skipped(
     row = next(line for line in printed.splitlines() if line.startswith("│ all "))
     assert row.split()[3:6:2] == [str(boxes), str(sure)]
 
-    # The pictures are the images with something drawn on them.
+    # The pictures are the images with detections drawn on them.
     picture = cv2.imread(str(out / "pictures" / "val_0000.jpg")).astype(int)
     image = cv2.imread(str(images / "val_0000.jpg")).astype(int)
     assert picture.shape == image.shape
@@ -96,7 +96,7 @@ def test_detections_are_those_of_mmdet_and_broken_images_are_skipped(
 
 @pytest.mark.slow
 def test_interrupted_run_leaves_no_json(images, environment, tiny_config, checkpoint, tmp_path):
-    # More than there is time for.
+    # More than can be processed in time.
     for i in range(5000):
         os.link(images / "val_0000.jpg", images / f"copy_{i:04}.jpg")
     out = tmp_path / "out"
@@ -135,7 +135,7 @@ def test_inputs_are_files_folders_and_patterns(images):
     (images / "more" / "a.JFIF").unlink()
     assert find_images([deep, f"{images}/more", str(images)]) == [deep, *flat]
     assert find_images([str(images)], without=images / "more") == flat
-    with pytest.raises(UserError, match="nothing but results"):
+    with pytest.raises(UserError, match="only contains results"):
         find_images([str(images)], without=images)
 
 
@@ -149,10 +149,10 @@ def test_bad_inputs(fails, tiny_config, checkpoint, tmp_path):
     assert "no such file" in error("configs/none.py", checkpoint, image)
     assert "no such file" in error(tiny_config, tmp_path / "none.pth", image)
     assert "no such file" in error(tiny_config, checkpoint, tmp_path / "none.jpg")
-    assert "no image in it" in error(tiny_config, checkpoint, tmp_path / "empty")
+    assert "contains no images" in error(tiny_config, checkpoint, tmp_path / "empty")
     assert "no file matches" in error(tiny_config, checkpoint, tmp_path / "*.gif")
     assert "none of the 1 images can be read" in error(tiny_config, checkpoint, image)
-    for device, message in (("gpu", "is no device"), ("cuda:99", "PyTorch sees")):
+    for device, message in (("gpu", "not a device"), ("cuda:99", "PyTorch finds")):
         assert message in error(tiny_config, checkpoint, image, "--device", device)
     assert not list(tmp_path.glob("out/**/*.*"))
 
@@ -163,12 +163,12 @@ def test_checkpoint_of_another_model(fails, tiny_config, checkpoint, shapes, tmp
     message = fails(
         "predict", tiny_config, checkpoint, image, *options, "model.bbox_head.num_classes=9"
     )
-    assert "is of another model than the config: size mismatch for bbox_head.retina_cls" in message
+    assert "does not fit the config's model: size mismatch for bbox_head.retina_cls" in message
     message = fails("predict", tiny_config, checkpoint, image, *options, "model.backbone.depth=34")
-    assert "parameters of the config's model are not in it, such as backbone.layer" in message
+    assert "parameters are missing in the checkpoint, e.g. backbone.layer" in message
     torch.save(dict(state_dict={}), tmp_path / "empty.pth")
     message = fails("predict", tiny_config, tmp_path / "empty.pth", image, "--out", tmp_path)
-    assert "empty.pth' holds no weights of a model" in message
+    assert "empty.pth' contains no model weights" in message
     (tmp_path / "cut.pth").write_bytes(checkpoint.read_bytes()[:-1000])
     message = fails("predict", tiny_config, tmp_path / "cut.pth", image, "--out", tmp_path)
     assert "cut.pth" in message

@@ -1,4 +1,4 @@
-"""The tools with a config whose types are classes, as real processes."""
+"""The tools, as real processes, with a config whose types are classes."""
 
 import sys
 
@@ -20,7 +20,7 @@ def config(tiny_config, shapes, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_tool_takes_it(config, shapes, run_tool, tmp_path):
+def test_every_tool_accepts_a_pure_python_config(config, shapes, run_tool, tmp_path):
     def run(tool, *arguments):
         done = run_tool(sys.executable, f"tools/{tool}.py", *arguments)
         assert done.returncode == 0, done.stdout

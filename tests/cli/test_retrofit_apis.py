@@ -1,4 +1,4 @@
-"""What users run on a detector finds the same on a retrofitted one, from the plain checkpoint."""
+"""MMDetection's APIs give the same results on a retrofitted detector with a plain checkpoint."""
 
 import pickle
 import runpy
@@ -31,7 +31,7 @@ tta_pipeline = [
 
 @pytest.fixture(scope="module")
 def detectors(tiny_config, tmp_path_factory):
-    """The plain config, the retrofitted one, and the plain checkpoint."""
+    """Return the plain config, the retrofitted one, and the plain checkpoint."""
     folder = tmp_path_factory.mktemp("apis")
     plain, config = write_configs(folder, "retinanet", RETINANET.format(tiny=tiny_config) + TTA)
     return plain, config, save_plain(plain, folder / "plain.pth")
@@ -48,7 +48,7 @@ def _scope():
 
 
 def boxes(found) -> tuple:
-    """(N, 4), (N,) and (N,) of a data sample, or of the dictionary that is dumped of one."""
+    """Return boxes (N, 4), scores (N,) and labels (N,) of a data sample or its dumped dict."""
     get = found["pred_instances"] if isinstance(found, dict) else found.pred_instances
     return tuple(get[key] for key in ("bboxes", "scores", "labels"))
 
@@ -57,7 +57,7 @@ def assert_same(plain: list, retrofitted: list) -> None:
     assert len(plain) == len(retrofitted) > 0
     for a, b in zip(plain, retrofitted, strict=True):
         (boxes_a, scores_a, labels_a), (boxes_b, scores_b, labels_b) = boxes(a), boxes(b)
-        # A detector that finds nothing, or all alike, would prove nothing.
+        # A detector with no detections, or equal ones, would prove nothing.
         assert len(boxes_a) >= 5
         assert len(set(np.round(scores_a.tolist(), 3))) >= 3
         assert torch.equal(labels_a, labels_b)
@@ -88,7 +88,7 @@ def test_det_inferencer(detectors, images):
 
 
 @pytest.mark.slow
-def test_tools_test_plain_and_augmented(detectors, run_tool, tmp_path):
+def test_tools_test_with_and_without_tta(detectors, run_tool, tmp_path):
     *configs, checkpoint = detectors
 
     def run(config, *more):
@@ -111,7 +111,7 @@ def test_tools_test_plain_and_augmented(detectors, run_tool, tmp_path):
     assert not any(torch.equal(boxes(a)[1], boxes(b)[1]) for a, b in pairs)
 
 
-def test_tta_without_its_config_is_refused(tiny_config, detectors, shapes, monkeypatch, capsys):
+def test_tta_without_its_config_raises(tiny_config, detectors, shapes, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DATA_ROOT", str(shapes))
     argv = ["tools/test.py", str(tiny_config), str(detectors[2]), "--tta"]

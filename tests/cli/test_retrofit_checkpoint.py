@@ -29,7 +29,7 @@ from tests.helpers.retrofitted import (
 
 @pytest.fixture(scope="module")
 def detectors(tiny_config, tmp_path_factory):
-    """Name to plain config, retrofitted config and plain checkpoint."""
+    """Return name -> plain config, retrofitted config and plain checkpoint."""
     folder = tmp_path_factory.mktemp("detectors")
     texts = dict(retinanet=RETINANET.format(tiny=tiny_config), faster_rcnn=FASTER_RCNN)
     found = {}
@@ -41,7 +41,7 @@ def detectors(tiny_config, tmp_path_factory):
 
 @pytest.fixture
 def tool(capsys, monkeypatch):
-    """Run the tool in this process; return exit code, output and errors."""
+    """Run the tool in this process; return exit status, output and errors."""
 
     def run(*arguments):
         monkeypatch.chdir(ROOT)
@@ -61,7 +61,7 @@ def tool(capsys, monkeypatch):
 
 @pytest.fixture
 def fails(tool, tmp_path):
-    """Run the tool, which must refuse in one line and leave nothing; return that line."""
+    """Run the tool, which must fail with one line and write nothing; return that line."""
 
     def run(*arguments, target=None):
         target = tmp_path / "out" / "warm.pth" if target is None else target
@@ -84,7 +84,7 @@ def fails(tool, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["retinanet", "faster_rcnn"])
-def test_it_writes_a_checkpoint_that_computes_the_same(name, detectors, tool, tmp_path):
+def test_checkpoint_gives_the_same_outputs(name, detectors, tool, tmp_path):
     plain_config, config, source = detectors[name]
     target = tmp_path / "new" / "folder" / "warm.pth"
     code, output, errors = tool(config, source, target)
@@ -96,7 +96,7 @@ def test_it_writes_a_checkpoint_that_computes_the_same(name, detectors, tool, tm
     assert f"wrote: {target}" in output
     assert "warning" not in errors
     written = torch.load(target, weights_only=True)
-    # Only what belongs to the weights: this is no checkpoint of a training.
+    # Only the weights' own metadata: this is not a training checkpoint.
     assert written["meta"] == {
         "dataset_meta": {"classes": ("circle", "square", "triangle", "star")}
     }
@@ -108,12 +108,12 @@ def test_it_writes_a_checkpoint_that_computes_the_same(name, detectors, tool, tm
     image = torch.randint(0, 256, (3, 192, 256), generator=torch.Generator().manual_seed(3))
     plain = build_plain(plain_config)
     assert compare(plain, net, image.float()).largest <= 1e-4
-    # It is the convolutions that make it so, in every part.
+    # All parts depend on the new convolutions.
     torch.nn.init.normal_(net.backbone.layer3[0].conv1.conv.weight)
     assert all(value > 1e-3 for value in compare(plain, net, image.float()).outputs.values())
 
 
-def test_an_image_overwrite_and_a_state_dict_alone(detectors, tool, tmp_path):
+def test_image_overwrite_and_bare_state_dict(detectors, tool, tmp_path):
     _, config, source = detectors["retinanet"]
     image, target = tmp_path / "image.png", tmp_path / "warm.pth"
     cv2.imwrite(str(image), np.random.default_rng(0).integers(0, 255, (700, 400, 3), np.uint8))
@@ -128,7 +128,7 @@ def test_an_image_overwrite_and_a_state_dict_alone(detectors, tool, tmp_path):
 
 @pytest.fixture
 def with_ema(tiny_config, tmp_path):
-    """Write the config of a detector with EMA behind the blocks of stage 4, which starts so."""
+    """Write the config of a detector with EMA after the blocks of stage 4, with this start."""
 
     def write(start):
         more = f', dict(after=r"layer4\\.\\d", plugin=dict(type="EMA", factor=8{start}))'
@@ -147,14 +147,14 @@ def test_plugins_start_as_the_identity(with_ema, detectors, tool, tmp_path):
     assert "backbone.layer4.0.ema.gn.weight" in torch.load(target, weights_only=True)["state_dict"]
 
 
-def test_plugins_that_do_not_are_warned_of(with_ema, detectors, tool, tmp_path):
+def test_plugins_not_starting_as_the_identity_give_a_warning(with_ema, detectors, tool, tmp_path):
     source = detectors["retinanet"][2]
     code, output, errors = tool(with_ema(", start='paper'"), source, tmp_path / "warm.pth")
     assert code == 0, errors
     assert errors.count("warning: ") == 1
     assert (
-        "warning: 2 plug-ins, such as backbone.layer4.0.ema, are not the identity: they change "
-        "what is computed until they are trained"
+        "warning: 2 plug-ins (e.g. backbone.layer4.0.ema) do not start as the identity, so they "
+        "change the outputs until they are trained"
     ) in errors
     values = [float(value) for value in re.findall(r"│ \w+ +│ ([\d.e+-]+)", output)]
     assert max(values) > 1e-3
@@ -164,30 +164,30 @@ def test_plugins_that_do_not_are_warned_of(with_ema, detectors, tool, tmp_path):
 # --------------------------------------------------------------------------- what it refuses
 
 
-def test_files_that_are_not_there_or_in_the_way(detectors, fails, tmp_path):
+def test_missing_and_existing_files(detectors, fails, tmp_path):
     _, config, source = detectors["retinanet"]
     assert fails(config, tmp_path / "no.pth") == f"error: {tmp_path}/no.pth: no such file"
     there = tmp_path / "there.pth"
     there.write_bytes(b"kept")
     error = fails(config, source, target=there)
-    assert error == f"error: {there}: exists already; --overwrite replaces it"
+    assert error == f"error: {there}: already exists; use --overwrite to replace it"
     folder = tmp_path / "folder"
     folder.mkdir()
     assert fails(config, source, target=folder).endswith(": is a folder; name the file to write")
     assert "no such file" in fails(tmp_path / "no.py", source)
     assert fails(config, source, "--image", tmp_path / "no.png").endswith(
-        "no.png: no image that can be read"
+        "no.png: cannot be read as an image"
     )
-    assert fails(config, source, "--image", config).endswith(": no image that can be read")
+    assert fails(config, source, "--image", config).endswith(": cannot be read as an image")
 
 
-def test_files_that_hold_something_else(detectors, fails, tmp_path):
+def test_invalid_checkpoints(detectors, fails, tmp_path):
     _, config, source = detectors["retinanet"]
     other = detectors["faster_rcnn"][2]
     error = fails(config, other)
     assert re.search(
-        r"faster_rcnn\.pth: is no checkpoint of the plain detector, as \d+ of its keys are "
-        r"missing, such as neck\.\w+",
+        r"faster_rcnn\.pth: not a checkpoint of the plain detector: \d+ of its keys are "
+        r"missing, e\.g\. neck\.\w+",
         error,
     )
     text = tmp_path / "text.pth"
@@ -196,8 +196,8 @@ def test_files_that_hold_something_else(detectors, fails, tmp_path):
     numbers = tmp_path / "numbers.pth"
     for value, told in (
         (dict(state_dict=[1]), "its state_dict is a list, not a dict"),
-        (dict(a=1), "holds no state dict"),
-        ([1, 2], "holds a list, not a dict"),
+        (dict(a=1), "contains no state dict"),
+        ([1, 2], "contains a list, not a dict"),
     ):
         torch.save(value, numbers)
         assert fails(config, numbers) == f"error: {numbers}: {told}"
@@ -205,39 +205,37 @@ def test_files_that_hold_something_else(detectors, fails, tmp_path):
     shapes["state_dict"]["backbone.layer3.0.conv1.weight"] = torch.zeros(9, 9, 3, 3)
     torch.save(shapes, numbers)
     error = fails(config, numbers)
-    assert "as 1 of its keys have other shapes" in error
+    assert ": 1 of its keys have different shapes" in error
     assert (
-        "backbone.layer3.0.conv1.weight has the shape (9, 9, 3, 3) there, and (32, 16, 3, 3) here"
+        "backbone.layer3.0.conv1.weight has shape (9, 9, 3, 3) instead of (32, 16, 3, 3)"
     ) in error
 
 
 def test_configs_without_layers_of_this_package(detectors, fails):
     plain, _, source = detectors["retinanet"]
     assert fails(plain, source) == (
-        "error: the config has no layers of this package: there is nothing to start"
+        f"error: config={str(plain)!r}: has no layer of this package to warm-start"
     )
 
 
 @pytest.mark.parametrize("where", ["bbox_head.retina_reg.bias", "backbone.bn1.weight"])
-def test_values_that_are_no_numbers_are_refused(where, detectors, fails, tmp_path):
+def test_nan_weights_raise(where, detectors, fails, tmp_path):
     _, config, source = detectors["retinanet"]
     checkpoint = torch.load(source)
     checkpoint["state_dict"][where] *= float("nan")
     torch.save(checkpoint, tmp_path / "nan.pth")
-    assert "differs from the plain one by nan" in fails(config, tmp_path / "nan.pth")
+    assert "differs from the plain one's by a relative nan" in fails(config, tmp_path / "nan.pth")
 
 
-def test_a_detector_that_computes_something_else_is_refused(
-    tiny_config, detectors, fails, tmp_path
-):
+def test_differing_outputs_raise(tiny_config, detectors, fails, tmp_path):
     _, config, source = detectors["retinanet"]
     error = fails(config, source, "--tolerance", "1e-12")
     assert re.match(
-        r"error: the retrofitted detector differs from the plain one by \d\.\de-\d+ > "
-        r"tolerance=1\.0e-12, relative, in (maps|bbox_head); nothing written",
+        r"error: the retrofitted detector's (maps|bbox_head) differs from the plain one's by a "
+        r"relative \d\.\de-\d+ > tolerance=1\.0e-12; nothing written",
         error,
     )
-    # The neck's convolutions see values below 0, for which this layer starts only with a floor.
+    # The neck's convolutions get values below 0, which need an input_floor.
     below = tmp_path / "below.py"
     below.write_text(
         f'_base_ = "{detectors["retinanet"][0]}"\n'
@@ -245,7 +243,7 @@ def test_a_detector_that_computes_something_else_is_refused(
         "    edits=[dict(where=r'fpn_convs\\.0', conv=dict(type='RFAConv'))]))\n"
     )
     error = fails(below, source)
-    assert error.endswith("Inputs below 0 need input_floor, see RFAConv")
+    assert error.endswith("inputs below 0, set its input_floor, see RFAConv")
 
 
 def test_wrong_arguments(tool, tmp_path):
@@ -274,7 +272,7 @@ def test_the_plain_config_of_nested_and_scoped_retrofits():
     assert plain_base(whole).model == dict(type="RetinaNet", backbone=expected)
 
 
-def test_the_largest_difference_is_nan_wherever_one_is():
+def test_largest_difference_propagates_nan():
     for values in ((0.1, float("nan")), (float("nan"), 0.1)):
         largest = Equality(dict(zip("ab", values, strict=True)), ()).largest
         assert largest != largest

@@ -1,4 +1,4 @@
-"""The set-up script: what it refuses, what it skips, and how it reads a build's output."""
+"""tools/setup_env.py: its checks, skipped steps, and parsing of build output."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from tests.helpers.environment import Environment, load_script, make_python, ver
 from tests.helpers.paths import ROOT
 
 SCRIPT = ROOT / "tools" / "setup_env.py"
-# Off a real build of mmcv, compiler flags and repeated notes left out.
+# From a real build of mmcv, without compiler flags and repeated notes.
 BUILD_LOG = """\
   Compiling mmcv._ext only with CPU
   building 'mmcv._ext' extension
@@ -37,7 +37,7 @@ HERE = "{}.{}".format(*sys.version_info[:2])
 
 
 def make_venv(tool, folder):
-    """Make what looks like a finished environment."""
+    """Create what looks like a finished environment."""
     make_python(folder)
     (folder / tool.STAMP).write_text(tool.Setup(folder).stamp())
     return folder
@@ -45,7 +45,7 @@ def make_venv(tool, folder):
 
 @pytest.fixture
 def command(tmp_path):
-    """Return a function that starts the script as users do, with an empty cache of wheels."""
+    """Return a function that starts the script as users do, with an empty wheel cache."""
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": "true"}
 
     def start(*args, **extra_env):
@@ -69,15 +69,15 @@ def refusal(process):
     return error
 
 
-def test_a_python_that_does_not_exist_is_refused(command, tmp_path):
+def test_missing_python_raises(command, tmp_path):
     error = refusal(command("--venv", tmp_path / "venv", "--python", tmp_path / "none"))
-    assert "Python 3.10, 3.11 or 3.12 is needed" in error
+    assert "needs Python 3.10, 3.11 or 3.12" in error
     assert f"{tmp_path / 'none'} does not run: No such file or directory" in error
     assert not (tmp_path / "venv").exists()
 
 
 @pytest.mark.parametrize("numbers", [(3, 9, 18), (3, 13, 0)])
-def test_a_python_of_another_version_is_refused(command, tmp_path, numbers):
+def test_unsupported_python_raises(command, tmp_path, numbers):
     python = make_python(tmp_path / "other", version(*numbers))
     error = refusal(command("--venv", tmp_path / "venv", "--python", python))
     assert f"{python} is Python 3.{numbers[1]}\n" in error
@@ -88,18 +88,18 @@ def test_a_python_of_another_version_is_refused(command, tmp_path, numbers):
     ("changes", "modules", "advice"),
     [("", ["ensurepip"], "apt install python3-venv"), (NO_HEADERS, [], "python3-dev")],
 )
-def test_a_python_that_lacks_a_part_is_refused(command, tmp_path, changes, modules, advice):
+def test_incomplete_python_raises(command, tmp_path, changes, modules, advice):
     python = make_python(tmp_path / "other", changes, modules)
     assert advice in refusal(command("--venv", tmp_path / "venv", "--python", python))
 
 
-def test_the_first_python_that_serves_is_taken(tool, tmp_path):
+def test_first_suitable_python_is_used(tool, tmp_path):
     old = make_python(tmp_path / "old", version(3, 9, 18))
     right = make_python(tmp_path / "right")
     assert tool.find_python([str(old), str(right)], "current", False) == (str(right), HERE)
 
 
-def test_headers_and_compiler_are_not_needed_where_a_wheel_is_kept(tool, tmp_path, monkeypatch):
+def test_headers_and_compiler_are_not_needed_with_a_cached_wheel(tool, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     python = make_python(tmp_path / "other", NO_HEADERS)
@@ -113,38 +113,38 @@ def test_headers_and_compiler_are_not_needed_where_a_wheel_is_kept(tool, tmp_pat
         tool.Setup(tmp_path / "venv", str(python), stack="onedl").choose_python()
 
 
-def test_a_missing_compiler_is_told_before_anything_is_made(command, tmp_path):
+def test_missing_compiler_is_reported_first(command, tmp_path):
     error = refusal(command("--venv", tmp_path / "venv", CXX="/none/c++"))
     assert "/none/c++" in error
     assert "apt install g++" in error
     assert not (tmp_path / "venv").exists()
 
 
-def test_a_folder_of_other_things_is_left_alone(tool, tmp_path):
+def test_unrelated_folder_is_left_alone(tool, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(tool.SetupError, match="no virtual environment"), tool.locked(tmp_path):
+    with pytest.raises(tool.SetupError, match="not a virtual environment"), tool.locked(tmp_path):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_another_python_than_the_environments_is_refused(command, tool, tmp_path):
+def test_python_must_match_the_environment(command, tool, tmp_path):
     folder = make_venv(tool, tmp_path / "venv")
     (site,) = folder.glob("lib/python3*/site-packages")
     (site / "sitecustomize.py").write_text(version(3, 10, 1))
     python = make_python(tmp_path / "other", version(3, 12, 1))
     error = refusal(command("--venv", folder, "--python", python))
-    assert f"{folder} has Python 3.10, not {python}'s" in error
+    assert f"{folder} has Python 3.10, not the version of {python}" in error
     assert f"Remove {folder} or choose another --venv" in error
 
 
-def test_check_tells_what_the_doctor_finds(command, tmp_path):
+def test_check_prints_the_doctors_findings(command, tmp_path):
     sick = Environment(tmp_path / "venv")
     process = command("--check", sick.python, PYTHONPATH="")
     assert process.communicate(timeout=60)[0] == "OK: training can start on the CPU\n"
     sick.add("rfa_mmdet", files={"__init__": "raise SyntaxError('a slip')"})
     process = command("--check", sick.python, PYTHONPATH="")
     assert "training cannot start" in process.communicate(timeout=60)[0]
-    assert process.returncode == 0  # the environment is right: tests and lint can run in it
+    assert process.returncode == 0  # the environment is fine: tests and lint can run in it
     sick.add("torch", files={"__init__": "raise ImportError('no such driver')"})
     error = refusal(command("--check", sick.python, PYTHONPATH=""))
     assert f"{sick.python} cannot train:" in error
@@ -152,13 +152,13 @@ def test_check_tells_what_the_doctor_finds(command, tmp_path):
     assert "fix: make -C " in error
 
 
-def test_check_goes_with_no_other_option(command):
+def test_check_excludes_other_options(command):
     process = command("--check", sys.executable, "--force")
-    assert "no other option" in process.communicate(timeout=30)[1]
+    assert "cannot be combined with other options" in process.communicate(timeout=30)[1]
     assert process.returncode == 2
 
 
-def test_a_stamp_that_holds_ends_it_at_once(command, tool, tmp_path):
+def test_valid_stamp_skips_all_steps(command, tool, tmp_path):
     folder = make_venv(tool, tmp_path / "venv")
     (folder / "bin" / "python").unlink()
     (folder / "bin" / "python").write_text("#!/bin/sh\necho called >> $0.calls\n")
@@ -169,7 +169,7 @@ def test_a_stamp_that_holds_ends_it_at_once(command, tool, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["requirements", "python", "interpreter", "force"])
-def test_a_stamp_that_does_not_hold_is_noticed(tool, tmp_path, change, monkeypatch):
+def test_outdated_stamp_is_detected(tool, tmp_path, change, monkeypatch):
     venv = make_venv(tool, tmp_path / "venv")
     if change == "requirements":
         more = tmp_path / "requirements"
@@ -184,20 +184,20 @@ def test_a_stamp_that_does_not_hold_is_noticed(tool, tmp_path, change, monkeypat
     assert not setup.is_done()
 
 
-def test_a_second_set_up_waits_and_then_has_nothing_to_do(command, tool, tmp_path):
+def test_second_set_up_waits_for_the_first(command, tool, tmp_path):
     venv = make_venv(tool, tmp_path / "venv")
     stamp = (venv / tool.STAMP).read_text()
     (venv / tool.STAMP).unlink()
     with tool.locked(venv):
         process = command("--venv", venv)
-        assert "another set-up is running" in process.stdout.readline()
+        assert "waiting for another set-up" in process.stdout.readline()
         (venv / tool.STAMP).write_text(stamp)
     out, error = process.communicate(timeout=30)
     assert (process.returncode, error) == (0, "")
     assert "[1/5]" not in out
 
 
-def test_progress_goes_to_plain_lines_without_a_terminal(tool):
+def test_progress_is_plain_lines_without_a_terminal(tool):
     out, times = io.StringIO(), iter([0, 10, 20, 30])
     tool.show_progress(BUILD_LOG.splitlines(), out, lambda: next(times))
     assert [line.strip() for line in out.getvalue().splitlines()] == [
@@ -226,13 +226,13 @@ def test_progress_rewrites_one_line_on_a_terminal(tool):
     assert "[" + "#" * 30 + "] 3/3" in out.getvalue()
 
 
-def test_errors_are_picked_out_of_a_log(tool):
+def test_errors_are_extracted_from_a_log(tool):
     error = "nms.cpp:3:1: error: 'x' was not declared in this scope"
     assert tool.log_errors(BUILD_LOG + error + "\n  note: in expansion\n") == error
     assert tool.log_errors(BUILD_LOG, count=1).startswith("Created wheel")
 
 
-def test_a_build_that_fails_names_its_log_and_error(tool, tmp_path):
+def test_failed_build_reports_its_log_and_error(tool, tmp_path):
     log = tmp_path / "mmcv.log"
     script = "echo 'c++: fatal error: Killed'; echo done; exit 1"
     with pytest.raises(tool.SetupError, match="fatal error: Killed") as caught:
@@ -241,7 +241,7 @@ def test_a_build_that_fails_names_its_log_and_error(tool, tmp_path):
     assert log.read_text().endswith("done\n")
 
 
-def test_jobs_follow_max_jobs_or_the_machine(tool, monkeypatch):
+def test_job_count_follows_max_jobs_or_the_machine(tool, monkeypatch):
     monkeypatch.setenv("MAX_JOBS", "3")
     assert tool.job_count() == 3
     monkeypatch.setenv("MAX_JOBS", "all")
@@ -253,7 +253,7 @@ def test_jobs_follow_max_jobs_or_the_machine(tool, monkeypatch):
 
 @pytest.fixture
 def mmcv_step(tool, tmp_path, monkeypatch):
-    """Return a set-up at the step of mmcv, with the torch it shall see to be set."""
+    """Return a set-up at the mmcv step; tests set the torch that it finds."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("FORCE_CUDA", raising=False)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
@@ -265,7 +265,7 @@ def mmcv_step(tool, tmp_path, monkeypatch):
     return setup
 
 
-def test_a_kept_wheel_that_does_not_work_is_built_again(tool, mmcv_step, monkeypatch):
+def test_broken_cached_wheel_is_rebuilt(tool, mmcv_step, monkeypatch):
     kept = tool.cache_root() / "2.1.0-2.13.0+cpu-cp311-cpu" / "mmcv-2.1.0-cp311.whl"
     kept.parent.mkdir(parents=True)
     kept.write_text("broken")
@@ -283,7 +283,7 @@ def test_a_kept_wheel_that_does_not_work_is_built_again(tool, mmcv_step, monkeyp
     assert list((mmcv_step.venv / "build").iterdir()) == []
 
 
-def test_a_gpu_without_nvcc_is_told_how_to_go_on(tool, mmcv_step, tmp_path):
+def test_gpu_without_nvcc_gives_instructions(tool, mmcv_step, tmp_path):
     cuda_home = str(tmp_path / "no_cuda")
     mmcv_step.facts.update(version="2.13.0+cu130", cuda="13.0", cuda_home=cuda_home, archs=["9.0"])
     with pytest.raises(tool.SetupError, match=r"toolkit 13\.0") as caught:
@@ -297,7 +297,7 @@ def test_cuda_cannot_be_forced_on_a_cpu_torch(tool, mmcv_step, monkeypatch):
         mmcv_step.install_mmcv()
 
 
-def test_mmcv_without_cuda_operators_does_not_serve_a_gpu(tool, tmp_path, monkeypatch):
+def test_mmcv_without_cuda_operators_is_rejected_with_a_gpu(tool, tmp_path, monkeypatch):
     setup = tool.Setup(tmp_path / "venv")
     monkeypatch.setattr(tool, "ask", lambda *_: '["2.1.0", "not available"]')
     assert setup.mmcv_problem(cuda=False) is None

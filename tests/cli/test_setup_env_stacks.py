@@ -1,4 +1,4 @@
-"""The set-up script: what differs between the stacks."""
+"""tools/setup_env.py: differences between the stacks."""
 
 import re
 import shutil
@@ -18,12 +18,12 @@ def tool():
     return load_script(ROOT / "tools" / "setup_env.py")
 
 
-def test_prebuilt_has_python_3_10_or_3_11(tool, tmp_path, monkeypatch):
+def test_prebuilt_needs_python_3_10_or_3_11(tool, tmp_path, monkeypatch):
     python = make_python(tmp_path / "other", version(3, 12, 1))
     assert tool.find_python([str(python)], "current", False) == (str(python), "3.12")
     with pytest.raises(tool.SetupError, match=r"Python 3\.10 or 3\.11 is needed"):
         tool.find_python([str(python)], "prebuilt", False)
-    # Of pyenv's, which are not on PATH unless they are asked for.
+    # From pyenv, which are not on PATH by default.
     found = tmp_path / "pyenv" / "versions" / "3.10.1" / "bin" / "python3.10"
     found.parent.mkdir(parents=True)
     found.symlink_to(sys.executable)
@@ -33,7 +33,7 @@ def test_prebuilt_has_python_3_10_or_3_11(tool, tmp_path, monkeypatch):
     assert tool.python_candidates("current") == [sys.executable, str(found)]
 
 
-def test_another_stack_is_refused(tool, capsys):
+def test_unknown_stack_raises(tool, capsys):
     with pytest.raises(SystemExit):
         tool.main(["--stack", "newest"])
     assert "--stack {current,prebuilt,onedl}" in capsys.readouterr().err
@@ -42,8 +42,8 @@ def test_another_stack_is_refused(tool, capsys):
 
 
 @pytest.mark.parametrize("stack", ["current", "prebuilt", "onedl"])
-def test_a_stacks_pins_hold_one_version_for_each_python(tool, stack):
-    """What pip takes of them: one version a package, the same packages for every Python."""
+def test_stack_pins_one_version_per_python(tool, stack):
+    """pip sees one version per package, and the same packages for every Python."""
     names = []
     for python in tool.STACKS[stack]:
         found = []
@@ -62,7 +62,7 @@ def test_a_stacks_pins_hold_one_version_for_each_python(tool, stack):
         return
     project = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    del extras["timm"]  # brings torchvision, of which this torch has no build
+    del extras["timm"]  # needs torchvision, which has no build for this torch
     wanted = {Requirement(line).name for lines in extras.values() for line in lines}
     assert wanted - {"rfa_mmdet"} <= names[0]
 
@@ -75,7 +75,7 @@ site = pathlib.Path(__file__).parents[1]
 """
 
 
-def test_openmmlabs_own_mmcv_is_taken_where_mim_finds_one(tool, tmp_path, capsys):
+def test_openmmlabs_own_mmcv_is_used_if_mim_finds_one(tool, tmp_path, capsys):
     there = Environment(tmp_path / "venv", "mmcv")
     (there.site / "mmcv").rename(there.site / "index")
     (there.site / "mim").mkdir()
@@ -88,7 +88,7 @@ def test_openmmlabs_own_mmcv_is_taken_where_mim_finds_one(tool, tmp_path, capsys
     assert capsys.readouterr().out.count("\n") == 1
 
 
-def test_wheels_of_a_fork_are_kept_apart(tool, tmp_path):
+def test_wheels_of_a_fork_are_cached_separately(tool, tmp_path):
     keys = {stack: tool.Setup(tmp_path, stack=stack).key for stack in tool.STACKS}
     assert keys["current"] == keys["prebuilt"] == "2.1.0"  # torch follows
     assert keys["onedl"].startswith("onedl-mmcv-")

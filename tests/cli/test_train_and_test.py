@@ -18,7 +18,7 @@ from tests.helpers.ports import free_port
 from tests.helpers.run_logs import losses, weights
 
 
-def test_train_leaves_checkpoints_config_and_metrics(trained):
+def test_train_writes_checkpoints_config_and_metrics(trained):
     for name in ("epoch_1.pth", "epoch_3.pth", "last_checkpoint", "tiny.py"):
         assert (trained / name).is_file()
     assert list(trained.glob("best_coco_bbox_mAP_epoch_*.pth"))
@@ -37,25 +37,23 @@ def test_test_prints_metrics_draws_and_dumps(trained, tiny_config, run_tool, tmp
     assert "coco/bbox_mAP_50" in done.stdout
     pictures = list((tmp_path / "shown").rglob("*.jpg"))
     assert len(pictures) == 4
-    # Ground truth and detections side by side.
+    # Ground truth and detections are side by side.
     assert cv2.imread(str(pictures[0])).shape == (64, 128, 3)
     predictions = pickle.loads((tmp_path / "predictions.pkl").read_bytes())
     assert len(predictions) == 4
     assert f"predictions: {tmp_path / 'predictions.pkl'}" in done.stdout
     assert not list(tmp_path.glob(".*"))
     assert predictions[0]["pred_instances"]["bboxes"].shape[1] == 4
-    # What test finds is what training saw after the same epoch.
+    # The test matches the validation after the same epoch.
     tested = json.loads(next((tmp_path / "work").glob("*/*.json")).read_text())
     log = pd.read_json(next(trained.glob("*/vis_data/scalars.json")), lines=True)
     assert tested["coco/bbox_mAP"] == log["coco/bbox_mAP"].dropna().iloc[-1]
 
 
-def test_a_picture_of_every_image_whatever_it_is_called(
-    trained, tiny_config, shapes, run_tool, tmp_path
-):
+def test_every_image_gets_a_picture_with_any_name(trained, tiny_config, shapes, run_tool, tmp_path):
     root = shutil.copytree(shapes, tmp_path / "data")
     content = json.loads((root / "annotations" / "val.json").read_text())
-    # Of one name, but for the folder; as OpenCV cannot write it.
+    # The same name in another folder, and a name that OpenCV cannot write.
     for image, name in zip(
         content["images"], ("a/x.jpg", "b/x.jpg", "x.jfif", "y.jpg"), strict=True
     ):
@@ -91,20 +89,20 @@ def test_a_picture_of_every_image_whatever_it_is_called(
         (dict(save_best=None), (None, None)),
     ],
 )
-def test_a_config_that_says_which_checkpoint_is_best_keeps_its_word(hook, expected):
+def test_save_best_in_the_config_is_respected(hook, expected):
     cfg = Config(dict(val_evaluator=dict(type="CocoMetric"), default_hooks=dict(checkpoint=hook)))
     keep_best(cfg)
     found = cfg.default_hooks.checkpoint
     assert (found.get("save_best"), found.get("rule")) == expected
 
 
-def test_without_validation_no_checkpoint_is_the_best():
+def test_no_best_checkpoint_without_validation():
     cfg = Config(dict(val_evaluator=None))
     keep_best(cfg)
     assert "default_hooks" not in cfg
 
 
-def test_tensorboard_is_added_once_beside_what_the_config_has():
+def test_tensorboard_is_added_once():
     cfg = Config(dict())
     for _ in range(2):
         add_tensorboard(cfg)
@@ -131,7 +129,9 @@ class KilledHook(Hook):
 """
 
 
-def test_killed_and_resumed_run_equals_one_that_was_not(trained, tiny_config, run_tool, tmp_path):
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(
+    trained, tiny_config, run_tool, tmp_path
+):
     (tmp_path / "killed.py").write_text(KILLED)
     config, work = tmp_path / "killed_config.py", tmp_path / "work"
     config.write_text(
@@ -173,7 +173,7 @@ class DiesHook(Hook):
 
 
 @pytest.mark.slow
-def test_killed_while_it_wrote_a_checkpoint_and_resumed(trained, tiny_config, run_tool, tmp_path):
+def test_killed_while_writing_a_checkpoint_and_resumed(trained, tiny_config, run_tool, tmp_path):
     (tmp_path / "dies.py").write_text(DIES)
     config, work = tmp_path / "dying.py", tmp_path / "work"
     config.write_text(
@@ -215,7 +215,7 @@ default_hooks = dict(checkpoint=dict(_delete_=True, type="CheckpointHook", inter
 """
 
 
-def test_tensorboard_by_a_flag_and_the_best_checkpoint_kept(tiny_config, run_tool, tmp_path):
+def test_tensorboard_flag_and_best_checkpoint(tiny_config, run_tool, tmp_path):
     config = tmp_path / "voc.py"
     config.write_text(f'_base_ = "{tiny_config}"\n{VOC}')
     done = run_tool(
@@ -225,7 +225,7 @@ def test_tensorboard_by_a_flag_and_the_best_checkpoint_kept(tiny_config, run_too
     assert done.returncode == 0, done.stdout
     (folder,) = (tmp_path / "work").glob("*/vis_data")
     events = EventAccumulator(str(folder)).Reload()
-    # The same numbers as in the log that is always written.
+    # The same numbers as in the usual log.
     log = pd.read_json(folder / "scalars.json", lines=True)
     for name, number in (("loss", 6), ("pascal_voc/mAP", 2)):
         written = [event.value for event in events.Scalars(name)]
@@ -277,20 +277,20 @@ def test_two_processes_on_cpu_end_with_equal_parameters(tiny_config, run_tool, t
     assert all(torch.equal(first[name], second[name]) for name in first)
     saved = weights(tmp_path / "work" / "epoch_1.pth")
     assert all(torch.equal(first[name], saved[name]) for name in first)
-    # Each saw other images: before the end of the epoch, their BN statistics differed.
+    # Each process saw other images, so their BN statistics differed during the epoch.
     first, second = (torch.load(tmp_path / f"before{rank}.pth") for rank in (0, 1))
     name = next(name for name in first if name.endswith("running_mean"))
     assert not torch.equal(first[name], second[name])
     mean = (first[name] + second[name]) / 2
     assert torch.allclose(saved[name], mean, rtol=1e-6, atol=1e-7)
-    # And the test of a checkpoint in two processes, the images shared between them.
+    # Also test a checkpoint in two processes that share the images.
     tested = run_tool(
         *("bash", "tools/dist_test.sh", tiny_config, tmp_path / "work" / "epoch_1.pth", 2),
         *("--work-dir", tmp_path / "test"),
         PORT=free_port(),
     )
     assert tested.returncode == 0, tested.stdout
-    # What they validated in training is what was saved.
+    # The validated model is the saved one.
     (log,) = (tmp_path / "work").glob("*/vis_data/scalars.json")
     validated = pd.read_json(log, lines=True)["coco/bbox_mAP_50"].dropna().iloc[-1]
     metrics = json.loads(next((tmp_path / "test").glob("*/*.json")).read_text())
@@ -314,4 +314,4 @@ def test_sync_bn_without_cuda(tiny_config, run_tool, tmp_path):
         PORT=free_port(),
     )
     assert two.returncode != 0
-    assert "SyncBN over several processes needs CUDA" in two.stdout
+    assert "SyncBN in several processes needs CUDA" in two.stdout

@@ -35,7 +35,7 @@ FIRST = """\
 
 @pytest.fixture
 def root(tmp_path):
-    """Two splits of two images of 640 x 360; the second image has no object."""
+    """Return two splits of two images of 640 x 360; the second image has no objects."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         folder = tmp_path / f"VisDrone2019-DET-{split}"
@@ -67,19 +67,19 @@ def test_tool(run_tool, root):
     ]
     assert [(a["truncation"], a["occlusion"]) for a in learnt] == [(0, 1), (0, 0), (1, 2)]
     crowds = [a for a in content["annotations"] if a["iscrowd"]]
-    # The ignored region lies outside this image; what is other counts for every class.
+    # The ignored region is outside of this image; "others" applies to every class.
     every = [(i, [300, 300, 50, 50]) for i in range(1, 11)]
     assert [(a["category_id"], a["bbox"]) for a in crowds] == [*every, (6, [100, 100, 20, 20])]
     assert len({a["id"] for a in content["annotations"]}) == len(content["annotations"])
     rows = {line.split("│")[1].strip(): line for line in done.stdout.splitlines() if "│" in line}
     for name, number in (("images", 2), ("car", 1), ("boxes of all classes", 3)):
         assert rows[name].split("│")[2].strip() == str(number)
-    assert rows["lines to be ignored"].split("│")[2].strip() == "2"
-    assert rows["boxes cut at the edge"].split("│")[2].strip() == "1"
-    assert rows["boxes without extent, dropped"].split("│")[2].strip() == "3"
+    assert rows["ignored annotations"].split("│")[2].strip() == "2"
+    assert rows["boxes clipped to the image"].split("│")[2].strip() == "1"
+    assert rows["empty boxes dropped"].split("│")[2].strip() == "3"
 
 
-def test_base_config_reads_what_was_converted(root, monkeypatch):
+def test_base_config_reads_converted_files(root, monkeypatch):
     for split in ("train", "val"):
         convert(root, split)
     monkeypatch.setenv("DATA_ROOT", str(root))
@@ -98,12 +98,12 @@ def test_base_config_reads_what_was_converted(root, monkeypatch):
 
 
 @pytest.mark.parametrize("ignored", ["crowd", "drop"])
-def test_detections_in_ignored_regions_are_not_false(root, ignored):
+def test_detections_in_ignored_regions_are_not_false_positives(root, ignored):
     path = root / "VisDrone2019-DET-val" / "annotations" / "0000003_00000_d_0000015.txt"
     path.write_text("100,100,50,50,1,4,0,0\n300,100,200,200,0,0,0,0\n")
     coco = COCO(str(convert(root, "val", ignored).path))
     hit = dict(image_id=2, category_id=4, bbox=[100, 100, 50, 50], score=0.5)
-    # A car, more certain than the true one, in the ignored region.
+    # A car in the ignored region, with a higher score than the true one.
     inside = dict(image_id=2, category_id=4, bbox=[350, 150, 40, 40], score=0.9)
     evaluation = COCOeval(coco, coco.loadRes([hit, inside]), "bbox")
     evaluation.params.catIds, evaluation.params.imgIds = [4], [2]
@@ -113,7 +113,7 @@ def test_detections_in_ignored_regions_are_not_false(root, ignored):
     assert precision.min() == pytest.approx(1.0 if ignored == "crowd" else 0.5)
 
 
-def test_images_that_cannot_be_read_are_skipped(root):
+def test_unreadable_images_are_skipped(root):
     image = root / "VisDrone2019-DET-train" / "images" / "0000002_00005_d_0000014.jpg"
     image.write_bytes(image.read_bytes()[:5000])
     summary = convert(root, "train")
@@ -130,14 +130,14 @@ def test_images_that_cannot_be_read_are_skipped(root):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("1,2,3,4,1,4,0", "line 2 is '1,2,3,4,1,4,0'; right are the 8 whole numbers left"),
-        ("1,2,3,4,1,4,0,zero", "right are the 8 whole numbers"),
-        ("1,2,3,4,0.5,4,-1,-1", "right are the 8 whole numbers"),
+        ("1,2,3,4,1,4,0", "line 2 is '1,2,3,4,1,4,0'; expected the 8 integers left"),
+        ("1,2,3,4,1,4,0,zero", "expected the 8 integers"),
+        ("1,2,3,4,0.5,4,-1,-1", "expected the 8 integers"),
         ("1,2,3,4,1,12,0,0", "score 1 and category 12"),
         ("1,2,3,4,-1,4,-1,-1", "score -1 and category 4"),
     ],
 )
-def test_lines_of_another_format(root, line, message):
+def test_invalid_lines(root, line, message):
     path = root / "VisDrone2019-DET-train" / "annotations" / "0000002_00005_d_0000014.txt"
     path.write_text(f"1,2,3,4,1,4,0,0\n{line}\n")
     with pytest.raises(UserError, match=f"{path.name}: line 2 ") as caught:
@@ -146,7 +146,7 @@ def test_lines_of_another_format(root, line, message):
     assert not (root / "annotations").exists()
 
 
-def test_folders_that_are_not_the_data_set(root, capsys, monkeypatch):
+def test_wrong_folders(root, capsys, monkeypatch):
     def error(*arguments):
         monkeypatch.setattr(sys, "argv", [TOOL, *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
@@ -154,13 +154,13 @@ def test_folders_that_are_not_the_data_set(root, capsys, monkeypatch):
         assert stop.value.code == 1
         return capsys.readouterr().err
 
-    assert "holds no folder VisDrone2019-DET-train" in error(root / "VisDrone2019-DET-val")
+    assert "no folder VisDrone2019-DET-train" in error(root / "VisDrone2019-DET-val")
     assert "VisDrone2019-DET-test-dev/images: no such folder" in error(root, "--splits", "test-dev")
     text = root / "VisDrone2019-DET-train" / "annotations" / "0000003_00000_d_0000015.txt"
     text.rename(text.with_name("other.txt"))
-    assert "1 images have no annotation file, such as 0000003_00000_d_0000015" in error(root)
+    assert "1 images have no annotation file, e.g. 0000003_00000_d_0000015" in error(root)
     (root / "VisDrone2019-DET-train" / "images" / f"{text.stem}.jpg").unlink()
-    assert "1 annotation files have no image, such as other" in error(root)
+    assert "1 annotation files have no image, e.g. other" in error(root)
 
 
 numbers = st.integers(-50, 2000)
@@ -178,7 +178,7 @@ numbers = st.integers(-50, 2000)
     ),
     st.sampled_from([",".join, ", ".join, lambda values: ",".join(values) + ","]),
 )
-def test_lines_come_back_as_they_were_written(tmp_path_factory, lines, join):
+def test_written_lines_are_read_back(tmp_path_factory, lines, join):
     path = tmp_path_factory.mktemp("lines") / "a.txt"
     path.write_text("\r\n".join(join(map(str, line)) for line in lines))
     assert [tuple(line) for line in read_lines(path)] == lines

@@ -1,4 +1,4 @@
-"""tools/visualize_attention.py: a picture an image, whose heat is the layers'."""
+"""tools/visualize_attention.py draws one picture per image with the layers' heat."""
 
 import shutil
 import sys
@@ -17,7 +17,7 @@ model = dict(backbone=dict(rfa=None, stage_with_rfa=None, plugins=[plugin]))
 
 @pytest.fixture
 def images(shapes, tmp_path):
-    """Two images, and one that is broken."""
+    """Return two images, and a broken one."""
     folder = tmp_path / "images"
     folder.mkdir()
     for name in ("val_0000.jpg", "val_0001.jpg"):

@@ -1,4 +1,4 @@
-"""A trained plain detector, retrofitted from its checkpoint: as good at once, and trainable."""
+"""A detector retrofitted from a plain checkpoint keeps its accuracy, and trains."""
 
 import re
 import sys
@@ -16,7 +16,7 @@ def accuracies(output: str) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_retrofitted_detector_is_as_good_at_once_and_better_after_training(run_tool, tmp_path):
+def test_retrofitted_detector_keeps_its_accuracy_and_improves(run_tool, tmp_path):
     data, plain, fine_tuned = (tmp_path / name for name in ("shapes", "plain", "fine_tuned"))
     make_shapes(data)
 
@@ -39,7 +39,7 @@ def test_a_retrofitted_detector_is_as_good_at_once_and_better_after_training(run
         )
     ]
     assert found[0] > 0.05, "the plain detector has learnt nothing to compare"
-    # Printed to three decimals, of which rounding may change the last: it orders equal scores.
+    # Printed with three decimals; rounding, which sorts equal scores, may change the last.
     assert found[1:] == pytest.approx([found[0]] * 2, abs=0.002)
     options = (f"load_from={checkpoint}", "train_cfg.max_epochs=1")
     rate = "optim_wrapper.optimizer.lr=0.0002"

@@ -1,4 +1,4 @@
-"""The table of patches: what the environment chooses, and that nothing is replaced outside it."""
+"""The table of patches: selection by environment variable, and no replacements elsewhere."""
 
 import ast
 import os
@@ -15,7 +15,7 @@ from rfa_mmdet.errors import UserError
 from tests.helpers.paths import ROOT
 
 PACKAGE = ROOT / "rfa_mmdet"
-# Says for each patch whether it is in force, in a process of its own.
+# Prints for each patch whether it is active, in a separate process.
 IN_FORCE = """
 import rfa_mmdet
 import torch
@@ -59,13 +59,13 @@ def run(*command, **environment) -> subprocess.CompletedProcess:
         ("-safe_loading,-whole_files,-flop_counts", []),
     ],
 )
-def test_the_environment_switches_single_patches(choice, expected):
+def test_environment_variable_switches_single_patches(choice, expected):
     done = run("-c", IN_FORCE, RFA_MMDET_COMPAT=choice)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == expected
 
 
-def test_a_name_that_is_no_patch_ends_the_import():
+def test_unknown_patch_name_fails_the_import():
     done = run("-c", "import rfa_mmdet", RFA_MMDET_COMPAT="-whole_file")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == (
@@ -76,7 +76,7 @@ def test_a_name_that_is_no_patch_ends_the_import():
         apply("nothing")
 
 
-def test_every_module_of_compat_stands_in_the_table():
+def test_every_module_of_compat_is_in_the_table():
     modules = {path.stem for path in (PACKAGE / "compat").glob("*.py")} - {"__init__", "table"}
     assert {patch.name for patch in PATCHES} == modules
     for patch in PATCHES:
@@ -110,7 +110,7 @@ print("aten::softmax" in complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS)
 
 # --- nothing is replaced outside -----------------------------------------------------------------
 
-# (file, what is assigned) -> why it may be.
+# (file, assigned name) -> why this is allowed.
 ALLOWED = {
     ("cli/command_line.py", "sys.excepthook"): "restored when the tool ends",
     ("__main__.py", "sys.argv"): "the tool's own arguments, in a process that runs nothing else",
@@ -134,9 +134,9 @@ def dotted(node: ast.AST) -> str | None:
 
 
 def foreign_changes(source: str) -> set[str]:
-    """Return what of other packages' modules and classes a file assigns, deletes or registers.
+    """Return what a file assigns, deletes or registers in modules and classes of other packages.
 
-    os.environ is no module's own, and what belongs to this package may be changed.
+    Changes of os.environ and of this package's own modules are allowed.
     """
     tree = ast.parse(source)
     foreign = set()
@@ -198,7 +198,7 @@ def foreign_changes(source: str) -> set[str]:
         ("import a\nx = a.f()\nx.y = 1\na = 1", set()),
     ],
 )
-def test_changes_of_foreign_modules_are_found(source, expected):
+def test_changes_of_other_packages_are_found(source, expected):
     assert foreign_changes(source) == expected
 
 
@@ -207,7 +207,7 @@ def test_compat_itself_is_found():
     assert len([names for names in found if names]) == len(PATCHES)
 
 
-def test_nothing_else_changes_a_foreign_module():
+def test_nothing_else_changes_other_packages():
     found = set()
     for path in PACKAGE.rglob("*.py"):
         name = str(path.relative_to(PACKAGE))

@@ -1,4 +1,4 @@
-"""A process that dies while MMEngine writes a checkpoint leaves no part of it under its name."""
+"""A process that dies while MMEngine writes a checkpoint leaves no truncated file."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from mmengine.runner import save_checkpoint
 from rfa_mmdet.compat.whole_files import WholeFileBackend, apply
 from rfa_mmdet.errors import UserError
 
-# The kernel ends it, as SIGKILL would, in the middle of the write that passes the limit.
+# The kernel kills it, like SIGKILL, in the middle of the write that exceeds the limit.
 DIES = """
 import resource, signal, sys
 import torch
@@ -37,7 +37,7 @@ def installed(monkeypatch):
 
 @pytest.mark.parametrize("how", ["whole", pytest.param("mmengine", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("before", [True, False])
-def test_killed_in_the_middle_of_a_checkpoint(tmp_path, how, before):
+def test_killed_while_writing_a_checkpoint(tmp_path, how, before):
     path = tmp_path / "epoch_1.pth"
     if before:
         torch.save(dict(state_dict=dict(a=torch.zeros(2))), path)
@@ -48,7 +48,7 @@ def test_killed_in_the_middle_of_a_checkpoint(tmp_path, how, before):
     )
     assert done.returncode == -signal.SIGXFSZ, done.stderr
     assert sum(file.stat().st_size == 2**16 for file in tmp_path.iterdir()) == 1
-    if how == "mmengine":  # what there is to be prevented
+    if how == "mmengine":  # the failure that the patch prevents
         assert path.stat().st_size == 2**16
     elif before:
         assert torch.load(path)["state_dict"]["a"].tolist() == [0, 0]
@@ -57,7 +57,7 @@ def test_killed_in_the_middle_of_a_checkpoint(tmp_path, how, before):
 
 
 @pytest.mark.parametrize("backend_args", [None, dict(backend="local")])
-def test_what_mmengine_writes_is_what_it_would_be(installed, tmp_path, backend_args):
+def test_files_written_by_mmengine_are_unchanged(installed, tmp_path, backend_args):
     assert type(get_file_backend(tmp_path, backend_args=backend_args)) is WholeFileBackend
     path = tmp_path / "new" / "a.pth"
     for value in (1, 2):
@@ -68,11 +68,11 @@ def test_what_mmengine_writes_is_what_it_would_be(installed, tmp_path, backend_a
     assert sorted(file.name for file in path.parent.iterdir()) == ["a.json", "a.pth"]
 
 
-def test_other_places_keep_their_backends(installed):
+def test_other_prefixes_keep_their_backends(installed):
     assert type(get_file_backend("https://a.org/b.pth")) is backends["http"]
 
 
-def test_a_link_stays_one(tmp_path):
+def test_symbolic_links_are_kept(tmp_path):
     file, link = tmp_path / "file", tmp_path / "link"
     file.write_text("old")
     os.symlink("file", link)
@@ -81,7 +81,7 @@ def test_a_link_stays_one(tmp_path):
     assert file.read_text() == "new"
 
 
-def test_what_cannot_be_written_is_named(tmp_path):
+def test_unwritable_files_are_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/a\.pth: cannot be written"):
         WholeFileBackend().put(b"", tmp_path / "file" / "a.pth")

@@ -1,4 +1,4 @@
-"""What a config's check refuses, and what it must not."""
+"""Configs that the check rejects, and configs that it must accept."""
 
 import pytest
 from mmdet.models import ResNet, RetinaNet
@@ -18,7 +18,7 @@ MASK_RCNN = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"
 
 
 def changed(changes, base=RETINANET, **more):
-    """A config of mmdet with other entries."""
+    """Return a config of mmdet with changed entries."""
     cfg = get_config(base)
     cfg.launcher = "none"
     cfg.merge_from_dict({**changes, **more})
@@ -31,7 +31,7 @@ def albu(name):
 
 
 class Strangers(nn.Module):
-    """Of a user's own module; what its arguments mean is its business."""
+    """A class from a user's module, whose arguments are not checked."""
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ class Strangers(nn.Module):
         Config(dict(launcher="none", model=dict(type=RetinaNet), custom_hooks=[])),
     ],
 )
-def test_right_configs_pass(cfg):
+def test_valid_configs_pass(cfg):
     check_config(cfg)
 
 
@@ -55,11 +55,11 @@ def test_right_configs_pass(cfg):
     [
         (
             {"model.neck.type": "FPNN"},
-            r"neck\.type='FPNN' is registered nowhere; nearest: FPN",
+            r"neck\.type='FPNN' is not registered; did you mean FPN",
         ),
         (
             {"train_dataloader.dataset.pipeline": [dict(type="Albo", transforms=[])]},
-            r"pipeline\[0\]\.type='Albo' is registered nowhere; nearest: Albu",
+            r"pipeline\[0\]\.type='Albo' is not registered; did you mean Albu",
         ),
         (
             {"optim_wrapper.type": AmpOptimWrapper},
@@ -69,7 +69,7 @@ def test_right_configs_pass(cfg):
         ({"model": dict(_delete_=True, backbone={})}, "model must be a dict with the 'type'"),
     ],
 )
-def test_wrong_configs_are_refused(changes, message, monkeypatch):
+def test_invalid_configs_raise(changes, message, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match=message):
         check_config(changed(changes))
@@ -83,11 +83,11 @@ def test_configs_of_old_mmdetection():
         evaluation=dict(interval=1),
         runner=dict(type="EpochBasedRunner", max_epochs=12),
     )
-    with pytest.raises(ConfigError, match=r"2\.x, as it has data, runner, optimizer.*migration"):
+    with pytest.raises(ConfigError, match=r"2\.x: it has data, runner, optimizer.*migration"):
         check_config(Config(old))
-    # Beside what 3.x reads it changes nothing, and that is said.
+    # In addition to keys of 3.x, it has no effect, which gives a warning.
     warnings = check_run(changed({"optimizer": dict(type="SGD", lr=9.0)}), ("train", "val"))
-    assert warnings == ["optimizer: is read by MMDetection 2.x alone; now it is optim_wrapper"]
+    assert warnings == ["optimizer: MMDetection 3.x ignores this key; use optim_wrapper"]
     optimizer = dict(type="SGD", lr=9.0)
     used = changed({"optimizer": optimizer, "data": dict(data_root="x")})
     used.optim_wrapper.optimizer = optimizer
@@ -109,7 +109,7 @@ def test_configs_of_old_mmdetection():
         ),
     ],
 )
-def test_what_a_runner_needs(changes, message):
+def test_incomplete_runner_configs_raise(changes, message):
     with pytest.raises(ConfigError, match=message):
         check_run(changed(changes), ("train", "val"))
 
@@ -120,7 +120,7 @@ def test_what_a_runner_needs(changes, message):
 def test_masks_must_be_loaded_for_a_mask_head(base):
     cfg = changed({"train_dataloader.dataset.pipeline.1.with_mask": False}, base)
     with pytest.raises(
-        ConfigError, match=r"^train_dataloader.dataset: its pipeline loads no masks"
+        ConfigError, match=r"^train_dataloader.dataset: the pipeline loads no masks"
     ):
         check_run(cfg, ("train", "val"))
     assert check_run(cfg, ("test",)) == []
@@ -145,12 +145,12 @@ def test_masks_must_be_loaded_for_a_mask_head(base):
         (RETINANET, dict(val_dataloader=None, val_cfg=None, val_evaluator=None)),
     ],
 )
-def test_what_a_runner_can_do(base, changes):
+def test_complete_runner_configs_pass(base, changes):
     assert check_run(changed(changes, base), ("train", "val")) == []
 
 
 @pytest.mark.parametrize("kind", ["Retrofit", "mmdet.Retrofit", retrofit])
-def test_plain_base_of_types_that_are_names_or_functions(kind):
+def test_plain_base_of_types_given_by_name_or_function(kind):
     conv = dict(type="RFAConv")
     backbone = dict(type=kind, module=dict(type=ResNet), edits=[dict(where="x", conv=conv)])
     head = dict(type="X", conv_cfg=dict(type=RFAConv))

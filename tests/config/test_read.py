@@ -1,4 +1,4 @@
-"""Reading a config without a command line."""
+"""Reading configs without a command line."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def config(tmp_path):
     return write
 
 
-def test_options_lie_over_the_file(config):
+def test_options_override_the_file(config):
     cfg = load_config(
         config(CONFIG.format(work_dir=None)),
         {"train_cfg.max_epochs": 3, "train_cfg.val_interval": 2},
@@ -31,16 +31,18 @@ def test_options_lie_over_the_file(config):
     ("stands", "given", "expected"),
     [(None, None, "work_dirs/some"), ("a", None, "a"), ("a", "b", "b"), (None, "b", "b")],
 )
-def test_where_a_run_writes(config, stands, given, expected):
+def test_default_work_dir(config, stands, given, expected):
     path = config(CONFIG.format(work_dir=stands))
     assert load_config(path, work_dir=given, launcher="pytorch").work_dir == expected
 
 
-def test_what_no_run_reads_is_named(config):
-    with pytest.raises(ConfigError, match=r"train_cgf\.x=\.\.\.: no run reads .*nearest: train_cf"):
+def test_unknown_config_keys_raise(config):
+    with pytest.raises(
+        ConfigError, match=r"train_cgf\.x=\.\.\.: unknown config key .*did you mean train_cf"
+    ):
         load_config(config(CONFIG.format(work_dir=None)), {"train_cgf.x": 1})
     path = config("root = 'data/x'\ntrain_dataloader = dict(dataset=dict(data_root=root))\n")
-    with pytest.raises(ConfigError, match=r"such as train_dataloader\.dataset\.data_root$"):
+    with pytest.raises(ConfigError, match=r"e\.g\. train_dataloader\.dataset\.data_root$"):
         load_config(path, {"root": "data/y"})
 
 
@@ -62,12 +64,12 @@ def test_what_no_run_reads_is_named(config):
         ("some.py", "from mmdet.models import NoSuch\nmodel = dict(type=NoSuch)", "import NoSuch"),
         ("some.json", '{"a": ', "JSONDecodeError"),
         ("some.yaml", "a: [1", "ParserError"),
-        ("some.json", "[1]", "holds no dict"),
-        ("some.txt", "a = 1", r"ends in \.py, \.json"),
+        ("some.json", "[1]", "must contain a dict"),
+        ("some.txt", "a = 1", r"must end in \.py, \.json"),
         ("some.py/x", "", "is a folder, not a config"),
     ],
 )
-def test_files_that_do_not_parse(tmp_path, name, text, message):
+def test_unparsable_files(tmp_path, name, text, message):
     (tmp_path / "wrong.py").write_text("a = b")
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
@@ -90,18 +92,18 @@ def test_configs_of_packages():
     cfg = load_config("mmdet::retinanet/retinanet_r18_fpn_1x_coco.py")
     assert cfg.model.backbone.depth == 18
     assert cfg.work_dir == "work_dirs/retinanet_r18_fpn_1x_coco"
-    with pytest.raises(ConfigError, match=r"near it: retinanet_r18_fpn_1x_coco\.py"):
+    with pytest.raises(ConfigError, match=r"did you mean retinanet_r18_fpn_1x_coco\.py"):
         load_config("mmdet::retinanet/retinanet_r18_fpn_1x_coc.py")
-    with pytest.raises(ConfigError, match="no package 'no_such' is installed"):
+    with pytest.raises(ConfigError, match="package 'no_such' is not installed"):
         load_config("no_such::retinanet/retinanet_r18_fpn_1x_coco.py")
 
 
-def test_none_means_left_out(config):
+def test_none_means_absent(config):
     keys = "custom_hooks custom_imports visualizer val_dataloader auto_scale_lr env_cfg randomness"
     hooks = "default_hooks = dict(visualization=None, logger=None)"
     cfg = load_config(config("\n".join([*(f"{key} = None" for key in keys.split()), hooks])))
     assert not cfg.keys() & {*keys.split()}
-    assert cfg.default_hooks == dict(logger=None)  # which removes MMEngine's own
+    assert cfg.default_hooks == dict(logger=None)  # removes MMEngine's own hook
 
 
 def test_default_scope_of_pure_python_configs_stays_none(config):

@@ -1,4 +1,4 @@
-"""Templates for data of one's own; what holds for every config is in test_shipped_configs.py."""
+"""Templates for custom data; test_shipped_configs.py has the checks for all configs."""
 
 from mmengine.config import Config
 

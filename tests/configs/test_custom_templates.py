@@ -1,4 +1,4 @@
-"""Templates on data laid out by others: a Roboflow export, in COCO and in VOC format."""
+"""Templates for custom data, with a Roboflow export in COCO and VOC format."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from rfa_mmdet.data.check import check_data
 from rfa_mmdet.data.shapes import CLASSES, make_shapes
 from tests.helpers.paths import ROOT
 
-# As Roboflow's web site may have them: one with a space.
+# As on Roboflow's web site, one with a space.
 NAMES = dict(zip(CLASSES, ("traffic light", "car", "van", "bus"), strict=True))
 GIVEN = ", ".join(NAMES.values())
 SPLITS = {"train": "train", "valid": "val", "test": "val"}
@@ -23,7 +23,7 @@ SPLITS = {"train": "train", "valid": "val", "test": "val"}
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("shapes")
-    # Enough for every class to occur in both splits.
+    # Enough images for every class to occur in both splits.
     make_shapes(root, num_train=8, num_val=8, image_size=(128, 96), seed=1, max_objects=5)
     return root
 
@@ -42,7 +42,7 @@ def template(monkeypatch):
 
 
 def export_coco(shapes: Path, root: Path) -> None:
-    """Lay a set out as Roboflow does: categories under a parent of id 0, images beside the file."""
+    """Lay out a dataset like Roboflow: a parent category with id 0, images next to the file."""
     for split, drawn in SPLITS.items():
         (root / split).mkdir(parents=True)
         coco = json.loads((shapes / "annotations" / f"{drawn}.json").read_text())
@@ -60,7 +60,7 @@ def export_coco(shapes: Path, root: Path) -> None:
 
 
 def export_voc(shapes: Path, root: Path) -> None:
-    """Lay a set out as Roboflow does: an XML file beside each image, and no lists."""
+    """Lay out a dataset like Roboflow: an XML file next to each image, and no lists."""
     for split, drawn in SPLITS.items():
         (root / split).mkdir(parents=True)
         for path in (shapes / "Annotations").glob(f"{drawn}_*.xml"):
@@ -72,7 +72,7 @@ def export_voc(shapes: Path, root: Path) -> None:
 
 
 def boxes(cfg: Config, split: str) -> list[tuple]:
-    """Return image, class name and box of everything in a data set, sorted."""
+    """Return image, class name and box of all annotations of a dataset, sorted."""
     init_default_scope("mmdet")
     dataset = DATASETS.build(cfg[f"{split}_dataloader"].dataset)
     return sorted(
@@ -138,7 +138,7 @@ def test_other_places_in_coco_format(template, shapes, tmp_path):
 
 @pytest.fixture
 def without_test(shapes, tmp_path):
-    """A VOC layout without a third split, its images of several suffixes."""
+    """Return a VOC dataset without a third split, and with images of several suffixes."""
     make_shapes(tmp_path, num_train=8, num_val=8, image_size=(128, 96), seed=1, max_objects=5)
     for i, path in enumerate(sorted(tmp_path.glob("JPEGImages/*.jpg"))):
         path.rename(path.with_suffix((".JPG", ".jpeg", ".jpg")[i % 3]))
@@ -146,7 +146,7 @@ def without_test(shapes, tmp_path):
     return tmp_path
 
 
-def test_voc_without_a_test_split_is_tested_on_val(template, without_test):
+def test_voc_without_a_test_split_tests_on_val(template, without_test):
     cfg = template("custom-voc", DATA_ROOT=without_test, CLASSES=f"{','.join(CLASSES)},")
     assert check_data(cfg, ("train", "val", "test")) == []
     assert boxes(cfg, "test") == boxes(cfg, "val")
@@ -155,18 +155,18 @@ def test_voc_without_a_test_split_is_tested_on_val(template, without_test):
     assert other.test_dataloader.dataset.ann_file == "ImageSets/Main/train.txt"
 
 
-def test_a_test_split_that_is_not_tested_on_is_told(template, without_test):
+def test_unused_test_split_gives_a_warning(template, without_test):
     lists = without_test / "ImageSets" / "Main"
     shutil.copy(lists / "val.txt", lists / "test.txt")
     cfg = template("custom-voc", DATA_ROOT=without_test, CLASSES=",".join(CLASSES))
     assert check_data(cfg, ("train", "val")) == []
     (warning,) = check_data(cfg, ("test",))
-    assert f"though {lists}/test.txt is there: TEST_SET=test" in warning
+    assert f"although {lists}/test.txt exists; with this package's templates, set" in warning
     cfg = template("custom-voc", DATA_ROOT=without_test, CLASSES=",".join(CLASSES), TEST_SET="test")
     assert check_data(cfg, ("test",)) == []
 
 
-def test_coco_is_tested_on_val_or_on_what_is_named(template):
+def test_coco_tests_on_val_or_the_given_split(template):
     cfg = template("custom-coco", VAL_ANN="v.json", VAL_IMG="v")
     for key in ("ann_file", "data_prefix"):
         assert cfg.test_dataloader.dataset[key] == cfg.val_dataloader.dataset[key]
@@ -182,13 +182,13 @@ def test_roboflow_without_a_test_folder(template, shapes, tmp_path):
     export_coco(shapes, tmp_path)
     shutil.rmtree(tmp_path / "test")
     cfg = template("roboflow", DATA_ROOT=tmp_path, CLASSES=GIVEN)
-    assert check_data(cfg, ("train", "val")) == []  # what training reads
+    assert check_data(cfg, ("train", "val")) == []  # read by training
     cfg = template("roboflow", DATA_ROOT=tmp_path, CLASSES=GIVEN, TEST_SET="valid")
     check(cfg, shapes)
 
 
-def test_classes_in_another_order_than_the_file_has_are_warned_about(template, shapes, tmp_path):
+def test_wrong_order_of_classes_gives_a_warning(template, shapes, tmp_path):
     export_coco(shapes, tmp_path)
     cfg = template("roboflow", DATA_ROOT=tmp_path, CLASSES="car,bus,van,traffic light")
     warnings = check_data(cfg, ("train",))
-    assert any("in another order than the categories" in warning for warning in warnings)
+    assert any("are not in the order of the categories" in warning for warning in warnings)

@@ -1,7 +1,7 @@
-"""Every shipped config: one step of training, and one of testing.
+"""One training step and one test step with every shipped config.
 
-The data sets are drawn in the places and formats that the configs name, below a folder of the test,
-so that paths, classes and evaluators are those that are shipped. Only sizes are changed.
+The datasets are drawn at the paths and in the formats of the configs, in a folder of the test, so
+paths, classes and evaluators are the shipped ones. Only sizes are changed.
 """
 
 import random
@@ -25,8 +25,7 @@ from rfa_mmdet.data.shapes import make_shapes
 from tests.helpers.sets import draw_sets
 from tests.helpers.shipped import CONFIGS, METHODS, build, method_layers, nodes
 
-# Each method, each detector and each data set once, on the smallest model that has it; the others
-# are other combinations of the same, and take minutes.
+# Each method, detector and dataset once, with the smallest model; other combinations are slow.
 QUICK = [
     *(f"retinanet_r18-{method}_fpn_1x_coco" for method in METHODS),
     "faster-rcnn_r50-rfcaconv_fpn_1x_voc0712",
@@ -47,9 +46,9 @@ QUICK = [
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory) -> Path:
-    """Two training and two validation images of 160 x 128; stage 4 makes them 5 x 4.
+    """Return two training and two validation images of 160 x 128, which are 5 x 4 in stage 4.
 
-    ConAM needs more than one patch of 4 x 4 there, or its softmax is over a single one.
+    ConAM needs more than one 4 x 4 patch there, for a softmax over several patches.
     """
     root = tmp_path_factory.mktemp("shapes")
     make_shapes(root, num_train=2, num_val=2, image_size=(160, 128), seed=3, max_objects=5)
@@ -57,7 +56,7 @@ def shapes(tmp_path_factory) -> Path:
 
 
 def shrink(cfg: Config) -> Config:
-    """Make a config's images, regions and batches small; everything else stays."""
+    """Make a config's images, regions and batches small; keep everything else."""
     for part in nodes(cfg._cfg_dict):
         for key in ("scale", "img_scale", "crop_size", "size", "border"):
             sides = part.get(key)
@@ -71,7 +70,7 @@ def shrink(cfg: Config) -> Config:
         if "nms_pre" in part and "max_per_img" in part:
             part.update(nms_pre=100, max_per_img=30)
         if "score_thr" in part:
-            part["score_thr"] = 0.0  # what is not trained is sure of nothing
+            part["score_thr"] = 0.0  # untrained models only have low scores
     for key in ("train_dataloader", "val_dataloader"):
         cfg[key].update(batch_size=2, num_workers=0, persistent_workers=False, pin_memory=False)
     return cfg
@@ -79,7 +78,7 @@ def shrink(cfg: Config) -> Config:
 
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory):
-    """Put a plain backbone's random weights in the place of those that a config downloads."""
+    """Replace the weights that a config downloads by random weights of a plain backbone."""
     folder = tmp_path_factory.mktemp("checkpoints")
 
     def replace(cfg: Config) -> bool:
@@ -100,7 +99,7 @@ def stand_in(tmp_path_factory):
         return bool(pretrained)
 
     yield replace
-    shutil.rmtree(folder)  # pytest keeps what it made, and these are large
+    shutil.rmtree(folder)  # pytest keeps temporary files, and these are large
 
 
 def batch_of(dataloader: dict) -> tuple[dict, Any]:
@@ -119,7 +118,7 @@ def test_one_training_step_and_one_prediction(path, shapes, stand_in, tmp_path, 
     monkeypatch.chdir(tmp_path)
     for variable in ("DATA_ROOT", "CLASSES"):
         monkeypatch.delenv(variable, raising=False)
-    # The Runner's count of iterations, which BatchSyncRandomResize asks for.
+    # The Runner's iteration count, which BatchSyncRandomResize needs.
     MessageHub.get_current_instance().update_info("iter", 0)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(0)
@@ -151,8 +150,8 @@ def test_one_training_step_and_one_prediction(path, shapes, stand_in, tmp_path, 
     trained = {p for group in optimizer.param_groups for p in group["params"]}
     assert all(trained.issuperset(layer.parameters()) for layer in found.values())
     for group in optimizer.param_groups:
-        group["lr"] *= 1e-3  # as warm-up begins
-    # A ResNet that nobody trained starts with its branches at zero, and with no slope in them.
+        group["lr"] *= 1e-3  # as at the start of warm-up
+    # The branches of an untrained ResNet start at zero, without gradients.
     for _ in range(1 if pretrained else 2):
         loss = model.train().train_step(batch, optimizer)["loss"].item()
         assert 0 < loss < float("inf")
@@ -163,7 +162,7 @@ def test_one_training_step_and_one_prediction(path, shapes, stand_in, tmp_path, 
 
     for name, parameter in model.named_parameters():
         if re.search(r"rtm_reg.*bias$", name):
-            # RTMDet's distances, untrained, are below zero by chance, and such boxes are dropped.
+            # Untrained, RTMDet may predict distances below zero, and such boxes are dropped.
             parameter.data.fill_(1)
     batch, dataset = batch_of(cfg.val_dataloader)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Configs by Retrofit: only the backbone differs from mmdet's, and it computes what that does."""
+"""Configs with Retrofit only differ in the backbone, with the same outputs as mmdet's."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from rfa_mmdet.layers import RFAConv
 from tests.helpers.paths import ROOT
 
 CONFIGS = sorted((ROOT / "configs/rfaconv").glob("*.py"))
-# The base's name with "-rfaconv" behind the backbone: mmdet's folder, the model, its stages' name.
+# Base name with "-rfaconv" after the backbone: mmdet's folder, model, names of its stages.
 RETROFITTED = {
     "mask-rcnn_r50-rfaconv_fpn_1x_coco": ("mask_rcnn", "MaskRCNN", "layer"),
     "fcos_r50-caffe-rfaconv_fpn_gn-head_1x_coco": ("fcos", "FCOS", "layer"),
@@ -27,14 +27,14 @@ BY_RETROFIT = [path for path in CONFIGS if path.stem in RETROFITTED]
 
 
 def unscoped(node):
-    """A config without the scope that MMEngine notes in what comes from mmdet's own files."""
+    """Return a config without the scope that MMEngine adds for mmdet's own files."""
     if isinstance(node, dict):
         return {key: unscoped(value) for key, value in node.items() if key != "_scope_"}
     return [unscoped(value) for value in node] if isinstance(node, (list, tuple)) else node
 
 
 @pytest.mark.parametrize("path", BY_RETROFIT, ids=lambda path: path.stem)
-def test_config_by_retrofit(path):
+def test_configs_with_retrofit(path):
     from mmdet.registry import MODELS
 
     folder, model_name, stage = RETROFITTED[path.stem]
@@ -46,16 +46,16 @@ def test_config_by_retrofit(path):
     backbone = cfg.model.backbone
     assert set(backbone) == {"type", "module", "edits"}
     assert backbone.type == "Retrofit"
-    # The base's own, its pretrained weights with it.
+    # The base's backbone, including its pretrained weights.
     assert backbone.module == base.model.backbone
     assert backbone.module.get("init_cfg") == base.model.backbone.get("init_cfg")
-    assert ("init_cfg" in backbone.module) == (model_name != "YOLOX")  # which starts from scratch
-    # Nothing else differs, but for the lines that name this package.
+    assert ("init_cfg" in backbone.module) == (model_name != "YOLOX")  # trains from scratch
+    # Nothing else differs, except for the lines that name this package.
     own, theirs = unscoped(cfg.to_dict()), unscoped(base.to_dict())
     own["model"]["backbone"] = theirs["model"]["backbone"]
     assert own.pop("custom_imports") == dict(imports=["rfa_mmdet"])
     own.pop("launcher")
-    hooks = [dict(type="EpochSeedHook"), dict(type="SyncBuffersHook")]  # of _base_/repeatable.py
+    hooks = [dict(type="EpochSeedHook"), dict(type="SyncBuffersHook")]  # from _base_/repeatable.py
     assert own.pop("custom_hooks") == theirs.pop("custom_hooks", []) + hooks
     assert own == theirs
     init_default_scope("mmdet")
@@ -76,7 +76,7 @@ def test_every_config_is_tested():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", BY_RETROFIT, ids=lambda path: path.stem)
-def test_from_the_plain_checkpoint_it_computes_what_the_plain_detector_does(path):
+def test_plain_checkpoint_gives_the_plain_outputs(path):
     from mmdet.registry import MODELS
 
     cfg = Config.fromfile(path)
@@ -91,7 +91,7 @@ def test_from_the_plain_checkpoint_it_computes_what_the_plain_detector_does(path
     parts = {"maps", "rpn_head", "roi_head"} if "mask-rcnn" in path.stem else {"maps", "bbox_head"}
     assert found.outputs.keys() == parts
     assert found.largest <= 1e-4
-    # And it is they that compute it.
+    # The outputs depend on the new layers.
     last = [m for m in net.modules() if isinstance(m, RFAConv)][-1]
     torch.nn.init.normal_(last.conv.weight)
     assert compare(plain, net, image).largest > 1e-3

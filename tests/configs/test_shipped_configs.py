@@ -1,4 +1,4 @@
-"""Every shipped config: its name, its model and its documents."""
+"""Name, model and documents of every shipped config."""
 
 import re
 
@@ -40,7 +40,7 @@ ON_VOC = ("rfaconv", "rfcaconv", "rfcbamconv", "ema", "conam")
 # --- names, places, class counts -----------------------------------------------------------------
 
 
-def test_all_that_is_promised_is_shipped_and_nothing_else():
+def test_all_promised_configs_are_shipped():
     wanted = {
         *(f"retinanet_{depth}-{m}_fpn_1x_coco" for depth in ("r18", "r50") for m in METHODS),
         *(f"faster-rcnn_r50-{m}_fpn_1x_coco" for m in METHODS),
@@ -63,14 +63,14 @@ def test_all_that_is_promised_is_shipped_and_nothing_else():
 
 
 @each_config
-def test_name_says_what_is_built(path):
+def test_name_matches_the_model(path):
     parts = parts_of(path)
     assert path.parent.name in (parts["method"], "custom", "demo")
     cfg = read(path)
     check_config(Config({**cfg, "launcher": "none"}))
 
     schedule, data = parts["schedule"], parts["data"]
-    # VOC's images are repeated three times an epoch.
+    # VOC's images are repeated three times per epoch.
     epochs = int(re.search(r"(\d+)[xe]$", schedule)[1]) * (12 if schedule.endswith("x") else 1)
     assert cfg.train_cfg.max_epochs == (epochs // 3 if data == "voc0712" else epochs)
     if schedule.startswith("8xb"):
@@ -105,8 +105,8 @@ def test_name_says_what_is_built(path):
 
 
 @each_config
-def test_pretrained_backbone_is_that_of_the_base(path):
-    """None is lost where Retrofit takes the base's backbone over, and none added."""
+def test_pretrained_backbone_is_the_bases(path):
+    """Retrofit neither loses nor adds pretrained weights of the base's backbone."""
     cfg = read(path)
     parts = parts_of(path)
     backbone = cfg.model.backbone
@@ -122,7 +122,7 @@ def test_pretrained_backbone_is_that_of_the_base(path):
 
 
 @each_config
-def test_plugins_start_as_the_identity_where_the_backbone_is_pretrained(path):
+def test_plugins_start_as_the_identity_with_a_pretrained_backbone(path):
     backbone = read(path).model.backbone
     pretrained = backbone.get("module", backbone).get("init_cfg") is not None
     layers = method_layers(path, planned(path)).values()
@@ -131,7 +131,7 @@ def test_plugins_start_as_the_identity_where_the_backbone_is_pretrained(path):
 
 
 @each_config
-def test_configs_are_a_few_lines_over_a_base(path):
+def test_configs_are_a_few_lines_on_top_of_a_base(path):
     text = path.read_text()
     assert "_base_" in text
     if path.parent.name != "demo":
@@ -142,7 +142,7 @@ def test_configs_are_a_few_lines_over_a_base(path):
 
 
 def readme_rows(method: str) -> dict[str, list[str]]:
-    """Return the cells of a README's table, by config."""
+    """Return the cells of a README's table by config."""
     text = (ROOT / "configs" / method / "README.md").read_text()
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
@@ -182,7 +182,7 @@ def test_readme_metafile_and_files_agree(method):
 
 
 def test_no_accuracy_is_claimed():
-    """Nobody here has trained these: no result, no weights, and no number beside a metric."""
+    """These configs have not been trained: no results, no weights, and no numbers for metrics."""
     for method in METHODS:
         folder = ROOT / "configs" / method
         assert {cells[-1] for cells in readme_rows(method).values()} == {"not measured"}
@@ -197,7 +197,7 @@ def test_no_accuracy_is_claimed():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_readme_has_the_parameters_of_what_is_built(method):
+def test_readme_has_the_models_parameters(method):
     for name, (_, parameters, *_) in readme_rows(method).items():
         model = planned(ROOT / "configs" / method / f"{name}.py")
         assert parameters == f"{sum(p.numel() for p in model.parameters()):,}", name
@@ -205,7 +205,7 @@ def test_readme_has_the_parameters_of_what_is_built(method):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_readme_has_the_gflops_that_the_tool_counts(method):
+def test_readme_has_the_tools_gflops(method):
     name = f"retinanet_r18-{method}_fpn_1x_coco"
     found = detector_complexity(read(ROOT / "configs" / method / f"{name}.py"))
     assert readme_rows(method)[name][2] == f"{found.gflops:.3f}"
@@ -223,7 +223,7 @@ def test_readme_has_the_gflops_that_the_tool_counts(method):
         ("yolox_s-{}_8xb8-300e_coco", (640, 640)),
     ],
 )
-def test_every_operator_of_other_detectors_is_counted(name, size, method):
+def test_all_operators_of_other_detectors_are_counted(name, size, method):
     name = name.format(method)
     found = detector_complexity(read(ROOT / "configs" / method / f"{name}.py"), size)
     assert found.uncounted == {}
@@ -231,8 +231,8 @@ def test_every_operator_of_other_detectors_is_counted(name, size, method):
 
 
 @each_config
-def test_what_a_run_needs_stands_in_the_config(path):
-    """Under any trainer, a run then resumes as if nothing had interrupted it."""
+def test_configs_are_self_contained(path):
+    """With any trainer, an interrupted run then resumes with identical results."""
     cfg = read(path)
     hooks = [hook["type"] for hook in cfg.custom_hooks]
     assert hooks[-2:] == ["EpochSeedHook", "SyncBuffersHook"]

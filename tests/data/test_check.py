@@ -1,4 +1,4 @@
-"""The checks before a run: what they find, and what they leave alone."""
+"""The checks before a run: problems that they report, and data that they accept."""
 
 import pytest
 from mmdet.registry import DATASETS
@@ -12,7 +12,7 @@ from tests.helpers.damaged_sets import FILTER, coco_dataset, config, errors_of, 
 @pytest.mark.parametrize(
     "model", ["retinanet_r50_fpn", "faster-rcnn_r50_fpn", "cascade-mask-rcnn_r50_fpn"]
 )
-def test_says_nothing_about_good_coco_data(coco_made, model):
+def test_valid_coco_data_gives_no_warnings(coco_made, model):
     evaluator = dict(type="CocoMetric", ann_file=str(coco_made / "val.json"))
     cfg = config(
         coco_dataset(coco_made), coco_dataset(coco_made, "val"), model, val_evaluator=[evaluator]
@@ -20,18 +20,18 @@ def test_says_nothing_about_good_coco_data(coco_made, model):
     assert check_data(cfg, ("train", "val")) == []
 
 
-def test_says_nothing_about_good_voc_data(voc_made):
+def test_valid_voc_data_gives_no_warnings(voc_made):
     cfg = config(voc_dataset(voc_made), voc_dataset(voc_made, test_mode=True))
     assert check_data(cfg, ("train", "val")) == []
 
 
-def test_accepts_what_mmdet_loads(coco_made, voc_made):
+def test_everything_mmdet_loads_is_accepted(coco_made, voc_made):
     for dataset in (coco_dataset(coco_made), voc_dataset(voc_made)):
         check_data(config(dataset))
         assert len(DATASETS.build({**dataset, "pipeline": []})) > 0
 
 
-def test_needs_no_model_and_no_validation(coco_made):
+def test_model_and_validation_are_optional(coco_made):
     assert check_data(config(coco_dataset(coco_made), model=None), ("train", "val")) == []
 
 
@@ -46,7 +46,7 @@ def test_finds_the_dataset_in_every_wrapper(coco):
     found = leaves(cfg, "train")
     key = "train_dataloader.dataset.dataset.dataset.dataset.datasets"
     assert [leaf.key for leaf in found] == [f"{key}.0", f"{key}.1"]
-    # In the order in which they run.
+    # In running order.
     names = [name for name, _ in found[0].transforms()]
     assert names == ["LoadImageFromFile", "LoadAnnotations", "FilterAnnotations"]
     message = errors_of(cfg)
@@ -68,12 +68,12 @@ def test_reports_several_problems_at_once(coco):
 def test_remote_data_are_not_checked(coco):
     dataset = coco_dataset(coco, ann_file="gone.json", backend_args=dict(backend="petrel"))
     (warning,) = check_data(config(dataset))
-    assert "not checked: remote storage" in warning
+    assert "not checked, because it is on remote storage" in warning
     local = coco_dataset(coco, ann_file="gone.json", backend_args=dict(backend="local"))
     assert "gone.json does not exist" in errors_of(config(local))
 
 
-def test_other_datasets_need_their_annotation_file_only(tmp_path):
+def test_other_datasets_only_need_their_annotation_file(tmp_path):
     dataset = dict(type="BaseDetDataset", data_root=str(tmp_path), ann_file="a.json")
     assert "a.json does not exist" in errors_of(config(dataset))
     (tmp_path / "a.json").write_text("{}")

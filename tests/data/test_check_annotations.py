@@ -1,4 +1,4 @@
-"""Annotation files that are missing, damaged, or not what MMDetection reads."""
+"""Annotation files that are missing, damaged, or not readable by MMDetection."""
 
 import json
 import shutil
@@ -21,17 +21,17 @@ from tests.helpers.damaged_sets import (
 )
 
 
-def test_missing_annotation_file_with_the_nearest(coco):
+def test_missing_annotation_file_with_similar_names(coco):
     message = errors_of(config(coco_dataset(coco, ann_file="trian.json")))
     assert "train_dataloader.dataset.ann_file='trian.json'" in message
-    assert f"{coco}/trian.json does not exist; nearest in" in message
+    assert f"{coco}/trian.json does not exist; similar names in" in message
     assert "train.json" in message
 
 
 def test_missing_data_root(coco):
     message = errors_of(config(coco_dataset(f"{coco}x/deep")))
-    assert f"data_root='{coco}x/deep' is no folder" in message
-    assert f"from '{coco}x' on; nearest in" in message
+    assert f"data_root='{coco}x/deep' is not a folder" in message
+    assert f"folder is '{coco}x'; similar names in" in message
 
 
 def test_missing_image_set_of_voc(voc):
@@ -52,7 +52,7 @@ def test_missing_file_of_an_evaluator(coco, as_list):
     cfg = config(coco_dataset(coco), coco_dataset(coco, "val"), val_evaluator=evaluator)
     message = errors_of(cfg, ("train", "val"))
     assert f"{key}.ann_file='{coco}/vla.json'" in message
-    assert "val.json" in message.split("nearest")[1]
+    assert "val.json" in message.split("similar names")[1]
 
 
 @settings(
@@ -60,32 +60,32 @@ def test_missing_file_of_an_evaluator(coco, as_list):
 )
 @given(st.floats(0, 0.999))
 @example(0)
-def test_truncated_json_wherever_it_is_cut(coco, part):
+def test_truncated_json_at_any_position(coco, part):
     whole = json.dumps(coco_content())
     cut = whole[: int(len(whole) * part)]
     (coco / "train.json").write_text(cut)
     message = errors_of(config(coco_dataset(coco), model=None))
-    assert f"{coco}/train.json ({len(cut):,} bytes) is cut off or not JSON" in message
+    assert f"{coco}/train.json ({len(cut):,} bytes) is truncated or not JSON" in message
     assert "at character" in message
 
 
 def test_binary_instead_of_json(coco):
     shutil.copy(coco / "images" / "0.jpg", coco / "train.json")
-    assert "no text in UTF-8 at byte 0" in errors_of(config(coco_dataset(coco)))
+    assert "invalid UTF-8 at byte 0" in errors_of(config(coco_dataset(coco)))
 
 
 @pytest.mark.parametrize("name", ["images", "annotations", "categories"])
-def test_json_without_a_list_of_coco(coco, name):
+def test_json_without_a_coco_list(coco, name):
     edit_json(coco / "train.json", lambda content: content.pop(name))
     assert f"train.json has no list '{name}'" in errors_of(config(coco_dataset(coco)))
 
 
-def test_json_of_results_instead_of_annotations(coco):
+def test_results_json_instead_of_annotations(coco):
     (coco / "train.json").write_text("[]")
-    assert "holds a list" in errors_of(config(coco_dataset(coco)))
+    assert "contains a list" in errors_of(config(coco_dataset(coco)))
 
 
-def test_annotations_of_no_image(coco):
+def test_annotations_without_an_image(coco):
     edit_json(coco / "train.json", lambda content: content["annotations"][1].update(image_id=77))
     (warning,) = (w for w in check_data(config(coco_dataset(coco)), ("train",)) if "image_id" in w)
     assert "1 annotations" in warning
@@ -102,7 +102,7 @@ def test_classes_without_boxes(coco):
     assert f"classes '{CLASSES[0]}' have no box in" in warning
 
 
-def test_annotations_may_be_missing_for_testing(coco):
+def test_annotations_are_optional_for_testing(coco):
     edit_json(coco / "val.json", lambda content: content.pop("annotations"))
     assert check_data(config(coco_dataset(coco), coco_dataset(coco, "val")), ("train", "val")) == []
 
@@ -112,7 +112,7 @@ def test_truncated_xml(voc, part):
     path = voc / "Annotations" / "1.xml"
     path.write_text(path.read_text()[: int(path.stat().st_size * part)])
     message = errors_of(config(voc_dataset(voc)))
-    assert f"{path} ({path.stat().st_size:,} bytes) is cut off or not XML" in message
+    assert f"{path} ({path.stat().st_size:,} bytes) is truncated or not XML" in message
     assert "1 of the 3 XML files" in message
 
 
@@ -120,7 +120,7 @@ def test_an_image_listed_twice(voc):
     path = voc / "train.txt"
     path.write_text(path.read_text() + "1\n")
     (warning,) = check_data(config(voc_dataset(voc)), ("train",))
-    assert "names 1 images more than once" in warning
+    assert "lists 1 images more than once" in warning
     assert warning.endswith(": 1")
 
 
@@ -142,18 +142,18 @@ def test_missing_xml(voc):
         ("<difficult>0</difficult>", "<difficult>no</difficult>", "<difficult>no</difficult>"),
     ],
 )
-def test_xml_that_mmdet_cannot_read(voc, old, new, words):
+def test_xml_unreadable_by_mmdet(voc, old, new, words):
     path = voc / "Annotations" / "1.xml"
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises((AttributeError, ValueError, TypeError, OverflowError)):
         DATASETS.build(voc_dataset(voc, pipeline=[]))
     message = errors_of(config(voc_dataset(voc)))
-    assert f"1 of the 3 XML files that {voc}/train.txt asks for cannot be read: {path}: " in message
+    assert f"1 of the 3 XML files listed in {voc}/train.txt cannot be read: {path}: " in message
     assert words in message
 
 
 @pytest.mark.parametrize("text", ["0\n1 \n2\n", "0\n1\n2\n\n", "0\n\n1\n", "0\n\t1\n"])
-def test_blanks_in_an_image_set_with_the_command_that_mends_it(voc, text):
+def test_blanks_in_an_image_set_with_the_command_that_fixes_it(voc, text):
     (voc / "train.txt").write_text(text)
     with pytest.raises(FileNotFoundError):
         DATASETS.build(voc_dataset(voc, pipeline=[]))
@@ -168,9 +168,9 @@ def test_line_ends_of_an_image_set_do_not_matter(voc, text):
     assert check_data(config(voc_dataset(voc))) == []
 
 
-def test_image_set_of_one_class(voc):
+def test_per_class_image_set(voc):
     (voc / "train.txt").write_text("0  1\n1 -1\n2 -1\n")
-    assert "lists of one class ('0  1')" in errors_of(config(voc_dataset(voc)))
+    assert "per-class lists ('0  1')" in errors_of(config(voc_dataset(voc)))
 
 
 @settings(
@@ -191,6 +191,6 @@ def test_reads_the_same_boxes_as_mmdet(voc, objects):
     boxes = read_voc(str(voc / "Annotations" / "0.xml"), CLASSES).boxes
     mmdets = DATASETS.build(voc_dataset(voc, pipeline=[], serialize_data=False))
     theirs = mmdets.get_data_info(0)["instances"]
-    # VOC counts pixels from one.
+    # VOC's pixels start at one.
     assert [[v - 1 for v in box.xyxy] for box in boxes] == [i["bbox"] for i in theirs]
     assert [box.difficult for box in boxes] == [bool(i["ignore_flag"]) for i in theirs]

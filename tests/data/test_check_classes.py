@@ -1,4 +1,4 @@
-"""Classes of data sets, of their files, and of the heads."""
+"""Classes of datasets, annotation files and heads."""
 
 import shlex
 from argparse import ArgumentParser
@@ -20,16 +20,16 @@ from tests.helpers.damaged_sets import (
 # --- classes
 
 
-def test_classes_that_the_file_does_not_have(coco):
+def test_classes_missing_in_the_file(coco):
     wrong = coco_dataset(coco, metainfo=dict(classes=("cat", "dgo")))
     message = errors_of(config(wrong, model=None))
-    assert "1 of its 2 classes are no categories of" in message
+    assert "1 of its 2 classes are not among the categories of" in message
     assert "'dgo'" in message
     assert f"metainfo=dict(classes={CLASSES!r})" in message
-    assert "--cfg-options" not in message  # which would take the blank out of "traffic light"
+    assert "--cfg-options" not in message  # it would remove the blank in "traffic light"
 
 
-def test_classes_by_default_and_the_option_that_passes_others(coco):
+def test_default_classes_and_the_option_that_fixes_them(coco):
     edit_json(coco / "train.json", lambda c: c["categories"].__setitem__(2, dict(id=12, name="ox")))
     cfg = config(coco_dataset(coco, metainfo=dict(CLASSES=("cat", "dog", "ox"))))
     message = errors_of(cfg)
@@ -41,22 +41,22 @@ def test_classes_by_default_and_the_option_that_passes_others(coco):
 
 
 def parsed(text):
-    """What mmengine makes of the --cfg-options in a message."""
+    """Return MMEngine's parsing of the --cfg-options in a message."""
     parser = ArgumentParser()
     parser.add_argument("--cfg-options", nargs="+", action=DictAction)
     return parser.parse_args(shlex.split(text)).cfg_options
 
 
-def test_order_of_classes_other_than_the_files(coco):
+def test_classes_not_in_file_order(coco):
     (warning,) = check_data(config(coco_dataset(coco, metainfo=dict(classes=CLASSES[::-1]))))
-    assert f"Right would be classes={CLASSES!r}" in warning
+    assert f"Use classes={CLASSES!r}" in warning
 
 
-def test_order_of_categories_other_in_validation(coco):
+def test_different_order_of_categories_in_validation(coco):
     edit_json(coco / "val.json", lambda content: content["categories"].reverse())
     cfg = config(coco_dataset(coco), coco_dataset(coco, "val"))
     message = errors_of(cfg, ("train", "val"))
-    assert "val_dataloader.dataset numbers its classes 'traffic light', 'dog', 'cat'" in message
+    assert "val_dataloader.dataset has the classes 'traffic light', 'dog', 'cat'" in message
 
 
 def test_repeated_category_name(coco):
@@ -81,7 +81,7 @@ def test_classes_from_a_file(coco):
 
 def test_voc_without_classes(voc):
     message = errors_of(config(voc_dataset(voc, metainfo=None)))
-    assert "XMLDataset has no classes of its own" in message
+    assert "XMLDataset has no default classes" in message
 
 
 def test_voc_none_of_the_classes_occurs(voc):
@@ -94,7 +94,7 @@ def test_voc_none_of_the_classes_occurs(voc):
 def test_voc_some_classes_differ(voc):
     metainfo = dict(classes=("cat", "dog", "ox"))
     absent, ignored = check_data(config(voc_dataset(voc, metainfo=metainfo)))
-    assert "classes 'ox' occur in no XML file" in absent
+    assert "classes 'ox' do not occur in the XML files" in absent
     assert "ignored: 'traffic light' (1)" in ignored
 
 
@@ -113,7 +113,7 @@ def test_voc_some_classes_differ(voc):
         ),
     ],
 )
-def test_heads_for_other_classes_and_the_options_that_mend_it(coco, model, keys):
+def test_wrong_num_classes_and_the_options_that_fix_it(coco, model, keys):
     cfg = config(coco_dataset(coco), model=model, num_classes=None)
     message = errors_of(cfg)
     for key in keys:
@@ -121,12 +121,14 @@ def test_heads_for_other_classes_and_the_options_that_mend_it(coco, model, keys)
     assert "train_dataloader.dataset has 3 classes: 'cat', 'dog', 'traffic light'" in message
     assert "rpn_head" not in message
     assert ("list" in message) == ("cascade" in model)
-    options = message[message.index("--cfg-options") :].split(" (list")[0].split(", or other")[0]
+    options = (
+        message[message.index("--cfg-options") :].split(" (list")[0].split(", or set other")[0]
+    )
     cfg.merge_from_dict(parsed(options))
     assert check_data(cfg) == []
 
 
-def test_heads_below_a_wrapper_and_of_lists_of_heads():
+def test_heads_inside_wrappers_and_lists():
     detector = dict(
         bbox_head=dict(num_classes=4, loss_cls=dict(num_classes=9)),
         roi_head=[dict(bbox_head=dict(num_classes=5))],
@@ -146,12 +148,12 @@ def test_heads_are_compared_with_the_tested_dataset(coco):
     assert "model.bbox_head.num_classes=80, but test_dataloader.dataset has 3" in message
 
 
-def test_models_with_text_may_have_other_numbers(coco):
+def test_text_models_may_have_other_numbers(coco):
     cfg = config(coco_dataset(coco), num_classes=256)
     cfg.model.language_model = dict(type="BertModel")
     assert check_data(cfg) == []
 
 
-def test_panoptic_data_count_more_classes_than_the_heads_of_things(coco):
+def test_panoptic_data_has_more_classes_than_heads_of_things(coco):
     dataset = coco_dataset(coco, type="CocoPanopticDataset", metainfo=None)
     assert check_data(config(dataset, num_classes=80)) == []

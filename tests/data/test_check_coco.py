@@ -1,4 +1,4 @@
-"""Values of COCO files that MMDetection or pycocotools trips over, or silently takes for others."""
+"""Values in COCO files that break or mislead MMDetection or pycocotools."""
 
 import json
 import math
@@ -56,13 +56,13 @@ IDS = [[1], {}, "1", "", 1.5, True, HUGE, 2**60, math.nan]
         ("categories", "name", [None, "", 7, ["cat"], "ca\0t", "c\x1b[31mat", "c\ud800"]),
     ],
 )
-def test_a_wrong_value_is_named_with_its_field_and_count(coco, name, key, values):
+def test_invalid_value_is_reported_with_field_and_count(coco, name, key, values):
     whole = (coco / "train.json").read_text()
     for value in values:
         (coco / "train.json").write_text(whole)
         lines = told_of(coco, setting(name, **{key: value}))
         count = len(json.loads(whole)[name])
-        # Also "none", where a named category is not there any more.
+        # Also "none", if a named category no longer exists.
         told = [
             line for line in lines if f"1 of {count} {name} have " in line and f"'{key}'" in line
         ]
@@ -72,7 +72,7 @@ def test_a_wrong_value_is_named_with_its_field_and_count(coco, name, key, values
         assert "it must be" in told[0]
 
 
-def test_wrong_values_are_counted_by_field(coco):
+def test_invalid_values_are_counted_by_field(coco):
     def change(content):
         every("annotations", "area", lambda _: "400")(content)
         every("annotations", "category_id", str)(content)
@@ -80,9 +80,9 @@ def test_wrong_values_are_counted_by_field(coco):
 
     lines = told_of(coco, change)
     assert lines[0] == "3 problems with the data:"
-    assert "4 of 4 images have a wrong 'width', such as 0 (4)" in lines[1]
-    assert "6 of 6 annotations have a wrong 'category_id', such as '10' (2), '11' (2)" in lines[2]
-    assert "6 of 6 annotations have a wrong 'area', such as '400' (6)" in lines[3]
+    assert "4 of 4 images have an invalid 'width', e.g. 0 (4)" in lines[1]
+    assert "6 of 6 annotations have an invalid 'category_id', e.g. '10' (2), '11' (2)" in lines[2]
+    assert "6 of 6 annotations have an invalid 'area', e.g. '400' (6)" in lines[3]
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_wrong_values_are_counted_by_field(coco):
         (every("categories", "id", str), "train"),
     ],
 )
-def test_the_command_in_a_message_mends_the_file(coco, change, split):
+def test_suggested_command_fixes_the_file(coco, change, split):
     lines = told_of(coco, change, split)
-    for _ in range(2):  # two fields may be wrong
+    for _ in range(2):  # two fields may be invalid
         line = next((line for line in lines if "To fix the file:  " in line), None)
         if line is None:
             break
@@ -117,9 +117,9 @@ def test_the_command_in_a_message_mends_the_file(coco, change, split):
     assert len(json.loads((coco / f"{split}.json").read_text())["annotations"]) == 6
 
 
-def test_the_command_takes_out_annotations_of_no_category(coco):
+def test_suggested_command_removes_annotations_without_category(coco):
     (line,) = told_of(coco, setting("annotations", category_id=99))
-    assert "1 of 6 annotations have a 'category_id' of no category: 99 (1)" in line
+    assert "1 of 6 annotations have a 'category_id' without a category: 99 (1)" in line
     subprocess.run(line.split("To fix the file:  ")[1], shell=True, check=True)
     assert told_of(coco, lambda content: None) == []
     assert len(json.loads((coco / "train.json").read_text())["annotations"]) == 5
@@ -140,7 +140,7 @@ def test_file_names_from_urls(coco):
 
 
 def average_precision(coco, **metric):
-    """AP, by MMDetection's own data set and metric, of a detector that finds every box."""
+    """Return the AP of a perfect detector, with MMDetection's own dataset and metric."""
     MMLogger.get_instance("mmengine", log_level="ERROR")
     dataset = DATASETS.build(coco_dataset(coco, "val", pipeline=[], _scope_="mmdet"))
     metric = CocoMetric(ann_file=str(coco / "val.json"), **metric)
@@ -168,7 +168,7 @@ def average_precision(coco, **metric):
         every("annotations", "iscrowd", float),
         every("annotations", "id", lambda i: -i),
         every("annotations", "category_id", float),
-        every("annotations", "segmentation", lambda _: []),  # no masks are asked for
+        every("annotations", "segmentation", lambda _: []),  # no masks needed
         lambda content: content.update(info=[], licenses=7),
         lambda content: content["annotations"].reverse(),
         lambda content: (
@@ -177,22 +177,22 @@ def average_precision(coco, **metric):
         ),
     ],
 )
-def test_what_is_left_alone_is_evaluated_right(coco, change):
+def test_accepted_files_evaluate_correctly(coco, change):
     assert told_of(coco, change, "val") == []
     assert average_precision(coco)["coco/bbox_mAP"] == 1
 
 
-def test_annotation_ids_may_be_anything_in_training(coco):
+def test_annotation_ids_are_arbitrary_in_training(coco):
     for make in (lambda i: i - 1, str):
         assert told_of(coco, every("annotations", "id", make)) == []
         assert len(DATASETS.build(coco_dataset(coco, pipeline=[], _scope_="mmdet"))) == 4
 
 
-def test_iscrowd_may_be_missing_in_training(coco):
+def test_iscrowd_is_optional_in_training(coco):
     assert told_of(coco, setting("annotations", iscrowd=None)) == []
 
 
-def test_an_annotation_id_of_0_lowers_the_average_precision(coco):
+def test_annotation_id_0_lowers_ap(coco):
     lines = told_of(coco, every("annotations", "id", lambda i: i - 1), "val")
     assert "1 of 6 annotations have the 'id' 0" in lines[0]
     assert average_precision(coco)["coco/bbox_mAP"] < 1
@@ -211,21 +211,21 @@ def test_evaluation_without_boxes_would_give_minus_1(coco):
     assert not any("AP" in line for line in told_of(coco, change, "val", metric=only_writes))
 
 
-def test_evaluation_by_a_file_without_the_images_that_are_read(coco):
+def test_evaluation_file_without_the_splits_images(coco):
     (coco / "test.json").write_text((coco / "val.json").read_text())
     evaluator = dict(type="CocoMetric", ann_file=str(coco / "test.json"))
     cfg = config({}, coco_dataset(coco, "val"), None, val_evaluator=evaluator)
     assert check_data(cfg, ("val",)) == []
     edit_json(coco / "test.json", lambda c: c["images"].append({**c["images"][0], "id": 9}))
     (warning,) = check_data(cfg, ("val",))
-    assert "evaluates the 5 images" in warning
-    assert "1 are not read" in warning
+    assert "1 of the 5 images of" in warning
+    assert "are not in the split: their boxes count as missed" in warning
     edit_json(coco / "test.json", lambda c: c["images"].pop(0))
     with pytest.raises(ValueError, match="1 of the 4 images that the split reads are not in"):
         check_data(cfg, ("val",))
     edit_json(coco / "test.json", lambda c: c.update(coco_content()))
     edit_json(coco / "test.json", lambda c: c["categories"].reverse())
-    with pytest.raises(ValueError, match="numbers the classes 'traffic light', 'dog', 'cat'"):
+    with pytest.raises(ValueError, match="has the classes 'traffic light', 'dog', 'cat'"):
         check_data(cfg, ("val",))
 
 
@@ -234,17 +234,17 @@ def test_classwise_needs_sorted_categories(coco):
         for category, number in zip(content["categories"], (12, 11, 10), strict=True):
             category["id"] = number
         content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 10]
-        content["annotations"][0]["bbox"] = [0, 0, 0.5, 0.5]  # of a dog; nothing finds it
+        content["annotations"][0]["bbox"] = [0, 0, 0.5, 0.5]  # a dog that is not detected
 
     (line,) = (
         line
         for line in told_of(coco, change, "val", metric=dict(classwise=True))
         if "classwise" in line
     )
-    assert "not in the order of their ids" in line
+    assert "are not sorted by id" in line
     with np.errstate(all="ignore"):
         measured = average_precision(coco, classwise=True)
-    assert math.isnan(measured["coco/cat_precision"])  # which has boxes, unlike traffic lights
+    assert math.isnan(measured["coco/cat_precision"])  # cats have boxes, unlike traffic lights
 
 
 # --- boxes that are dropped
@@ -255,10 +255,10 @@ def test_classwise_needs_sorted_categories(coco):
     [
         (setting("annotations", bbox=[5, 5, 0.5, 9]), "narrower than 1 pixel"),
         (setting("annotations", area=0), "area of 0 or less"),
-        (setting("annotations", bbox=[70, 5, 20, 20]), "outside the width and height"),
+        (setting("annotations", bbox=[70, 5, 20, 20]), "outside the image's width and height"),
     ],
 )
-def test_boxes_that_are_left_out_are_counted(coco, change, words):
+def test_dropped_boxes_are_counted(coco, change, words):
     (line,) = told_of(coco, change)
     assert "1 of 6 boxes" in line
     assert words in line
@@ -266,14 +266,14 @@ def test_boxes_that_are_left_out_are_counted(coco, change, words):
     assert sum(len(theirs.get_data_info(i)["instances"]) for i in range(4)) == 5
 
 
-def test_small_images_that_a_filter_leaves_out_are_counted(coco):
+def test_images_skipped_by_min_size_are_counted(coco):
     lines = told_of(coco, setting("images", height=9), filter_cfg=dict(min_size=10))
-    assert any("1 of 4 images are left out" in line for line in lines)
+    assert any("1 of 4 images are skipped" in line for line in lines)
 
 
-def test_an_image_under_two_ids(coco):
+def test_image_with_two_ids(coco):
     (line,) = told_of(coco, setting("images", file_name="0.jpg"))
-    assert "1 image files are named by more than one of the images" in line
+    assert "1 image files occur more than once in" in line
 
 
 # --- masks
@@ -287,9 +287,9 @@ MASKS = [
     ([[5, 5, 20, 20]], "fewer than 3 points"),
     ([[5, 5, 20, 20, 7]], "fewer than 3 points"),
     ([[]], "fewer than 3 points"),
-    ([[1, 2, 3, 4, 5, math.nan]], "no numbers"),
-    ([[1, 2, 3, 4, 5, "6"]], "no numbers"),
-    ([[1, 2, 3, 4, 5, 1e12]], "no numbers"),
+    ([[1, 2, 3, 4, 5, math.nan]], "not numbers"),
+    ([[1, 2, 3, 4, 5, "6"]], "not numbers"),
+    ([[1, 2, 3, 4, 5, 1e12]], "not numbers"),
     ("polygon", "such as 'polygon'"),
     (7, "such as 7"),
     ({"counts": [3072]}, "such as {"),
@@ -303,7 +303,7 @@ MASKS = [
 
 
 @pytest.mark.parametrize("where", ["dataset", "evaluator"])
-def test_masks_that_are_none(coco, where):
+def test_invalid_masks(coco, where):
     content = coco_content()
     every("annotations", "segmentation", lambda _: RECTANGLE)(content)
     split, asked = (
@@ -319,7 +319,7 @@ def test_masks_that_are_none(coco, where):
         assert len(lines) == 1, (mask, lines)
         assert "1 of 6 annotations have a 'segmentation'" in lines[0]
         assert words in lines[0], mask
-    # Without masks, nothing is asked of it.
+    # Not checked without masks.
     assert told_of(coco, lambda content: None, split) == []
 
 

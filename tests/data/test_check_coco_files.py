@@ -1,4 +1,4 @@
-"""COCO files that are no JSON or of another form, and names that terminals should not see."""
+"""COCO files that are not JSON or have another structure, and names unsafe for terminals."""
 
 import codecs
 import gzip
@@ -12,14 +12,14 @@ from tests.helpers.damaged_sets import CLASSES, coco_dataset, config, errors_of,
 
 @pytest.mark.parametrize("entry", [None, 7, "image", [1]])
 @pytest.mark.parametrize("name", ["images", "annotations", "categories"])
-def test_entries_that_are_no_dicts(coco, name, entry):
+def test_entries_must_be_dicts(coco, name, entry):
     (line,) = told_of(coco, lambda content: content[name].insert(1, entry))
-    assert f"train.json: 1 entries are no dicts: {name}[1]" in line
+    assert f"train.json: 1 entries are not dicts: {name}[1]" in line
 
 
 @pytest.mark.parametrize("name", ["images", "annotations", "categories"])
 @pytest.mark.parametrize("value", [None, {}, {"1": {}}, "list", 7])
-def test_a_list_of_another_type(coco, name, value):
+def test_lists_must_be_lists(coco, name, value):
     (line,) = told_of(coco, lambda content: content.update({name: value}))
     assert f"train.json has no list '{name}'" in line
     assert f"'{name}' ({type(value).__name__})" in line
@@ -28,24 +28,24 @@ def test_a_list_of_another_type(coco, name, value):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (lambda text: b"", "is cut off or not JSON"),
-        (lambda text: codecs.BOM_UTF8 + text, "begins with a byte order mark"),
-        (lambda text: text.decode().encode("utf-16"), "is text in UTF-16"),
-        (lambda text: text.decode().encode("utf-16-be"), "is text in UTF-16"),
-        (lambda text: text.decode().encode("utf-32"), "is text in UTF-32"),
-        (gzip.compress, "is not JSON but compressed (run gunzip)"),
-        (lambda text: text.replace(b"cat", b"ca\xe9"), "no text in UTF-8 at byte"),
-        (lambda text: text + b"\n" + text, "has more after the end of its JSON: another value"),
-        (lambda text: text + b"garbage", "has more after the end of its JSON: 'garbage'"),
+        (lambda text: b"", "is truncated or not JSON"),
+        (lambda text: codecs.BOM_UTF8 + text, "starts with a byte order mark"),
+        (lambda text: text.decode().encode("utf-16"), "is encoded in UTF-16"),
+        (lambda text: text.decode().encode("utf-16-be"), "is encoded in UTF-16"),
+        (lambda text: text.decode().encode("utf-32"), "is encoded in UTF-32"),
+        (gzip.compress, "is compressed (run gunzip), not JSON"),
+        (lambda text: text.replace(b"cat", b"ca\xe9"), "invalid UTF-8 at byte"),
+        (lambda text: text + b"\n" + text, "continues after the end of its JSON: another value"),
+        (lambda text: text + b"garbage", "continues after the end of its JSON: 'garbage'"),
         (lambda text: b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-        (lambda text: b"<!DOCTYPE html>", "not JSON but a web page"),
+        (lambda text: b"<!DOCTYPE html>", "is a web page, not JSON"),
         (lambda text: b"[" * 200_000, "nested too deeply"),
         (lambda text: text.replace(b"400", b"4" * 5000), "digits"),
-        (lambda text: b"null", "holds a NoneType"),
-        (lambda text: b'"' + b"a" * 9000 + b'"', "holds a str"),
+        (lambda text: b"null", "contains a NoneType"),
+        (lambda text: b'"' + b"a" * 9000 + b'"', "contains a str"),
     ],
 )
-def test_files_that_are_no_json(coco, data, words):
+def test_files_that_are_not_json(coco, data, words):
     path = coco / "train.json"
     path.write_bytes(data(path.read_bytes()))
     (line,) = (line for line in told_of_file(coco))
@@ -59,7 +59,7 @@ def told_of_file(coco):
     return message.splitlines()
 
 
-def test_a_byte_order_mark_goes_by_the_command(coco):
+def test_suggested_command_removes_the_byte_order_mark(coco):
     path = coco / "train.json"
     path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
     (line,) = told_of_file(coco)
@@ -70,7 +70,7 @@ def test_a_byte_order_mark_goes_by_the_command(coco):
 # --- names
 
 
-def test_long_and_odd_names_do_not_fill_the_terminal(coco):
+def test_long_and_unusual_names_are_shortened(coco):
     long = "a" * 8000
 
     def change(content):
@@ -87,10 +87,10 @@ def test_long_and_odd_names_do_not_fill_the_terminal(coco):
         assert "‮" not in message
 
 
-def test_classes_that_are_given_twice_or_are_no_text(coco):
+def test_duplicate_or_non_string_classes(coco):
     for classes, words in (
         (("cat", "cat", "dog"), "'cat' more than once"),
-        (("cat", 7), "7 is not text"),
+        (("cat", 7), "7 is not valid"),
     ):
         (line,) = told_of(coco, lambda content: None, metainfo=dict(classes=classes))
         assert words in line

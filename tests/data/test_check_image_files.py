@@ -1,4 +1,4 @@
-"""Files that should not be opened or decoded, images that resizing leaves nothing of, samples."""
+"""Files not to open or decode, images that resizing shrinks to nothing, and samples."""
 
 import os
 import socket
@@ -27,7 +27,7 @@ from tests.helpers.damaged_sets import (
 
 
 def png_header(width, height):
-    """A whole PNG file that says how large it is, and holds next to nothing."""
+    """Return a complete PNG file with a given size in its header but hardly any data."""
 
     def chunk(kind, data):
         code = struct.pack(">I", zlib.crc32(kind + data))
@@ -41,7 +41,7 @@ def png_header(width, height):
 
 
 def no_file(path, kind):
-    """Put something under a path that is no file."""
+    """Create something other than a regular file."""
     path.unlink(missing_ok=True)
     if kind == "FIFO":
         os.mkfifo(path)
@@ -52,23 +52,23 @@ def no_file(path, kind):
     else:
         with socket.socket(socket.AF_UNIX) as end:
             here = os.getcwd()
-            os.chdir(path.parent)  # addresses of sockets are short
+            os.chdir(path.parent)  # socket paths must be short
             end.bind(path.name)
             os.chdir(here)
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "device", "folder", "socket"])
-def test_what_is_no_file_is_not_opened(coco, kind):
+def test_special_files_are_not_opened(coco, kind):
     path = coco / "images" / "2.jpg"
     no_file(path, kind)
     message = errors_of(config(coco_dataset(coco), model=None))
-    assert f"1 of 4 images are damaged: {path}: not a file but a {kind}" in message
+    assert f"1 of 4 images are damaged: {path}: a {kind}, not a file" in message
     found = audit(Config(dict(train_dataloader=dict(dataset=coco_dataset(coco)))), ["train"])
     assert [(p.kind, p.path) for p in found.problems] == [("damaged", str(path))]
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "device", "folder", "socket"])
-def test_an_annotation_file_that_is_no_file_is_not_opened(coco, kind):
+def test_special_annotation_files_are_not_opened(coco, kind):
     no_file(coco / "val.json", kind)
     evaluator = dict(type="CocoMetric", ann_file=str(coco / "val.json"))
     cfg = config({}, coco_dataset(coco, "val"), None, val_evaluator=evaluator)
@@ -77,7 +77,7 @@ def test_an_annotation_file_that_is_no_file_is_not_opened(coco, kind):
     assert audit(cfg, ["val"]).images == {}
 
 
-def test_inputs_that_are_no_files(tmp_path):
+def test_inputs_that_are_special_files(tmp_path):
     write_image(tmp_path / "a.jpg")
     no_file(tmp_path / "b.jpg", "FIFO")
     no_file(tmp_path / "c.jpg", "device")
@@ -85,8 +85,8 @@ def test_inputs_that_are_no_files(tmp_path):
     a, b, c = find_images([str(tmp_path)])
     assert [image_damage(path) for path in (a, b, c)] == [
         None,
-        "not a file but a FIFO",
-        "not a file but a device",
+        "a FIFO, not a file",
+        "a device, not a file",
     ]
     with pytest.raises(ValueError, match=r"b\.jpg': is a FIFO, not a file"):
         find_images([b])
@@ -98,20 +98,20 @@ def test_an_image_bomb_is_not_decoded(coco, header):
     path.write_bytes(header)
     message = errors_of(config(coco_dataset(coco), model=None))
     assert f"{path}: 60000 x 60000 pixels, above the limit of 268,435,456" in message
-    assert "OPENCV_IO_MAX_IMAGE_PIXELS raises it" in message
+    assert "OPENCV_IO_MAX_IMAGE_PIXELS to raise it" in message
     found = audit(Config(dict(train_dataloader=dict(dataset=coco_dataset(coco)))), ["train"])
     assert found.count("damaged", "train") == 1
 
 
 @pytest.mark.parametrize("ending", [".jpg", ".png", ".bmp", ".tif", ".ppm"])
-def test_the_size_by_the_header_is_that_of_the_decoded_image(tmp_path, ending):
+def test_size_from_the_header_matches_the_decoded_image(tmp_path, ending):
     path = str(tmp_path / f"a{ending}")
     cv2.imwrite(path, np.zeros((20, 30, 3), np.uint8))
     assert image_size(path) == (30, 20)
     assert cv2.imread(path).shape == (20, 30, 3)
 
 
-def test_the_size_of_an_image_that_its_orientation_turns(tmp_path):
+def test_size_of_an_image_with_exif_orientation(tmp_path):
     path = tmp_path / "a.jpg"
     cv2.imwrite(str(path), np.zeros((20, 30, 3), np.uint8))
     whole = path.read_bytes()
@@ -122,10 +122,10 @@ def test_the_size_of_an_image_that_its_orientation_turns(tmp_path):
     assert image_size(str(path)) == (20, 30)
 
 
-def test_images_of_another_size_than_annotated(coco):
+def test_images_that_differ_from_the_annotated_size(coco):
     edit_json(coco / "train.json", setting("images", width=48, height=64))
     (warning,) = check_data(config(coco_dataset(coco), model=None), ("train",))
-    assert "1 of 4 images" in warning
+    assert "1 of 4 opened images differ" in warning
     assert f"{coco}/images/1.jpg: 64 x 48, annotated 48 x 64" in warning
 
 
@@ -149,7 +149,7 @@ RESIZINGS = [
 
 @pytest.mark.parametrize("transform", RESIZINGS, ids=lambda t: t["type"])
 @pytest.mark.parametrize("size", [(300, 1), (1, 300), (300, 2), (3000, 4), (640, 480), (90, 1)])
-def test_the_shorter_side_is_what_the_transform_leaves(transform, size):
+def test_shorter_side_matches_the_transform(transform, size):
     width, height = size
     expected = shorter_side(width, height, transform["type"], transform)
     own = TRANSFORMS.build({**transform, "_scope_": "mmdet"})
@@ -175,7 +175,7 @@ def test_the_shorter_side_is_what_the_transform_leaves(transform, size):
         ([dict(type="RandomCrop", crop_size=(9, 9)), RESIZINGS[0]], False),
     ],
 )
-def test_images_that_resizing_leaves_nothing_of_are_counted(coco, split, transforms, counted):
+def test_images_resized_to_nothing_are_counted(coco, split, transforms, counted):
     cv2.imwrite(str(coco / "images" / "1.jpg"), np.zeros((1, 300, 3), np.uint8))
     edit_json(coco / f"{split}.json", setting("images", width=300, height=1))
     edit_json(
@@ -192,11 +192,13 @@ def test_images_that_resizing_leaves_nothing_of_are_counted(coco, split, transfo
     assert f"{coco}/images/1.jpg (300 x 1)" in message
 
 
-def test_an_image_that_resizing_leaves_nothing_of_is_told_in_words():
+def test_image_resized_to_nothing_gives_a_clear_error():
     own = TRANSFORMS.build({**RESIZINGS[0], "_scope_": "mmdet"})
-    with pytest.raises(ImageError, match=r"300 x 1 pixels, of which resizing to \(64, 48\) leaves"):
+    with pytest.raises(
+        ImageError, match=r"300 x 1 pixels; resizing to \(64, 48\) would make a side 0"
+    ):
         transformed(own, dict(img=np.zeros((1, 300, 3), np.uint8)))
-    with pytest.raises(KeyError):  # what is no fault of the image stays what it is
+    with pytest.raises(KeyError):  # other errors are not changed
         transformed(lambda results: results["nothing"], dict(img=np.zeros((9, 9, 3), np.uint8)))
 
 
@@ -205,7 +207,7 @@ def test_an_image_that_resizing_leaves_nothing_of_is_told_in_words():
 
 @pytest.fixture
 def many(coco):
-    """A set of more images than a quick check opens."""
+    """Return a dataset with more images than a quick check opens."""
     whole = (coco / "images" / "0.jpg").read_bytes()
     number = SAMPLE + 50
 
@@ -220,7 +222,7 @@ def many(coco):
     return coco
 
 
-def test_quick_opens_some_images_and_says_so(many):
+def test_quick_opens_a_sample_and_warns(many):
     cfg = config(coco_dataset(many, filter_cfg=None), model=None)
     (line,) = check_data(cfg, ("train",))
     assert f"opened {SAMPLE} of {SAMPLE + 50} images" in line
@@ -228,17 +230,17 @@ def test_quick_opens_some_images_and_says_so(many):
     assert check_data(cfg, ("train",), "full") == []
 
 
-def test_quick_finds_what_is_missing_anywhere(many):
+def test_quick_finds_any_missing_file(many):
     cfg = config(coco_dataset(many, filter_cfg=None), model=None)
-    for i in range(100, 110):  # one of them, at least, is not among those that are opened
+    for i in range(100, 110):  # at least one of them is not opened
         (many / "images" / f"{i}.jpg").unlink()
     no_file(many / "images" / "111.jpg", "FIFO")
     message = errors_of(cfg)
     assert f"10 of {SAMPLE + 50} images are missing" in message
-    assert "111.jpg: not a file but a FIFO" in message
+    assert "111.jpg: a FIFO, not a file" in message
 
 
-def test_full_finds_what_quick_does_not_open(many):
+def test_full_finds_damage_that_quick_misses(many):
     cfg = config(coco_dataset(many, filter_cfg=None), model=None)
     for i in range(SAMPLE + 50):
         path = many / "images" / f"{i}.jpg"
@@ -249,14 +251,14 @@ def test_full_finds_what_quick_does_not_open(many):
 
 
 @pytest.mark.parametrize("name", ["C:\\data\\1.jpg", "images\\1.jpg"])
-def test_names_of_windows(coco, name):
+def test_windows_separators_in_names(coco, name):
     edit_json(coco / "train.json", setting("images", file_name=name))
     message = errors_of(config(coco_dataset(coco), model=None))
     assert "1 of 4 images are missing" in message
-    assert "1 have '\\' in their names, which should be '/'" in message
+    assert "1 of the names contain '\\', which should be '/'" in message
 
 
-def test_absolute_names_beside_relative_ones(coco, monkeypatch):
+def test_absolute_and_relative_names(coco, monkeypatch):
     monkeypatch.chdir(coco.parent)
     dataset = coco_dataset("coco")
     edit_json(coco / "train.json", setting("images", file_name=str(coco / "images" / "1.jpg")))

@@ -1,4 +1,4 @@
-"""The sheet of the worst images, whatever their names and pixels are."""
+"""The contact sheet of the worst images, with any names and pixels."""
 
 import csv
 from collections import Counter
@@ -15,7 +15,7 @@ NAMES = ("$a$b_$.png", "[red]x.png", "new\nline.png", "猫 \udcff.png", "=1+1.pn
 
 
 @pytest.mark.filterwarnings("error")
-def test_names_of_any_characters(tmp_path, monkeypatch, capsys):
+def test_names_with_any_characters(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     found = Audit(images=dict(train=len(NAMES)), boxes=dict(train=Counter()))
     for i, name in enumerate(NAMES):

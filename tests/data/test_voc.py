@@ -1,6 +1,6 @@
-"""XML files in VOC's format as tools write them: read, put right with a line, or refused in words.
+"""XML files in VOC format as written by tools: read, corrected with a log line, or rejected.
 
-Each case goes through the check before a run and through the data set itself, which must agree.
+Each case uses both the check before a run and the dataset itself, which must agree.
 """
 
 import pytest
@@ -25,7 +25,7 @@ def write(voc, content):
 
 
 def loaded(dataset):
-    """Return what training would read of the written file, its image decoded."""
+    """Return what training reads from the written file, including the decoded image."""
     built = DATASETS.build({**dataset, "serialize_data": False, "_scope_": "mmdet"})
     (info,) = (one for one in built.data_list if one["img_id"] == "1")
     assert built[built.data_list.index(info)]["img"].shape[:2] == (info["height"], info["width"])
@@ -82,11 +82,11 @@ REFUSED = {
         "undefined entity",
     ),
     "bytes of another encoding": (DOG.replace("dog", "d\xf6g").encode("latin-1"), "'utf-8' codec"),
-    "gbk cut off": (declared("gbk")[:-20], "bytes) is cut off or not XML: unclosed token"),
-    "another format": ("<annotations><image/></annotations>", "<annotations> is not laid out"),
+    "gbk cut off": (declared("gbk")[:-20], "bytes) is truncated or not XML: unclosed token"),
+    "another format": ("<annotations><image/></annotations>", "<annotations> is not in VOC format"),
     "objects below": (
         DOG.replace("<object>", "<all><object>").replace("</object>", "</object></all>"),
-        "every <object> directly below",
+        "every <object> is a direct child",
     ),
     "no name": (DOG.replace("<name>dog</name>", ""), "object 1 has no <name>"),
     "empty name": (DOG.replace(">dog<", "> <"), "object 1 has an empty <name>"),
@@ -97,22 +97,22 @@ REFUSED = {
     "infinite": (corner("-inf"), "<xmin> of object 1 ('dog') is '-inf'"),
     "decimal comma": (corner("5,5"), "<xmin> of object 1 ('dog') is '5,5'"),
     "far too large": (corner("1e300"), "is '1e300', not a number up to 1,000,000"),
-    "difficult in words": (difficult("maybe"), "is 'maybe'; valid are 0 and 1"),
+    "difficult in words": (difficult("maybe"), "is 'maybe'; must be 0 or 1"),
 }
 
 
 @pytest.mark.parametrize("content", SILENT.values(), ids=SILENT)
-def test_files_that_mean_one_thing_are_read_without_a_word(voc, content):
+def test_valid_files_are_read_without_warnings(voc, content):
     write(voc, content)
     assert check_data(config(ours(voc))) == []
     assert loaded(ours(voc)) == [BOX]
 
 
 @pytest.mark.parametrize(("content", "words"), CORRECTED.values(), ids=CORRECTED)
-def test_what_is_put_right_is_told_in_one_line(voc, content, words):
+def test_corrections_are_logged_in_one_line(voc, content, words):
     write(voc, content)
     (warning,) = check_data(config(ours(voc)))
-    assert warning.startswith("train_dataloader.dataset: put right: ")
+    assert warning.startswith("train_dataloader.dataset: corrected: ")
     assert words in warning
     assert warning.endswith("(1 XML files: 1)")
     assert loaded(ours(voc)) == [BOX]
@@ -121,7 +121,7 @@ def test_what_is_put_right_is_told_in_one_line(voc, content, words):
 @pytest.mark.parametrize(
     "case", sorted(CORRECTED.keys() - {"size of 0", "negative size", "blanks around a name"})
 )
-def test_of_mmdets_own_data_set_they_are_refused(voc, case):
+def test_mmdets_own_dataset_rejects_them(voc, case):
     content, words = CORRECTED[case]
     write(voc, content)
     message = errors_of(config(voc_dataset(voc)))
@@ -129,17 +129,20 @@ def test_of_mmdets_own_data_set_they_are_refused(voc, case):
     assert words in message
 
 
-def test_images_that_mmdet_leaves_out_by_a_size_of_0_are_counted(voc):
+def test_images_skipped_by_mmdet_for_size_0_are_counted(voc):
     write(voc, DOG.replace(SIZE, SIZE.replace("64", "0")))
     dataset = voc_dataset(voc, filter_cfg=dict(min_size=32))
     (warning,) = check_data(config(dataset))
-    assert "1 of 3 images are left out by {'min_size': 32}, as <size> is 0 in 1" in warning
+    assert (
+        "1 of 3 images are skipped by filter_cfg={'min_size': 32}, because <size> is 0 in 1"
+        in warning
+    )
     assert len(DATASETS.build({**dataset, "pipeline": []})) == 2
     assert len(DATASETS.build(ours(voc, filter_cfg=dict(min_size=32)))) == 3
 
 
 @pytest.mark.parametrize(("content", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_read_is_refused_with_file_field_and_value(voc, content, words):
+def test_unreadable_files_raise_with_file_field_and_value(voc, content, words):
     write(voc, content)
     message = errors_of(config(ours(voc)))
     assert "1 of the 3 XML files" in message
@@ -151,12 +154,12 @@ def test_what_cannot_be_read_is_refused_with_file_field_and_value(voc, content, 
     assert words in errors_of(config(voc_dataset(voc)))
 
 
-def test_long_values_are_not_shown_whole(voc):
+def test_long_values_are_shortened(voc):
     write(voc, corner("5" * 8000))
     assert len(errors_of(config(ours(voc)))) < 1000
 
 
-def test_what_difficult_means(voc):
+def test_values_of_difficult(voc):
     write(voc, "")
     path = voc / "Annotations" / "1.xml"
     for text, expected in {"1": True, " 2 ": True, "-1": True, "True": True, "1.0": True}.items():
@@ -165,10 +168,10 @@ def test_what_difficult_means(voc):
         assert box.difficult == expected
 
 
-def test_objects_of_other_classes_are_not_looked_into(voc):
+def test_objects_of_other_classes_are_not_parsed(voc):
     write(voc, DOG.replace("</size>", "</size><object><name>ship</name><robndbox/></object>"))
     (warning,) = check_data(config(ours(voc)))
-    assert "other names than its classes are ignored: 'ship' (1)" in warning
+    assert "other classes are ignored: 'ship' (1)" in warning
     assert loaded(ours(voc)) == [BOX]
 
 
@@ -177,12 +180,12 @@ INVERTED = [(30, 5, 5, 30), (5, 5, 5.9, 30)]
 
 
 @pytest.mark.parametrize("box", OUTSIDE + INVERTED)
-def test_boxes_without_anything_in_the_image_are_ignored_in_training(voc, box):
+def test_boxes_outside_the_image_are_ignored_in_training(voc, box):
     write(voc, voc_xml(("dog", 0, (5, 6, 30, 31)), ("dog", 0, box)))
     (warning,) = check_data(config(ours(voc)))
-    assert "1.xml; they are left out of training" in warning
+    assert "1.xml; they are ignored in training" in warning
     assert [one["ignore_flag"] for one in loaded(ours(voc))] == [0, 1]
-    # As in MMDetection, an evaluation counts them.
+    # As in MMDetection, they count in an evaluation.
     val = ours(voc, test_mode=True)
     (warning,) = check_data(config(val, val), ("val",))
     assert "counts them as missed" in warning
@@ -190,21 +193,21 @@ def test_boxes_without_anything_in_the_image_are_ignored_in_training(voc, box):
 
 
 @pytest.mark.parametrize("box", OUTSIDE)
-def test_boxes_outside_are_an_error_where_resize_makes_them_empty(voc, box):
+def test_boxes_outside_raise_if_resize_makes_them_empty(voc, box):
     write(voc, voc_xml(("dog", 0, (5, 6, 30, 31)), ("dog", 0, box)))
     load = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", with_bbox=True)]
     resize = dict(type="Resize", scale=(32, 32))
     drop = dict(type="FilterAnnotations", min_gt_bbox_wh=(1, 1))
     message = errors_of(config(voc_dataset(voc, pipeline=[*load, drop, resize])))
-    assert "1 boxes lie outside of their image, in 1.xml" in message
+    assert "1 boxes are outside of their image, in 1.xml" in message
     assert "after Resize:  dict(type='FilterAnnotations'" in message
     behind = voc_dataset(voc, pipeline=[*load, resize, drop])
     (warning,) = check_data(config(behind))
-    assert "left out of training" in warning
+    assert "ignored in training" in warning
     assert len(DATASETS.build({**behind, "_scope_": "mmdet"})[1]["gt_bboxes"]) == 1
 
 
-def test_a_wrong_size_in_the_file_does_not_make_boxes_outside(voc):
+def test_wrong_size_in_the_file_does_not_put_boxes_outside(voc):
     write(voc, DOG.replace(SIZE, "<width>4</width><height>4</height>"))
     (warning,) = check_data(config(ours(voc)))
     assert "1.jpg: 64 x 48, annotated 4 x 4" in warning
@@ -224,9 +227,9 @@ def test_blanks_in_an_image_set_do_not_matter(voc, content):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"0  1\n1 -1\n2 -1\n", "lists of one class ('0  1')"), (b"0\n\xe9\n", "is not UTF-8 text")],
+    [(b"0  1\n1 -1\n2 -1\n", "per-class lists ('0  1')"), (b"0\n\xe9\n", "is not UTF-8 text")],
 )
-def test_image_sets_that_are_none(voc, content, words):
+def test_invalid_image_sets(voc, content, words):
     (voc / "train.txt").write_bytes(content)
     assert words in errors_of(config(ours(voc)))
     with pytest.raises(DataError) as caught:

@@ -1,4 +1,4 @@
-"""Images in VOC layout: of any suffix, named by ``<filename>`` or not; and VOC itself."""
+"""Images in VOC layout with any suffix, with and without ``<filename>``, and VOC itself."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def check(root):
 
 @pytest.fixture
 def laid_out(tmp_path):
-    """Make a data set of image files, and of XML files by id with their ``<filename>``."""
+    """Create a dataset of image files and of XML files, given as id -> ``<filename>``."""
 
     def make(files, ids):
         for name in files:
@@ -52,7 +52,7 @@ def laid_out(tmp_path):
         *((f"a{suffix}", "a", None, 0) for suffix in (".png", ".JPG", ".jpeg", ".bmp", ".tif")),
         *((f"a{suffix}", "a", None, 0) for suffix in (".TIFF", ".webp", ".Png", ".ppm")),
         ("a.JPG", "a", "a.JPG", 0),
-        ("a.JPG", "a", "a.jpg", 0),  # the case is another
+        ("a.JPG", "a", "a.jpg", 0),  # a different case
         ("a.png", "a", "gone.jpg", 0),
         ("a.png", "a", "", 0),
         ("a.png", "a", "a", 0),
@@ -86,14 +86,14 @@ def test_the_image_is_found(laid_out, files, img_id, filename, found):
     ("files", "filename", "words"),
     [
         (["a.png", "b.png"], "b.png", "<filename> names another image"),
-        (["a.jpg", "a.png"], None, "several images of one name and no <filename>"),
+        (["a.jpg", "a.png"], None, "several images with the same name and no usable <filename>"),
     ],
 )
-def test_in_doubt_it_is_mmdets_image_and_a_line_says_so(laid_out, files, filename, words):
+def test_ambiguous_image_is_mmdets_with_a_warning(laid_out, files, filename, words):
     root = laid_out(files, {"a": filename})
     (warning,) = check(root)
     assert words in warning
-    assert "that of the XML file's name is taken (1 XML files: a)" in warning
+    assert "the one with the XML file's name is used (1 XML files: a)" in warning
     found = DATASETS.build(ours(root)).get_data_info(0)["img_path"]
     assert found == str(root / "JPEGImages" / files[0])
 
@@ -101,12 +101,12 @@ def test_in_doubt_it_is_mmdets_image_and_a_line_says_so(laid_out, files, filenam
 @pytest.mark.parametrize(
     ("files", "ids", "words"),
     [
-        (["a.png", "a.bmp"], {"a": None}, "which image of"),
-        (["b.png", "b.bmp"], {"a": "b"}, "is meant: b.bmp, b.png"),
-        (["c.png"], {"a": "c.png", "b": "c.png"}, "'c.png', which is that of a.xml"),
+        (["a.png", "a.bmp"], {"a": None}, "is ambiguous in"),
+        (["b.png", "b.bmp"], {"a": "b"}, ": b.bmp, b.png"),
+        (["c.png"], {"a": "c.png", "b": "c.png"}, "'c.png', the image of a.xml"),
     ],
 )
-def test_what_remains_ambiguous_is_refused(laid_out, files, ids, words):
+def test_ambiguous_images_raise(laid_out, files, ids, words):
     root = laid_out(files, ids)
     assert words in errors_of(config(ours(root), num_classes=1))
     with pytest.raises(DataError) as caught:
@@ -114,7 +114,7 @@ def test_what_remains_ambiguous_is_refused(laid_out, files, ids, words):
     assert words in str(caught.value)
 
 
-def test_missing_images_and_what_is_no_file_are_missing(laid_out):
+def test_missing_images_and_special_files_are_missing(laid_out):
     root = laid_out(["c.png"], dict.fromkeys("abc"))
     os.mkfifo(root / "JPEGImages" / "a.png")
     (root / "JPEGImages" / "b.png").mkdir()
@@ -134,7 +134,7 @@ def test_each_folder_is_listed_once(laid_out, monkeypatch):
 
 
 def test_remote_images_have_mmdets_names(laid_out):
-    """Nothing is listed where listing may cost: here, below a backend that is not local."""
+    """Folders on remote backends, where listing may be expensive, are not listed."""
     root = laid_out(["a.png"], {"a": "a.png"})
     for backend, name in ((None, "a.png"), (dict(backend="local"), "a.png")):
         built = DATASETS.build(ours(root, pipeline=[], backend_args=backend))
@@ -144,9 +144,9 @@ def test_remote_images_have_mmdets_names(laid_out):
     assert built.read("a").path == f"file://{root}/JPEGImages/a.jpg"
 
 
-def test_size_of_an_image_is_that_of_the_decoded_one(tmp_path):
+def test_size_of_an_image_matches_the_decoded_one(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     Image.new("RGB", (64, 48)).save(tmp_path / "a.jpg", exif=exif)
     assert image_size(str(tmp_path / "a.jpg")) == (48, 64)
     (tmp_path / "b.png").write_text("no image")
@@ -156,7 +156,7 @@ def test_size_of_an_image_is_that_of_the_decoded_one(tmp_path):
 
 @pytest.fixture
 def voc0712(tmp_path, monkeypatch):
-    """The config of VOC07+12, and drawn images where it looks for VOC's."""
+    """Return the VOC07+12 config, with drawn images at VOC's paths."""
     cfg = Config.fromfile(ROOT / "configs/rfaconv/retinanet_r50-rfaconv_fpn_1x_voc0712.py")
     monkeypatch.chdir(tmp_path)
     make_shapes(tmp_path / "shapes", 6, 4, image_size=(128, 96), seed=0, max_objects=3)
@@ -168,7 +168,7 @@ def voc0712(tmp_path, monkeypatch):
     return cfg
 
 
-def test_voc_is_read_as_mmdet_reads_it(voc0712):
+def test_voc_is_read_like_mmdet(voc0712):
     check_data(voc0712, ("train", "val", "test"))
     flags = []
     for key in ("train_dataloader", "val_dataloader", "test_dataloader"):
@@ -183,12 +183,12 @@ def test_voc_is_read_as_mmdet_reads_it(voc0712):
             assert one.metainfo == mmdets.metainfo
             flags += [i["ignore_flag"] for info in one.data_list for i in info["instances"]]
     assert set(flags) == {0, 1}
-    assert mmdets.metainfo["dataset_type"] == "VOC2007"  # by which VOCMetric names its classes
+    assert mmdets.metainfo["dataset_type"] == "VOC2007"  # VOCMetric uses it for its class names
     metric = VOCMetric(eval_mode=voc0712.val_evaluator.eval_mode)
     assert metric.eval_mode == "11points"
 
 
-def test_nothing_is_read_before_it_is_asked_for(tmp_path):
+def test_datasets_are_lazy(tmp_path):
     built = DATASETS.build(ours(tmp_path / "gone", lazy_init=True))
     assert built.metainfo["classes"] == ("dog",)
     with pytest.raises(FileNotFoundError):

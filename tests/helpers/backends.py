@@ -1,4 +1,4 @@
-"""What tests of the accelerated backends share."""
+"""Shared by tests of the accelerated backends."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from tests.helpers.paths import ROOT
 
 
 def require(backend: str) -> None:
-    """Skip where the backend cannot be; a CPU backend that could be built must be there."""
+    """Skip if the backend is not possible; a CPU backend that can be built must exist."""
     reason = missing(backend)
     if not reason:
         return
@@ -26,7 +26,7 @@ def require(backend: str) -> None:
 
 
 def copy_without_kernels(folder: Path) -> None:
-    """Copy the package to where its C++ kernels are not built."""
+    """Copy the package without its C++ kernels."""
     built = shutil.ignore_patterns("*.so", "__pycache__", "_cpu_*.stamp")
     shutil.copytree(ROOT / "rfa_mmdet", folder / "rfa_mmdet", ignore=built)
 
@@ -36,7 +36,7 @@ def build(case: Case, **kwargs) -> RFAConv:
 
 
 def run(layer: nn.Module, x: Tensor, seed: int = 0) -> list[Tensor]:
-    """Output, and gradients of the input and the parameters for a random upstream gradient."""
+    """Return output and gradients of input and parameters for a random upstream gradient."""
     x = x.detach().clone().requires_grad_()
     y = layer(x)
     generator = torch.Generator().manual_seed(seed)

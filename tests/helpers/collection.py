@@ -1,4 +1,4 @@
-"""Leave out of the doctests what cannot be imported here."""
+"""Exclude modules from doctests that cannot be imported in this environment."""
 
 from pathlib import Path
 

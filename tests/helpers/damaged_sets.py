@@ -1,4 +1,4 @@
-"""Small data sets of COCO and VOC, to be damaged, and the configs that read them."""
+"""Small COCO and VOC datasets to damage, and configs that read them."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def coco_content():
         categories=[dict(id=10 + i, name=name) for i, name in enumerate(CLASSES)],
         annotations=[
             dict(
-                id=i + 1,  # 0 is no id for pycocotools
+                id=i + 1,  # pycocotools does not accept 0 as an id
                 image_id=i % 4,
                 category_id=10 + i % 3,
                 bbox=[5, 5, 20, 20],
@@ -76,13 +76,13 @@ def voc_made(tmp_path_factory):
 
 @pytest.fixture
 def coco(coco_made, tmp_path):
-    """The folder of a COCO data set, to be damaged."""
+    """Return the folder of a COCO dataset to damage."""
     return shutil.copytree(coco_made, tmp_path / "coco")
 
 
 @pytest.fixture
 def voc(voc_made, tmp_path):
-    """The folder of a VOC data set, to be damaged."""
+    """Return the folder of a VOC dataset to damage."""
     return shutil.copytree(voc_made, tmp_path / "voc")
 
 
@@ -116,7 +116,7 @@ def voc_dataset(root, **changes):
 
 
 def config(train, val=None, model="retinanet_r50_fpn", num_classes=3, **more):
-    """A config of mmdet's own model, its heads set to ``num_classes`` unless that is None."""
+    """Return a config of an mmdet model, with ``num_classes`` in its heads unless None."""
     cfg = Config.fromfile(MODELS / f"{model}.py") if model else Config(dict())
     if model and num_classes is not None:
         cfg.merge_from_dict({f"{key}.num_classes": num_classes for key, _ in heads(cfg.model)})
@@ -140,7 +140,7 @@ def edit_json(path, change):
 
 
 def told_of(coco, change, split="train", **dataset):
-    """Errors and warnings, as lines, for a file after a change to its content."""
+    """Return errors and warnings as lines, after a change to a file's content."""
     edit_json(coco / f"{split}.json", change)
     evaluator = dict(
         type="CocoMetric", ann_file=str(coco / "val.json"), **dataset.pop("metric", {})
@@ -155,7 +155,7 @@ def told_of(coco, change, split="train", **dataset):
 
 
 def setting(name, /, **values):
-    """A change of the second entry of a list; None takes a field away."""
+    """Return a change of the second entry of a list; None removes a field."""
 
     def change(content):
         for key, value in values.items():
@@ -168,7 +168,7 @@ def setting(name, /, **values):
 
 
 def every(name, key, make):
-    """A change of a field of all entries of a list."""
+    """Return a change of a field in all entries of a list."""
 
     def change(content):
         for entry in content[name]:

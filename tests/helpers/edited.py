@@ -1,4 +1,4 @@
-"""ResNets with new layers, by RFAResNet and by Retrofit, and plain ones for their checkpoints."""
+"""ResNets with new layers from RFAResNet and Retrofit, and plain ones for their checkpoints."""
 
 import functools
 
@@ -22,7 +22,7 @@ def replaced(depth: int) -> str:
 def edited_resnet(
     kind: str, depth: int = 18, plugins: bool = True, rfa: dict = RFA, **kwargs
 ) -> nn.Module:
-    """ResNet with RFAConv in every block, and a plug-in where the kind puts it."""
+    """Return a ResNet with RFAConv in every block, and a plug-in depending on the kind."""
     kwargs = dict(base_channels=8, **kwargs)
     if kind == "RFAResNet":
         plugins = [dict(cfg=COORD, position="after_conv2")] if plugins else None

@@ -1,4 +1,4 @@
-"""A virtual environment of small stand-ins for the packages that detection needs."""
+"""A virtual environment with small stand-ins for the packages that detection needs."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ import pip
 
 from tests.helpers.paths import ROOT
 
-# Module -> (version, what its files hold). As much of each as the doctor asks for.
+# Module -> (version, content of its files), as far as the doctor needs it.
 HEALTHY = {
     "torch": (
         "2.13.0",
@@ -67,11 +67,11 @@ NAMES = {"cv2": "opencv-python", "pkg_resources": "setuptools"}
 
 
 class Environment:
-    """A virtual environment with stand-ins in it, and with pip.
+    """A virtual environment with stand-ins and pip.
 
     Args:
-        root: Folder to make.
-        *modules: Of HEALTHY; default: all.
+        root: Folder to create.
+        *modules: Names in HEALTHY; default: all.
     """
 
     def __init__(self, root, *modules):
@@ -110,7 +110,7 @@ class Environment:
                 shutil.rmtree(file.parent)
 
     def run(self, *command, cwd=None, **variables):
-        """Run this Python, as its own process."""
+        """Run this Python in a separate process."""
         variables = {"PATH": f"{self.python.parent}:/usr/bin:/bin", **variables}
         command = [self.python, "-B", *command]
         return subprocess.run(
@@ -118,14 +118,14 @@ class Environment:
         )
 
     def examine(self, **variables):
-        """Run the doctor there; return its exit code and what it printed."""
+        """Run the doctor in it; return its exit status and output."""
         done = self.run(ROOT / "tools" / "doctor.py", **variables)
         assert done.stderr == ""
-        print(done.stdout)  # shown where a test fails
+        print(done.stdout)  # shown if a test fails
         return done.returncode, done.stdout
 
     def freeze(self):
-        """Return what is installed, as pip lists it."""
+        """Return the installed packages as listed by pip."""
         done = self.run("-m", "pip", "list", "--format=freeze", PIP_CONFIG_FILE=os.devnull)
         assert done.returncode == 0, done.stderr
         return set(done.stdout.split())
@@ -140,7 +140,7 @@ def load_script(path):
 
 
 def make_python(folder, changes="", modules=()):
-    """Make a Python of its own, which runs ``changes`` when it starts, and cannot find modules."""
+    """Create a Python that runs ``changes`` at its start, and lacks some modules."""
     venv.create(folder, with_pip=False, symlinks=True)
     (site,) = folder.glob("lib/python3*/site-packages")
     hidden = (
@@ -156,7 +156,7 @@ importlib.util.find_spec = lambda name, *rest: None if name in hidden else find(
 
 
 def version(*numbers):
-    """Code that tells a Python that it is another version; not every one is installed."""
+    """Return code that makes a Python pretend to be another version."""
     return f"""
 import sys, sysconfig
 headers = sysconfig.get_path("include")

@@ -1,4 +1,4 @@
-"""A drawn data set and a detector small enough to train in seconds, for real runs of the tools."""
+"""A drawn dataset and a detector that trains in seconds, for real runs of the tools."""
 
 import logging
 import os
@@ -42,7 +42,7 @@ randomness = dict(seed=0, deterministic=True)
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> Path:
-    """12 training and 4 validation images of 64 x 64."""
+    """Return 12 training and 4 validation images of 64 x 64."""
     root = tmp_path_factory.mktemp("shapes")
     make_shapes(root, num_train=12, num_val=4, image_size=(64, 64), seed=0, max_objects=3)
     return root
@@ -50,7 +50,7 @@ def shapes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory) -> Path:
-    """A thin RetinaNet on them."""
+    """Return the config of a thin RetinaNet on the shapes."""
     path = tmp_path_factory.mktemp("configs") / "tiny.py"
     path.write_text(TINY)
     return path
@@ -58,22 +58,22 @@ def tiny_config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def environment(shapes) -> dict[str, str]:
-    """Of the tools' processes: the data set, and one thread each."""
+    """Return the environment of the tools' processes: the dataset, and one thread each."""
     return {
         **os.environ,
         "DATA_ROOT": str(shapes),
         "OMP_NUM_THREADS": "1",
         "PYTHON": sys.executable,
-        # Not another checkout, which may be installed.
+        # Not another checkout that may be installed.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
 
 
 @pytest.fixture(scope="session")
 def run_tool(environment):
-    """Run a command as its own process in the checkout; the output is in the answer.
+    """Run a command as a process in the checkout; the result has its output.
 
-    Variables are those of its environment; folders on PYTHONPATH come before the checkout.
+    Keyword arguments are environment variables; folders on PYTHONPATH precede the checkout.
     """
 
     def run(*command, **variables) -> subprocess.CompletedProcess:
@@ -89,7 +89,7 @@ def run_tool(environment):
             stderr=subprocess.STDOUT,
             timeout=PATIENCE,
         )
-        print(done.stdout)  # shown where a test fails
+        print(done.stdout)  # shown if a test fails
         assert "pkg_resources is deprecated" not in done.stdout  # the user cannot fix it
         return done
 
@@ -98,7 +98,7 @@ def run_tool(environment):
 
 @pytest.fixture(scope="session")
 def checkpoint(tiny_config, shapes, tmp_path_factory) -> Path:
-    """Of the thin detector, not trained, with scores from near 0 to near 1."""
+    """Return a checkpoint of the untrained thin detector with scores from about 0 to 1."""
     return save_random_checkpoint(tiny_config, tmp_path_factory.mktemp("weights") / "random.pth")
 
 
@@ -125,7 +125,7 @@ def fails(capsys, monkeypatch, shapes):
 
 @pytest.fixture(scope="session")
 def trained(run_tool, tiny_config, tmp_path_factory) -> Path:
-    """Work dir of a training of three epochs that nothing interrupted."""
+    """Return the work dir of an uninterrupted training of three epochs."""
     work_dir = tmp_path_factory.mktemp("trained")
     done = run_tool(sys.executable, "tools/train.py", tiny_config, "--work-dir", work_dir)
     assert done.returncode == 0, done.stdout

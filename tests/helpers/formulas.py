@@ -1,6 +1,6 @@
-"""The papers' formulas once more, in float64 and on their own: unfold, loops, laid-out windows.
+"""Independent implementations of the papers' formulas in float64: unfold, loops, laid-out windows.
 
-Nothing here imports the package but its tolerances. ``compare`` holds a layer against one of them.
+They import only the tolerances from the package. ``compare`` compares a layer with one of them.
 """
 
 import copy
@@ -26,7 +26,7 @@ ACTIVATIONS = {"ReLU": torch.relu, "SiLU": F.silu, None: lambda z: z}
 
 @dataclass(frozen=True)
 class Case:
-    """One convolution and one input, everything that shapes them."""
+    """Everything that determines one convolution and one input."""
 
     batch: int = 2
     channels: int = 3
@@ -48,7 +48,7 @@ class Case:
         return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spans)
 
     def build(self, layer: type[nn.Module], **kwargs) -> nn.Module:
-        """The layer in float32, no gate and no running statistic near its default."""
+        """Return the layer in float32, with no gate or running statistic close to its default."""
         torch.manual_seed(self.seed)
         built = layer(
             self.channels,
@@ -71,19 +71,19 @@ class Case:
                     module.running_mean.normal_()
                     module.running_var.uniform_(0.5, 2)
             elif isinstance(module, nn.Conv2d | nn.Linear) and name not in ("feature", "conv"):
-                # Gates that differ, and do not saturate.
+                # Different gates that do not saturate.
                 bound = module.weight[0].numel() ** -0.5
                 module.weight.data.uniform_(-bound, bound)
         return built.train(self.training)
 
     def input(self) -> Tensor:
-        # A mean other than zero, so that padded zeros differ from real cells on average.
+        # A nonzero mean, so padded zeros differ from real values on average.
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randn(self.batch, self.channels, *self.size, generator=generator) + 0.5
 
 
-# Vectors have 4 to 16 lanes, panels 3 vectors, products blocks of 4 or 8 rows; tiles, hundreds of
-# positions: sizes about each of these.
+# Sizes around those of vectors (4 to 16 lanes), panels (3 vectors), blocks of products (4 or 8
+# rows) and tiles (hundreds of positions).
 ODD_SIZES = [
     Case(batch=1, channels=1, out_channels=1, size=(1, 1), training=False),
     Case(batch=1, channels=1, out_channels=1, size=(2, 1)),
@@ -104,7 +104,7 @@ ODD_SIZES = [
 
 @st.composite
 def cases(draw, pointwise: bool = True) -> Case:
-    """Cases of any shape; without 1x1 kernels unless ``pointwise``."""
+    """Return cases of any shape; without 1x1 kernels unless ``pointwise``."""
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
     channels = groups * draw(st.one_of(st.integers(1, 17 // groups), st.integers(1, 65 // groups)))
     out_channels = groups * draw(st.integers(1, 9 // groups))
@@ -115,8 +115,8 @@ def cases(draw, pointwise: bool = True) -> Case:
     mode = draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]))
     spans = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
     padding = draw(st.tuples(*[st.integers(0, min(span, 6)) for span in spans]))
-    # From a window that fits just once to maps of odd and even sizes; a padding that the mode
-    # can take from inside the map.
+    # From a window that fits exactly once to maps of odd and even sizes, with a padding that the
+    # mode can take from inside the map.
     sizes = []
     for span, p in zip(spans, padding, strict=True):
         least = max(1, span - 2 * p)
@@ -138,7 +138,7 @@ def cases(draw, pointwise: bool = True) -> Case:
         training=draw(st.booleans()),
         seed=draw(st.integers(0, 2**20)),
     )
-    # Statistics of a few values divide by a variance that may be any small number.
+    # Statistics of few values divide by a variance that may be arbitrarily small.
     h, w = case.out_size()
     assume(not case.training or case.batch * min(h * w, sum(sizes)) >= 8)
     return case
@@ -149,10 +149,10 @@ def cases(draw, pointwise: bool = True) -> Case:
 
 @dataclass
 class Exact:
-    """What a formula computes with.
+    """State of a formula.
 
-    ``margin`` becomes the least distance of any value to a corner: a place where a derivative
-    jumps, and where rounding decides which side float32 is on.
+    ``margin`` is the smallest distance of any value to a kink, where a derivative jumps and
+    rounding decides on which side float32 is.
     """
 
     weights: dict[str, Tensor]
@@ -178,19 +178,19 @@ class Exact:
     def largest(self, z: Tensor, dim: int) -> Tensor:
         if z.shape[dim] > 1:
             first, second = z.detach().topk(2, dim).values.unbind(dim)
-            # Where ReLU made all of them zero, no gradient passes it.
+            # If ReLU makes all of them zero, no gradient passes.
             self.near(torch.where((first == 0) & (second == 0), inf, first - second))
         return z.max(dim).values
 
     def batch_norm(self, z: Tensor, name: str) -> Tensor:
-        """(B, N, ...), each of the N normalised over all the rest."""
+        """Normalise (B, N, ...) over all dimensions except N."""
         shape = (1, -1) + (1,) * (z.dim() - 2)
         rest = [d for d in range(z.dim()) if d != 1]
         if self.training:
             mean = z.mean(rest)
             var = ((z - mean.reshape(shape)) ** 2).mean(rest)
-            # The deviation divides float32's rounding: of a value that varies by less than a
-            # fiftieth of the input, which varies by one, no comparison to 1e-5 is possible.
+            # Dividing by the deviation amplifies float32's rounding: values that vary by less than
+            # a fiftieth of the input, which varies by one, cannot be compared to 1e-5.
             self.near(var.sqrt() * 5e-4)
             if self.constant_statistics:
                 mean, var = mean.detach(), var.detach()
@@ -217,17 +217,17 @@ def padded(case: Case, x: Tensor) -> Tensor:
 
 
 def windows(case: Case, x: Tensor) -> Tensor:
-    """The K values that each output cell sees, (B, C, K, h, w)."""
+    """Return the K values in the window of each output position, (B, C, K, h, w)."""
     seen = F.unfold(padded(case, x), case.kernel, case.dilation, 0, case.stride)
     return seen.reshape(x.shape[0], x.shape[1], -1, *case.out_size())
 
 
 def features(exact: Exact, case: Case, x: Tensor, learnt: bool = True) -> Tensor:
-    """The receptive-field feature F, (B, C, K, h, w)."""
+    """Return the receptive-field feature F, (B, C, K, h, w)."""
     seen = windows(case, x)
     batch, channels, positions, h, w = seen.shape
     if learnt:
-        # Every (channel, position) has a kernel of its own over the window of the channel.
+        # Every (channel, position) has its own kernel over the channel's window.
         kernels = exact["feature.weight"].reshape(channels, positions, positions)
         seen = torch.einsum("bcjhw,cij->bcihw", seen, kernels)
     normal = exact.batch_norm(seen.reshape(batch, channels * positions, h, w), "norm")
@@ -236,7 +236,7 @@ def features(exact: Exact, case: Case, x: Tensor, learnt: bool = True) -> Tensor
 
 
 def side_by_side(seen: Tensor, kernel: tuple[int, int]) -> Tensor:
-    """Windows (B, C, K, h, w) as the map (B, C, h * kh, w * kw)."""
+    """Lay out windows (B, C, K, h, w) as a map (B, C, h * kh, w * kw)."""
     batch, channels, _, h, w = seen.shape
     kh, kw = kernel
     wide = seen.new_zeros(batch, channels, h * kh, w * kw)
@@ -247,7 +247,7 @@ def side_by_side(seen: Tensor, kernel: tuple[int, int]) -> Tensor:
 
 
 def step_over(exact: Exact, case: Case, wide: Tensor) -> Tensor:
-    """The final convolution, which steps from one window to the next."""
+    """Apply the final convolution, which strides from window to window."""
     weight, bias = exact["conv.weight"], exact.weights.get("conv.bias")
     return F.conv2d(wide, weight, bias, stride=case.kernel, groups=case.groups)
 
@@ -266,7 +266,7 @@ def rfa_conv(exact: Exact, case: Case, x: Tensor, learnt: bool = True) -> Tensor
 
 
 def coordinate_attention(exact: Exact, x: Tensor, name: str) -> Tensor:
-    """Coordinate attention of any map (B, C, H, W)."""
+    """Apply coordinate attention to a map (B, C, H, W)."""
 
     def conv(z: Tensor, conv_name: str) -> Tensor:
         weight, bias = exact[f"{name}.{conv_name}.weight"], exact[f"{name}.{conv_name}.bias"]
@@ -286,7 +286,7 @@ def coordinate_attention(exact: Exact, x: Tensor, name: str) -> Tensor:
 
 
 def relative_error(found: Tensor, expected: Tensor, scale: float = 0.0) -> float:
-    """Largest difference over the largest expected value, or over that of what sums up to it."""
+    """Return the largest difference relative to the largest expected value or its summands."""
     assert found.shape == expected.shape
     scale = max(scale, float(expected.abs().max()), 1e-30)
     return float((found.double() - expected.double()).abs().max()) / scale
@@ -298,13 +298,13 @@ def compare(
     x: Tensor,
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32),
 ) -> float:
-    """Hold the layer in each dtype against the formula in float64 at the same numbers.
+    """Compare the layer in each dtype with the formula in float64 for the same values.
 
-    Forward, and the gradients of the input and of every parameter for a random upstream gradient;
-    below float64 these only where no value is within 1e-5 of a corner.
+    Compares outputs, and gradients of input and parameters for a random upstream gradient; below
+    float64, gradients only if no value is within 1e-5 of a kink.
 
     Returns:
-        float: Distance of the nearest value to a corner.
+        float: Distance of the closest value to a kink.
     """
     state = {name: value.double() for name, value in layer.state_dict().items()}
     names = [name for name, _ in layer.named_parameters()]
@@ -314,9 +314,9 @@ def compare(
     generator = torch.Generator().manual_seed(expected.numel())
     upstream, *others = torch.randn(4, *expected.shape, generator=generator, dtype=torch.float64)
     expected_gradients = torch.autograd.grad(expected, inputs, upstream, retain_graph=True)
-    # Rounding is to be measured by what a gradient sums up. BN in training mode subtracts what the
-    # batch statistics take back, often all but the eps; and of one upstream gradient the terms
-    # may cancel by chance, of several they do not.
+    # Measure rounding relative to the summands of a gradient. In training mode, the batch
+    # statistics of BN cancel most of it, often all but the eps. The terms of one upstream gradient
+    # may also cancel by chance, but not those of several.
     terms = expected
     if layer.training:
         terms = formula(Exact(state, True, constant_statistics=True), inputs[0])
@@ -331,7 +331,7 @@ def compare(
         if dtype != torch.float64 and exact.margin < 1e-5:
             continue
         found = torch.autograd.grad(out, [given_x, *copied.parameters()], upstream.to(dtype))
-        # A gradient far below all others carries the rounding of what passes between layers.
+        # A gradient far smaller than all others has the rounding errors of intermediate values.
         least = 1e-3 * max(scales) if dtype != torch.float64 else 0.0
         for name, f, e, scale in zip(["x", *names], found, expected_gradients, scales, strict=True):
             assert relative_error(f, e, max(scale, least)) <= tolerance.gradient, (name, dtype)
@@ -344,7 +344,7 @@ def gradcheck(layer: nn.Module, x: Tensor) -> bool:
     inputs = [x.double(), *(p.detach() for p in layer.parameters())]
 
     def run(x: Tensor, *weights: Tensor) -> Tensor:
-        # A copy each time: running statistics move in training mode.
+        # A copy each time, because running statistics change in training mode.
         module = copy.deepcopy(layer)
         return torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x,))
 
@@ -352,7 +352,7 @@ def gradcheck(layer: nn.Module, x: Tensor) -> bool:
 
 
 def check_empty_batch(layer: nn.Module, mode: str) -> None:
-    """Hold a layer of (4, 6, 3, stride 2, padding 1) against what torch does with no image."""
+    """Compare a layer (4, 6, 3, stride 2, padding 1) with torch for an empty batch."""
     x = torch.empty(0, 4, 7, 5, requires_grad=True)
     conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, padding_mode=mode)
     expected = nn.Sequential(conv, nn.BatchNorm2d(6)).eval()(x)
@@ -364,10 +364,10 @@ def check_empty_batch(layer: nn.Module, mode: str) -> None:
 
 
 def check_refused_inputs(layer: nn.Module) -> None:
-    """Hold a layer of (8, 8, 3, padding 0, dilation 2), a window of 5, against wrong inputs."""
+    """Check that a layer (8, 8, 3, padding 0, dilation 2), window 5, rejects invalid inputs."""
     name = type(layer).__name__
     for x, error, message in [
-        (torch.rand(8, 9, 9), ValueError, "input has shape (8, 9, 9), but (B, C, H, W) is needed"),
+        (torch.rand(8, 9, 9), ValueError, "input has shape (8, 9, 9); must be (B, C, H, W)"),
         (torch.rand(1, 6, 9, 9), ValueError, "input has 6 channels (shape (1, 6, 9, 9))"),
         (torch.ones(1, 8, 9, 9, dtype=torch.int64), TypeError, "not a tensor of torch.int64"),
         (None, TypeError, "not NoneType"),

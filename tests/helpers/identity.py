@@ -1,4 +1,4 @@
-"""Plug-ins from the identity, for thin nets; and how far one net is from another."""
+"""Plug-ins that start as the identity, for thin nets, and the comparison of two nets."""
 
 import copy
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tests.helpers.zoo import flat
 
-# On a few channels, and on maps of 2 x 2; no ReLU so narrow that it could be dead.
+# For few channels and maps of 2 x 2, with ReLUs wide enough not to be dead.
 IDENTITIES = {
     "EMA": dict(type="EMA", factor=4, start="identity"),
     "ConAM": dict(
@@ -21,7 +21,7 @@ IDENTITIES = {
 
 
 def run(net: nn.Module, inputs: tuple) -> dict[str, Tensor]:
-    """Outputs, and gradients of inputs and parameters for one random upstream gradient, by name."""
+    """Return outputs and gradients of inputs and parameters by name, for a random gradient."""
     inputs = copy.deepcopy(inputs)
     net.zero_grad()
     outputs = flat(net(*inputs))
@@ -34,7 +34,7 @@ def run(net: nn.Module, inputs: tuple) -> dict[str, Tensor]:
 
 
 def furthest(found: dict[str, Tensor], expected: dict[str, Tensor], outputs: bool) -> float:
-    """Largest difference of an output, or of a gradient, over the largest of its values."""
+    """Return the largest difference of an output or gradient, relative to its largest value."""
     assert expected.keys() <= found.keys()
     names = [name for name in expected if name.startswith("output") == outputs]
     assert any(expected[name].any() for name in names)

@@ -1,4 +1,4 @@
-"""Let no test depend on those that ran before it, which are others in another process, or none."""
+"""Isolate tests from those that ran before in the same process."""
 
 import random
 
@@ -17,7 +17,7 @@ def seed(value: int) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     seed(0)
-    # MMEngine's scope of whatever was built last: none, as in a new process.
+    # MMEngine's default scope from the last build: reset it, as in a new process.
     DefaultScope._instance_dict.clear()
 
 

@@ -1,4 +1,4 @@
-"""New memory is full of NaN: what a layer forgets to fill shows."""
+"""Fill new memory with NaN, so values that a layer forgets to set are noticed."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ def nan_filled_memory():
     fill = torch.utils.deterministic.fill_uninitialized_memory
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    # Torch fills memory in its deterministic mode only; that some algorithm has no such form is
-    # another matter.
+    # torch only fills memory in deterministic mode; ignore that some algorithms have no
+    # deterministic variant.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -1,4 +1,4 @@
-"""Batch norms with values of their own."""
+"""Batch norms with random values."""
 
 import torch
 from torch import nn
@@ -6,7 +6,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def randomise_norms(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every batch norm of a module values of its own: none is the identity by chance."""
+    """Give all batch norms of a module random values, so none is the identity by chance."""
     generator = torch.Generator().manual_seed(seed)
     for norm in module.modules():
         if isinstance(norm, _BatchNorm):

@@ -1,15 +1,15 @@
-"""A port for processes that talk to each other; other tests and programs have theirs."""
+"""A free port for processes that communicate."""
 
 import random
 import socket
 
-# Below those that systems hand out by themselves, which somebody could be given at any moment.
+# Below the ephemeral ports, which any process may get at any time.
 RANGE = range(20_000, 32_000)
 
 
 def free_port() -> str:
-    """Return a port that nothing listens on."""
-    # Not from the seed that tests set: two processes would try the same ones in the same order.
+    """Return a port that no process listens on."""
+    # Not from the tests' seed: two processes would try the same ports in the same order.
     draw = random.SystemRandom()
     while True:
         port = draw.choice(RANGE)

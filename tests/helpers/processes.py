@@ -1,11 +1,11 @@
-"""Waiting for processes: long enough for a busy machine, and not without end for one that hangs."""
+"""Wait for processes: long enough on a busy machine, but not forever if one hangs."""
 
 import subprocess
 import time
 from collections.abc import Callable
 
-# Seconds: the longest command, the demo, takes a fifth of it on a quiet machine. Less than gloo's
-# half an hour, so that a rank that waits for another one fails the test.
+# In seconds: the longest command, the demo, takes a fifth of it on an idle machine. Less than
+# gloo's timeout of half an hour, so a rank that waits for another one fails the test.
 PATIENCE = 1500
 
 
@@ -17,9 +17,9 @@ def wait_until(
     """Wait until ``happened()``, as long as ``process``, if given, is alive.
 
     Args:
-        happened: Asked again and again.
-        process: Whose end before that fails the test.
-        printed: What it has printed so far, shown where the test fails.
+        happened: Condition, checked repeatedly.
+        process: Process whose earlier end fails the test.
+        printed: Returns its output so far, shown if the test fails.
     """
     until = time.monotonic() + PATIENCE
     while not happened():

@@ -1,4 +1,4 @@
-"""The published layers, written anew from the papers' formulas and the list of key names."""
+"""The published layers, reimplemented from the papers' formulas and the list of key names."""
 
 import torch
 from mmengine.registry import MODELS
@@ -8,7 +8,7 @@ import rfa_mmdet.models
 
 
 def side_by_side(x: Tensor, k: int) -> Tensor:
-    """(B, C, K, h, w) to (B, C, h * k, w * k)."""
+    """Lay out (B, C, K, h, w) as (B, C, h * k, w * k)."""
     b, c, _, h, w = x.shape
     return x.view(b, c, k, k, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, c, h * k, w * k)
 
@@ -145,7 +145,7 @@ THEIRS = {
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every parameter and statistic a value that would be noticed elsewhere."""
+    """Give every parameter and statistic a distinctive value."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in module.state_dict().items():
         if name.endswith("num_batches_tracked"):
@@ -153,7 +153,7 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
         elif name.endswith("running_var"):
             value.uniform_(0.5, 2, generator=generator)
         else:
-            # Small fans keep gates away from 0 and 1.
+            # Small weights keep gates away from 0 and 1.
             value.normal_(0, (1 / max(1, value[0].numel())) ** 0.5, generator=generator)
             value += 0.1
     return module.double().eval()
@@ -174,7 +174,7 @@ def assert_same(a: Tensor, b: Tensor) -> None:
 
 
 class Head(nn.Module):
-    """Names that also occur in published layers, but are none."""
+    """A module with names that also occur in published layers."""
 
     def __init__(self, c):
         super().__init__()
@@ -208,7 +208,7 @@ class Detector(nn.Module):
 
 
 def published_detector(system: str) -> nn.Module:
-    """The same detector, of published layers."""
+    """Return the same detector with published layers."""
     detector = Detector(system)
     for stage in (detector.backbone.layer1, detector.backbone.layer2):
         for block in stage:

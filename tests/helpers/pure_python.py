@@ -1,4 +1,4 @@
-"""Configs in MMEngine's pure-Python style, which name classes themselves instead of their names."""
+"""Configs in MMEngine's pure-Python style, with classes instead of their names."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from rfa_mmdet.config.check import _registered
 
 
 class _Written:
-    """What its code is written as."""
+    """An object whose repr is a given piece of code."""
 
     def __init__(self, code: str) -> None:
         self.code = code
@@ -18,7 +18,7 @@ class _Written:
 
 
 def pure_python(cfg: Config) -> str:
-    """Return the text of a config with every registered name as the class or function itself."""
+    """Return the text of a config with classes and functions instead of registered names."""
     known, imports = _registered(), set()
 
     def written(node: Any, key: str = "") -> Any:
@@ -32,7 +32,7 @@ def pure_python(cfg: Config) -> str:
             return _Written(cls.__name__)
         return node
 
-    # As the values are looked up nowhere, there is no scope to look in.
+    # Nothing is looked up in a registry, so there is no scope.
     values = {k: written(v) for k, v in cfg.to_dict().items() if k != "default_scope"}
     lines = [f"{key} = {value!r}" for key, value in values.items()]
     return "\n".join([*sorted(imports), *lines])

@@ -1,4 +1,4 @@
-"""A checkpoint of a detector that was not trained, with scores from near 0 to near 1."""
+"""A checkpoint of an untrained detector with scores from about 0 to 1."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from mmengine.registry import init_default_scope
 
 
 def save_random_checkpoint(config: Path, path: Path, std: float = 0.1) -> Path:
-    """Save a model as it starts, but with weights of deviation ``std`` in its classifiers."""
+    """Save an initialised model with classifier weights of standard deviation ``std``."""
     cfg = Config.fromfile(config)
     init_default_scope("mmdet")
     torch.manual_seed(0)
@@ -18,7 +18,7 @@ def save_random_checkpoint(config: Path, path: Path, std: float = 0.1) -> Path:
     for name, parameter in model.named_parameters():
         if re.search(r"_(cls|reg)(\.\d+)?\.(weight|bias)$", name):
             torch.nn.init.normal_(parameter, std=std if "cls" in name else 0.01)
-    # Batch norms that have seen something: else, maps grow from layer to layer.
+    # Batch norms with statistics, because maps grow from layer to layer otherwise.
     noise = torch.rand(8, 3, 1, 1) + 0.2 * torch.randn(8, 3, 128, 128)
     noise = (noise - 0.5) * 4 if "mean" in cfg.model.data_preprocessor else noise * 255
     for module in model.modules():

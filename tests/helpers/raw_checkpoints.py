@@ -1,4 +1,4 @@
-"""Checkpoint files around a pickle that is written by hand, in both formats of torch.save."""
+"""Checkpoint files with a handwritten pickle, in both formats of torch.save."""
 
 import io
 import pickle
@@ -12,7 +12,7 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 
 
 def write_raw(path: Path, data: bytes, zipped: bool, **storages: bytes) -> None:
-    """Write a file with this pickle, and float32 storages."""
+    """Write a file with this pickle and float32 storages."""
     if zipped:
         with zipfile.ZipFile(path, "w") as file:
             file.writestr("a/data.pkl", data)

@@ -1,4 +1,4 @@
-"""The receptive-field convolutions and the papers' formulas of them."""
+"""The receptive-field convolutions and the papers' formulas for them."""
 
 from functools import partial
 

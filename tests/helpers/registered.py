@@ -1,6 +1,6 @@
-"""Every layer that this package registers, built as mmcv builds it.
+"""All layers that this package registers, built as mmcv does.
 
-They are found in MMEngine's registry: one added later is swept as well.
+They are found in MMEngine's registry, so new ones are included automatically.
 """
 
 import inspect
@@ -17,12 +17,12 @@ from rfa_mmdet.layers.conv.receptive_field import ReceptiveFieldConv
 from tests.helpers.norms import randomise_norms
 
 CHANNELS = 32
-# For arguments without a default, by their name.
+# Values of arguments without a default, by name.
 REQUIRED = {"patch_size": 3, "hidden_channels": 8}
 
 
 def registered(package: str) -> list[str]:
-    """Names under which the modules of a package of layers have registered themselves."""
+    """Return the names that the modules of a package have registered."""
     prefix = f"{rfa_mmdet.layers.__name__}.{package}."
     return sorted(n for n, c in MODELS.module_dict.items() if c.__module__.startswith(prefix))
 
@@ -42,7 +42,7 @@ def required(name: str) -> dict:
 
 
 def conv(name: str, *args, seed: int = 0, **kwargs) -> nn.Module:
-    """A convolution built as mmcv does, with norms that are not at their defaults."""
+    """Return a convolution built as mmcv does, with norms not at their defaults."""
     torch.manual_seed(seed)
     layer = build_conv_layer(dict(type=name), *args, **kwargs)
     return randomise_norms(layer)
@@ -66,7 +66,7 @@ def feature_map(batch: int = 2) -> Tensor:
 
 
 def changes(a: nn.Module, b: nn.Module, x: Tensor | None = None) -> bool:
-    """Whether two layers with the same weights, where both have them, compute other things."""
+    """Return whether two layers with the same shared weights have different outputs."""
     x = feature_map() if x is None else x
     same = {k: v for k, v in a.state_dict().items() if v.shape == b.state_dict().get(k, x).shape}
     b.load_state_dict(same, strict=False)
@@ -75,14 +75,14 @@ def changes(a: nn.Module, b: nn.Module, x: Tensor | None = None) -> bool:
 
 
 def ones_in_last_norm(net: ResNet) -> None:
-    """Undo what zero_init_residual does: with zeros, nothing in a block has a gradient."""
+    """Undo zero_init_residual: with zeros, nothing in a block has a gradient."""
     for module in net.modules():
         if isinstance(module, Bottleneck):
             module.norm3.weight.data.fill_(1)
 
 
 def assert_gradients(out: tuple[Tensor, ...], layers: list[nn.Module], upstream: list) -> None:
-    """Finite in all; not zero for each name in one at least: a narrow ReLU may be dead."""
+    """Check that all gradients are finite, and each name is nonzero in at least one of them."""
     named = [(key, p) for layer in layers for key, p in layer.named_parameters()]
     gradients = torch.autograd.grad(out, [p for _, p in named], upstream)
     assert all(g.isfinite().all() for g in gradients)
@@ -91,7 +91,7 @@ def assert_gradients(out: tuple[Tensor, ...], layers: list[nn.Module], upstream:
 
 
 def build_randomly(cfg: dict, *args, **kwargs) -> nn.Module:
-    """The layer, with every value at random: a start has to set what it relies on."""
+    """Return the layer with random values: a start must set every value that it relies on."""
     layer = build_conv_layer({**cfg, **kwargs}, *args)
     with torch.no_grad():
         for value in layer.state_dict().values():

@@ -22,7 +22,7 @@ def blocks(net: ResNet, stage: int) -> nn.Module:
 
 
 def thin(depth: int = 18, seed: int = 0, **kwargs) -> RFAResNet:
-    """A net that runs in milliseconds, every norm at values of its own."""
+    """Return a net that runs in milliseconds, with random norms."""
     torch.manual_seed(seed)
     return randomise_norms(RFAResNet(depth, **{"base_channels": 8, **kwargs}))
 

@@ -1,8 +1,8 @@
-"""Results as runs would have left them, with chosen values."""
+"""Results as written by runs, with chosen values."""
 
 
 def run_result(method, seed, test, stage="all", **more):
-    """A run as results.json has it."""
+    """Return a run as in results.json."""
     found = dict(
         stage=stage,
         method=method,
@@ -20,7 +20,7 @@ def run_result(method, seed, test, stage="all", **more):
 
 
 def results_of(values, costs=None, **more):
-    """Results of one stage: a method's name to its value for each seed."""
+    """Return results of one stage: method -> value for each seed."""
     seeds = list(range(max(map(len, values.values()))))
     runs = [run_result(m, seed, v) for m, own in values.items() for seed, v in enumerate(own)]
     found = dict(

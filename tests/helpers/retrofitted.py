@@ -1,4 +1,4 @@
-"""Thin detectors, plain and with RFAConv by Retrofit, and plain checkpoints of them."""
+"""Thin detectors, plain and with RFAConv via Retrofit, and plain checkpoints of them."""
 
 import torch
 from mmdet.registry import MODELS
@@ -9,7 +9,7 @@ from torch import nn
 from rfa_mmdet.config.plain import plain_base
 from tests.helpers.norms import randomise_norms
 
-# Over the demo's thin RetinaNet: mmdet's own ResNet in it.
+# On top of the demo's thin RetinaNet, with mmdet's own ResNet.
 RETINANET = """
 _base_ = "{tiny}"
 model = dict(backbone=dict(
@@ -47,21 +47,21 @@ def write_configs(folder, name: str, text: str, conv: str = "RFAConv", more: str
 
 
 def build_plain(config) -> nn.Module:
-    """The plain detector, with values that give detections, of every score."""
+    """Return the plain detector, with values that give detections of every score."""
     init_default_scope("mmdet")
     torch.manual_seed(0)
     model = MODELS.build(Config.fromfile(config).model)
     model.init_weights()
     randomise_norms(model)
     head = getattr(model, "bbox_head", None)
-    if head is not None:  # RetinaNet's, whose scores start at 0.01, all alike
+    if head is not None:  # RetinaNet's scores all start at 0.01
         nn.init.normal_(head.retina_cls.weight, std=0.2)
         nn.init.normal_(head.retina_reg.weight, std=0.05)
     return model.eval()
 
 
 def save_plain(config, path):
-    """Save the plain detector's checkpoint as a training does; return the path."""
+    """Save the plain detector's checkpoint as in training; return the path."""
     classes = ("circle", "square", "triangle", "star")
     meta = dict(epoch=3, dataset_meta=dict(classes=classes))
     torch.save(dict(meta=meta, state_dict=build_plain(config).state_dict()), path)
@@ -69,11 +69,11 @@ def save_plain(config, path):
 
 
 def save_plain_detector(config, path) -> None:
-    """Save the thin detector without this package's layers, as it is before any training."""
+    """Save the untrained thin detector without this package's layers."""
     init_default_scope("mmdet")
     torch.manual_seed(0)
     plain = MODELS.build(plain_base(Config.fromfile(config)).model)
     plain.init_weights()
-    # ResNet starts its last norms at 0, behind which nothing would be trained.
+    # ResNet starts its last norms at 0, which would stop the gradients.
     randomise_norms(plain)
     torch.save(dict(state_dict=plain.state_dict(), meta={}), path)

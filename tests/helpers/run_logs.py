@@ -1,4 +1,4 @@
-"""What a training left in its work dir."""
+"""Logs in the work dir of a training."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def losses(work_dir: Path) -> pd.Series:
-    """Training loss by iteration, over all runs in a work dir; the last run counts."""
+    """Return training losses by iteration over all runs in a work dir; the last one wins."""
     logs = [
         pd.read_json(path, lines=True) for path in sorted(work_dir.glob("2*/vis_data/scalars.json"))
     ]

@@ -1,7 +1,7 @@
 """A Slurm cluster of two nodes on this machine, until standard input ends.
 
-That is when the process that started this one ends, whatever ended it. Prints the folder that holds
-all of the cluster, its slurm.conf too, once jobs can start. Needs no rights but those to run jobs.
+Standard input ends with the process that started this one. Prints the cluster's folder, which
+contains slurm.conf, once jobs can start. Needs no special permissions.
 """
 
 import ctypes
@@ -56,7 +56,7 @@ SlurmdParameters=config_overrides
 PartitionName=part Nodes=ALL State=UP
 """
 NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 Gres=gpu:2\n"
-# Slurm takes any character device for a GPU.
+# Slurm accepts any character device as a GPU.
 GPUS = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"
 
 
@@ -76,7 +76,7 @@ def configure(folder: Path) -> None:
 def commands(folder: Path) -> dict[str, list[str]]:
     files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munged.pid",
              "seed-file": "munged.seed", "log-file": "munged.log"}  # fmt: skip
-    # The name of this machine need not have an address.
+    # The name of this machine may have no address.
     munged = ["munged", "--foreground", "--force", "--origin=127.0.0.1"]
     return {
         "munged": munged + [f"--{option}={folder / file}" for option, file in files.items()],
@@ -86,7 +86,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
 
 
 def start(folder: Path) -> None:
-    """Start the daemons, and wait until both nodes are idle."""
+    """Start the daemons and wait until both nodes are idle."""
     configure(folder)
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
     variables.update(PATH=PATH, SLURM_CONF=str(folder / "slurm.conf"))
@@ -108,7 +108,7 @@ def start(folder: Path) -> None:
 
 
 def end_all() -> None:
-    """End the daemons, the jobs, and what those have left behind."""
+    """Stop the daemons, the jobs, and their leftover processes."""
     while True:
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):
@@ -120,10 +120,10 @@ def end_all() -> None:
 
 
 def main() -> None:
-    # Slurm's step daemons leave their parents: they become children of this process, not of init.
+    # Slurm's step daemons detach; they become children of this process rather than of init.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # Not in the folder of a test: a socket's path must be shorter than 108 characters.
+    # Not in a test's folder: socket paths must be shorter than 108 characters.
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     try:
         start(folder)

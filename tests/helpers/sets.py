@@ -1,4 +1,4 @@
-"""Two-image data sets in the places and formats that a config names."""
+"""Two-image datasets at the paths and in the formats of a config."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ SPLIT_KEYS = ("train_dataloader", "val_dataloader", "test_dataloader")
 
 
 def leaves(node: Any) -> Iterator[dict]:
-    """Yield the data sets that read files: repeated, concatenated and mixed ones hold others."""
+    """Yield the datasets that read files, inside repeated, concatenated and mixed ones."""
     if isinstance(node, dict):
         if "ann_file" in node:
             yield node
@@ -28,17 +28,17 @@ def leaves(node: Any) -> Iterator[dict]:
 
 
 def classes_of(leaf: dict) -> tuple[str, ...]:
-    """Return the classes of a data set's config, or else those that its type has."""
+    """Return the classes of a dataset's config, or else of its type."""
     own = DATASETS.get(leaf["type"]).METAINFO
     return tuple(leaf.get("metainfo", own)["classes"])
 
 
 def draw_sets(cfg: dict, shapes: Path) -> None:
-    """Write every data set that a config reads, relative to the working directory.
+    """Write every dataset that a config reads, relative to the working directory.
 
     Args:
-        cfg (dict): Of a run; files that its dataloaders share are written once.
-        shapes (Path): Drawn by make_shapes; a split's images stand in for the data set's own.
+        cfg (dict): Config of a run; files shared by its dataloaders are written once.
+        shapes (Path): Dataset drawn by make_shapes, whose images replace those of the dataset.
     """
     for key in SPLIT_KEYS:
         for leaf in leaves(cfg[key].dataset):
@@ -61,7 +61,7 @@ def draw_sets(cfg: dict, shapes: Path) -> None:
 
 
 def stand_ins(classes: tuple[str, ...]) -> list[int]:
-    """Return the labels that stand in for the drawn shapes, the first and the last among them."""
+    """Return the labels to use for the drawn shapes, including the first and the last."""
     last = len(CLASSES) - 1
     return [i * (len(classes) - 1) // last for i in range(len(CLASSES))]
 

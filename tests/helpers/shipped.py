@@ -1,4 +1,4 @@
-"""The shipped configs, and what their names say."""
+"""The shipped configs, and the meaning of their names."""
 
 import re
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ from torch import nn
 from rfa_mmdet import layers
 from tests.helpers.paths import ROOT
 
-# Those of ablation say which runs to compare; tests/cli/test_ablate.py reads them.
+# Those of ablation are specs, tested in tests/cli/test_ablate.py.
 CONFIGS = sorted(
     path for path in ROOT.glob("configs/*/*.py") if path.parent.name not in ("_base_", "ablation")
 )
-# Class of each method, by the name that files and folders have.
+# File and folder name -> class of each method.
 METHODS = {name.lower(): getattr(layers, name) for name in layers.__all__}
-# Those that are shipped for more than RetinaNet and Faster R-CNN on COCO.
+# Methods shipped for more than RetinaNet and Faster R-CNN on COCO.
 MAIN = ("rfaconv", "ema", "conam")
-# mmdet's class of each detector, and its name without backbone.
+# mmdet's class of each detector and its name without the backbone.
 DETECTORS = {
     "retinanet": "RetinaNet",
     "faster-rcnn": "FasterRCNN",
@@ -61,7 +61,7 @@ def method_layers(path: Path, model: nn.Module) -> dict[str, nn.Module]:
 
 
 def nodes(node: Any) -> Iterator[dict]:
-    """Yield every dict of a config."""
+    """Yield all dicts of a config."""
     if isinstance(node, dict):
         yield node
         for value in node.values():
@@ -80,12 +80,12 @@ def build(cfg: dict) -> nn.Module:
 
 @cache
 def read(path: Path) -> Config:
-    """Read a config once for all tests that change nothing in it."""
+    """Read a config once for all tests that do not modify it."""
     return Config.fromfile(path)
 
 
 @cache
 def planned(path: Path) -> nn.Module:
-    """Build a config's model without memory for its weights."""
+    """Build a config's model without allocating its weights."""
     with torch.device("meta"):
         return build(read(path).model)

@@ -1,4 +1,4 @@
-"""Slurm itself for tests that need it; they are skipped where it is not installed."""
+"""Real Slurm for tests that need it; they are skipped if it is not installed."""
 
 import os
 import shutil
@@ -17,12 +17,12 @@ from tests.helpers.run_slurm import DAEMONS, PATH
 
 @dataclass(frozen=True)
 class Cluster:
-    """Two nodes with 16 CPUs and two GPUs each, as Slurm believes, in the partition 'part'."""
+    """Two pretended nodes with 16 CPUs and two GPUs each, in the partition 'part'."""
 
     environment: dict[str, str]
 
     def run(self, *command: object) -> str:
-        """Run one of Slurm's commands; return what it prints."""
+        """Run one of Slurm's commands; return its output."""
         line = [str(part) for part in command]
         environment = {**os.environ, **self.environment}
         done = subprocess.run(line, env=environment, capture_output=True, text=True)
@@ -30,7 +30,7 @@ class Cluster:
         return done.stdout
 
     def jobs(self) -> str:
-        """The jobs that have not ended."""
+        """Return the jobs that have not ended."""
         return self.run("squeue", "--noheader")
 
     def wait(self) -> None:
@@ -40,7 +40,7 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A cluster of this process's own."""
+    """Return a cluster for this process."""
     missing = [name for name in DAEMONS if not shutil.which(name, path=PATH)]
     if missing:
         pytest.skip(f"{missing[0]} is not installed: apt-get install slurm-wlm munge")
@@ -51,7 +51,7 @@ def cluster() -> Iterator[Cluster]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # Ctrl-C is for the tests, whose end is told by stdin
+        start_new_session=True,  # Ctrl-C is for the tests; the cluster ends with stdin
     )
     folder = process.stdout.readline().strip()
     if not folder:

@@ -1,10 +1,10 @@
-"""How far each dtype may be from float64: the package's table, and what large maps add to it."""
+"""Tolerances of each dtype against float64: the package's table, plus those for large maps."""
 
 from rfa_mmdet.ops.common.tolerances import TOLERANCES, Tolerance
 
 __all__ = ["KINKS", "TOLERANCES", "Tolerance"]
 
-# Of values within rounding of a ReLU's corner, some fall on its other side: of float32's some 1e-7,
-# so gradients may differ by the root of that, as a share of their norm. Large maps have such
-# values, in whatever dtype; small ones have none.
+# Rounding may move values across the kink of ReLU: about 1e-7 of them in float32, so gradients may
+# differ by the square root of that, relative to their norm. Large maps have such values in any
+# dtype, small maps have none.
 KINKS = 2e-3

@@ -1,4 +1,4 @@
-"""What the torch of this environment cannot do, of what tests ask for."""
+"""Features that tests need and this environment's torch may lack."""
 
 import warnings
 from importlib import metadata
@@ -25,7 +25,7 @@ def _convolves(dtype: torch.dtype) -> bool:
 
 
 HALF = (torch.bfloat16, torch.float16)
-# Half precision that autocast, and that convolutions, take on a CPU: torch 2.1 has bfloat16 only.
+# Half precision dtypes of autocast and of convolutions on a CPU: torch 2.1 only has bfloat16.
 AUTOCAST_TYPES = [dtype for dtype in HALF if _autocasts(dtype)]
 CONV_TYPES = [dtype for dtype in HALF if _convolves(dtype)]
 FILLS_MEMORY = hasattr(torch.utils, "deterministic")  # 2.2
@@ -36,7 +36,7 @@ def _lacks_triton() -> str | None:
         version = metadata.version("triton")
     except metadata.PackageNotFoundError:
         return "Triton is not installed"
-    # Asked without importing it: beside some versions of setuptools, Triton 2.1 fails in that.
+    # Checked without importing it: Triton 2.1 fails to import with some versions of setuptools.
     return None if Version(version) >= Version("3.4") else f"Triton {version} is too old"
 
 

@@ -1,4 +1,4 @@
-"""What other people's tools do to the modules of a layer, without changing what it computes."""
+"""Modifications by third-party tools that do not change a layer's outputs."""
 
 import warnings
 from collections.abc import Callable
@@ -13,12 +13,12 @@ WEIGHED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
 def inner(layer: nn.Module, *kinds: type[nn.Module]) -> list[nn.Module]:
-    """The modules in a layer, of these kinds or of all."""
+    """Return the modules in a layer, of these kinds or all."""
     return [m for m in layer.modules() if m is not layer and isinstance(m, kinds or nn.Module)]
 
 
 def replace(layer: nn.Module, make: Callable[[nn.Module], nn.Module]) -> None:
-    """Replace each module with a weight, in its parent."""
+    """Replace each module that has a weight, in its parent."""
     for parent in list(layer.modules()):
         for name, child in parent.named_children():
             if type(child) in WEIGHED:
@@ -36,7 +36,7 @@ def forward_of_its_own(layer: nn.Module) -> None:
 
 
 def convolves_in_its_own_way(layer: nn.Module) -> None:
-    for conv in inner(layer, nn.Conv2d):  # as tools do that make pictures tile
+    for conv in inner(layer, nn.Conv2d):  # as tools for tileable images do
         conv._conv_forward = MethodType(type(conv)._conv_forward, conv)
 
 
@@ -67,7 +67,7 @@ def parametrised(layer: nn.Module) -> None:
 
 
 class Wrapped(nn.Module):
-    """As an adapter is that has not learnt yet; no weight of its own to be seen."""
+    """Like an untrained adapter, without a visible weight."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()

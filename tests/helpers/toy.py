@@ -26,7 +26,7 @@ EDITS = [dict(where=r"layer[12]\.\d\.conv1", conv=dict(type="RFAConv"))]
 
 
 def pictures(number: int, side: int = 64, seed: int = 0) -> Tensor:
-    """(number, 3, side, side) with structure at every scale, as photographs have."""
+    """Return images (number, 3, side, side) with structure at every scale, like photographs."""
     generator = torch.Generator().manual_seed(seed)
     found = torch.zeros(number, 3, side, side)
     for scale in (1, 4, 16, 64):
@@ -41,7 +41,7 @@ def plain_backbone() -> nn.Module:
 
 
 class Toy(BaseModel):
-    """A backbone, and a part that no edit touches; its loss is in no need of targets."""
+    """A backbone and an unedited part; its loss needs no targets."""
 
     def __init__(self, retrofitted: bool = True, **kwargs) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Pictures(Dataset):
 
 
 class Recorder(Hook):
-    """Calls ``look(runner)`` when training begins, after every other hook."""
+    """Calls ``look(runner)`` at the start of training, after all other hooks."""
 
     priority = "LOWEST"
 

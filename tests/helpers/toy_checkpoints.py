@@ -1,4 +1,4 @@
-"""A real run of MMEngine whose checkpoints hold all that one may, and all that may be in one."""
+"""A real MMEngine run whose checkpoints contain every kind of state."""
 
 import itertools
 
@@ -89,7 +89,7 @@ def make_runner(work_dir, epochs, resume=False, metainfo=None, accuracy=0.5, **k
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The work_dir of a run of one epoch, 2 iterations."""
+    """Return the work_dir of a run of one epoch with 2 iterations."""
     work_dir = tmp_path_factory.mktemp("run")
     make_runner(work_dir, 1).train()
     return work_dir

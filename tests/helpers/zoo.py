@@ -1,4 +1,4 @@
-"""One small config of every module of mmdet that Retrofit is proven on, and inputs for it."""
+"""A small config of every mmdet module that Retrofit is tested on, and inputs for it."""
 
 from typing import NamedTuple
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 class Case(NamedTuple):
-    """A module, what to replace in it, and what to put a plug-in behind."""
+    """A module, the layers to replace, and the modules to add a plug-in after."""
 
     cfg: dict
     where: str
     after: str
     inputs: str  # 'image', 'maps' or 'regions'
-    floor: float = 0.0  # lowest value that reaches the replaced convolutions
+    floor: float = 0.0  # lowest input of the replaced convolutions
     groups: int = 1
 
 
@@ -264,7 +264,7 @@ CASES = {**BACKBONES, **NECKS, **HEADS}
 
 
 def inputs_of(case: Case, seed: int = 0) -> tuple:
-    """Return the arguments of one small forward."""
+    """Return the arguments of one small forward pass."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -283,13 +283,13 @@ def inputs_of(case: Case, seed: int = 0) -> tuple:
 
 
 def flat(outputs: object) -> list[Tensor]:
-    """Return the tensors of a nested output, in order."""
+    """Return all tensors of a nested output in order."""
     if isinstance(outputs, Tensor):
         return [outputs]
     return [tensor for part in outputs if part is not None for tensor in flat(part)]
 
 
 def relative(a: object, b: object) -> float:
-    """Largest difference of two outputs, tensor by tensor, over the first's largest value."""
+    """Return the largest difference of two outputs, relative to the first's largest value."""
     pairs = zip(flat(a), flat(b), strict=True)
     return max(float((x - y).detach().abs().max() / x.detach().abs().max()) for x, y in pairs)

@@ -1,4 +1,4 @@
-"""Random numbers of a real Runner's epochs, in the process and in the workers of its loader."""
+"""Random numbers in the epochs of a real Runner, in the main process and in workers."""
 
 import random
 
@@ -14,7 +14,7 @@ import rfa_mmdet  # noqa: F401  registers the hook
 
 
 class Draws(Dataset):
-    """Four samples, each of random numbers drawn where it is loaded."""
+    """Four samples of random numbers drawn at loading time."""
 
     def __len__(self):
         return 4
@@ -24,7 +24,7 @@ class Draws(Dataset):
 
 
 class Recorder(BaseModel):
-    """Keeps what it is fed, and a number drawn in the forward pass, as dropout does."""
+    """Records its inputs and a number drawn in the forward pass, like dropout."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class Recorder(BaseModel):
 
 
 def run(work_dir, epochs, seed=0, resume=False, workers=2, persistent=False):
-    """Train, and return (epochs, numbers) of what the model saw."""
+    """Train; return the numbers that the model saw, (epochs, numbers)."""
     runner = Runner(
         Recorder(),
         str(work_dir),
@@ -64,19 +64,19 @@ def run(work_dir, epochs, seed=0, resume=False, workers=2, persistent=False):
 
 
 @pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
-def test_resumed_run_draws_the_numbers_of_the_whole_one(tmp_path, workers, persistent):
+def test_resumed_run_draws_the_same_numbers(tmp_path, workers, persistent):
     kwargs = dict(workers=workers, persistent=persistent)
     whole, _ = run(tmp_path / "whole", 3, **kwargs)
     run(tmp_path / "broken", 1, **kwargs)
     resumed, _ = run(tmp_path / "broken", 3, resume=True, **kwargs)
     assert torch.equal(resumed, whole[1:])
-    # Every column differs between epochs: index order, python, numpy, torch, forward.
+    # Every column differs between epochs: index order, Python, NumPy, torch, forward.
     assert (whole[0] != whole[1]).sum() >= 7
     other, _ = run(tmp_path / "other", 3, seed=1, **kwargs)
     assert (other != whole).any(1).all()
 
 
-def test_seed_of_the_checkpoint_is_taken_where_none_is_given(tmp_path):
+def test_checkpoints_seed_is_used_if_none_is_given(tmp_path):
     whole, first = run(tmp_path / "whole", 3, seed=None)
     run(tmp_path / "broken", 1, seed=first.seed)
     resumed, second = run(tmp_path / "broken", 3, seed=None, resume=True)

@@ -1,4 +1,4 @@
-"""What the model sees of an image is what the config's own pipeline makes of it."""
+"""The model gets images as the config's own pipeline loads them."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from rfa_mmdet.inference.predict import predict
 
 SIZE = (48, 64)
 CLASSES = ("one", "two")
-# A thin detector of images with `channels`, loaded as `load` says.
+# A thin detector for images with `channels`, loaded with `load`.
 CONFIG = """
 _base_ = "mmdet::retinanet/retinanet_r18_fpn_1x_coco.py"
 model = dict(
@@ -93,7 +93,7 @@ if not hasattr(torch, "uint16"):  # before 2.3 MMDetection's own pipeline needs 
 
 @pytest.fixture(params=KINDS)
 def case(request, tmp_path):
-    """The kind, a detector, its config, and five image files."""
+    """Return the kind, a detector, its config, and five image files."""
     draw, values = KINDS[request.param]
     root = tmp_path / "images"
     root.mkdir()
@@ -125,9 +125,9 @@ def save(cfg, path):
     return str(path)
 
 
-def test_the_model_sees_what_a_data_set_gives_it(case, monkeypatch, tmp_path):
+def test_model_input_matches_the_dataset(case, monkeypatch, tmp_path):
     kind, detector, cfg, paths = case
-    # As a Runner builds it: the detector has put a loader of its own into this config.
+    # Built like a Runner does: the detector has put its own loader into this config.
     pipeline = list(cfg.pipeline)
     pipeline[0] = {**pipeline[0], "type": "LoadImageFromFile"}
     dataset = DATASETS.build({**cfg.test_dataloader.dataset, "pipeline": pipeline})
@@ -143,11 +143,11 @@ def test_the_model_sees_what_a_data_set_gives_it(case, monkeypatch, tmp_path):
     for inputs, item in zip(seen, dataset, strict=True):
         assert inputs.dtype == item["inputs"].dtype
         assert torch.equal(inputs, item["inputs"])
-    # It is no image of eight bits and three channels.
+    # It is not an 8-bit image with three channels.
     assert seen[0].shape[0] == KINDS[kind][1]["channels"]
     if "16" in kind:
         assert max(int(one.float().max()) for one in seen) > 255
-    # The detections are those of the data set's items, and the pictures can be looked at.
+    # The detections match those of the dataset's items, and the pictures can be read.
     for number, item in enumerate(dataset, 1):
         with torch.no_grad():
             batch = dict(inputs=[item["inputs"]], data_samples=[item["data_samples"]])
@@ -164,7 +164,7 @@ def test_the_model_sees_what_a_data_set_gives_it(case, monkeypatch, tmp_path):
         assert picture.std() > 20
 
 
-def test_broken_files_lose_no_other_results(case, tmp_path):
+def test_broken_files_do_not_affect_other_results(case, tmp_path):
     _, detector, _, paths = case
     whole = Path(paths[1]).read_bytes()
     Path(paths[1]).write_bytes(whole[: len(whole) // 2])
@@ -175,7 +175,7 @@ def test_broken_files_lose_no_other_results(case, tmp_path):
     assert found.skipped[paths[3]].startswith("not decodable")
     assert [image["file_name"] for image in found.coco["images"]] == [paths[i] for i in (0, 2, 4)]
     COCO(str(tmp_path / "out" / "predictions.json")).loadRes(found.coco["annotations"])
-    with pytest.raises(UserError, match=r"none of the 2 images can be read, such as .*1\.png"):
+    with pytest.raises(UserError, match=r"none of the 2 images can be read, e\.g\. .*1\.png"):
         predict(detector, [paths[1], paths[3]], tmp_path / "none")
 
 
@@ -191,7 +191,7 @@ def test_export_compares_on_such_images(case, tmp_path):
     assert all(f"x {channels} x" in name for name in found.raw)
 
 
-def test_complexity_takes_the_channels_of_the_model(case):
+def test_complexity_uses_the_models_channels(case):
     kind, detector, cfg, _ = case
     found = detector_complexity(cfg, SIZE)
     assert found.parameters == sum(p.numel() for p in detector.model.parameters())
@@ -200,11 +200,11 @@ def test_complexity_takes_the_channels_of_the_model(case):
     assert detector_complexity(cfg, SIZE).flops - found.flops == 7 * 7 * 8 * 32 * 32
 
 
-def test_a_file_that_is_no_image_says_why(case, tmp_path):
+def test_invalid_image_gives_the_reason(case, tmp_path):
     _, detector, _, _ = case
     for content, reason in (
         (b"", "empty"),
-        (b"<html>", "no image but a web page"),
+        (b"<html>", "a web page, not an image"),
         (b"GIF89a", "not decodable"),
     ):
         path = tmp_path / "a.bmp"
@@ -235,9 +235,9 @@ def test_pictures_are_eight_bits_and_three_channels(pixels, expected):
     assert (picture == expected).all()
 
 
-def test_a_picture_of_sixteen_bits_uses_all_greys():
+def test_sixteen_bit_picture_uses_all_greys():
     pixels = np.linspace(7000, 9000, 10_000, dtype=np.uint16).reshape(100, 100)
-    pixels[50, 50] = 2**16 - 1  # a pixel that is broken
+    pixels[50, 50] = 2**16 - 1  # a broken pixel
     picture = LoadedImage("a.png", pixels, {}).picture
     assert picture.min() == 0
     assert picture.max() == 255

@@ -1,4 +1,4 @@
-"""Names and colours of classes, whatever configs and checkpoints say, in pictures and files."""
+"""Names and colours of classes in pictures and files, for any metadata."""
 
 import numpy as np
 import pytest
@@ -86,7 +86,9 @@ def test_classes_of_a_checkpoint(
     assert len(meta["palette"]) == 4
     if known == CLASSES and saved in (None, {}):
         cfg.test_dataloader.dataset.pop("metainfo")
-        with pytest.raises(ConfigError, match=r"num_classes=4, but .* names no classes and .* 80"):
+        with pytest.raises(
+            ConfigError, match=r"num_classes=4, but .* has no class names and .* has 80"
+        ):
             Detector(cfg, path, "cpu")
 
 

@@ -1,3 +1,3 @@
-"""New memory is full of NaN: what a layer forgets to fill shows."""
+"""Fill new memory with NaN, so values that a layer forgets to set are noticed."""
 
 from tests.helpers.memory import nan_filled_memory  # noqa: F401

@@ -1,4 +1,4 @@
-"""What mmcv and MMDetection expect of every layer that this package registers."""
+"""Requirements of mmcv and MMDetection for every registered layer of this package."""
 
 import copy
 import inspect
@@ -25,10 +25,10 @@ from tests.helpers.registered import (
     required,
 )
 
-FAR = (20, 31, 61, 63, 100)  # powers of two beyond every sensible number
+FAR = (20, 31, 61, 63, 100)  # powers of two beyond any sensible number
 
 
-def test_the_papers_names_are_registered_in_the_root():
+def test_paper_names_are_registered_in_the_root_registry():
     assert set(RECEPTIVE) == {"RFAConv", "RFCBAMConv", "RFCAConv"}
     assert set(ATTENDED) == {"CAMConv", "CBAMConv", "CAConv"}
     assert set(CONVS) == {*RECEPTIVE, *ATTENDED}
@@ -55,7 +55,7 @@ def test_state_dict_round_trip(name):
     assert torch.equal(a(x), b(x))
 
 
-def test_mmcvs_fusion_of_batch_norm_changes_nothing(name):
+def test_mmcvs_batch_norm_fusion_keeps_the_outputs(name):
     layer = build(name).eval()
     fused = fuse_conv_bn(copy.deepcopy(layer))
     torch.testing.assert_close(fused(feature_map()), layer(feature_map()))
@@ -65,7 +65,7 @@ def test_mmcvs_fusion_of_batch_norm_changes_nothing(name):
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deep", "pkl"]
 )
-def test_copies_compute_the_same_and_share_nothing(name, copied, training):
+def test_copies_give_the_same_outputs_and_share_nothing(name, copied, training):
     layer, x = build(name).train(training), feature_map()
     twin = copied(layer)
     assert torch.equal(twin(x), layer(x))
@@ -95,7 +95,7 @@ def test_repr_shows_the_arguments(name):
             assert f"{argument}={value}" in text or f"={value}" in text
 
 
-def test_channels_last_gives_the_same(name):
+def test_channels_last_gives_the_same_outputs(name):
     layer, x = build(name), feature_map()
     fast = copy.deepcopy(layer).to(memory_format=torch.channels_last)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -128,7 +128,7 @@ def test_eval_is_deterministic_and_leaves_input_and_state_alone(name):
     assert torch.equal(first, layer(x))
     assert torch.equal(x, kept)
     assert all(torch.equal(v, state[k]) for k, v in layer.state_dict().items())
-    # An image does not depend on the others of its batch.
+    # Images do not depend on the others in the batch.
     torch.testing.assert_close(layer(x[1:]), first[1:])
 
 
@@ -137,7 +137,7 @@ def test_unknown_argument_is_a_type_error_that_names_it(name):
         build(name, no_such_argument=1)
 
 
-def test_inputs_that_are_no_feature_map_are_refused(name):
+def test_invalid_inputs_raise(name):
     layer = build(name).eval()
     shown = MODELS.get(name).__name__
     x = feature_map()
@@ -163,7 +163,7 @@ def test_inputs_that_are_no_feature_map_are_refused(name):
         ("8", TypeError, "'8': must be an int, not str"),
         (np.float64(8), TypeError, r".*8\.0.*: must be an int, not float64"),
         (np.True_, TypeError, r".*True.*: must be an int, not bool"),
-        *((2**n + 1, ValueError, f"{2**n + 1}: must be at least 1 and at most ") for n in FAR),
+        *((2**n + 1, ValueError, f"{2**n + 1}: must be from 1 to ") for n in FAR),
     ],
 )
 def test_integer_arguments_are_checked_when_the_layer_is_built(name, value, error, shown):
@@ -180,7 +180,7 @@ def test_integer_arguments_are_checked_when_the_layer_is_built(name, value, erro
                 MODELS.get(name)(**{**good, argument: given})
 
 
-def test_numbers_of_numpy_count_as_ints(name):
+def test_numpy_integers_are_accepted(name):
     good = {"in_channels": CHANNELS, **required(name)}
     if name in CONVS:
         good |= dict(out_channels=8, kernel_size=3, padding=1, stride=2, dilation=1, groups=4)
@@ -199,7 +199,7 @@ def test_numbers_of_numpy_count_as_ints(name):
 
 
 @pytest.mark.parametrize("name", CONVS)
-def test_a_window_and_its_padding_have_bounds(name):
+def test_window_and_padding_are_bounded(name):
     with pytest.raises(ValueError, match=r"^kernel_size=\(183, 183\): must have at most 32768"):
         MODELS.get(name)(4, 4, 183)
     with pytest.raises(ValueError, match=r"^padding=None, dilation \* .*=2097152: must be"):
@@ -216,7 +216,7 @@ def test_a_window_and_its_padding_have_bounds(name):
 def test_norm_of_the_layer(name, training):
     x, outs = feature_map(), {}
     kinds = (nn.BatchNorm2d, nn.GroupNorm)
-    # An attention inside may have a norm of its own, which norm_cfg does not choose.
+    # A nested attention may have its own norm, independent of norm_cfg.
     bare = build(name, norm_cfg=None)
     fixed = {key for key, m in bare.named_modules() if isinstance(m, kinds)}
     for key, cfg in {

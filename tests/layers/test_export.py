@@ -26,7 +26,7 @@ def name(request) -> str:
 
 
 def multiplied(name: str) -> nn.Module:
-    """A plug-in that started as the identity, with other weights by now."""
+    """Return a plug-in that started as the identity but has other weights now."""
     kwargs = dict(scale_by_patches=True) if name == "ConAM" else {}
     layer = build(name, start="identity", **kwargs)
     layer.load_state_dict(build(name, **kwargs).state_dict())
@@ -49,14 +49,14 @@ def test_compiles_as_one_graph(name, training):
 
 
 @pytest.mark.parametrize("layer_name", PLUGINS)
-def test_compiles_with_its_output_multiplied(layer_name):
+def test_compiles_with_output_scale(layer_name):
     layer, x = multiplied(layer_name), feature_map()
     compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))
     torch._dynamo.reset()
 
 
-# Of the map that is exported, and of those that the export is tried with.
+# Sizes of the exported map, and of those that the export is tested with.
 SMALLEST, SIZES = 5, [(9, 7), (12, 11), (5, 16), (24, 24)]
 
 
@@ -75,7 +75,7 @@ def assert_exports(layer: nn.Module) -> None:
 
 
 def assert_exports_to_onnx(layer: nn.Module) -> None:
-    """By the TorchScript exporter: the other one needs onnxscript, and MMDeploy uses this one."""
+    """Use the TorchScript exporter, as MMDeploy does; the other one needs onnxscript."""
     axes = {0: "batch", 2: "height", 3: "width"}
     file = io.BytesIO()
     torch.onnx.export(
@@ -91,11 +91,11 @@ def assert_exports_to_onnx(layer: nn.Module) -> None:
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
     for x in other_maps():
         found = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
-        # float32, its sums in another order
+        # float32, with sums in another order
         torch.testing.assert_close(found, layer(x), rtol=1e-4, atol=1e-5)
 
 
-# Sides unlike each other, so that nothing can take one for the other.
+# Different sides, so they cannot be mixed up.
 UNEVEN = dict(stride=(1, 2), padding=(3, 2), dilation=(1, 2), groups=4)
 
 
@@ -108,7 +108,7 @@ def test_torch_export_with_dynamic_sizes(name):
 @exports
 @torch.no_grad()
 @pytest.mark.parametrize("layer_name", PLUGINS)
-def test_torch_export_with_its_output_multiplied(layer_name):
+def test_torch_export_with_output_scale(layer_name):
     assert_exports(multiplied(layer_name))
 
 
@@ -132,7 +132,7 @@ def test_onnx_with_dynamic_sizes(name):
 @torch.no_grad()
 @pytest.mark.filterwarnings(*OF_THE_TRACER)
 @pytest.mark.parametrize("layer_name", PLUGINS)
-def test_onnx_with_its_output_multiplied(layer_name):
+def test_onnx_with_output_scale(layer_name):
     assert_exports_to_onnx(multiplied(layer_name))
 
 

@@ -1,4 +1,4 @@
-"""Every layer under autocast, converted to another dtype, and with its norms synchronised."""
+"""Every layer with autocast, converted to another dtype, and with synchronised norms."""
 
 import copy
 
@@ -28,25 +28,25 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-# Gates that depend on convolved features, which autocast rounds: of features of 1e4 the rounding is
-# many units of the score, and a sigmoid near its middle becomes another one. 7.4 eps were seen.
+# Gates that depend on convolved features, which autocast rounds: for features of 1e4, the rounding
+# error is many units of the score, which changes the sigmoid completely. Observed: 7.4 eps.
 FACTOR_OF_LARGE_INPUTS = {"EMA": 16, "RFCAConv": 16, "RFCBAMConv": 16}
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", AUTOCAST_TYPES)
 @pytest.mark.parametrize("magnitude", [1, 1e4])
-def test_autocast_is_near_float32(name, dtype, magnitude, training):
+def test_autocast_is_close_to_float32(name, dtype, magnitude, training):
     layer = build(name).train(training)
-    # Values that the dtype can hold, so that only the layer's own rounding is measured.
+    # Values representable in the dtype, so only the layer's own rounding is measured.
     x = (2 * torch.rand(2, CHANNELS, 9, 7) - 1).mul(magnitude).to(dtype).float().requires_grad_()
     expected = layer(x)
     with torch.autocast("cpu", dtype=dtype):
         out = layer(x)
-    # The rounding of weights, features and result, half an eps at most each, adds up as squares.
+    # Rounding errors of weights, features and result, at most half an eps each, add up as squares.
     factor = FACTOR_OF_LARGE_INPUTS.get(name, 1) if magnitude > 1 else 1
     assert relative_error(out, expected) < factor * TOLERANCES[dtype].output
-    if magnitude > 1:  # gradients beyond float16 are a loss scaler's to see
+    if magnitude > 1:  # gradients beyond float16 are left to a loss scaler
         return
     upstream = torch.randn_like(out)
     gradients = torch.autograd.grad(out, [x, *layer.parameters()], upstream)

@@ -1,6 +1,6 @@
-"""Bytes kept for the backward pass, counted by saved-tensor hooks, against the papers' formulas.
+"""Bytes saved for the backward pass, counted with saved-tensor hooks, compared with the formulas.
 
-The formulas are those of the benchmark, which its parity test holds against the layers.
+The formulas are those of the benchmark, whose parity test compares them with the layers.
 """
 
 import pytest
@@ -31,7 +31,7 @@ def kept(module: torch.nn.Module, shape: InputSize) -> int:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op", ["RFCBAMConv", "RFCAConv", "CBAM", "CoordAtt", "EMA"])
-def test_at_most_half_of_the_formulas(op, shape, training):
+def test_saves_at_most_half_of_the_formula(op, shape, training):
     layer = build(op, shape).train(training)
     if hasattr(layer, "backend"):
         layer.backend = "reference"  # as where modules are called
@@ -43,13 +43,13 @@ def test_at_most_half_of_the_formulas(op, shape, training):
     if op in ("RFCBAMConv", "RFCAConv") and not training:
         assert ours <= 0.3 * theirs  # without the norm's input
     if is_plugin(op):
-        assert ours < 1.3 * x  # of means of rows and columns on the smallest maps, 2 / 7
+        assert ours < 1.3 * x  # row and column means on the smallest maps, 2 / 7
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op", ["RFCBAMConv", "RFCAConv"])
-def test_where_the_kernels_are_an_eighth_of_the_formulas(op, shape, training):
+def test_kernels_save_an_eighth_of_the_formula(op, shape, training):
     require("cpu")
     layer = build(op, shape).train(training)
     ours, theirs = kept(layer, shape), kept(Formula(op, layer).train(training), shape)
@@ -57,11 +57,11 @@ def test_where_the_kernels_are_an_eighth_of_the_formulas(op, shape, training):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_conam_keeps_what_its_formula_keeps(shape):
-    # That is the input once, and little else: half of it is not enough for a gradient.
+def test_conam_saves_the_same_as_its_formula(shape):
+    # That is the input once, and little else: half of it would not suffice for a gradient.
     layer = build("ConAM", shape)
     x = 4 * shape.batch * shape.channels * shape.height * shape.width
-    # More than it: what part of the map each patch is, a few numbers.
+    # In addition: the share of the map of each patch, a few numbers.
     assert x <= kept(layer, shape) <= 1.001 * kept(Formula("ConAM", layer), shape)
 
 
@@ -83,7 +83,7 @@ def test_statistics_are_counted_once(kind, made):
 
 @pytest.mark.parametrize("op", ["RFCBAMConv", "RFCAConv", "CBAM", "CoordAtt", "EMA", "ConAM"])
 @pytest.mark.parametrize("recorded", [False, True])
-def test_a_graph_that_is_recorded_computes_the_same(op, recorded, monkeypatch):
+def test_recorded_graph_gives_the_same_outputs(op, recorded, monkeypatch):
     shape = InputSize(2, 64, 9, 7)
     layer = build(op, shape).eval().double()
     x = make_input(shape, torch.float64, torch.device("cpu")).requires_grad_()

@@ -1,4 +1,4 @@
-"""Layers whose modules other people's tools have touched: they are called, and compute the same."""
+"""Modules modified by third-party tools are called, with the same outputs."""
 
 import copy
 import warnings
@@ -23,7 +23,7 @@ def name(request) -> str:
 
 
 def fast(name: str, training: bool = True) -> nn.Module:
-    """In float64, on the kernels where there are any."""
+    """Return the layer in float64, with kernels if there are any."""
     kernels = accepts(name, "backend") and missing("cpu") is None
     return build(name, **dict(backend="cpu") if kernels else {}).double().train(training)
 
@@ -36,18 +36,18 @@ def slow(layer: nn.Module) -> nn.Module:
 
 
 def run(layer, x: Tensor, parameters) -> list[Tensor | None]:
-    """Output and, for a random upstream gradient, those of the input and the parameters."""
+    """Return output and gradients of input and parameters for a random upstream gradient."""
     x = x.clone().requires_grad_()
     y = layer(x)
     for parameter in parameters:
         parameter.grad = None
-    # Not by torch.autograd.grad, which checkpoints do not know.
+    # Not with torch.autograd.grad, which reentrant checkpoints do not support.
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y))
     return [y, x.grad, *(parameter.grad for parameter in parameters)]
 
 
 def assert_same(layer: nn.Module, touched: nn.Module, call=None) -> None:
-    """Twice, as a graph may be freed after the first time, and statistics are updated."""
+    """Run twice, because a graph may be freed after the first time, and statistics change."""
     x = feature_map().double()
     own = dict(layer.named_parameters())
     shared = [key for key in own if key in dict(touched.named_parameters())]
@@ -69,7 +69,7 @@ def assert_same(layer: nn.Module, touched: nn.Module, call=None) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("tool", TOOLS)
-def test_computes_the_same(name, tool, training):
+def test_outputs_are_unchanged(name, tool, training):
     layer = fast(name, training)
     touched = slow(layer)
     TOOLS[tool](touched)
@@ -97,7 +97,7 @@ def test_autocast(name, tool):
     assert (found - expected).norm() <= TOLERANCES[torch.bfloat16].output * expected.norm()
 
 
-def test_what_a_hook_returns_counts(name):
+def test_return_values_of_hooks_are_used(name):
     layer = build(name).eval()
     for key, module in layer.named_modules():
         if type(module) in WEIGHED:
@@ -109,7 +109,7 @@ def test_what_a_hook_returns_counts(name):
             assert layer(feature_map()).equal(expected)
 
 
-def test_a_class_whose_calls_are_watched(name, monkeypatch):
+def test_class_with_patched_call(name, monkeypatch):
     layer, called = build(name).eval(), []
     for kind in {type(module) for module in inner(layer)} & {*WEIGHED}:  # as torchstat does
         monkeypatch.setattr(
@@ -119,7 +119,7 @@ def test_a_class_whose_calls_are_watched(name, monkeypatch):
     assert {*called} == {*inner(layer, *WEIGHED)}
 
 
-def test_a_batch_norm_fused_by_hand(name):
+def test_manually_fused_batch_norm(name):
     layer = fast(name, training=False)
     fused, pairs = slow(layer), dict(feature="norm", conv1="bn1")
     for module in fused.modules():
@@ -162,7 +162,7 @@ def test_global_hooks_see_each_module(name, backward):
     assert {*called} == {*layer.modules()}
 
 
-def test_a_counter_by_hooks_counts_what_a_counter_of_operators_does(name):
+def test_hook_based_and_operator_based_counts_agree(name):
     layer, counts = build(name).eval(), []
 
     def count(module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> None:
@@ -178,7 +178,7 @@ def test_a_counter_by_hooks_counts_what_a_counter_of_operators_does(name):
 
 def count_of_operators(layer: nn.Module) -> int:
     """Multiply-adds of convolutions and of products with weights."""
-    # Older ones watch no module by themselves, and so count what replaces them.
+    # Older versions do not watch modules, so they count the operators that replace them.
     watched = () if find_spec("torch.utils.module_tracker") else (layer,)
     with FlopCounterMode(*watched, display=False) as mode, torch.no_grad():
         layer(feature_map())
@@ -196,7 +196,7 @@ def steps(layer: nn.Module, count: int = 3) -> None:
 
 
 @pytest.mark.parametrize("method", ["l1_unstructured", "random_unstructured", "ln_structured"])
-def test_pruned_layers_train_and_stay_pruned(name, method):
+def test_pruned_layers_stay_pruned_in_training(name, method):
     layer = build(name)
     structured = dict(n=2, dim=0) if method == "ln_structured" else {}
     modules = inner(layer, *WEIGHED)
@@ -213,7 +213,7 @@ def test_pruned_layers_train_and_stay_pruned(name, method):
 
 @pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
 @pytest.mark.parametrize("old", [True, False])
-def test_normed_weights_train(name, norm, old):
+def test_weight_norm_trains(name, norm, old):
     layer = build(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # FutureWarning: deprecated
@@ -223,7 +223,7 @@ def test_normed_weights_train(name, norm, old):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
-def test_frozen_parametrisations_compute_the_same_again(name):
+def test_cached_parametrisations_give_the_same_outputs(name):
     layer = fast(name)
     touched = slow(layer)
     TOOLS["parametrised"](touched)
@@ -271,12 +271,12 @@ def test_activation_checkpointing(name, reentrant):
     layer = fast(name)
     twin = slow(layer)
     for norm in inner(layer, nn.BatchNorm2d) + inner(twin, nn.BatchNorm2d):
-        norm.eval()  # which checkpoints would update once more, as of every layer
+        norm.eval()  # checkpoints would update them again, as for every layer
     assert_same(layer, twin, call=lambda x: checkpoint(twin, x, use_reentrant=reentrant))
 
 
-def test_another_module_of_the_same_class(name):
-    """With a bias, where there was none, or with other arguments: nothing is ignored."""
+def test_replaced_module_of_the_same_class(name):
+    """An added bias or other arguments are not ignored."""
     layer = fast(name, training=False)
     changed = slow(layer)
     x = feature_map().double()
@@ -327,8 +327,8 @@ def test_average_model(name):
     torch.testing.assert_close(averaged.eval()(feature_map()), layer.eval()(feature_map()))
 
 
-def test_half_wrapped_in_part(name):
-    """Only one module at a time: the others may stay as they are."""
+def test_partial_half_precision(name):
+    """Wrap only one module at a time; the others stay unchanged."""
     layer = fast(name)
     for key, module in layer.named_modules():
         if module is not layer:
@@ -339,7 +339,7 @@ def test_half_wrapped_in_part(name):
             assert seen, key
 
 
-def test_adapters_learn(name):
+def test_adapters_train(name):
     layer = build(name)
     TOOLS["wrapped"](layer)
     for key, parameter in layer.named_parameters():

@@ -1,4 +1,4 @@
-"""Plug-ins from the identity on two ranks: gradients are those of the plain net on two ranks."""
+"""Plug-ins that start as the identity on two ranks: gradients match the plain net's."""
 
 import os
 import subprocess
@@ -63,7 +63,7 @@ os._exit(0)
 
 
 @pytest.mark.slow
-def test_two_ranks_compute_what_they_do_without():
+def test_two_ranks_match_the_model_without_plugins():
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node=2", "--no-python", sys.executable, "-W", "ignore", "-c", RANKS]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -1,6 +1,6 @@
-"""Plug-ins from the identity, in every place: the net computes what it does without them.
+"""Plug-ins that start as the identity, at every place, do not change the net's outputs.
 
-Their gates are exactly 1 then, so outputs and gradients are the plain net's but for rounding.
+Their gates are exactly 1, so outputs and gradients equal the plain net's except for rounding.
 """
 
 import copy
@@ -24,7 +24,7 @@ PLACES = {
     18: ("after_conv1", "after_conv2", "behind blocks"),
     50: ("after_conv1", "after_conv2", "after_conv3", "behind blocks"),
 }
-# Evaluation, and training with the statistics of each batch, or under norm_eval.
+# Evaluation, and training with batch statistics or norm_eval.
 MODES = {"eval": (False, True), "train": (True, False), "norm_eval": (True, True)}
 each_plugin = pytest.mark.parametrize("plugin", IDENTITIES)
 each_place = pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def plain_run(depth: int, training: bool, norm_eval: bool, autocast: bool = Fals
 def with_plugins(plugin: str, depth: int, place: str, **kwargs) -> nn.Module:
     kwargs = dict(depth=depth, base_channels=8, **kwargs)
     cfg = IDENTITIES[plugin]
-    if place == "behind blocks":  # where it is Retrofit's default
+    if place == "behind blocks":  # Retrofit's default
         cfg = {key: value for key, value in cfg.items() if key != "start"}
         net = retrofit(dict(type="ResNet", **kwargs), [dict(after=r"layer\d\.\d+", plugin=cfg)])
     else:
@@ -75,7 +75,7 @@ def with_plugins(plugin: str, depth: int, place: str, **kwargs) -> nn.Module:
 
 @each_plugin
 @each_place
-def test_a_resnet_computes_what_it_does_without(plugin, depth, place):
+def test_resnet_outputs_are_unchanged(plugin, depth, place):
     net = with_plugins(plugin, depth, place)
     assert len(plugins_of(net)) == {18: 8, 50: 16}[depth]
     for training, norm_eval in MODES.values():
@@ -96,7 +96,7 @@ def test_a_resnet_computes_what_it_does_without(plugin, depth, place):
 
 
 @each_plugin
-def test_under_autocast_it_computes_what_it_does_without(plugin):
+def test_resnet_outputs_are_unchanged_with_autocast(plugin):
     net = with_plugins(plugin, 18, "after_conv2", norm_eval=False)
     load_state_dict(net, plain_state(18))
     net.train()
@@ -110,7 +110,7 @@ def test_under_autocast_it_computes_what_it_does_without(plugin):
 
 
 @each_plugin
-def test_in_mmdets_own_resnet_it_starts_there(plugin):
+def test_mmdets_own_resnet_starts_as_the_identity(plugin):
     places = ("after_conv1", "after_conv2", "after_conv3")
     plugins = [dict(cfg=dict(IDENTITIES[plugin], postfix=p), position=p) for p in places]
     net = ResNet(50, base_channels=8, plugins=plugins)
@@ -122,7 +122,7 @@ def test_in_mmdets_own_resnet_it_starts_there(plugin):
 
 @each_plugin
 @pytest.mark.parametrize("position", ["after_lateral", "after_output"])
-def test_an_fpn_computes_what_it_does_without(plugin, position):
+def test_fpn_outputs_are_unchanged(plugin, position):
     case = CASES["FPN"]
     kwargs = {key: value for key, value in case.cfg.items() if key != "type"}
     plain = MODELS.build(copy.deepcopy(case.cfg))
@@ -134,13 +134,13 @@ def test_an_fpn_computes_what_it_does_without(plugin, position):
 
 @each_plugin
 @pytest.mark.parametrize("name", ["RetinaHead", "FCOSHead"])
-def test_a_head_computes_what_it_does_without(plugin, name):
+def test_head_outputs_are_unchanged(plugin, name):
     assert_behind(CASES[name], IDENTITIES[plugin])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_any_module_of_mmdet_computes_what_it_does_without(name):
-    # Of all, EMA has most that a module's own initialisation could undo.
+def test_mmdet_module_outputs_are_unchanged(name):
+    # EMA has the most values that a module's own initialisation could change.
     assert_behind(CASES[name], dict(type="EMA", factor=2))
 
 
@@ -164,7 +164,7 @@ def assert_same(plain: nn.Module, net: nn.Module, case) -> None:
     assert all(layer.is_identity() for layer in plugins_of(net))
 
 
-def test_a_checkpoint_with_their_keys_wins_and_is_not_initialised_over(tmp_path):
+def test_checkpoint_with_plugin_keys_is_not_reinitialised(tmp_path):
     net = with_plugins("CBAM", 18, "behind blocks")
     own = {k: torch.randn_like(v) if ".cbam." in k else v for k, v in net.state_dict().items()}
     torch.save(own, tmp_path / "own.pth")

@@ -27,7 +27,7 @@ VALUES = {
     "failed": [None, None, None],
     "ten": [0.10, 0.09, 0.11],
 }
-# What a reader would see and do, told in an attribute.
+# Simulates a reader, and writes the results to an attribute.
 LOOK = """
 <script>
 const seen = {errors: window.failures, orders: {}};
@@ -57,7 +57,7 @@ WATCH = "<script>window.failures = []; window.onerror = m => window.failures.pus
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """A page with plots and samples, and the sizes of its pictures."""
+    """Return a page with plots and samples, and the sizes of its pictures."""
     folder = tmp_path_factory.mktemp("report")
     costs = dict(
         machine=dict(cpu="Some CPU", cores=2, simd="AVX2", gpu=None),
@@ -95,7 +95,7 @@ def report(tmp_path_factory):
     return text, sizes
 
 
-def test_page_asks_nobody_and_escapes_what_it_shows(report):
+def test_page_is_self_contained_and_escapes_its_content(report):
     text, _ = report
     assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?(?!data:)[^"'\s>]*[:/]""", text)
     assert "<script>alert(1)" not in text
@@ -107,7 +107,7 @@ def test_page_asks_nobody_and_escapes_what_it_shows(report):
     assert "ours has the highest mean, 0.4600 ± 0.0100, +0.0400 from the baseline" in words
 
 
-def test_names_of_any_characters_in_every_file(tmp_path):
+def test_names_with_any_characters_in_every_file(tmp_path):
     (tmp_path / "base.py").write_text("model = dict()")
     (tmp_path / "$x$.py").write_text(
         "base = 'base.py'; metric = 'a'; methods = {'_plain': {}, '+1+1': {}, '-猫': {}}"
@@ -145,7 +145,7 @@ def test_names_of_any_characters_in_every_file(tmp_path):
         assert cv2.imread(str(study.work_dir / f"{name}.png")).std() > 10
 
 
-def test_page_of_what_is_not_finished(tmp_path):
+def test_page_of_an_unfinished_study(tmp_path):
     results = results_of(dict(plain=[None, None], ours=[0.2, 0.3]))
     results["stages"].append(
         dict(name="later", methods=["ours"], seeds=[0], options={}, load_from="all")
@@ -180,7 +180,7 @@ def test_report_in_a_browser(report, tmp_path):
     file.write_text(text.replace("<head>", f"<head>{WATCH}").replace("</body>", f"{LOOK}</body>"))
     command = [
         *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
-        # Every name that is looked up is not found.
+        # No host name can be resolved.
         *("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"),
         *("--window-size=1300,900", "--virtual-time-budget=5000", "--dump-dom", f"file://{file}"),
     ]
@@ -196,7 +196,7 @@ def test_report_in_a_browser(report, tmp_path):
     orders = seen["orders"]
     plain = "plain (baseline)"
     assert orders["start"] == [plain, "ours", "<b>&x", "failed", "ten"]
-    # As numbers, what is not known last both ways.
+    # Sorted as numbers; unknown values last in both directions.
     assert orders["test ascending"] == ["ten", "<b>&x", plain, "ours", "failed"]
     assert orders["test descending"] == ["ours", plain, "<b>&x", "ten", "failed"]
     assert orders["method ascending"] == ["<b>&x", "failed", "ours", plain, "ten"]

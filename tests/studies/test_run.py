@@ -1,4 +1,4 @@
-"""What the folder of a run says, and who may work in it."""
+"""The folder of a run: its results and its lock."""
 
 import os
 import threading
@@ -9,7 +9,7 @@ from rfa_mmdet.errors import UserError
 from rfa_mmdet.studies.run import Run
 
 
-def test_a_run_that_is_locked_is_not_entered(tmp_path, monkeypatch):
+def test_locked_run_is_not_started(tmp_path, monkeypatch):
     monkeypatch.setattr("rfa_mmdet.studies.run.LOCK_TIMEOUT", 0.0)
     run = Run(tmp_path, "all", "a", 0)
     with run.locked():
@@ -22,8 +22,8 @@ def test_a_run_that_is_locked_is_not_entered(tmp_path, monkeypatch):
         pass
 
 
-def test_a_lock_that_is_about_to_be_free_is_waited_for(tmp_path):
-    # As that of the loader workers of a killed training, which outlive it by seconds.
+def test_lock_is_waited_for(tmp_path):
+    # Like the lock of a killed training's workers, which outlive it by seconds.
     run = Run(tmp_path, "all", "a", 0)
     left = threading.Event()
 
@@ -40,7 +40,7 @@ def test_a_lock_that_is_about_to_be_free_is_waited_for(tmp_path):
     timer.join()
 
 
-def test_log_of_a_resumed_run_whose_last_line_was_cut_off(tmp_path):
+def test_log_of_a_resumed_run_with_a_truncated_line(tmp_path):
     run = Run(tmp_path, "all", "a", 0)
     for name, text in (("1", '{"step": 1}\n{"st'), ("2", '{"step": 2}\n')):
         (run.folder / "train" / name / "vis_data").mkdir(parents=True)
@@ -48,7 +48,7 @@ def test_log_of_a_resumed_run_whose_last_line_was_cut_off(tmp_path):
     assert run.scalars() == [dict(step=1), dict(step=2)]
 
 
-def test_what_is_known_of_a_run(tmp_path):
+def test_results_of_a_run(tmp_path):
     run = Run(tmp_path, "all", "a", 0)
     assert run.record == {}
     run.update(train=dict(memory_mb=1), error="some")
@@ -67,7 +67,7 @@ def test_last_and_best_checkpoint(tmp_path):
     assert run.checkpoint("best") is None
     train = run.folder / "train"
     train.mkdir(parents=True)
-    # As MMEngine writes it: relative to the folder that the training was started in.
+    # As written by MMEngine: relative to the folder where the training was started.
     (train / "last_checkpoint").write_text("elsewhere/train/epoch_2.pth\n")
     assert run.checkpoint("last") is None
     (train / "epoch_2.pth").touch()

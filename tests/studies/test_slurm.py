@@ -1,4 +1,4 @@
-"""The scripts for Slurm: what Slurm makes of them, and what happens without it or against it."""
+"""The Slurm scripts, run by real Slurm, without Slurm, and rejected by Slurm."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ methods = dict(plain=dict(), ours=dict())
 seeds = (0, 1)
 stages = dict(first=dict(), next=dict(load_from="first"))
 """
-# Writes a line for each batch; in the second epoch waits, as long as it is told to, to be killed.
+# Writes a line for each batch; waits in the second epoch to be killed, if told so.
 HOLD = """
 import os
 import time
@@ -53,7 +53,7 @@ options = {{
 
 @pytest.fixture
 def study(tmp_path):
-    """Two stages of two methods and two seeds; run 1 is finished."""
+    """Return two stages of two methods and two seeds; run 1 is finished."""
     (tmp_path / "base.py").write_text("model = dict(type='A')")
     (tmp_path / "spec.py").write_text(SPEC)
     found = load_study(tmp_path / "spec.py", tmp_path / "work")
@@ -62,8 +62,8 @@ def study(tmp_path):
 
 
 @pytest.mark.slow
-def test_jobs_that_are_killed_or_queued_again_continue(cluster, run_tool, tiny_config, tmp_path):
-    # Names as files may have them, of which nothing means anything to Slurm or a shell.
+def test_killed_or_requeued_jobs_resume(cluster, run_tool, tiny_config, tmp_path):
+    # Possible file names that must have no special meaning for Slurm or a shell.
     folder = tmp_path / '100%j of "a" $x\'s #1'
     folder.mkdir()
     (folder / "hold_hook.py").write_text(HOLD)
@@ -78,7 +78,7 @@ def test_jobs_that_are_killed_or_queued_again_continue(cluster, run_tool, tiny_c
             **{**cluster.environment, "PYTHONPATH": str(folder), "HOLD": str(hold)},
         )
         assert done.returncode == 0, done.stdout
-        return done.stdout.split("submitted as ")[1].split(";")[0].split(", ")
+        return done.stdout.split("submitted jobs ")[1].split(";")[0].split(", ")
 
     def run_folder(method):
         return work_dir / "runs" / "all" / method / "seed0"
@@ -97,7 +97,7 @@ def test_jobs_that_are_killed_or_queued_again_continue(cluster, run_tool, tiny_c
     cluster.run("scontrol", "requeue", f"{array}_0")
     cluster.run("scancel", f"{array}_1")
     cluster.wait()
-    # Slurm ends a job's processes one after another: its training, or what waits for that.
+    # Slurm ends a job's processes one by one: the training, or the process that waits for it.
     assert states() in (["finished", "started"], ["finished", "failed"])
     assert "report.html" in (work_dir / "slurm" / f"report-{report}.txt").read_text()
     finished = (run_folder("plain") / "record.json").stat()
@@ -107,7 +107,7 @@ def test_jobs_that_are_killed_or_queued_again_continue(cluster, run_tool, tiny_c
     assert states() == ["finished", "finished"]
     assert (run_folder("plain") / "record.json").stat() == finished
     for method in ("plain", "rfaconv"):
-        # Three batches an epoch; one of the second when it was ended, then that epoch again.
+        # Three batches per epoch; killed after one of the second epoch, which is then repeated.
         assert seen(method) == ["0 0", "0 1", "0 2", "1 0", "1 0", "1 1", "1 2"]
         assert "--resume auto" in (run_folder(method) / "log.txt").read_text()
     rows = list(csv.DictReader((work_dir / "table.csv").open()))
@@ -141,8 +141,8 @@ def test_scripts_without_sbatch(study, monkeypatch, tmp_path):
     assert "--array" not in report
 
 
-def test_a_later_script_is_rejected_by_a_federation(study, monkeypatch, tmp_path):
-    """Clusters that share their jobs add their name to a number; one user may have few jobs."""
+def test_later_script_is_rejected_by_a_federation(study, monkeypatch, tmp_path):
+    """Federated clusters append their name to job IDs; users may have a job limit."""
     calls = tmp_path / "calls"
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
@@ -153,15 +153,15 @@ def test_a_later_script_is_rejected_by_a_federation(study, monkeypatch, tmp_path
     )
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", str(sbatch.parent))
-    with pytest.raises(UserError, match=r"3_report.sh.*: job limit; submitted before: 7, 7"):
+    with pytest.raises(UserError, match=r"3_report.sh.*: job limit; already submitted: 7, 7"):
         submit(study, ["spec.py"], "gpus")
     waits = "['--parsable', '--dependency=afterany:7']"
     assert calls.read_text().splitlines() == ["['--parsable']", waits, waits]
 
 
 @pytest.mark.parametrize("name", ["back\\slash", "two\nlines"])
-def test_names_that_cannot_stand_in_a_script(study, tmp_path, name):
+def test_names_not_possible_in_a_script(study, tmp_path, name):
     moved = load_study(tmp_path / "spec.py", tmp_path / name)
-    with pytest.raises(UserError, match="take no backslash or line break"):
+    with pytest.raises(UserError, match="backslashes and line breaks are not possible"):
         submit(moved, ["spec.py"], "gpus")
     assert not (tmp_path / name).exists()

@@ -1,4 +1,4 @@
-"""What a spec says, and each thing that can be wrong in one."""
+"""Valid specs, and errors for invalid ones."""
 
 from functools import partial
 
@@ -36,7 +36,7 @@ def spec(tmp_path):
     return read
 
 
-def test_methods_are_changes_of_the_base(spec):
+def test_methods_change_the_base(spec):
     found = spec("options = {'model.plugins': [3]}\nseeds = [4, 5]")
     assert [str(one) for one in found.runs()] == [
         f"all/{method}/seed{seed}" for seed in (4, 5) for method in ("plain", "ours")
@@ -48,11 +48,11 @@ def test_methods_are_changes_of_the_base(spec):
     assert ours.model.backbone.to_dict() == dict(depth=34, rfa=dict(type="RFAConv"))
     assert plain.randomness == dict(seed=5, deterministic=True)
     assert "work_dir" not in plain
-    # A run's config is its own: another's has not changed the base.
+    # Runs have independent configs: another run has not changed the base.
     assert found.config(run("all", "ours", 4)).randomness.seed == 4
 
 
-def test_stages_start_from_the_baseline_of_the_same_seed_or_the_only_one(spec):
+def test_stages_start_from_the_baselines_run_with_the_same_or_first_seed(spec):
     found = spec(
         "stages = dict(first=dict(seeds=[0, 1], methods=['plain']),"
         " next=dict(load_from='first', options={'model.backbone.depth': 50}))"
@@ -68,7 +68,7 @@ def test_stages_start_from_the_baseline_of_the_same_seed_or_the_only_one(spec):
     assert found.config(run("next", "ours", 0)).model.backbone.depth == 34
 
 
-def test_environment_is_set_where_it_is_not(spec, monkeypatch):
+def test_environment_defaults_are_set(spec, monkeypatch):
     monkeypatch.setenv("ABLATION_TEST_ROOT", "mine")
     text = "environment = dict(ABLATION_TEST_ROOT='theirs')"
     assert spec(text).base.root == "mine"
@@ -83,20 +83,23 @@ def test_environment_is_set_where_it_is_not(spec, monkeypatch):
         ("base = 'none.py'", "base='none.py': no such file"),
         ("base = 'mmdet::none.py'", "base='mmdet::none.py'"),
         ("del metric", "missing metric"),
-        ("methods = dict()", "methods={}: must be a dict"),
+        ("methods = dict()", "methods={}: must be a non-empty dict"),
         ("methods = dict(a=1)", "methods.a=1: must be a dict of changes"),
         ("methods = {'a/b': dict()}", "methods: 'a/b' names a folder"),
         ("methods = {201 * 'a': dict()}", "is too long to name a folder"),
-        ("methods = dict(truth=dict())", "methods: 'truth' names the boxes that are right"),
-        ("stages = dict(report=dict())", "stages: 'report' is the name of the last job"),
+        ("methods = dict(truth=dict())", "methods: 'truth' is reserved"),
+        ("stages = dict(report=dict())", "stages: 'report' is reserved"),
         ("methods = dict(a={'model.type.x': 1})", "methods.a: does not fit the base config"),
         ("baseline = 'none'", "baseline='none': must be one of ['plain', 'ours']"),
         ("seeds = []", "seeds=[]: must be a list of ints"),
-        ("seeds = [1, 1]", "repeats a seed"),
+        ("seeds = [1, 1]", "seeds must be different"),
         ("seeds = [True]", "must be a list of ints"),
         ("checkpoint = 'first'", "checkpoint='first': must be 'last' or 'best'"),
         ("samples = -1", "samples=-1: must be an int"),
-        ("stages = dict(a=dict(load='b'))", "stages.a: unknown key 'load'; valid: methods, seeds"),
+        (
+            "stages = dict(a=dict(load='b'))",
+            "stages.a: unknown key 'load'; choose from methods, seeds",
+        ),
         (
             "stages = dict(a=dict(load_from='b'))",
             "stages.a.load_from='b': must be an earlier stage",

@@ -1,4 +1,4 @@
-"""Means, deviations and the paired test, by formulas of their own."""
+"""Means, deviations and the paired test, compared with independent formulas."""
 
 import csv
 import io
@@ -18,19 +18,19 @@ values = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=3, max_s
 
 
 def compared(ours, baseline):
-    """The row of a method beside a baseline, a value per seed."""
+    """Return the row of a method next to a baseline, with one value per seed."""
     return summarise(results_of(dict(plain=baseline, ours=ours))).iloc[1]
 
 
 @given(values)
-def test_p_is_that_of_the_paired_t_statistic(pairs):
+def test_p_matches_the_paired_t_test(pairs):
     differences = [a - b for a, b in pairs]
     n = len(pairs)
     mean = math.fsum(differences) / n
     variance = math.fsum((d - mean) ** 2 for d in differences) / (n - 1)
     found = compared(*map(list, zip(*pairs, strict=True)))
     assert found.difference == pytest.approx(mean, abs=1e-12)
-    # That of a difference of two numbers, each off by up to 0.0005 with equal chance.
+    # Variance of a difference of two numbers with uniform rounding errors up to 0.0005.
     variance = max(variance, 2 * 0.001**2 / 12)
     expected = 2 * t.sf(abs(mean) / math.sqrt(variance / n), n - 1)
     assert found.p == pytest.approx(expected, rel=1e-6, abs=1e-12)
@@ -93,19 +93,19 @@ def test_only_seeds_that_both_have_are_compared():
     assert (ours.finished, ours.wanted) == (3, 4)
     assert ours.mean == pytest.approx(0.41)
     assert ours.deviation == pytest.approx(0.11)
-    # Not with the 0.9, which ours lacks.
+    # Without the 0.9, for which ours has no value.
     assert ours.difference == pytest.approx(0.11)
     assert ours.verdict == "better"
 
 
-def test_nothing_finished_is_no_number():
+def test_unfinished_study_has_no_numbers():
     (row,) = summarise(results_of(dict(plain=[None, None]))).itertuples()
     assert math.isnan(row.mean)
     assert math.isnan(row.deviation)
     assert (row.finished, row.wanted, row.verdict) == (0, 2, "")
 
 
-def test_without_the_baseline_nothing_is_compared():
+def test_no_comparison_without_the_baseline():
     _, ours = summarise(results_of(dict(plain=[None] * 3, ours=[0.1, 0.2, 0.3]))).itertuples()
     assert (ours.finished, ours.verdict) == (3, "")
     assert math.isnan(ours.difference)

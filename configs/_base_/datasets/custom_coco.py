@@ -1,7 +1,8 @@
-# Any set in COCO format. From the environment, on the command line before the tool:
-#   DATA_ROOT  the folder; CLASSES  names as in the annotations, separated by commas;
-#   TRAIN_ANN, VAL_ANN, TRAIN_IMG, VAL_IMG  below DATA_ROOT, if other than here;
-#   TEST_ANN, TEST_IMG  if other than VAL_ANN and VAL_IMG.
+# Any dataset in COCO format, configured by environment variables:
+#   DATA_ROOT  folder of the dataset
+#   CLASSES  class names as in the annotations, separated by commas
+#   TRAIN_ANN, VAL_ANN, TRAIN_IMG, VAL_IMG  paths relative to DATA_ROOT; defaults below
+#   TEST_ANN, TEST_IMG  default: VAL_ANN and VAL_IMG
 dataset_type = "CocoDataset"
 data_root = "{{$DATA_ROOT:data/custom}}/"
 classes = tuple(name.strip() for name in "{{$CLASSES:object}}".split(",") if name.strip())

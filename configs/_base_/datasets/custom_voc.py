@@ -1,9 +1,10 @@
-# Any set in VOC layout (JPEGImages, Annotations, ImageSets/Main), with images of any suffix. From
-# the environment, on the command line before the tool:
-#   DATA_ROOT  the folder; CLASSES  names as in the annotations, separated by commas;
-#   TRAIN_SET, VAL_SET  image sets, if other than train and val;
-#   TEST_SET  the one to test on, such as test, if other than VAL_SET;
-#   IMG_DIR, ANN_DIR  folders of images and of XML files, if other than in VOC.
+# Any dataset in VOC layout (JPEGImages, Annotations, ImageSets/Main) with images of any suffix,
+# configured by environment variables:
+#   DATA_ROOT  folder of the dataset
+#   CLASSES  class names as in the annotations, separated by commas
+#   TRAIN_SET, VAL_SET  image sets; default: train and val
+#   TEST_SET  image set to test on, e.g. test; default: VAL_SET
+#   IMG_DIR, ANN_DIR  folders of images and XML files; default: as in VOC
 dataset_type = "AnyImageXMLDataset"
 data_root = "{{$DATA_ROOT:data/custom}}/"
 classes = tuple(name.strip() for name in "{{$CLASSES:object}}".split(",") if name.strip())
@@ -13,7 +14,7 @@ test_set = "{{$TEST_SET:VAL_SET}}".replace("VAL_SET", val_set)
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True),
-    # Drops boxes of a pixel or less, from which nothing can be learnt.
+    # Drop boxes of at most a pixel.
     dict(type="FilterAnnotations", min_gt_bbox_wh=(1, 1)),
     dict(type="Resize", scale=(640, 640), keep_ratio=True),
     dict(type="RandomFlip", prob=0.5),
@@ -25,7 +26,7 @@ test_pipeline = [
     dict(type="LoadAnnotations", with_bbox=True),
     dict(
         type="PackDetInputs",
-        # CocoMetric takes the ground truth from `instances`, as there is no COCO file.
+        # Without a COCO file, CocoMetric takes the ground truth from `instances`.
         meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "instances"),
     ),
 ]

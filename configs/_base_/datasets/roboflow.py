@@ -1,7 +1,7 @@
-# A Roboflow export in COCO format: train, valid and test, each with images beside their
-# _annotations.coco.json. DATA_ROOT and CLASSES as of custom_coco.py; TEST_SET=valid where there is
-# no test. The category of id 0, which Roboflow adds as the parent of the others, has no boxes and
-# is none of the classes.
+# A Roboflow export in COCO format: folders train, valid and test, each with images and an
+# _annotations.coco.json. Set DATA_ROOT and CLASSES as for custom_coco.py, and TEST_SET=valid if
+# there is no test folder. Do not list Roboflow's parent category (id 0), which has no boxes, in
+# CLASSES.
 _base_ = "custom_coco.py"
 
 test_set = "{{$TEST_SET:test}}"

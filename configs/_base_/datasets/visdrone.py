@@ -1,5 +1,5 @@
-# VisDrone2019-DET, ten classes, in COCO format. With the folders VisDrone2019-DET-train, -val and
-# -test-dev in data/VisDrone:  python tools/dataset_converters/visdrone.py data/VisDrone
+# VisDrone2019-DET with ten classes, in COCO format. To convert the folders VisDrone2019-DET-train,
+# -val and -test-dev in data/VisDrone:  python tools/dataset_converters/visdrone.py data/VisDrone
 _base_ = "mmdet::_base_/datasets/coco_detection.py"
 
 data_root = "{{$DATA_ROOT:data/VisDrone}}/"

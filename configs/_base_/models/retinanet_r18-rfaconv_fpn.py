@@ -1,5 +1,5 @@
-# RetinaNet with RFAConv in its ResNet-18, to be trained from scratch: no pretrained weights, so
-# nothing is frozen, BN learns its statistics, and neck and head are normalised too.
+# RetinaNet with RFAConv in its ResNet-18, for training from scratch: without pretrained weights,
+# nothing is frozen, BN learns its statistics, and neck and head have norms too.
 _base_ = "mmdet::_base_/models/retinanet_r50_fpn.py"
 custom_imports = dict(imports=["rfa_mmdet"])
 
@@ -10,7 +10,7 @@ model = dict(
         type="RFAResNet",
         depth=18,
         rfa=dict(type="RFAConv"),
-        # Not in the first stage: its maps are the largest, and RFAConv costs most there.
+        # Not in the first stage, whose maps are the largest, so RFAConv is most expensive there.
         stage_with_rfa=(False, True, True, True),
         frozen_stages=-1,
         norm_eval=False,

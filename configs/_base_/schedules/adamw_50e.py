@@ -1,4 +1,4 @@
-# For small sets and training from scratch: AdamW, short warm-up, cosine to the end.
+# For small datasets and training from scratch: AdamW, short warm-up, cosine decay.
 _base_ = ["mmdet::_base_/default_runtime.py", "../repeatable.py"]
 
 max_epochs = 50

@@ -1,8 +1,8 @@
-"""What is wrong with the data of a config, in words.
+"""Check the data of a config.
 
-``before_run`` checks what a run would read: annotation files (``coco``, ``voc``), image files
-(``images``) and classes (``classes``). ``audit`` looks at every image and box one by one, and
-``contact_sheet`` shows the worst.
+``before_run`` checks what a run reads: annotation files (``coco``, ``voc``), image files
+(``images``) and classes (``classes``). ``audit`` checks every image and box one by one, and
+``contact_sheet`` draws the worst images.
 """
 
 from rfa_mmdet.data.check.before_run import check_data, find_problems

@@ -1,7 +1,7 @@
-"""Every image and box of a config's data, looked at one by one.
+"""Check every image and box of a config's data.
 
-The checks before a run stop at what would make it fail. This decodes every image as training would
-and compares it with its annotations.
+The checks before a run only look for what makes the run fail. The audit decodes every image as
+training does, and compares it with its annotations.
 """
 
 import os
@@ -22,7 +22,7 @@ from rfa_mmdet.data.check.report import DataError
 from rfa_mmdet.data.check.voc import voc_images
 from rfa_mmdet.files import MISSING
 
-# What can be wrong with an image, the worst first; a run that reads one of the first three ends.
+# Kinds of problems with an image, worst first; the FATAL ones end a run that reads the image.
 FATAL = (MISSING, "damaged", NOT_DECODABLE)
 KINDS = (
     *FATAL,
@@ -36,7 +36,7 @@ KINDS = (
     "without boxes",
     "not annotated",
 )
-# Of a box over the image's edge, in pixels: tools that round do that.
+# Pixels by which a box may exceed the image: annotation tools round.
 TOLERANCE = 1.0
 _ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
@@ -45,8 +45,8 @@ class Box(NamedTuple):
     """A box as annotated.
 
     Attributes:
-        name (str): Of its class.
-        xyxy (tuple[float, float, float, float]): Corners in pixels, counted from 0.
+        name (str): Name of its class.
+        xyxy (tuple[float, float, float, float]): Corners in pixels, starting at 0.
     """
 
     name: str
@@ -55,12 +55,12 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Annotated:
-    """An image and what its annotations say.
+    """An image and its annotations.
 
     Attributes:
         path (str): The image file.
         size (tuple[int, int] | None): Width and height, if the annotations give them.
-        boxes (tuple[Box, ...]): Those to learn from.
+        boxes (tuple[Box, ...]): Boxes that training learns from.
         unknown (tuple[str, ...]): Names or ids of classes that the dataset does not have.
     """
 
@@ -71,15 +71,15 @@ class Annotated:
 
 
 class Problem(NamedTuple):
-    """Something wrong with an image.
+    """A problem with an image.
 
     Attributes:
-        kind (str): Of :data:`KINDS`.
+        kind (str): One of :data:`KINDS`.
         split (str): 'train', 'val' or 'test'.
         path (str): The image file.
-        text (str): What it is.
-        weight (float): How bad it is beside others of its kind.
-        box (Box | None): The box, if it is one.
+        text (str): Description.
+        weight (float): Severity among problems of the same kind.
+        box (Box | None): The box concerned, if any.
     """
 
     kind: str
@@ -92,13 +92,13 @@ class Problem(NamedTuple):
 
 @dataclass
 class Audit:
-    """What was found.
+    """Result of an audit.
 
     Attributes:
-        problems (list[Problem]): All of them.
-        images (dict[str, int]): Images by split.
-        boxes (dict[str, Counter]): Boxes by split and class, classes without boxes included.
-        annotations (dict[str, Annotated]): By path, of images that have a problem.
+        problems (list[Problem]): All problems.
+        images (dict[str, int]): Split -> number of images.
+        boxes (dict[str, Counter]): Split -> number of boxes by class, including empty classes.
+        annotations (dict[str, Annotated]): Path -> annotations, for images with a problem.
         skipped (list[str]): Config keys of datasets that are neither COCO nor VOC, or not local.
     """
 
@@ -109,7 +109,7 @@ class Audit:
     skipped: list[str] = field(default_factory=list)
 
     def count(self, kind: str, split: str) -> int:
-        """Return how many problems of a kind a split has."""
+        """Return the number of problems of a kind in a split."""
         return sum(p.kind == kind and p.split == split for p in self.problems)
 
 
@@ -119,24 +119,24 @@ def audit(
     threads: int | None = None,
     progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
 ) -> Audit:
-    """Look at every image that a config's datasets name, and at those that they do not.
+    """Check every image of a config's datasets, and find images without annotations.
 
     Args:
-        cfg (Config): Of a detector.
-        splits (Sequence[str]): Of 'train', 'val' and 'test'; the same files under a second name
-            are looked at once.
-        threads (int | None): How many images to decode at a time. Defaults to None: one for each
-            processor.
-        progress (Callable): Given the results as they come and their number; yields them.
+        cfg (Config): A detector's config.
+        splits (Sequence[str]): Splits to check: 'train', 'val' or 'test'. Files that several splits
+            share are checked once.
+        threads (int | None): Number of images to decode in parallel. Defaults to None: the number
+            of CPUs.
+        progress (Callable): Takes an iterator over the results and their number, and yields them.
 
     Returns:
-        Audit: Annotation files that cannot be read are left out: see
-        :func:`~rfa_mmdet.data.check.find_problems`, which says what is wrong with them.
+        Audit: The result. Unreadable annotation files are skipped;
+        :func:`~rfa_mmdet.data.check.find_problems` reports them.
     """
     found = Audit()
     work: list[tuple[str, Annotated]] = []
     seen = set()
-    # Real path -> the splits that have it; None: one that is not looked at.
+    # Real path -> its splits; None stands for a split that is not checked.
     splits_of: defaultdict[str, set[str | None]] = defaultdict(set)
     all_read = True
     for split in (*splits, *({"train", "val", "test"} - {*splits})):
@@ -147,11 +147,11 @@ def audit(
                 found.skipped += [leaf.key] if split in splits else []
                 continue
             classes, records, source = read
-            if split not in splits:  # its images are annotated, if not looked at
+            if split not in splits:  # its images are annotated, though not checked
                 for record in records:
                     splits_of[os.path.realpath(record.path)].add(None)
                 continue
-            if source in seen:  # as 'test' is often another name of 'val'
+            if source in seen:  # 'test' is often the same as 'val'
                 continue
             seen.add(source)
             found.images[split] = found.images.get(split, 0) + len(records)
@@ -172,18 +172,18 @@ def audit(
             if problems:
                 found.annotations[record.path] = record
                 found.problems += problems
-    if all_read:  # else, what could not be read might name them
+    if all_read:  # otherwise, an unreadable file may list them
         found.problems += _unnamed(work, splits_of)
     return found
 
 
 def dataset_images(cfg: Config, split: str, number: int) -> list[str]:
-    """Return the first image files of a split, or none where its data cannot be read.
+    """Return the first image files of a split; an empty list if its data cannot be read.
 
     Args:
-        cfg (Config): Of a detector.
+        cfg (Config): A detector's config.
         split (str): 'train', 'val' or 'test'.
-        number (int): At most so many.
+        number (int): Maximum number of files.
     """
     read = [found for leaf in leaves(cfg, split) if (found := _read(leaf))]
     paths = (record.path for _, records, _ in read for record in records)
@@ -191,7 +191,7 @@ def dataset_images(cfg: Config, split: str, number: int) -> list[str]:
 
 
 def _read(leaf: Leaf) -> tuple[tuple[str, ...], list[Annotated], tuple] | None:
-    """Return classes, images and what identifies the dataset's files, or None."""
+    """Return the classes, the images and a key that identifies the dataset's files, or None."""
     try:
         dataset = leaf.build()
         if not is_local(dataset.ann_file, getattr(dataset, "backend_args", None)):
@@ -202,7 +202,7 @@ def _read(leaf: Leaf) -> tuple[tuple[str, ...], list[Annotated], tuple] | None:
             records = list(_voc(dataset))
         else:
             return None
-    # Whatever is wrong with the config or the file is told by the checks before a run.
+    # The checks before a run report what is wrong with the config or the file.
     except (DataError, KeyError, TypeError, OSError, RuntimeError, UnicodeDecodeError):
         return None
     source = (os.path.realpath(dataset.ann_file), tuple(sorted(dataset.data_prefix.items())))
@@ -216,7 +216,7 @@ def _coco(dataset: CocoDataset) -> Iterator[Annotated]:
     boxes, unknown = defaultdict(list), defaultdict(list)
     for annotation in content["annotations"]:
         if annotation.get("iscrowd") or annotation.get("ignore"):
-            continue  # regions, from which nothing is learnt
+            continue  # regions that training ignores
         x, y, width, height = annotation["bbox"]
         name: str | None = names.get(annotation["category_id"])
         image = annotation["image_id"]
@@ -247,12 +247,12 @@ def _voc(dataset: XMLDataset) -> Iterator[Annotated]:
 
 
 def _from_zero(x1: int, y1: int, x2: int, y2: int) -> tuple[float, float, float, float]:
-    """Return corners counted from 0; VOC counts pixels from 1."""
+    """Return corners starting at 0; VOC starts at 1."""
     return float(x1 - 1), float(y1 - 1), float(x2 - 1), float(y2 - 1)
 
 
 def _look(path: str) -> tuple[tuple[int, int] | None, str | None]:
-    """Return width and height of an image, or what is wrong with the file."""
+    """Return the width and height of an image, or what is wrong with the file."""
     image, damage = read_image(path)
     return (None, damage) if image is None else ((image.shape[1], image.shape[0]), None)
 
@@ -267,7 +267,7 @@ def _image_problems(
         kinds = (kind for kind in (MISSING, NOT_DECODABLE) if damage.startswith(kind))
         yield Problem(next(kinds, "damaged"), split, record.path, damage)
     if size and record.size and size != record.size:
-        turned = " (turned)" if size == record.size[::-1] else ""
+        turned = " (rotated)" if size == record.size[::-1] else ""
         text = "{} x {}, is {} x {}".format(*record.size, *size) + turned
         yield Problem("other size than annotated", split, record.path, text, 1 + bool(turned))
     for name, count in Counter(record.unknown).items():
@@ -281,18 +281,18 @@ def _image_problems(
         elif count > 1:
             yield Problem("box twice", split, record.path, f"{box.name} ({count})", count, box)
     if not record.boxes and not record.unknown:
-        yield Problem("without boxes", split, record.path, "no box of the dataset's classes")
+        yield Problem("without boxes", split, record.path, "no box of any of the dataset's classes")
 
 
 def box_problem(box: Box, size: tuple[int, int] | None) -> tuple[str, float] | None:
-    """Return what is wrong with a box, and how badly, or None.
+    """Return what is wrong with a box, or None.
 
     Args:
-        box (Box): As annotated.
-        size (tuple[int, int] | None): Width and height of the image, if they are known.
+        box (Box): The box as annotated.
+        size (tuple[int, int] | None): Width and height of the image, if known.
 
     Returns:
-        tuple[str, float] | None: Of :data:`KINDS`, and a weight; the furthest outside weighs most.
+        tuple[str, float] | None: One of :data:`KINDS` and a weight, the higher the worse.
 
     Example:
         >>> box_problem(Box("cat", (5, 5, 3, 9)), (64, 48))
@@ -313,7 +313,7 @@ def box_problem(box: Box, size: tuple[int, int] | None) -> tuple[str, float] | N
 
 
 def _unnamed(work: list, splits_of: dict) -> Iterator[Problem]:
-    """Yield the image files that no split names, beside those that one names."""
+    """Yield image files that no split lists, in the folders of those listed."""
     folders: dict[str, str] = {}
     for split, record in work:
         folders.setdefault(os.path.dirname(record.path), split)
@@ -322,4 +322,4 @@ def _unnamed(work: list, splits_of: dict) -> Iterator[Problem]:
         for name in entries:
             path = os.path.join(folder, name)
             if name.lower().endswith(_ENDINGS) and os.path.realpath(path) not in splits_of:
-                yield Problem("not annotated", split, path, "no annotation file names it")
+                yield Problem("not annotated", split, path, "not listed in any annotation file")

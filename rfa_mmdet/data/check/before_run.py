@@ -1,4 +1,4 @@
-"""What is wrong with the data of a config, found before a run starts, in words."""
+"""Check the data of a config before a run starts."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -23,23 +23,24 @@ from rfa_mmdet.texts import printable
 def check_data(
     cfg: Config, splits: Sequence[str] = ("train", "val"), images: str = "quick"
 ) -> list[str]:
-    """Check the annotation files, images and classes that a run would use.
+    """Check the annotation files, images and classes that a run uses.
 
-    Datasets of COCO's and VOC's format are read; of others, only the annotation file must exist.
-    Annotations are always read whole.
+    Datasets in COCO and VOC format are read completely; for others, only the existence of the
+    annotation file is checked.
 
     Args:
-        cfg (Config): Of a detector.
-        splits (Sequence[str]): Of 'train', 'val', 'test'. The first says how many classes the
-            heads must have.
-        images (str): 'full' opens every image file, 'quick' some of each dataset.
+        cfg (Config): A detector's config.
+        splits (Sequence[str]): Splits to check: 'train', 'val' or 'test'. The first one determines
+            how many classes the heads must have. Defaults to ('train', 'val').
+        images (str): 'full' opens every image file, 'quick' a sample of each dataset. Defaults to
+            'quick'.
 
     Returns:
-        list[str]: Warnings: things to know that do not keep the run from its aim.
+        list[str]: Warnings that do not affect the purpose of the run.
 
     Raises:
-        DataError: The run would fail, or learn or measure nothing, or the wrong thing. The
-            message names everything found.
+        DataError: The run would fail, or learn or measure nothing or the wrong thing. The message
+            lists all problems.
     """
     found = find_problems(cfg, splits, images)
     found.raise_errors()
@@ -48,11 +49,11 @@ def check_data(
 
 @garbage_kept()
 def find_problems(cfg: Config, splits: Sequence[str], images: str = "full") -> Findings:
-    """Do what :func:`check_data` does, and return what was found, without raising.
+    """Like :func:`check_data`, but return the errors instead of raising them.
 
     Args:
-        cfg (Config): Of a detector.
-        splits (Sequence[str]): Of 'train', 'val', 'test'; see :func:`check_data`.
+        cfg (Config): A detector's config.
+        splits (Sequence[str]): 'train', 'val' or 'test'; see :func:`check_data`.
         images (str): 'full' or 'quick'; see :func:`check_data`.
 
     Returns:
@@ -61,7 +62,7 @@ def find_problems(cfg: Config, splits: Sequence[str], images: str = "full") -> F
     found = Findings()
     labelled = []
     for split in splits:
-        read = cache(read_coco)  # one file is often a dataset's and an evaluator's
+        read = cache(read_coco)  # a dataset and an evaluator often share a file
         metrics = [] if split == "train" else [*evaluators(cfg, split)]
         evaluated = {os.path.realpath(m.ann_file) for m in metrics if m.is_coco and m.names}
         of_leaf: dict[str, tuple[BaseDataset, Loaded | None]] = {}
@@ -71,7 +72,7 @@ def find_problems(cfg: Config, splits: Sequence[str], images: str = "full") -> F
                 continue
             loaded = _load(leaf, dataset, found, read, evaluated)
             labels = loaded.labels if loaded else dataset.metainfo.get("classes")
-            # Others count things apart (panoptic), or map classes in their own way (video).
+            # Others count things separately (panoptic), or map classes their own way (video).
             if isinstance(dataset, (CocoDataset, XMLDataset)) and not isinstance(
                 dataset, CocoPanopticDataset
             ):
@@ -99,13 +100,13 @@ def _build(leaf: Leaf, found: Findings) -> BaseDataset | None:
     except DataError as error:
         found.errors.append(str(error))
         return None
-    # What mmdet's constructors raise for keys and values that they do not know.
+    # mmdet's constructors raise these for unknown keys and values.
     except (KeyError, TypeError, OSError, RuntimeError) as error:
         found.errors.append(f"{leaf.key} cannot be built: {error}")
         return None
     if isinstance(dataset, XMLDataset) and not dataset.metainfo.get("classes"):
         found.errors.append(
-            f"{leaf.key}: {leaf.cfg['type']} has no classes of its own; give them, such as "
+            f"{leaf.key}: {leaf.cfg['type']} has no default classes; set them, e.g. "
             "metainfo=dict(classes=('cat', 'dog'))"
         )
         return None
@@ -118,7 +119,7 @@ def _load(
     path = dataset.ann_file
     if not is_local(path, getattr(dataset, "backend_args", None)):
         found.warnings.append(
-            f"{leaf.key}: not checked: remote storage (ann_file={path!r}, "
+            f"{leaf.key}: not checked, because it is on remote storage (ann_file={path!r}, "
             f"backend_args={leaf.cfg.get('backend_args')})"
         )
         return None
@@ -127,7 +128,7 @@ def _load(
         root = dataset.data_root
         where = f"{leaf.key}.ann_file={leaf.cfg.get('ann_file', '')!r}"
         if root and not os.path.isdir(root):
-            where = f"{leaf.key}.data_root={root!r} is no folder; {where}"
+            where = f"{leaf.key}.data_root={root!r} is not a folder; {where}"
         found.errors.append(f"{where}: {missing_path(path)}")
         return None
     if kind is None:
@@ -145,7 +146,7 @@ def _load(
 
 
 def _kind(dataset: BaseDataset):
-    """Return the check that fits; none does for a subclass that reads its files in its own way."""
+    """Return the check for a dataset; None for a subclass with its own way to read files."""
     for base, check in (
         (CocoDataset, check_coco),
         (XMLDataset, check_voc),
@@ -161,14 +162,14 @@ def _kind(dataset: BaseDataset):
 
 
 def _check_any_boxes(of_leaf: dict, found: Findings) -> None:
-    """Report datasets without boxes; unlabelled ones beside a labelled one are on purpose."""
+    """Report datasets without boxes; next to a labelled one, they may be intended."""
     trained = {k: (d, read) for k, (d, read) in of_leaf.items() if read and not d.test_mode}
     any_boxes = any(loaded.boxes for _, loaded in trained.values())
     for key, (dataset, loaded) in trained.items():
         if not loaded.boxes:
             (found.warnings if any_boxes else found.errors).append(
-                f"{key}: the {len(loaded.images)} images of {dataset.ann_file} have no box "
-                f"to learn from, of classes {some(map(literal, loaded.labels), 80)}"
+                f"{key}: the {len(loaded.images)} images of {dataset.ann_file} have no box to "
+                f"learn from, for classes {some(map(literal, loaded.labels), 80)}"
             )
 
 

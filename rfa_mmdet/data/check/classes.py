@@ -1,4 +1,4 @@
-"""Do the classes of the datasets fit each other, and the model's heads?"""
+"""Check that the classes of the datasets match each other and the model's heads."""
 
 import os
 from collections import Counter
@@ -8,15 +8,15 @@ from typing import Any
 from rfa_mmdet.data.check.find import Leaf
 from rfa_mmdet.data.check.report import DataError, Findings, literal, some
 
-# Heads that count something else than the dataset's classes.
+# Heads whose num_classes does not refer to the dataset's classes.
 _OTHER_HEADS = ("rpn_head", "semantic_head", "panoptic_head", "panoptic_fusion_head")
 
 
 def heads(model: dict) -> Iterator[tuple[str, int]]:
-    """Yield config key and ``num_classes`` of the heads that classify boxes or masks.
+    """Yield the config key and ``num_classes`` of each head that classifies boxes or masks.
 
     Args:
-        model (dict): ``cfg.model``; heads may be in lists (cascades), and below wrappers.
+        model (dict): ``cfg.model``; heads may be in lists (cascades) and inside wrappers.
 
     Example:
         >>> roi_head = dict(bbox_head=[dict(num_classes=80), dict(num_classes=3)])
@@ -27,12 +27,12 @@ def heads(model: dict) -> Iterator[tuple[str, int]]:
     """
 
     def walk(node: Any, key: str, name: str) -> Iterator[tuple[str, int]]:
-        # In pure-Python configs the type is the function itself, retrofit.
+        # In pure-Python configs, the type is the function ``retrofit`` itself.
         kind = node.get("type") if isinstance(node, dict) else None
         if str(getattr(kind, "__name__", kind)).rpartition(".")[2].lower() == "retrofit":
             yield from walk(node.get("module"), f"{key}.module", name)
         elif isinstance(node, dict) and name not in _OTHER_HEADS:
-            # A mask head without classes of its own ignores the number.
+            # A class-agnostic mask head ignores the number.
             if name.endswith(("_head", "_heads")) and not node.get("class_agnostic"):
                 count = node.get("num_classes")
                 if isinstance(count, int):
@@ -47,15 +47,15 @@ def heads(model: dict) -> Iterator[tuple[str, int]]:
 
 
 def check_heads(model: dict, leaf: Leaf, labels: tuple[str, ...], found: Findings) -> None:
-    """Report heads whose ``num_classes`` is not the number of the dataset's classes.
+    """Report heads whose ``num_classes`` differs from the dataset's number of classes.
 
     Args:
         model (dict): ``cfg.model``.
-        leaf (Leaf): The dataset that is trained, or tested, on.
+        leaf (Leaf): The dataset for training or testing.
         labels (tuple[str, ...]): Its classes.
-        found (Findings): Takes the error.
+        found (Findings): Collects the error.
     """
-    # Models that are told the classes as text have as many outputs as the text may be long.
+    # Models that get the classes as text have one output per text token.
     if model.get("language_model"):
         return
     wrong = [(key, count) for key, count in heads(model) if count != len(labels)]
@@ -65,59 +65,61 @@ def check_heads(model: dict, leaf: Leaf, labels: tuple[str, ...], found: Finding
     fix = " ".join(f"{key}.num_classes={len(labels)}" for key, _ in wrong)
     in_list = any(part.isdigit() for key, _ in wrong for part in key.split("."))
     limit = (
-        " (list elements by index work on the command line only; a config file has to write the "
-        "whole list)"
+        " (list indices only work on the command line; in a config file, write the whole list)"
         if in_list
         else ""
     )
     found.errors.append(
         f"{have}, but {leaf.key} has {len(labels)} classes: {some(map(literal, labels), 80)} "
-        f"({class_source(leaf)}). Right would be --cfg-options {fix}{limit}, or other classes"
+        f"({class_source(leaf)}). Use --cfg-options {fix}{limit}, or set other classes"
     )
 
 
 def check_same_labels(labelled: list[tuple[Leaf, tuple[str, ...]]], found: Findings) -> None:
-    """Report datasets in which a label means another class than in the first.
+    """Report datasets whose labels mean other classes than in the first dataset.
 
     Args:
-        labelled (list): Datasets with their class names by label.
-        found (Findings): Takes the errors.
+        labelled (list): Datasets with their class names in label order.
+        found (Findings): Collects the errors.
     """
     for leaf, labels in labelled[1:]:
         first, expected = labelled[0]
         if labels != expected:
             found.errors.append(
-                f"{leaf.key} numbers its classes {some(map(literal, labels), 80)}, but {first.key} "
+                f"{leaf.key} has the classes {some(map(literal, labels), 80)}, but {first.key} has "
                 f"{some(map(literal, expected), 80)}: the same label would mean different classes. "
-                "For COCO files the order of their 'categories' counts"
+                "In COCO files, the order of 'categories' determines the labels"
             )
 
 
 def check_given(leaf: Leaf) -> None:
-    """Check ``metainfo.classes`` as written, before MMDetection takes a string apart.
+    """Check ``metainfo.classes`` as written, before MMDetection splits a string into letters.
 
     Raises:
-        DataError: It is a bare string that is not the name of a file of classes, or not of
-            different names.
+        DataError: It is a bare string but not an existing file, or contains non-strings or
+            duplicates.
     """
     classes = (leaf.cfg.get("metainfo") or {}).get("classes")
     if isinstance(classes, str) and "://" not in classes and not os.path.isfile(classes):
         raise DataError(
-            f"{leaf.key}.metainfo.classes={classes!r} is a string, of which every letter would be "
-            f"a class, and no file of that name exists. For one class, mind the comma: "
+            f"{leaf.key}.metainfo.classes={classes!r} is a string, so every letter would be a "
+            f"class, and no such file exists. For a single class, write a tuple with a comma: "
             f"metainfo=dict(classes=({classes!r},))"
         )
     names = classes if isinstance(classes, (list, tuple)) else ()
     odd = [literal(name) for name in names if not isinstance(name, str) or not name]
     if odd:
-        raise DataError(f"{leaf.key}.metainfo.classes: {some(odd)} is not text; classes are names")
+        raise DataError(
+            f"{leaf.key}.metainfo.classes: {some(odd)} is not valid; classes must be non-empty "
+            "strings"
+        )
     twice = [literal(name) for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise DataError(f"{leaf.key}.metainfo.classes has {some(twice)} more than once")
+        raise DataError(f"{leaf.key}.metainfo.classes contains {some(twice)} more than once")
 
 
 def class_source(leaf: Leaf) -> str:
-    """Say where a dataset has its classes from."""
+    """Describe where a dataset's classes come from."""
     metainfo = leaf.cfg.get("metainfo") or {}
     if "classes" in metainfo:
         return "from metainfo.classes"
@@ -127,12 +129,12 @@ def class_source(leaf: Leaf) -> str:
 
 
 def metainfo_fix(leaf: Leaf, names: tuple[str, ...]) -> str:
-    """Say how to pass ``names`` as classes."""
+    """Describe how to set ``names`` as the classes."""
     written = repr(names)
-    if len(written) > 4000:  # which nobody would paste
+    if len(written) > 4000:  # too long to paste
         written = f"({some(map(literal, names))})"
-    text = f"To use the file's own, write metainfo=dict(classes={written}) into the dataset"
-    # MMEngine's parser of the command line drops blanks and takes digits for numbers.
+    text = f"To use the file's classes, set metainfo=dict(classes={written}) in the dataset"
+    # MMEngine's command-line parser drops blanks and reads digits as numbers.
     if (
         len(written) < 4000
         and names
@@ -140,4 +142,4 @@ def metainfo_fix(leaf: Leaf, names: tuple[str, ...]) -> str:
     ):
         listed = "".join(f"{name}," for name in names)
         text += f', or --cfg-options {leaf.key}.metainfo.classes="({listed})"'
-    return f"{text}, and as many num_classes into the heads"
+    return f"{text}, and set num_classes of the heads to match"

@@ -1,4 +1,4 @@
-"""Datasets and evaluators that read annotation files in COCO's format."""
+"""Check datasets and evaluators that read COCO annotation files."""
 
 import os
 from collections import Counter
@@ -18,21 +18,21 @@ from rfa_mmdet.data.check.report import DataError, Findings, literal, some
 
 _COORDINATE = Number(-LARGEST_SIDE, LARGEST_SIDE)
 _RUN = Number(0, 2**31, whole=True)
-# Compressed masks are decoded to be checked, which takes long for all.
+# Compressed masks must be decoded to be checked, which is too slow for all of them.
 _DECODED = 300
 
 
 def check_coco(leaf: Leaf, dataset: CocoDataset, content: dict, found: Findings) -> Loaded:
-    """Check the content of the annotation file of a COCO dataset.
+    """Check the content of a COCO dataset's annotation file.
 
     Args:
         leaf (Leaf): The dataset's place in the config.
-        dataset (CocoDataset): Built, not loaded.
-        content (dict): From :func:`~rfa_mmdet.data.check.coco_file.read_coco`.
-        found (Findings): Takes errors and warnings.
+        dataset (CocoDataset): The dataset, built but not loaded.
+        content (dict): Returned by :func:`~rfa_mmdet.data.check.coco_file.read_coco`.
+        found (Findings): Collects errors and warnings.
 
     Raises:
-        DataError: Nothing further can be said about the dataset.
+        DataError: The problem prevents further checks of the dataset.
     """
     classes = tuple(dataset.metainfo["classes"])
     labels = _labels(leaf, dataset.ann_file, classes, content["categories"], found)
@@ -52,27 +52,27 @@ def _labels(leaf: Leaf, path: str, classes: tuple, categories: list, found: Find
     names = tuple(category["name"] for category in categories)
     absent = [name for name in classes if name not in names]
     if absent:
-        # The categories that are there would move up into the wrong labels.
+        # Existing categories would shift to wrong labels.
         raise DataError(
-            f"{leaf.key}: {len(absent)} of its {len(classes)} classes are no categories of "
-            f"{path}: {some(map(literal, absent))}. The file's categories: "
+            f"{leaf.key}: {len(absent)} of its {len(classes)} classes are not among the categories "
+            f"of {path}: {some(map(literal, absent))}. The file's categories: "
             f"{some(map(literal, names), 80)}; the dataset's classes: "
             f"{some(map(literal, classes), 80)} ({class_source(leaf)}). "
             f"{metainfo_fix(leaf, names)}"
         )
-    # MMDetection numbers labels in the order of the file, whatever the order of the classes.
+    # MMDetection numbers the labels in file order, regardless of the order of the classes.
     labels = tuple(name for name in names if name in classes)
     if len(set(labels)) < len(labels):
         repeated = [name for name, count in Counter(labels).items() if count > 1]
         raise DataError(
             f"{path}: several categories have the same name ({some(map(literal, repeated))}); "
-            "each would get a label of its own, more than the head has. Merge them"
+            "each would get its own label, more than the head has. Merge them"
         )
     if labels != classes:
         found.warnings.append(
-            f"{leaf.key}: classes={some(map(literal, classes), 80)} are in another order than the "
-            f"categories of {path}, and MMDetection numbers labels in the order of the file, so "
-            f"pictures would show wrong names. Right would be classes={labels!r}"
+            f"{leaf.key}: classes={some(map(literal, classes), 80)} are not in the order of the "
+            f"categories of {path}; MMDetection numbers labels in file order, so pictures would "
+            f"show wrong names. Use classes={labels!r}"
         )
     return labels
 
@@ -81,9 +81,9 @@ class _Columns:
     """The annotations of a file as arrays, for the images and classes of a dataset.
 
     Attributes:
-        image (np.ndarray): Where in ``images`` an annotation's image is; -1: it has none.
-        wanted (np.ndarray): Whether it is of one of the classes and of an image.
-        crowd (np.ndarray): Whether it is a region, from which nothing is learnt.
+        image (np.ndarray): Index in ``images`` of each annotation's image; -1 if there is none.
+        wanted (np.ndarray): Whether the annotation has an image and one of the classes.
+        crowd (np.ndarray): Whether it is a crowd region, which training ignores.
     """
 
     def __init__(self, content: dict, classes: Sequence[str]) -> None:
@@ -96,14 +96,14 @@ class _Columns:
         self.crowd = np.array([bool(a.get("iscrowd")) for a in annotations], dtype=bool)
 
     def dropped(self, content: dict) -> dict[str, np.ndarray]:
-        """Return by reason which of the wanted annotations MMDetection leaves out."""
+        """Return which of the wanted annotations MMDetection drops, by reason."""
         annotations = content["annotations"]
         flat = chain.from_iterable(a["bbox"] for a in annotations)
         x, y, w, h = np.fromiter(flat, float).reshape(-1, 4).T
         area = np.array([a["area"] for a in annotations], dtype=float)
         sizes = np.array([(i["width"], i["height"]) for i in content["images"]], dtype=float)
         width, height = sizes.reshape(-1, 2)[self.image].T if len(sizes) else (w, h)
-        # What CocoDataset.parse_data_info drops.
+        # As in CocoDataset.parse_data_info.
         over = (np.minimum(x + w, width) <= np.maximum(x, 0)) | (
             np.minimum(y + h, height) <= np.maximum(y, 0)
         )
@@ -112,7 +112,7 @@ class _Columns:
             "are inverted or empty (w <= 0 or h <= 0)": (w <= 0) | (h <= 0),
             "are narrower than 1 pixel": (w < 1) | (h < 1),
             "have an area of 0 or less": area <= 0,
-            "are outside the width and height that the file gives the image": over,
+            "are outside the image's width and height as given in the file": over,
         }
         found = {}
         for reason, where in reasons.items():
@@ -128,15 +128,15 @@ def _boxes(
     classes, path = dataset.metainfo["classes"], dataset.ann_file
     images, annotations = content["images"], content["annotations"]
     columns = _Columns(content, classes)
-    then = "counted as missed in evaluation" if dataset.test_mode else "left out of training"
+    then = "counted as missed in the evaluation" if dataset.test_mode else "ignored in training"
     dropped = {}
     for reason, where in columns.dropped(content).items():
         if count := int(where.sum()):
             names = (images[i]["file_name"] for i in np.unique(columns.image[where]))
             dropped[reason] = count
             found.warnings.append(
-                f"{leaf.key}: {count} of {len(annotations)} boxes of {path} {reason} and will be "
-                f"{then}, in {some(names)}"
+                f"{leaf.key}: {count} of {len(annotations)} boxes of {path} {reason}, and will be "
+                f"{then}: {some(names)}"
             )
     if leaf.asks("with_mask"):
         masked = np.flatnonzero(columns.left)
@@ -145,8 +145,8 @@ def _boxes(
     lost = np.flatnonzero(columns.image < 0)
     if len(lost):
         found.warnings.append(
-            f"{leaf.key}: {len(lost)} annotations of {path} have an image_id that no image has, "
-            f"and are ignored: ids {some(literal(annotations[i]['id']) for i in lost)}"
+            f"{leaf.key}: {len(lost)} annotations of {path} have an image_id without an image, and "
+            f"are ignored: ids {some(literal(annotations[i]['id']) for i in lost)}"
         )
     used = {annotations[i]["category_id"] for i in np.flatnonzero(columns.wanted)}
     unused = [c["name"] for c in content["categories"] if c["id"] in columns.ids - used]
@@ -158,8 +158,8 @@ def _boxes(
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
         found.warnings.append(
-            f"{leaf.key}: {len(twice)} image files are named by more than one of the images of "
-            f"{path}, each with its own boxes alone: {some(twice)}"
+            f"{leaf.key}: {len(twice)} image files occur more than once in {path}, each time with "
+            f"different boxes: {some(twice)}"
         )
     annotated = {images[i]["id"] for i in np.unique(columns.image[columns.wanted])}
     read = kept(
@@ -170,16 +170,16 @@ def _boxes(
     )
     if not read:
         raise DataError(
-            f"{leaf.key}: none of the {len(images)} images of {path} is left to read "
-            f"(filter_cfg={dataset.filter_cfg}, indices={dataset._indices}); "
-            f"{len(annotations)} annotations, {len(annotated)} images with one of the classes"
+            f"{leaf.key}: no images left: filter_cfg={dataset.filter_cfg} and "
+            f"indices={dataset._indices} remove all {len(images)} images of {path} "
+            f"({len(annotations)} annotations, {len(annotated)} images with one of the classes)"
         )
     smallest = 0 if dataset.test_mode else (dataset.filter_cfg or {}).get("min_size", 0)
     small = [i["file_name"] for i in images if min(i["width"], i["height"]) < smallest]
     if small:
         found.warnings.append(
-            f"{leaf.key}: {len(small)} of {len(images)} images are left out, as filter_cfg asks "
-            f"for a min_size of {smallest}: {some(small)}"
+            f"{leaf.key}: {len(small)} of {len(images)} images are skipped, because they are "
+            f"smaller than min_size={smallest} of filter_cfg: {some(small)}"
         )
     ids = {image["id"] for image in read}
     of_read = np.array([image["id"] in ids for image in images], dtype=bool)
@@ -188,7 +188,7 @@ def _boxes(
 
 
 def _masks(path: str, content: dict, chosen: np.ndarray) -> Iterator[str]:
-    """Yield what is wrong with the masks of some annotations, for one that reads masks."""
+    """Yield what is wrong with the masks of the chosen annotations."""
     annotations = content["annotations"]
     size_of = {i["id"]: (i["width"], i["height"]) for i in content["images"]}
     wrong: dict[str, list[int]] = {}
@@ -205,14 +205,14 @@ def _masks(path: str, content: dict, chosen: np.ndarray) -> Iterator[str]:
         try:
             pycocotools.mask.decode(annotations[i]["segmentation"])
         except ValueError:
-            wrong.setdefault("with 'counts' that are damaged", []).append(i)
+            wrong.setdefault("with damaged 'counts'", []).append(i)
     for reason, indices in wrong.items():
         ids = some((literal(annotations[i]["id"]) for i in indices), 3)
         yield (
             f"{path}: {len(indices)} of {len(annotations)} annotations have a 'segmentation' "
-            f"{reason} (ids {ids}), but masks are asked for; it must be a list of polygons "
-            "[x1, y1, x2, y2, x3, y3, ...], or a dict of 'size' and 'counts'. Take these "
-            "annotations out, or use no masks (a detector without mask head, with_mask=False)"
+            f"{reason} (ids {ids}), but the config needs masks; it must be a list of polygons "
+            "[x1, y1, x2, y2, x3, y3, ...], or a dict with 'size' and 'counts'. Remove these "
+            "annotations, or use no masks (a detector without a mask head, with_mask=False)"
         )
 
 
@@ -223,18 +223,18 @@ def _mask_problem(mask: Any, size: tuple[int, int]) -> str | None:
         if not all(isinstance(polygon, list) for polygon in mask):
             return f"such as {literal(mask)}"
         if any(len(polygon) < 6 or len(polygon) % 2 for polygon in mask):
-            return "with polygons of fewer than 3 points, or half a point"
+            return "with polygons of fewer than 3 points, or with an odd number of coordinates"
         if _COORDINATE.wrong([*chain.from_iterable(mask)]):
-            return f"with points that are no numbers or above {LARGEST_SIDE:,}"
+            return f"with coordinates that are not numbers or above {LARGEST_SIDE:,}"
         return None
     if not isinstance(mask, dict) or "size" not in mask or "counts" not in mask:
         return f"such as {literal(mask)}"
     if mask["size"] != [size[1], size[0]]:
-        return "whose 'size' is not [height, width] of the image"
+        return "whose 'size' is not the image's [height, width]"
     counts = mask["counts"]
     if isinstance(counts, list):
         if _RUN.wrong(counts) or sum(counts) != size[0] * size[1]:
-            return "with 'counts' that do not add up to the pixels of the image"
+            return "with 'counts' that do not add up to the image's number of pixels"
         return None
     return None if isinstance(counts, str) and counts else "with 'counts' of another type"
 
@@ -250,8 +250,8 @@ def _check_polygons_only(
     if polygons and bits:
         found.errors.append(
             f"{leaf.key}: {len(bits)} of {len(annotations)} annotations of {path} have a "
-            "'segmentation' of 'counts', which LoadAnnotations with poly2mask=False takes out of "
-            f"training (ids {some(literal(annotations[i]['id']) for i in bits)}); poly2mask=True "
+            "'segmentation' with 'counts', which LoadAnnotations with poly2mask=False ignores "
+            f"(ids {some(literal(annotations[i]['id']) for i in bits)}); use poly2mask=True, which "
             "reads both kinds"
         )
 
@@ -259,13 +259,13 @@ def _check_polygons_only(
 def check_evaluator(
     metric: Evaluator, content: dict, loaded: Sequence[Loaded], found: Findings
 ) -> None:
-    """Check that what a CocoMetric evaluates with is what the datasets of its split read.
+    """Check that a CocoMetric's annotation file matches the datasets of its split.
 
     Args:
         metric (Evaluator): The metric and its annotation file.
-        content (dict): Of that file.
+        content (dict): Content of that file.
         loaded (Sequence[Loaded]): The split's datasets, at least one.
-        found (Findings): Takes errors and warnings.
+        found (Findings): Collects errors and warnings.
     """
     path, labels = metric.ann_file, loaded[0].labels
     categories = content["categories"]
@@ -277,25 +277,25 @@ def check_evaluator(
     say: Callable[[str], None] = lambda text: found.errors.append(f"{metric.key}: {text}")  # noqa: E731
     if names != labels:
         say(
-            f"{path} numbers the classes {some(map(literal, names), 80)}, but the dataset "
+            f"{path} has the classes {some(map(literal, names), 80)}, but the dataset has "
             f"{some(map(literal, labels), 80)}: detections would be compared with boxes of other "
-            "classes. The order of 'categories' counts, and must be the same in all files"
+            "classes. The order of 'categories' must be the same in all files"
         )
         return
     if metric.cfg.get("classwise") and ids != sorted(ids):
         say(
-            f"classwise=True, but the 'categories' of {path} are not in the order of their ids, so "
-            "that MMDetection would print one class's AP beside another's name. Sort them in all "
-            f"annotation files, that of training included{to_fix(path, sort)}"
+            f"classwise=True, but the 'categories' of {path} are not sorted by id, so MMDetection "
+            "would print one class's AP under the name of another. Sort them in all annotation "
+            f"files, including the training set's{to_fix(path, sort)}"
         )
     for text in of_no_category(path, content):
-        if not any(text in error for error in found.errors):  # of the dataset's own file
+        if not any(text in error for error in found.errors):  # not already reported for the dataset
             say(text)
     columns = _Columns(content, labels)
     if not (columns.wanted & ~columns.crowd).any():
         say(
-            f"none of the {len(content['annotations'])} annotations of {path} is a box of the "
-            f"classes {some(map(literal, labels), 80)} in one of its images: AP would be -1"
+            f"none of the {len(content['annotations'])} annotations of {path} is a box of one of "
+            f"the classes {some(map(literal, labels), 80)} in one of its images: AP would be -1"
         )
     if "segm" in metric.names:
         for text in _masks(path, content, np.flatnonzero(columns.wanted)):
@@ -309,6 +309,6 @@ def check_evaluator(
         )
     elif read != every:
         found.warnings.append(
-            f"{metric.key}: evaluates the {len(every)} images of {path}, of which "
-            f"{len(every - read)} are not read: their boxes count as missed"
+            f"{metric.key}: {len(every - read)} of the {len(every)} images of {path} are not in "
+            "the split: their boxes count as missed"
         )

@@ -1,4 +1,4 @@
-"""Files in COCO's format: read whole, and every value looked at."""
+"""Read COCO annotation files, and check every value."""
 
 import gc
 import json
@@ -22,34 +22,34 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Kind:
-    """What a value of an annotation file must be; ``str`` says it in words."""
+    """The kind of value that a field must have; ``str`` describes it."""
 
-    code = ""  # Python that makes it of what a program may have written instead, v
+    code = ""  # Python expression that converts a wrong value v
 
     def holds(self, value: Any) -> bool:
-        """Tell whether a value is right."""
+        """Return whether a value is valid."""
         raise NotImplementedError
 
     def wrong(self, values: Sequence) -> list[int]:
-        """Return where the values are wrong."""
+        """Return the indices of invalid values."""
         return [i for i, value in enumerate(values) if not self.holds(value)]
 
     def made(self, value: Any) -> Any:
-        """Do what ``code`` does."""
+        """Convert a value as ``code`` does."""
         return value
 
 
 @dataclass(frozen=True)
 class Number(Kind):
-    """A finite number, or a whole one. JSON may write 1 as 1.0; a bool is a flag, no number."""
+    """A finite number, or an integer, which JSON may write as 1.0; a bool is not a number."""
 
-    lowest: float = -1e30  # float32 holds that
+    lowest: float = -1e30  # fits into float32
     highest: float = 1e30
     whole: bool = False
 
     def __str__(self) -> str:
         if self.whole:
-            return f"a whole number from {self.lowest:,} to {self.highest:,}"
+            return f"an integer from {self.lowest:,} to {self.highest:,}"
         return "a finite number"
 
     @property
@@ -62,15 +62,15 @@ class Number(Kind):
         return int(value) if self.whole else float(value)
 
     def holds(self, value: Any) -> bool:
-        """See :class:`Kind`; NaN is not within any limits."""
+        """See :class:`Kind`; NaN is outside all limits."""
         if type(value) not in (int, float) or not self.lowest <= value <= self.highest:
             return False
         return not self.whole or value == int(value)
 
     def wrong(self, values: Sequence) -> list[int]:
-        """See :class:`Kind`; a million at once."""
+        """See :class:`Kind`; vectorised for millions of values."""
         if set(map(type, values)) <= {int, float}:
-            with suppress(OverflowError):  # of whole numbers that no float holds
+            with suppress(OverflowError):  # integers too large for a float
                 array = np.array(values, dtype=float)
                 good = (self.lowest <= array) & (array <= self.highest)
                 if good.all() and not (self.whole and (array % 1).any()):
@@ -79,7 +79,7 @@ class Number(Kind):
 
 
 class Flag(Kind):
-    """Yes or no."""
+    """0 or 1."""
 
     code = "int(v)"
 
@@ -95,13 +95,13 @@ class Flag(Kind):
         return isinstance(value, (int, float)) and value in (0, 1)
 
     def wrong(self, values: Sequence) -> list[int]:
-        """See :class:`Kind`; a million at once."""
+        """See :class:`Kind`; vectorised for millions of values."""
         few = set(map(type, values)) <= {int, bool, float} and set(values) <= {0, 1}
         return [] if few else super().wrong(values)
 
 
 class Text(Kind):
-    """A string that is not empty, and that files and terminals take."""
+    """A non-empty string that is safe for files and terminals."""
 
     code = "str(v)"
 
@@ -112,7 +112,7 @@ class Text(Kind):
         """See :class:`Kind`."""
         if not isinstance(value, str) or not value:
             return False
-        # Signs that join letters are not printable either, and no harm.
+        # Joiners between letters are not printable either, but harmless.
         return value.isprintable() or not any(
             c < " " or "\x7f" <= c < "\xa0" or "\ud800" <= c <= "\udfff" for c in value
         )
@@ -128,7 +128,7 @@ class Box(Kind):
     code = "[float(n) for n in v]"
 
     def __str__(self) -> str:
-        return "[x, y, w, h] in finite numbers"
+        return "[x, y, w, h] with finite numbers"
 
     def made(self, value: Any) -> Any:
         """See :class:`Kind`."""
@@ -139,14 +139,14 @@ class Box(Kind):
         return isinstance(value, list) and len(value) == 4 and all(map(Number().holds, value))
 
     def wrong(self, values: Sequence) -> list[int]:
-        """See :class:`Kind`; a million at once."""
+        """See :class:`Kind`; vectorised for millions of values."""
         fours = set(map(type, values)) <= {list} and set(map(len, values)) <= {4}
         if fours and not Number().wrong(list(chain.from_iterable(values))):
             return []
         return super().wrong(values)
 
 
-# Beyond 2 ** 53, NumPy, which sorts them for pycocotools, may take one for another.
+# pycocotools sorts ids with NumPy, which may confuse ids beyond 2 ** 53.
 ID = Number(-(2**53), 2**53, whole=True)
 SIDE = Number(1, LARGEST_SIDE, whole=True)
 
@@ -155,22 +155,22 @@ def read_coco(path: str, annotated: bool = True, evaluated: bool = False) -> dic
     """Read an annotation file.
 
     Args:
-        path (str): Of the file.
-        annotated (bool): Whether ``annotations`` must be there. The images that COCO publishes
-            for submissions have none. Defaults to True.
-        evaluated (bool): Whether pycocotools evaluates detections with it, which needs more than
-            training does. Defaults to False.
+        path (str): The file.
+        annotated (bool): Whether ``annotations`` is required; COCO's test images for submissions
+            have none. Defaults to True.
+        evaluated (bool): Whether pycocotools evaluates detections with the file, which has more
+            requirements than training. Defaults to False.
 
     Returns:
-        dict: Its content; every list is there, every entry has what is read of it.
+        dict: The content, with all lists and all required fields.
 
     Raises:
-        DataError: It is cut off, not JSON, or not in COCO's format; one line for each field.
+        DataError: The file is truncated, not JSON, or not in COCO format; one line per field.
     """
     content = _read_json(path)
     if not isinstance(content, dict):
         raise DataError(
-            f"{path} holds a {type(content).__name__}; COCO's format is a dict with {_lists()}"
+            f"{path} contains a {type(content).__name__}; the COCO format is a dict with {_lists()}"
         )
     if not annotated:
         content.setdefault("annotations", [])
@@ -178,13 +178,13 @@ def read_coco(path: str, annotated: bool = True, evaluated: bool = False) -> dic
     if lacking:
         have = (f"{printable(key)[:40]!r} ({type(v).__name__})" for key, v in content.items())
         raise DataError(
-            f"{path} has no list {lacking[0]!r}, only {some(have, 8)}; COCO's format needs "
+            f"{path} has no list {lacking[0]!r}, only {some(have, 8)}; the COCO format needs "
             f"{_lists()}"
         )
     odd = [f"{name}[{i}]" for name in _LISTS for i, e in enumerate(content[name])
            if not isinstance(e, dict)]  # fmt: skip
     if odd:
-        raise DataError(f"{path}: {len(odd)} entries are no dicts: {some(odd)}")
+        raise DataError(f"{path}: {len(odd)} entries are not dicts: {some(odd)}")
     problems = [*_problems(path, content, evaluated)]
     if problems:
         raise DataError("\n".join(problems))
@@ -193,7 +193,7 @@ def read_coco(path: str, annotated: bool = True, evaluated: bool = False) -> dic
 
 @contextmanager
 def garbage_kept() -> Iterator[None]:
-    """Collect no garbage: amid the millions of objects of COCO, that triples the time."""
+    """Disable garbage collection, which triples the time for COCO's millions of objects."""
     collected = gc.isenabled()
     gc.disable()
     try:
@@ -204,7 +204,7 @@ def garbage_kept() -> Iterator[None]:
 
 
 def to_fix(path: str, statement: str) -> str:
-    """Return, as the end of a message, the command that changes the content ``c`` of a file.
+    """Return the end of a message: a command that runs ``statement`` on a file's content ``c``.
 
     Example:
         >>> to_fix("a.json", "c['images'].sort(key=str)")[:37]
@@ -234,45 +234,48 @@ def _read_json(path: str) -> Any:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     try:
         with garbage_kept():
-            # Of bytes, json would guess UTF-16 too, which pycocotools does not read.
+            # Given bytes, json also accepts UTF-16, which pycocotools does not.
             return json.loads(data.decode())
     except RecursionError as error:
-        raise DataError(f"{path} is nested too deeply to be COCO's format") from error
-    except ValueError as error:  # of JSON, of text, or a number of more than 4300 digits
+        raise DataError(f"{path} is nested too deeply for the COCO format") from error
+    except ValueError as error:  # invalid JSON or text, or a number with more than 4300 digits
         raise DataError(_no_json(path, data, error)) from error
 
 
 def _no_json(path: str, data: bytes, error: ValueError) -> str:
-    """Say why data cannot be read, and what helps."""
+    """Describe why a file cannot be read, and the fix."""
     what = f"{path} ({len(data):,} bytes)"
     name = shlex.quote(path)
     if known := known_as(data[:32]):
-        return f"{what} is not JSON but {known}"
+        return f"{what} is {known}, not JSON"
     if data.startswith(_BOM):
         remove = f"sed -i '1s/^\\xEF\\xBB\\xBF//' {name}"
-        return f"{what} begins with a byte order mark, which pycocotools does not read:  {remove}"
+        return (
+            f"{what} starts with a byte order mark, which pycocotools cannot read; to fix the "
+            f"file:  {remove}"
+        )
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:
         wide = "UTF-32" if b"\0\0" in data[:4] else "UTF-16"
         return (
-            f"{what} is text in {wide}, of which pycocotools reads none:  "
+            f"{what} is encoded in {wide}, which pycocotools cannot read; to convert the file:  "
             f"iconv -f {wide} -t UTF-8 {name} > utf8.json"
         )
     if isinstance(error, UnicodeDecodeError):
-        return f"{what} is not JSON: no text in UTF-8 at byte {error.start:,}"
+        return f"{what} is not JSON: invalid UTF-8 at byte {error.start:,}"
     if not isinstance(error, json.JSONDecodeError):
-        return f"{what} holds what Python does not read: {error}"
+        return f"{what} cannot be parsed: {error}"
     where = f"at character {error.pos:,} (line {error.lineno})"
     if error.msg == "Extra data":
         rest = error.doc[error.pos :].lstrip()
         more = "another value (JSON lines?)" if rest[:1] in "{[" else f"{literal(rest[:20])}"
-        return f"{what} has more after the end of its JSON: {more}, {where}"
-    return f"{what} is cut off or not JSON: {error.msg} {where}; copy or export it again"
+        return f"{what} continues after the end of its JSON: {more}, {where}"
+    return f"{what} is truncated or not JSON: {error.msg} {where}; copy or export it again"
 
 
 def _problems(path: str, content: dict, evaluated: bool) -> Iterator[str]:
     images, annotations = content["images"], content["annotations"]
     of = {name: _Entries(path, name, content[name]) for name in _LISTS}
-    # pycocotools takes names for ids as well, if all are.
+    # pycocotools also accepts strings as ids, if all are strings.
     named = bool(images) and all(isinstance(image.get("id"), str) for image in images)
     id_of_image = Text() if named else ID
     url = "[i.update(file_name=i['coco_url'].rsplit('/', 1)[-1]) for i in c['images']]"
@@ -293,14 +296,14 @@ def _problems(path: str, content: dict, evaluated: bool) -> Iterator[str]:
     )
     crowd = "[a.update(iscrowd=a.get('iscrowd') or 0) for a in c['annotations']]"
     check = of["annotations"].check
-    # In training an annotation's id is no more than a name; pycocotools counts with it.
+    # Training only needs an annotation's id as a name; pycocotools computes with it.
     ids = [annotation.get("id") for annotation in annotations]
     as_names = not evaluated and set(map(type, ids)) == {str}
     yield from check("id", Text() if as_names else ID, absent=number, wrong=number)
     if evaluated and (zeros := ids.count(0)):
         yield (
-            f"{path}: {zeros} of {len(ids)} annotations have the 'id' 0, which pycocotools takes "
-            f"for no match, so that AP would be too low; ids must begin at 1{to_fix(path, number)}"
+            f"{path}: {zeros} of {len(ids)} annotations have the 'id' 0, which pycocotools treats "
+            f"as no match, so AP would be too low; ids must start at 1{to_fix(path, number)}"
         )
     yield from of["annotations"].repeated(number)
     yield from check("image_id", id_of_image)
@@ -321,13 +324,13 @@ class _Entries(NamedTuple):
     def check(
         self, key: str, kind: Kind, needed: bool = True, absent: str = "", wrong: str = ""
     ) -> Iterator[str]:
-        """Yield where a field is missing and where its value is wrong.
+        """Yield where a field is missing, and where its value is invalid.
 
         Args:
             key (str): The field.
-            kind (Kind): What it must be.
-            needed (bool): Whether it must be there. Null is as good as missing.
-            absent, wrong (str): What fixes the one or the other, see :func:`to_fix`.
+            kind (Kind): The required kind of value.
+            needed (bool): Whether the field is required; null counts as missing.
+            absent, wrong (str): Statements that fix missing and invalid values; see :func:`to_fix`.
         """
         entries = self.entries
         values: list = [entry.get(key) for entry in entries]
@@ -353,23 +356,23 @@ class _Entries(NamedTuple):
             )
         counts = Counter(literal(values[i]) for i in bad).most_common()
         yield (
-            f"{self.path}: {len(bad)} of {len(entries)} {self.name} have a wrong {key!r}, such as "
+            f"{self.path}: {len(bad)} of {len(entries)} {self.name} have an invalid {key!r}, e.g. "
             f"{some((f'{value} ({count})' for value, count in counts), 3)}, at "
             f"{self._places([where[i] for i in bad])}; it must be {kind}"
             f"{to_fix(self.path, wrong)}"
         )
 
     def repeated(self, fix: str = "") -> Iterator[str]:
-        """Yield the ids that more than one entry has."""
+        """Yield the ids that occur more than once."""
         ids = [entry.get("id") for entry in self.entries]
-        with suppress(TypeError):  # of ids that are lists, which are told as such
+        with suppress(TypeError):  # ids that are lists; already reported as invalid
             if len(set(ids)) == len(ids):
                 return
             twice = {i: n for i, n in Counter(ids).items() if n > 1 and i is not None}
             if twice:
                 yield (
-                    f"{self.path}: the 'id' of {self.name} must be unique, but more than one has: "
-                    f"{some(f'{literal(i)} ({n})' for i, n in twice.items())}"
+                    f"{self.path}: the 'id' of {self.name} must be unique, but these occur more "
+                    f"than once: {some(f'{literal(i)} ({n})' for i, n in twice.items())}"
                     f"{to_fix(self.path, fix)}"
                 )
 
@@ -386,11 +389,11 @@ def _can_be_made(kind: Kind, values: list) -> bool:
 
 
 def of_no_category(path: str, content: dict) -> Iterator[str]:
-    """Yield annotations that MMDetection would leave out, or whose labels are shifted.
+    """Report annotations without a category, which MMDetection drops.
 
     Args:
-        path (str): Of the file.
-        content (dict): From :func:`read_coco`.
+        path (str): The file.
+        content (dict): Returned by :func:`read_coco`.
     """
     used = [annotation["category_id"] for annotation in content["annotations"]]
     known = [category["id"] for category in content["categories"]]
@@ -401,16 +404,16 @@ def of_no_category(path: str, content: dict) -> Iterator[str]:
     steps = [step for step in (1, -1) if {n + step for n in counts} <= {*known}]
     if steps:
         fix = f"[a.update(category_id=a['category_id'] + {steps[0]}) for a in c['annotations']]"
-        what = f"all would be {steps[0]} off, as where one counts from 0 and the other from 1"
+        what = f"all seem to be off by {steps[0]}, as if one list started at 0 and the other at 1"
     else:
         fix = (
             "k = {k['id'] for k in c['categories']}; "
             "c['annotations'] = [a for a in c['annotations'] if a['category_id'] in k]"
         )
-        what = "MMDetection would leave them out, and the command takes them out of the file"
+        what = "MMDetection would ignore them, and the command removes them from the file"
     listed = some((f"{literal(number)} ({n})" for number, n in absent.items()), 5)
     yield (
-        f"{path}: {sum(absent.values())} of {len(used)} annotations have a 'category_id' of no "
-        f"category: {listed}; the categories: {some(map(literal, sorted(known, key=str)), 8)}; "
+        f"{path}: {sum(absent.values())} of {len(used)} annotations have a 'category_id' without "
+        f"a category: {listed}; the categories: {some(map(literal, sorted(known, key=str)), 8)}; "
         f"{what}{to_fix(path, fix)}"
     )

@@ -1,4 +1,4 @@
-"""The worst of a data set as one picture."""
+"""Draw the worst images of a dataset as one picture."""
 
 import os
 from collections import defaultdict
@@ -18,22 +18,22 @@ from rfa_mmdet.files import written_whole
 from rfa_mmdet.texts import drawable, drawn_as_written
 
 _BAD, _GOOD = "#e8112d", "#3ddc84"
-# Of what has no place in a picture, nothing is shown.
+# Kinds that can be drawn.
 _SHOWN = tuple(kind for kind in KINDS if kind != "not annotated")
 
 
 def worst(found: Audit, number: int) -> list[tuple[str, list[Problem]]]:
     """Return the images to look at first.
 
-    Of each kind of problem the worst comes first, then the second worst of each, and so on, so
-    that a frequent problem does not hide a rare one.
+    Takes the worst image of each kind of problem first, then the second worst of each, and so on,
+    so a frequent problem does not hide a rare one.
 
     Args:
-        found (Audit): What was found.
-        number (int): How many images.
+        found (Audit): Result of the audit.
+        number (int): Maximum number of images.
 
     Returns:
-        list: (path, its problems), the worst first; every image once.
+        list: Pairs of path and problems, worst first; every image once.
     """
     of_path, of_kind = defaultdict(list), defaultdict(list)
     for problem in found.problems:
@@ -47,15 +47,15 @@ def worst(found: Audit, number: int) -> list[tuple[str, list[Problem]]]:
 def save_contact_sheet(
     found: Audit, out: str | os.PathLike, columns: int = 4, rows: int = 4
 ) -> Path | None:
-    """Draw the worst images with their boxes; what is wrong is red, the rest green.
+    """Draw the worst images with their boxes: wrong ones in red, the others in green.
 
     Args:
-        found (Audit): What was found.
-        out (str | os.PathLike): PNG to write.
-        columns, rows (int): Of images. Default to 4.
+        found (Audit): Result of the audit.
+        out (str | os.PathLike): PNG file to write.
+        columns, rows (int): Layout of the sheet. Default to 4.
 
     Returns:
-        Path | None: The file; None where there is nothing to show, and none is written.
+        Path | None: The file, or None if there is nothing to draw; then no file is written.
     """
     shown = worst(found, columns * rows)
     if not shown:
@@ -91,7 +91,7 @@ def _draw(axes, path: str, problems: list[Problem], found: Audit) -> None:
     boxes = [box for box in found.annotations[path].boxes if box not in bad]
     image, _ = read_image(path)
     if image is None:
-        axes.text(0.5, 0.5, "no picture", ha="center", va="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "cannot be read", ha="center", va="center", transform=axes.transAxes)
         axes.add_patch(Rectangle((0, 0), 1, 1, fill=False, ec="0.7", transform=axes.transAxes))
     else:
         height, width = image.shape[:2]
@@ -103,12 +103,12 @@ def _draw(axes, path: str, problems: list[Problem], found: Audit) -> None:
                 axes.add_patch(
                     Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=line)
                 )
-                if colour == _BAD:  # a box without extent would not be seen
+                if colour == _BAD:  # otherwise an empty box would be invisible
                     axes.plot((x1 + x2) / 2, (y1 + y2) / 2, "+", color=_BAD, ms=10, mew=2)
 
 
 def _frame(axes, width: int, height: int, boxes: list) -> None:
-    """Show the image, and what of a box is outside, up to half an image on each side."""
+    """Show the image and boxes outside of it, up to half an image on each side."""
     xs = [0, width, *(value for box in boxes for value in box[::2])]
     ys = [0, height, *(value for box in boxes for value in box[1::2])]
     margin = 0.02 * max(width, height)

@@ -1,4 +1,4 @@
-"""The datasets and files that a config names."""
+"""Find the datasets and annotation files of a config."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from mmengine.dataset import BaseDataset
 
 @dataclass(frozen=True)
 class Leaf:
-    """A dataset that reads files, below whatever wrappers.
+    """A dataset that reads files, inside any wrappers.
 
     Attributes:
-        key (str): Where it is in the config, as ``--cfg-options`` would name it.
+        key (str): Its config key, as in ``--cfg-options``.
         cfg (dict): Its config.
         pipelines (tuple): Its own pipeline and those of its wrappers.
     """
@@ -25,15 +25,15 @@ class Leaf:
     pipelines: tuple
 
     def build(self) -> BaseDataset:
-        """Build the dataset without reading anything, so that its paths are MMDetection's own."""
+        """Build the dataset without reading files, so MMDetection resolves its paths."""
         return DATASETS.build({**self.cfg, "lazy_init": True, "pipeline": []})
 
     def transforms(self) -> Iterator[tuple[str, dict]]:
-        """Yield name and config of every transform as they run, those nested in others too."""
+        """Yield the name and config of every transform in running order, including nested ones."""
         yield from _typed(self.pipelines[::-1])
 
     def asks(self, what: str) -> bool:
-        """Tell whether annotations are loaded with an option, such as 'with_mask'."""
+        """Return whether annotations are loaded with an option such as 'with_mask'."""
         return any(name == "LoadAnnotations" and t.get(what) for name, t in self.transforms())
 
 
@@ -41,7 +41,7 @@ def leaves(cfg: Config, split: str) -> list[Leaf]:
     """Return the datasets of a split.
 
     Args:
-        cfg (Config): Of a detector.
+        cfg (Config): A detector's config.
         split (str): 'train', 'val' or 'test'.
 
     Example:
@@ -69,7 +69,7 @@ class Evaluator:
     """A metric that reads an annotation file.
 
     Attributes:
-        key (str): Where it is in the config.
+        key (str): Its config key.
         cfg (dict): Its config.
     """
 
@@ -83,7 +83,7 @@ class Evaluator:
 
     @property
     def names(self) -> list[str]:
-        """What a CocoMetric measures, such as 'bbox' and 'segm'; nothing if it only writes."""
+        """What a CocoMetric measures, e.g. 'bbox' and 'segm'; empty if it only writes results."""
         found = [] if self.cfg.get("format_only") else self.cfg.get("metric", "bbox")
         return [found] if isinstance(found, str) else list(found)
 
@@ -94,7 +94,7 @@ class Evaluator:
 
 
 def evaluators(cfg: Config, split: str) -> Iterator[Evaluator]:
-    """Yield the evaluators of a split that read annotation files of this machine.
+    """Yield the evaluators of a split that read local annotation files.
 
     Example:
         >>> evaluator = [dict(type="CocoMetric", ann_file="a.json"), dict(type="VOCMetric")]
@@ -111,7 +111,7 @@ def evaluators(cfg: Config, split: str) -> Iterator[Evaluator]:
 
 
 def is_local(path: str, backend_args: dict | None) -> bool:
-    """Tell whether MMEngine would read ``path`` from this machine's own file system.
+    """Return whether MMEngine reads ``path`` from the local file system.
 
     Example:
         >>> is_local("s3://bucket/a.json", None), is_local("a.json", dict(backend="local"))
@@ -132,5 +132,5 @@ def _typed(node: Any) -> Iterator[tuple[str, dict]]:
 
 
 def _name(kind: Any) -> str:
-    """Return the name of a type; MMEngine's new-style configs hold the class itself."""
+    """Return the name of a type; in pure-Python configs, it is the class itself."""
     return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Are the image files there, and whole? By their first and last bytes, or by decoding them."""
+"""Check that image files exist and are complete, by their first and last bytes or by decoding."""
 
 import math
 import os
@@ -20,25 +20,26 @@ from rfa_mmdet.data.check.report import Findings, missing_path, some
 from rfa_mmdet.files import MISSING, image_damage, image_size
 
 NOT_DECODABLE = "not decodable"
-SAMPLE = 300  # images of a dataset that a quick check opens
+SAMPLE = 300  # images per dataset that a quick check opens
 _MIXING = ("Mosaic", "CachedMosaic", "MixUp", "CachedMixUp")
 _RESIZING = (
     *("Resize", "FixScaleResize", "FixShapeResize", "ResizeShortestEdge"),
     *("RandomResize", "RandomChoiceResize", *_MIXING),
 )
-# Behind these, an image has other sides than those of its file.
+# After these, an image no longer has the size of its file.
 _RESHAPING = ("Crop", "Pad", "Expand", "Affine")
 
 
 def read_image(path: str) -> tuple[np.ndarray | None, str | None]:
-    """Read an image as MMDetection does, turned by its EXIF orientation; never raises for a file.
+    """Read an image as MMDetection does, with its EXIF orientation applied. Never raises.
 
     Args:
         path (str): The file.
 
     Returns:
-        tuple[np.ndarray | None, str | None]: (H, W, 3) uint8 in BGR, or what is wrong: what
-        :func:`~rfa_mmdet.files.image_damage` says, or that it is not decodable.
+        tuple[np.ndarray | None, str | None]: The image, (H, W, 3) uint8 in BGR, and None; or None
+        and what is wrong: the result of :func:`~rfa_mmdet.files.image_damage`, or that it is not
+        decodable.
 
     Example:
         >>> read_image("/no/such/file.jpg")
@@ -50,7 +51,7 @@ def read_image(path: str) -> tuple[np.ndarray | None, str | None]:
     try:
         with open(path, "rb") as file:
             image = mmcv.imfrombytes(file.read())
-    except Exception as error:  # decoders raise what they like
+    except Exception as error:  # decoders raise anything
         return None, f"{NOT_DECODABLE}: {error}"
     return (None, f"{NOT_DECODABLE} by OpenCV") if image is None else (image, None)
 
@@ -60,7 +61,7 @@ def damaged_images(paths: Sequence[str], threads: int = 16) -> dict[str, str]:
 
     Args:
         paths (Sequence[str]): Image files.
-        threads (int): How many are looked at at a time; it is waiting, not computing.
+        threads (int): Number of files to read in parallel; the work is I/O-bound. Defaults to 16.
     """
     few = len(paths) < 5000
     with ThreadPool(threads) as pool:
@@ -76,22 +77,22 @@ def damaged_images(paths: Sequence[str], threads: int = 16) -> dict[str, str]:
 
 
 def check_images(leaf: Leaf, loaded: Loaded, found: Findings, images: str = "full") -> None:
-    """Report the files that are missing or damaged, or from which a resizing leaves nothing.
+    """Report image files that are missing or damaged, or that resizing would shrink to nothing.
 
     Args:
         leaf (Leaf): The dataset.
         loaded (Loaded): Its image files, and their sizes if the annotations give them.
-        found (Findings): Takes errors and warnings.
-        images (str): 'full' opens every file; 'quick' opens some, and looks for the names of the
-            others in their folders.
+        found (Findings): Collects errors and warnings.
+        images (str): 'full' opens every file; 'quick' opens a sample and only checks that the
+            others exist. Defaults to 'full'.
     """
     paths, opened = loaded.images, loaded.images
     if images == "quick" and len(paths) > SAMPLE:
         step = (len(paths) - 1) / (SAMPLE - 1)
         opened = [*{paths[round(i * step)]: 0 for i in range(SAMPLE)}]
         found.warnings.append(
-            f"{leaf.key}: opened {len(opened)} of {len(paths)} images, and looked for the names of "
-            "the others; --check-data full opens all"
+            f"{leaf.key}: opened {len(opened)} of {len(paths)} images, and only checked that the "
+            "others exist; --check-data full opens all of them"
         )
         opened = [*dict.fromkeys([*opened, *_no_files(paths)])]
     damages = damaged_images(opened)
@@ -100,7 +101,7 @@ def check_images(leaf: Leaf, loaded: Loaded, found: Findings, images: str = "ful
         folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in missing])
         names = some(os.path.relpath(path, folder) for path in missing)
         windows = sum("\\" in path for path in missing)
-        hint = f" {windows} have '\\' in their names, which should be '/'." if windows else ""
+        hint = f" {windows} of the names contain '\\', which should be '/'." if windows else ""
         found.errors.append(
             f"{leaf.key}: {len(missing)} of {len(paths)} images are missing from {folder!r} "
             f"(data_prefix={dict(leaf.cfg.get('data_prefix') or {})}): {names}.{hint} "
@@ -117,7 +118,7 @@ def check_images(leaf: Leaf, loaded: Loaded, found: Findings, images: str = "ful
 
 
 def _no_files(paths: Sequence[str]) -> list[str]:
-    """Return the paths under whose names no files stand, by one look into each folder."""
+    """Return the paths of missing files, listing each folder once."""
     names: dict[str, list[str]] = defaultdict(list)
     for path in paths:
         names[os.path.dirname(path)].append(path)
@@ -131,7 +132,7 @@ def _no_files(paths: Sequence[str]) -> list[str]:
 
 
 def _check_sizes(leaf: Leaf, given: dict, real: dict, found: Findings) -> None:
-    """Report images of another size than annotated, and those that no resizing should see."""
+    """Report images whose size is not the annotated one, or that resizing shrinks to nothing."""
     others = {path: size for path, size in real.items() if given.get(path, size) != size}
     if others:
         texts = (
@@ -139,8 +140,8 @@ def _check_sizes(leaf: Leaf, given: dict, real: dict, found: Findings) -> None:
             for path, size in others.items()
         )
         found.warnings.append(
-            f"{leaf.key}: {len(others)} of {len(real)} images that were opened have another width "
-            f"and height than their annotations say: {some(texts, 3)}"
+            f"{leaf.key}: {len(others)} of {len(real)} opened images differ from the width and "
+            f"height in their annotations: {some(texts, 3)}"
         )
     sizes = given | real
     gone: dict[tuple[int, int], str] = {}
@@ -153,13 +154,13 @@ def _check_sizes(leaf: Leaf, given: dict, real: dict, found: Findings) -> None:
         texts = ("{} ({} x {})".format(path, *size) for path, size in lost.items())
         found.errors.append(
             f"{leaf.key}: {len(lost)} of {len(sizes)} images would have a side of 0 pixels after "
-            f"{' and '.join(dict.fromkeys(gone.values()))} of the pipeline, which would end the "
-            f"run: {some(texts)}. Take them out of the annotations"
+            f"{' and '.join(dict.fromkeys(gone.values()))} in the pipeline, which would crash the "
+            f"run: {some(texts)}. Remove them from the annotations"
         )
 
 
 def resizings(leaf: Leaf) -> Iterator[tuple[str, dict]]:
-    """Yield name and config of the transforms that resize an image as it comes from its file."""
+    """Yield the name and config of the transforms that resize an image first."""
     for name, transform in leaf.transforms():
         if any(word in name for word in _RESHAPING):
             return
@@ -168,12 +169,12 @@ def resizings(leaf: Leaf) -> Iterator[tuple[str, dict]]:
 
 
 def shorter_side(width: int, height: int, name: str, transform: dict) -> int:
-    """Return the shortest side that a resizing may leave of an image.
+    """Return the shortest side that an image may have after resizing.
 
     Args:
-        width, height (int): Of the image.
-        name (str): Of the transform, such as 'Resize'.
-        transform (dict): Its config.
+        width, height (int): Size of the image.
+        name (str): Name of the transform, such as 'Resize'.
+        transform (dict): Config of the transform.
 
     Example:
         >>> shorter_side(3000, 1, "Resize", dict(scale=(1333, 800), keep_ratio=True))
@@ -205,6 +206,6 @@ def shorter_side(width: int, height: int, name: str, transform: dict) -> int:
     if not transform.get("keep_ratio") and name != "ResizeShortestEdge":
         return min(map(min, pairs))
     rescaled = [mmcv.rescale_size(size, tuple(p), return_scale=True) for p in pairs]
-    if name == "FixScaleResize":  # which does not round
+    if name == "FixScaleResize":  # does not round
         return min(int(min(size) * factor) for _, factor in rescaled)
     return min(min(new) for new, _ in rescaled)

@@ -1,4 +1,4 @@
-"""What the annotation files of a dataset say, as far as the other checks need it."""
+"""The content of a dataset's annotation files that other checks need."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,14 +9,14 @@ from mmengine.dataset import BaseDataset
 
 @dataclass(frozen=True)
 class Loaded:
-    """A dataset after its annotation files were read.
+    """A dataset whose annotation files have been read.
 
     Attributes:
-        labels (tuple[str, ...]): The class names by label, as the dataset numbers them.
-        images (list[str]): The image files that a run would read.
-        boxes (int): How many boxes a training would learn from.
+        labels (tuple[str, ...]): Class names in label order.
+        images (list[str]): Image files that a run reads.
+        boxes (int): Number of boxes that training learns from.
         sizes (list[tuple[int, int] | None] | None): Width and height of each image, where given.
-        ids (set): What evaluators call the images; of COCO.
+        ids (set): Image ids that evaluators use; COCO only.
     """
 
     labels: tuple[str, ...]
@@ -32,13 +32,13 @@ def kept(
     side: Callable[[Any], float],
     filled: Callable[[Any], bool],
 ) -> list:
-    """Return the images that ``filter_cfg`` and ``indices`` of the dataset leave.
+    """Apply a dataset's ``filter_cfg`` and ``indices`` to a list of images.
 
     Args:
-        dataset (BaseDataset): COCO or VOC.
-        images (Sequence): Whatever stands for an image.
-        side (Callable): Gives an image's shorter side.
-        filled (Callable): Tells whether an image counts as annotated.
+        dataset (BaseDataset): A COCO or VOC dataset.
+        images (Sequence): Any objects that represent the images.
+        side (Callable): Returns an image's shorter side.
+        filled (Callable): Returns whether an image counts as annotated.
     """
     filter_cfg = {} if dataset.test_mode else (dataset.filter_cfg or {})
     smallest = filter_cfg.get("min_size", 0)

@@ -1,4 +1,4 @@
-"""How findings about data are collected and worded."""
+"""Collect and format findings about data."""
 
 import os
 import reprlib
@@ -13,17 +13,18 @@ from rfa_mmdet.texts import printable
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
-_LONGEST = 300  # of an item, such as a path
+_LONGEST = 300  # characters of an item, such as a path
 
 
 @dataclass
 class Findings:
-    """What was found so far; an error does not stop later checks, so that one run names them all.
+    """Problems found so far. Errors do not stop later checks, so all are reported at once.
 
     Attributes:
-        errors (list[str]): A run would fail, or silently learn nothing or the wrong thing.
-        warnings (list[str]): A run is possible.
-        read (set[str]): The image files that a run would read.
+        errors (list[str]): Problems with which a run would fail, or silently learn nothing or the
+            wrong thing.
+        warnings (list[str]): Problems with which a run is possible.
+        read (set[str]): Image files that a run reads.
     """
 
     errors: list[str] = field(default_factory=list)
@@ -31,7 +32,7 @@ class Findings:
     read: set[str] = field(default_factory=set)
 
     def raise_errors(self) -> None:
-        """Raise one :class:`DataError` with all errors, if there are any."""
+        """Raise a single :class:`DataError` with all errors, if there are any."""
         if len(self.errors) == 1:
             raise DataError(self.errors[0])
         if self.errors:
@@ -40,7 +41,7 @@ class Findings:
 
 
 def literal(value: Any) -> str:
-    """Return a value from a file as Python would write it, shortened.
+    """Return the shortened ``repr`` of a value from a file.
 
     Example:
         >>> literal("traffic light"), len(literal("a" * 8000))
@@ -50,7 +51,7 @@ def literal(value: Any) -> str:
 
 
 def some(items: Iterable, limit: int = 5) -> str:
-    """Return the first few items as text, and how many more there are.
+    """Return the first few items as text, and the number of all if there are more.
 
     Example:
         >>> some(["a", "b", "c"], limit=2)
@@ -67,11 +68,11 @@ def _shortened(text: str) -> str:
 
 
 def missing_path(path: str) -> str:
-    """Say that ``path`` is no file, and what is there instead.
+    """Describe how far a missing path exists, and similar names.
 
     Example:
         >>> missing_path("/no/such/file.json")
-        "/no/such/file.json does not exist; neither does its folder, from '/no' on"
+        "/no/such/file.json does not exist; the first missing folder is '/no'"
     """
     folder, name = os.path.split(os.path.abspath(path))
     if not os.path.isdir(folder):
@@ -79,12 +80,12 @@ def missing_path(path: str) -> str:
         while not os.path.isdir(os.path.dirname(folder)):
             folder = os.path.dirname(folder)
         near = _near(os.path.basename(folder), os.path.dirname(folder))
-        return f"{path} does not exist; neither does its folder, from {folder!r} on{near}"
+        return f"{path} does not exist; the first missing folder is {folder!r}{near}"
     if os.path.exists(path):
         return f"{path} is {file_kind(path)}, not a file"
-    return f"{path} does not exist{_near(name, folder) or f'; nothing like it in {folder!r}'}"
+    return f"{path} does not exist{_near(name, folder) or f'; no similar name in {folder!r}'}"
 
 
 def _near(name: str, folder: str) -> str:
     near = get_close_matches(name, os.listdir(folder), n=3, cutoff=0.5)
-    return f"; nearest in {folder!r}: {', '.join(near)}" if near else ""
+    return f"; similar names in {folder!r}: {', '.join(near)}" if near else ""

@@ -1,4 +1,4 @@
-"""Data sets in Pascal VOC's layout: a list of image names, an XML file for each."""
+"""Check datasets in Pascal VOC format: a list of image names, and an XML file for each."""
 
 import os
 from collections import Counter, defaultdict
@@ -18,7 +18,7 @@ FILTER = "dict(type='FilterAnnotations', min_gt_bbox_wh=(1, 1))"
 
 
 def voc_images(dataset: XMLDataset) -> Iterator[tuple[str, VocImage | DataError]]:
-    """Yield each image that a dataset lists, once: its name and what is known, or what is wrong.
+    """Yield the name of each image that a dataset lists, once, with its annotation or the error.
 
     Raises:
         DataError: The list cannot be read.
@@ -42,10 +42,10 @@ def voc_images(dataset: XMLDataset) -> Iterator[tuple[str, VocImage | DataError]
 
 
 def check_voc(leaf: Leaf, dataset: XMLDataset, found: Findings) -> Loaded:
-    """Check the XML files of a VOC dataset, whose list of images must exist.
+    """Check the XML files of a VOC dataset. Its list of images must exist.
 
     Raises:
-        DataError: Nothing further can be said about the dataset.
+        DataError: The problem prevents further checks of the dataset.
     """
     classes = dataset.metainfo["classes"]
     images: dict[str, VocImage] = {}
@@ -53,14 +53,14 @@ def check_voc(leaf: Leaf, dataset: XMLDataset, found: Findings) -> Loaded:
     twice = [name for name, count in Counter(_image_names(dataset)).items() if count > 1]
     if twice:
         found.warnings.append(
-            f"{leaf.key}: {dataset.ann_file} names {len(twice)} images more than once, and each "
-            f"counts as often: {some(twice)}"
+            f"{leaf.key}: {dataset.ann_file} lists {len(twice)} images more than once, and each "
+            f"occurrence counts: {some(twice)}"
         )
     beside = os.path.join(os.path.dirname(dataset.ann_file), "test.txt")
     if leaf.key.startswith("test_") and os.path.isfile(beside) and dataset.ann_file != beside:
         found.warnings.append(
-            f"{leaf.key} reads {dataset.ann_file}, though {beside} is there: TEST_SET=test, in the "
-            "templates of this package, tests on that"
+            f"{leaf.key} reads {dataset.ann_file}, although {beside} exists; with this package's "
+            "templates, set TEST_SET=test to test on it"
         )
     for name, image in voc_images(dataset):
         if isinstance(image, DataError):
@@ -71,8 +71,8 @@ def check_voc(leaf: Leaf, dataset: XMLDataset, found: Findings) -> Loaded:
             corrected[what].append(name)
     if problems:
         raise DataError(
-            f"{leaf.key}: {len(problems)} of the {len(images) + len(problems)} XML files that "
-            f"{dataset.ann_file} asks for cannot be read: {some(problems, 3)}"
+            f"{leaf.key}: {len(problems)} of the {len(images) + len(problems)} XML files listed in "
+            f"{dataset.ann_file} cannot be read: {some(problems, 3)}"
         )
     if corrected:
         found.warnings.append(f"{leaf.key}: {told(corrected)}")
@@ -86,16 +86,16 @@ def check_voc(leaf: Leaf, dataset: XMLDataset, found: Findings) -> Loaded:
     )
     if not names:
         raise DataError(
-            f"{leaf.key}: none of the {len(images)} images of {dataset.ann_file} is left to read "
-            f"(filter_cfg={dataset.filter_cfg}, indices={dataset._indices}). min_size goes by "
-            "<size> in the XML files, which some tools write as 0"
+            f"{leaf.key}: no images left: filter_cfg={dataset.filter_cfg} and "
+            f"indices={dataset._indices} remove all {len(images)} images of {dataset.ann_file}. "
+            "min_size applies to <size> in the XML files, which some tools write as 0"
         )
     without = [name for name in images.keys() - set(names) if min(sizes[name] or (1,)) < 1]
     if without:
         found.warnings.append(
-            f"{leaf.key}: {len(without)} of {len(images)} images are left out by "
-            f"{dataset.filter_cfg}, as <size> is 0 in {some(sorted(without))}; "
-            "type='AnyImageXMLDataset' takes it from the image"
+            f"{leaf.key}: {len(without)} of {len(images)} images are skipped by "
+            f"filter_cfg={dataset.filter_cfg}, because <size> is 0 in {some(sorted(without))}; "
+            "type='AnyImageXMLDataset' reads the size from the image"
         )
     boxes = _check_boxes(leaf, dataset, {name: images[name] for name in names}, found)
     paths = [images[name].path for name in names]
@@ -109,23 +109,24 @@ def _image_names(dataset: XMLDataset) -> list[str]:
     folder = os.path.join(dataset.sub_data_root, dataset.ann_subdir)
     with open(path, encoding="utf-8") as file:
         lines = [line.rstrip("\r\n") for line in file]
-    # MMDetection takes a line as it is, blanks included, and an empty one as a name, too.
+    # MMDetection takes every line literally, including blanks and empty lines.
     for number, line in enumerate(lines, 1):
         if line.split() == [line] or os.path.exists(os.path.join(folder, f"{line}.xml")):
             continue
         if line.strip() and line.split()[1:]:
-            right = f"one name per line; lists of one class ('{line}') have another format"
+            right = f"Use one name per line; per-class lists ('{line}') have another format"
         else:
-            right = f"without blanks and empty lines:  sed -i 's/[[:space:]]*$//; /^$/d' {path}"
+            right = "To remove blanks and empty lines:  "
+            right += f"sed -i 's/[[:space:]]*$//; /^$/d' {path}"
         raise DataError(
             f"{path}: line {number} is {line!r}, for which MMDetection would read "
-            f"{os.path.join(folder, f'{line}.xml')!r}. Right would be {right}"
+            f"{os.path.join(folder, f'{line}.xml')!r}. {right}"
         )
     return lines
 
 
 def _size(image: VocImage) -> tuple[int, int] | None:
-    """Return width and height, or None where the image is missing, which is told elsewhere."""
+    """Return the width and height, or None if the image is missing, which is reported elsewhere."""
     try:
         return image.size or image_size(image.path)
     except FileNotFoundError:
@@ -139,30 +140,28 @@ def _check_names(leaf: Leaf, dataset: XMLDataset, images: dict, found: Findings)
     if names and not names.keys() & set(classes):
         raise DataError(
             f"{leaf.key}: none of its classes occurs in the XML files of {dataset.ann_file}. "
-            f"They have {counts}; the dataset's classes: {some(map(repr, classes), 80)} "
+            f"They contain {counts}; the dataset's classes: {some(map(repr, classes), 80)} "
             f"({class_source(leaf)}). {metainfo_fix(leaf, tuple(sorted(map(str, names))))}"
         )
     absent = [name for name in classes if name not in names]
     if absent:
         found.warnings.append(
-            f"{leaf.key}: classes {some(map(repr, absent))} occur in no XML file of "
-            f"{dataset.ann_file}, which has {counts or 'no objects'}"
+            f"{leaf.key}: classes {some(map(repr, absent))} do not occur in the XML files of "
+            f"{dataset.ann_file}, which contain {counts or 'no objects'}"
         )
     ignored = [f"{n!r} ({count})" for n, count in names.most_common() if n not in classes]
     if ignored:
-        found.warnings.append(
-            f"{leaf.key}: objects of other names than its classes are ignored: {some(ignored)}"
-        )
+        found.warnings.append(f"{leaf.key}: objects of other classes are ignored: {some(ignored)}")
 
 
 def _check_boxes(leaf: Leaf, dataset: XMLDataset, images: dict, found: Findings) -> int:
-    """Report boxes without anything in the image; return the number of boxes to learn from."""
+    """Report boxes without any area in the image; return the number of boxes to learn from."""
     flat, outside, learnt, risky = [], [], 0, 0
     ours = isinstance(dataset, AnyImageXMLDataset)
     smallest = dataset.bbox_min_size
     for name, image in images.items():
         for box in image.boxes:
-            # Boxes below bbox_min_size and difficult ones are kept out of the loss.
+            # Difficult boxes and those below bbox_min_size do not enter the loss.
             ignored = box.difficult or (smallest is not None and min(box.sides) < smallest)
             empty = box.is_empty()
             if empty:
@@ -178,7 +177,7 @@ def _check_boxes(leaf: Leaf, dataset: XMLDataset, images: dict, found: Findings)
         f"{len(files)} boxes {what}, in {some(dict.fromkeys(files))}"
         for files, what in (
             (flat, "are inverted or empty (xmax <= xmin or ymax <= ymin)"),
-            (outside, "lie outside of their image"),
+            (outside, "are outside of their image"),
         )
         if files
     ]
@@ -186,19 +185,19 @@ def _check_boxes(leaf: Leaf, dataset: XMLDataset, images: dict, found: Findings)
     if dataset.test_mode:
         found.warnings.append(f"{text}; the evaluation counts them as missed")
     elif not risky or _is_filtered(leaf, behind_resize=bool(outside)):
-        found.warnings.append(f"{text}; they are left out of training")
+        found.warnings.append(f"{text}; they are ignored in training")
     else:
-        # Box coders take the logarithm of the sides: NaN below zero, infinite at zero.
+        # Box coders take the logarithm of the sides, which is NaN below zero and infinite at zero.
         found.errors.append(
             f"{text}. MMDetection's {type(dataset).__name__} keeps them, and the loss becomes NaN "
-            "or infinite. Fix the XML files, or take type='AnyImageXMLDataset', or add to the "
-            f"training pipeline, after {'Resize' if outside else 'LoadAnnotations'}:  {FILTER}"
+            "or infinite. Fix the XML files, use type='AnyImageXMLDataset', or add to the training "
+            f"pipeline, after {'Resize' if outside else 'LoadAnnotations'}:  {FILTER}"
         )
     return learnt
 
 
 def _is_filtered(leaf: Leaf, behind_resize: bool) -> bool:
-    """Tell whether the pipeline drops empty boxes; Resize makes one of a box outside the image."""
+    """Return whether the pipeline drops empty boxes, including those that Resize empties."""
     filtered = False
     for name, transform in leaf.transforms():
         if name == "FilterAnnotations" and transform.get("by_box", True):

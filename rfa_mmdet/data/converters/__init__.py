@@ -1,1 +1,1 @@
-"""Public data sets in the formats that MMDetection reads."""
+"""Convert public datasets to formats that MMDetection reads."""

@@ -1,7 +1,7 @@
-"""VisDrone2019-DET's text files as COCO's JSON.
+"""Convert VisDrone2019-DET's text files to COCO JSON.
 
-A line of a text file is ``left, top, width, height, score, category, truncation, occlusion``. Score
-1 counts, score 0 is to be ignored; category 0 marks regions to be ignored, 11 other objects.
+A line of a text file is ``left, top, width, height, score, category, truncation, occlusion``.
+Objects with score 0 are to be ignored; category 0 marks ignored regions, 11 other objects.
 """
 
 import json
@@ -16,7 +16,7 @@ from rfa_mmdet.data.check.images import read_image
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
 
-# By category, from 1 on.
+# In category order, starting at 1.
 CLASSES = (
     *("pedestrian", "people", "bicycle", "car", "van", "truck", "tricycle", "awning-tricycle"),
     *("bus", "motor"),
@@ -28,7 +28,7 @@ IGNORED = ("crowd", "drop")
 
 
 class Line(NamedTuple):
-    """A line of an annotation file; pixels, and the numbers of the format."""
+    """A line of an annotation file: a box in pixels, and the codes of the format."""
 
     left: int
     top: int
@@ -42,16 +42,16 @@ class Line(NamedTuple):
 
 @dataclass
 class Summary:
-    """What became of a split.
+    """Result of converting a split.
 
     Attributes:
         path (Path): The JSON file.
-        images (int): In it.
-        boxes (dict[str, int]): To learn from, by class.
-        ignored (int): Lines of ignored regions, other objects, and objects of score 0.
-        clipped (int): Boxes that reached over the image, and were cut at its edge.
-        dropped (int): Boxes without extent in the image.
-        skipped (dict[str, str]): What is wrong with images that could not be read, by path.
+        images (int): Number of images in it.
+        boxes (dict[str, int]): Number of boxes to learn from, by class.
+        ignored (int): Number of ignored regions, other objects, and objects with score 0.
+        clipped (int): Number of boxes clipped to the image.
+        dropped (int): Number of boxes without any area in the image.
+        skipped (dict[str, str]): Path of each unreadable image -> what is wrong with it.
     """
 
     path: Path
@@ -67,10 +67,10 @@ def read_lines(path: str | os.PathLike) -> list[Line]:
     """Read an annotation file.
 
     Args:
-        path (str | os.PathLike): A text file; lines may end with a comma, as some do.
+        path (str | os.PathLike): A text file; lines may end with a comma.
 
     Raises:
-        UserError: A line is not of the format.
+        UserError: A line is invalid.
 
     Example:
         >>> from tempfile import NamedTemporaryFile
@@ -93,13 +93,14 @@ def read_lines(path: str | os.PathLike) -> list[Line]:
             found = Line(*map(int, values))
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"{path}: line {number} is {line!r}; right are the {len(FIELDS)} whole numbers "
+                f"{path}: line {number} is {line!r}; expected the {len(FIELDS)} integers "
                 f"{', '.join(FIELDS)}"
             ) from error
         if not IGNORED_REGION <= found.category <= OTHERS or found.score not in (0, 1):
             raise UserError(
                 f"{path}: line {number} has score {found.score} and category {found.category}; "
-                "right are 0 or 1, and 0 to 11. Score -1 or a fraction is of detection results"
+                "expected a score of 0 or 1 and a category from 0 to 11. Files with other scores "
+                "are detection results, not annotations"
             )
         lines.append(found)
     return lines
@@ -111,26 +112,27 @@ def convert(
     ignored: str = "crowd",
     progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
 ) -> Summary:
-    """Write ``annotations/{split}.json`` below the folder of the data set.
+    """Write ``annotations/{split}.json`` in the dataset's folder.
 
-    Boxes are cut at the image's edge. Category ids are VisDrone's, 1 to 10.
+    Boxes are clipped to the image. Category ids are VisDrone's, 1 to 10.
 
     Args:
-        root (str | os.PathLike): Holds ``VisDrone2019-DET-{split}`` with ``images`` and
-            ``annotations``.
+        root (str | os.PathLike): Folder that contains ``VisDrone2019-DET-{split}`` with ``images``
+            and ``annotations``.
         split (str): 'train', 'val' or 'test-dev'.
-        ignored (str): 'crowd' makes what is to be ignored ``iscrowd`` annotations: MMDetection
-            does not learn from them, and COCO's evaluation counts no detection that lies in one as
-            false. Ignored regions and other objects are one of each class, as COCO's crowds are of
-            one class; objects of score 0, of their own. 'drop' leaves all of them out, so that
-            detections there count as false. Defaults to 'crowd'.
-        progress (Callable): Given the images as they are read and their number; yields them.
+        ignored (str): 'crowd' turns everything to be ignored into ``iscrowd`` annotations, which
+            MMDetection ignores in training and COCO's evaluation does not count as false positives.
+            COCO's crowds have a class: ignored regions and other objects become one annotation per
+            class, objects with score 0 keep theirs. 'drop' removes all of them, so detections
+            there count as false positives. Defaults to 'crowd'.
+        progress (Callable): Takes an iterator over the images read and their number, and yields
+            them.
 
     Returns:
-        Summary: What is in the file.
+        Summary: The content of the file.
 
     Raises:
-        UserError: A folder or file is missing, or a file is not of the format.
+        UserError: A folder or file is missing, or a file is invalid.
     """
     if ignored not in IGNORED:
         raise UserError(f"ignored={ignored!r}: must be one of {', '.join(IGNORED)}")
@@ -154,7 +156,7 @@ def convert(
             _add(coco, summary, path.name, size, lines[path], ignored)
     if not coco["images"]:
         bad, damage = next(iter(summary.skipped.items()))
-        raise UserError(f"none of the {len(images)} images can be read, such as {bad}: {damage}")
+        raise UserError(f"none of the {len(images)} images can be read, e.g. {bad}: {damage}")
     with written_whole(summary.path) as part:
         part.write_text(json.dumps(coco), encoding="utf-8")
     return summary
@@ -163,7 +165,7 @@ def convert(
 def _images(folder: Path) -> list[Path]:
     for part in ("images", "annotations"):
         if not (folder / part).is_dir():
-            raise UserError(f"{folder / part}: no such folder; expected the data set as published")
+            raise UserError(f"{folder / part}: no such folder; expected the dataset as published")
     images = {path.stem: path for path in sorted((folder / "images").glob("*.jpg"))}
     texts = {path.stem for path in (folder / "annotations").glob("*.txt")}
     for have, lack, what in (
@@ -172,9 +174,9 @@ def _images(folder: Path) -> list[Path]:
     ):
         only = sorted(have - lack)
         if only:
-            raise UserError(f"{folder}: {len(only)} {what}, such as {only[0]}")
+            raise UserError(f"{folder}: {len(only)} {what}, e.g. {only[0]}")
     if not images:
-        raise UserError(f"{folder / 'images'}: no .jpg in it")
+        raise UserError(f"{folder / 'images'}: contains no .jpg files")
     return list(images.values())
 
 
@@ -191,7 +193,7 @@ def _add(
     lines: list[Line],
     ignored: str,
 ) -> None:
-    """Put an image and its boxes into the content of a COCO file."""
+    """Add an image and its boxes to the content of a COCO file."""
     image = len(coco["images"]) + 1
     coco["images"].append(dict(id=image, file_name=name, width=size[0], height=size[1]))
     summary.images += 1

@@ -1,6 +1,7 @@
-"""Attention plug-ins: (B, C, H, W) in, the same shape out.
+"""Attention plug-ins that keep the input shape (B, C, H, W).
 
-Each, as each convolution with attention, has ``attention_map(x)``: what it weighs its input by.
+Like the attention convolutions, each has ``attention_map(x)``, which returns the weights that it
+applies to its input.
 """
 
 from rfa_mmdet.layers.attention.cbam import CBAM

@@ -1,8 +1,8 @@
-"""CBAM: convolutional block attention module, and its channel part alone.
+"""CBAM: convolutional block attention module, and its channel attention.
 
-Paper: "CBAM: Convolutional Block Attention Module", arXiv 1807.06521; without norm behind the
-spatial convolution, as the RFAConv paper (arXiv 2304.03198) compares it. Plain means and maxima
-stand for adaptive pooling; gates are float32 under mixed precision.
+Paper: "CBAM: Convolutional Block Attention Module", arXiv 1807.06521; without a norm after the
+spatial convolution, as in the RFAConv paper (arXiv 2304.03198). Plain means and maxima replace
+adaptive pooling; gates are float32 under mixed precision.
 """
 
 from typing import Any
@@ -26,14 +26,14 @@ from rfa_mmdet.ops.common.scale import scaled
 
 
 class ChannelAttention(nn.Module):
-    """CBAM's channel part: one MLP on the maxima and the means of the channels.
+    """CBAM's channel attention: a shared MLP on the channels' maxima and means.
 
     Args:
         in_channels (int): C of the input (B, C, H, W).
         reduction (int): The hidden width is C // reduction, at least 1. Defaults to 16.
 
     Raises:
-        TypeError, ValueError: An argument or the input is not as above.
+        TypeError, ValueError: An argument or the input is invalid.
 
     Example:
         >>> import torch
@@ -52,14 +52,14 @@ class ChannelAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Weigh the channels of (B, C, H, W)."""
+        """Apply the channel weights to (B, C, H, W)."""
         return x * self.attention_map(x)
 
     def attention_map(self, x: Tensor) -> Tensor:
-        """Return the weights of the channels, to be looked at.
+        """Return the channel weights, e.g. for visualization.
 
         Args:
-            x (Tensor): (B, C, H, W), the layer's input.
+            x (Tensor): The layer's input, (B, C, H, W).
 
         Returns:
             Tensor: (B, C, 1, 1) in (0, 1).
@@ -69,17 +69,17 @@ class ChannelAttention(nn.Module):
         if weights is not None:
             return channel_gate(*self.pools(x, weights[0].dtype), *weights).to(x.dtype)
         with no_autocast(x):
-            # Side by side: each module is called once.
+            # Concatenated, so each module is called once.
             pools = torch.cat(self.pools(x, dtype_of(self.mlp, x)), dim=2)  # (B, C, 2, 1)
             both = self.mlp(pools)
         return torch.sigmoid(at_least_float32(both[:, :, :1] + both[:, :, 1:])).to(x.dtype)
 
     def pools(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return maxima and means of x's channels, (B, C, 1, 1)."""
+        """Return the maxima and means of x's channels, (B, C, 1, 1) each."""
         return max_and_mean(x, (2, 3), dtype)
 
     def weights(self) -> tuple[Tensor, Tensor] | None:
-        """Return those of both convolutions. None: the modules must be called."""
+        """Return the weights of both convolutions, or None if the modules must be called."""
         mlp = self.mlp
         if not (are_plain(nn.Sequential, mlp) and len(mlp._modules) == 3):
             return None
@@ -91,11 +91,11 @@ class ChannelAttention(nn.Module):
 
 
 def cell_gate(pools: Tensor, conv: nn.Module) -> Tensor:
-    """Weigh the cells of a map by a convolution of what was pooled over its channels.
+    """Return spatial weights: the sigmoid of a convolution of the pooled channels.
 
     Args:
-        pools (Tensor): (B, 2, H, W).
-        conv (nn.Module): Of two channels to one, keeping the size.
+        pools (Tensor): Maximum and mean over the channels, (B, 2, H, W).
+        conv (nn.Module): Convolution from two channels to one that keeps the size.
 
     Returns:
         Tensor: (B, 1, H, W) in (0, 1), at least float32.
@@ -111,20 +111,20 @@ def cell_gate(pools: Tensor, conv: nn.Module) -> Tensor:
 
 @MODELS.register_module()
 class CBAM(Plugin):
-    """Convolutional block attention: weighs the channels, then the cells; keeps the shape.
+    """Convolutional block attention: weights channels, then positions. Keeps the shape.
 
     Args:
         in_channels (int): C of the input (B, C, H, W).
-        reduction (int): The hidden width of the channel part is C // reduction, at least 1.
+        reduction (int): The hidden width of the channel attention is C // reduction, at least 1.
             Defaults to 16.
-        kernel_size (int): Of the spatial part, odd. Defaults to 7.
-        start (str): 'paper', or behind trained layers 'identity': the last layers of both parts
-            start at zero, so both gates at 1/2, and the output is multiplied by 4
-            (``output_scale``), in testing too. See
-            :class:`~rfa_mmdet.layers.warm_start.plugin.Plugin`. Defaults to 'paper'.
+        kernel_size (int): Kernel size of the spatial attention, odd. Defaults to 7.
+        start (str): 'paper', or 'identity' for use after trained layers: the last layers of both
+            attentions start at zero, so both gates are 1/2, and the output is always multiplied by
+            4 (``output_scale``). See :class:`~rfa_mmdet.layers.warm_start.plugin.Plugin`. Defaults
+            to 'paper'.
 
     Raises:
-        TypeError, ValueError: An argument or the input is not as above.
+        TypeError, ValueError: An argument or the input is invalid.
 
     Example:
         >>> import torch
@@ -151,11 +151,11 @@ class CBAM(Plugin):
         self.start_as(start)
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
-        """Return values under which both gates are 1/2."""
+        """Return parameter values that make both gates 1/2."""
         return self._zeros("channel.mlp.2.weight", "spatial.weight"), 1 / 4
 
     def forward(self, x: Tensor) -> Tensor:
-        """Weigh the channels, then the cells.
+        """Apply the channel weights, then the spatial weights.
 
         Args:
             x (Tensor): (B, C, H, W).
@@ -173,7 +173,7 @@ class CBAM(Plugin):
         return x * scaled(gate, self.output_scale).to(x.dtype)
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return those of all convolutions. None: the modules must be called."""
+        """Return the weights of all convolutions, or None if the modules must be called."""
         size, channel, spatial = self.kernel_size, self.channel, self.spatial
         if not is_plain_conv(spatial, (size, size), padding=(size // 2, size // 2)):
             return None
@@ -181,10 +181,10 @@ class CBAM(Plugin):
         return None if weights is None else (*weights, spatial.weight)
 
     def attention_map(self, x: Tensor) -> Tensor:
-        """Return the weights of channels and cells, multiplied, to be looked at.
+        """Return the product of channel and spatial weights, e.g. for visualization.
 
         Args:
-            x (Tensor): (B, C, H, W), the layer's input.
+            x (Tensor): The layer's input, (B, C, H, W).
 
         Returns:
             Tensor: (B, C, H, W) in (0, 1).

@@ -1,13 +1,12 @@
-"""ConAM: confident attention over patches.
+"""ConAM: confidence attention over patches.
 
 Paper: "ConAM: Confidence Attention Module for Convolutional Neural Networks", arXiv 2110.14369.
-The abstract of its last version asks for withdrawal over a conflict of interest; the mechanism is
-offered here as it was described.
+The abstract of its last version requests withdrawal because of a conflict of interest; this is the
+mechanism as published.
 
-What differs from the published code: map sizes that ``patch_size`` does not divide work (patches
-at the border are means over real pixels), and arguments are checked when the layer is built.
-Softmax and dot products are float32 under mixed precision. The parameters keep the published
-names.
+Differences from the published code: map sizes need not be divisible by ``patch_size`` (patches at
+the border are means over real pixels), arguments are checked when the layer is built, and softmax
+and dot products are float32 under mixed precision. The parameter names are the published ones.
 """
 
 import torch
@@ -24,26 +23,27 @@ from rfa_mmdet.ops.conam import confidence_gate
 
 @MODELS.register_module()
 class ConAM(Plugin):
-    """Confident attention; keeps the shape.
+    """Confidence attention. Keeps the shape.
 
-    Every patch is strengthened by its confidence: how well its mean agrees with the mean of the
-    whole map, after a shared MLP, relative to the other patches. Confidences sum to 1 over the
-    patches of a map, so on large maps each fades; ``scale_by_patches`` makes their mean 1.
+    Amplifies every patch by its confidence: how well its mean agrees with the mean of the whole
+    map, after a shared MLP, relative to the other patches. The confidences of a map sum to 1, so
+    they get small on large maps; ``scale_by_patches`` makes their mean 1.
 
     Args:
         in_channels (int): C of the input (B, C, H, W).
-        patch_size (int): Side of a patch, in cells; at most the smaller side of the map.
+        patch_size (int): Side of a patch in pixels of the map; at most the map's smaller side.
         hidden_channels (int): Width of the shared MLP.
-        scale_by_patches (bool): Multiply by the number of patches (not in the paper).
-            Defaults to False.
-        start (str): 'paper', or behind trained layers 'identity': the MLP's last weight starts at
-            zero and its bias above, so all P patches alike. With ``scale_by_patches`` the output is
-            multiplied by 1/2 (``output_scale``), in testing too, and starts as the input; else by
-            1, and starts as 1 + 1 / P times the input, as P is not known before. See
-            :class:`~rfa_mmdet.layers.warm_start.plugin.Plugin`. Defaults to 'paper'.
+        scale_by_patches (bool): Whether to multiply the confidences by the number of patches (not
+            in the paper). Defaults to False.
+        start (str): 'paper', or 'identity' for use after trained layers: the MLP's last weight
+            starts at zero and its bias above zero, so all P patches have the same confidence. With
+            ``scale_by_patches``, the output is always multiplied by 1/2 (``output_scale``) and
+            starts as the input. Otherwise it starts as 1 + 1 / P times the input, because P depends
+            on the map. See :class:`~rfa_mmdet.layers.warm_start.plugin.Plugin`. Defaults to
+            'paper'.
 
     Raises:
-        TypeError, ValueError: An argument or the input is not as above.
+        TypeError, ValueError: An argument or the input is invalid.
 
     Example:
         >>> import torch
@@ -75,14 +75,14 @@ class ConAM(Plugin):
         self.start_as(start)
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
-        """Return values under which all patches have the same confidence."""
-        # Not a bias of 0, a dead point of the last ReLU and of the dot product, which is 1 so.
+        """Return parameter values that give all patches the same confidence."""
+        # A bias of 0 would kill the last ReLU and the dot product; with this one, the product is 1.
         bias = torch.full_like(self.linear2.bias, self.in_channels**-0.5)
         values = {**self._zeros("linear2.weight"), "linear2.bias": bias}
         return values, 2 if self.scale_by_patches else 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """Strengthen every patch by its confidence.
+        """Amplify every patch by its confidence.
 
         Args:
             x (Tensor): (B, C, H, W).
@@ -91,16 +91,16 @@ class ConAM(Plugin):
             Tensor: (B, C, H, W).
 
         Raises:
-            ValueError: A patch is larger than the map.
+            ValueError: The patch size is larger than the map.
         """
-        # Not x + x * gate, which makes one more map. Autograd keeps the input once and little else.
+        # Unlike x + x * gate, this allocates no extra map, and autograd saves little but the input.
         return x * scaled(1 + self.attention_map(x), self.output_scale)
 
     def attention_map(self, x: Tensor) -> Tensor:
-        """Return every cell's confidence, by which it is strengthened, to be looked at.
+        """Return the confidence at every position, e.g. for visualization.
 
         Args:
-            x (Tensor): (B, C, H, W), the layer's input.
+            x (Tensor): The layer's input, (B, C, H, W).
 
         Returns:
             Tensor: (B, 1, H, W), at least 0.
@@ -109,29 +109,29 @@ class ConAM(Plugin):
         height, width = x.shape[2:]
         if self.patch_size > min(height, width):
             raise ValueError(
-                f"ConAM: patch_size={self.patch_size} is larger than the map of {height} x {width} "
-                f"cells; valid here: 1 to {min(height, width)}"
+                f"ConAM: patch_size={self.patch_size} is larger than the {height} x {width} map; "
+                f"must be from 1 to {min(height, width)} here"
             )
         return confidence_gate(x, self.patch_size, self.scale_by_patches, self._mlp)
 
     def _mlp(self, local: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-        """Pass the vectors of patches, (B, P, C), and of the map, (B, C), through the MLP."""
+        """Apply the MLP to the vectors of the patches, (B, P, C), and of the map, (B, C)."""
         layers = self.linear1, self.linear2
         if are_plain(nn.Linear, *layers):
             for layer in layers:
-                # In the vectors' precision even if the module was converted to half.
+                # In the vectors' precision, even if the module was converted to half.
                 weight = layer.weight.to(local.dtype)
                 bias = None if layer.bias is None else layer.bias.to(local.dtype)
                 local, whole = (F.linear(vector, weight, bias).relu() for vector in (local, whole))
             return local, whole
-        both = torch.cat([local, whole[:, None]], dim=1)  # each is called once
+        both = torch.cat([local, whole[:, None]], dim=1)  # so each module is called once
         for layer in layers:
             both = torch.relu(layer(both.to(dtype_of(layer, both))))
         both = both.to(local.dtype)
         return both[:, :-1], both[:, -1]
 
     def extra_repr(self) -> str:
-        """Show the arguments that the children's lines do not."""
+        """Show the arguments that the submodules do not."""
         return self._with_start(
             f"patch_size={self.patch_size}, scale_by_patches={self.scale_by_patches}"
         )

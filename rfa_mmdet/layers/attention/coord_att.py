@@ -1,7 +1,7 @@
 """CoordAtt: coordinate attention.
 
 Paper: "Coordinate Attention for Efficient Mobile Network Design", arXiv 2103.02907. Plain means
-stand for adaptive pooling; gates are float32 under mixed precision.
+replace adaptive pooling; gates are float32 under mixed precision.
 """
 
 import torch
@@ -20,18 +20,18 @@ MIN_HIDDEN = 8
 
 @MODELS.register_module()
 class CoordAtt(Plugin):
-    """Coordinate attention: weighs rows and columns of every channel; keeps the shape.
+    """Coordinate attention: weights the rows and columns of every channel. Keeps the shape.
 
     Args:
         in_channels (int): C of the input (B, C, H, W).
         reduction (int): The hidden width is C // reduction, at least 8. Defaults to 32.
-        start (str): 'paper', or behind trained layers 'identity': the last convolutions start at
-            zero, so the gates of rows and of columns at 1/2, and the output is multiplied by 4
-            (``output_scale``), in testing too. See
-            :class:`~rfa_mmdet.layers.warm_start.plugin.Plugin`. Defaults to 'paper'.
+        start (str): 'paper', or 'identity' for use after trained layers: the last convolutions
+            start at zero, so the row and column gates are 1/2, and the output is always multiplied
+            by 4 (``output_scale``). See :class:`~rfa_mmdet.layers.warm_start.plugin.Plugin`.
+            Defaults to 'paper'.
 
     Raises:
-        TypeError, ValueError: An argument or the input is not as above.
+        TypeError, ValueError: An argument or the input is invalid.
 
     Example:
         >>> import torch
@@ -55,16 +55,16 @@ class CoordAtt(Plugin):
         self.start_as(start)
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
-        """Return values under which the gates of rows and of columns are 1/2."""
+        """Return parameter values that make the row and column gates 1/2."""
         names = [f"{conv}.{name}" for conv in ("conv_h", "conv_w") for name in ("weight", "bias")]
         return self._zeros(*names), 1 / 4
 
     def gates(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights of rows and of columns.
+        """Return the weights of rows and columns.
 
         Args:
-            rows (Tensor): (B, C, H), the mean of each row.
-            columns (Tensor): (B, C, W), the mean of each column.
+            rows (Tensor): The mean of each row, (B, C, H).
+            columns (Tensor): The mean of each column, (B, C, W).
 
         Returns:
             tuple[Tensor, Tensor]: (B, C, H) and (B, C, W), at least float32.
@@ -78,16 +78,16 @@ class CoordAtt(Plugin):
         return coordinate_gates(rows, columns, shared, self.conv_h, self.conv_w, dtype)
 
     def _gates_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights of rows, (B, C, H, 1), and of columns, (B, C, 1, W), of a map."""
+        """Return a map's row weights, (B, C, H, 1), and column weights, (B, C, 1, W)."""
         dtype = dtype_of(self.conv1, x)
         rows, columns = self.gates(x.mean(3, dtype=dtype), x.mean(2, dtype=dtype))
         return rows.unsqueeze(3), columns.unsqueeze(2)
 
     def attention_map(self, x: Tensor) -> Tensor:
-        """Return the weights of rows and columns, multiplied, to be looked at.
+        """Return the product of row and column weights, e.g. for visualization.
 
         Args:
-            x (Tensor): (B, C, H, W), the layer's input.
+            x (Tensor): The layer's input, (B, C, H, W).
 
         Returns:
             Tensor: (B, C, H, W) in (0, 1).
@@ -97,7 +97,7 @@ class CoordAtt(Plugin):
         return (rows * columns).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Weigh rows and columns.
+        """Apply the row and column weights.
 
         Args:
             x (Tensor): (B, C, H, W).
@@ -107,11 +107,11 @@ class CoordAtt(Plugin):
         """
         check_feature_map("CoordAtt", x, self.in_channels)
         convs, bn = (self.conv1, self.conv_h, self.conv_w), self.bn1
-        # SyncBatchNorm is called: to compute it once more would be to talk once more.
+        # SyncBatchNorm must be called: recomputing it would communicate again.
         plain = are_plain(nn.BatchNorm2d, bn) and all(
             is_plain_conv(conv, (1, 1), bias=True) for conv in convs
         )
-        # What torch has for a batch norm's gradient divides by the batch's size.
+        # torch's gradient of batch norm divides by the batch size, so it must not be 0.
         if not (recomputes() and plain and are_plain(nn.Hardswish, self.act) and len(x)):
             rows, columns = self._gates_of(x)
             return x * columns.to(x.dtype) * scaled(rows, self.output_scale).to(x.dtype)
@@ -125,8 +125,8 @@ class CoordAtt(Plugin):
 
 
 class CoordinateGates(CoordAtt):
-    """The weights of rows and columns alone, as a part of another layer."""
+    """Only the weights of rows and columns, as a part of another layer."""
 
     def forward(self, rows: Tensor, columns: Tensor) -> Tensor:  # type: ignore[override]
-        """Return what :meth:`gates` does, side by side: (B, C, H + W)."""
+        """Return the result of :meth:`gates`, concatenated: (B, C, H + W)."""
         return torch.cat(self.gates(rows, columns), dim=2)

@@ -19,18 +19,18 @@ from rfa_mmdet.ops.common.scale import scaled
 
 @MODELS.register_module()
 class ECA(Plugin):
-    """Efficient channel attention: weighs channels by the means of neighbours; keeps the shape.
+    """Efficient channel attention: weights channels by neighbouring channels. Keeps the shape.
 
     Args:
         in_channels (int): C of the input (B, C, H, W).
-        kernel_size (int | None): Neighbours that count, odd. Defaults to None: log2(C) / 2 + 1 / 2,
-            rounded down, and up to odd, as in the paper.
-        start (str): 'paper', or behind trained layers 'identity': the kernel starts at zero, so
-            every gate at 1/2, and the output is multiplied by 2 (``output_scale``), in testing too.
-            See :class:`~rfa_mmdet.layers.warm_start.plugin.Plugin`. Defaults to 'paper'.
+        kernel_size (int | None): Number of channels that a gate depends on, odd. Defaults to None:
+            log2(C) / 2 + 1 / 2, rounded down and then up to odd, as in the paper.
+        start (str): 'paper', or 'identity' for use after trained layers: the kernel starts at zero,
+            so every gate is 1/2, and the output is always multiplied by 2 (``output_scale``). See
+            :class:`~rfa_mmdet.layers.warm_start.plugin.Plugin`. Defaults to 'paper'.
 
     Raises:
-        TypeError, ValueError: An argument or the input is not as above.
+        TypeError, ValueError: An argument or the input is invalid.
 
     Example:
         >>> from mmcv.cnn import build_plugin_layer
@@ -53,11 +53,11 @@ class ECA(Plugin):
         self.start_as(start)
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
-        """Return values under which every gate is 1/2."""
+        """Return parameter values that make every gate 1/2."""
         return self._zeros("conv.weight"), 1 / 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """Weigh the channels.
+        """Apply the channel weights.
 
         Args:
             x (Tensor): (B, C, H, W).
@@ -68,21 +68,21 @@ class ECA(Plugin):
         return x * scaled(self.attention_map(x), self.output_scale)
 
     def attention_map(self, x: Tensor) -> Tensor:
-        """Return the weights of the channels, to be looked at.
+        """Return the channel weights, e.g. for visualization.
 
         Args:
-            x (Tensor): (B, C, H, W), the layer's input.
+            x (Tensor): The layer's input, (B, C, H, W).
 
         Returns:
             Tensor: (B, C, 1, 1) in (0, 1).
         """
         check_feature_map("ECA", x, self.in_channels)
-        # The channels lie along the convolution: (B, 1, C).
+        # Convolve along the channels: (B, 1, C).
         with no_autocast(x):
             means = x.mean((2, 3), dtype=dtype_of(self.conv, x))
             score = self.conv(means.unsqueeze(1)).squeeze(1)
         return torch.sigmoid(at_least_float32(score)).to(x.dtype)[:, :, None, None]
 
     def extra_repr(self) -> str:
-        """Show the argument that the child's line does not."""
+        """Show the argument that the submodule does not."""
         return self._with_start(f"in_channels={self.in_channels}")

@@ -2,10 +2,10 @@
 
 Paper: "Efficient Multi-Scale Attention Module with Cross-Spatial Learning", arXiv 2305.13563.
 
-What differs from the published code: channels that ``factor`` does not divide are refused when
-the layer is built (there, a reshape fails in the first forward); plain means stand for adaptive
-pooling (the same numbers; they export with dynamic sizes); gates are float32 under mixed
-precision. The parameters keep the published names.
+Differences from the published code: ``factor`` is checked when the layer is built (there, a reshape
+fails in the first forward pass), plain means replace adaptive pooling (the same values, but they
+export with dynamic sizes), and gates are float32 under mixed precision. The parameter names are the
+published ones.
 """
 
 from mmengine.registry import MODELS
@@ -21,18 +21,18 @@ from rfa_mmdet.ops.ema import ema_gate, weigh_by_ema
 
 @MODELS.register_module()
 class EMA(Plugin):
-    """Efficient multi-scale attention; keeps the shape.
+    """Efficient multi-scale attention. Keeps the shape.
 
     Args:
         in_channels (int): C of the input (B, C, H, W).
-        factor (int): Number of channel groups; divides ``in_channels``. Defaults to 32.
-        start (str): 'paper', or behind trained layers 'identity': the norm's weight and bias and
-            the 3x3's start at zero, so every gate at 1/2, and the output is multiplied by 2
-            (``output_scale``), in testing too. See
+        factor (int): Number of channel groups; must divide ``in_channels``. Defaults to 32.
+        start (str): 'paper', or 'identity' for use after trained layers: weight and bias of the
+            norm and of the 3x3 convolution start at zero, so every gate is 1/2, and the output is
+            always multiplied by 2 (``output_scale``). See
             :class:`~rfa_mmdet.layers.warm_start.plugin.Plugin`. Defaults to 'paper'.
 
     Raises:
-        TypeError, ValueError: An argument or the input is not as above.
+        TypeError, ValueError: An argument or the input is invalid.
 
     Example:
         >>> import torch
@@ -61,12 +61,12 @@ class EMA(Plugin):
         self.start_as(start)
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
-        """Return values under which every gate is 1/2."""
+        """Return parameter values that make every gate 1/2."""
         names = [f"{module}.{name}" for module in ("gn", "conv3x3") for name in ("weight", "bias")]
         return self._zeros(*names), 1 / 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """Weigh every cell, a gate for each group of channels.
+        """Apply the spatial weights of each channel group.
 
         Args:
             x (Tensor): (B, C, H, W).
@@ -93,30 +93,30 @@ class EMA(Plugin):
         return self._joined(groups * scaled(self._gate(groups, x), self.output_scale))
 
     def attention_map(self, x: Tensor) -> Tensor:
-        """Return the weights of the cells, to be looked at.
+        """Return the spatial weights, e.g. for visualization.
 
         Args:
-            x (Tensor): (B, C, H, W), the layer's input.
+            x (Tensor): The layer's input, (B, C, H, W).
 
         Returns:
-            Tensor: (B, C, H, W) in (0, 1), the same for the channels of a group.
+            Tensor: (B, C, H, W) in (0, 1), the same for all channels of a group.
         """
         check_feature_map("EMA", x, self.in_channels)
         groups = self._groups(x)
         return self._joined(self._gate(groups, x).expand_as(groups))
 
     def _groups(self, x: Tensor) -> Tensor:
-        """Return (B, C, H, W) as (B * factor, c, H, W)."""
+        """Reshape (B, C, H, W) to (B * factor, c, H, W)."""
         groups: Tensor = x.unflatten(1, (self.factor, -1)).flatten(0, 1)
         return groups
 
     def _joined(self, groups: Tensor) -> Tensor:
-        """Return (B * factor, c, H, W) as (B, C, H, W)."""
+        """Reshape (B * factor, c, H, W) to (B, C, H, W)."""
         joined: Tensor = groups.unflatten(0, (-1, self.factor)).flatten(1, 2)
         return joined
 
     def _gate(self, groups: Tensor, x: Tensor) -> Tensor:
-        """Return the weights of the cells of the groups, (B * factor, 1, H, W)."""
+        """Return the spatial weights of the groups, (B * factor, 1, H, W)."""
         dtype, size = dtype_of(self.conv1x1, x), (x.shape[2], x.shape[3])
         return ema_gate(groups, self.conv1x1, self.conv3x3, self.gn, dtype, size)
 

@@ -1,7 +1,7 @@
 """SE: squeeze-and-excitation.
 
-Paper: "Squeeze-and-Excitation Networks", arXiv 1709.01507. Without biases, as its later version
-trains them. The gate is float32 under mixed precision.
+Paper: "Squeeze-and-Excitation Networks", arXiv 1709.01507. Without biases, as in its later version.
+The gate is float32 under mixed precision.
 """
 
 import torch
@@ -17,18 +17,19 @@ from rfa_mmdet.ops.common.scale import scaled
 
 @MODELS.register_module()
 class SE(Plugin):
-    """Squeeze-and-excitation: weighs the channels by their means; keeps the shape.
+    """Squeeze-and-excitation: weights channels by their means. Keeps the shape.
 
     Args:
         in_channels (int): C of the input (B, C, H, W).
         reduction (int): The hidden width is C // reduction, at least 1. Defaults to 16.
-        hidden_channels (int | None): The hidden width itself, instead of ``reduction``.
-        start (str): 'paper', or behind trained layers 'identity': the second matrix starts at zero,
-            so every gate at 1/2, and the output is multiplied by 2 (``output_scale``), in testing
-            too. See :class:`~rfa_mmdet.layers.warm_start.plugin.Plugin`. Defaults to 'paper'.
+        hidden_channels (int | None): The hidden width, instead of ``reduction``. Defaults to None.
+        start (str): 'paper', or 'identity' for use after trained layers: the second matrix starts
+            at zero, so every gate is 1/2, and the output is always multiplied by 2
+            (``output_scale``). See :class:`~rfa_mmdet.layers.warm_start.plugin.Plugin`. Defaults to
+            'paper'.
 
     Raises:
-        TypeError, ValueError: An argument or the input is not as above.
+        TypeError, ValueError: An argument or the input is invalid.
 
     Example:
         >>> from mmcv.cnn import build_plugin_layer
@@ -52,8 +53,8 @@ class SE(Plugin):
         if hidden_channels is not None:
             if reduction != 16:
                 raise ValueError(
-                    f"reduction={reduction} and hidden_channels={hidden_channels} both give the "
-                    "hidden width: give one"
+                    f"reduction={reduction} and hidden_channels={hidden_channels} both set the "
+                    "hidden width; pass only one of them"
                 )
             self.hidden_channels = positive_int("hidden_channels", hidden_channels)
         self.fc = nn.Sequential(
@@ -64,11 +65,11 @@ class SE(Plugin):
         self.start_as(start)
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
-        """Return values under which every gate is 1/2."""
+        """Return parameter values that make every gate 1/2."""
         return self._zeros("fc.2.weight"), 1 / 2
 
     def gate(self, x: Tensor) -> Tensor:
-        """Return the weights of the channels.
+        """Return the channel weights.
 
         Args:
             x (Tensor): (B, C, H, W).
@@ -81,7 +82,7 @@ class SE(Plugin):
         return torch.sigmoid(at_least_float32(score)).to(x.dtype)[:, :, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Weigh the channels.
+        """Apply the channel weights.
 
         Args:
             x (Tensor): (B, C, H, W).
@@ -93,10 +94,10 @@ class SE(Plugin):
         return x * scaled(self.gate(x), self.output_scale)
 
     def attention_map(self, x: Tensor) -> Tensor:
-        """Return the weights of the channels, to be looked at.
+        """Return the channel weights, e.g. for visualization.
 
         Args:
-            x (Tensor): (B, C, H, W), the layer's input.
+            x (Tensor): The layer's input, (B, C, H, W).
 
         Returns:
             Tensor: (B, C, 1, 1) in (0, 1).
@@ -106,8 +107,8 @@ class SE(Plugin):
 
 
 class ChannelGate(SE):
-    """The weights of the channels alone, (B, C, 1, 1), as a part of another layer."""
+    """Only the channel weights, (B, C, 1, 1), as a part of another layer."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the weights of the channels of (B, C, H, W)."""
+        """Return the channel weights of (B, C, H, W)."""
         return self.gate(x)

@@ -1,4 +1,4 @@
-"""Convolutions that weigh what they see; each stands wherever mmcv builds a convolution."""
+"""Attention convolutions, usable wherever mmcv builds a convolution."""
 
 from rfa_mmdet.layers.conv.attended_conv import CAConv, CAMConv, CBAMConv
 from rfa_mmdet.layers.conv.rfa_conv import RFAConv

@@ -1,7 +1,7 @@
-"""Keep the input of a formula alone for the backward pass, and run the formula again there.
+"""Save only a formula's input for the backward pass, and recompute the rest there.
 
-For features whose norm or activation the operators do not know: they would keep some 24 times the
-input's bytes. In the backward pass of one layer the features are there as a whole.
+Used for features whose norm or activation the operators do not support: autograd would save about
+24 times the size of the input. During the backward pass, one layer's features are in memory.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 
 def keep_input_alone(layer: nn.Module, formula: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Run a layer's formula so that autograd keeps x, and nothing that was computed from it.
+    """Run a layer's formula so that autograd only saves ``x``.
 
     Args:
-        layer (nn.Module): Whose parameters and norms the formula uses. Running statistics are
-            updated once.
-        formula (Callable): Of x.
-        x (Tensor): Any shape.
+        layer (nn.Module): The layer with the parameters and norms that the formula uses. Its
+            running statistics are updated once.
+        formula (Callable): Function of ``x``.
+        x (Tensor): A tensor of any shape.
 
     Returns:
         Tensor: ``formula(x)``.
@@ -31,8 +31,8 @@ def keep_input_alone(layer: nn.Module, formula: Callable[[Tensor], Tensor], x: T
         >>> x.grad.shape, norm.num_batches_tracked.item()
         (torch.Size([3, 2, 4, 4]), 1)
     """
-    # What is there now: between the passes a layer may change its mode, and
-    # torch.func.functional_call takes its parameters away again.
+    # Record the current state: before the backward pass, a layer may change its mode, and
+    # torch.func.functional_call removes its parameters.
     before = _AsBefore(layer)
     y: Tensor = checkpoint(
         formula, x, use_reentrant=False, context_fn=lambda: (nullcontext(), before)
@@ -41,9 +41,9 @@ def keep_input_alone(layer: nn.Module, formula: Callable[[Tensor], Tensor], x: T
 
 
 class _AsBefore:
-    """Gives modules their modes and parameters again, and copies of their running statistics.
+    """Restores modes and parameters of modules, and copies of their running statistics.
 
-    Entered in every backward pass through the same graph, of which there may be several.
+    Entered in every backward pass through the same graph; there may be several.
     """
 
     def __init__(self, layer: nn.Module) -> None:

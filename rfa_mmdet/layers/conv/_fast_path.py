@@ -1,7 +1,7 @@
-"""Modules as plain tensors and numbers, so that kernels need not call them.
+"""Convert modules to plain tensors and numbers for the kernels.
 
-The operators know batch norm and ReLU. What else a config may name (GroupNorm, SiLU, ...), and
-modules that must be called (untouched.py), run by the formula.
+The operators support batch norm and ReLU. Other norms and activations (GroupNorm, SiLU, ...), and
+modules that must be called (untouched.py), use the formula.
 """
 
 from collections.abc import Callable
@@ -27,16 +27,16 @@ def check_choice(backend: str, operators: tuple[str, ...], norm: nn.Module, act:
 
     Args:
         backend (str): 'auto', 'reference', 'cpu' or 'triton'.
-        operators (tuple[str, ...]): What the layer calls.
-        norm, act (nn.Module): Of the features.
+        operators (tuple[str, ...]): Operators that the layer calls.
+        norm, act (nn.Module): Norm and activation of the features.
 
     Returns:
         str: The backend.
 
     Raises:
-        ValueError: There is no such backend, it has no kernel of an operator, or it does not know
-            the norm or the activation.
-        RuntimeError: It is not available in this process.
+        ValueError: The backend is unknown, or does not support an operator, the norm or the
+            activation.
+        RuntimeError: The backend is not available in this process.
 
     Example:
         >>> check_choice("auto", ("rfa_conv",), nn.GroupNorm(2, 8), nn.SiLU())
@@ -52,8 +52,8 @@ def _check_modules(backend: str, norm: nn.Module, act: nn.Module) -> None:
     for module, known in ((norm, _knows_norm(norm)), (act, is_plain_act(act))):
         if not known:
             raise ValueError(
-                f"backend={backend!r}: computes batch norm or none and ReLU or none, without "
-                f"hooks on them, not {module}; choose backend='auto'"
+                f"backend={backend!r}: does not support {module}, only batch norm or no norm and "
+                "ReLU or no activation, without hooks; use backend='auto'"
             )
 
 
@@ -61,8 +61,8 @@ def _check_convs(backend: str, convs: Convs) -> None:
     for module, known in convs:
         if not known:
             raise ValueError(
-                f"backend={backend!r}: computes with the weights of plain convolutions, without "
-                f"hooks on them, not {module}; choose backend='auto'"
+                f"backend={backend!r}: does not support {module}, only plain convolutions without "
+                "hooks; use backend='auto'"
             )
 
 
@@ -78,24 +78,26 @@ def window_features(
     act: nn.Module,
     conv: nn.Conv2d,
 ) -> WindowFeatures | None:
-    """Return features without making them, and update the norm's running statistics.
+    """Return lazily computed features, and update the norm's running statistics.
 
     Args:
-        backend (str): The user's choice.
-        operators (tuple[str, ...]): What the layer makes of the features.
+        backend (str): The chosen backend.
+        operators (tuple[str, ...]): Operators that the layer applies to the features.
         x (Tensor): (B, C, H, W).
-        window (Window): Of the features.
-        pad (Callable): Pads x where that is not by zeros; returns it, and the zeros to be added.
-        convs (list[tuple[nn.Module, bool]]): Whose weights are read, and whether they may be.
-        feature (nn.Conv2d | None): Depthwise; what comes before the norm. None: nothing does.
-        norm, act (nn.Module): Of the features. It is the norm's own ``training`` that counts.
-        conv (nn.Conv2d): Of the features.
+        window (Window): Window of the features.
+        pad (Callable): Applies non-zero padding to x; returns x and the remaining zero padding.
+        convs (list[tuple[nn.Module, bool]]): Convolutions whose weights are read, and whether that
+            is allowed.
+        feature (nn.Conv2d | None): Depthwise convolution before the norm; None: raw windows.
+        norm, act (nn.Module): Norm and activation of the features. The norm's own ``training``
+            counts.
+        conv (nn.Conv2d): Final convolution.
 
     Returns:
-        WindowFeatures | None: None: the layer must compute them with its modules.
+        WindowFeatures | None: The features, or None if the layer must call its modules.
 
     Raises:
-        ValueError, TypeError, RuntimeError: A backend asked for by name cannot compute this.
+        ValueError, TypeError, RuntimeError: The chosen backend does not support this.
     """
     # A module of another class may have no weight.
     formula = type(conv) is nn.Conv2d and not use_operators(backend, operators, x, conv.weight)
@@ -110,8 +112,8 @@ def window_features(
         formula = _agree(norm, group, formula, backend, x.device)
     if formula:
         return None
-    # An empty batch, and one value a channel, which has no variance, are for torch to treat; but
-    # ranks that reduce together must all take the same path.
+    # torch handles an empty batch, and one value per channel, which has no variance; but ranks that
+    # reduce together must all take the same path.
     if group is None and window.count(x) < (2 if of_batch else 1):
         return None
     x, padding = pad(x)
@@ -137,18 +139,18 @@ def window_features(
     return WindowFeatures(x, kernels, shift, type(act) is nn.ReLU, window)
 
 
-# By norm, the group that it reduces over and whether its ranks take the formula.
+# Norm -> the group that it reduces over, and whether its ranks use the formula.
 _AGREED: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
 
 
 def _agree(norm: nn.Module, group: Any, formula: bool, backend: str, device: torch.device) -> bool:
-    """Take the formula on all ranks of SyncBatchNorm if one of them must.
+    """Use the formula on all ranks of SyncBatchNorm if one of them must.
 
-    It reduces other tensors than the operators do, and ranks that differ would wait for each other
-    without end. The ranks are asked in the first forward pass of each norm.
+    The formula reduces other tensors than the operators, so ranks that differ would wait for each
+    other forever. The ranks agree in the first forward pass of each norm.
 
     Raises:
-        RuntimeError: Not all can take it, or one that could do without no longer can.
+        RuntimeError: The ranks cannot agree, or this rank can no longer do as agreed.
     """
     known, agreed = _AGREED.get(norm, (None, False))
     if known is not group:
@@ -156,46 +158,46 @@ def _agree(norm: nn.Module, group: Any, formula: bool, backend: str, device: tor
         choice = torch.tensor([formula, named and not formula], device=device, dtype=torch.uint8)
         choices = [torch.empty_like(choice) for _ in range(torch.distributed.get_world_size(group))]
         torch.distributed.all_gather(choices, choice, group=group)
-        formulas, insisting = ([r for r, c in enumerate(choices) if c[i]] for i in (0, 1))
-        if formulas and insisting:
+        formulas, forced = ([r for r, c in enumerate(choices) if c[i]] for i in (0, 1))
+        if formulas and forced:
             raise RuntimeError(
-                f"SyncBatchNorm: ranks {formulas} of its group take the formula "
-                "(backend='reference', another dtype, a hook or a replaced module), and ranks "
-                f"{insisting} ask for kernels by name; do the same on all, or choose 'auto'"
+                f"SyncBatchNorm: ranks {formulas} of its group must use the formula "
+                "(backend='reference', another dtype, a hook or a replaced module), but ranks "
+                f"{forced} force kernels; use the same backend on all ranks, or 'auto'"
             )
         agreed = bool(formulas)
         _AGREED[norm] = group, agreed
     if formula and not agreed:
         raise RuntimeError(
-            "SyncBatchNorm: this rank must now take the formula (backend='reference', another "
-            "dtype, a hook or a replaced module), and its group began with the operators; make "
+            "SyncBatchNorm: this rank must now use the formula (backend='reference', another "
+            "dtype, a hook or a replaced module), but its group started with the operators; make "
             "such changes on every rank before the first forward pass"
         )
     return agreed
 
 
 def _window_values(x: Tensor, window: Window) -> Tensor:
-    """Return depthwise kernels (C * K, 1, kh, kw) whose features are the window's own values."""
+    """Return depthwise kernels (C * K, 1, kh, kw) that give the window's own values."""
     identity = torch.eye(window.positions, device=x.device).view(-1, 1, *window.kernel_size)
     return identity.repeat(x.shape[1], 1, 1, 1)
 
 
 def is_batch_norm(norm: nn.Module) -> bool:
-    """Whether a module computes what batch norm does, and no hook is on it.
+    """Return whether a module computes batch norm and has no hooks.
 
-    Subclasses that check their input otherwise do; those that compute otherwise do not.
+    True for subclasses that only check their input differently.
 
     Example:
         >>> is_batch_norm(nn.BatchNorm2d(4)), is_batch_norm(nn.GroupNorm(2, 4))
         (True, False)
     """
     known = type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    # One inside makes its weight.
+    # A parametrization inside would compute its weight.
     return known and not norm.__dict__["_modules"] and not must_be_called(norm)
 
 
 def is_no_norm(norm: nn.Module) -> bool:
-    """Whether a module stands in for a norm that is not there, and no hook is on it.
+    """Return whether a module is the placeholder for no norm, and has no hooks.
 
     Example:
         >>> is_no_norm(nn.Identity()), is_no_norm(nn.BatchNorm2d(4))
@@ -205,7 +207,7 @@ def is_no_norm(norm: nn.Module) -> bool:
 
 
 def is_plain_act(act: nn.Module) -> bool:
-    """Whether an activation is ReLU or none, and no hook is on it.
+    """Return whether an activation is ReLU or none, and has no hooks.
 
     Example:
         >>> is_plain_act(nn.ReLU()), is_plain_act(nn.Identity()), is_plain_act(nn.SiLU())
@@ -219,7 +221,7 @@ def _knows_norm(norm: nn.Module) -> bool:
 
 
 def knows(norm: nn.Module, act: nn.Module) -> bool:
-    """Whether the operators compute what a norm and an activation do.
+    """Return whether the operators support a norm and an activation.
 
     Example:
         >>> knows(nn.BatchNorm2d(4), nn.ReLU()), knows(nn.GroupNorm(2, 4), nn.ReLU())
@@ -229,7 +231,7 @@ def knows(norm: nn.Module, act: nn.Module) -> bool:
 
 
 def uses_batch_statistics(norm: nn.Module) -> bool:
-    """Whether a norm takes its statistics from the batch.
+    """Return whether a norm uses the statistics of the batch.
 
     Example:
         >>> uses_batch_statistics(nn.BatchNorm2d(4)), uses_batch_statistics(nn.Identity())
@@ -239,10 +241,10 @@ def uses_batch_statistics(norm: nn.Module) -> bool:
 
 
 def fixed_scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Return what batch norm on its running statistics multiplies by, and what it adds.
+    """Return the scale and shift of batch norm on its running statistics.
 
     Args:
-        norm (_BatchNorm): Of N channels.
+        norm (_BatchNorm): Batch norm of N channels.
 
     Returns:
         tuple[Tensor, Tensor]: (N,) each, at least float32.
@@ -264,16 +266,16 @@ def fixed_scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """Return weight and bias under which ``conv`` computes its norm as well.
+    """Return a weight and bias that fold a norm into the convolution before it.
 
     Args:
         conv (nn.Conv2d): The convolution.
-        norm (nn.Module): What follows.
+        norm (nn.Module): The norm after it.
 
     Returns:
-        tuple[Tensor, Tensor | None] | None: Of the convolution's dtype. None: call the modules
-        instead, as the norm is none on fixed statistics, the convolution has a bias, a hook is on
-        either, or a graph is recorded.
+        tuple[Tensor, Tensor | None] | None: Weight and bias in the convolution's dtype, or None if
+        the modules must be called: the norm has no fixed statistics, the convolution has a bias,
+        one of them has hooks, or a graph is being recorded.
 
     Example:
         >>> conv, norm = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4).eval()
@@ -296,7 +298,7 @@ def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor | None] 
 
 
 def reduces_over(norm: nn.Module) -> Any:
-    """Return the process group that SyncBatchNorm reduces over, if it does now.
+    """Return the process group that SyncBatchNorm currently reduces over, or None.
 
     Example:
         >>> reduces_over(nn.SyncBatchNorm(4))
@@ -312,11 +314,11 @@ def reduces_over(norm: nn.Module) -> Any:
 
 @torch.no_grad()
 def update_running(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
-    """Update batch norm's running statistics, where it keeps any, as its own call would.
+    """Update batch norm's running statistics as its own forward pass does.
 
     Args:
         norm (nn.Module): Batch norm of N channels.
-        mean, var (Tensor): (N,), of the batch; the variance is unbiased.
+        mean, var (Tensor): Mean and unbiased variance of the batch, (N,).
 
     Example:
         >>> norm = nn.BatchNorm2d(1)

@@ -1,12 +1,11 @@
-"""CAMConv, CBAMConv and CAConv: an attention that weighs the input, then a convolution.
+"""CAMConv, CBAMConv and CAConv: attention on the input, then a convolution.
 
-Paper: arXiv 2304.03198 (RFAConv), which compares itself with these; the attentions are those of
-CBAM (arXiv 1807.06521) and coordinate attention (arXiv 2103.02907), as the plug-ins of this package
-implement them.
+Paper: arXiv 2304.03198 (RFAConv), which uses them as baselines. The attentions are this package's
+plug-ins for CBAM (arXiv 1807.06521) and coordinate attention (arXiv 2103.02907).
 
-What differs from the published code: the parameters are named by what they do (published_names.py
-has both names), plain means and maxima stand for adaptive pooling so that dynamic sizes export, and
-the gates are float32 under mixed precision.
+Differences from the published code: descriptive parameter names (published_names.py has both),
+plain means and maxima instead of adaptive pooling, so dynamic sizes export, and float32 gates under
+mixed precision.
 """
 
 from collections.abc import Callable
@@ -25,13 +24,13 @@ Attention = ChannelAttention | CBAM | CoordAtt
 
 
 class AttendedConv(AttentionConv2d):
-    """Base: ``attention`` weighs the input, ``conv`` convolves it.
+    """Base class: applies ``attention`` to the input, then ``conv``.
 
     Args:
-        attention (Callable): Builds the attention, which keeps the shape of
-            (B, in_channels, H, W), from ``in_channels``.
+        attention (Callable): Builds the attention from ``in_channels``. The attention keeps the
+            shape (B, in_channels, H, W).
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode: As of :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
+            padding_mode: See :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
     """
 
     @with_arguments_of(AttentionConv2d)
@@ -41,7 +40,7 @@ class AttendedConv(AttentionConv2d):
         self.conv = self.plain_conv()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve the weighed input.
+        """Apply the attention, then the convolution.
 
         Args:
             x (Tensor): (B, in_channels, H, W).
@@ -54,13 +53,13 @@ class AttendedConv(AttentionConv2d):
         return out
 
     def attention_map(self, x: Tensor) -> Tensor:
-        """Return what the input is weighed by before it is convolved, to be looked at.
+        """Return the attention weights of the input, e.g. for visualization.
 
         Args:
-            x (Tensor): (B, in_channels, H, W), the layer's input.
+            x (Tensor): The layer's input, (B, in_channels, H, W).
 
         Returns:
-            Tensor: (B, in_channels, H, W), or of 1 where all are alike, in (0, 1).
+            Tensor: (B, in_channels, H, W) in (0, 1), with size 1 in dimensions that share a weight.
         """
         self.check_input(x)
         return self.attention.attention_map(x)
@@ -72,12 +71,12 @@ class CAMConv(AttendedConv):
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode: As of :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
+            padding_mode: See :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
         reduction (int): The attention's hidden width is C // reduction, at least 1.
             Defaults to 16.
 
     Raises:
-        TypeError, ValueError: An argument or the input is not as above.
+        TypeError, ValueError: An argument or the input is invalid.
 
     Example:
         >>> import torch
@@ -90,7 +89,7 @@ class CAMConv(AttendedConv):
         super().__init__(partial(ChannelAttention, reduction=reduction), *args, **kwargs)
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
-        """Return values under which every gate is 1/2."""
+        """Return parameter values that make every gate 1/2."""
         return self._zeros("attention.mlp.2.weight"), 1 / 2
 
 
@@ -100,13 +99,13 @@ class CBAMConv(AttendedConv):
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode: As of :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
+            padding_mode: See :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
         reduction (int): The channel attention's hidden width is C // reduction, at least 1.
             Defaults to 16.
-        spatial_kernel_size (int): Of the spatial attention, odd. Defaults to 7.
+        spatial_kernel_size (int): Kernel size of the spatial attention, odd. Defaults to 7.
 
     Raises:
-        TypeError, ValueError: An argument or the input is not as above.
+        TypeError, ValueError: An argument or the input is invalid.
 
     Example:
         >>> import torch
@@ -118,13 +117,13 @@ class CBAMConv(AttendedConv):
     def __init__(
         self, *args: Any, reduction: int = 16, spatial_kernel_size: int = 7, **kwargs: Any
     ) -> None:
-        # Under its name here: kernel_size is another argument.
+        # Checked here for the right name in the error: kernel_size is another argument.
         odd_int("spatial_kernel_size", spatial_kernel_size, LARGEST_SIDE)
         attention = partial(CBAM, reduction=reduction, kernel_size=spatial_kernel_size)
         super().__init__(attention, *args, **kwargs)
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
-        """Return values under which both gates are 1/2."""
+        """Return parameter values that make both gates 1/2."""
         names = ("attention.channel.mlp.2.weight", "attention.spatial.weight")
         return self._zeros(*names), 1 / 4
 
@@ -135,12 +134,12 @@ class CAConv(AttendedConv):
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode: As of :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
+            padding_mode: See :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
         reduction (int): The attention's hidden width is C // reduction, at least 8.
             Defaults to 32.
 
     Raises:
-        TypeError, ValueError: An argument or the input is not as above.
+        TypeError, ValueError: An argument or the input is invalid.
 
     Example:
         >>> import torch
@@ -153,7 +152,7 @@ class CAConv(AttendedConv):
         super().__init__(partial(CoordAtt, reduction=reduction), *args, **kwargs)
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
-        """Return values under which both gates are 1/2."""
+        """Return parameter values that make both gates 1/2."""
         convs = ("attention.conv_h", "attention.conv_w")
         return self._zeros(
             *(f"{conv}.{name}" for conv in convs for name in ("weight", "bias"))

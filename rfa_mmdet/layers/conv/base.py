@@ -1,4 +1,4 @@
-"""The Conv2d contract: what mmcv and MMDetection expect of anything they build as a convolution."""
+"""The interface that mmcv and MMDetection expect from a convolution."""
 
 import math
 from typing import Any, Literal, get_args
@@ -21,13 +21,12 @@ PADDING_MODES = get_args(PaddingMode)
 
 
 class AttentionConv2d(WarmStartable):
-    """Base of the convolutions with attention: Conv2d's arguments, checked, under its names.
+    """Base class of attention convolutions, with the arguments and attributes of Conv2d.
 
-    One difference from Conv2d: ``padding`` may be left out. A window with attention has a centre,
-    so an odd kernel then keeps the size at stride 1, as in the papers; an even kernel has no
-    symmetric padding that does, and must be told.
+    Unlike in Conv2d, the default ``padding`` keeps the size at stride 1, as in the papers. Even
+    kernels have no such symmetric padding and need an explicit one.
 
-    A state dict with a plain convolution's ``weight`` in this layer's place warm-starts it: see
+    A state dict with a plain convolution's ``weight`` at this layer's place warm-starts it; see
     :mod:`rfa_mmdet.layers.warm_start.start`.
 
     Subclasses build the final convolution as ``conv``.
@@ -36,19 +35,20 @@ class AttentionConv2d(WarmStartable):
         in_channels (int): C of the input (B, C, H, W).
         out_channels (int): O of the output (B, O, h, w).
         kernel_size (int | tuple[int, int]): Size of the window.
-        stride (int | tuple[int, int]): Step of the window.
-        padding (int | tuple[int, int] | None): Cells added on each side. None: dilation *
+        stride (int | tuple[int, int]): Stride of the window. Defaults to 1.
+        padding (int | tuple[int, int] | None): Padding on each side. Defaults to None: dilation *
             (kernel_size - 1) / 2.
-        dilation (int | tuple[int, int]): Distance of neighbours in a window.
-        groups (int): Groups of the final convolution; divides both channel numbers.
-        bias (bool): Whether the final convolution has one.
-        padding_mode (str): 'zeros', 'reflect', 'replicate' or 'circular'.
+        dilation (int | tuple[int, int]): Spacing of the window's positions. Defaults to 1.
+        groups (int): Groups of the final convolution; must divide both channel numbers. Defaults
+            to 1.
+        bias (bool): Whether the final convolution has a bias. Defaults to True.
+        padding_mode (str): 'zeros', 'reflect', 'replicate' or 'circular'. Defaults to 'zeros'.
 
     Raises:
-        TypeError, ValueError: An argument is not as above; the message names it and its value.
+        TypeError, ValueError: An argument is invalid; the message names it and its value.
     """
 
-    # mmcv's ConvModule copies these from the convolution that it holds.
+    # mmcv's ConvModule copies these from its convolution.
     transposed = False
     output_padding = (0, 0)
 
@@ -91,8 +91,8 @@ class AttentionConv2d(WarmStartable):
             return int_pair("padding", padding, minimum=0)
         if any(k % 2 == 0 for k in self.kernel_size):
             raise ValueError(
-                f"padding=None with the even kernel_size={self.kernel_size}: no padding of both "
-                "sides keeps the size; pass padding, or an odd kernel_size"
+                f"padding=None with the even kernel_size={self.kernel_size}: no symmetric padding "
+                "keeps the size; pass padding, or an odd kernel_size"
             )
         sides = zip(self.dilation, self.kernel_size, strict=True)
         padding = tuple(d * (k - 1) // 2 for d, k in sides)
@@ -113,17 +113,18 @@ class AttentionConv2d(WarmStartable):
         )
 
     def check_input(self, x: Tensor) -> None:
-        """Check a map before anything is computed from it.
+        """Check the shape and dtype of an input.
 
         Args:
             x (Tensor): (B, C, H, W).
 
         Raises:
-            TypeError, ValueError: ``x`` is no (B, in_channels, H, W), or smaller than the window.
+            TypeError, ValueError: ``x`` is not a floating-point tensor (B, in_channels, H, W), or
+                is smaller than the window.
         """
         name = type(self).__name__
         check_feature_map(name, x, self.in_channels)
-        # Without strict=True, which torch 2.1 cannot compile.
+        # torch 2.1 cannot compile strict=True.
         sizes = zip(x.shape[2:], self.kernel_size, self.padding, self.dilation)  # noqa: B905
         for size, k, p, d in sizes:
             if size + 2 * p < d * (k - 1) + 1:
@@ -140,7 +141,7 @@ class AttentionConv2d(WarmStartable):
                 )
 
     def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Pad a map where the mode is not zeros.
+        """Pad a map, unless the mode is zeros.
 
         Args:
             x (Tensor): (B, C, H, W).
@@ -155,19 +156,19 @@ class AttentionConv2d(WarmStartable):
         return x, (0, 0)
 
     def init_weights(self) -> None:
-        """Initialise anew; MMEngine calls this after a parent's ``init_cfg`` has filled the convs.
+        """Reinitialise; MMEngine calls this after a parent's ``init_cfg``.
 
-        The final convolution as every convolution of a ResNet, everything else as torch does,
-        which is what the papers trained with.
+        Uses Kaiming initialisation for the final convolution, as in ResNet, and torch's defaults
+        for everything else, as in the papers.
         """
         self.reset_attention()
         kaiming_init(self.conv)
 
     def reset_attention(self) -> None:
-        """Initialise all but the final convolution as torch does.
+        """Reset everything except the final convolution to torch's defaults.
 
-        A parent's Kaiming or normal init, meant for that convolution, starts grouped ones, of
-        which it sees the fan of the whole, far too small.
+        A parent's Kaiming or normal initialisation uses the fan of all groups together, so it
+        starts grouped convolutions far too small.
         """
         for module in self.modules():
             reset = getattr(module, "reset_parameters", None)
@@ -175,7 +176,7 @@ class AttentionConv2d(WarmStartable):
                 reset()
 
     def extra_repr(self) -> str:
-        """Show Conv2d's arguments; the rest stands in the children's own lines."""
+        """Show Conv2d's arguments; submodules show the others."""
         text = (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding}"

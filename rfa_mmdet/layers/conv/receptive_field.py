@@ -1,8 +1,8 @@
-"""What RFAConv, RFCBAMConv and RFCAConv have in common: features of the receptive field.
+"""Base of RFAConv, RFCBAMConv and RFCAConv: receptive-field features.
 
-For each output cell and channel, K = kh * kw learnt responses to the window stand in for its K
-values: F = act(norm(depthwise convolution)), (B, C, K, h, w). They are weighed, each method in
-its own way, and the final convolution sums them up.
+For each output position and channel, K = kh * kw learnt responses replace the K values of the
+window: F = act(norm(depthwise convolution)), (B, C, K, h, w). Each method weights them in its own
+way, and the final convolution sums them up.
 """
 
 import math
@@ -39,31 +39,32 @@ from rfa_mmdet.ops.receptive_field import WindowFeatures
 
 
 class ReceptiveFieldConv(AttentionConv2d):
-    """Base of the receptive-field convolutions.
+    """Base class of the receptive-field convolutions.
 
-    Where the norm trains on batches, a warm-started layer takes their statistics from the first
-    one by itself: see :mod:`rfa_mmdet.layers.warm_start.first_steps`.
+    If the norm trains on batch statistics, a warm-started layer calibrates itself to the first
+    batch; see :mod:`rfa_mmdet.layers.warm_start.first_steps`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode: As of :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
+            padding_mode: See :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
         norm_cfg (dict | None): Norm of the features. Defaults to BN.
-        act_cfg (dict | None): Their activation. Defaults to ReLU.
-        input_floor (float): Lowest value of the input, at most 0, from which on a warm start is
-            exact: below it, the activation cuts off. 0 behind a ReLU. Else the features start
-            shifted by it, and the bias, which is needed then, takes the shift off again.
-            Defaults to 0.
-        backend (str): 'reference': the formula. 'cpu', 'triton': kernels that do not store the
-            features, for batch norm or none and ReLU or none, float32 and bfloat16 (Triton float16
-            as well, the CPU float64). 'auto': those of x's device, or where it has none, the same
-            in plain torch; the formula where they cannot compute this, and in traces and exports.
-            Under SyncBatchNorm, if one rank takes the formula, all do. Defaults to 'auto'.
+        act_cfg (dict | None): Activation of the features. Defaults to ReLU.
+        input_floor (float): Lower bound of the input, at most 0, down to which a warm start is
+            exact; the activation clips anything below. 0 is right after a ReLU. With a negative
+            value, the features start shifted by it, and the bias, which is required then, undoes
+            the shift. Defaults to 0.
+        backend (str): 'reference': the formula. 'cpu', 'triton': force kernels that do not store
+            the features; they support BN or no norm, ReLU or no activation, float32 and bfloat16
+            (Triton also float16, the CPU also float64). 'auto': the kernels for the input's
+            device, or the same in plain torch if there are none; the formula for anything they do
+            not support, and in traces and exports. Under SyncBatchNorm, all ranks use the formula
+            if one must. Defaults to 'auto'.
     """
 
-    # Of torch.ops.rfa_mmdet, what the layer calls.
+    # Operators of torch.ops.rfa_mmdet that the layer calls.
     operators: ClassVar[tuple[str, ...]]
-    feature: nn.Conv2d  # None where RFAConv takes the window's own values
-    # Whether the norm is as any other; after a load, the first batches show it.
+    feature: nn.Conv2d  # None if RFAConv uses the window's own values
+    # Whether the norm is past the warm start; checked in the first batches after loading.
     settled = True
 
     @with_arguments_of(AttentionConv2d)
@@ -79,8 +80,8 @@ class ReceptiveFieldConv(AttentionConv2d):
         super().__init__(*args, **kwargs)
         self.input_floor = self._check_floor(input_floor)
         wide = self.in_channels * self.kernel_size[0] * self.kernel_size[1]  # C * K
-        # Registered before the convolution: mmcv's fuse_conv_bn takes a norm that follows one for
-        # its own, and folds it into a bias that is not looked at here.
+        # Registered before the convolution, because mmcv's fuse_conv_bn folds a norm that follows a
+        # convolution into its bias, which is not used here.
         self.norm = build_norm_layer(norm_cfg, wide)[1] if norm_cfg else nn.Identity()
         self.feature = nn.Conv2d(
             self.in_channels,
@@ -97,10 +98,10 @@ class ReceptiveFieldConv(AttentionConv2d):
         self.backend = check_choice(backend, self.operators, self.norm, self.act)
         if self.input_floor < 0 and act_cfg and not norm_cfg:
             raise ValueError(
-                f"input_floor={input_floor} with norm_cfg=None: it is the norm that shifts the "
-                "features; pass a norm, or act_cfg=None, which cuts nothing off"
+                f"input_floor={input_floor} with norm_cfg=None: the norm is needed to shift the "
+                "features; pass a norm, or act_cfg=None, which clips nothing"
             )
-        # Stride k over windows laid side by side, as the papers write it.
+        # Stride k over windows laid out side by side, as in the papers.
         self.conv = nn.Conv2d(
             self.in_channels,
             self.out_channels,
@@ -117,23 +118,25 @@ class ReceptiveFieldConv(AttentionConv2d):
             raise ValueError(f"input_floor={input_floor}: must be finite and at most 0")
         if input_floor < 0 and not self.with_bias:
             raise ValueError(
-                f"input_floor={input_floor} with bias=False: the bias takes the shift off again; "
+                f"input_floor={input_floor} with bias=False: the bias is needed to undo the shift; "
                 "pass bias=True"
             )
         return float(input_floor)
 
     def plain_obstacle(self) -> str:
-        """Say why the features cannot be the window's own values; empty if they can."""
+        """Return why the features cannot be the window's own values; empty if they can."""
         if norm_obstacle(self.norm):
             return norm_obstacle(self.norm)
         if not isinstance(self.act, (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.PReLU)):
-            return f"its activation, {type(self.act).__name__}, is no identity above 0; ReLU is"
+            return (
+                f"its activation, {type(self.act).__name__}, is not the identity above 0; use ReLU"
+            )
         return ""
 
     def plain_start(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        """Return values under which this layer computes what a plain convolution does.
+        """Return values that make this layer equal to a plain convolution.
 
-        On inputs from ``input_floor`` on, and with the norm on its running statistics.
+        Holds for inputs of at least ``input_floor``, and with the norm on its running statistics.
         """
         values = super().plain_start(weight, bias)
         if self.feature is not None:
@@ -150,7 +153,7 @@ class ReceptiveFieldConv(AttentionConv2d):
         self.settled = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve.
+        """Apply the layer.
 
         Args:
             x (Tensor): (B, in_channels, H, W).
@@ -164,14 +167,14 @@ class ReceptiveFieldConv(AttentionConv2d):
         return self._first_steps(x)
 
     def compute(self, x: Tensor) -> Tensor:
-        """Compute what :meth:`forward` does, by the operators or by the formula."""
+        """Compute the output with the operators, or else with the formula."""
         raise NotImplementedError
 
     @not_compiled
     def _first_steps(self, x: Tensor) -> Tensor:
-        """Compute what :meth:`forward` does, and see whether the norm can use batches yet."""
+        """Compute the output, and check whether the norm can use batch statistics yet."""
         norm: Any = self.norm
-        # Not in a replica, or where torch.func puts other parameters in: they are gone after this.
+        # Not in replicas or under torch.func, whose parameters are temporary.
         if awaits_statistics(norm) and norm.weight.is_leaf:
             take_statistics(norm, self._responses(x))
         if not (awaits_statistics(norm) or only_shifts(norm, self._shift())):
@@ -184,23 +187,23 @@ class ReceptiveFieldConv(AttentionConv2d):
             norm.training = True
 
     def _shift(self) -> float:
-        """Return what the norm takes off: without one, nothing shifts the features."""
+        """Return the shift that the norm subtracts; 0 without a norm."""
         return 0.0 if isinstance(self.norm, nn.Identity) else self.input_floor
 
     def _responses(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield what the norm gets, image by image, as all would take K times the map's memory."""
-        with no_autocast(x):  # which would keep lowered weights, without their gradient
+        """Yield the norm's input image by image: for all, it takes K times the map's memory."""
+        with no_autocast(x):  # autocast would cache low-precision weights without gradients
             for image in x.to(dtype_of(self.conv, x)).split(1):
                 yield self.responses(image)
 
     def responses(self, x: Tensor) -> Tensor:
-        """Return responses before the norm, (B, C * K, h, w), of a map (B, C, H, W)."""
+        """Return the responses of a map (B, C, H, W) before the norm, (B, C * K, h, w)."""
         return self.feature(x)  # type: ignore[no-any-return]
 
     def by_formula(self, x: Tensor) -> Tensor:
-        """Compute the formula of a map in plain torch.
+        """Compute the formula in plain torch.
 
-        Where the operators do not know the norm or the activation, x alone is kept for the backward
+        If the operators do not support the norm or activation, only x is saved for the backward
         pass, which runs the formula again.
         """
         if self.backend != "auto" or not recomputes() or knows(self.norm, self.act):
@@ -211,11 +214,11 @@ class ReceptiveFieldConv(AttentionConv2d):
         return keep_input_alone(self, self.formula, x)
 
     def formula(self, x: Tensor) -> Tensor:
-        """Compute what :meth:`forward` does, with the features in memory."""
+        """Compute the output with all features in memory."""
         raise NotImplementedError
 
     def features(self, x: Tensor) -> Tensor:
-        """Return the receptive-field features, (B, C, K, h, w), of a map (B, C, H, W)."""
+        """Return the receptive-field features of a map (B, C, H, W), (B, C, K, h, w)."""
         folded = fold_norm(self.feature, self.norm)
         if folded is None:
             normed = self.norm(self.responses(x))
@@ -224,21 +227,21 @@ class ReceptiveFieldConv(AttentionConv2d):
         return self.activated(normed)
 
     def activated(self, normed: Tensor) -> Tensor:
-        """Return normalised responses (B, C * K, h, w), activated, as (B, C, K, h, w)."""
-        # Overwritten only where nobody else can have them.
+        """Activate normalised responses (B, C * K, h, w), and return them as (B, C, K, h, w)."""
+        # In place only if nobody else can hold a reference.
         if type(self.act) is nn.ReLU and self._untold() and not is_recorded():
             features = torch.relu_(normed)
         else:
             features = self.act(normed)
         batch, wide, height, width = features.shape
-        # No -1 for K: an empty batch could not tell it.
+        # No -1 for K, because it cannot be inferred from an empty batch.
         positions = wide // self.in_channels
         return features.reshape(batch, self.in_channels, positions, height, width)
 
     def window_features(self, x: Tensor) -> WindowFeatures | None:
-        """Return the features of a map (B, C, H, W) for the operators. None: the formula must run.
+        """Return the features of a map (B, C, H, W) for the operators, or None for the formula.
 
-        If they are returned, the norm's running statistics are updated.
+        Updates the norm's running statistics if it returns features.
         """
         window = Window(self.kernel_size, self.stride, self.padding, self.dilation)
         return window_features(
@@ -255,7 +258,7 @@ class ReceptiveFieldConv(AttentionConv2d):
         )
 
     def uncalled(self, window: Window) -> Convs:
-        """Return the convolutions that the kernels do not call, and whether they need not be."""
+        """Return the convolutions that kernels bypass, and whether that is allowed."""
         conv, feature = self.conv, self.feature
         found: Convs = [(conv, self._is_final(conv))]
         if feature is not None:
@@ -264,19 +267,19 @@ class ReceptiveFieldConv(AttentionConv2d):
         return found
 
     def _is_final(self, conv: nn.Module) -> bool:
-        """Whether a module is the plain convolution of the windows, side by side."""
+        """Return whether a module is the plain convolution of windows laid out side by side."""
         size = self.kernel_size
         return is_plain_conv(conv, size, stride=size, groups=self.groups, bias=True)
 
     def _untold(self) -> bool:
-        """Whether no hook can have kept the features for itself."""
+        """Return whether no hook can hold a reference to the features."""
         made_by = (self.feature, self.norm, self.act)
         return not any(must_be_called(module) for module in made_by if module is not None)
 
     def convolve(self, windows: Tensor, *gates: Tensor) -> Tensor:
-        """Sum up features: (B, C, K, h, w), or (B, C, kh, kw, h, w), to (B, O, h, w).
+        """Sum up features (B, C, K, h, w) or (B, C, kh, kw, h, w) to (B, O, h, w).
 
-        With two gates, they are weighed by them, and overwritten where no gradient is asked for.
+        Gates are multiplied in first; without gradients, this overwrites the features.
         """
         conv = self.conv
         if not self._is_final(conv):

@@ -1,12 +1,12 @@
 """RFAConv: receptive-field attention convolution.
 
-Paper: "RFAConv: Innovating Spatial Attention and Standard Convolutional Operation",
-arXiv 2304.03198.
+Paper: "Receptive-Field Attention Convolution for Improving CNNs", earlier "RFAConv: Innovating
+Spatial Attention and Standard Convolutional Operation", arXiv 2304.03198.
 
-What differs from the published code: every argument of Conv2d works (there, a second class of
-the same name without stride shadows the first, dilation is ignored, and an even kernel passes an
-assertion that cannot fail); a 1x1 kernel is a plain convolution; the final convolution runs over
-channels instead of a k-fold enlarged map (the same sum).
+Differences from the published code: all arguments of Conv2d work (there, a second class of the same
+name without stride shadows the first, dilation is ignored, and an assertion against even kernels
+never fails); a 1x1 kernel is a plain convolution; the final convolution runs over channels instead
+of a map enlarged k times (the same sum).
 """
 
 from functools import wraps
@@ -28,25 +28,25 @@ from rfa_mmdet.ops.receptive_field import receptive_field_attention, receptive_f
 
 @MODELS.register_module()
 class RFAConv(ReceptiveFieldConv):
-    """Convolution whose K = kh * kw window positions are weighed by an attention of their own.
+    """Convolution with an attention over the K = kh * kw positions of each window.
 
-    No norm or activation follows the convolution: ConvModule and ResNet add theirs. A window of
-    1x1 has nothing to weigh: ``RFAConv(C, O, 1)`` checks its arguments and returns a plain
-    :class:`torch.nn.Conv2d`, without attention, norm and activation.
+    Like Conv2d, it has no norm or activation after the convolution: ConvModule and ResNet add
+    theirs. A 1x1 window has nothing to attend to: ``RFAConv(C, O, 1)`` checks its arguments and
+    returns a plain :class:`torch.nn.Conv2d`, without attention, norm and activation.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode: As of :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
-        norm_cfg, act_cfg, input_floor, backend: As of
+            padding_mode: See :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
+        norm_cfg, act_cfg, input_floor, backend: See
             :class:`~rfa_mmdet.layers.conv.receptive_field.ReceptiveFieldConv`.
-        feature (str): 'conv': the features are learnt by a depthwise convolution. 'unfold': they
-            are the window's own values (then normalised and activated likewise; pass
-            ``norm_cfg=None, act_cfg=None`` for the bare values). Defaults to 'conv'.
+        feature (str): 'conv': features are learnt by a depthwise convolution. 'unfold': features
+            are the window's own values; norm and activation still apply, so pass ``norm_cfg=None,
+            act_cfg=None`` for the raw values. Defaults to 'conv'.
 
     Raises:
-        TypeError, ValueError: An argument or the input is not as above, or the backend asked for by
-            name cannot compute it.
-        RuntimeError: The backend asked for by name is not available in this process.
+        TypeError, ValueError: An argument or the input is invalid, or the chosen backend does not
+            support it.
+        RuntimeError: The chosen backend is not available in this process.
 
     Example:
         >>> import torch
@@ -66,11 +66,11 @@ class RFAConv(ReceptiveFieldConv):
             raise ValueError(f"feature={feature!r}: must be 'conv' or 'unfold'")
         super().__init__(*args, **kwargs)
         if feature == "unfold":
-            self.register_module("feature", None)  # which rfa_conv takes for the bare windows
+            self.register_module("feature", None)  # the operator rfa_conv then uses raw windows
         wide = self.in_channels * self.kernel_size[0] * self.kernel_size[1]  # C * K
         self.attention = nn.Conv2d(self.in_channels, wide, 1, groups=self.in_channels, bias=False)
 
-    # For inspect.signature, which reads __new__ where there is one.
+    # For inspect.signature, which prefers __new__.
     @wraps(__init__, assigned=())  # type: ignore[misc]
     def __new__(
         cls,
@@ -80,23 +80,25 @@ class RFAConv(ReceptiveFieldConv):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Return the layer, or a plain convolution for a 1x1 window, with nothing to weigh."""
+        """Return the layer, or a plain convolution for a 1x1 window."""
         layer = super().__new__(cls)
         try:
             pointwise = int_pair("kernel_size", kernel_size, minimum=1) == (1, 1)
-        except (TypeError, ValueError):  # __init__ refuses it
+        except (TypeError, ValueError):  # __init__ raises the error
             return layer
         if not pointwise:
             return layer
-        cls.__init__(layer, in_channels, out_channels, kernel_size, *args, **kwargs)  # checks all
+        cls.__init__(
+            layer, in_channels, out_channels, kernel_size, *args, **kwargs
+        )  # checks the arguments
         return layer.plain_conv()
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
-        """Return values under which each of the K positions weighs 1 / K."""
+        """Return parameter values that give each of the K positions the weight 1 / K."""
         return self._zeros("attention.weight"), 1 / (self.kernel_size[0] * self.kernel_size[1])
 
     def compute(self, x: Tensor) -> Tensor:
-        """Compute what :meth:`forward` does, by the operators or by the formula."""
+        """Compute the output with the operators, or else with the formula."""
         features = self.window_features(x)
         if features is not None:
             conv = self.conv
@@ -104,7 +106,7 @@ class RFAConv(ReceptiveFieldConv):
         return self.by_formula(x)
 
     def formula(self, x: Tensor) -> Tensor:
-        """Compute what :meth:`forward` does, with the features in memory."""
+        """Compute the output with all features in memory."""
         attention = self._attention(x)
         if self.feature is not None:
             windows = self.features(x)
@@ -114,20 +116,20 @@ class RFAConv(ReceptiveFieldConv):
         return self.convolve(windows * attention.to(windows.dtype))
 
     def responses(self, x: Tensor) -> Tensor:
-        """Return what the norm gets; of the windows' own values, the positions as one side."""
+        """Return the input of the norm; raw windows have their positions flattened."""
         if self.feature is not None:
             return super().responses(x)
         padded, padding = self.pad(x)
         return F.unfold(padded, self.kernel_size, self.dilation, padding, self.stride)
 
     def attention_map(self, x: Tensor) -> Tensor:
-        """Return how the positions of each window are weighed, to be looked at.
+        """Return the attention weights of each window's positions, e.g. for visualization.
 
         Args:
-            x (Tensor): (B, in_channels, H, W), the layer's input.
+            x (Tensor): The layer's input, (B, in_channels, H, W).
 
         Returns:
-            Tensor: (B, in_channels, K, h, w), sums to 1 over K.
+            Tensor: (B, in_channels, K, h, w); sums to 1 over K.
         """
         self.check_input(x)
         return self._attention(x)
@@ -143,10 +145,10 @@ class RFAConv(ReceptiveFieldConv):
         return torch.softmax(at_least_float32(logits).unflatten(1, (self.in_channels, -1)), dim=2)
 
     def _is_attention(self, conv: nn.Module) -> bool:
-        """Whether a module is the plain convolution of the means."""
+        """Return whether a module is the plain convolution of the means."""
         return is_plain_conv(conv, (1, 1), groups=self.in_channels)
 
     def uncalled(self, window: Window) -> Convs:
-        """Return the convolutions that the kernels do not call, and whether they need not be."""
+        """Return the convolutions that kernels bypass, and whether that is allowed."""
         attention = self.attention
         return [*super().uncalled(window), (attention, self._is_attention(attention))]

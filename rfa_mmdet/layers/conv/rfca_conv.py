@@ -1,14 +1,13 @@
-"""RFCAConv: coordinate attention over the receptive-field features.
+"""RFCAConv: coordinate attention over receptive-field features.
 
 Paper: arXiv 2304.03198 (RFAConv).
 
-What differs from the published code: every argument of Conv2d works; the windows are never laid
-side by side, as the means of the rows and columns of that layout are means over windows (the same
-numbers).
+Differences from the published code: all arguments of Conv2d work; the windows are never laid out
+side by side, because row and column means of that layout are means over windows (the same values).
 
-With batch norm or none and ReLU or none, kernels compute the same without storing all features
-(``_fast_path.py``), in C++ on a CPU and by Triton on CUDA. Traces, exports and touched modules,
-which must be called (``untouched.py``), always take the formula.
+With BN or no norm, and ReLU or no activation, kernels compute the same without storing all features
+(``_fast_path.py``), in C++ on the CPU and in Triton on CUDA. Traces, exports and modified modules,
+which must be called (``untouched.py``), always use the formula.
 """
 
 from typing import Any
@@ -25,18 +24,18 @@ from rfa_mmdet.layers.untouched import are_plain, dtype_of
 
 @MODELS.register_module()
 class RFCAConv(ReceptiveFieldConv):
-    """Convolution whose receptive-field features are weighed by row and by column.
+    """Convolution with coordinate attention over its receptive-field features.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode: As of :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
-        norm_cfg, act_cfg, input_floor, backend: As of
+            padding_mode: See :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
+        norm_cfg, act_cfg, input_floor, backend: See
             :class:`~rfa_mmdet.layers.conv.receptive_field.ReceptiveFieldConv`.
         reduction (int): The attention's hidden width is C // reduction, at least 8.
             Defaults to 32.
 
     Raises:
-        TypeError, ValueError: An argument or the input is not as above.
+        TypeError, ValueError: An argument or the input is invalid.
 
     Example:
         >>> import torch
@@ -53,14 +52,14 @@ class RFCAConv(ReceptiveFieldConv):
         self.coordinate = CoordinateGates(self.in_channels, reduction)
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
-        """Return values under which both gates are 1/2."""
+        """Return parameter values that make both gates 1/2."""
         convs = ("coordinate.conv_h", "coordinate.conv_w")
         return self._zeros(
             *(f"{conv}.{name}" for conv in convs for name in ("weight", "bias"))
         ), 1 / 4
 
     def compute(self, x: Tensor) -> Tensor:
-        """Compute what :meth:`forward` does, by the operators or by the formula."""
+        """Compute the output with the operators, or else with the formula."""
         features = self.window_features(x)
         if features is None:
             return self.by_formula(x)
@@ -68,15 +67,15 @@ class RFCAConv(ReceptiveFieldConv):
         return features.convolve(gates, self.conv.weight, self.conv.bias, self.groups)
 
     def formula(self, x: Tensor) -> Tensor:
-        """Compute what :meth:`forward` does, with the features in memory."""
+        """Compute the output with all features in memory."""
         windows, gates = self._weighed(x)
         return self.convolve(windows, *gates)
 
     def attention_map(self, x: Tensor) -> Tensor:
-        """Return what the features of each window are weighed by, to be looked at.
+        """Return the attention weights of each window's features, e.g. for visualization.
 
         Args:
-            x (Tensor): (B, in_channels, H, W), the layer's input.
+            x (Tensor): The layer's input, (B, in_channels, H, W).
 
         Returns:
             Tensor: (B, in_channels, K, h, w) in (0, 1).
@@ -99,10 +98,10 @@ class RFCAConv(ReceptiveFieldConv):
     def _gates(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gates of rows and columns, (B, C, kh, h) and (B, C, kw, w), from their means.
 
-        Row y * kh + i of the layout holds position i of row y of windows; the attention treats
-        every row alike, so that their order does not matter.
+        Row y * kh + i of the paper's layout is position i of window row y; the attention treats all
+        rows alike, so their order does not matter.
         """
-        # Concatenated, as flattening them does not export with dynamic sizes.
+        # Concatenated, because flattening does not export with dynamic sizes.
         means = [torch.cat(side.unbind(2), dim=2) for side in (rows, columns)]
         if are_plain(CoordinateGates, self.coordinate):
             row_gate, column_gate = self.coordinate.gates(*means)  # (B, C, kh * h), (B, C, kw * w)

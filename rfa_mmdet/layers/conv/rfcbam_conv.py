@@ -1,17 +1,16 @@
-"""RFCBAMConv: CBAM over the receptive-field features.
+"""RFCBAMConv: CBAM over receptive-field features.
 
 Paper: arXiv 2304.03198 (RFAConv).
 
-What differs from the published code: every argument of Conv2d works; the windows are laid side by
-side for the two-channel map of the spatial attention alone, not for the features (the same
-numbers). As there, the channel weights come from the input, through a hidden width of 16 (the
-published argument is named ``ratio``), and the spatial ones from the features before they are
-weighed.
+Differences from the published code: all arguments of Conv2d work; the windows are laid out side by
+side only for the two-channel map of the spatial attention, not for the features (the same values).
+As there, the channel weights come from the input, through a hidden width of 16 (the published
+argument is ``ratio``), and the spatial weights from the unweighted features.
 
-With batch norm or none and ReLU or none, kernels compute the same without storing all features
-(``_fast_path.py``), in C++ on a CPU and by Triton on CUDA. Traces, exports and touched modules,
-which must be called (``untouched.py``), always take the formula.
-Of equal maxima over the channels, the kernels give the gradient to the first, the formula to all.
+With BN or no norm, and ReLU or no activation, kernels compute the same without storing all features
+(``_fast_path.py``), in C++ on the CPU and in Triton on CUDA. Traces, exports and modified modules,
+which must be called (``untouched.py``), always use the formula. If several channels share the
+maximum, the kernels pass the gradient to the first one, the formula to all.
 """
 
 from typing import Any
@@ -31,17 +30,17 @@ from rfa_mmdet.ops.common.windows import lay_out, take_apart
 
 @MODELS.register_module()
 class RFCBAMConv(ReceptiveFieldConv):
-    """Convolution whose receptive-field features are weighed by channel and by position.
+    """Convolution with channel and spatial attention over its receptive-field features.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode: As of :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
-        norm_cfg, act_cfg, input_floor, backend: As of
+            padding_mode: See :class:`~rfa_mmdet.layers.conv.base.AttentionConv2d`.
+        norm_cfg, act_cfg, input_floor, backend: See
             :class:`~rfa_mmdet.layers.conv.receptive_field.ReceptiveFieldConv`.
         hidden_channels (int): Hidden width of the channel attention. Defaults to 16.
 
     Raises:
-        TypeError, ValueError: An argument or the input is not as above.
+        TypeError, ValueError: An argument or the input is invalid.
 
     Example:
         >>> conv = RFCBAMConv(16, 32, 3, stride=2)
@@ -54,17 +53,17 @@ class RFCBAMConv(ReceptiveFieldConv):
     @with_arguments_of(ReceptiveFieldConv)
     def __init__(self, *args: Any, hidden_channels: int = 16, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # SE itself takes None, for a width by reduction.
+        # SE itself accepts None, which means a width by reduction.
         hidden_channels = positive_int("hidden_channels", hidden_channels)
         self.se = ChannelGate(self.in_channels, hidden_channels=hidden_channels)
         self.spatial = nn.Conv2d(2, 1, 3, padding=1, bias=False)
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
-        """Return values under which both gates are 1/2."""
+        """Return parameter values that make both gates 1/2."""
         return self._zeros("se.fc.2.weight", "spatial.weight"), 1 / 4
 
     def compute(self, x: Tensor) -> Tensor:
-        """Compute what :meth:`forward` does, by the operators or by the formula."""
+        """Compute the output with the operators, or else with the formula."""
         features = self.window_features(x)
         if features is None:
             return self.by_formula(x)
@@ -73,15 +72,15 @@ class RFCBAMConv(ReceptiveFieldConv):
         return features.convolve(gates, self.conv.weight, self.conv.bias, self.groups)
 
     def formula(self, x: Tensor) -> Tensor:
-        """Compute what :meth:`forward` does, with the features in memory."""
+        """Compute the output with all features in memory."""
         windows, gates = self._weighed(x)
         return self.convolve(windows, *gates)
 
     def attention_map(self, x: Tensor) -> Tensor:
-        """Return what the features of each window are weighed by, to be looked at.
+        """Return the attention weights of each window's features, e.g. for visualization.
 
         Args:
-            x (Tensor): (B, in_channels, H, W), the layer's input.
+            x (Tensor): The layer's input, (B, in_channels, H, W).
 
         Returns:
             Tensor: (B, in_channels, K, h, w) in (0, 1).
@@ -100,7 +99,7 @@ class RFCBAMConv(ReceptiveFieldConv):
     def _gates(self, x: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gates of channels and positions, (B, C, 1, 1, 1) and (B, 1, K, h, w).
 
-        ``pooled`` is (B, 2, K, h, w): maximum and mean of the features over the channels.
+        ``pooled`` is the maximum and mean of the features over the channels, (B, 2, K, h, w).
         """
         spatial = cell_gate(lay_out(pooled, self.kernel_size), self.spatial)  # (B, 1, hkh, wkw)
         return self.se(x).unsqueeze(4), take_apart(spatial, self.kernel_size)

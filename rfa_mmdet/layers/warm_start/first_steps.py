@@ -1,14 +1,14 @@
-"""How a norm that was started as the identity comes to use the statistics of batches.
+"""Move a norm that starts as the identity over to batch statistics.
 
-A warm start makes it the identity on its running statistics, 0 and 1. On a batch's own it is one
-where its weight is their deviation and its bias their mean. So it takes these, and the running
-statistics with them, from the first batch that it is to train on. On the running statistics it is
-still the identity, on every batch and in the backward pass too, and there it stays until an
-optimizer has changed it: in the first step, with all its accumulated batches and recomputed
-layers, the model and its gradients are the plain one's. Then it is batch norm as any other.
+A warm start makes the norm the identity on its running statistics, 0 and 1. To be the identity on
+batch statistics, its weight must be their standard deviation and its bias their mean. It takes
+both, and the running statistics, from the first training batch. It then keeps using the running
+statistics, on which it is still the identity, until an optimizer has changed it: during the whole
+first step, with accumulated batches and recomputed layers, the model and its gradients equal those
+of the plain model. After that it is an ordinary batch norm.
 
-All of this is read off the values of the norm. Nothing else is saved, so that a run resumes in the
-middle of it, and averages of weights, which copy them after the first step, are right.
+The norm's values alone tell which phase it is in. No other state is saved, so a run can resume in
+the middle, and weight averages, which copy the values after the first step, are correct.
 """
 
 from collections.abc import Iterable
@@ -22,13 +22,13 @@ from rfa_mmdet.layers.warm_start.identity import norm_obstacle
 
 
 def only_shifts(norm: nn.Module, floor: float) -> bool:
-    """Whether a norm, on its running statistics, takes ``floor`` off and does nothing else.
+    """Return whether a norm, on its running statistics, subtracts ``floor`` and nothing else.
 
-    To the last bit: a step of an optimizer shows.
+    Compares exactly, so any optimizer step is noticed.
 
     Args:
-        norm (nn.Module): Of C channels.
-        floor (float): As of :func:`~rfa_mmdet.layers.warm_start.identity.identity_norm`.
+        norm (nn.Module): A norm of C channels.
+        floor (float): See :func:`~rfa_mmdet.layers.warm_start.identity.identity_norm`.
 
     Example:
         >>> from rfa_mmdet.layers.warm_start.identity import identity_norm
@@ -47,9 +47,9 @@ def only_shifts(norm: nn.Module, floor: float) -> bool:
 
 
 def awaits_statistics(norm: nn.Module) -> bool:
-    """Whether a norm was started, or trained, on the running statistics 0 and 1 alone.
+    """Return whether a norm was warm-started or trained only on the running statistics 0 and 1.
 
-    A new one has them too, but computes nothing yet that is worth keeping.
+    A new norm has these statistics as well, but no values worth keeping.
 
     Example:
         >>> norm = nn.BatchNorm2d(2)
@@ -75,15 +75,15 @@ _RUNNING = ("running_mean", "running_var")
 
 @torch.no_grad()
 def take_statistics(norm: _BatchNorm, responses: Iterable[Tensor]) -> None:
-    """Give a norm a batch's statistics as the running ones, and keep what it computes on these.
+    """Set a norm's running statistics to those of a batch without changing its outputs.
 
-    On that batch's own statistics it then computes the same. Without two values a channel, as of a
-    batch without regions, it does nothing.
+    Its outputs are then the same with the batch's own statistics. Does nothing with fewer than two
+    values per channel, e.g. for a batch without regions.
 
     Args:
-        norm (_BatchNorm): Of C channels.
-        responses (Iterable[Tensor]): Parts of its input, (N, C, ...) each. Over several processes
-            the statistics are those of all parts, so every process has to call this.
+        norm (_BatchNorm): A norm of C channels.
+        responses (Iterable[Tensor]): Parts of its input, (N, C, ...) each. The statistics are
+            computed over the parts of all processes, so every process must call this function.
 
     Example:
         >>> norm, x = nn.BatchNorm2d(3), 2 + 3 * torch.randn(8, 3, 4, 4)
@@ -92,7 +92,7 @@ def take_statistics(norm: _BatchNorm, responses: Iterable[Tensor]) -> None:
         >>> for training in (False, True):
         ...     torch.testing.assert_close(norm.train(training)(x), before, rtol=1e-4, atol=1e-4)
     """
-    # Count, sum and sum of squares of each channel.
+    # Per channel: count, sum and sum of squares.
     sums = torch.zeros(3, norm.num_features, dtype=torch.float64, device=norm.weight.device)
     for part in responses:
         values = part.double().transpose(0, 1).flatten(1)

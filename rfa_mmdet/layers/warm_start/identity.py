@@ -1,7 +1,7 @@
-"""Values under which learnt features, and the norm behind them, leave the window's values alone.
+"""Parameter values that make learnt features and their norm the identity.
 
-:class:`~rfa_mmdet.layers.conv.receptive_field.ReceptiveFieldConv` starts from them. On its running
-statistics the norm is the identity at once; on those of a batch, once it is calibrated to them.
+:class:`~rfa_mmdet.layers.conv.receptive_field.ReceptiveFieldConv` starts from them. The norm is the
+identity on its running statistics, and on batch statistics once it is calibrated to them.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def identity_features(channels: int, kernel_size: tuple[int, int]) -> Tensor:
-    """Return depthwise kernels of which number i picks position i of the window.
+    """Return depthwise kernels, the i-th of which picks position i of the window.
 
     Args:
         channels (int): C.
@@ -30,10 +30,10 @@ def identity_features(channels: int, kernel_size: tuple[int, int]) -> Tensor:
 
 
 def norm_obstacle(norm: nn.Module) -> str:
-    """Say why a norm cannot be made the identity; empty if it can.
+    """Return why a norm cannot be made the identity; empty if it can.
 
     Example:
-        >>> norm_obstacle(nn.GroupNorm(2, 4)).startswith("its norm, GroupNorm, gives the same")
+        >>> norm_obstacle(nn.GroupNorm(2, 4)).startswith("its norm, GroupNorm, removes the scale")
         True
         >>> norm_obstacle(nn.BatchNorm2d(4))
         ''
@@ -42,24 +42,24 @@ def norm_obstacle(norm: nn.Module) -> str:
         return ""
     if not isinstance(norm, _BatchNorm):
         return (
-            f"its norm, {type(norm).__name__}, gives the same for a map and for twice that map, "
-            "which no convolution does; BN, or norm_cfg=None, can be the identity"
+            f"its norm, {type(norm).__name__}, removes the scale of its input, so the layer cannot "
+            "equal a convolution; use BN or norm_cfg=None"
         )
     if not (norm.affine and norm.track_running_stats):
-        return "its BN has no parameters or no statistics, which the identity needs"
+        return "its BN needs affine=True and track_running_stats=True to be the identity"
     return ""
 
 
 @torch.no_grad()
 def identity_norm(norm: nn.Module, floor: float) -> dict[str, Tensor]:
-    """Return values under which a norm on its running statistics only takes ``floor`` off.
+    """Return values with which a norm, on its running statistics, only subtracts ``floor``.
 
     Args:
         norm (nn.Module): BN of C channels, or ``nn.Identity``.
-        floor (float): Lowest value that the ReLU behind the norm shall let through; at most 0.
+        floor (float): Lowest value that must pass the ReLU after the norm; at most 0.
 
     Returns:
-        dict[str, Tensor]: By name, (C,) each.
+        dict[str, Tensor]: Values by name, (C,) each.
 
     Example:
         >>> norm = nn.BatchNorm2d(2)

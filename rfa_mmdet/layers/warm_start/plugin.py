@@ -1,9 +1,9 @@
-"""Where a plug-in starts: as its paper does, or as the identity.
+"""Let plug-ins start as in their papers, or as the identity.
 
-A gate is between 0 and 1, so a new plug-in weakens what trained layers around it compute. Where the
-last layer of a gate is zero, the gate is one constant, and so is its output over its input. With
-``start='identity'`` a plug-in begins there and multiplies its output by the inverse of that
-constant, always: what it computes is its paper's formula times that number.
+A gate is between 0 and 1, so a new plug-in attenuates the features of the trained layers around it.
+If the last layer of a gate is zero, the gate is constant, and the output is the input times a
+constant. With ``start='identity'``, a plug-in starts there and always multiplies its output by the
+inverse of that constant: it computes its paper's formula times that number.
 """
 
 from typing import Literal, get_args
@@ -15,18 +15,17 @@ PluginStart = Literal["paper", "identity"]
 
 
 class Plugin(nn.Module):
-    """Base of the plug-ins: where they start, and what their output is multiplied by.
+    """Base class of the plug-ins: their start and output scale.
 
-    ``output_scale`` follows from the config alone, and no checkpoint holds it: test a checkpoint,
-    and train on from one, with the ``start`` that it was trained with. A plain detector's
-    checkpoint has none of a plug-in's keys, and starts either.
+    ``output_scale`` depends only on the config and is not in checkpoints, so test or fine-tune a
+    checkpoint with the ``start`` that it was trained with. A plain detector's checkpoint has no
+    keys of plug-ins and works with both.
 
     Attributes:
-        start (str): 'paper': as torch initialises, or a parent's ``init_cfg``. 'identity': the
+        start (str): 'paper': initialised by torch or by a parent's ``init_cfg``. 'identity': the
             output is the input until the plug-in is trained.
-        output_scale (float): What the output of the paper's formula is multiplied by. 1 with
-            'paper'.
-        exact (bool): Whether 'identity' is the identity, and not only near it.
+        output_scale (float): Factor on the output of the paper's formula. 1 with 'paper'.
+        exact (bool): Whether 'identity' is exactly the identity, rather than close to it.
 
     Example:
         >>> from rfa_mmdet.layers import SE
@@ -35,20 +34,20 @@ class Plugin(nn.Module):
         (2.0, True)
     """
 
-    # On the class too, for whole modules that were pickled before there was a choice.
+    # Also on the class, for whole modules pickled before these attributes existed.
     start: PluginStart = "paper"
     output_scale: float = 1.0
     exact = True
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
-        """Return values under which the output is the input times a constant, and that constant."""
+        """Return values that make the output the input times a constant, and that constant."""
         raise NotImplementedError
 
     def start_as(self, start: PluginStart) -> None:
-        """Take the start that was asked for; to be called when the layer is built.
+        """Set the start; subclasses call this at the end of their constructor.
 
         Raises:
-            ValueError: There is no such start.
+            ValueError: The start is unknown.
         """
         if start not in get_args(PluginStart):
             raise ValueError(f"start={start!r}: must be one of {get_args(PluginStart)}")
@@ -58,9 +57,9 @@ class Plugin(nn.Module):
             self._set_identity()
 
     def init_weights(self) -> None:
-        """Begin anew with 'identity'; MMEngine calls this behind a parent's ``init_cfg``.
+        """Reinitialise with 'identity'; MMEngine calls this after a parent's ``init_cfg``.
 
-        With 'paper', what the parent's ``init_cfg`` made of the layer stays.
+        With 'paper', the values from the parent's ``init_cfg`` are kept.
         """
         if self.start == "identity":
             for module in self.modules():
@@ -71,7 +70,7 @@ class Plugin(nn.Module):
 
     @torch.no_grad()
     def is_identity(self) -> bool:
-        """Whether the layer is the identity now: it starts so, and nothing has moved it."""
+        """Return whether the layer is the identity now: it started so and has not been trained."""
         if self.start != "identity" or not self.exact:
             return False
         values = self.constant_attention()[0]
@@ -92,5 +91,5 @@ class Plugin(nn.Module):
         return f"start={self.start!r}, output_scale={self.output_scale:g}"
 
     def _with_start(self, *shown: str) -> str:
-        """Return what a subclass shows of its arguments, and the start."""
+        """Append the start to the arguments that a subclass shows."""
         return ", ".join(filter(None, [*shown, Plugin.extra_repr(self)]))

@@ -1,6 +1,6 @@
-"""The parameter names of the papers' published files, and ours.
+"""Map the parameter names of the papers' published code to ours.
 
-The one table of both. A layer reads either: the published names are renamed while it loads.
+Layers load both: published names are renamed on the fly.
 """
 
 from collections.abc import Iterable
@@ -25,8 +25,8 @@ def _coordinate(ours: str) -> dict[str, str]:
 _GENERATE = {"generate.0.weight": "feature.weight", **_norm("generate.1", "norm")}
 _FINAL = _conv("conv.0", "conv")
 
-# For each layer all of its published names, also those that are ours as well. Those that end in
-# 'weight' are in every file, the others depend on the layer's bias and norm.
+# All published names of each layer, including those that are the same as ours. Names that end in
+# 'weight' are in every file; the others depend on the layer's bias and norm.
 # EMA (gn, conv1x1, conv3x3) and ConAM (linear1, linear2) keep the published names.
 PUBLISHED: dict[str, dict[str, str]] = {
     "RFAConv": {
@@ -51,7 +51,7 @@ PUBLISHED: dict[str, dict[str, str]] = {
     "CBAMConv": {
         "mlp.0.weight": "attention.channel.mlp.0.weight",
         "mlp.2.weight": "attention.channel.mlp.2.weight",
-        "spatital.weight": "attention.spatial.weight",  # spelt so
+        "spatital.weight": "attention.spatial.weight",  # sic
         **_FINAL,
     },
     "CAConv": {**_coordinate("attention"), **_FINAL},
@@ -59,13 +59,13 @@ PUBLISHED: dict[str, dict[str, str]] = {
 
 
 def published_weights(layer: str) -> list[str]:
-    """Return the published names that every file with this layer has.
+    """Return the published names that every file with this layer contains.
 
     Args:
-        layer (str): Name of the layer's class, one of :data:`PUBLISHED`.
+        layer (str): Name of the layer's class, a key of :data:`PUBLISHED`.
 
     Returns:
-        list[str]: Without the layer's prefix.
+        list[str]: The names without the layer's prefix.
 
     Example:
         >>> published_weights("CAMConv")
@@ -75,18 +75,18 @@ def published_weights(layer: str) -> list[str]:
 
 
 def rename_published(layer: str, state_dict: dict[str, Any], prefix: str) -> int:
-    """Give a layer's published names ours, in place; do nothing where they are not all there.
+    """Rename a layer's published names to ours, in place; do nothing unless all are present.
 
-    Only the names in :data:`PUBLISHED` are looked up, so this costs the same in a file of any size,
-    and a ResNet's own ``conv1`` beside a layer without prefix is not taken for a part of it.
+    Only looks up the names in :data:`PUBLISHED`, so the cost does not depend on the size of the
+    file, and a ResNet's own ``conv1`` next to a layer without prefix is left alone.
 
     Args:
         layer (str): Name of the layer's class.
-        state_dict (dict[str, Any]): Of the layer, or of a model that holds it.
-        prefix (str): Of the layer in it, with the dot.
+        state_dict (dict[str, Any]): State dict of the layer, or of a model that contains it.
+        prefix (str): The layer's prefix, including the dot.
 
     Returns:
-        int: How many names changed.
+        int: Number of renamed keys.
 
     Example:
         >>> state = {"a.mlp.0.weight": 1, "a.mlp.2.weight": 2, "a.conv.0.weight": 3, "conv.bias": 4}
@@ -99,7 +99,7 @@ def rename_published(layer: str, state_dict: dict[str, Any], prefix: str) -> int
         return 0
     changed = 0
     for published, ours in PUBLISHED[layer].items():
-        # Where a file has both, which is right is not ours to guess: loading it names the leftover.
+        # If a file has both names, keep both: loading it then reports the leftover.
         if prefix + published in state_dict and prefix + ours not in state_dict:
             state_dict[prefix + ours] = state_dict.pop(prefix + published)
             changed += 1
@@ -107,16 +107,16 @@ def rename_published(layer: str, state_dict: dict[str, Any], prefix: str) -> int
 
 
 def find_published(keys: Iterable[str]) -> dict[str, str]:
-    """Find the layers with published names in a whole file.
+    """Find the layers with published names in a state dict.
 
-    A layer is found where the names under a prefix are those of one published layer, all of its
-    weights and nothing else. Other modules with an ``mlp.0.weight`` or a ``conv.0.weight`` are not.
+    A prefix is a layer if the names below it are those of one published layer: all of its weights
+    and nothing else. Other modules with an ``mlp.0.weight`` or ``conv.0.weight`` do not match.
 
     Args:
-        keys (Iterable[str]): Of its state dict.
+        keys (Iterable[str]): Keys of the state dict.
 
     Returns:
-        dict[str, str]: Prefix of each layer, with the dot, to the name of its class.
+        dict[str, str]: Prefix of each layer, including the dot -> name of its class.
 
     Example:
         >>> find_published(["a.mlp.0.weight", "a.mlp.2.weight", "a.conv.0.weight", "b.weight"])

@@ -1,13 +1,13 @@
-"""Warm start: a layer takes a plain convolution's place and computes what that computed.
+"""Warm start: a layer that replaces a plain convolution starts with the same outputs.
 
-A checkpoint of the plain model has ``weight`` (and ``bias``) where the layer stands; the layer's
-own final convolution is ``conv.weight``, so the two cannot be confused. Each layer has values
-under which its attention weighs everything alike, by a constant that the final weight absorbs;
-the receptive-field ones also have values under which their features are the window's own
-(``identity.py``), on inputs that are nowhere below ``input_floor``.
+A checkpoint of the plain model has ``weight`` (and ``bias``) at the layer's place; the layer's own
+final convolution is ``conv.weight``, so the two cannot be confused. Every layer has parameter
+values that make its attention constant, and the final weight absorbs that constant. The
+receptive-field layers also have values that make their features the window's own values
+(``identity.py``), for inputs that are never below ``input_floor``.
 
-:class:`Start` is the record of what a checkpoint did. :class:`WarmStartable` is the base of the
-layers: first what a layer says of itself, then what loading does with it.
+:class:`Start` records what a checkpoint set. :class:`WarmStartable` is the base class of the
+layers: first what a layer defines, then how loading uses it.
 """
 
 from typing import Any, NamedTuple
@@ -19,18 +19,18 @@ from rfa_mmdet.layers.warm_start.published_names import PUBLISHED, rename_publis
 
 
 class WarmStartError(ValueError):
-    """The checkpoint's convolution cannot become this layer, or must not be left out."""
+    """The checkpoint's convolution cannot start this layer, or must not be dropped."""
 
 
 class Start(NamedTuple):
     """Where a layer's values come from.
 
     Attributes:
-        filled (frozenset[str]): The layer's own names that a checkpoint filled.
-        plain (tuple[str, ...]): Of 'weight' and 'bias' of a plain convolution, those that the
-            layer was made from; empty where it was not.
-        refused (str): Why a plain convolution in the checkpoint was not taken; empty if it was,
-            or there was none.
+        filled (frozenset[str]): Names of the layer's values set by a checkpoint.
+        plain (tuple[str, ...]): Which of the plain convolution's 'weight' and 'bias' started the
+            layer; empty without a warm start.
+        refused (str): Why a plain convolution in the checkpoint was not used; empty if it was
+            used, or there was none.
     """
 
     filled: frozenset[str] = frozenset()
@@ -39,7 +39,7 @@ class Start(NamedTuple):
 
 
 def matching(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> frozenset[str]:
-    """Return a module's own names that a state dict fills: there, and of the same shape.
+    """Return a module's own names that a state dict contains with the same shape.
 
     Example:
         >>> state = {"a.weight": torch.zeros(2, 3), "a.bias": torch.zeros(9)}
@@ -50,17 +50,17 @@ def matching(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> froz
     return frozenset(
         name
         for name, value in own.items()
-        # A quantised module's state holds more than tensors.
+        # A quantised module's state contains more than tensors.
         if isinstance(value, Tensor)
         and getattr(state_dict.get(prefix + name), "shape", None) == value.shape
     )
 
 
 class WarmStartable(nn.Module):
-    """Base of the layers that a plain convolution's checkpoint can start.
+    """Base class of layers that can start from a plain convolution's checkpoint.
 
     Attributes:
-        conv (nn.Conv2d): The final convolution, of the shape of the plain one.
+        conv (nn.Conv2d): The final convolution, with the shape of the plain one.
         start (Start): Where the values come from.
     """
 
@@ -70,21 +70,21 @@ class WarmStartable(nn.Module):
         super().__init__()
         self.start = Start()
 
-    # What a layer says of itself.
+    # Defined by the layers.
 
     def constant_attention(self) -> tuple[dict[str, Tensor], float]:
-        """Return values under which the attention weighs all alike, and by what."""
+        """Return values that make the attention constant, and that constant."""
         raise NotImplementedError
 
     def plain_start(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        """Return values under which this layer computes what a plain convolution does.
+        """Return values that make this layer equal to a plain convolution.
 
         Args:
-            weight (Tensor): (out_channels, in_channels / groups, kh, kw), of the plain one.
-            bias (Tensor | None): (out_channels,), of the plain one.
+            weight (Tensor): Its weight, (out_channels, in_channels / groups, kh, kw).
+            bias (Tensor | None): Its bias, (out_channels,).
 
         Returns:
-            dict[str, Tensor]: By own name; what is not named may have any value.
+            dict[str, Tensor]: Values by name; all others are arbitrary.
         """
         constants, gain = self.constant_attention()
         values = {**constants, "conv.weight": weight / gain}
@@ -93,19 +93,19 @@ class WarmStartable(nn.Module):
         return values
 
     def plain_obstacle(self) -> str:
-        """Say why no values let this layer compute what a plain one does; empty if some do."""
+        """Return why this layer cannot equal a plain convolution; empty if it can."""
         return ""
 
     @classmethod
     def published_name(cls) -> str:
-        """Return the class in the bases whose published names this layer reads; '': none."""
+        """Return the base class whose published names this layer loads, or ''."""
         return next((base.__name__ for base in cls.__mro__ if base.__name__ in PUBLISHED), "")
 
     def _zeros(self, *names: str) -> dict[str, Tensor]:
         own = self.state_dict()
         return {name: torch.zeros_like(own[name]) for name in names}
 
-    # What loading does with it.
+    # Used while loading.
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         rename_published(self.published_name(), state_dict, prefix)
@@ -122,20 +122,20 @@ class WarmStartable(nn.Module):
         self._check_shape(state_dict, prefix, "weight")
         refused = self.plain_obstacle()
         if not refused and prefix + "bias" in state_dict and self.conv.bias is None:
-            refused = "the plain convolution has a bias and this layer none; bias=True takes it"
+            refused = "the plain convolution has a bias, but this layer has none; use bias=True"
         if refused:
             self.start = Start(self.start.filled, refused=refused)
             return
         plain = tuple(name for name in ("weight", "bias") if prefix + name in state_dict)
-        # Not in the file's precision where the layer's is higher: a weight is scaled here.
+        # In the layer's precision if it is higher than the file's, since the weight gets scaled.
         own = self.conv.weight.dtype
         given = {name: state_dict.pop(prefix + name) for name in plain}
         given = {name: v.to(torch.promote_types(v.dtype, own)) for name, v in given.items()}
         values = self.plain_start(given["weight"], given.get("bias"))
-        # What has no value of its own keeps it: nothing is missing then.
+        # All other values keep their own, so nothing is reported as missing.
         for name, value in {**self.state_dict(), **values}.items():
             state_dict[prefix + name] = value
-        # The other values are the layer's own beginning, to be trained from there.
+        # The other values are the layer's own initial ones.
         filled = {f"conv.{name}" for name in plain}
         filled |= {name for name in values if name.endswith(("running_mean", "running_var"))}
         self.start = Start(frozenset(filled | (self.start.filled - values.keys())), plain)
@@ -144,6 +144,6 @@ class WarmStartable(nn.Module):
         given = state_dict.get(prefix + name)
         if given is not None and given.shape != self.conv.weight.shape:
             raise WarmStartError(
-                f"{prefix}{name}: the checkpoint's convolution has the shape {tuple(given.shape)}, "
-                f"but the {type(self).__name__} in its place needs {tuple(self.conv.weight.shape)}"
+                f"{prefix}{name}: the checkpoint's convolution has shape {tuple(given.shape)}, but "
+                f"the {type(self).__name__} that replaces it needs {tuple(self.conv.weight.shape)}"
             )

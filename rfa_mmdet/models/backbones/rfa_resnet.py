@@ -1,7 +1,7 @@
-"""MMDetection's ResNet with another convolution in chosen stages, and plug-ins at every depth.
+"""MMDetection's ResNet with another convolution in chosen stages, and plug-ins for every depth.
 
-The place of the convolution is the paper's (arXiv 2304.03198): the first 3x3 of a BasicBlock. A
-Bottleneck has one 3x3, which is where MMDetection puts deformable convolutions too.
+As in the paper (arXiv 2304.03198), it replaces the first 3x3 convolution of a BasicBlock. A
+Bottleneck only has one, which MMDetection also replaces by deformable convolutions.
 """
 
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ from rfa_mmdet.models.retrofit.new_layers import keep_new
 
 
 class PluginBasicBlock(BasicBlock):
-    """MMDetection's BasicBlock, which refuses plug-ins, with plug-ins.
+    """MMDetection's BasicBlock with support for plug-ins.
 
     Args:
         inplanes (int): Channels of the input.
         planes (int): Channels of the output.
-        plugins (list[dict] | None): As in MMDetection's Bottleneck; 'position' is 'after_conv1' or
-            'after_conv2', after the norm and, behind conv1, the activation.
-        **kwargs: As of MMDetection's BasicBlock.
+        plugins (list[dict] | None): As in MMDetection's Bottleneck; 'position' is 'after_conv1'
+            (after the activation) or 'after_conv2' (after the norm). Defaults to None.
+        **kwargs: Arguments of MMDetection's BasicBlock.
 
     Raises:
-        ValueError: A plug-in's position is none of the two.
+        ValueError: A plug-in's position is invalid.
 
     Example:
         >>> import torch
@@ -38,8 +38,7 @@ class PluginBasicBlock(BasicBlock):
     """
 
     positions = ("after_conv1", "after_conv2")
-    # The two methods of Bottleneck that build and run a list of plug-ins know nothing of the rest
-    # of a Bottleneck.
+    # These methods of Bottleneck build and run a list of plug-ins, independently of the rest of it.
     make_block_plugins = Bottleneck.make_block_plugins
     forward_plugin = Bottleneck.forward_plugin
 
@@ -75,33 +74,32 @@ def _check_position(plugin: ConfigType, positions: tuple[str, ...]) -> None:
     if plugin.get("position") not in positions:
         raise ValueError(
             f"plugins: position={plugin.get('position')!r} of {plugin.get('cfg')}: "
-            f"the blocks of this depth have {positions}"
+            f"must be one of {positions} at this depth"
         )
 
 
 @MODELS.register_module()
 class RFAResNet(ResNet):
-    """MMDetection's ResNet with ``rfa`` in place of 3x3 convolutions, stage by stage.
+    """MMDetection's ResNet with ``rfa`` instead of the 3x3 convolutions of chosen stages.
 
-    Names, and so checkpoint keys, outside the replaced convolutions are those of mmdet's ResNet,
-    whose checkpoint warm-starts these. What is new is trained, in stages of ``frozen_stages`` too;
-    ``norm_eval`` and frozen stages hold its norms where a checkpoint or the warm start gave them
-    statistics.
+    All other parameters keep the names of mmdet's ResNet, and its checkpoints warm-start the new
+    convolutions. New layers are trained even in ``frozen_stages``. ``norm_eval`` and frozen stages
+    only fix those of their norms that got statistics from a checkpoint or the warm start.
 
     Args:
         depth (int): 18, 34, 50, 101 or 152.
-        rfa (dict | None): Config of the convolution, such as ``dict(type='RFAConv')``; channels,
-            stride and dilation come from the convolution replaced; bias is off unless given here.
-        stage_with_rfa (Sequence[bool] | None): For each stage whether it is replaced there. None:
-            in all of them.
-        plugins (list[dict] | None): As of mmdet's ResNet, and at depth 18 and 34 too, at
-            'after_conv1' and 'after_conv2'. With ``start='identity'`` in its config, one of this
-            package leaves what pretrained weights compute as it is.
-        strict_start (bool | str): As of Retrofit.
-        **kwargs: As of mmdet's ResNet.
+        rfa (dict | None): Config of the convolution, e.g. ``dict(type='RFAConv')``. Channels,
+            stride and dilation come from the replaced convolution; no bias unless set here.
+            Defaults to None.
+        stage_with_rfa (Sequence[bool] | None): Which stages to change. Defaults to None: all.
+        plugins (list[dict] | None): As in mmdet's ResNet, and also for depth 18 and 34, at
+            'after_conv1' and 'after_conv2'. This package's plug-ins with ``start='identity'`` do
+            not change the outputs of pretrained weights. Defaults to None.
+        strict_start (bool | str): See Retrofit. Defaults to False.
+        **kwargs: Arguments of mmdet's ResNet.
 
     Raises:
-        ValueError: An argument is not as above.
+        ValueError: An argument is invalid.
 
     Example:
         >>> import torch
@@ -128,7 +126,7 @@ class RFAResNet(ResNet):
             raise ValueError(f"depth={depth!r}: must be one of {tuple(self.arch_settings)}")
         num_stages = kwargs.get("num_stages", 4)
         if rfa is None and stage_with_rfa is not None:
-            raise ValueError(f"stage_with_rfa={stage_with_rfa} without rfa: nothing to put there")
+            raise ValueError(f"stage_with_rfa={stage_with_rfa}: needs rfa, which is None")
         if stage_with_rfa is None:
             stage_with_rfa = (rfa is not None,) * num_stages
         if len(stage_with_rfa) != num_stages:
@@ -138,15 +136,15 @@ class RFAResNet(ResNet):
         dcn = kwargs.get("dcn")
         if dcn is not None and (rfa is not None or depth < 50):
             raise ValueError(
-                f"dcn={dcn}: stands in the same place as rfa, and in a Bottleneck only "
-                f"(depth={depth}); any registered convolution can be given as rfa"
+                f"dcn={dcn}: replaces the same convolutions as rfa, and needs Bottlenecks "
+                f"(depth={depth}); use rfa, which accepts any registered convolution"
             )
         self.rfa = rfa
         self.stage_with_rfa = tuple(map(bool, stage_with_rfa))
         self._zero_last_norm = kwargs.get("zero_init_residual", True) and not (
             kwargs.get("init_cfg") or kwargs.get("pretrained")
         )
-        # Frozen only below, when it is known what is new.
+        # Freeze at the end, when the new layers are known.
         frozen_stages = kwargs.pop("frozen_stages", -1)
         super().__init__(depth, plugins=plugins, **kwargs)
         self.frozen_stages = frozen_stages
@@ -176,7 +174,7 @@ class RFAResNet(ResNet):
         }
 
     def make_stage_plugins(self, plugins: list[ConfigType], stage_idx: int) -> list[ConfigType]:
-        """Return the plug-ins of a stage, checked in words before MMDetection asserts."""
+        """Return the plug-ins of a stage, validated with clear errors first."""
         positions = getattr(self.block, "positions", ("after_conv1", "after_conv2", "after_conv3"))
         for plugin in plugins:
             _check_position(plugin, positions)
@@ -192,7 +190,7 @@ class RFAResNet(ResNet):
     def make_res_layer(
         self, block: type, init_cfg: OptConfigType = None, **kwargs: Any
     ) -> nn.Module:
-        """Build a stage; MMDetection's ``zero_init_residual`` knows only its own BasicBlock."""
+        """Build a stage; MMDetection's ``zero_init_residual`` only supports its own BasicBlock."""
         if block is PluginBasicBlock and self._zero_last_norm:
             init_cfg = dict(type="Constant", val=0, override=dict(name="norm2"))
         stage: nn.Module = super().make_res_layer(block=block, init_cfg=init_cfg, **kwargs)

@@ -1,4 +1,4 @@
-"""MMDetection's FPN with plug-ins behind its levels, and another convolution for its 3x3s."""
+"""MMDetection's FPN with plug-ins after its levels, and other 3x3 convolutions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,26 +15,26 @@ POSITIONS = {"after_lateral": "lateral_convs", "after_output": "fpn_convs"}
 
 @MODELS.register_module()
 class PluginFPN(FPN):
-    """FPN whose levels pass plug-ins, and whose 3x3s may be other convolutions.
+    """FPN with plug-ins after its levels and other 3x3 convolutions.
 
-    Names, and so checkpoint keys, of everything else are those of mmdet's FPN, whose checkpoint
-    warm-starts the 3x3s.
+    All other parameters keep the names of mmdet's FPN, and its checkpoints warm-start the 3x3
+    convolutions.
 
     Args:
-        in_channels (list[int]): Of the backbone's maps, from the finest.
-        out_channels (int): Of every level.
+        in_channels (list[int]): Channels of the backbone's maps, finest first.
+        out_channels (int): Channels of every level.
         num_outs (int): Number of levels.
         plugins (Sequence[dict]): ``dict(cfg=CFG, levels=(0, 1), position=POSITION)``. Level 0 is
-            the finest of the pyramid; without ``levels``, all. POSITION is 'after_lateral', behind
-            the 1x1 and before the levels are summed up, or 'after_output', behind the 3x3.
-            Levels that FPN makes by pooling have neither.
-        conv_cfg (dict | None): Convolution of the 3x3s, those of extra levels included; the 1x1s
-            stay. Defaults to None: plain.
-        strict_start (bool | str): As of Retrofit.
-        **kwargs: As of mmdet's FPN.
+            the finest; without ``levels``, the plug-in is added to all. POSITION is 'after_lateral'
+            (after the 1x1 convolution, before the top-down sum) or 'after_output' (after the 3x3
+            convolution). Levels made by pooling have neither. Defaults to none.
+        conv_cfg (dict | None): Config of the 3x3 convolutions, including those of extra levels; the
+            1x1 convolutions stay plain. Defaults to None: plain.
+        strict_start (bool | str): See Retrofit. Defaults to False.
+        **kwargs: Arguments of mmdet's FPN.
 
     Raises:
-        ValueError, TypeError: An argument is not as above.
+        ValueError, TypeError: An argument is invalid.
 
     Example:
         >>> import torch
@@ -72,7 +72,7 @@ class PluginFPN(FPN):
             )
         if set(plugin) - {"cfg", "position", "levels"}:
             raise ValueError(
-                f"plugins[{i}] has the keys {sorted(plugin)}: valid are cfg, position and levels"
+                f"plugins[{i}] has the keys {sorted(plugin)}: must be cfg, position and levels"
             )
         if plugin["position"] not in POSITIONS:
             raise ValueError(
@@ -85,8 +85,8 @@ class PluginFPN(FPN):
             raise TypeError(f"plugins[{i}]: levels={levels!r}: must be a sequence of ints")
         if not levels or any(level not in range(count) for level in levels):
             raise ValueError(
-                f"plugins[{i}]: levels={levels}: {plugin['position']} can be at levels "
-                f"{tuple(range(count))} of this FPN"
+                f"plugins[{i}]: levels={levels}: must be in {tuple(range(count))} for "
+                f"{plugin['position']} in this FPN"
             )
         names = [f"{convs}.{level}" for level in dict.fromkeys(levels)]
         return plan_at(self, names, plugin["cfg"], f"plugins[{i}].cfg", inserts=True)

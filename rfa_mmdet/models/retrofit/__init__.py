@@ -1,4 +1,4 @@
-"""Edit a module that is built, and keep track of what is new in it."""
+"""Edit a built module, and keep track of its new layers."""
 
 from rfa_mmdet.models.retrofit.retrofit import retrofit
 

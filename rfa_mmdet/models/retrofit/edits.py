@@ -1,7 +1,7 @@
-"""Edit a module that is built: other convolutions in chosen places, plug-ins behind others.
+"""Edit a built module: replace convolutions, and add plug-ins after other modules.
 
-Everything else of the module stays what it was, in type, name and checkpoint key. All edits are
-planned on the module as it came, before the first is carried out: a wrong one changes nothing.
+Everything else keeps its type, name and checkpoint keys. All edits are planned on the original
+module before the first one is applied, so an invalid one changes nothing.
 """
 
 import re
@@ -20,21 +20,21 @@ from torch import Tensor, nn
 from rfa_mmdet.layers.conv.base import AttentionConv2d
 from rfa_mmdet.layers.warm_start.plugin import Plugin
 
-# What each kind of edit puts in; nn.Conv2d's subclasses with a forward of their own, such as those
-# that pad by themselves, cannot be replaced: nobody takes that over.
+# Kind of edit -> what it adds. Subclasses of nn.Conv2d with their own forward, e.g. with their own
+# padding, cannot be replaced, because their behaviour would get lost.
 KINDS = {"where": "conv", "after": "plugin"}
 PLAIN = (nn.Conv2d, MMCVConv2d)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One module to be replaced, or to be followed by a plug-in.
+    """One module to replace, or to add a plug-in after.
 
     Attributes:
-        names (tuple[str, ...]): Of the module; several where heads share it.
-        module (nn.Module): It itself.
-        cfg (dict): Of what is put in.
-        inserts (bool): Whether that is a plug-in, put behind it.
+        names (tuple[str, ...]): Names of the module; several if heads share it.
+        module (nn.Module): The module.
+        cfg (dict): Config of the new layer.
+        inserts (bool): Whether the new layer is a plug-in after the module.
     """
 
     names: tuple[str, ...]
@@ -43,37 +43,37 @@ class Step:
     inserts: bool
 
     def build(self) -> tuple[str, nn.Module]:
-        """Build what is put in.
+        """Build the new layer.
 
         Returns:
-            tuple[str, nn.Module]: Its name in its parent, and it.
+            tuple[str, nn.Module]: Its name in its parent, and the layer.
 
         Raises:
-            ValueError, TypeError: The config does not suit the place; the message names both.
+            ValueError, TypeError: The config does not fit the place; the message names both.
         """
         try:
             return _build_plugin(self) if self.inserts else _build_conv(self)
         except (ValueError, TypeError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"{self.names[0]}: {self.cfg} does not fit there: {error}") from error
+            raise kind(f"{self.names[0]}: {self.cfg} does not fit here: {error}") from error
 
 
 def plan_edits(module: nn.Module, edits: Sequence[ConfigType]) -> list[Step]:
-    """Find what a list of edits means for a module.
+    """Resolve a list of edits for a module.
 
     Args:
-        module (nn.Module): Any; stays as it is.
+        module (nn.Module): Any module; not modified.
         edits (Sequence[dict]): Each ``dict(where=PATTERN, conv=CFG)`` or
-            ``dict(after=PATTERN, plugin=CFG)``; PATTERN is a regular expression that a module's
-            whole name matches, where a ConvModule stands for the convolution in it. This package's
+            ``dict(after=PATTERN, plugin=CFG)``. PATTERN is a regular expression for the whole name
+            of a module; the name of a ConvModule also works for its convolution. This package's
             plug-ins get ``start='identity'``, unless CFG has a ``start``.
 
     Returns:
-        list[Step]: In the order in which to carry them out.
+        list[Step]: The steps in the order of execution.
 
     Raises:
-        ValueError, TypeError: An edit is not as above, matches nothing, or something that cannot
-            be replaced; the message lists the nearest names.
+        ValueError, TypeError: An edit is invalid, or matches nothing or something that cannot be
+            replaced; the message lists similar names.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -95,32 +95,32 @@ def plan_edits(module: nn.Module, edits: Sequence[ConfigType]) -> list[Step]:
                 if target in replaced:
                     raise ValueError(
                         f"edits[{i}]: {kind}={edit[kind]!r} matches {names[target][0]}, which "
-                        f"{replaced[target]} replaces already"
+                        f"{replaced[target]} already replaces"
                     )
                 replaced[target] = f"edits[{i}]"
             steps.append(Step(tuple(names[target]), target, cfg, kind == "after"))
-    # Plug-ins last: they stand behind what is there then.
+    # Plug-ins last: they come after the replaced modules.
     return sorted(steps, key=lambda step: step.inserts)
 
 
 def plan_at(
     module: nn.Module, names: Iterable[str], cfg: ConfigType, argument: str, inserts: bool = False
 ) -> list[Step]:
-    """Plan one edit of modules that the caller knows by name.
+    """Plan one edit of modules given by name.
 
     Args:
-        module (nn.Module): Any; stays as it is.
-        names (Iterable[str]): Of convolutions in it to be replaced, or of modules in it to be
-            followed by a plug-in.
-        cfg (dict): Of what is put in.
-        argument (str): The user's name for ``cfg``, for messages.
-        inserts (bool): Whether that is a plug-in. Defaults to False.
+        module (nn.Module): Any module; not modified.
+        names (Iterable[str]): Names of convolutions to replace, or of modules to add a plug-in
+            after.
+        cfg (dict): Config of the new layer.
+        argument (str): The user's name for ``cfg``, for errors.
+        inserts (bool): Whether the new layer is a plug-in. Defaults to False.
 
     Returns:
-        list[Step]: In the order of the names.
+        list[Step]: One step per name.
 
     Raises:
-        ValueError, TypeError: ``cfg`` is no config, or a convolution cannot be replaced.
+        ValueError, TypeError: ``cfg`` is not a config, or a convolution cannot be replaced.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -137,19 +137,19 @@ def plan_at(
 
 
 def with_seen_channels(module: nn.Module, steps: Sequence[Step], example_input: Any) -> list[Step]:
-    """Let one run of an example tell the channels in front of plug-ins.
+    """Find the channels before each plug-in by running the module once.
 
     Args:
-        module (nn.Module): That the plan was made for; runs once, in eval mode, and stays as it is.
-        steps (Sequence[Step]): From :func:`plan_edits`. A plug-in whose config has ``in_channels``
-            keeps them.
-        example_input (Any): What the module is called with; a tuple holds several arguments.
+        module (nn.Module): The module that was planned for; runs in eval mode, and is not modified.
+        steps (Sequence[Step]): Returned by :func:`plan_edits`. ``in_channels`` in a plug-in's
+            config are kept.
+        example_input (Any): Input of the module, or a tuple of several inputs.
 
     Returns:
-        list[Step]: In the same order.
+        list[Step]: The steps with channels, in the same order.
 
     Raises:
-        ValueError: No map came out of a module in front of a plug-in.
+        ValueError: A module before a plug-in does not return a feature map.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.PixelShuffle(2))
@@ -178,8 +178,8 @@ def with_seen_channels(module: nn.Module, steps: Sequence[Step], example_input: 
     silent = [step.names[0] for step in unknown if step.module not in seen]
     if silent:
         raise ValueError(
-            f"example_input: no map (B, C, H, W) came out of {_some(silent)}; pass in_channels in "
-            "the plug-in's config"
+            f"example_input: {_some(silent)} did not return a feature map (B, C, H, W); set "
+            "in_channels in the plug-in's config"
         )
     return [
         replace(step, cfg={**step.cfg, "in_channels": seen[step.module]})
@@ -190,18 +190,18 @@ def with_seen_channels(module: nn.Module, steps: Sequence[Step], example_input: 
 
 
 def apply_edits(module: nn.Module, steps: Sequence[Step], loaded: bool) -> dict[str, nn.Module]:
-    """Carry out a plan.
+    """Apply planned edits.
 
     Args:
-        module (nn.Module): That the plan was made for; changed in place.
-        steps (Sequence[Step]): From :func:`plan_edits` or :func:`plan_at`.
-        loaded (bool): Whether the module's weights count: replacements are then warm-started.
+        module (nn.Module): The module that was planned for; changed in place.
+        steps (Sequence[Step]): Returned by :func:`plan_edits` or :func:`plan_at`.
+        loaded (bool): Whether to warm-start replacements from the module's weights.
 
     Returns:
-        dict[str, nn.Module]: What was put in, by its name in ``module``.
+        dict[str, nn.Module]: The new layers, by name in ``module``.
 
     Raises:
-        ValueError, TypeError: A config does not suit its place; ``module`` is as it was.
+        ValueError, TypeError: A config does not fit its place; ``module`` is unchanged.
     """
     # Build all before changing anything.
     built = [(step, *step.build()) for step in steps]
@@ -211,8 +211,8 @@ def apply_edits(module: nn.Module, steps: Sequence[Step], loaded: bool) -> dict[
             target = module.get_submodule(step.names[0])
             if hasattr(target, name):
                 raise ValueError(
-                    f"{step.names[0]} has a {name!r} already; give the plug-in a postfix, as in "
-                    f"{dict(step.cfg, postfix='_2')}"
+                    f"{step.names[0]} already has a {name!r}; add a postfix to the plug-in's "
+                    f"config, e.g. {dict(step.cfg, postfix='_2')}"
                 )
             if loaded:
                 _follow(target, layer)
@@ -229,14 +229,14 @@ def apply_edits(module: nn.Module, steps: Sequence[Step], loaded: bool) -> dict[
 
 
 def plan_table(steps: Sequence[Step]) -> list[tuple[str, ...]]:
-    """Describe a plan, without building anything large.
+    """Describe planned edits, without allocating memory for them.
 
     Args:
-        steps (Sequence[Step]): From :func:`plan_edits`.
+        steps (Sequence[Step]): Returned by :func:`plan_edits`.
 
     Returns:
-        list[tuple[str, ...]]: For each module its name, what is there, what it becomes, and by how
-        many parameters that differs.
+        list[tuple[str, ...]]: For each module its name, the old layer, the new layer, and the
+        difference in parameters.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False))
@@ -263,14 +263,14 @@ def plan_table(steps: Sequence[Step]) -> list[tuple[str, ...]]:
 
 
 def output_channels(module: nn.Module) -> int | None:
-    """Return the channels of a module's output, as far as its structure tells them.
+    """Infer the output channels of a module from its structure.
 
     Args:
         module (nn.Module): A convolution, a norm, or a block whose last convolution has one of the
-            names that blocks of mmdet and mmcv give it.
+            names used in mmdet and mmcv.
 
     Returns:
-        int | None: None: it does not tell.
+        int | None: None if the channels cannot be inferred.
 
     Example:
         >>> output_channels(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))
@@ -296,9 +296,9 @@ def output_channels(module: nn.Module) -> int | None:
 def _check_config(argument: str, cfg: Any) -> ConfigType:
     if not isinstance(cfg, dict) or "type" not in cfg:
         raise TypeError(f"{argument}={cfg!r}: must be a dict with a 'type'")
-    with LAYERS.switch_scope_and_registry(None) as registry:  # as mmcv looks it up
+    with LAYERS.switch_scope_and_registry(None) as registry:  # as mmcv does
         if isinstance(cfg["type"], str) and registry.get(cfg["type"]) is None:
-            raise ValueError(f"{argument}.type={cfg['type']!r} is registered nowhere")
+            raise ValueError(f"{argument}.type={cfg['type']!r} is not registered")
     return dict(cfg)
 
 
@@ -322,7 +322,7 @@ def _check_edit(i: int, edit: Any) -> tuple[str, re.Pattern[str], ConfigType]:
         return kind, re.compile(edit[kind]), cfg
     except (re.error, TypeError) as error:
         raise ValueError(
-            f"edits[{i}]: {kind}={edit[kind]!r} is no regular expression: {error}"
+            f"edits[{i}]: {kind}={edit[kind]!r} is not a regular expression: {error}"
         ) from error
 
 
@@ -336,23 +336,23 @@ def _find(
         raise ValueError(f"{what} matches no module{nearest}")
     if kind == "after":
         return matched
-    # A ConvModule and its convolution may both match; they are one place.
+    # A ConvModule and its convolution may both match, but are the same place.
     found = list(dict.fromkeys(_convolution(m) or m for m in matched))
     wrong = {names[m][0]: _obstacle(m) for m in found if _obstacle(m)}
     if wrong:
         shown = [f"{name} {obstacle}" for name, obstacle in list(wrong.items())[:3]]
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         right = [names[m][0] for m in found if m in possible]
-        hint = f"; among its matches, these can be: {_some(right)}" if right else nearest
+        hint = f"; the pattern also matches {_some(right)}, which can be" if right else nearest
         raise ValueError(
-            f"{what} matches what cannot be replaced: {'; '.join(shown)}{more}{hint}. "
-            "The pattern has to match the whole name"
+            f"{what} matches modules that cannot be replaced: {'; '.join(shown)}{more}{hint}. "
+            "The pattern must match whole names"
         )
     return found
 
 
 def _convolution(module: nn.Module) -> nn.Module | None:
-    """Return the convolution that a ConvModule holds; None for other modules."""
+    """Return the convolution of a ConvModule; None for other modules."""
     conv = getattr(module, "conv", None)
     is_conv_module = hasattr(module, "conv_cfg") and hasattr(module, "with_activation")
     return conv if is_conv_module and isinstance(conv, nn.Module) else None
@@ -360,23 +360,23 @@ def _convolution(module: nn.Module) -> nn.Module | None:
 
 def _obstacle(module: nn.Module) -> str:
     if isinstance(module, AttentionConv2d):
-        return f"is a {type(module).__name__} already"
+        return f"is already a {type(module).__name__}"
     if type(module) not in PLAIN:
-        return f"is a {type(module).__name__}, no plain convolution"
+        return f"is a {type(module).__name__}, not a plain convolution"
     if module.kernel_size == (1, 1):
-        return "is a 1x1 convolution, with no neighbours to attend to"
+        return "is a 1x1 convolution, without neighbours to attend to"
     if isinstance(module.padding, str):
-        return f"pads by {module.padding!r}"
+        return f"has padding={module.padding!r}"
     return ""
 
 
 def _nearest(pattern: re.Pattern[str], names: list[str]) -> str:
     if not names:
-        return "; there is none that it could"
+        return "; the module has none that it could match"
     text = re.sub(r"[\\^$]", "", pattern.pattern)
-    # Not get_close_matches, which leaves out most for a pattern that is shorter than names.
+    # get_close_matches finds too few for a pattern shorter than the names.
     near = sorted(names, key=lambda name: -SequenceMatcher(None, text, name).ratio())
-    return f"; nearest of {len(names)}: {_some(near)}"
+    return f"; similar names (of {len(names)}): {_some(near)}"
 
 
 def _some(names: Sequence[str], limit: int = 5) -> str:
@@ -385,7 +385,7 @@ def _some(names: Sequence[str], limit: int = 5) -> str:
 
 def _build_conv(step: Step) -> tuple[str, nn.Module]:
     conv = step.module
-    # Only what is not the default: not every registered convolution takes all of them.
+    # Only non-default values: not every registered convolution accepts this argument.
     extra = {} if conv.padding_mode == "zeros" else dict(padding_mode=conv.padding_mode)
     layer = build_conv_layer(
         {"bias": conv.bias is not None, **step.cfg},
@@ -406,13 +406,13 @@ def _build_plugin(step: Step) -> tuple[str, nn.Module]:
     cfg = dict(step.cfg)
     postfix = cfg.pop("postfix", "")
     if isinstance(step.module, (nn.ModuleList, nn.ModuleDict)):
-        raise ValueError(f"a {type(step.module).__name__} has no output; match what is in it")
+        raise ValueError(f"a {type(step.module).__name__} has no output; match its children")
     if "in_channels" not in cfg:
         cfg["in_channels"] = output_channels(step.module)
         if cfg["in_channels"] is None:
             raise ValueError(
-                f"the output channels of a {type(step.module).__name__} are not known; pass "
-                "example_input, or in_channels in the plug-in's config"
+                f"the output channels of a {type(step.module).__name__} are unknown; pass "
+                "example_input, or set in_channels in the plug-in's config"
             )
     name, layer = build_plugin_layer(cfg, postfix=postfix)
     return name, layer.train(step.module.training)
@@ -423,7 +423,7 @@ def _copy_weights(conv: nn.Conv2d, layer: nn.Module) -> None:
     state = conv.state_dict()
     layer.load_state_dict(state, strict=isinstance(layer, AttentionConv2d))
     final = layer.conv if isinstance(layer, AttentionConv2d) else layer
-    # A bias that the plain one had not is new, and trained.
+    # A bias that the plain one does not have is new, and trained.
     own = dict(final.named_parameters())
     for name, parameter in conv.named_parameters():
         if name in own:
@@ -431,7 +431,7 @@ def _copy_weights(conv: nn.Conv2d, layer: nn.Module) -> None:
 
 
 def _follow(target: nn.Module, layer: nn.Module) -> None:
-    # To the device and precision of what it stands behind.
+    # To the device and dtype of the module before it.
     first = next(target.parameters(), None)
     if first is not None:
         layer.to(first.device, first.dtype)
@@ -440,10 +440,10 @@ def _follow(target: nn.Module, layer: nn.Module) -> None:
 def _insert(target: Any, name: str, layer: nn.Module) -> None:
     target.add_module(name, layer)
     if isinstance(target, nn.Sequential):
-        return  # which runs its last child last
+        return  # the new child runs last
     if not hasattr(target, "inserted_plugins"):
         target.inserted_plugins = []
-        # A hook, as a wrapping module would give new names to all that it wraps.
+        # A hook, because a wrapper would rename everything inside.
         target.register_forward_hook(_run_inserted)
     target.inserted_plugins.append(name)
 

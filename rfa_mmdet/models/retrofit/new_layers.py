@@ -1,10 +1,10 @@
-"""The layers of a module that its plain checkpoint does not know: kept trainable, and reported.
+"""Keep track of a module's new layers, which plain checkpoints do not contain, and report them.
 
-MMDetection's ``frozen_stages`` and ``norm_eval`` go by position. A new layer in such a place must
-not be held at values that nobody trained. Its parameters train, in frozen stages too: that is so
-from the beginning, as DDP wants to know them before a checkpoint is read. Norms whose statistics
-no checkpoint filled use those of the batch. That they did is noted in the state dict's metadata,
-beside torch's versions of modules: a resumed run goes on so, although its checkpoint fills all.
+MMDetection's ``frozen_stages`` and ``norm_eval`` freeze by position, but new layers must not be
+frozen at untrained values. Their parameters are trained even in frozen stages, right from the
+start, because DDP needs to know before a checkpoint is loaded. Norms without statistics from a
+checkpoint use those of the batch. The state dict's metadata records these norms, next to torch's
+module versions, so a resumed run continues the same way although its checkpoint has statistics.
 """
 
 import re
@@ -20,25 +20,25 @@ from rfa_mmdet.layers.warm_start.plugin import Plugin
 from rfa_mmdet.layers.warm_start.start import Start, WarmStartable, WarmStartError, matching
 from rfa_mmdet.models.retrofit.report import StartReport
 
-# In the metadata of a module with new layers: its norms that used batches where others were held.
+# Key in a module's metadata: new norms that use batch statistics where others are frozen.
 ON_BATCHES = "rfa_mmdet_on_batches"
 
 
 def keep_new(
     module: nn.Module, layers: dict[str, nn.Module], strict_start: bool | str = False
 ) -> "NewLayers":
-    """Keep track of a module's new layers, together with those of an earlier edit.
+    """Keep track of a module's new layers, in addition to those of earlier edits.
 
     Args:
-        module (nn.Module): That holds the layers.
-        layers (dict[str, nn.Module]): Them, by name in ``module``.
-        strict_start (bool | str): As of :func:`check_strict_start`.
+        module (nn.Module): The module.
+        layers (dict[str, nn.Module]): The new layers, by name in ``module``.
+        strict_start (bool | str): See :func:`check_strict_start`. Defaults to False.
 
     Returns:
-        NewLayers: Of the module, also as its ``new_layers``.
+        NewLayers: The record of the module, also available as its ``new_layers``.
 
     Raises:
-        TypeError, ValueError: ``strict_start`` is not as above.
+        TypeError, ValueError: ``strict_start`` is invalid.
     """
     before = getattr(module, "new_layers", None)
     if not isinstance(before, NewLayers):
@@ -52,36 +52,36 @@ def check_strict_start(strict_start: Any) -> bool | str:
     r"""Return the argument if it is valid.
 
     Args:
-        strict_start (bool | str): Whether a checkpoint's keys that go nowhere are an error; a
-            regular expression names those that may be left out.
+        strict_start (bool | str): Whether unused keys of a checkpoint are an error; a regular
+            expression names keys that may be unused.
 
     Raises:
         TypeError: It is neither a bool nor a string.
-        ValueError: It is no regular expression.
+        ValueError: It is not a regular expression.
 
     Example:
         >>> check_strict_start(r"fc\..*")
         'fc\\..*'
     """
     if not isinstance(strict_start, (bool, str)):
-        raise TypeError(f"strict_start={strict_start!r}: must be a bool or a pattern")
+        raise TypeError(f"strict_start={strict_start!r}: must be a bool or a regular expression")
     try:
         re.compile(strict_start if isinstance(strict_start, str) else "")
     except re.error as error:
         raise ValueError(
-            f"strict_start={strict_start!r} is no regular expression: {error}"
+            f"strict_start={strict_start!r} is not a regular expression: {error}"
         ) from error
     return strict_start
 
 
 class NewLayers:
-    """Keeps the new layers of a module trained, and reports what each checkpoint gave them.
+    """Keeps a module's new layers trainable, and reports how checkpoints are loaded into them.
 
-    Attaches itself to the module: as ``new_layers``, around ``train`` and ``init_weights``, and to
-    its loading. Build it with :func:`keep_new`.
+    Attaches itself to the module as ``new_layers``, wraps ``train`` and ``init_weights``, and hooks
+    into loading. Build it with :func:`keep_new`.
 
     Args:
-        module, layers, strict_start: As of :func:`keep_new`.
+        module, layers, strict_start: See :func:`keep_new`.
     """
 
     def __init__(
@@ -90,12 +90,12 @@ class NewLayers:
         self.module: Any = module  # of any class
         self.layers = dict(layers)
         self.strict_start = check_strict_start(strict_start)
-        # What checkpoints filled of other people's layers; ours keep it themselves.
+        # Values that checkpoints set in third-party layers; ours record this themselves.
         self._filled: dict[str, frozenset[str]] = {}
         self._given: dict[str, tuple[int, ...]] = {}
         self._on_batches: set[str] = set()
         vars(module)["new_layers"] = self
-        # On the instance, so that the module's type stays what it was.
+        # On the instance, to keep the module's type.
         vars(module)["train"] = self.train
         if hasattr(module, "init_weights"):
             vars(module)["init_weights"] = self.init_weights
@@ -104,10 +104,10 @@ class NewLayers:
         module.register_load_state_dict_post_hook(self._after_load)
 
     def start_of(self, name: str) -> Start:
-        """Return where the values of a new layer come from, whoever wrote the layer.
+        """Return where the values of a new layer come from, including third-party layers.
 
         Args:
-            name (str): Of the layer in the module.
+            name (str): Name of the layer in the module.
         """
         layer = self.layers[name]
         if isinstance(layer, WarmStartable):
@@ -116,10 +116,10 @@ class NewLayers:
 
     @contextmanager
     def kept(self, mode: bool) -> Iterator[None]:
-        """Let the module hold what it wants inside, then undo that for what is new.
+        """Let the module freeze layers in this context, then undo it for the new ones.
 
         Args:
-            mode (bool): Whether the module trains.
+            mode (bool): Whether the module is in training mode.
         """
         trained = {p: p.requires_grad for layer in self.layers.values() for p in layer.parameters()}
         yield
@@ -138,15 +138,15 @@ class NewLayers:
                 child.training = mode
 
     def train(self, mode: bool = True) -> nn.Module:
-        """Switch the mode of the module; what is new follows even where the rest is held."""
+        """Set the module's mode; new layers follow even where the others are frozen."""
         module: nn.Module = self.module
         with self.kept(mode):
             type(module).train(module, mode)
         return module
 
     def init_weights(self) -> None:
-        """Initialise the module; what is new, and no checkpoint filled, in its own way."""
-        # MMEngine initialises a module once; so are the layers, which may be trained by then.
+        """Initialise the module, and new layers without loaded values in their own way."""
+        # MMEngine initialises a module only once; likewise the layers, which may be trained by now.
         again = getattr(self.module, "is_init", False)
         type(self.module).init_weights(self.module)
         for name, layer in self.layers.items():
@@ -158,7 +158,7 @@ class NewLayers:
                 layer.init_weights()
 
     def _identities(self) -> dict[str, str]:
-        """Return the plug-ins that begin as the identity, as no checkpoint filled them."""
+        """Return the plug-ins that start as the identity, because no checkpoint has them."""
         return {
             name: type(layer).__name__ + ("" if layer.exact else ", nearly")
             for name, layer in self.layers.items()
@@ -195,14 +195,14 @@ class NewLayers:
         skipped = [key for key in report.skipped if not re.fullmatch(allowed, key)]
         if self.strict_start and skipped:
             raise WarmStartError(
-                f"strict_start={self.strict_start!r}: {len(skipped)} keys of the checkpoint go "
-                f"nowhere in {type(module).__name__}: {', '.join(skipped)}. A pattern, as in "
-                "strict_start=r'fc\\..*', names keys that may"
+                f"strict_start={self.strict_start!r}: {type(module).__name__} does not use "
+                f"{len(skipped)} keys of the checkpoint: {', '.join(skipped)}. To allow some, pass "
+                "a regular expression, e.g. strict_start=r'fc\\..*'"
             )
 
 
 def new_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the full name and the layer, for each that Retrofit and its kin put into a model.
+    """Yield the full name and module of each layer added to a model by Retrofit and the like.
 
     Example:
         >>> list(new_layers(nn.Conv2d(3, 3, 3)))

@@ -1,4 +1,4 @@
-"""What a checkpoint gave a module with new layers, key by key."""
+"""Report how a checkpoint was loaded into a module with new layers."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,19 +11,17 @@ from rfa_mmdet.layers.warm_start.start import Start, WarmStartable
 
 @dataclass(frozen=True)
 class StartReport:
-    """What a checkpoint gave a module with new layers.
+    """How a checkpoint was loaded into a module with new layers.
 
     Attributes:
-        module (str): Name of its class.
-        loaded (int): Keys that were taken as they are.
-        warm_started (dict[str, str]): Layer to the class of it, of those that were made from a
-            plain convolution.
-        taken (int): Keys of these plain convolutions.
-        identity (dict[str, str]): Plug-in to the class of it, of those that change nothing until
-            they are trained.
-        new (tuple[str, ...]): The module's keys that the checkpoint does not fill.
-        skipped (dict[str, str]): The checkpoint's keys that go nowhere, and why, if there is
-            more to say than that the module has no such key.
+        module (str): Name of the module's class.
+        loaded (int): Number of keys loaded unchanged.
+        warm_started (dict[str, str]): Name -> class of layers started from a plain convolution.
+        taken (int): Number of keys of these plain convolutions.
+        identity (dict[str, str]): Name -> class of plug-ins that start as the identity.
+        new (tuple[str, ...]): Keys of the module that are not in the checkpoint.
+        skipped (dict[str, str]): Unused keys of the checkpoint -> reason; '' if the module has no
+            such key.
     """
 
     module: str
@@ -42,18 +40,20 @@ class StartReport:
         given: dict[str, tuple[int, ...]],
         identity: dict[str, str],
     ) -> "StartReport":
-        """Compare a module, after the load, with what it was given.
+        """Compare a module after loading with the checkpoint.
 
         Args:
-            module (nn.Module): That holds the layers.
-            layers (Iterable[nn.Module]): What is new in it.
-            given (dict[str, tuple[int, ...]]): Keys of the checkpoint for ``module``, with shapes.
-            identity (dict[str, str]): As the attribute.
+            module (nn.Module): The module with new layers.
+            layers (Iterable[nn.Module]): The new layers.
+            given (dict[str, tuple[int, ...]]): Keys of the checkpoint for ``module`` -> shapes.
+            identity (dict[str, str]): See the attribute.
         """
         own = {key: tuple(value.shape) for key, value in module.state_dict().items()}
         loaded = {key for key in given if key in own}
         skipped = {
-            key: f"shape {given[key]}, here {own[key]}" for key in loaded if given[key] != own[key]
+            key: f"shape {given[key]} instead of {own[key]}"
+            for key in loaded
+            if given[key] != own[key]
         }
         loaded -= skipped.keys()
         covered, warm, taken = set(loaded), {}, 0
@@ -73,34 +73,34 @@ class StartReport:
             loaded |= renamed
             covered |= renamed | {published[key] for key in renamed}
         skipped |= {key: "" for key in given if key not in covered and key not in skipped}
-        # A file without this count, as of old PyTorch, is none the worse.
+        # Files from old PyTorch versions lack this count, which does not matter.
         new = [key for key in own if key not in covered and not key.endswith("num_batches_tracked")]
         kind = type(module).__name__
         return cls(kind, len(loaded), warm, taken, identity, tuple(new), skipped)
 
     def __str__(self) -> str:
-        """Write the report: a line for each kind of key, or one where all is as it was."""
+        """Format the report: one line if everything was loaded, else one line per kind of key."""
         if not (self.warm_started or self.new or self.skipped):
-            return f"{self.module}, from its checkpoint: all {self.loaded} keys"
+            return f"{self.module}: loaded all {self.loaded} keys of the checkpoint"
         skipped = [f"{key} ({why})" if why else key for key, why in self.skipped.items()]
         lines = [
-            f"{self.module}, from its checkpoint:",
-            f"  loaded        {self.loaded} keys as they are",
-            f"  warm-started  {self.taken} keys, for {len(self.warm_started)} layers"
+            f"{self.module}, loaded from a checkpoint:",
+            f"  loaded        {self.loaded} keys unchanged",
+            f"  warm-started  {len(self.warm_started)} layers from {self.taken} keys"
             f"{_named(self.warm_started)}",
             f"  new           {len(self.new)} keys{_listed(self.new)}",
             f"  skipped       {len(self.skipped)} keys of the checkpoint{_listed(skipped)}",
         ]
         if self.identity:
             lines[3:3] = [
-                f"  identity      {len(self.identity)} plug-ins, until trained"
+                f"  identity      {len(self.identity)} plug-ins start as the identity"
                 f"{_named(self.identity)}"
             ]
         return "\n".join(lines)
 
 
 def _own_keys(layer: nn.Module, layers: set[nn.Module]) -> list[str]:
-    """Return a layer's keys, less those of another new layer in it."""
+    """Return a layer's keys, without those of new layers inside it."""
     inner = [f"{name}." for name, child in layer.named_modules() if name and child in layers]
     return [key for key in layer.state_dict() if not key.startswith(tuple(inner))]
 
@@ -111,7 +111,7 @@ def _published(layer: nn.Module) -> Iterable[tuple[str, str]]:
 
 
 def _named(layers: dict[str, str]) -> str:
-    """List layers behind their classes."""
+    """List the classes of layers, then the layers."""
     return f" ({', '.join(sorted(set(layers.values())))}){_listed(layers)}" if layers else ""
 
 

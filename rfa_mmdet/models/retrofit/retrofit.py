@@ -1,16 +1,16 @@
-r"""Retrofit: any module of a detector, with other convolutions and plug-ins in chosen places.
+r"""Retrofit: replace convolutions and add plug-ins at chosen places of any module.
 
     model = dict(backbone=dict(
         _delete_=True, type='Retrofit', module={{_base_.model.backbone}},
         edits=[dict(where=r'layer[234]\..*\.conv2', conv=dict(type='RFAConv')),
                dict(after=r'layer4\.\d+', plugin=dict(type='EMA'))]))
 
-Any other module that is built, of any library, is edited by the same function:
+The same function edits an already built module of any library:
 
     rfa_mmdet.retrofit(net, [dict(where=r'layer4\..*\.conv2', conv=dict(type='RFAConv'))])
 
-What comes out is the module itself: its type, and the names and checkpoint keys outside the edits,
-are those of the plain one, so that plain checkpoints load, and mmdet's tools see what they know.
+It returns the module itself, with the same type and, outside the edits, the same names and
+checkpoint keys, so plain checkpoints load and mmdet's tools work.
 """
 
 from collections.abc import Sequence
@@ -44,34 +44,34 @@ def retrofit(
 ) -> nn.Module:
     r"""Build a module and edit it.
 
-    A replaced convolution hands on its channels, kernel, stride, padding, dilation, groups and
-    whether it has a bias. The plain model's checkpoint warm-starts it, and a report of that is
-    logged. What is put in is trained, in stages of ``frozen_stages`` too; they and ``norm_eval``
-    hold its norms where a checkpoint or the warm start gave them statistics. Plug-ins of
-    this package start as the identity, so that they change nothing until they are trained.
+    The new convolution gets the channels, kernel size, stride, padding, dilation, groups and bias
+    of the replaced one. The plain model's checkpoint warm-starts it, and a report is logged. New
+    layers are trained even in ``frozen_stages``. ``norm_eval`` and frozen stages only fix those of
+    their norms that got statistics from a checkpoint or the warm start. This package's plug-ins
+    start as the identity, so they do not change the outputs until they are trained.
 
     Args:
-        module (dict | nn.Module): Config of a backbone, neck, head or detector, or one that is
-            built; that one's weights count as loaded, and are warm-started from.
-        edits (Sequence[dict]): ``dict(where=PATTERN, conv=CFG)`` replaces the convolutions,
-            ``dict(after=PATTERN, plugin=CFG)`` puts a plug-in behind the modules, whose whole name
-            matches the regular expression. A ConvModule stands for the convolution in it. The
-            plug-in gets the channels of the module before it as ``in_channels``, and one of this
-            package ``start='identity'``, unless given.
-        dry_run (bool): Print what would be done, as a table, and do nothing. Defaults to False.
-        strict_start (bool | str): Whether keys of a checkpoint that go nowhere are an error; as a
-            regular expression, which keys may. Defaults to False.
-        example_input (Any): What the module can be called with, a tuple for several arguments. It
-            runs once, in eval mode, and plug-ins get the channels that they would see then.
-            None: the channels that the modules before them name. Defaults to None.
-        **kwargs: What mmdet's detectors hand on to their parts, such as ``train_cfg`` of a head:
-            goes into the module's config.
+        module (dict | nn.Module): Config of a backbone, neck, head or detector, or a built module,
+            whose current weights are used for the warm start.
+        edits (Sequence[dict]): ``dict(where=PATTERN, conv=CFG)`` replaces convolutions,
+            ``dict(after=PATTERN, plugin=CFG)`` adds a plug-in after modules. PATTERN is a regular
+            expression for the whole name of a module; the name of a ConvModule also works for its
+            convolution. Plug-ins get ``in_channels`` from the module before them, and this
+            package's plug-ins get ``start='identity'``, unless set in CFG.
+        dry_run (bool): Whether to only print a table of the edits. Defaults to False.
+        strict_start (bool | str): Whether unused keys of a checkpoint are an error; a regular
+            expression names keys that may be unused. Defaults to False.
+        example_input (Any): Input of the module, or a tuple of several inputs. The module runs once
+            in eval mode to find the channels before each plug-in. Defaults to None: channels are
+            inferred from the modules.
+        **kwargs: Arguments that mmdet's detectors pass to their parts, e.g. ``train_cfg`` of a
+            head; added to the module's config.
 
     Returns:
-        nn.Module: The module, edited.
+        nn.Module: The edited module.
 
     Raises:
-        ValueError, TypeError: An argument is not as above, or an edit matches nothing, or what
+        ValueError, TypeError: An argument is invalid, or an edit matches nothing or something that
             cannot be replaced.
 
     Example:
@@ -80,7 +80,7 @@ def retrofit(
         >>> type(net).__name__, type(net.layer4[0].conv1).__name__, net.layer4[0].conv1.stride
         ('ResNet', 'RFAConv', (2, 2))
 
-        A module that is built keeps what it computes.
+        A built module keeps its outputs.
 
         >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
@@ -92,7 +92,7 @@ def retrofit(
     """
     loaded = isinstance(module, nn.Module)
     if loaded and kwargs:
-        raise ValueError(f"{', '.join(kwargs)}: go into a config, but module is built already")
+        raise ValueError(f"{', '.join(kwargs)}: only valid if module is a config, not a module")
     net = module if isinstance(module, nn.Module) else _build(module, kwargs)
     steps = plan_edits(net, edits)
     if example_input is not None:
@@ -102,7 +102,7 @@ def retrofit(
         return net
     check_strict_start(strict_start)  # before anything changes
     keep_new(net, apply_edits(net, steps, loaded), strict_start)
-    if loaded and isinstance(net, BaseModule):  # whose own train() holds what it freezes
+    if loaded and isinstance(net, BaseModule):  # its own train() applies frozen stages
         net.train(net.training)
     return net
 
@@ -115,7 +115,7 @@ def _build(cfg: Any, more: ConfigType) -> nn.Module:
 
 
 def _print(name: str, rows: list[tuple[str, ...]]) -> None:
-    table = Table("module", "is", "becomes", title=f"Retrofit of {name}, dry run: not done")
+    table = Table("module", "is", "becomes", title=f"Retrofit of {name} (dry run)")
     table.columns[0].overflow = "fold"
     table.add_column("parameters", justify="right")
     for row in rows:

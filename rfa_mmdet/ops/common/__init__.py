@@ -1,1 +1,1 @@
-"""What two ops share."""
+"""Code shared by several operators."""

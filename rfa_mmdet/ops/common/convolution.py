@@ -1,6 +1,6 @@
-"""Convolutions of few channels that keep the size, and their gradients.
+"""Size-preserving convolutions with few channels, and their gradients.
 
-On a CPU, oneDNN takes a multiple of what they cost otherwise. None of this is for autograd.
+On a CPU, oneDNN is several times slower. None of these functions supports autograd.
 """
 
 import torch
@@ -11,7 +11,7 @@ from rfa_mmdet.ops.common.precision import no_autocast
 
 
 def same_conv_gradients(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of a convolution with an odd square kernel that keeps the size.
+    """Return the gradients of a size-preserving convolution with an odd square kernel.
 
     Args:
         grad_y (Tensor): (B, O, H, W).
@@ -19,7 +19,7 @@ def same_conv_gradients(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tens
         weight (Tensor): (O, C, k, k), k odd.
 
     Returns:
-        tuple[Tensor, Tensor]: Of x and of weight.
+        tuple[Tensor, Tensor]: Gradients of x and weight.
 
     Example:
         >>> x, weight = torch.rand(1, 2, 5, 4), torch.rand(3, 2, 7, 7)
@@ -34,7 +34,7 @@ def same_conv_gradients(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tens
             *((1, 1), (padding, padding), (1, 1), False, (0, 0), 1),
             (False, True, False),
         )
-        # As a forward convolution: with two channels, oneDNN's own takes 2 to 13 times as long.
+        # As a forward convolution: with two channels, oneDNN's backward takes 2 to 13 times longer.
         of_x = F.conv2d(grad_y, weight.flip(2, 3).transpose(0, 1), padding=padding)
     return of_x, of_weight
 
@@ -59,7 +59,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def pointwise_gradients(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of :func:`pointwise`, of x, weight and bias.
+    """Return the gradients of :func:`pointwise` for x, weight and bias.
 
     Example:
         >>> x, weight = torch.rand(2, 4, 5), torch.rand(3, 4, 1, 1)
@@ -71,7 +71,7 @@ def pointwise_gradients(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tens
 
 
 def conv_to_one(x: Tensor, weight: Tensor) -> Tensor:
-    """Convolve to one channel with a 3x3 kernel, keeping the size.
+    """Convolve to one channel with a size-preserving 3x3 kernel.
 
     Args:
         x (Tensor): (B, C, H, W).
@@ -87,7 +87,7 @@ def conv_to_one(x: Tensor, weight: Tensor) -> Tensor:
     """
     if x.device.type != "cpu":
         return F.conv2d(x, weight, padding=1)
-    # A map for each cell of the kernel, shifted and added up: a fifth of oneDNN's time.
+    # One map per kernel position, shifted and added up: a fifth of oneDNN's time.
     maps = torch.bmm(weight[0].flatten(1).T.expand(x.shape[0], -1, -1), x.flatten(2))
     left, middle, right = maps.view(-1, 3, 3, *x.shape[2:]).unbind(2)
     middle[..., 1:] += left[..., :-1]
@@ -99,7 +99,7 @@ def conv_to_one(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def conv_to_one_gradients(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of :func:`conv_to_one`, of x and of weight.
+    """Return the gradients of :func:`conv_to_one` for x and weight.
 
     Example:
         >>> x, weight = torch.rand(2, 4, 5, 6), torch.rand(1, 4, 3, 3)
@@ -110,7 +110,7 @@ def conv_to_one_gradients(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Te
     if x.device.type != "cpu":
         return same_conv_gradients(grad_y, x, weight)
     padded = F.pad(grad_y[:, 0], (1, 1, 1, 1))
-    # (B, 9, H * W): what each cell of the kernel, the last one first, gave to.
+    # (B, 9, H * W): the outputs that each kernel position, in reverse order, contributes to.
     cells = padded.unfold(1, x.shape[2], 1).unfold(2, x.shape[3], 1).flatten(3).flatten(1, 2)
     kernel = weight[0].flatten(1).flip(1)  # (C, 9)
     of_x = torch.bmm(kernel.expand(x.shape[0], -1, -1), cells).view_as(x)

@@ -1,4 +1,4 @@
-"""Where half precision would overflow or lose the sum, the formulas compute in float32."""
+"""Compute in float32 where half precision would overflow or lose accuracy."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,10 +9,10 @@ from rfa_mmdet.ops.common.torch_versions import autocast_dtype_on
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Return ``x`` in float32 if it is in half precision, and ``x`` itself otherwise.
+    """Return ``x`` in float32 if it has half precision, else ``x`` itself.
 
     Args:
-        x (Tensor): Any shape, floating point.
+        x (Tensor): A floating-point tensor of any shape.
 
     Example:
         >>> import torch
@@ -25,10 +25,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Return a context in which autocast leaves the dtypes on ``x``'s device as they are.
+    """Return a context that disables autocast on ``x``'s device.
 
     Args:
-        x (Tensor): Any tensor on the device in question.
+        x (Tensor): Any tensor on that device.
 
     Example:
         >>> import torch
@@ -37,17 +37,17 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
         ...     (a @ a).dtype
         torch.float32
     """
-    # Some devices have no autocast, and to switch it off there raises.
+    # Disabling autocast raises on devices without it.
     if autocast_dtype_on(x.device.type) is None:
         return nullcontext()
     return autocast(x.device.type, enabled=False)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Return the type that a convolution of ``x`` computes in here, which autocast may lower.
+    """Return the dtype that a convolution of ``x`` currently computes in, subject to autocast.
 
     Args:
-        x (Tensor): Any.
+        x (Tensor): Any tensor.
 
     Example:
         >>> with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -60,7 +60,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type that sums, softmax and statistics of a type are computed in.
+    """Return the dtype for sums, softmax and statistics of values of this dtype.
 
     Example:
         >>> compute_dtype(torch.bfloat16), compute_dtype(torch.float64)

@@ -1,7 +1,7 @@
-"""Whether a layer keeps its map alone for the backward pass, and what such passes share.
+"""Decide whether to recompute gates in the backward pass, and share code of such passes.
 
-Autograd would keep a copy of the map for each gate that it is multiplied by, and all that the
-gates are made of. They are cheap to make again: a few means, maxima and small products.
+Autograd would save a copy of the feature map for each gate, and all intermediate values of the
+gates. Gates are cheap to recompute: a few means, maxima and small products.
 """
 
 import torch
@@ -11,11 +11,11 @@ from rfa_mmdet.ops.common.torch_versions import is_compiling, is_exporting
 
 
 def needs_plain_operators() -> bool:
-    """Whether what runs now understands PyTorch's own operators only.
+    """Return whether the current context only supports PyTorch's own operators.
 
-    Tracers (``torch.jit.trace``, MMEngine's complexity analysis, exports to ONNX) do, since their
-    product must not depend on this package; so do the transforms of ``torch.func`` and forward-mode
-    differentiation, for which an autograd function has no rule.
+    True for tracers (``torch.jit.trace``, MMEngine's complexity analysis, ONNX export), whose
+    result must not depend on this package, and for ``torch.func`` transforms and forward-mode
+    differentiation, which our autograd functions do not support.
 
     Example:
         >>> needs_plain_operators()
@@ -32,10 +32,10 @@ def needs_plain_operators() -> bool:
 
 
 def is_recorded() -> bool:
-    """Whether a graph is recorded instead of computed.
+    """Return whether a graph is being recorded rather than executed.
 
-    A tracer must see a formula that holds for every size, a compiler recomputes by itself, and
-    transforms of torch.func and forward-mode differentiation take the formula apart.
+    A tracer needs a formula that is valid for every size, a compiler recomputes by itself, and
+    torch.func transforms and forward-mode differentiation transform the formula.
 
     Example:
         >>> is_recorded()
@@ -45,7 +45,7 @@ def is_recorded() -> bool:
 
 
 def recomputes() -> bool:
-    """Whether the backward pass should recompute what it needs, here and now.
+    """Return whether the backward pass should recompute intermediate values.
 
     Example:
         >>> recomputes(), torch.no_grad()(recomputes)()
@@ -55,20 +55,20 @@ def recomputes() -> bool:
 
 
 def gradients_of_gates(products: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of two gates by which a map is multiplied; overwrites ``products``.
+    """Return the gradients of two gates that a map is multiplied by; overwrites ``products``.
 
     Args:
-        products (Tensor): The map times the gradient of the weighed map.
-        first, second (Tensor): The gates, each to be broadcast to the map.
+        products (Tensor): The map times the gradient of the weighted map.
+        first, second (Tensor): The gates, broadcastable to the map.
 
     Returns:
-        tuple[Tensor, Tensor]: Of the gates' shapes.
+        tuple[Tensor, Tensor]: Gradients with the shapes of the gates.
 
     Example:
         >>> products, a, b = torch.ones(2, 3, 4), torch.ones(2, 1, 4), torch.ones(2, 3, 1)
         >>> [gradient.unique().item() for gradient in gradients_of_gates(products, a, b)]
         [3.0, 4.0]
     """
-    # An einsum would not make the products of each, but takes five times as long on a CPU.
+    # einsum would avoid the products, but takes five times longer on a CPU.
     of_first = (products * second).sum_to_size(first.shape)
     return of_first, products.mul_(first).sum_to_size(second.shape)

@@ -1,4 +1,4 @@
-"""Maximum and mean of a map, and their gradient in a fraction of autograd's time."""
+"""Maximum and mean of a map, with much faster gradients than autograd's."""
 
 import math
 from typing import Any
@@ -16,13 +16,13 @@ def max_and_mean(
 ) -> tuple[Tensor, Tensor]:
     """Return maximum and mean; equal maxima share the gradient evenly.
 
-    Not differentiable twice, unless a graph is recorded (see recompute.py).
+    Not twice differentiable, unless a graph is being recorded (see recompute.py).
 
     Args:
-        x (Tensor): Any shape.
-        dim (int | tuple[int, ...]): Over which.
-        dtype (torch.dtype): Of the result.
-        keepdim (bool): Whether those have size 1 in the result, and not none.
+        x (Tensor): A tensor of any shape.
+        dim (int | tuple[int, ...]): Dimensions to reduce.
+        dtype (torch.dtype): Dtype of the result.
+        keepdim (bool): Whether to keep the reduced dimensions with size 1. Defaults to True.
 
     Returns:
         tuple[Tensor, Tensor]: Maximum and mean.
@@ -39,15 +39,15 @@ def max_and_mean(
 
 
 def mean(x: Tensor, dim: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return the mean, whose gradient autograd finds without a division of each cell.
+    """Return the mean, with a gradient that needs no division per element.
 
     Args:
-        x (Tensor): Any shape.
-        dim (int | tuple[int, ...]): Over which.
-        dtype (torch.dtype): Of the result.
+        x (Tensor): A tensor of any shape.
+        dim (int | tuple[int, ...]): Dimensions to reduce.
+        dtype (torch.dtype): Dtype of the result.
 
     Returns:
-        Tensor: Without those dimensions.
+        Tensor: The mean, without the reduced dimensions.
 
     Example:
         >>> mean(torch.tensor([[0., 1., 5.]]), 1, torch.float32)
@@ -55,8 +55,8 @@ def mean(x: Tensor, dim: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """
     if not recomputes():
         return x.mean(dim, dtype=dtype)
-    # That of a sum is expanded from one value, and the division is behind it.
-    total = x.sum(dim, dtype=compute_dtype(dtype))  # beyond half's range
+    # The gradient of a sum is one expanded value, and the division comes before the expansion.
+    total = x.sum(dim, dtype=compute_dtype(dtype))  # may exceed half precision
     return (total / _cells(x, dim)).to(dtype)
 
 
@@ -65,26 +65,27 @@ def _cells(x: Tensor, dim: int | tuple[int, ...]) -> int:
 
 
 def shares_of_maximum(x: Tensor, maxima: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Find where a map has its maxima, and what gradient they get there; overwrites the map.
+    """Locate the maxima of a map, and divide their gradient among them; overwrites the map.
 
     Args:
         x (Tensor): The map.
-        maxima (Tensor): Its maxima, of its dtype and to be broadcast to it.
-        gradient (Tensor): Of the maxima, of their shape.
+        maxima (Tensor): Its maxima, with its dtype and broadcastable to it.
+        gradient (Tensor): Gradient of the maxima, with their shape.
 
     Returns:
-        tuple[Tensor, Tensor]: 1 at the maxima and 0 elsewhere; the gradient of each maximum,
-        divided by the number of cells that have it. Of x's dtype; their product is x's gradient.
+        tuple[Tensor, Tensor]: A map that is 1 at the maxima and 0 elsewhere, and the gradient of
+        each maximum, divided by the number of its positions. Both have x's dtype; their product is
+        the gradient of x.
 
     Example:
         >>> x = torch.tensor([[1., 2., 2.]])
         >>> shares_of_maximum(x, torch.tensor([[2.]]), torch.tensor([[3.]]))
         (tensor([[0., 1., 1.]]), tensor([[1.5000]]))
     """
-    # Not a mask of bools: on a CPU, to make and to count one takes ten times as long.
+    # A boolean mask takes ten times longer on a CPU.
     hits = x.eq_(maxima)
     dims = [i for i, size in enumerate(maxima.shape) if size != x.shape[i]]
-    dtype = compute_dtype(x.dtype)  # half counts no further than 2048
+    dtype = compute_dtype(x.dtype)  # float16 cannot count beyond 2048
     count = hits.sum(dims, keepdim=True, dtype=dtype) if dims else hits
     return hits, (gradient / count).to(x.dtype)
 

@@ -1,13 +1,13 @@
-"""A constant factor, which is most often 1 and then costs nothing."""
+"""Multiply by a constant that is usually 1, at no cost in that case."""
 
 from torch import Tensor
 
 
 def scaled(x: Tensor, scale: float) -> Tensor:
-    """Return a tensor times a constant; the tensor itself where that is 1.
+    """Return a tensor times a constant, or the tensor itself if the constant is 1.
 
     Args:
-        x (Tensor): Any shape.
+        x (Tensor): A tensor of any shape.
         scale (float): The constant.
 
     Example:

@@ -1,7 +1,7 @@
-"""How far each dtype may be from float64: the one table, for self-checks, tests and benchmarks.
+"""Tolerances of each dtype against float64, for self-checks, tests and benchmarks.
 
-An error is a share of the exact values' size, largest by largest or norm by norm. Where a
-comparison rounds more often than the table supposes, it says so beside its factor.
+Errors are relative to the exact values, by largest value or by norm. Comparisons with more rounding
+than assumed here multiply by a factor, and say why.
 """
 
 from typing import NamedTuple
@@ -10,15 +10,15 @@ import torch
 
 
 class Tolerance(NamedTuple):
-    """Of one dtype, by what is compared with its formula in float64.
+    """Tolerances of one dtype, relative to the formula in float64.
 
     Args:
-        output (float): What a forward pass returns; under autocast too.
-        gradient (float): What a backward pass returns, where no value lies at a corner of ReLU.
-        layer_gradient (float): The same of a whole layer in any use: sums over a batch's positions,
-            autocast, and values at corners that rounding moves to the other side.
-        statistics (float): Means and covariances over positions, and what they give back to the
-            input's gradient. Half precision is only stored: they are computed in float32.
+        output (float): For results of a forward pass, including autocast.
+        gradient (float): For results of a backward pass without values at the kink of ReLU.
+        layer_gradient (float): For gradients of whole layers in any use: sums over the positions of
+            a batch, autocast, and values at the kink of ReLU that rounding moves across it.
+        statistics (float): For means and covariances over positions, and their contribution to the
+            input's gradient. They are computed in float32 even for half precision.
 
     Example:
         >>> TOLERANCES[torch.bfloat16].output == torch.finfo(torch.bfloat16).eps
@@ -32,17 +32,17 @@ class Tolerance(NamedTuple):
 
 
 TOLERANCES = {
-    # Thousands of eps, 2e-16, for what other orders of summation and nearly cancelled sums leave:
-    # less by far than any other formula would differ by. A gradient sums up once more.
+    # Thousands of eps (2e-16), for other orders of summation and nearly cancelling sums: far below
+    # the difference of any wrong formula. Gradients have one more summation.
     torch.float64: Tolerance(1e-12, 1e-11, 1e-11, 1e-12),
-    # Some 100 eps, 1e-7: sums of up to some thousand products, and on GPUs products of which three
-    # in TF32 make up one. Batch norm's two more sums over all positions make it ten times that.
-    # Statistics are summed in blocks, so that their error hardly grows with the map: 10 eps where
-    # vectors hold 16 numbers; where they hold 8, each of these sums up twice as many.
+    # About 100 eps (1e-7): sums of up to a few thousand products, and on GPUs products made of
+    # three TF32 products. Batch norm adds two sums over all positions: ten times as much.
+    # Statistics are summed in blocks, so their error hardly grows with the map: 10 eps with vectors
+    # of 16 numbers; with vectors of 8, each number sums up twice as many.
     torch.float32: Tolerance(1e-5, 1e-5, 1e-4, 2e-6),
-    # One eps: operands or upstream gradient, and the result, are each rounded by half of one; sums
-    # between are of float32. Under autocast every gradient that passes from one operation to the
-    # next is rounded, and what a corner lets through with it: 5 and 10 eps.
+    # One eps: operands or upstream gradient, and the result, are each rounded by half an eps; sums
+    # in between are in float32. Under autocast, every gradient passed between operations is
+    # rounded, and with it what passes a kink: 5 and 10 eps.
     torch.bfloat16: Tolerance(2**-7, 2**-7, 4e-2, 2e-6),
     torch.float16: Tolerance(2**-10, 2**-10, 1e-2, 2e-6),
 }

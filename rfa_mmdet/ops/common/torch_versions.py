@@ -1,4 +1,4 @@
-"""What differs between the supported versions of torch; nothing else asks for a version."""
+"""Differences between the supported versions of torch; no other module checks the version."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -10,35 +10,35 @@ import torch._compile
 import torch._utils
 from torch.nn.modules import module as _module
 
-# Whether torch.compile traces what runs now. The old name is known to the old compilers only.
+# Whether torch.compile is tracing. Old compilers only support the old name.
 is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # 2.2
 
-# Whether torch.compile takes operators with kernels for Meta and Autograd that are written in
-# Python: since 2.4, which brought register_fake.
+# Whether torch.compile supports operators with Meta and Autograd kernels in Python: since 2.4,
+# which introduced register_fake.
 COMPILES_OPERATORS = hasattr(torch.library, "register_fake")
 
-# As torch.compiler.disable, which imports the compiler when it decorates. torch.optim's own.
+# Like torch.compiler.disable, which imports the compiler when it decorates; torch.optim uses this.
 not_compiled = torch._compile._disable_dynamo
 
-# Arguments by which torch.onnx.export traces. The exporter that is the default since 2.9 needs
-# onnxscript; before 2.5 there is no choice.
+# Arguments that make torch.onnx.export trace. The default exporter since 2.9 needs onnxscript;
+# before 2.5 there is no choice.
 TRACES_TO_ONNX: dict[str, Any] = (
     {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
 )
 
-# The list of what weights_only=True allows besides torch's own, with names or without: since 2.4.
+# The list of types that weights_only=True additionally allows, with or without names: since 2.4.
 HAS_SAFE_GLOBALS = hasattr(torch.serialization, "get_safe_globals")
 safe_globals: Callable[[], list[Any]] = getattr(torch.serialization, "get_safe_globals", list)
 
 
 def autocast_dtype_on(device: str) -> torch.dtype | None:
-    """Return the type that autocast lowers convolutions to, by the type of the device.
+    """Return the dtype that autocast uses for convolutions on a type of device.
 
     Args:
-        device (str): Such as 'cpu' or 'cuda'.
+        device (str): E.g. 'cpu' or 'cuda'.
 
     Returns:
-        torch.dtype | None: None where autocast is off, or the device has none.
+        torch.dtype | None: None if autocast is off or not available on the device.
 
     Example:
         >>> with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -57,7 +57,7 @@ def autocast_dtype_on(device: str) -> torch.dtype | None:
 
 
 def is_exporting() -> bool:
-    """Whether torch.export traces what runs now; before 2.7 it cannot be told.
+    """Return whether torch.export is tracing; always False before 2.7, which cannot tell.
 
     Example:
         >>> is_exporting()
@@ -67,7 +67,7 @@ def is_exporting() -> bool:
     return bool(exporting and exporting())
 
 
-# Hooks on every module of the process. Before 2.5 there is no function that asks for them all.
+# Global module hooks. Before 2.5, there is no single function for all of them.
 has_global_hooks = getattr(
     _module,
     "_has_any_global_hook",
@@ -80,13 +80,13 @@ has_global_hooks = getattr(
 )
 
 
-# Settings of TF32 by operation, with others to inherit from: since 2.9, where to read the old ones
-# raises once the two differ. Both are of the whole process.
+# Settings of TF32 per operation, with inheritance: since 2.9, where reading the old settings raises
+# an error once they differ from the new ones. Both are process-wide.
 _HAS_PRECISIONS = hasattr(torch.backends, "fp32_precision")
 
 
 def convolves_in_tf32() -> bool:
-    """Whether cuDNN may round the operands of float32 convolutions to TF32: unless told otherwise.
+    """Return whether cuDNN may round operands of float32 convolutions to TF32, its default.
 
     Example:
         >>> convolves_in_tf32()
@@ -98,13 +98,13 @@ def convolves_in_tf32() -> bool:
 
 
 def products_as_convolutions(dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Return a context in which matrix products on a GPU round as its convolutions do.
+    """Return a context in which matrix products on a GPU use the TF32 setting of convolutions.
 
-    A layer that is a convolution to its user follows cuDNN's switch of TF32, which is on by
-    default, and not that of matrix products, which is off.
+    A layer that users see as a convolution follows cuDNN's TF32 setting, which is on by default,
+    rather than that of matrix products, which is off.
 
     Args:
-        dtype (torch.dtype): Of the products; those of float32 alone have a choice.
+        dtype (torch.dtype): Dtype of the products; only float32 has this choice.
 
     Example:
         >>> with products_as_convolutions(torch.float32):
@@ -124,7 +124,7 @@ def _multiplies_in_tf32() -> bool:
 @contextmanager
 def _products_in_tf32(allowed: bool) -> Iterator[None]:
     if not _HAS_PRECISIONS:
-        before = torch.get_float32_matmul_precision()  # 'medium' says more than the switch
+        before = torch.get_float32_matmul_precision()  # 'medium' is more than on or off
         torch.set_float32_matmul_precision("high" if allowed else "highest")
         try:
             yield
@@ -143,6 +143,6 @@ def _products_in_tf32(allowed: bool) -> Iterator[None]:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Return the size of a GPU's second-level cache; 0 where torch does not know it."""
+    """Return the size of a GPU's L2 cache; 0 if torch does not know it."""
     size: int = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
     return size

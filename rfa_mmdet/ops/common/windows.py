@@ -1,7 +1,8 @@
-"""Receptive fields as windows: (B, C, K, h, w), K = kh * kw positions for each output cell.
+"""Receptive fields as windows: (B, C, K, h, w), with K = kh * kw positions per output position.
 
-The papers lay the windows side by side, (B, C, h * kh, w * kw), and convolve them with stride k.
-A 1x1 convolution over the C * K channels with the same weights is the same sum, and moves nothing.
+The papers lay the windows out side by side, (B, C, h * kh, w * kw), and convolve them with stride
+k. A 1x1 convolution over the C * K channels with the same weights gives the same sum without moving
+data.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ Pair = tuple[int, int]
 
 
 class Window(NamedTuple):
-    """Windows over a map, with zeros beyond its border: the arguments of a convolution.
+    """Windows over a zero-padded map: the arguments of a convolution.
 
     Example:
         >>> window = Window((3, 3), (2, 2), (1, 1), (1, 1))
@@ -39,7 +40,7 @@ class Window(NamedTuple):
         return self.kernel_size[0] * self.kernel_size[1]
 
     def output_size(self, size: Sequence[int]) -> Pair:
-        """Return (h, w), the number of windows on each side of a map of (H, W)."""
+        """Return (h, w), the number of windows along each side of a map of size (H, W)."""
         height, width = [
             (n + 2 * p - d * (k - 1) - 1) // s + 1
             for n, k, s, p, d in zip(size, *self)  # noqa: B905
@@ -53,7 +54,7 @@ class Window(NamedTuple):
 
 
 def lay_out(windows: Tensor, kernel_size: Pair) -> Tensor:
-    """Lay windows side by side.
+    """Lay windows out side by side.
 
     Args:
         windows (Tensor): (B, C, K, h, w).
@@ -75,8 +76,8 @@ def lay_out(windows: Tensor, kernel_size: Pair) -> Tensor:
     if not is_recorded():
         laid_out = windows.permute(0, 1, 4, 2, 5, 3)
         return laid_out.reshape(batch, channels, height * kh, width * kw)
-    # Each side in a step of its own, at the end of the shape: one reshape of both does not export
-    # with dynamic sizes.
+    # One side at a time, at the end of the shape: a single reshape of both does not export with
+    # dynamic sizes.
     windows = windows.permute(0, 1, 2, 4, 5, 3)
     windows = windows.reshape(batch, channels, kh, height, width * kw).permute(0, 1, 4, 3, 2)
     return windows.reshape(batch, channels, width * kw, height * kh).transpose(2, 3)
@@ -103,13 +104,14 @@ def take_apart(laid_out: Tensor, kernel_size: Pair) -> Tensor:
         batch, channels, height, width = laid_out.shape
         windows = laid_out.reshape(batch, channels, height // kh, kh, width // kw, kw)
         return windows.permute(0, 1, 3, 5, 2, 4).flatten(2, 3)
-    # Slices, as a reshape here does not export with dynamic sizes; but backward, each is a map.
+    # Slices, because a reshape does not export with dynamic sizes; but in the backward pass, each
+    # slice costs a full map.
     parts = [laid_out[:, :, i::kh, j::kw] for i in range(kh) for j in range(kw)]
     return torch.stack(parts, dim=2)
 
 
 def convolve_windows(windows: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    """Convolve each window with the kernel: the k x k convolution with stride k, laid out.
+    """Convolve each window with the kernel, like a k x k convolution with stride k of the layout.
 
     Args:
         windows (Tensor): (B, C, K, h, w).
@@ -125,7 +127,7 @@ def convolve_windows(windows: Tensor, weight: Tensor, bias: Tensor | None, group
         >>> convolve_windows(torch.rand(2, 3, 9, 4, 5), torch.rand(7, 3, 3, 3), None, 1).shape
         torch.Size([2, 7, 4, 5])
     """
-    # Channel c * K + i holds position i of channel c, as the flattened kernel does.
+    # Channel c * K + i is position i of channel c, as in the flattened kernel.
     return F.conv2d(windows.flatten(1, 2), weight.flatten(1)[:, :, None, None], bias, groups=groups)
 
 
@@ -137,18 +139,18 @@ def convolve_weighed_windows(
     groups: int,
     overwrite: bool = False,
 ) -> Tensor:
-    """Convolve windows, each value weighed by two gates; the product is not kept for backward.
+    """Multiply windows by two gates and convolve them, without saving the product for backward.
 
-    Not differentiable twice, unless a graph is recorded (see recompute.py).
+    Not twice differentiable, unless a graph is being recorded (see recompute.py).
 
     Args:
-        windows (Tensor): (B, C, K, h, w), or (B, C, kh, kw, h, w).
-        gates (tuple[Tensor, Tensor]): Each to be broadcast to ``windows``, and of its dtype.
+        windows (Tensor): (B, C, K, h, w) or (B, C, kh, kw, h, w).
+        gates (tuple[Tensor, Tensor]): Gates, broadcastable to ``windows`` and with its dtype.
         weight (Tensor): (O, C / groups, kh, kw).
         bias (Tensor | None): (O,).
         groups (int): Groups of the convolution.
-        overwrite (bool): Whether ``windows`` may be overwritten, which is done where no gradient is
-            asked for. Defaults to False.
+        overwrite (bool): Whether ``windows`` may be overwritten, which happens only without
+            gradients. Defaults to False.
 
     Returns:
         Tensor: (B, O, h, w).
@@ -167,7 +169,7 @@ def convolve_weighed_windows(
             weighed = (windows * first) * second
         return convolve_windows(weighed.flatten(2, -3), weight, bias, groups)
     dtype = autocast_dtype_on(windows.device.type)
-    if dtype is not None:  # as it would do for a convolution
+    if dtype is not None:  # as for a convolution
         windows, first, second, weight = (t.to(dtype) for t in (windows, first, second, weight))
         bias = None if bias is None else bias.to(dtype)
     out: Tensor = _ConvolveWeighed.apply(windows, first, second, weight, bias, groups)

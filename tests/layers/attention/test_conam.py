@@ -1,4 +1,4 @@
-"""ConAM against the paper's formula, written here once more, one patch at a time."""
+"""Compare ConAM with an independent implementation of the paper's formula, patch by patch."""
 
 import copy
 from math import ceil
@@ -15,7 +15,7 @@ from tests.helpers.torch_features import AUTOCAST_TYPES
 
 
 def patches(height: int, width: int, s: int) -> list[tuple[slice, slice]]:
-    """Rows and columns of each patch; those at the border end where the map ends."""
+    """Return rows and columns of each patch; patches at the border end with the map."""
     return [
         (slice(top, min(top + s, height)), slice(left, min(left + s, width)))
         for top in range(0, height, s)
@@ -29,7 +29,7 @@ def mlp(vector: Tensor, weights: dict[str, Tensor]) -> Tensor:
 
 
 def formula(x: Tensor, weights: dict[str, Tensor], s: int, scale: bool) -> tuple[Tensor, float]:
-    """Confident attention, arXiv 2110.14369, in x's precision; also the largest dot product."""
+    """Apply confidence attention, arXiv 2110.14369; also return the largest dot product."""
     batch, _, height, width = x.shape
     cells = patches(height, width, s)
     images, largest = [], 0.0
@@ -56,7 +56,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def gates(layer: ConAM, x: Tensor) -> Tensor:
-    """What each cell of the map is strengthened by, (B, H, W)."""
+    """Return the factor at each position of the map, (B, H, W)."""
     gate = layer(x) / x - 1
     torch.testing.assert_close(gate, gate[:, :1].expand_as(gate))  # the same for every channel
     return gate[:, 0]
@@ -79,7 +79,7 @@ def cases(draw):
 def build(case: dict) -> tuple[ConAM, Tensor]:
     torch.manual_seed(case["seed"])
     layer = ConAM(case["channels"], case["s"], case["hidden"], scale_by_patches=case["scale"])
-    # Large enough that confidences differ, and hidden units are on both sides of ReLU's corner.
+    # Large enough for different confidences, with hidden units on both sides of ReLU's kink.
     for linear in (layer.linear1, layer.linear2):
         linear.weight.data.normal_(std=linear.in_features**-0.5)
         linear.bias.data.normal_(mean=0.3, std=0.5)
@@ -87,7 +87,7 @@ def build(case: dict) -> tuple[ConAM, Tensor]:
 
 
 @given(cases())
-def test_forward_and_every_gradient_are_the_formula(case):
+def test_forward_and_gradients_match_the_formula(case):
     layer, x = build(case)
     cells = patches(*case["size"], case["s"])
     weights = {k: v.double().requires_grad_() for k, v in layer.state_dict().items()}
@@ -97,12 +97,12 @@ def test_forward_and_every_gradient_are_the_formula(case):
     names = [name for name, _ in layer.named_parameters()]
     inputs = [exact, *(weights[name] for name in names)]
     expected_gradients = torch.autograd.grad(expected, inputs, upstream)
-    # Softmax subtracts from each patch's gradient their weighted mean: all of it where there is
-    # one patch. Rounding is measured by what is subtracted from.
+    # Softmax subtracts the weighted mean from each patch's gradient, which is everything with a
+    # single patch. Rounding is measured relative to the minuend.
     of_gates = (upstream * exact.detach() * (len(cells) if case["scale"] else 1)).sum(1)
     terms = [float(of_gates[:, rows, columns].sum((1, 2)).abs().max()) for rows, columns in cells]
     scale = max(*terms, *(float(g.abs().max()) for g in expected_gradients[1:]))
-    # A dot product's rounding is absolute where softmax makes it relative.
+    # Softmax turns a dot product's absolute rounding error into a relative one.
     steep = max(1, score / 10)
     for dtype in (torch.float32, torch.float64):
         tolerance = TOLERANCES[dtype]
@@ -148,12 +148,12 @@ def test_confidences_sum_to_one_or_average_to_one(case):
 
 def test_padding_does_not_dilute_a_border_patch():
     layer, _ = build(dict(channels=2, hidden=6, s=4, size=(6, 5), batch=1, scale=False, seed=3))
-    # A constant map: each patch, of 4 x 4, 4 x 1, 2 x 4 or 2 x 1 real cells, has the same mean.
+    # Constant map: each patch, with 4 x 4, 4 x 1, 2 x 4 or 2 x 1 real pixels, has the same mean.
     x = torch.tensor([1.5, -0.5])[None, :, None, None].expand(1, 2, 6, 5)
     torch.testing.assert_close(gates(layer, x), torch.full((1, 6, 5), 0.25))
 
 
-def test_scaling_multiplies_the_strengthening_by_the_number_of_patches():
+def test_scaling_multiplies_confidences_by_the_number_of_patches():
     case = dict(channels=4, hidden=5, s=3, size=(7, 8), batch=2, scale=False, seed=7)
     plain, x = build(case)
     scaled, _ = build({**case, "scale": True})
@@ -173,7 +173,7 @@ def test_autocast_keeps_the_confidences_of_float32(dtype):
         out = layer(given_x)
     gradients = torch.autograd.grad(out, [given_x, *layer.parameters()], torch.randn_like(out))
     assert all(g.isfinite().all() for g in gradients)
-    # x is float32, and so is all the rest.
+    # x is float32, and so is everything else.
     assert relative_error(out.detach(), expected) < TOLERANCES[torch.float32].output
 
 
@@ -187,11 +187,11 @@ def test_half_module(dtype):
     )
     out = layer(x)
     assert out.dtype == dtype
-    # The rounding of the gate and of the result, and nothing of the sums before them.
+    # Only the rounding of gate and result, not of the sums before.
     assert relative_error(out.detach(), expected) < TOLERANCES[dtype].output
 
 
-def test_parameters_carry_the_published_names():
+def test_parameters_have_the_published_names():
     shapes = {k: tuple(v.shape) for k, v in ConAM(6, 2, 4).state_dict().items()}
     assert shapes == {
         "linear1.weight": (4, 6),
@@ -202,10 +202,10 @@ def test_parameters_carry_the_published_names():
 
 
 @pytest.mark.parametrize(("height", "width"), [(3, 9), (9, 3), (3, 3)])
-def test_patch_larger_than_the_map_is_refused(height, width):
+def test_patch_larger_than_the_map_raises(height, width):
     message = (
-        rf"ConAM: patch_size=4 is larger than the map of {height} x {width} cells; "
-        "valid here: 1 to 3"
+        rf"ConAM: patch_size=4 is larger than the {height} x {width} map; "
+        "must be from 1 to 3 here"
     )
     with pytest.raises(ValueError, match=message):
         ConAM(2, 4, 4)(torch.rand(1, 2, height, width))
@@ -226,14 +226,14 @@ def test_patch_larger_than_the_map_is_refused(height, width):
         ((4, 4), TypeError, r"\(4, 4\): must be an int, not tuple"),
     ],
 )
-def test_arguments_that_are_no_positive_int_are_refused(argument, value, error, shown):
+def test_arguments_must_be_positive_ints(argument, value, error, shown):
     arguments = {"in_channels": 8, "patch_size": 2, "hidden_channels": 4, argument: value}
     with pytest.raises(error, match=f"^{argument}={shown}$"):
         ConAM(**arguments)
 
 
 @pytest.mark.parametrize("value", ["False", 0, 1, None, 2.0])
-def test_scale_by_patches_that_is_no_bool_is_refused(value):
+def test_scale_by_patches_must_be_a_bool(value):
     with pytest.raises(TypeError, match=f"^scale_by_patches={value!r}: must be a bool, not "):
         ConAM(8, 2, 4, scale_by_patches=value)
 
@@ -251,7 +251,7 @@ def test_scale_by_patches_that_is_no_bool_is_refused(value):
         (None, TypeError, "ConAM: .*not NoneType"),
     ],
 )
-def test_inputs_that_are_no_feature_map_are_refused(x, error, message):
+def test_invalid_inputs_raise(x, error, message):
     with pytest.raises(error, match=message):
         ConAM(8, 2, 4)(x)
 

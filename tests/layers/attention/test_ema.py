@@ -1,4 +1,4 @@
-"""EMA against the paper's formula, written here once more, one channel group at a time."""
+"""Compare EMA with an independent implementation of the paper's formula, group by group."""
 
 import copy
 
@@ -25,12 +25,12 @@ def formula(x: Tensor, weights: dict[str, Tensor], factor: int) -> Tensor:
             group = x[b, g * c : (g + 1) * c]  # (c, H, W)
             over_width = sum(group[:, :, j] for j in range(width)) / width  # (c, H)
             over_height = sum(group[:, i, :] for i in range(height)) / height  # (c, W)
-            # The shared 1x1 convolution, a matrix over channels
+            # The shared 1x1 convolution is a matrix over channels.
             matrix, bias = weights["conv1x1.weight"][:, :, 0, 0], weights["conv1x1.bias"][:, None]
             gate_h = 1 / (1 + torch.exp(-(matrix @ over_width + bias)))
             gate_w = 1 / (1 + torch.exp(-(matrix @ over_height + bias)))
             x1 = group * gate_h[:, :, None] * gate_w[:, None, :]
-            # GroupNorm with one channel a group
+            # GroupNorm with one channel per group
             mean = x1.mean((1, 2), keepdim=True)
             var = ((x1 - mean) ** 2).mean((1, 2), keepdim=True)
             x1 = (x1 - mean) / (var + 1e-5).sqrt()
@@ -67,11 +67,11 @@ def layer_and_input(factor: int, c: int, batch: int, size: tuple[int, int], seed
     factor=st.integers(1, 5),
     c=st.integers(1, 5),
     batch=st.integers(1, 2),
-    # GroupNorm of a single cell is 0 / sqrt(eps), whatever the layer does.
+    # GroupNorm of a single position is always 0 / sqrt(eps).
     size=st.tuples(st.integers(1, 8), st.integers(1, 8)).filter(lambda s: s[0] * s[1] >= 4),
     seed=st.integers(0, 2**20),
 )
-def test_forward_and_every_gradient_are_the_formula(factor, c, batch, size, seed):
+def test_forward_and_gradients_match_the_formula(factor, c, batch, size, seed):
     layer, x = layer_and_input(factor, c, batch, size, seed)
     weights = {k: v.double().requires_grad_() for k, v in layer.state_dict().items()}
     exact = x.double().requires_grad_()
@@ -80,7 +80,7 @@ def test_forward_and_every_gradient_are_the_formula(factor, c, batch, size, seed
     names = [name for name, _ in layer.named_parameters()]
     inputs = [exact, *(weights[name] for name in names)]
     expected_gradients = torch.autograd.grad(expected, inputs, upstream)
-    # All parameters on one scale: that of conv3x3.bias, say, is 0 in exact arithmetic for c = 1.
+    # All parameters on one scale: e.g. that of conv3x3.bias is exactly 0 for c = 1.
     scale = max(float(g.abs().max()) for g in expected_gradients[1:])
     for dtype in (torch.float32, torch.float64):
         tolerance = TOLERANCES[dtype]
@@ -106,7 +106,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(run, [t.clone().requires_grad_() for t in inputs])
 
 
-def test_groups_of_channels_and_images_do_not_see_each_other():
+def test_channel_groups_and_images_are_independent():
     layer, x = layer_and_input(4, 2, 3, (5, 4), 1)
     changed = x.clone()
     changed[1, 2:4] += torch.randn(2, 5, 4)
@@ -118,7 +118,7 @@ def test_groups_of_channels_and_images_do_not_see_each_other():
 
 
 @pytest.mark.parametrize("dtype", AUTOCAST_TYPES)
-def test_autocast_is_finite_and_near_float32(dtype):
+def test_autocast_is_finite_and_close_to_float32(dtype):
     layer, x = layer_and_input(4, 8, 2, (9, 7), 2)
     expected = layer(x).detach()
     given_x = x.clone().requires_grad_()
@@ -145,7 +145,7 @@ def test_float32_and_half_modules_keep_their_dtype():
     assert layer.to(torch.bfloat16)(x.to(torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_parameters_carry_the_published_names():
+def test_parameters_have_the_published_names():
     shapes = {k: tuple(v.shape) for k, v in EMA(64).state_dict().items()}
     assert shapes == {
         "conv1x1.weight": (2, 2, 1, 1),
@@ -157,7 +157,7 @@ def test_parameters_carry_the_published_names():
     }
 
 
-def test_factor_that_does_not_divide_is_refused_with_those_that_do():
+def test_invalid_factor_lists_valid_ones():
     message = r"^factor=5: must divide in_channels=12; valid: 1, 2, 3, 4, 6, 12$"
     with pytest.raises(ValueError, match=message):
         EMA(12, 5)
@@ -180,7 +180,7 @@ def test_factor_that_does_not_divide_is_refused_with_those_that_do():
         ((4, 4), TypeError, r"\(4, 4\): must be an int, not tuple"),
     ],
 )
-def test_arguments_that_are_no_positive_int_are_refused(argument, value, error, shown):
+def test_arguments_must_be_positive_ints(argument, value, error, shown):
     with pytest.raises(error, match=f"^{argument}={shown}$"):
         EMA(**{"in_channels": 8, "factor": 4, argument: value})
 
@@ -198,7 +198,7 @@ def test_arguments_that_are_no_positive_int_are_refused(argument, value, error, 
         (None, TypeError, "EMA: .*not NoneType"),
     ],
 )
-def test_inputs_that_are_no_feature_map_are_refused(x, error, message):
+def test_invalid_inputs_raise(x, error, message):
     with pytest.raises(error, match=message):
         EMA(8, 4)(x)
 

@@ -1,4 +1,4 @@
-"""What mmcv and mmdet's ResNet expect of a plug-in."""
+"""Requirements of mmcv and mmdet's ResNet for plug-ins."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_plugin_is_named_by_its_abbreviation(layer_name):
 
 
 @pytest.mark.parametrize("layer_name", PLUGINS)
-def test_resnet_takes_a_plugin(layer_name):
+def test_resnet_accepts_every_plugin(layer_name):
     kind = MODELS.get(layer_name)
     cfg = dict(type=layer_name, **{**required(layer_name), **small(layer_name)})
     torch.manual_seed(0)
@@ -61,5 +61,5 @@ def test_resnet_takes_a_plugin(layer_name):
 
 
 def small(layer_name: str) -> dict:
-    """Arguments for maps of 8 x 8."""
+    """Return arguments for maps of 8 x 8."""
     return {k: v for k, v in {"patch_size": 4}.items() if accepts(layer_name, k)}

@@ -1,6 +1,6 @@
-"""SE, ECA, CBAM and CoordAtt against the papers' formulas, written here once more.
+"""Compare SE, ECA, CBAM and CoordAtt with independent implementations of their formulas.
 
-What mmcv and MMDetection expect of each of them: tests/layers/test_every_layer.py.
+tests/layers/test_every_layer.py checks what mmcv and MMDetection require.
 """
 
 import pytest
@@ -29,7 +29,7 @@ from tests.helpers.torch_features import AUTOCAST_TYPES
 
 
 def mean(x: Tensor) -> Tensor:
-    """Of each channel, (B, C)."""
+    """Return the mean of each channel, (B, C)."""
     height, width = x.shape[2:]
     return sum(x[:, :, i, j] for i in range(height) for j in range(width)) / (height * width)
 
@@ -103,7 +103,7 @@ def build(plugin: type, channels: int, training: bool, seed: int, **kwargs) -> n
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
         elif hasattr(module, "weight"):
-            # Scores of about 1: gates that differ, and do not saturate.
+            # Scores of about 1, for different gates that do not saturate.
             module.weight.data.normal_(std=module.weight[0].numel() ** -0.5)
     return layer
 
@@ -119,7 +119,7 @@ def compare(plugin, batch=2, channels=33, size=(5, 7), training=True, seed=0, **
 
 
 side = st.one_of(st.sampled_from([1, 3, 5, 7, 9]), st.integers(1, 9))
-# Statistics of a few values divide by a variance that may be any small number.
+# Statistics of few values divide by a variance that may be arbitrarily small.
 cases = dict(
     batch=st.integers(1, 3),
     channels=st.integers(1, 65),
@@ -136,28 +136,28 @@ corners = [
 @given(**cases)
 @example(**corners[0])
 @example(**corners[1])
-def test_se_is_the_formula(**case):
+def test_se_matches_the_formula(**case):
     compare(SE, **case)
 
 
 @given(**cases)
 @example(**corners[0])
 @example(**corners[1])
-def test_eca_is_the_formula(**case):
+def test_eca_matches_the_formula(**case):
     compare(ECA, **case)
 
 
 @given(**cases)
 @example(**corners[0])
 @example(**corners[1])
-def test_cbam_is_the_formula(**case):
+def test_cbam_matches_the_formula(**case):
     compare(CBAM, **case)
 
 
 @given(**cases)
 @example(**corners[0])
 @example(**corners[1])
-def test_coord_att_is_the_formula(**case):
+def test_coord_att_matches_the_formula(**case):
     compare(CoordAtt, **case)
 
 
@@ -183,7 +183,7 @@ def test_float32_gradients_are_compared(plugin, training, batch):
     ],
     ids=str,
 )
-def test_other_sizes_are_the_formula(plugin, kwargs):
+def test_other_sizes_match_the_formula(plugin, kwargs):
     compare(plugin, **kwargs)
 
 
@@ -254,18 +254,18 @@ def test_coord_att_has_three_convolutions_and_a_norm(channels, hidden):
 
 def test_kernel_of_eca_follows_the_number_of_channels():
     for channels in range(1, 4097):
-        # Half of log2(C) + 1, rounded down, in integers alone; the next odd number if even.
+        # (log2(C) + 1) / 2, rounded down in integer arithmetic, then up to the next odd number.
         half = channels.bit_length() // 2
         expected = half if half % 2 else half + 1
         layer = ECA(channels)
         assert layer.kernel_size == expected, channels
         assert shapes(layer) == {"conv.weight": (1, 1, expected)}
-    # Those of the paper's ResNets.
+    # Channels of the paper's ResNets.
     stages = {64: 3, 128: 5, 256: 5, 512: 5, 1024: 5, 2048: 7}
     assert {channels: ECA(channels).kernel_size for channels in stages} == stages
 
 
-def test_the_convolutions_use_the_plugins_themselves():
+def test_convolutions_use_the_plugins():
     assert type(CAMConv(16, 8, 3).attention) is ChannelAttention
     assert type(CBAM(16).channel) is ChannelAttention
     assert type(CBAMConv(16, 8, 3).attention) is CBAM
@@ -278,7 +278,7 @@ def test_the_convolutions_use_the_plugins_themselves():
     ("conv", "plugin"), [(CAMConv, ChannelAttention), (CBAMConv, CBAM), (CAConv, CoordAtt)]
 )
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_a_convolution_with_a_plugin_inside_is_the_two_in_a_row(conv, plugin, kernel):
+def test_attended_convolution_equals_plugin_and_convolution(conv, plugin, kernel):
     attended = conv(16, 8, kernel).eval()
     alone = plugin(16).eval()
     alone.load_state_dict(attended.attention.state_dict())
@@ -310,7 +310,7 @@ def test_a_convolution_with_a_plugin_inside_is_the_two_in_a_row(conv, plugin, ke
     ],
     ids=str,
 )  # fmt: skip
-def test_arguments_are_refused_in_words(plugin, kwargs, error, message):
+def test_invalid_arguments_give_clear_errors(plugin, kwargs, error, message):
     with pytest.raises(error, match=message):
         plugin(32, **kwargs)
 
@@ -334,10 +334,10 @@ def test_empty_batch(plugin):
 
 
 @every_plugin
-def test_input_is_left_as_it_was_and_may_be_a_view(plugin):
+def test_input_is_unchanged_and_may_be_a_view(plugin):
     layer = build(plugin, 8, False, seed=0)
     base = torch.randn(2, 9, 17, 3)
-    view = base.permute(0, 2, 3, 1)[:, 1::2]  # no contiguous layout
+    view = base.permute(0, 2, 3, 1)[:, 1::2]  # not contiguous
     kept = view.clone()
     torch.testing.assert_close(layer(view), layer(kept))
     assert torch.equal(view, kept)

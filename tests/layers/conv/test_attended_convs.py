@@ -1,6 +1,6 @@
-"""CAMConv, CBAMConv and CAConv against the papers' formulas.
+"""Compare CAMConv, CBAMConv and CAConv with the papers' formulas.
 
-What mmcv and MMDetection expect of each of them: tests/layers/test_every_layer.py.
+tests/layers/test_every_layer.py checks what mmcv and MMDetection require.
 """
 
 import pytest
@@ -15,7 +15,7 @@ from tests.helpers.formulas import Case, Exact, sigmoid
 
 
 def channel_attention(exact: Exact, x: Tensor, name: str) -> Tensor:
-    """The channel part of CBAM: one MLP on the maxima and on the means."""
+    """Apply CBAM's channel attention: a shared MLP on maxima and means."""
 
     def mlp(vector: Tensor) -> Tensor:
         first, second = exact[f"{name}.mlp.0.weight"], exact[f"{name}.mlp.2.weight"]
@@ -47,7 +47,7 @@ every_layer = pytest.mark.parametrize("layer", LAYERS)
 
 def compare(layer: type, case: Case, **kwargs) -> float:
     def formula(exact: Exact, x: Tensor) -> Tensor:
-        # The convolution window by window, as a product with the unfolded input.
+        # The convolution as a product with the unfolded input.
         seen = formulas.windows(case, LAYERS[layer](exact, x))  # (B, C, K, h, w)
         wide = formulas.side_by_side(seen, case.kernel)
         return formulas.step_over(exact, case, wide)
@@ -58,21 +58,21 @@ def compare(layer: type, case: Case, **kwargs) -> float:
 @given(formulas.cases())
 @example(Case(kernel=(1, 1), padding=(0, 0), stride=(2, 1), groups=3, out_channels=6))
 @example(Case(kernel=(2, 4), padding=(0, 3), channels=65, batch=1, size=(2, 9)))
-def test_cam_conv_is_the_formula(case):
+def test_cam_conv_matches_the_formula(case):
     compare(CAMConv, case)
 
 
 @given(formulas.cases())
 @example(Case(kernel=(1, 1), padding=(0, 0), stride=(2, 1), groups=3, out_channels=6))
 @example(Case(kernel=(2, 4), padding=(0, 3), channels=65, batch=1, size=(2, 9)))
-def test_cbam_conv_is_the_formula(case):
+def test_cbam_conv_matches_the_formula(case):
     compare(CBAMConv, case)
 
 
 @given(formulas.cases())
 @example(Case(kernel=(1, 1), padding=(0, 0), stride=(2, 1), groups=3, out_channels=6))
 @example(Case(kernel=(2, 4), padding=(0, 3), channels=65, batch=1, size=(2, 9)))
-def test_ca_conv_is_the_formula(case):
+def test_ca_conv_matches_the_formula(case):
     compare(CAConv, case)
 
 
@@ -82,7 +82,7 @@ def test_ca_conv_is_the_formula(case):
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_float32_gradients_are_compared(layer, training, mode, dilation):
     window = dict(dilation=(dilation,) * 2, padding=(dilation,) * 2, stride=(2, 2))
-    # 33 channels: a hidden width of 2.
+    # 33 channels give a hidden width of 2.
     case = Case(mode=mode, training=training, size=(9, 11), channels=33, seed=1, **window)
     assert compare(layer, case) > 1e-5, "choose another seed: a value lies on a corner"
 
@@ -98,7 +98,7 @@ def test_float32_gradients_are_compared(layer, training, mode, dilation):
     ],
     ids=str,
 )
-def test_other_sizes_of_the_attention_are_the_formula(layer, kwargs):
+def test_other_attention_sizes_match_the_formula(layer, kwargs):
     compare(layer, Case(channels=27), **kwargs)
 
 
@@ -117,10 +117,10 @@ def test_empty_batch_wherever_torch_accepts_one(layer, mode):
 
 
 @every_layer
-def test_input_is_left_as_it_was_and_may_be_a_view(layer):
+def test_input_is_unchanged_and_may_be_a_view(layer):
     built = Case(training=False).build(layer)
     base = torch.randn(2, 9, 11, 3)
-    view = base.permute(0, 3, 2, 1)[:, :, 1::2]  # no contiguous layout
+    view = base.permute(0, 3, 2, 1)[:, :, 1::2]  # not contiguous
     kept = view.clone()
     torch.testing.assert_close(built(view), built(kept))
     assert torch.equal(view, kept)
@@ -158,7 +158,7 @@ def test_input_is_left_as_it_was_and_may_be_a_view(layer):
         ),
     ],
 )
-def test_parameters_are_those_of_the_paper(layer, channels, kwargs, attention):
+def test_parameters_match_the_paper(layer, channels, kwargs, attention):
     built = layer(channels, 6, 3, **kwargs)
     expected = {f"attention.{name}": shape for name, shape in attention.items()}
     expected |= {"conv.weight": (6, channels, 3, 3), "conv.bias": (6,)}
@@ -198,12 +198,12 @@ def test_parameters_are_those_of_the_paper(layer, channels, kwargs, attention):
     ],
     ids=str,
 )
-def test_arguments_are_refused_in_words(layer, kwargs, error, message):
+def test_invalid_arguments_give_clear_errors(layer, kwargs, error, message):
     with pytest.raises(error) as raised:
         layer(8, 8, 3, **kwargs)
     assert str(raised.value) == message
 
 
 @every_layer
-def test_inputs_are_refused_in_words(layer):
+def test_invalid_inputs_give_clear_errors(layer):
     formulas.check_refused_inputs(layer(8, 8, 3, padding=0, dilation=2))

@@ -1,4 +1,4 @@
-"""Norms and activations that the operators do not know: the input alone is kept."""
+"""With norms and activations that the operators do not support, only the input is saved."""
 
 import copy
 
@@ -20,7 +20,7 @@ FEATURES = [
 
 
 def pair(kind: type[nn.Module], **kwargs) -> tuple[nn.Module, nn.Module]:
-    """A layer, and the same with the formula as it is."""
+    """Return a layer, and the same layer with the plain formula."""
     layer = Case(channels=8, out_channels=6).build(kind, **kwargs)
     reference = copy.deepcopy(layer)
     reference.backend = "reference"
@@ -43,7 +43,7 @@ def saved_bytes(layer: nn.Module, x: torch.Tensor) -> int:
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("features", FEATURES, ids=str)
 @pytest.mark.parametrize("training", [True, False])
-def test_results_and_statistics_are_those_of_the_formula(kind, features, training):
+def test_results_and_statistics_match_the_formula(kind, features, training):
     layer, reference = pair(kind, **features)
     x = torch.randn(2, 8, 9, 7)
     layer.train(training)
@@ -56,14 +56,14 @@ def test_results_and_statistics_are_those_of_the_formula(kind, features, trainin
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("features", FEATURES, ids=str)
-def test_what_is_kept(kind, features):
+def test_saved_tensors(kind, features):
     layer, reference = pair(kind, **features)
     x = torch.randn(2, 8, 33, 31, requires_grad=True)
     assert saved_bytes(layer, x) <= x.nbytes
     assert saved_bytes(reference, x) > 9 * x.nbytes
 
 
-def test_the_backward_pass_is_of_what_was_computed():
+def test_backward_recomputes_the_same_state():
     layer, reference = pair(RFAConv, act_cfg=dict(type="SiLU"))
     x, gradients = torch.randn(2, 8, 9, 7), []
     for module in (layer, reference):

@@ -1,4 +1,4 @@
-"""The receptive-field convolutions under torch.compile: one graph, with the operators in it."""
+"""torch.compile turns receptive-field convolutions into one graph with the operators in it."""
 
 import copy
 import dataclasses
@@ -56,7 +56,7 @@ def test_compiles_as_one_graph_with_the_kernels(name, training, dynamic):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_where_the_kernels_cannot_be_compiled_plain_torch_is_with_one_notice(name, monkeypatch):
+def test_plain_torch_is_compiled_with_one_notice_without_kernels(name, monkeypatch):
     monkeypatch.setattr(backends, "COMPILES_OPERATORS", False)
     monkeypatch.setattr(untouched, "COMPILES_OPERATORS", False)
     backends._warn_once.cache_clear()

@@ -1,4 +1,4 @@
-"""What mmcv expects of a convolution: Conv2d's arguments and attributes, within ConvModule too."""
+"""Convolutions have Conv2d's arguments and attributes, and work inside ConvModule."""
 
 import inspect
 
@@ -48,7 +48,7 @@ def test_signature_lists_every_argument_in_conv2ds_order(layer_name):
         required = [name for name, p in shown.items() if p.default is p.empty]
         assert required == ["in_channels", "out_channels", "kernel_size"]
         assert [n for n, p in shown.items() if p.kind is p.KEYWORD_ONLY] == OWN[layer_name]
-    # The defaults shown are those that hold.
+    # The shown defaults are the real ones.
     defaults = {n: p.default for n, p in shown.items() if n not in required}
     torch.manual_seed(0)
     given = kind(CHANNELS, 16, 3, **defaults).state_dict()
@@ -65,7 +65,7 @@ def test_signature_lists_every_argument_in_conv2ds_order(layer_name):
 @pytest.mark.parametrize("layer_name", CONVS)
 @pytest.mark.parametrize("kernel", [1, 2, 3, (1, 3), (4, 3), 5])
 @pytest.mark.parametrize("kwargs", GRID, ids=str)
-def test_conv_has_the_size_and_the_attributes_of_conv2d(layer_name, kernel, kwargs):
+def test_output_size_and_attributes_match_conv2d(layer_name, kernel, kwargs):
     kwargs = dict(dict(padding=0), **kwargs)
     x = torch.randn(1, 8, 14, 13)
     expected = nn.Conv2d(8, 12, kernel, **kwargs)
@@ -85,7 +85,7 @@ def test_conv_has_the_size_and_the_attributes_of_conv2d(layer_name, kernel, kwar
         dict(stride=2),
         dict(stride=(1, 2)),
         dict(padding=2),
-        dict(dilation=2, padding=2),  # the size stays
+        dict(dilation=2, padding=2),  # keeps the size
         dict(groups=4),
         dict(bias=False),
         dict(padding_mode="reflect"),
@@ -146,7 +146,7 @@ def test_conv_arguments_are_checked_when_the_layer_is_built(layer_name, kwargs, 
 
 
 @pytest.mark.parametrize("layer_name", CONVS)
-def test_maps_smaller_than_the_window_are_refused_in_words(layer_name):
+def test_maps_smaller_than_the_window_raise(layer_name):
     x = torch.randn(1, CHANNELS, 4, 9)
     layer = conv(layer_name, CHANNELS, 16, 3, padding=1, dilation=3).eval()
     message = r"\(1, 32, 4, 9\).*padding=\(1, 1\).*kernel_size=\(3, 3\).*dilation=\(3, 3\)"
@@ -189,7 +189,7 @@ def test_conv_module(layer_name, norm, act):
     assert block.groups == 2
     assert block.transposed is False
     assert block.output_padding == (0, 0)
-    # Bias where no norm follows, and only there.
+    # A bias only without a norm.
     shapes = [v.shape for v in block.conv.state_dict().values()]
     twin = conv(layer_name, CHANNELS, 16, (3, 5), padding=0, groups=2, bias=norm is None)
     assert shapes == [v.shape for v in twin.state_dict().values()]
@@ -212,11 +212,11 @@ def test_conv_module(layer_name, norm, act):
         ("zero", "zeros"),
         ("reflect", "reflect"),
         ("replicate", "replicate"),
-        # mmcv 2.1 passes no padding_mode on, so that this is zeros for Conv2d as well.
+        # mmcv 2.1 does not pass padding_mode on, so it is zeros for Conv2d too.
         ("circular", "zeros"),
     ],
 )
-def test_conv_module_pads_as_the_layer_does_itself(layer_name, mode, own):
+def test_conv_module_pads_like_the_layer(layer_name, mode, own):
     block = ConvModule(
         CHANNELS,
         16,
@@ -230,7 +230,7 @@ def test_conv_module_pads_as_the_layer_does_itself(layer_name, mode, own):
     layer.load_state_dict(block.conv.state_dict())
     x = feature_map()
     assert block.padding == 2
-    if layer_name == "RFAConv":  # of attention over the whole map, border cells may be a part
+    if layer_name == "RFAConv":  # attention over the whole map may depend on the border
         torch.testing.assert_close(block(x), layer(x))
     assert block(x).shape == layer(x).shape == (2, 16, 11, 9)
 

@@ -1,6 +1,6 @@
-"""RFCBAMConv and RFCAConv on the CPU, where their features are never stored as a whole.
+"""RFCBAMConv and RFCAConv on the CPU, where their features are never stored completely.
 
-The formulas, and what holds for every backend: test_receptive_field_convs.py.
+test_receptive_field_convs.py compares all backends with the formulas.
 """
 
 import copy
@@ -27,7 +27,7 @@ NAMES = ("RFCBAMConv", "RFCAConv")
 
 
 class Plain(Tensor):
-    """A subclass without rules of its own."""
+    """A subclass without its own behaviour."""
 
 
 each = pytest.mark.parametrize("name", NAMES)
@@ -49,7 +49,7 @@ def formula(name: str, layer: nn.Module, case: Case, x: Tensor) -> Tensor:
 
 
 def compare(name: str, case: Case, dtypes=(torch.float64, torch.float32)) -> None:
-    """With gradients, in training and in evaluation, and without."""
+    """Return the modes: with gradients, in training and in evaluation, and without gradients."""
     for training in (True, False):
         case = dataclasses.replace(case, training=training)
         layer, x = build(name, case, backend="cpu"), case.input()
@@ -71,7 +71,7 @@ def compare(name: str, case: Case, dtypes=(torch.float64, torch.float32)) -> Non
 @given(case=formulas.cases())
 @example(case=Case(kernel=(1, 1), padding=(0, 0), stride=(2, 1), groups=3, out_channels=6))
 @example(case=Case(kernel=(7, 7), padding=(3, 3), channels=65, batch=1, size=(4, 3)))
-def test_output_and_every_gradient_are_the_formula(name, case):
+def test_output_and_gradients_match_the_formula(name, case):
     compare(name, dataclasses.replace(case, act=case.act and "ReLU"))
 
 
@@ -85,7 +85,7 @@ def test_odd_sizes(name, case):
 @pytest.mark.parametrize("act", ["ReLU", None])
 @pytest.mark.parametrize("training", [True, False])
 def test_bfloat16(name, act, training):
-    """No further from float64 than the formula in bfloat16, whose gates round as these do."""
+    """Results are as close to float64 as the formula in bfloat16, whose gates round equally."""
     case = Case(channels=16, out_channels=24, size=(12, 19), act=act, training=training)
     layer, x = build(name, case).bfloat16(), case.input().bfloat16()
     exact = run(copy.deepcopy(layer).double(), x.double())
@@ -95,7 +95,7 @@ def test_bfloat16(name, act, training):
     least = 1e-3 * max(float(e.norm()) for e in exact[1:])
     for found, made, expected in zip(ours, theirs, exact, strict=True):
         assert found.dtype == torch.bfloat16
-        # By norm: another channel may have the maximum after rounding, and all of its gradient.
+        # By norm: after rounding, another channel may have the maximum and all its gradient.
         scale = max(float(expected.norm()), least)
         error, own = (float((y.double() - expected).norm()) / scale for y in (found, made))
         assert error <= max(2 * TOLERANCES[torch.bfloat16].output, 1.5 * own)
@@ -121,7 +121,7 @@ def test_autocast(name, training, made):
     assert found.dtype == torch.bfloat16
     found.sum().backward()
     assert all(p.grad.isfinite().all() for p in layer.parameters())
-    # Of input and weights too, which `test_bfloat16` rounds before.
+    # Including input and weights, which `test_bfloat16` rounds before.
     expected = formula(name, layer, case, x)
     assert relative_error(found.detach(), expected) <= 2 * TOLERANCES[torch.bfloat16].output
 
@@ -133,7 +133,9 @@ def test_magnitude_of_the_input(name, magnitude, training):
     case = Case(channels=8, out_channels=8, size=(13, 11), seed=3, training=training)
     layer, x = build(name, case), case.input() * magnitude
     exact = run(copy.deepcopy(layer).double(), x.double())
-    least = 1e-2 * max(float(e.abs().max()) for e in exact[2:])  # of a bias before BN: rounding
+    least = 1e-2 * max(
+        float(e.abs().max()) for e in exact[2:]
+    )  # of a bias before BN: only rounding
     for i, (found, expected) in enumerate(zip(run(layer, x), exact, strict=True)):
         limit = TOLERANCES[torch.float32].layer_gradient
         assert relative_error(found, expected, least if i > 1 else 0) <= limit
@@ -141,8 +143,8 @@ def test_magnitude_of_the_input(name, magnitude, training):
 
 @each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_statistics_of_the_batch_are_those_of_torch(name, dtype):
-    """Where the mean is 1000 times the deviation."""
+def test_batch_statistics_match_torch(name, dtype):
+    """Check inputs whose mean is 1000 times their standard deviation."""
     case = Case(channels=5, size=(13, 11))
     layer, x = build(name, case, backend="cpu").to(dtype), case.input().to(dtype) + 1000
     made = copy.deepcopy(layer).double()
@@ -174,7 +176,7 @@ def test_without_norm_or_its_parameters(name, norm_cfg, training):
 
 @each
 @pytest.mark.parametrize("wanted", ["x", "feature.weight", "norm.bias", "conv.weight", "spatial"])
-def test_of_one_gradient_alone(name, wanted):
+def test_single_gradients(name, wanted):
     case = Case(batch=2, channels=4, out_channels=4, groups=2, size=(9, 8))
     layer, x = build(name, case), case.input()
     wanted = "coordinate.conv_h.weight" if (name, wanted) == ("RFCAConv", "spatial") else wanted
@@ -201,7 +203,7 @@ def test_nan_reaches_the_output(name):
 
 
 @each
-def test_input_is_not_read_past_its_ends_and_may_be_a_view(name):
+def test_input_is_not_read_out_of_bounds_and_may_be_a_view(name):
     case = Case(batch=1, size=(6, 7), training=False)
     layer, x = build(name, case), case.input()
     expected = run(layer, x)
@@ -220,7 +222,7 @@ def test_input_is_not_read_past_its_ends_and_may_be_a_view(name):
 
 
 @each
-def test_statistics_computed_anew_give_the_gradients_of_kept_ones(name, monkeypatch):
+def test_recomputed_statistics_give_the_same_gradients(name, monkeypatch):
     results = []
     for least in (0, math.inf):
         monkeypatch.setattr(autograd, "KEEP_FROM", least)
@@ -229,7 +231,7 @@ def test_statistics_computed_anew_give_the_gradients_of_kept_ones(name, monkeypa
 
 
 @each
-def test_second_derivatives_are_refused(name):
+def test_second_derivatives_raise(name):
     layer, x = build(name, Case()), Case().input().requires_grad_()
     with pytest.raises(RuntimeError, match="no second derivative; pass backend='reference'"):
         torch.autograd.grad(layer(x).sum(), x, create_graph=True)
@@ -249,7 +251,7 @@ def test_activation_checkpointing(name, training):
 
 @each
 @pytest.mark.parametrize("training", [True, False])
-def test_features_are_made_where_somebody_needs_them(name, training):
+def test_features_are_materialised_if_needed(name, training):
     case = Case(training=training)
     layer, x = build(name, case), case.input()
     assert layer.window_features(x) is not None
@@ -270,7 +272,9 @@ def test_features_are_made_where_somebody_needs_them(name, training):
     assert build(name, case, norm_cfg=group_norm).window_features(x) is None
     assert build(name, dataclasses.replace(case, act="SiLU")).window_features(x) is None
     one = torch.rand(1, 3, 1, 1)
-    assert (layer.window_features(one) is None) == training  # torch says why it cannot
+    assert (
+        layer.window_features(one) is None
+    ) == training  # torch raises an error that explains it
 
 
 # --------------------------------------------------------------------------- operators
@@ -309,19 +313,21 @@ def test_features_are_checked():
         features(torch.randn(2, 4, 7, 6), dilation=(9, 9)).max_and_mean()
 
 
-def test_of_equal_maxima_the_first_channel_gets_the_gradient():
+def test_first_of_equal_maxima_gets_the_gradient():
     one = torch.rand(1, 1, 5, 5, dtype=torch.float64)
     x = one.repeat(1, 3, 1, 1).requires_grad_()
     identity = torch.eye(9, dtype=torch.float64).view(9, 1, 3, 3).repeat(3, 1, 1, 1)
     shift = torch.zeros(27, dtype=torch.float64)
     pooled = WindowFeatures(x, identity, shift, False, Window((3, 3))).max_and_mean()
     pooled[:, 0].sum().backward()
-    seen = nn.functional.fold(torch.ones(1, 9, 9), (5, 5), (3, 3))  # windows that see each cell
+    seen = nn.functional.fold(
+        torch.ones(1, 9, 9), (5, 5), (3, 3)
+    )  # number of windows that cover each position
     assert torch.equal(x.grad[0, 0], seen[0, 0].double())
     assert not x.grad[0, 1:].any()
 
 
-def test_every_bit_is_the_same_for_any_number_of_threads():
+def test_results_are_bitwise_equal_for_any_number_of_threads():
     by_position = torch.rand(3, 40), torch.rand(3, 9, 25, 61)
     by_coordinate = torch.rand(3, 40, 3, 25), torch.rand(3, 40, 3, 61)
     weight, threads = torch.randn(24, 40, 3, 3), torch.get_num_threads()

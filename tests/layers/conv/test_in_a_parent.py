@@ -1,4 +1,4 @@
-"""Convolutions in a parent's hands: its initialisation, and mmdet's ResNet."""
+"""Convolutions inside a parent: its initialisation, and mmdet's ResNet."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def stds(layer: nn.Module) -> dict[str, float]:
 
 
 def assert_sane(layer: nn.Module) -> None:
-    """Each convolution within a factor of 4 of the std that keeps the variance of its input."""
+    """Check that each convolution keeps the variance of its input within a factor of 4."""
     for key, module in layer.named_modules():
         if isinstance(module, nn.Conv2d) and module.weight.requires_grad:
             fan_in = module.weight[0].numel()
@@ -26,7 +26,7 @@ def assert_sane(layer: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("layer_name", CONVS)
-def test_a_parents_kaiming_does_not_shrink_the_layer(layer_name):
+def test_parents_kaiming_init_does_not_shrink_the_layer(layer_name):
     class Parent(BaseModule):
         def __init__(self):
             super().__init__(init_cfg=dict(type="Kaiming", layer="Conv2d"))
@@ -39,7 +39,7 @@ def test_a_parents_kaiming_does_not_shrink_the_layer(layer_name):
     assert_sane(ConvModule(64, 64, 3, padding=1, conv_cfg=dict(type=layer_name)).conv)
 
 
-def test_rfa_conv_starts_as_the_paper_and_resnet_do():
+def test_rfa_conv_is_initialised_like_the_paper_and_resnet():
     layer = conv("RFAConv", 64, 128, 3)
     for p in layer.parameters():
         p.data.fill_(7)
@@ -53,7 +53,7 @@ def test_rfa_conv_starts_as_the_paper_and_resnet_do():
 
 
 @pytest.mark.parametrize("layer_name", CONVS)
-def test_resnet_takes_a_conv_as_dcn(layer_name):
+def test_resnet_accepts_a_conv_as_dcn(layer_name):
     torch.manual_seed(0)
     net = ResNet(
         50,
@@ -68,7 +68,7 @@ def test_resnet_takes_a_conv_as_dcn(layer_name):
         for i, block in enumerate(getattr(net, f"layer{stage}")):
             assert isinstance(block.conv2, kind) == (stage > 1)
             assert not any(isinstance(m, kind) for m in (block.conv1, block.conv3))
-            # As mmdet's ResLayer: the stride in the first block of a stage, dilation in all.
+            # As in mmdet's ResLayer: stride in the first block of a stage, dilation in all.
             assert block.conv2.stride == ((2, 2) if stage in (2, 4) and i == 0 else (1, 1))
             assert block.conv2.dilation == ((2, 2) if stage == 3 else (1, 1))
             assert getattr(block.conv2, "bias", None) is None
@@ -92,13 +92,13 @@ def test_conv_cfg_of_a_whole_resnet_leaves_the_1x1s_plain():
         if isinstance(old, nn.Conv2d):
             expected = nn.Conv2d if old.kernel_size == (1, 1) else RFAConv
             assert type(net.get_submodule(name)) is expected, name
-    # Its checkpoint fits as it is, and starts the others.
+    # Its checkpoint loads directly, and warm-starts the others.
     net.load_state_dict(plain.state_dict(), strict=True)
     assert torch.equal(net.layer1[0].conv1.weight, plain.layer1[0].conv1.weight)
     net.eval()
     plain.eval()
     maps = plain.maxpool(plain.relu(plain.bn1(plain.conv1(torch.randn(1, 3, 64, 64)))))
-    for layer in ("layer1", "layer2", "layer3", "layer4"):  # behind the stem, nothing is below 0
+    for layer in ("layer1", "layer2", "layer3", "layer4"):  # after the stem, nothing is below 0
         torch.testing.assert_close(
             getattr(net, layer)(maps), getattr(plain, layer)(maps), rtol=1e-3, atol=1e-4
         )

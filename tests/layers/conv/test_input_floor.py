@@ -1,4 +1,4 @@
-"""The lowest input for which a warm start is exact, as an argument."""
+"""The argument input_floor, the lowest input for which a warm start is exact."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_valid_input_floors(name):
     assert layer(4, 6, 3, bias=False, input_floor=0).input_floor == 0
     found = layer(4, 6, 3, input_floor=-2)
     assert (found.input_floor, type(found.input_floor)) == (-2.0, float)
-    # Without an activation there is no floor to heed.
+    # Without an activation, there is no floor.
     bare = layer(4, 6, 3, input_floor=-2, norm_cfg=None, act_cfg=None).eval()
     plain = nn.Conv2d(4, 6, 3, padding=1)
     bare.load_state_dict(plain.state_dict(), strict=True)

@@ -1,7 +1,7 @@
-"""RFCBAMConv, RFCAConv and RFAConv on unfolded windows, against the papers' formulas.
+"""Compare RFCBAMConv, RFCAConv and RFAConv on unfolded windows with the papers' formulas.
 
-RFAConv on learnt features: tests/ops/receptive_field/test_reference.py. What mmcv and MMDetection
-expect of each of them: tests/layers/test_every_layer.py.
+RFAConv on learnt features is in tests/ops/receptive_field/test_reference.py;
+tests/layers/test_every_layer.py checks what mmcv and MMDetection require.
 """
 
 import pytest
@@ -38,7 +38,7 @@ def test_new_memory_is_nan():
 @example(Case(kernel=(1, 1), padding=(0, 0), stride=(2, 1), groups=3, out_channels=6))
 @example(Case(kernel=(2, 4), padding=(0, 3), channels=1, batch=3))
 @example(Case(kernel=(7, 7), padding=(3, 3), channels=65, batch=1, size=(4, 3)))
-def test_rfcbam_conv_is_the_formula(case):
+def test_rfcbam_conv_matches_the_formula(case):
     compare("RFCBAMConv", case)
 
 
@@ -46,7 +46,7 @@ def test_rfcbam_conv_is_the_formula(case):
 @example(Case(kernel=(1, 1), padding=(0, 0), stride=(2, 1), groups=3, out_channels=6))
 @example(Case(kernel=(2, 4), padding=(0, 3), channels=1, batch=3))
 @example(Case(kernel=(7, 7), padding=(3, 3), channels=65, batch=1, size=(4, 3)))
-def test_rfca_conv_is_the_formula(case):
+def test_rfca_conv_matches_the_formula(case):
     compare("RFCAConv", case)
 
 
@@ -54,7 +54,7 @@ def test_rfca_conv_is_the_formula(case):
 @example(Case(kernel=(1, 2), padding=(0, 0), stride=(2, 1), groups=3, out_channels=6))
 @example(Case(kernel=(2, 4), padding=(0, 3), channels=1, batch=3))
 @example(Case(kernel=(7, 7), padding=(3, 3), channels=65, batch=1, size=(4, 3)))
-def test_rfa_conv_on_unfolded_windows_is_the_formula(case):
+def test_rfa_conv_on_unfolded_windows_matches_the_formula(case):
     compare("unfold", case)
 
 
@@ -85,10 +85,10 @@ def test_empty_batch_wherever_torch_accepts_one(name, mode):
 
 @every_layer
 @pytest.mark.parametrize("training", [True, False])
-def test_input_is_left_as_it_was_and_may_be_a_view(name, training):
+def test_input_is_unchanged_and_may_be_a_view(name, training):
     layer = build(name, Case(training=training))
     base = torch.randn(2, 9, 11, 3)
-    view = base.permute(0, 3, 2, 1)[:, :, 1::2]  # no contiguous layout
+    view = base.permute(0, 3, 2, 1)[:, :, 1::2]  # not contiguous
     kept = view.clone()
     torch.testing.assert_close(layer(view), layer(kept))
     assert torch.equal(view, kept)
@@ -97,7 +97,7 @@ def test_input_is_left_as_it_was_and_may_be_a_view(name, training):
 @pytest.mark.parametrize("name", ["RFCBAMConv", "RFCAConv"])
 @pytest.mark.parametrize("watched", ["feature", "norm", "act"])
 @torch.no_grad()
-def test_hooks_in_inference_see_what_they_would_in_training(name, watched):
+def test_hooks_see_the_same_in_inference_and_training(name, watched):
     layer = build(name, Case(training=False))
     layer.norm.running_mean.normal_()
     layer.norm.running_var.uniform_(0.5, 2)
@@ -117,7 +117,7 @@ def test_hooks_in_inference_see_what_they_would_in_training(name, watched):
 
 
 @pytest.mark.parametrize("name", ["RFCBAMConv", "RFCAConv"])
-def test_who_looks_on_in_inference_sees_every_module(name):
+def test_hooks_see_every_module_in_inference(name):
     layer, x = build(name, Case(training=False)), Case().input()
     layer.norm.running_var.uniform_(0.5, 2)
     with torch.inference_mode():
@@ -135,7 +135,7 @@ def test_who_looks_on_in_inference_sees_every_module(name):
     for module in (layer.feature, layer.norm, layer.act):
         assert torch.equal(*seen[module])
 
-    # Nor is a forward of somebody else's, or a bias, passed over.
+    # A replaced forward or a bias is not ignored either.
     layer.norm.forward = lambda features: torch.zeros_like(features)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), layer.conv.bias[:, None, None].expand_as(found))
@@ -167,7 +167,7 @@ def shapes(layer: nn.Module, *without: str) -> dict[str, tuple[int, ...]]:
     return {k: tuple(p.shape) for k, p in parameters if not k.startswith(without)}
 
 
-def test_parameters_are_those_of_the_paper():
+def test_parameters_match_the_paper():
     inner = {"conv.weight": (6, 96, 3, 3), "conv.bias": (6,)}
     norm = {"norm.weight": (864,), "norm.bias": (864,)}
     feature = {"feature.weight": (864, 1, 3, 3), **norm}
@@ -200,13 +200,13 @@ def test_parameters_are_those_of_the_paper():
 @pytest.mark.parametrize(
     ("name", "width"), [("RFCBAMConv", "hidden_channels"), ("RFCAConv", "reduction")]
 )
-def test_other_widths_of_the_attention_are_the_formula(name, width):
+def test_other_attention_widths_match_the_formula(name, width):
     compare(name, Case(channels=27), **{width: 3})
 
 
 @pytest.mark.parametrize("feature", ["conv", "unfold"])
 @pytest.mark.parametrize("kernel_size", [1, (1, 1), [1, 1]])
-def test_a_1x1_window_is_answered_by_a_plain_convolution(feature, kernel_size):
+def test_1x1_window_gives_a_plain_convolution(feature, kernel_size):
     class Derived(RFAConv):
         pass
 
@@ -220,7 +220,7 @@ def test_a_1x1_window_is_answered_by_a_plain_convolution(feature, kernel_size):
             x = torch.randn(2, 4, 7, 5)
             expected = F.conv2d(x, layer.weight, layer.bias, 2)
             torch.testing.assert_close(layer(x), expected)
-    # Only where both sides are 1, and only of this method: the others still weigh the channels.
+    # Only if both sides are 1, and only for this method: the others still weight the channels.
     assert type(RFAConv(4, 6, (1, 3), feature=feature)) is RFAConv
     assert type(RFCAConv(4, 6, 1)) is RFCAConv
 
@@ -240,7 +240,7 @@ def test_a_1x1_window_is_answered_by_a_plain_convolution(feature, kernel_size):
         ),
     ],
 )
-def test_arguments_of_a_1x1_window_are_checked_too(kwargs, error, message):
+def test_arguments_of_a_1x1_window_are_checked(kwargs, error, message):
     with pytest.raises(error, match=f"^{message}$"):
         RFAConv(**{**dict(in_channels=4, out_channels=6, kernel_size=1), **kwargs})
     with pytest.raises(ValueError, match=r"^backend='x': must be one of"):
@@ -249,7 +249,7 @@ def test_arguments_of_a_1x1_window_are_checked_too(kwargs, error, message):
         RFAConv(4, 6, 1, no_such_argument=1)
 
 
-def test_bare_unfolded_windows_are_a_plain_convolution_where_the_attention_is_even():
+def test_raw_windows_with_uniform_attention_equal_a_convolution():
     layer = RFAConv(4, 6, 3, stride=2, norm_cfg=None, act_cfg=None, feature="unfold").eval()
     layer.attention.weight.data.zero_()  # S = 1 / 9
     x = torch.randn(2, 4, 7, 6)
@@ -257,7 +257,7 @@ def test_bare_unfolded_windows_are_a_plain_convolution_where_the_attention_is_ev
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_attention_map_is_that_of_learnt_features():
+def test_attention_map_matches_that_of_learnt_features():
     case = Case(dilation=(2, 1), stride=(1, 2))
     learnt, unfold = case.build(RFAConv), build("unfold", case)
     unfold.attention.load_state_dict(learnt.attention.state_dict())
@@ -286,12 +286,12 @@ def test_attention_map_is_that_of_learnt_features():
         ),
     ],
 )
-def test_arguments_are_refused_in_words(layer, kwargs, error, message):
+def test_invalid_arguments_give_clear_errors(layer, kwargs, error, message):
     with pytest.raises(error) as raised:
         layer(8, 8, 3, **kwargs)
     assert str(raised.value) == message
 
 
 @every_layer
-def test_inputs_are_refused_in_words(name):
+def test_invalid_inputs_give_clear_errors(name):
     formulas.check_refused_inputs(LAYERS[name][0](8, 8, 3, padding=0, dilation=2))

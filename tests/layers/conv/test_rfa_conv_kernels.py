@@ -1,4 +1,4 @@
-"""RFAConv with its kernels, as a module among torch's and OpenMMLab's tools."""
+"""RFAConv with its kernels, together with tools of torch and OpenMMLab."""
 
 import copy
 import dataclasses
@@ -29,7 +29,7 @@ def cpu_backend():
 
 
 def pair(case=CASE, **kwargs):
-    """The same layer on the CPU's kernels and on the reference."""
+    """Return the same layer with the CPU kernels and with the reference."""
     layer = build(case, backend="cpu", **kwargs)
     reference = copy.deepcopy(layer)
     reference.backend = "reference"
@@ -38,7 +38,7 @@ def pair(case=CASE, **kwargs):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Count the calls of the operator."""
+    """Return a counter of the operator's calls."""
     from rfa_mmdet.ops.receptive_field import functional
 
     counts = []
@@ -59,13 +59,13 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("momentum", [0.1, 0.3, 1.0, 0.0, None])
 @pytest.mark.parametrize("tracked", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
-def test_statistics_move_as_torchs(momentum, tracked, affine, calls):
+def test_running_statistics_match_torch(momentum, tracked, affine, calls):
     cfg = dict(type="BN", momentum=momentum, track_running_stats=tracked, affine=affine)
     layer, reference = pair(norm_cfg=cfg)
     for step in range(3):
         x = torch.randn(2, 6, 9, 11) * (step + 1) + step
         for module in (layer, reference):
-            module.train(step != 1)  # without tracking, batch statistics in eval as well
+            module.train(step != 1)  # without tracking, batch statistics are also used in eval mode
         torch.testing.assert_close(layer(x), reference(x), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(layer.state_dict(), reference.state_dict())
     assert len(calls) == 3
@@ -73,7 +73,7 @@ def test_statistics_move_as_torchs(momentum, tracked, affine, calls):
 
 @pytest.mark.parametrize("layer_training", [True, False])
 @pytest.mark.parametrize("norm_training", [True, False])
-def test_it_is_the_norms_own_mode_that_counts(layer_training, norm_training):
+def test_norms_own_mode_counts(layer_training, norm_training):
     layer, reference = pair()
     for module in (layer, reference):
         module.train(layer_training)
@@ -84,7 +84,7 @@ def test_it_is_the_norms_own_mode_that_counts(layer_training, norm_training):
     assert torch.equal(before, layer.norm.running_mean) != norm_training
 
 
-def test_one_value_a_channel_and_no_image_are_torchs_matter():
+def test_torch_handles_single_values_and_empty_batches():
     layer = RFAConv(2, 3, 3, padding=0, backend="cpu")
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         layer(torch.randn(1, 2, 3, 3))
@@ -102,10 +102,10 @@ def test_one_value_a_channel_and_no_image_are_torchs_matter():
     ],
     ids=str,
 )
-def test_other_norms_and_activations_are_for_the_reference(cfg, calls):
+def test_other_norms_and_activations_use_the_reference(cfg, calls):
     assert RFAConv(4, 4, 3, **cfg)(torch.randn(2, 4, 5, 5)).shape == (2, 4, 5, 5)
     assert not calls
-    with pytest.raises(ValueError, match="backend='cpu': computes batch norm or none and ReLU"):
+    with pytest.raises(ValueError, match=r"backend='cpu': does not support .*only batch norm"):
         RFAConv(4, 4, 3, backend="cpu", **cfg)
 
 
@@ -135,7 +135,7 @@ def test_choices_are_checked_when_the_layer_is_built():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_autocast_computes_in_bfloat16_as_a_convolution_does(training, calls):
+def test_autocast_uses_bfloat16_like_a_convolution(training, calls):
     layer, reference = pair(dataclasses.replace(CASE, training=training, act=None))
     x = CASE.input()
     exact = run(reference, x)
@@ -145,7 +145,7 @@ def test_autocast_computes_in_bfloat16_as_a_convolution_does(training, calls):
     assert found[0].dtype == plain.dtype == torch.bfloat16
     assert len(calls) == 1
     for f, e in zip(found, exact, strict=True):
-        # Twice: input, weight and upstream gradient are rounded, and the result.
+        # Twice, because input, weight and upstream gradient are rounded, and the result.
         assert relative_error(f, e) < 2 * TOLERANCES[torch.bfloat16].output
     assert all(g.dtype == torch.float32 for g in found[1:])
 
@@ -161,7 +161,7 @@ def test_backward_under_autocast_is_the_same():
     assert torch.equal(found, expected)
 
 
-def test_double_is_for_the_reference_unless_asked(calls):
+def test_float64_uses_the_reference_by_default(calls):
     layer, x = RFAConv(4, 4, 3).double(), torch.randn(2, 4, 5, 5).double()
     expected = layer(x)
     assert not calls
@@ -187,7 +187,7 @@ def test_activation_checkpointing(use_reentrant):
         def forward(self, x):
             return checkpoint(self.layer, x, use_reentrant=use_reentrant)
 
-    # The reentrant form allows no autograd.grad.
+    # The reentrant variant does not support autograd.grad.
     module, given = Checkpointed(), x.clone().requires_grad_()
     y = module(given)
     generator = torch.Generator().manual_seed(0)
@@ -196,7 +196,7 @@ def test_activation_checkpointing(use_reentrant):
     assert all(map(torch.equal, found, expected))
 
 
-def test_traces_exports_and_counts_hold_plain_operators_only():
+def test_traces_exports_and_counts_only_have_plain_operators():
     layer, x = RFAConv(4, 6, 3, backend="cpu").eval(), torch.randn(1, 4, 7, 6)
     expected = layer(x)
     traced = torch.jit.trace(layer, x)
@@ -210,7 +210,7 @@ def test_traces_exports_and_counts_hold_plain_operators_only():
     assert b"rfa_mmdet" not in file.getvalue()
 
 
-def test_transforms_of_torch_func_take_the_reference(calls):
+def test_torch_func_transforms_use_the_reference(calls):
     layer, x = RFAConv(4, 6, 3).eval(), torch.randn(3, 4, 7, 6)
     reference = copy.deepcopy(layer)
     reference.backend = "reference"

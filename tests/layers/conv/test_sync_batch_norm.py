@@ -1,4 +1,4 @@
-"""SyncBatchNorm in the features: two ranks compute what one computes of the joined batch."""
+"""SyncBatchNorm in the features: two ranks match one rank with the joint batch."""
 
 import os
 import subprocess
@@ -67,8 +67,8 @@ for step in range(2):
     close(layer.norm.running_var, joined.norm.running_var)
 """
 
-# What ranks say where one cannot do as the other. torch's own SyncBatchNorm, which the formula
-# calls, takes no tensors of the CPU: it shows by its words.
+# Errors of ranks that cannot do the same. torch's own SyncBatchNorm, which the formula calls, does
+# not support CPU tensors: its error shows that the formula ran.
 DIFFERENT = """
 def attempt(layer):
     try:
@@ -97,15 +97,15 @@ assert FORMULA in attempt(layer)
 
 layer = make("reference" if rank else "cpu")
 said = attempt(layer)
-assert "ranks [1] of its group take the formula" in said, said
-assert "ranks [0] ask for kernels by name" in said
+assert "ranks [1] of its group must use the formula" in said, said
+assert "ranks [0] force kernels" in said
 
 # Nobody can be asked again: the other ranks do not know.
 layer = make()
 assert attempt(layer) == "kernels"
 if rank == 0:
     layer.norm.register_forward_hook(lambda *args: None)
-    assert "this rank must now take the formula" in attempt(layer)
+    assert "this rank must now use the formula" in attempt(layer)
 
 # Another group is asked anew.
 layer = make()
@@ -135,7 +135,7 @@ def run_ranks(body: str, without_kernels: str = "", **settings) -> None:
     assert result.stdout.count("agrees") == 2
 
 
-# torch's own SyncBatchNorm takes no CPU tensors: the joined batch is what it stands for.
+# torch's own SyncBatchNorm does not support CPU tensors, so compare with the joint batch.
 @pytest.mark.parametrize(
     ("kind", "sizes", "parallel", "static"),
     [
@@ -150,11 +150,11 @@ def test_two_ranks_agree_with_the_joined_batch(kind, sizes, parallel, static):
     run_ranks(SAME, kind=kind, sizes=sizes, parallel=parallel, static=static, backend="auto")
 
 
-def test_a_rank_without_kernels_agrees_with_one_that_has_them(tmp_path):
+def test_rank_without_kernels_agrees_with_one_with_kernels(tmp_path):
     copy_without_kernels(tmp_path)
     settings = dict(kind="RFAConv", sizes=(3, 1), parallel=False, static=False, backend="auto")
     run_ranks(SAME, str(tmp_path), **settings)
 
 
-def test_ranks_take_the_formula_together_or_say_why_not():
+def test_ranks_use_the_formula_together_or_raise():
     run_ranks(DIFFERENT)

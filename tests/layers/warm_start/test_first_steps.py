@@ -14,12 +14,12 @@ from rfa_mmdet.layers.warm_start.first_steps import only_shifts
 from tests.helpers.torch_features import compiles_operators
 
 LAYERS = (RFAConv, RFCBAMConv, RFCAConv)
-# On a CPU, the operators take float32 and the formula the rest.
+# On a CPU, float32 uses the operators and everything else the formula.
 TYPES = {torch.float32: 1e-4, torch.float64: 1e-6}
 
 
 def pair(kind=RFAConv, dtype=torch.float64, padding=1, **kwargs) -> tuple[nn.Module, nn.Conv2d]:
-    """A layer started from a convolution, and that."""
+    """Return a layer started from a convolution, and the convolution."""
     torch.manual_seed(0)
     plain = nn.Conv2d(4, 6, 3, padding=padding).to(dtype)
     layer = kind(4, 6, 3, padding=padding, **kwargs).to(dtype)
@@ -37,7 +37,7 @@ def step(layer: nn.Module, lr: float = 0.01) -> None:
 
 
 def gradients(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Output, and the gradient of the input."""
+    """Return the output and the gradient of the input."""
     x = x.clone().requires_grad_()
     y = net(x)
     torch.manual_seed(1)
@@ -53,12 +53,12 @@ def same(a, b, tolerance: float = 1e-6) -> None:
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("floor", [0.0, -2.0])
-def test_the_first_step_is_the_convolutions_and_then_it_is_as_any_other(kind, dtype, floor):
+def test_first_step_equals_the_convolution_then_trains_normally(kind, dtype, floor):
     layer, plain = pair(kind, dtype, input_floor=floor)
     x, other = (maps(seed=seed, dtype=dtype) + floor for seed in (0, 1))
     same(gradients(layer, x), gradients(plain, x), TYPES[dtype])
     torch.testing.assert_close(layer.norm.running_mean, layer.feature(x).mean((0, 2, 3)))
-    # In evaluation, and on the batch's own statistics, it is the convolution too.
+    # It equals the convolution in evaluation, and on the batch's own statistics.
     same([layer.eval()(other)], [plain(other)], TYPES[dtype])
     twin = copy.deepcopy(layer).train()
     twin.settled = True
@@ -74,27 +74,27 @@ def test_the_first_step_is_the_convolutions_and_then_it_is_as_any_other(kind, dt
     assert torch.equal(layer.norm.weight, before["weight"])
 
 
-def test_of_unfolded_values_as_well():
+def test_first_step_with_unfolded_windows():
     layer, plain = pair(feature="unfold")
     same(gradients(layer, maps()), gradients(plain, maps()))
     assert layer.norm.running_mean.all()
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_accumulated_batches_of_a_step_are_the_convolutions(kind):
+def test_accumulated_batches_equal_the_convolution(kind):
     layer, plain = pair(kind)
     for seed in range(3):
         x = maps(seed=seed)
         same(gradients(layer, x), gradients(plain, x))
     mean = layer.norm.running_mean.clone()
     torch.testing.assert_close(mean, layer.feature(maps()).mean((0, 2, 3)))  # of the first
-    # A step that a scaler leaves out, as of an overflow, changes nothing.
+    # A step that a scaler skips, e.g. after an overflow, changes nothing.
     step(layer, lr=0.0)
     same(gradients(layer, maps(seed=3)), gradients(plain, maps(seed=3)))
     assert torch.equal(layer.norm.running_mean, mean)
 
 
-def test_several_levels_in_a_step_are_the_convolutions():
+def test_several_levels_equal_the_convolution():
     layer, plain = pair()
     levels = [maps(side=side, seed=side) for side in (16, 8, 4)]
     for net in (layer, plain):
@@ -105,7 +105,7 @@ def test_several_levels_in_a_step_are_the_convolutions():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_activation_checkpoints_run_it_twice_to_the_same_end(kind, reentrant):
+def test_activation_checkpointing_gives_the_same_result(kind, reentrant):
     layer, _ = pair(kind)
     twin, x = copy.deepcopy(layer), maps()
     for _ in range(3):
@@ -118,7 +118,7 @@ def test_activation_checkpoints_run_it_twice_to_the_same_end(kind, reentrant):
     assert layer.settled
 
 
-def test_an_empty_batch_is_waited_out():
+def test_empty_batch_is_skipped():
     layer, plain = pair()
     assert layer(maps()[:0]).shape == (0, 6, 9, 9)
     assert not layer.norm.running_mean.any()
@@ -127,8 +127,8 @@ def test_an_empty_batch_is_waited_out():
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_under_autocast(kind):
-    # Without padding: its zeros lie on ReLU's corner, where rounding decides on the gradient.
+def test_first_step_with_autocast(kind):
+    # Without padding: its zeros lie on ReLU's corner, where rounding decides the gradient.
     layer, plain = pair(kind, torch.float32, padding=0)
     exact, x = copy.deepcopy(layer), maps(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -147,7 +147,7 @@ def test_under_autocast(kind):
 
 
 @pytest.mark.parametrize("before", ["the first batch", "the first step", "the second step"])
-def test_saved_and_resumed_anywhere_it_goes_on_as_it_would(before, tmp_path):
+def test_saved_and_resumed_at_any_point(before, tmp_path):
     layer, _ = pair()
     resumed = RFAConv(4, 6, 3).double()
     names = list(resumed.state_dict())
@@ -156,7 +156,7 @@ def test_saved_and_resumed_anywhere_it_goes_on_as_it_would(before, tmp_path):
         if moments[number] == before:
             torch.save(layer.state_dict(), tmp_path / "layer.pth")
             state = torch.load(tmp_path / "layer.pth", weights_only=True)
-            assert list(state) == names  # nothing beside the layer's own
+            assert list(state) == names  # only the layer's own state
             resumed.load_state_dict(state)
             break
         gradients(layer, maps(seed=number))
@@ -171,7 +171,7 @@ def test_saved_and_resumed_anywhere_it_goes_on_as_it_would(before, tmp_path):
     same(resumed.parameters(), layer.parameters(), 0)
 
 
-def test_a_layer_of_its_own_start_trains_on_batches_from_the_first():
+def test_layer_without_warm_start_uses_batches_immediately():
     torch.manual_seed(0)
     fresh = RFAConv(4, 6, 3).double()
     loaded = RFAConv(4, 6, 3).double()
@@ -182,7 +182,7 @@ def test_a_layer_of_its_own_start_trains_on_batches_from_the_first():
     assert loaded.norm.num_batches_tracked == 2
 
 
-def test_a_norm_that_is_held_takes_nothing_until_it_is_released():
+def test_frozen_norm_takes_no_statistics_until_unfrozen():
     layer, _ = pair()
     layer.norm.eval()  # as norm_eval does
     for seed in range(3):
@@ -197,7 +197,7 @@ def test_a_norm_that_is_held_takes_nothing_until_it_is_released():
 
 @pytest.mark.parametrize("buffers", [True, False])
 @pytest.mark.parametrize("average", [ExponentialMovingAverage, AveragedModel])
-def test_averages_of_weights_follow(average, buffers):
+def test_weight_averages_are_correct(average, buffers):
     layer, plain = pair(dtype=torch.float32)
     if average is AveragedModel:
         averaged = average(layer, use_buffers=buffers)
@@ -213,10 +213,10 @@ def test_averages_of_weights_follow(average, buffers):
 
 
 @compiles_operators
-def test_compiled_it_breaks_the_graph_in_the_first_step_alone():
+def test_compiled_graph_only_breaks_in_the_first_step():
     torch._dynamo.reset()
     layer, plain = pair(dtype=torch.float32)
-    # In a model, of whose compiled code the layer is a part.
+    # In a model whose compiled code contains the layer.
     net, same_net = nn.Sequential(nn.ReLU(), layer), nn.Sequential(nn.ReLU(), plain)
     graphs = []
 
@@ -239,7 +239,7 @@ def test_compiled_it_breaks_the_graph_in_the_first_step_alone():
     torch._dynamo.reset()
 
 
-def test_traces_and_transforms_leave_the_layer_as_it_is():
+def test_traces_and_transforms_do_not_change_the_layer():
     layer, _ = pair()
     before = copy.deepcopy(layer.state_dict())
     parameters = dict(layer.named_parameters())

@@ -1,4 +1,4 @@
-"""The first steps of a warm-started layer under DDP: two processes, each with maps of its own."""
+"""The first steps of a warm-started layer with DDP: two processes with different maps."""
 
 import copy
 import os
@@ -39,7 +39,7 @@ def in_process(rank: int, folder: str, kind: type, sync: bool) -> None:
     twin = copy.deepcopy(layer)
     # As MMDetection's: buffers are each rank's own, and no parameter may be left out.
     net = DistributedDataParallel(layer, broadcast_buffers=False, find_unused_parameters=False)
-    if sync:  # after DDP, which refuses it on the CPU
+    if sync:  # after DDP, which does not support it on the CPU
         layer.norm = nn.SyncBatchNorm.convert_sync_batchnorm(layer.norm)
     first = train(net, maps(rank), 1)[0]
     taken = {name: buffer.clone() for name, buffer in layer.norm.named_buffers()}
@@ -62,8 +62,8 @@ def in_process(rank: int, folder: str, kind: type, sync: bool) -> None:
 @pytest.mark.parametrize(
     ("kind", "sync"), [(RFAConv, False), (RFCBAMConv, False), (RFCAConv, False), (RFAConv, True)]
 )
-def test_ranks_take_the_statistics_of_all_and_stay_alike(kind, sync, tmp_path):
-    # Forked, as importing everything anew takes far longer than the test.
+def test_ranks_use_joint_statistics_and_stay_equal(kind, sync, tmp_path):
+    # Forked, because importing everything again takes far longer than the test.
     arguments = (str(tmp_path), kind, sync)
     mp.start_processes(in_process, arguments, nprocs=2, start_method="fork")
     found = [torch.load(tmp_path / f"{rank}.pth", weights_only=False) for rank in (0, 1)]

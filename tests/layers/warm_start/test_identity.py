@@ -1,4 +1,4 @@
-"""Norms that only shift, on running statistics and on those of a batch."""
+"""Norms that only shift, on running statistics and on batch statistics."""
 
 import copy
 
@@ -33,7 +33,7 @@ def test_norms_that_only_shift(eps, floor, channels, seed):
     assert only_shifts(norm, floor)
     assert not only_shifts(norm, floor - 1)
     assert awaits_statistics(norm)
-    # On a batch's own statistics it is something else, until it has taken them.
+    # On batch statistics it differs until it has taken them.
     norm.train()
     twin = copy.deepcopy(norm)
     assert not torch.allclose(twin(x), x - floor, rtol=1e-2, atol=1e-2)
@@ -50,16 +50,16 @@ def test_norm_obstacle_of_each_norm():
     assert norm_obstacle(nn.Identity()) == ""
     assert norm_obstacle(nn.SyncBatchNorm(4)) == ""
     for norm in (nn.InstanceNorm2d(4), nn.GroupNorm(2, 4)):
-        forgets = f"its norm, {type(norm).__name__}, gives the same for a map and for twice that"
-        assert norm_obstacle(norm).startswith(forgets)
-    assert "no statistics" in norm_obstacle(nn.BatchNorm2d(4, track_running_stats=False))
+        reason = f"its norm, {type(norm).__name__}, removes the scale of its input"
+        assert norm_obstacle(norm).startswith(reason)
+    assert "track_running_stats=True" in norm_obstacle(nn.BatchNorm2d(4, track_running_stats=False))
     for norm in (nn.Identity(), nn.GroupNorm(2, 4), nn.BatchNorm2d(4, affine=False)):
         assert not awaits_statistics(norm)
         assert not only_shifts(norm, 0.0)
 
 
-def test_what_a_norm_learnt_on_its_first_statistics_it_keeps():
-    """As after a run under norm_eval, which trained weight and bias on 0 and 1."""
+def test_norm_keeps_its_outputs_when_taking_statistics():
+    """Check a norm after norm_eval, with weight and bias trained on the statistics 0 and 1."""
     torch.manual_seed(0)
     norm, x = nn.BatchNorm2d(3).double(), 2 + 3 * torch.randn(4, 3, 5, 5).double()
     norm.weight.data.uniform_(0.5, 2)
@@ -72,7 +72,7 @@ def test_what_a_norm_learnt_on_its_first_statistics_it_keeps():
     assert not awaits_statistics(norm)
 
 
-def test_a_batch_without_two_values_tells_nothing():
+def test_batch_with_a_single_value_is_skipped():
     norm = nn.BatchNorm2d(3)
     norm.load_state_dict(identity_norm(norm, 0.0))
     before = copy.deepcopy(norm.state_dict())
@@ -82,6 +82,6 @@ def test_a_batch_without_two_values_tells_nothing():
         assert awaits_statistics(norm)
 
 
-def test_a_group_norm_forgets_what_a_convolution_keeps():
+def test_group_norm_removes_the_scale():
     norm, x = nn.GroupNorm(2, 4, eps=0.0).double(), torch.randn(2, 4, 5, 5).double()
     torch.testing.assert_close(norm(2 * x), norm(x))

@@ -1,6 +1,6 @@
-"""A layer started from a plain convolution computes what that one did.
+"""A layer started from a plain convolution has the same outputs.
 
-The truth is torch's own Conv2d, in double precision.
+The reference is torch's own Conv2d in double precision.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tests.helpers.registered import CONVS, RECEPTIVE, build_randomly
 
 LEAKY = dict(type="LeakyReLU", negative_slope=0.1)
-# Every layer, and every variant of it that a plain convolution can become.
+# Every layer, and every variant that can start from a plain convolution.
 VARIANTS = {
     **{name: dict(type=name) for name in CONVS},
     **{f"{n}, no norm": dict(type=n, norm_cfg=None) for n in RECEPTIVE},
@@ -30,7 +30,7 @@ VARIANTS = {
 
 
 def cuts_off(cfg: dict) -> bool:
-    """Whether something below the floor is lost."""
+    """Return whether inputs below the floor are clipped."""
     return cfg["type"] in RECEPTIVE and cfg.get("act_cfg", "ReLU") is not None
 
 
@@ -48,7 +48,7 @@ class Case(NamedTuple):
 @st.composite
 def cases(draw, cfg: dict) -> Case:
     pairs = st.tuples(st.integers(1, 4), st.integers(1, 4))
-    # A 1x1 RFAConv is a plain convolution, with nothing to start.
+    # A 1x1 RFAConv is a plain convolution, so there is nothing to start.
     kernel = draw(pairs.filter(lambda k: k != (1, 1) or cfg["type"] != "RFAConv"))
     stride = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
     padding = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
@@ -72,13 +72,13 @@ def cases(draw, cfg: dict) -> Case:
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    # Not to less than a hundredth of the inputs: where the padding alone is seen, all is 0.
+    # Relative to at least a hundredth of the inputs: windows in the padding are 0.
     return ((a - b).abs().max() / a.abs().max().clamp_min(1e-2)).item()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @given(data=st.data())
-def test_it_computes_what_the_plain_convolution_did(variant, data):
+def test_outputs_equal_the_plain_convolution(variant, data):
     plain, layer, floor, x = data.draw(cases(VARIANTS[variant]))
     source = plain.state_dict()
     kept = {k: v.clone() for k, v in source.items()}
@@ -87,7 +87,7 @@ def test_it_computes_what_the_plain_convolution_did(variant, data):
     assert source.keys() == kept.keys()
     assert all(torch.equal(source[k], v) for k, v in kept.items())
     assert layer.start.plain == tuple(kept)
-    # The floor itself is let through.
+    # The floor itself passes.
     x.flatten()[0] = floor
     x.requires_grad_()
     expected, found = plain(x), layer(x)
@@ -103,7 +103,7 @@ def test_it_computes_what_the_plain_convolution_did(variant, data):
     ("variant", "floor"),
     [(v, f) for v, cfg in VARIANTS.items() for f in (0.0, -1.0) if not f or takes_floor(cfg)],
 )
-def test_below_the_floor_it_does_only_where_nothing_is_cut_off(variant, floor):
+def test_outputs_below_the_floor_are_equal_only_without_clipping(variant, floor):
     cfg = VARIANTS[variant]
     more = dict(input_floor=floor) if cfg["type"] in RECEPTIVE else {}
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def test_below_the_floor_it_does_only_where_nothing_is_cut_off(variant, floor):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_under_norm_eval_it_trains_on_from_there(variant):
+def test_trains_with_norm_eval(variant):
     torch.manual_seed(0)
     plain = nn.Conv2d(4, 6, 3, padding=1).double()
     layer = build_randomly(VARIANTS[variant], 4, 6, 3, padding=1).double()
@@ -135,8 +135,8 @@ def test_under_norm_eval_it_trains_on_from_there(variant):
         for name, p in layer.named_parameters()
         if not name.startswith(("conv.", "norm.", "feature."))
     }
-    # No saddle: each gate has a parameter that moves. What only feeds a last layer that is still
-    # zero follows one step later.
+    # Not a saddle point: each gate has a parameter that changes. Parameters before a last layer
+    # that is still zero follow one step later.
     gates = {
         "RFAConv": ["attention.weight"],
         "RFCBAMConv": ["se.fc.2.weight", "spatial.weight"],
@@ -154,7 +154,7 @@ def test_under_norm_eval_it_trains_on_from_there(variant):
     [{}, dict(norm_cfg=None), dict(act_cfg=dict(type="SiLU")), dict(norm_cfg=dict(type="GN"))],
     ids=str,
 )
-def test_a_1x1_rfaconv_takes_any_plain_one(bias, more):
+def test_1x1_rfaconv_loads_any_plain_convolution(bias, more):
     if more.get("norm_cfg"):
         more = dict(norm_cfg=dict(type="GN", num_groups=2))
     plain = nn.Conv2d(4, 6, 1, bias=bias).double()
@@ -165,7 +165,7 @@ def test_a_1x1_rfaconv_takes_any_plain_one(bias, more):
 
 
 @pytest.mark.parametrize("name", CONVS)
-def test_within_a_model_and_by_mmengines_loader(name):
+def test_inside_a_model_with_mmengines_loader(name):
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3, bias=False))
     for load in (
@@ -181,7 +181,7 @@ def test_within_a_model_and_by_mmengines_loader(name):
 
 
 @pytest.mark.parametrize("name", CONVS)
-def test_a_subclass_starts_too(name):
+def test_subclasses_start_too(name):
     derived = type("Mine", (MODELS.get(name),), {})
     plain = nn.Conv2d(4, 6, 3, padding=1)
     layer = derived(4, 6, 3).eval()
@@ -196,13 +196,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @pytest.mark.parametrize("name", CONVS)
 @pytest.mark.parametrize(("own", "given"), list(itertools.product(DTYPES, DTYPES)), ids=str)
-def test_precision_is_the_layers_and_nothing_of_it_is_lost(name, own, given):
+def test_precision_of_the_layer_is_kept(name, own, given):
     torch.manual_seed(0)
     plain = nn.Conv2d(4, 6, 3, padding=1).to(given)
     layer = build_randomly(dict(type=name), 4, 6, 3, padding=1).to(own).eval()
     layer.load_state_dict(plain.state_dict(), strict=True)
     assert {v.dtype for k, v in layer.state_dict().items() if "num_batches" not in k} == {own}
-    # Run in double precision, what is left is the rounding of the weights to the layer's own
-    # precision: a file of half precision is exact in a higher one, and so has to be the layer.
+    # In double precision, only the rounding of the weights to the layer's own precision remains: a
+    # file in half precision is exact in a higher one, and so must be the layer.
     x = torch.rand(2, 4, 5, 5).double()
     assert difference(plain.double()(x), layer.double()(x)) <= 8 * torch.finfo(own).eps

@@ -1,4 +1,4 @@
-"""Each plug-in from the identity: what it computes at first, how it leaves, and what it becomes."""
+"""Plug-ins that start as the identity: outputs, first steps and checkpoints."""
 
 import copy
 import pickle
@@ -15,7 +15,7 @@ from tests.helpers.torch_features import CONV_TYPES
 from tests.helpers.touched import TOOLS
 
 SCALES = {"EMA": 2, "SE": 2, "ECA": 2, "CBAM": 4, "CoordAtt": 4, "ConAM": 1 / 2}
-# What the first step moves: the last layers of the gates. The others follow.
+# The first step changes the last layers of the gates; the others follow.
 FIRST = {
     "EMA": {"gn.weight", "gn.bias", "conv3x3.weight", "conv3x3.bias"},
     "SE": {"fc.2.weight"},
@@ -37,7 +37,7 @@ def build(name: str, start: str = "identity", **kwargs) -> nn.Module:
     if accepts(name, "reduction") and not accepts(name, "hidden_channels"):
         kwargs = dict(reduction=4) | kwargs  # wide enough for its ReLU not to be dead
     if accepts(name, "factor"):
-        kwargs = dict(factor=8) | kwargs  # 4 channels a group: softmax has something to choose
+        kwargs = dict(factor=8) | kwargs  # 4 channels per group, so softmax is not trivial
     return plugin(name, start=start, **kwargs)
 
 
@@ -46,7 +46,7 @@ def far(a: Tensor, b: Tensor) -> float:
 
 
 def run(layer: nn.Module, x: Tensor, scale: float = 1.0) -> list[Tensor]:
-    """Output, and the gradients of the input and of every parameter, multiplied."""
+    """Return output and gradients of input and parameters, multiplied by a factor."""
     x = x.clone().requires_grad_()
     y = layer(x)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
@@ -61,7 +61,7 @@ def assert_identity(layer: nn.Module) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("tool", [None, "forward hook"])
-def test_it_is_the_identity_until_its_first_step(name, training, tool):
+def test_identity_until_the_first_step(name, training, tool):
     layer, x = build(name).train(training), feature_map()
     if tool is not None:  # its modules are called then
         TOOLS[tool](layer)
@@ -91,7 +91,7 @@ def test_it_is_the_identity_until_its_first_step(name, training, tool):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("tool", [None, "forward hook"])
-def test_a_checkpoint_wins_and_the_formula_is_multiplied_by_one_number(name, training, tool):
+def test_checkpoint_wins_and_the_output_scale_stays(name, training, tool):
     paper, layer = (build(name, start).double().train(training) for start in ("paper", "identity"))
     assert paper.output_scale == 1
     layer.load_state_dict(paper.state_dict(), strict=True)
@@ -106,14 +106,14 @@ def test_a_checkpoint_wins_and_the_formula_is_multiplied_by_one_number(name, tra
 
 
 @pytest.mark.parametrize("dtype", CONV_TYPES)
-def test_in_half_precision_it_is_the_identity_too(name, dtype):
+def test_identity_in_half_precision(name, dtype):
     layer, x = build(name).to(dtype), feature_map().to(dtype)
     assert layer(x).equal(x)
     assert layer.is_identity()
 
 
 @pytest.mark.parametrize("patches", [1, 4])
-def test_conam_without_scaling_is_near_the_identity(patches):
+def test_conam_without_scaling_is_close_to_the_identity(patches):
     size = 9 if patches == 1 else 5
     layer = ConAM(CHANNELS, size, 8, start="identity")
     x = torch.randn(2, CHANNELS, 9, 9)
@@ -138,11 +138,11 @@ INITS = {
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_it_survives_the_initialisation_of_a_parent(name, init):
+def test_parents_init_weights_keeps_the_identity(name, init):
     parent = Parent(build(name), [INITS[init]])
     parent.init_weights()
     assert_identity(parent.layer)
-    # All else is at torch's own values, and alive, whatever the parent's meant.
+    # Everything else has torch's defaults, regardless of the parent's init_cfg.
     fresh = build(name)
     for key, value in parent.layer.state_dict().items():
         if key in parent.layer.constant_attention()[0]:
@@ -151,24 +151,24 @@ def test_it_survives_the_initialisation_of_a_parent(name, init):
         assert value.double().abs().max() <= max(4 * limit, 1), key
     assert any(float(g.abs().max()) > 1e-4 for g in run(parent.layer, feature_map())[2:])
     before = copy.deepcopy(parent.layer.state_dict())
-    parent.init_weights()  # MMEngine warns, and leaves everything
+    parent.init_weights()  # MMEngine warns and does nothing
     assert all(v.equal(before[k]) for k, v in parent.layer.state_dict().items())
 
 
-def test_from_the_papers_start_a_parents_initialisation_stays(name):
+def test_parents_init_weights_is_kept_with_the_paper_start(name):
     parent = Parent(build(name, "paper"), [INITS["Constant"]])
     parent.init_weights()
     assert all(bool((p == 3).all()) for p in parent.layer.parameters())
 
 
-def test_a_pretrained_file_with_its_own_keys_wins(name, tmp_path):
+def test_pretrained_checkpoint_with_plugin_keys_wins(name, tmp_path):
     source = build(name, "paper").state_dict()
     torch.save({f"layer.{key}": value for key, value in source.items()}, tmp_path / "file.pth")
     pretrained = dict(type="Pretrained", checkpoint=str(tmp_path / "file.pth"))
     parent = Parent(build(name), [pretrained, INITS["Constant"]])
     parent.init_weights()
     assert all(value.equal(source[key]) for key, value in parent.layer.state_dict().items())
-    assert parent.layer.output_scale == SCALES[name]  # the config's, as always
+    assert parent.layer.output_scale == SCALES[name]  # from the config, as always
 
 
 def test_start_is_shown_and_checked(name):
@@ -179,11 +179,11 @@ def test_start_is_shown_and_checked(name):
             build(name, wrong)
 
 
-def test_copies_and_pickles_start_there_too(name):
+def test_copies_and_pickles_keep_the_start(name):
     layer = build(name)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert_identity(twin)
-    # One that was pickled before there was a choice is as its paper says.
+    # Modules pickled before the argument existed start as in the paper.
     old = build(name, "paper")
     expected = old(feature_map())
     for attribute in ("start", "output_scale"):
@@ -191,6 +191,6 @@ def test_copies_and_pickles_start_there_too(name):
     assert pickle.loads(pickle.dumps(old))(feature_map()).equal(expected)
 
 
-def test_every_plugin_of_the_package_can(name):
+def test_every_plugin_supports_identity(name):
     assert accepts(name, "start")
     assert MODELS.get(name)(CHANNELS, **required(name)).start == "paper"

@@ -1,4 +1,4 @@
-"""Published checkpoints load as they are, and compute what the published layers compute."""
+"""Published checkpoints load directly, with the outputs of the published layers."""
 
 import copy
 
@@ -33,7 +33,7 @@ def system(request) -> str:
     ("k", "stride", "bias", "c", "o"),
     [(3, 1, True, 32, 8), (3, 2, False, 64, 24), (5, 2, True, 32, 40)],
 )
-def test_published_layer_loads_as_it_is(system, k, stride, bias, c, o):
+def test_published_layer_loads_directly(system, k, stride, bias, c, o):
     theirs = randomise(THEIRS[system](c, o, k, stride, bias))
     layer = build(system, c, o, k, stride, bias=bias)
     x = feature_map(c)
@@ -42,10 +42,10 @@ def test_published_layer_loads_as_it_is(system, k, stride, bias, c, o):
     before = list(state)
     layer.load_state_dict(state, strict=True)
     assert_same(layer(x), theirs(x))
-    assert list(state) == before  # the caller's
+    assert list(state) == before  # the caller's dict
 
 
-def test_norm_statistics_arrive_whole(system):
+def test_norm_statistics_are_loaded(system):
     theirs = randomise(THEIRS[system](32, 8, 3))
     layer = build(system, 32, 8, 3)
     layer.load_state_dict(theirs.state_dict())
@@ -54,7 +54,7 @@ def test_norm_statistics_arrive_whole(system):
         assert torch.equal(state[name], theirs.state_dict()[published]), name
 
 
-def test_file_from_before_batches_were_counted(system):
+def test_file_without_num_batches_tracked(system):
     theirs = randomise(THEIRS[system](32, 8, 3))
     # Without _metadata, like a file of that time.
     state = {k: v for k, v in theirs.state_dict().items() if not k.endswith("batches_tracked")}
@@ -63,7 +63,7 @@ def test_file_from_before_batches_were_counted(system):
     assert_same(layer(feature_map(32)), theirs(feature_map(32)))
 
 
-def test_our_own_round_trip(system):
+def test_own_state_dict_round_trip(system):
     a, b = build(system, 32, 8, 3, seed=1), build(system, 32, 8, 3, seed=2)
     names = list(b.state_dict())
     b.load_state_dict(a.state_dict(), strict=True)
@@ -71,7 +71,7 @@ def test_our_own_round_trip(system):
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
 
 
-def test_wrong_shape_is_refused_with_both_shapes(system):
+def test_wrong_shape_raises_with_both_shapes(system):
     state = THEIRS[system](32, 8, 3).state_dict()
     layer = MODELS.get(system)(32, 16, 3)
     message = r"^conv\.weight: .*\(8, 32, 3, 3\), but the \w+ .* needs \(16, 32, 3, 3\)$"
@@ -79,20 +79,20 @@ def test_wrong_shape_is_refused_with_both_shapes(system):
         layer.load_state_dict(state, strict=True)
 
 
-def test_bias_that_the_layer_lacks_is_named(system):
+def test_unexpected_bias_is_named(system):
     state = THEIRS[system](32, 8, 3).state_dict()
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"conv\.bias"'):
         MODELS.get(system)(32, 8, 3, bias=False).load_state_dict(state, strict=True)
 
 
-def test_file_of_another_system_is_refused(system):
+def test_file_of_another_layer_raises(system):
     for name in set(THEIRS) - {system}:
         state = THEIRS[name](32, 8, 3).state_dict()
         with pytest.raises(RuntimeError, match=r"Unexpected key|Missing key"):
             MODELS.get(system)(32, 8, 3).load_state_dict(state, strict=True)
 
 
-def test_both_names_of_one_parameter_are_refused(system):
+def test_both_names_of_one_parameter_raise(system):
     theirs, layer = THEIRS[system](32, 8, 3), MODELS.get(system)(32, 8, 3)
     state = {**theirs.state_dict(), "conv.weight": layer.conv.weight}
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"conv\.0\.weight"'):

@@ -1,4 +1,4 @@
-"""The table of published names: each is found and renamed, and nothing else is."""
+"""All published names, and no others, are found and renamed."""
 
 import pytest
 from hypothesis import given
@@ -17,7 +17,7 @@ from tests.helpers.published import (
     published_detector,
 )
 
-# As the list of published names gives them, '*' for all that a convolution or norm has.
+# As in the list of published names; '*' stands for all values of a convolution or norm.
 CONV, NORM = ("weight", "bias"), ("weight", "bias", "running_mean", "running_var")
 KEYS = {
     "RFAConv": "get_weight.1.weight generate_feature.0.weight generate_feature.1.* conv.0.*",
@@ -45,18 +45,18 @@ def system(request) -> str:
     return request.param
 
 
-def test_the_layers_here_have_the_published_names(system):
+def test_reference_layers_have_the_published_names(system):
     assert set(THEIRS[system](32, 8, 3).state_dict()) == listed_keys(system)
 
 
-def test_table_gives_every_published_name_its_own_place_in_ours(system):
+def test_table_maps_every_published_name_to_one_of_ours(system):
     renamed = PUBLISHED[system]
     assert set(renamed) == listed_keys(system)
     assert len(set(renamed.values())) == len(renamed)
     assert set(renamed.values()) == set(build(system, 32, 8, 3).state_dict())
 
 
-def test_our_names_are_never_taken_for_published_ones(system):
+def test_own_names_are_not_mistaken_for_published_ones(system):
     for bias in (True, False):
         state = build(system, 32, 8, 3, bias=bias).state_dict()
         before = dict(state)
@@ -74,14 +74,14 @@ FOREIGN = [
 ]
 
 
-def test_a_layer_without_prefix_leaves_a_resnets_stem_alone():
+def test_layer_without_prefix_does_not_match_a_resnets_stem():
     for system in PUBLISHED:
         state = dict.fromkeys([*STEM, "fc.weight", "layer1.0.conv1.weight", "conv.0.weight"], 0)
         assert rename_published(system, state, "") == 0
         assert find_published(state) == {}
 
 
-def test_unknown_system():
+def test_unknown_layer():
     state = {"conv.0.weight": 0}
     assert rename_published("RFAConvOfMine", state, "") == 0
     assert list(state) == ["conv.0.weight"]
@@ -90,12 +90,12 @@ def test_unknown_system():
 @pytest.mark.parametrize(
     "others",
     [
-        ["mlp.0.bias", "mlp.2.bias"],  # linear layers of some transformer
+        ["mlp.0.bias", "mlp.2.bias"],  # linear layers of a transformer
         ["conv.1.weight", "conv.1.bias"],
         ["attention.mlp.0.weight"],
     ],
 )
-def test_modules_that_only_look_like_one_are_not_found(others):
+def test_similar_modules_are_not_found(others):
     keys = ["a.mlp.0.weight", "a.mlp.2.weight", "a.conv.0.weight", *(f"a.{k}" for k in others)]
     assert find_published(keys) == {}
 
@@ -122,8 +122,8 @@ PREFIXES = st.lists(
     bias=st.booleans(),
     shuffle=st.randoms(use_true_random=False),
 )
-def test_layers_are_found_and_renamed_wherever_they_are(placed, foreign, bias, shuffle):
-    # A module inside another one, or of another kind in the same place, is no published layer.
+def test_layers_are_found_and_renamed_at_any_prefix(placed, foreign, bias, shuffle):
+    # Nested modules, or other modules at the same place, are not published layers.
     inside = [(a, b) for a in placed for b in placed if a != b and a.startswith(b)]
     placed = {p: s for p, s in placed.items() if p not in {a for a, _ in inside}}
     expected, others = {}, []
@@ -142,7 +142,7 @@ def test_layers_are_found_and_renamed_wherever_they_are(placed, foreign, bias, s
     changed = sum(rename_published(system, state, prefix) for prefix, system in found.items())
     assert changed == sum(old != new for old, new in expected.items())
     assert state == {expected.get(key, key): key for key in keys}
-    assert find_published(state) == {}  # nothing to be done twice
+    assert find_published(state) == {}  # nothing to rename again
 
 
 @given(

@@ -1,4 +1,4 @@
-"""The record of what a checkpoint filled, and what it refuses."""
+"""The record of values loaded from a checkpoint, and rejected warm starts."""
 
 import copy
 import pickle
@@ -16,7 +16,7 @@ from tests.helpers.registered import ATTENDED, CONVS, RECEPTIVE, build_randomly,
 
 @pytest.mark.parametrize("name", CONVS)
 @pytest.mark.parametrize(("bias", "own_bias"), [(True, True), (False, True), (False, False)])
-def test_start_names_what_was_filled(name, bias, own_bias):
+def test_start_records_loaded_names(name, bias, own_bias):
     layer = build_randomly(dict(type=name), 4, 6, 3, bias=own_bias)
     assert layer.start == Start() == (frozenset(), (), "")
     layer.load_state_dict(plain_state(bias=bias), strict=True)
@@ -32,7 +32,7 @@ def test_start_names_what_was_filled(name, bias, own_bias):
 
 @pytest.mark.parametrize("name", CONVS)
 @pytest.mark.parametrize("published", [False, True])
-def test_own_and_published_names_fill_all(name, published):
+def test_own_and_published_names_load_everything(name, published):
     source, layer = (
         build_randomly(dict(type=name), 4, 6, 3),
         build_randomly(dict(type=name), 4, 6, 3),
@@ -47,7 +47,7 @@ def test_own_and_published_names_fill_all(name, published):
     assert layer.start == Start(filled=own)
 
 
-def test_own_names_in_parts_add_up():
+def test_partial_loads_add_up():
     layer = build_randomly(dict(type="RFAConv"), 4, 6, 3)
     state = build_randomly(dict(type="RFAConv"), 4, 6, 3).state_dict()
     first = {k: v for k, v in state.items() if k.startswith("conv")}
@@ -59,17 +59,17 @@ def test_own_names_in_parts_add_up():
     assert layer.start == Start(frozenset(state))
 
 
-def test_a_plain_start_keeps_what_it_does_not_set():
+def test_warm_start_keeps_other_values():
     layer = build_randomly(dict(type="CAMConv"), 4, 6, 3)
     layer.load_state_dict(build_randomly(dict(type="CAMConv"), 4, 6, 3).state_dict())
     before = layer.attention.mlp[0].weight.clone()
     layer.load_state_dict(plain_state())
     assert torch.equal(layer.attention.mlp[0].weight, before)
-    # mlp.2 is at its beginning now, not at what the first file gave it.
+    # mlp.2 has its initial value now, not that of the first file.
     assert layer.start.filled == {"attention.mlp.0.weight", "conv.weight", "conv.bias"}
 
 
-def test_keys_of_another_shape_do_not_count_as_filled():
+def test_keys_of_another_shape_do_not_count_as_loaded():
     layer = build_randomly(dict(type="CAMConv"), 4, 6, 3)
     state = build_randomly(dict(type="CAMConv", reduction=2), 4, 6, 3).state_dict()
     load_state_dict(layer, state)  # with a warning for each of the two
@@ -83,33 +83,33 @@ def test_keys_of_another_shape_do_not_count_as_filled():
         (
             dict(norm_cfg=dict(type="GN", num_groups=2)),
             True,
-            "its norm, GroupNorm, gives the same for a map and for twice that map, "
-            "which no convolution does; BN, or norm_cfg=None, can be the identity",
+            "its norm, GroupNorm, removes the scale of its input, so the layer cannot equal a "
+            "convolution; use BN or norm_cfg=None",
         ),
         (
             dict(norm_cfg=dict(type="BN", affine=False)),
             True,
-            "its BN has no parameters or no statistics, which the identity needs",
+            "its BN needs affine=True and track_running_stats=True to be the identity",
         ),
         (
             dict(norm_cfg=dict(type="BN", track_running_stats=False)),
             True,
-            "its BN has no parameters or no statistics, which the identity needs",
+            "its BN needs affine=True and track_running_stats=True to be the identity",
         ),
         (
             dict(act_cfg=dict(type="SiLU")),
             True,
-            "its activation, SiLU, is no identity above 0; ReLU is",
+            "its activation, SiLU, is not the identity above 0; use ReLU",
         ),
         (
             dict(bias=False),
             True,
-            "the plain convolution has a bias and this layer none; bias=True takes it",
+            "the plain convolution has a bias, but this layer has none; use bias=True",
         ),
     ],
     ids=["GN", "no affine", "no statistics", "SiLU", "bias"],
 )
-def test_what_cannot_be_the_plain_convolution_stays_as_it_is(name, cfg, bias, why):
+def test_layers_that_cannot_warm_start_are_unchanged(name, cfg, bias, why):
     layer = build_randomly(dict(type=name), 4, 6, 3, **cfg)
     before = {k: v.clone() for k, v in layer.state_dict().items()}
     state = plain_state(bias=bias)
@@ -123,7 +123,7 @@ def test_what_cannot_be_the_plain_convolution_stays_as_it_is(name, cfg, bias, wh
 
 
 @pytest.mark.parametrize("name", ATTENDED)
-def test_attended_convs_refuse_a_bias_alone(name):
+def test_attended_convs_only_reject_a_bias(name):
     layer = build_randomly(dict(type=name), 4, 6, 3, bias=False)
     with pytest.raises(RuntimeError, match=r"Unexpected key\(s\)"):
         layer.load_state_dict(plain_state(), strict=True)
@@ -132,7 +132,7 @@ def test_attended_convs_refuse_a_bias_alone(name):
     assert layer.start == Start(frozenset({"conv.weight"}), ("weight",))
 
 
-def test_a_refusal_forgets_nothing():
+def test_rejected_warm_start_keeps_earlier_loads():
     layer = build_randomly(dict(type="RFAConv"), 4, 6, 3, act_cfg=dict(type="SiLU"))
     layer.load_state_dict(layer.state_dict())
     filled = layer.start.filled
@@ -145,11 +145,11 @@ def test_a_refusal_forgets_nothing():
 @pytest.mark.parametrize("name", CONVS)
 @pytest.mark.parametrize("key", ["weight", "conv.weight"])
 @pytest.mark.parametrize("strict", [True, False])
-def test_other_shapes_are_an_error_that_names_both(name, key, strict):
+def test_shape_mismatch_names_both_shapes(name, key, strict):
     net = nn.ModuleDict(dict(block=nn.Sequential(build_randomly(dict(type=name), 4, 6, 3))))
     message = (
-        f"block.0.{key}: the checkpoint's convolution has the shape (6, 8, 3, 3), but the {name} "
-        "in its place needs (6, 4, 3, 3)"
+        f"block.0.{key}: the checkpoint's convolution has shape (6, 8, 3, 3), but the {name} "
+        "that replaces it needs (6, 4, 3, 3)"
     )
     with pytest.raises(WarmStartError, match=f"^{re.escape(message)}$"):
         net.load_state_dict({f"block.0.{key}": torch.zeros(6, 8, 3, 3)}, strict=strict)

@@ -1,4 +1,4 @@
-"""The paper's table of parameters: ResNet with each convolution, which carries a bias."""
+"""The paper's parameter counts of ResNet with each convolution, with a bias."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("conv", PARAMETERS)
 @pytest.mark.parametrize(("index", "depth"), [(0, 18), (1, 34)])
-def test_parameters_are_those_of_the_paper(conv, index, depth):
+def test_parameters_match_the_paper(conv, index, depth):
     with torch.device("meta"):
         backbone = RFAResNet(depth, rfa=conv and dict(type=conv, bias=True))
         classifier = torch.nn.Linear(512, 1000)

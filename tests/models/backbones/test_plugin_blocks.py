@@ -1,4 +1,4 @@
-"""Plug-ins in the blocks of RFAResNet: where they stand, and what a block computes."""
+"""Plug-ins in the blocks of RFAResNet: their positions, and the outputs of blocks."""
 
 import copy
 
@@ -39,14 +39,14 @@ def test_basic_block_with_plugins_computes_in_the_right_order(stride):
         out = twin.ema_a(twin.bn2(twin.conv2(out)))
         expected = torch.relu(out + downsample(x))
         torch.testing.assert_close(block(x), expected)
-        # At these numbers each plug-in matters: without it the result is another one.
+        # With these values, each plug-in changes the result.
         for name in ("conam", "ema_a", "ema_b"):
             without = copy.deepcopy(block)
             setattr(without, name, nn.Identity())
             assert not torch.allclose(without(x), expected, rtol=1e-2, atol=1e-2), name
 
 
-def test_basic_block_without_plugins_is_mmdets():
+def test_basic_block_without_plugins_equals_mmdets():
     torch.manual_seed(0)
     block, plain = PluginBasicBlock(8, 8), BasicBlock(8, 8)
     plain.load_state_dict(block.state_dict(), strict=True)
@@ -54,7 +54,7 @@ def test_basic_block_without_plugins_is_mmdets():
     assert torch.equal(block(x), plain(x))
 
 
-def test_plugins_stand_in_the_chosen_stages():
+def test_plugins_are_in_the_chosen_stages():
     plugins = [
         dict(cfg=CONAM, stages=(False, True, False, True), position="after_conv1"),
         dict(cfg=EMA8, position="after_conv2"),
@@ -65,7 +65,7 @@ def test_plugins_stand_in_the_chosen_stages():
             kinds = {k: type(m) for k, m in block.named_children() if k in ("ema", "conam")}
             assert kinds == ({"ema": EMA, "conam": ConAM} if stage in (2, 4) else {"ema": EMA})
             assert block.ema.in_channels == 8 * 2 ** (stage - 1)
-    # conv1 of the block above, with rfa as well
+    # conv1 of the block above, also with rfa
     both = thin(18, plugins=plugins, rfa=RFA)
     block = both.layer2[1].eval()
     x = torch.randn(1, 16, 7, 5).relu()
@@ -95,7 +95,7 @@ def test_bottleneck_with_plugins_computes_in_the_right_order():
 @pytest.mark.filterwarnings("ignore:torch.utils.checkpoint:UserWarning")
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("norm_eval", [True, False])
-def test_checkpointing_changes_no_output_and_no_gradient(depth, norm_eval):
+def test_checkpointing_keeps_outputs_and_gradients(depth, norm_eval):
     plugins = [dict(cfg=EMA8, position="after_conv2")]
     kwargs = dict(rfa=RFA, plugins=plugins, norm_eval=norm_eval)
     plain = thin(depth, **kwargs).double()
@@ -108,7 +108,7 @@ def test_checkpointing_changes_no_output_and_no_gradient(depth, norm_eval):
         x = image().double().requires_grad_()
         out = net.train()(x)
         torch.manual_seed(1)
-        # mmdet's Bottleneck checkpoints re-entrantly, which autograd.grad refuses.
+        # mmdet's Bottleneck uses reentrant checkpoints, which autograd.grad does not support.
         torch.autograd.backward(out, [torch.randn_like(y) for y in out])
         gradients = [x.grad, *(p.grad for p in net.parameters())]
         assert all(g is not None and g.any() for g in gradients)
@@ -117,7 +117,7 @@ def test_checkpointing_changes_no_output_and_no_gradient(depth, norm_eval):
         assert float((a - b).abs().max()) <= 1e-10 * float(a.abs().max())
 
 
-def test_block_types_are_the_ones_to_be_replaced():
+def test_block_types_match_mmdet():
     assert issubclass(PluginBasicBlock, BasicBlock)
     for depth, (block, numbers) in RFAResNet.arch_settings.items():
         assert block is (Bottleneck if depth >= 50 else PluginBasicBlock)

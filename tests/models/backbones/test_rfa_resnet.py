@@ -1,4 +1,4 @@
-"""RFAResNet: what is replaced, what stays mmdet's, and what is refused."""
+"""RFAResNet: replaced layers, unchanged behaviour, and invalid arguments."""
 
 import copy
 
@@ -34,7 +34,7 @@ def test_parameter_counts_of_the_paper(depth, rfa, stages, more):
 @pytest.mark.parametrize(("depth", "total"), [(18, 11_689_512), (34, 21_797_672)])
 def test_plain_counts_of_the_paper(depth, total):
     with torch.device("meta"):
-        # The table is for classifiers of 1000 classes: 512 x 1000 weights and 1000 biases.
+        # The table is for classifiers with 1000 classes: 512 x 1000 weights and 1000 biases.
         assert parameters(RFAResNet(depth)) + 513_000 == total
 
 
@@ -71,7 +71,7 @@ def test_exactly_the_first_3x3_of_each_block_is_replaced(depth, stages):
 
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("style", ["pytorch", "caffe"])
-def test_stride_and_dilation_are_carried_over(depth, style):
+def test_stride_and_dilation_are_kept(depth, style):
     kwargs = dict(strides=(1, 2, 1, 2), dilations=(1, 1, 2, 3), style=style, base_channels=8)
     net, plain = RFAResNet(depth, rfa=RFA, **kwargs), ResNet(depth, **kwargs)
     strides = set()
@@ -81,14 +81,14 @@ def test_stride_and_dilation_are_carried_over(depth, style):
             assert type(a) is RFAConv
             assert (a.stride, a.dilation, a.padding) == (b.stride, b.dilation, b.padding)
             strides.add(a.stride)
-    # Only a Bottleneck of style caffe has the stride elsewhere, in its first 1x1.
+    # Only a caffe-style Bottleneck has the stride in its first 1x1 convolution.
     assert strides == ({(1, 1)} if depth == 50 and style == "caffe" else {(1, 1), (2, 2)})
     shapes = [y.shape for y in plain(image())]
     assert [y.shape for y in net(image())] == shapes
 
 
 @pytest.mark.parametrize("depth", [18, 50])
-def test_without_rfa_and_plugins_it_is_mmdets_resnet(depth):
+def test_without_rfa_and_plugins_it_equals_mmdets_resnet(depth):
     net, plain = thin(depth), ResNet(depth, base_channels=8)
     plain.load_state_dict(net.state_dict(), strict=True)
     for training in (True, False):
@@ -103,7 +103,7 @@ def run(net: ResNet, training: bool) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("zero", [True, False])
-def test_initialisation_is_mmdets(depth, zero):
+def test_initialisation_matches_mmdet(depth, zero):
     last = "norm2" if depth == 18 else "norm3"
     for net in (
         RFAResNet(depth, rfa=RFA, base_channels=8, zero_init_residual=zero),
@@ -117,7 +117,7 @@ def test_initialisation_is_mmdets(depth, zero):
     assert getattr(custom.layer1[0], last).weight.all()
 
 
-def test_init_weights_leaves_the_new_convs_at_scales_of_their_own():
+def test_init_weights_keeps_the_scale_of_new_convs():
     net = RFAResNet(18, rfa=RFA, base_channels=32)
     torch.manual_seed(0)
     net.init_weights()
@@ -151,7 +151,7 @@ def test_dcn_alone_works_at_depth_50():
     assert {n.split(".")[0] for n, m in net.named_modules() if isinstance(m, RFAConv)} == {"layer4"}
 
 
-def test_configs_are_not_changed():
+def test_configs_are_not_modified():
     rfa = dict(RFA, bias=True)
     plugins = [dict(cfg=dict(EMA8, postfix="_1"), position="after_conv2")]
     kept = copy.deepcopy((rfa, plugins))
@@ -196,17 +196,17 @@ def test_configs_are_not_changed():
         ),
     ],
 )
-def test_arguments_are_refused_in_words(args, kwargs, message):
+def test_invalid_arguments_give_clear_errors(args, kwargs, message):
     with pytest.raises(ValueError, match=message):
         RFAResNet(*args, **kwargs)
 
 
-def test_unknown_arguments_and_types_are_refused():
+def test_unknown_arguments_and_types_raise():
     with pytest.raises(TypeError, match="no_such_argument"):
         RFAResNet(18, no_such_argument=1)
     with pytest.raises(TypeError, match="no_such_argument"):
         RFAResNet(18, rfa=dict(RFA, no_such_argument=1))
-    with pytest.raises(ValueError, match=r"^rfa\.type='NoSuchConv' is registered nowhere"):
+    with pytest.raises(ValueError, match=r"^rfa\.type='NoSuchConv' is not registered"):
         RFAResNet(18, rfa=dict(type="NoSuchConv"))
     with pytest.raises(TypeError, match=r"^rfa='RFAConv': must be a dict with a 'type'"):
         RFAResNet(18, rfa="RFAConv")

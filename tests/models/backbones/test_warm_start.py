@@ -1,4 +1,4 @@
-"""ResNets with each convolution, started from a plain one: its outputs, and its gradients."""
+"""ResNets with each convolution, started from a plain one: outputs and gradients."""
 
 import copy
 import functools
@@ -43,7 +43,7 @@ def run(net: nn.Module, dtype=torch.float64, context=None) -> tuple[list[Tensor]
 
 
 def shared(net: RFAResNet, gradients: dict, of_plain: dict) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of gradients; that of a final weight is by its factor that of the plain one."""
+    """Yield pairs of gradients; final weights are scaled by their factor."""
     pairs = []
     for name, gradient in of_plain.items():
         layer = net.get_submodule(name.rpartition(".")[0])
@@ -62,7 +62,7 @@ def differences(pairs) -> float:
 @pytest.mark.parametrize("name", CONVS)
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("mode", MODES)
-def test_outputs_and_gradients_are_those_of_the_plain_net(name, depth, mode):
+def test_outputs_and_gradients_match_the_plain_net(name, depth, mode):
     plain, net = both(name, depth, mode)
     expected, of_plain = run(plain)
     found, gradients = run(net)
@@ -73,7 +73,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_net(name, depth, mode):
 
 @pytest.mark.parametrize("name", CONVS)
 @pytest.mark.parametrize("mode", MODES)
-def test_in_float32_they_are_within_its_rounding(name, mode):
+def test_outputs_match_in_float32(name, mode):
     """Which a net magnifies: how much shows the plain one, beside itself in float64."""
     plain, net = both(name, 18, mode, torch.float32)
     exact, of_exact = run(both(name, 18, mode)[0])
@@ -87,7 +87,7 @@ def test_in_float32_they_are_within_its_rounding(name, mode):
 
 @pytest.mark.parametrize("name", CONVS)
 @pytest.mark.parametrize("mode", MODES)
-def test_under_autocast_they_are_within_its_rounding(name, mode):
+def test_outputs_match_with_autocast(name, mode):
     plain, net = both(name, 18, mode, torch.float32)
     exact, _ = run(both(name, 18, mode)[0])
     amp = functools.partial(torch.autocast, "cpu", torch.bfloat16)

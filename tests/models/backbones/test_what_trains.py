@@ -1,4 +1,4 @@
-"""What of RFAResNet trains under frozen_stages and norm_eval, also in a detector."""
+"""Layers of RFAResNet that train with frozen_stages and norm_eval, also in a detector."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.helpers.resnet import EMA8, RFA, blocks, image, replaced_conv, thin
 
 
 def is_new(name: str, depth: int) -> bool:
-    """Whether a parameter or module belongs to a replaced conv or a plug-in."""
+    """Return whether a parameter or module belongs to a replaced conv or a plug-in."""
     parts = name.split(".")
     return parts[0].startswith("layer") and (
         parts[2:3] == [replaced_conv(depth)] or any(p.startswith(("ema", "conam")) for p in parts)
@@ -24,7 +24,7 @@ def is_new(name: str, depth: int) -> bool:
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("frozen", [-1, 0, 1, 4])
 @pytest.mark.parametrize("norm_eval", [True, False])
-def test_frozen_stages_and_norm_eval_hold_for_pretrained_layers_only(depth, frozen, norm_eval):
+def test_frozen_stages_and_norm_eval_only_freeze_pretrained_layers(depth, frozen, norm_eval):
     plugins = [dict(cfg=EMA8, position="after_conv1")]
     net = RFAResNet(
         depth,
@@ -56,7 +56,7 @@ def test_frozen_stages_and_norm_eval_hold_for_pretrained_layers_only(depth, froz
             assert norm.training == (step == "train" and not still), (step, name)
 
 
-def test_running_statistics_move_in_new_layers_only():
+def test_running_statistics_only_change_in_new_layers():
     net = thin(18, rfa=RFA, frozen_stages=4, stage_with_rfa=(0, 1, 0, 1)).train()
     before = {n: m.running_mean.clone() for n, m in norms_of(net)}
     net(image())
@@ -68,7 +68,7 @@ def norms_of(net: nn.Module) -> list[tuple[str, nn.BatchNorm2d]]:
     return [(n, m) for n, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)]
 
 
-def test_gradients_reach_new_layers_in_frozen_stages_and_nothing_else_there():
+def test_only_new_layers_get_gradients_in_frozen_stages():
     net = thin(18, rfa=RFA, frozen_stages=2).train()
     out = net(image())
     torch.autograd.backward(out, [torch.randn_like(y) for y in out])
@@ -81,14 +81,14 @@ def test_gradients_reach_new_layers_in_frozen_stages_and_nothing_else_there():
 def test_what_the_user_froze_stays_frozen(frozen):
     plugins = [dict(cfg=EMA8, position="after_conv1")]
     net = RFAResNet(18, rfa=RFA, plugins=plugins, frozen_stages=frozen, base_channels=8)
-    net.requires_grad_(False)  # as a distillation's teacher is
+    net.requires_grad_(False)  # like the teacher of a distillation
     for mode in (True, False, True):
         net.train(mode)
         assert not any(p.requires_grad for p in net.parameters())
 
 
 @pytest.mark.parametrize("frozen", [-1, 4])
-def test_requires_grad_of_norm_cfg_is_heeded(frozen):
+def test_requires_grad_of_norm_cfg_is_respected(frozen):
     rfa = dict(RFA, norm_cfg=dict(type="BN", requires_grad=False))
     net = RFAResNet(18, rfa=rfa, frozen_stages=frozen, base_channels=8)
     for _ in range(2):
@@ -111,7 +111,7 @@ def test_new_layers_are_the_replaced_convs_and_the_plugins():
 
 def test_tiny_retinanet_from_a_config_trains_a_step():
     torch.manual_seed(0)
-    init_default_scope("mmdet")  # for the parts whose types name no scope
+    init_default_scope("mmdet")  # for types without a scope
     detector = MODELS.build(
         dict(
             type="mmdet.RetinaNet",

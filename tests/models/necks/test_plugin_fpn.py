@@ -1,4 +1,4 @@
-"""PluginFPN: FPN's formula with plug-ins in it, FPN's keys, and FPN's checkpoint."""
+"""PluginFPN: outputs with plug-ins, keys, and FPN checkpoints."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def neck(num_outs: int = 3, seed: int = 0, **kwargs) -> PluginFPN:
 
 
 def through(module: nn.Module, x: Tensor, *plugins: str) -> Tensor:
-    """A ConvModule of nothing but a convolution, then its plug-ins by name."""
+    """Apply the convolution of a ConvModule, then its plug-ins by name."""
     x = module.conv(x)
     for name in plugins:
         x = getattr(module, name)(x)
@@ -49,7 +49,7 @@ def through(module: nn.Module, x: Tensor, *plugins: str) -> Tensor:
 
 
 def by_hand(net: PluginFPN, xs: tuple, lateral: dict, output: dict) -> list[Tensor]:
-    """FPN's formula; the dictionaries name the plug-ins of each level."""
+    """Apply FPN's formula; the dicts name the plug-ins of each level."""
     levels = [
         through(c, x, *lateral.get(i, ()))
         for i, (c, x) in enumerate(zip(net.lateral_convs, xs, strict=True))
@@ -71,7 +71,7 @@ def assert_equal(found: tuple, expected: list, tolerance: float = 1e-6) -> None:
 
 @pytest.mark.parametrize("levels", [(0,), (1, 2), (2,), None])
 @pytest.mark.parametrize("position", ["after_lateral", "after_output"])
-def test_plugins_stand_where_they_are_put(position, levels):
+def test_plugins_are_at_the_chosen_positions(position, levels):
     plugin = dict(cfg=EMA8, position=position) | ({} if levels is None else dict(levels=levels))
     net, xs = neck(plugins=[plugin]), maps()
     names = dict.fromkeys((0, 1, 2) if levels is None else levels, ("ema",))
@@ -81,10 +81,10 @@ def test_plugins_stand_where_they_are_put(position, levels):
     convs = net.lateral_convs if position == "after_lateral" else net.fpn_convs
     assert {i for i, conv in enumerate(convs) if hasattr(conv, "ema")} == set(names)
     assert sum(isinstance(m, EMA) for m in net.modules()) == len(names)
-    # They do something, at each of those levels.
+    # They have an effect at each of these levels.
     without = by_hand(net, xs, {}, {})
     changed = {i for i, (a, b) in enumerate(zip(found, without, strict=True)) if not a.equal(b)}
-    below = set(range(max(names) + 1))  # what is added on the way down
+    below = set(range(max(names) + 1))  # the top-down sum
     assert changed == (below if lateral else set(names))
 
 
@@ -103,7 +103,7 @@ def test_both_positions_and_several_plugins_in_order():
     assert isinstance(net.fpn_convs[1].se, SE)
 
 
-def test_levels_count_from_the_finest_of_the_pyramid():
+def test_levels_start_at_the_finest():
     plugins = [dict(LATERAL, levels=(0,)), dict(OUTPUT, levels=(1,))]
     net, xs = neck(2, start_level=1, plugins=plugins), maps()
     assert len(net.lateral_convs) == 2
@@ -125,7 +125,7 @@ def test_extra_convolutions_have_plugins_and_conv_cfg_too(source):
     assert [conv.conv.stride for conv in net.fpn_convs[3:]] == [(2, 2)] * 2
 
 
-def test_levels_by_pooling_have_neither():
+def test_pooled_levels_have_neither():
     net, xs = neck(5, plugins=[OUTPUT], conv_cfg=RFA).eval(), maps()
     levels = by_hand(net, xs, {}, dict.fromkeys(range(3), ("se",)))
     for _ in range(2):
@@ -135,7 +135,7 @@ def test_levels_by_pooling_have_neither():
 
 
 @pytest.mark.parametrize("more", [{}, dict(norm_cfg=dict(type="BN")), dict(add_extra_convs=True)])
-def test_the_3x3s_alone_become_conv_cfg(more):
+def test_conv_cfg_only_applies_to_3x3_convolutions(more):
     net, plain = neck(4, conv_cfg=RFA, **more), FPN(CHANNELS, 16, 4, **more)
     assert {type(conv.conv) for conv in net.lateral_convs} == {nn.Conv2d}
     assert {type(conv.conv) for conv in net.fpn_convs} == {RFAConv}
@@ -148,7 +148,7 @@ def test_the_3x3s_alone_become_conv_cfg(more):
 # --------------------------------------------------------------------------- keys and checkpoints
 
 
-def test_keys_outside_are_fpns():
+def test_other_keys_match_fpn():
     plain = FPN(CHANNELS, 16, 5, add_extra_convs="on_input").state_dict()
     kwargs = dict(add_extra_convs="on_input", plugins=[LATERAL, OUTPUT])
     net = neck(5, conv_cfg=RFA, **kwargs)
@@ -156,13 +156,13 @@ def test_keys_outside_are_fpns():
     assert len(new) == 3 + 5 + 5
     own = {k: v.shape for k, v in net.state_dict().items() if not k.startswith(new)}
     assert own == {k: v.shape for k, v in plain.items() if not k.startswith(new)}
-    # Without conv_cfg, all of FPN's keys; without anything, FPN's alone.
+    # Without conv_cfg, all of FPN's keys; without any argument, exactly FPN's.
     assert set(plain) <= set(neck(5, **kwargs).state_dict())
     assert set(neck(5, add_extra_convs="on_input").state_dict()) == set(plain)
 
 
 @torch.no_grad()
-def test_without_anything_it_is_fpn():
+def test_without_arguments_it_equals_fpn():
     net, plain = neck(4), FPN(CHANNELS, 16, 4)
     plain.load_state_dict(net.state_dict(), strict=True)
     assert all(a.equal(b) for a, b in zip(net(maps()), plain(maps()), strict=True))
@@ -170,7 +170,7 @@ def test_without_anything_it_is_fpn():
 
 @torch.no_grad()
 @pytest.mark.parametrize("extra", [False, "on_input", "on_output"])
-def test_an_fpns_checkpoint_starts_it(extra):
+def test_fpn_checkpoint_warm_starts_it(extra):
     torch.manual_seed(1)
     plain = FPN(CHANNELS, 16, 5, add_extra_convs=extra)
     kwargs = dict(add_extra_convs=extra, strict_start=True)
@@ -178,7 +178,7 @@ def test_an_fpns_checkpoint_starts_it(extra):
     load_state_dict(net, plain.state_dict(), strict=True)
     # float32 keeps 24 bits of a shift by 64.
     assert_equal(net(maps()), list(plain(maps())), 1e-4)
-    # Without the floor, what is below 0 is cut off.
+    # Without the floor, values below 0 are clipped.
     net = neck(5, conv_cfg=RFA, **kwargs).eval()
     load_state_dict(net, plain.state_dict(), strict=True)
     with pytest.raises(AssertionError):
@@ -187,7 +187,9 @@ def test_an_fpns_checkpoint_starts_it(extra):
 
 def test_strict_start_and_other_shapes():
     state = {**FPN(CHANNELS, 16, 3).state_dict(), "old.weight": torch.zeros(1)}
-    with pytest.raises(WarmStartError, match=r"1 keys .* go nowhere in PluginFPN: old\.weight"):
+    with pytest.raises(
+        WarmStartError, match=r"PluginFPN does not use 1 keys of the checkpoint: old\.weight"
+    ):
         load_state_dict(neck(conv_cfg=RFA, strict_start=True), state)
     load_state_dict(neck(conv_cfg=RFA, strict_start=r"old\..*"), state)
     message = r"fpn_convs\.0\.conv\.weight: .*\(24, 24, 3, 3\), but the RFAConv .*\(16, 16, 3, 3\)"
@@ -195,7 +197,7 @@ def test_strict_start_and_other_shapes():
         load_state_dict(neck(conv_cfg=RFA), FPN(CHANNELS, 24, 3).state_dict())
 
 
-def test_init_weights_leaves_the_new_layers_at_scales_of_their_own():
+def test_init_weights_keeps_the_scale_of_new_layers():
     net = neck(conv_cfg=RFA, plugins=[LATERAL])
     net.init_weights()
     conv = net.fpn_convs[0].conv
@@ -207,7 +209,7 @@ def test_init_weights_leaves_the_new_layers_at_scales_of_their_own():
 
 
 @pytest.mark.parametrize("extra", ["on_input", "on_lateral", "on_output"])
-def test_gradients_reach_everything(extra):
+def test_every_parameter_gets_a_gradient(extra):
     net = neck(5, add_extra_convs=extra, conv_cfg=RFA, plugins=[LATERAL, OUTPUT])
     xs = tuple(x.requires_grad_() for x in maps())
     out = net(xs)
@@ -231,7 +233,7 @@ def test_gradients_reach_everything(extra):
         (
             dict(plugins=[dict(LATERAL, stages=(0,))]),
             ValueError,
-            r"^plugins\[0\] has the keys \['cfg', 'position', 'stages'\]: valid are cfg, position",
+            r"^plugins\[0\] has the keys \['cfg', 'position', 'stages'\]: must be cfg, position",
         ),
         (
             dict(plugins=[dict(cfg=EMA8, position="after_conv1")]),
@@ -241,7 +243,7 @@ def test_gradients_reach_everything(extra):
         (
             dict(plugins=[dict(LATERAL, levels=(0, 3))]),
             ValueError,
-            r"^plugins\[0\]: levels=\(0, 3\): after_lateral can be at levels \(0, 1, 2\) of this",
+            r"^plugins\[0\]: levels=\(0, 3\): must be in \(0, 1, 2\) for after_lateral",
         ),
         (dict(plugins=[dict(LATERAL, levels=())]), ValueError, r"^plugins\[0\]: levels=\(\): "),
         (dict(plugins=[dict(LATERAL, levels=(-1,))]), ValueError, r"^plugins\[0\]: levels=\(-1,\)"),
@@ -249,12 +251,12 @@ def test_gradients_reach_everything(extra):
         (
             dict(num_outs=5, plugins=[dict(OUTPUT, levels=(3,))]),
             ValueError,
-            r"levels=\(3,\): after_output can be at levels \(0, 1, 2\)",  # the others are pooled
+            r"levels=\(3,\): must be in \(0, 1, 2\) for after_output",  # the others are pooled
         ),
         (
             dict(plugins=[dict(LATERAL, cfg=dict(type="EMMA"))]),
             ValueError,
-            r"^plugins\[0\]\.cfg\.type='EMMA' is registered nowhere",
+            r"^plugins\[0\]\.cfg\.type='EMMA' is not registered",
         ),
         (
             dict(plugins=[dict(LATERAL, cfg=dict(type="EMA", factor=7))]),
@@ -264,7 +266,7 @@ def test_gradients_reach_everything(extra):
         (
             dict(plugins=[LATERAL, LATERAL]),
             ValueError,
-            r"^lateral_convs\.0 has a 'ema' already; give the plug-in a postfix",
+            r"^lateral_convs\.0 already has a 'ema'; add a postfix to the plug-in",
         ),
         (dict(conv_cfg="RFAConv"), TypeError, "^conv_cfg='RFAConv': must be a dict with a 'type'"),
         (
@@ -276,6 +278,6 @@ def test_gradients_reach_everything(extra):
         (dict(no_such=1), TypeError, "no_such"),
     ],
 )
-def test_wrong_arguments_are_refused_in_words(kwargs, kind, message):
+def test_invalid_arguments_give_clear_errors(kwargs, kind, message):
     with pytest.raises(kind, match=message):
         PluginFPN(**{**dict(in_channels=CHANNELS, out_channels=16, num_outs=3), **kwargs})

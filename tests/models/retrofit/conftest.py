@@ -1,4 +1,4 @@
-"""MMDetection's scope, and what is logged while a checkpoint loads."""
+"""MMDetection's scope, and logs of loading checkpoints."""
 
 import pytest
 from mmengine.registry import init_default_scope
@@ -13,7 +13,7 @@ def _scope():
 
 @pytest.fixture
 def reports(monkeypatch) -> list[str]:
-    """What is logged while loading."""
+    """Return the messages logged while loading."""
     found = []
     monkeypatch.setattr(new_layers, "print_log", lambda text, logger: found.append(text))
     return found

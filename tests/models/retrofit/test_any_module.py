@@ -1,4 +1,4 @@
-"""Retrofit of modules that MMEngine's registries have never seen, from the weights they have."""
+"""Retrofit of modules unknown to MMEngine's registries, with their current weights."""
 
 import copy
 
@@ -33,7 +33,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Of torchvision's names."""
+    """A ResNet with torchvision's names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class ResNet(nn.Module):
 
 
 class Odd(nn.Module):
-    """A block whose output no attribute describes."""
+    """A block without attributes that describe its output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Odd(nn.Module):
 
 
 class Detector(nn.Module):
-    """Centres and boxes from two levels; gives losses where it trains, as many do."""
+    """Predicts centres and boxes from two levels; returns losses in training mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Detector(nn.Module):
 
 
 @pytest.mark.parametrize("conv", CONVS)
-def test_a_resnet_keeps_what_it_computes(conv):
+def test_resnet_keeps_its_outputs(conv):
     torch.manual_seed(0)
     plain = randomise_norms(ResNet()).eval()
     x = torch.randn(2, 3, 48, 64)
@@ -92,7 +92,7 @@ def test_a_resnet_keeps_what_it_computes(conv):
     assert len(net.new_layers.layers) == 4
     with torch.no_grad():
         assert relative([plain(x)], [net(x)]) <= 1e-4
-    # It trains, its checkpoint is its own, and the plain one's still starts it.
+    # It trains, has its own checkpoint, and still starts from the plain one's.
     net.train()(x).square().mean().backward()
     layer = net.layer2[0].conv2
     assert all(p.grad is not None for p in layer.parameters())
@@ -103,7 +103,7 @@ def test_a_resnet_keeps_what_it_computes(conv):
         assert relative([plain(x)], [net.eval()(x)]) <= 1e-4
 
 
-def test_a_detector_that_nobody_registered():
+def test_unregistered_detector():
     torch.manual_seed(0)
     plain = Detector().eval()
     images = torch.rand(2, 3, 32, 40)
@@ -119,7 +119,7 @@ def test_a_detector_that_nobody_registered():
     assert all(p.grad is not None for p in net.heads.parameters())
 
 
-def test_an_example_tells_the_channels_in_front_of_plugins():
+def test_example_input_gives_the_channels_of_plugins():
     net = Detector().train()
     net.stem.eval()
     modes = [m.training for m in net.modules()]
@@ -127,7 +127,7 @@ def test_an_example_tells_the_channels_in_front_of_plugins():
         dict(after=r"body\.0", plugin=dict(type="CBAM", reduction=4)),
         dict(after="stem", plugin=dict(type="SE")),
     ]
-    with pytest.raises(ValueError, match="output channels of a Odd are not known; pass example_in"):
+    with pytest.raises(ValueError, match="output channels of a Odd are unknown; pass example_in"):
         rfa_mmdet.retrofit(net, edits)
     rfa_mmdet.retrofit(net, edits, example_input=torch.rand(1, 3, 32, 40))
     layers = net.new_layers.layers
@@ -139,14 +139,16 @@ def test_an_example_tells_the_channels_in_front_of_plugins():
     assert [m.training for m in net.modules() if m not in own] == modes
 
 
-def test_an_example_must_reach_the_plugins():
+def test_example_input_must_reach_the_plugins():
     class Unused(Detector):
         def __init__(self):
             super().__init__()
             self.spare = Odd()
 
     edits = [dict(after=r"spare|body\.0", plugin=dict(type="SE"))]
-    with pytest.raises(ValueError, match=r"example_input: no map .* came out of spare; pass in_ch"):
+    with pytest.raises(
+        ValueError, match=r"example_input: spare did not return a feature map .* set in_ch"
+    ):
         rfa_mmdet.retrofit(Unused(), edits, example_input=(torch.rand(1, 3, 32, 40), None))
     edits = [dict(after=r"spare", plugin=dict(type="SE", in_channels=16))]
     net = rfa_mmdet.retrofit(Unused(), edits, example_input=torch.rand(1, 3, 32, 40))

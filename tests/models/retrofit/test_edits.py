@@ -1,4 +1,4 @@
-"""Edits that are wrong, in words; and the plan of a dry run."""
+"""Errors for invalid edits, and the plan of a dry run."""
 
 import copy
 
@@ -31,32 +31,32 @@ RFA = dict(type="RFAConv")
         ([dict(where="x")], ValueError, r"^edits\[0\] has the keys \['where'\]: must be"),
         ([dict(where="x", plugin=RFA)], ValueError, r"^edits\[0\] has the keys"),
         ([dict(where="x", conv="RFAConv")], TypeError, r"^edits\[0\]: conv='RFAConv'"),
-        ([dict(where="(", conv=RFA)], ValueError, r"^edits\[0\]: where='\(' is no regular"),
+        ([dict(where="(", conv=RFA)], ValueError, r"^edits\[0\]: where='\(' is not a regular"),
         ([dict(where="x", conv=dict(type="RFAConf"))], ValueError, "'RFAConf' is registered"),
         (
             [dict(where=r"layer2\.0\.conf2", conv=RFA)],
             ValueError,
-            r"matches no module; nearest of \d+: layer2\.0\.conv2",
+            r"matches no module; similar names \(of \d+\): layer2\.0\.conv2",
         ),
         (
             [dict(after=r"layer5", plugin=dict(type="SE"))],
             ValueError,
-            r"^edits\[0\]: after='layer5' matches no module; nearest of \d+: layer\d",
+            r"^edits\[0\]: after='layer5' matches no module; similar names \(of \d+\): layer\d",
         ),
         (
             [dict(where=r"layer2\.0\.conv\d", conv=RFA)],
             ValueError,
-            r"layer2\.0\.conv1 is a 1x1 convolution.*these can be: layer2\.0\.conv2",
+            r"layer2\.0\.conv1 is a 1x1 convolution.*also matches layer2\.0\.conv2, which can be",
         ),
         (
             [dict(where=r"layer2\.0\.bn2", conv=RFA)],
             ValueError,
-            r"layer2\.0\.bn2 is a BatchNorm2d, no plain convolution; nearest",
+            r"layer2\.0\.bn2 is a BatchNorm2d, not a plain convolution; similar",
         ),
         (
             [dict(where=r"layer2\.0\.conv2", conv=RFA)] * 2,
             ValueError,
-            r"^edits\[1\].* matches layer2\.0\.conv2, which edits\[0\] replaces already",
+            r"^edits\[1\].* matches layer2\.0\.conv2, which edits\[0\] already replaces",
         ),
         (
             [dict(where=r"layer2\.0\.conv2", conv=dict(RFA, no_such=1))],
@@ -66,26 +66,26 @@ RFA = dict(type="RFAConv")
         (
             [dict(after=r"layer2\.0", plugin=dict(type="EMA", factor=5))],
             ValueError,
-            r"layer2\.0: .*does not fit there: factor=5: must divide in_channels=64",
+            r"layer2\.0: .*does not fit here: factor=5: must divide in_channels=64",
         ),
         (
             [dict(after=r"layer2\.0", plugin=dict(type="SE"))] * 2,
             ValueError,
-            r"layer2\.0 has a 'se' already; give the plug-in a postfix",
+            r"layer2\.0 already has a 'se'; add a postfix",
         ),
         (
             [dict(after=r"relu", plugin=dict(type="SE"))],
             ValueError,
-            "^relu: .*output channels of a ReLU are not known; pass example_input, or in_",
+            "^relu: .*output channels of a ReLU are unknown; pass example_input, or set in_",
         ),
     ],
 )
-def test_wrong_edits_are_refused_in_words(edits, kind, message):
+def test_invalid_edits_give_clear_errors(edits, kind, message):
     with pytest.raises(kind, match=message):
         retrofit(dict(NET), edits)
 
 
-def test_a_layer_that_forbids_groups_is_refused_by_name():
+def test_layer_without_groups_support_raises():
     @MODELS.register_module(name="UngroupedConv", force=True)
     class UngroupedConv(nn.Conv2d):
         def __init__(self, *args, groups=1, **kwargs):
@@ -98,7 +98,7 @@ def test_a_layer_that_forbids_groups_is_refused_by_name():
         retrofit(cfg, [dict(where=r"layer4\.\d\.conv2", conv=dict(type="UngroupedConv"))])
 
 
-def test_a_refused_edit_changes_nothing():
+def test_rejected_edit_changes_nothing():
     net = MODELS.build(dict(NET))
     before = copy.deepcopy(net)
     edits = [
@@ -115,17 +115,25 @@ def test_a_refused_edit_changes_nothing():
     ("kwargs", "kind", "message"),
     [
         (dict(module="ResNet"), TypeError, "^module='ResNet': must be a config"),
-        (dict(module=nn.Conv2d(3, 3, 3), train_cfg=1), ValueError, "^train_cfg: go into a config"),
+        (
+            dict(module=nn.Conv2d(3, 3, 3), train_cfg=1),
+            ValueError,
+            "^train_cfg: only valid if module",
+        ),
         (dict(module=dict(NET), strict_start=3), TypeError, "^strict_start=3: must be"),
-        (dict(module=dict(NET), strict_start="("), ValueError, r"^strict_start='\(' is no regular"),
+        (
+            dict(module=dict(NET), strict_start="("),
+            ValueError,
+            r"^strict_start='\(' is not a regular",
+        ),
     ],
 )
-def test_wrong_arguments_are_refused_in_words(kwargs, kind, message):
+def test_invalid_arguments_give_clear_errors(kwargs, kind, message):
     with pytest.raises(kind, match=message):
         retrofit(edits=[dict(where=r"layer2\.0\.conv2", conv=RFA)], **kwargs)
 
 
-def test_other_shapes_are_refused_with_the_layers_name_and_both_shapes():
+def test_shape_mismatch_names_the_layer_and_both_shapes():
     plain = MODELS.build(dict(NET, base_channels=16))
     net = retrofit(dict(NET), [dict(where=r"layer4\.0\.conv2", conv=RFA)])
     message = r"layer4\.0\.conv2\.weight: .*\(128, 128, 3, 3\), but the RFAConv .*\(64, 64, 3, 3\)"
@@ -133,7 +141,7 @@ def test_other_shapes_are_refused_with_the_layers_name_and_both_shapes():
         load_state_dict(net, plain.state_dict(), strict=False)
 
 
-def test_dry_run_prints_the_plan_and_does_nothing(capsys, monkeypatch):
+def test_dry_run_only_prints_the_plan(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     edits = [
         dict(where=r"layer4\.0\.conv2", conv=RFA),

@@ -1,4 +1,4 @@
-"""What of new layers trains and is held, after which checkpoint; and how they start without one."""
+"""Which new layers train or are frozen after a checkpoint, and how they are initialised."""
 
 import copy
 
@@ -32,7 +32,7 @@ def is_new(name: str, depth: int) -> bool:
 
 
 def has_statistics(norm: str, depth: int, loaded: str) -> bool:
-    """Whether a checkpoint gave a norm its statistics; what is mmdet's counts as if one had."""
+    """Return whether a checkpoint gave a norm its statistics; mmdet's own norms count as such."""
     if not is_new(norm, depth) or loaded == "own":
         return True
     return loaded == "plain" and "coord_att" not in norm
@@ -48,9 +48,7 @@ def in_frozen_stage(name: str, frozen: int) -> bool:
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("loaded", ["nothing", "plain", "own"])
 @pytest.mark.parametrize("norm_eval", [True, False])
-def test_new_parameters_train_and_norms_without_statistics_use_batches(
-    kind, depth, loaded, norm_eval
-):
+def test_new_parameters_train_and_new_norms_use_batches(kind, depth, loaded, norm_eval):
     for frozen in range(-1, 5):
         net = edited_resnet(kind, depth, frozen_stages=frozen, norm_eval=norm_eval)
         if loaded != "nothing":
@@ -70,13 +68,13 @@ def test_new_parameters_train_and_norms_without_statistics_use_batches(
                 assert norm.training == (training and not held), (frozen, training, name)
 
 
-# Number of blocks, each with one replaced convolution and one plug-in.
+# Number of blocks; each has one replaced convolution and one plug-in.
 CONV_PLACES = {18: range(8), 50: range(16)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_of_other_shapes_fills_nothing(kind):
-    """MMEngine leaves such keys out with a warning: holding them would hold random values."""
+def test_checkpoint_with_other_shapes_loads_nothing(kind):
+    """MMEngine skips such keys with a warning; freezing them would freeze random values."""
     net = edited_resnet(kind)
     state = copy.deepcopy(own_state(kind, 18))
     odd = [k for k in state if k.endswith("coord_att.bn1.running_mean")]
@@ -89,7 +87,7 @@ def test_a_checkpoint_of_other_shapes_fills_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_norms_that_used_batches_do_so_after_a_resume_and_its_checkpoints(kind):
+def test_norms_on_batch_statistics_stay_so_after_resuming(kind):
     net = edited_resnet(kind)
     load_state_dict(net, plain_net(18).state_dict())
     expected = modes(net.train())
@@ -102,17 +100,17 @@ def test_norms_that_used_batches_do_so_after_a_resume_and_its_checkpoints(kind):
     again = edited_resnet(kind)
     load_state_dict(again, resumed.eval().state_dict())
     assert modes(again.train()) == expected
-    # Without the metadata, as a backbone's part of a file, it is pretrained as a whole.
+    # Without the metadata, like the backbone's part of a file, everything counts as pretrained.
     load_state_dict(again, dict(state))
     assert not any(modes(again.train()).values())
-    # As is what trained where nothing was held.
+    # Also without anything frozen.
     free = edited_resnet(kind, norm_eval=False).train()
     load_state_dict(again, free.state_dict())
     assert not any(modes(again.train()).values())
 
 
 @pytest.mark.parametrize("noted", [3, "layer1", [3, None], {"layer1": 1}, None])
-def test_odd_metadata_is_left_alone(noted):
+def test_unusual_metadata_is_ignored(noted):
     net = edited_resnet("Retrofit")
     state = net.state_dict()
     state._metadata[""]["rfa_mmdet_on_batches"] = noted
@@ -126,7 +124,7 @@ def modes(net: nn.Module) -> dict[str, bool]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("frozen", [-1, 2])
-def test_a_warm_start_under_norm_eval_computes_what_the_plain_net_does(kind, frozen):
+def test_warm_start_with_norm_eval_matches_the_plain_net(kind, frozen):
     for depth in (18, 50):
         plain = plain_net(depth)
         net = edited_resnet(kind, depth, plugins=False, frozen_stages=frozen, norm_eval=True)
@@ -151,7 +149,7 @@ def test_what_the_user_froze_stays_frozen(kind, loaded):
     for training in (True, False, True):
         net.train(training)
         assert not any(p.requires_grad for p in net.parameters())
-    # One layer alone: the others keep training.
+    # Only one layer; the others keep training.
     net = edited_resnet(kind, frozen_stages=1)
     conv = net.get_submodule(f"layer1.0.{replaced(18)}")
     conv.attention.requires_grad_(False)
@@ -160,7 +158,7 @@ def test_what_the_user_froze_stays_frozen(kind, loaded):
     assert conv.feature.weight.requires_grad
 
 
-def test_around_a_loaded_module_the_same_is_frozen_as_after_its_checkpoint():
+def test_loaded_module_freezes_the_same_as_its_checkpoint():
     bias = dict(RFA, bias=True)
     edits = [dict(where=r"layer\d\.\d+\.conv1", conv=bias)]
     plain = copy.deepcopy(plain_net(18))
@@ -173,8 +171,8 @@ def test_around_a_loaded_module_the_same_is_frozen_as_after_its_checkpoint():
     trained = [
         {name for name, p in net.named_parameters() if p.requires_grad} for net in (around, loaded)
     ]
-    assert "layer1.0.conv1.conv.bias" in trained[0]  # the plain one had none
-    # A convolution that was built, and frozen, stays so.
+    assert "layer1.0.conv1.conv.bias" in trained[0]  # the plain one has none
+    # A frozen convolution of a built module stays frozen.
     frozen = {f"layer{s}.{i}.conv1.conv.weight" for s in (1, 2) for i in (0, 1)}
     assert trained[0] == trained[1] - frozen
     assert frozen < trained[1]
@@ -183,7 +181,7 @@ def test_around_a_loaded_module_the_same_is_frozen_as_after_its_checkpoint():
     assert modes[0] == modes[1]
 
 
-def test_a_second_edit_is_kept_track_of_as_the_first_is(reports):
+def test_second_edit_is_tracked_too(reports):
     cfg = dict(type="ResNet", depth=18, base_channels=8, frozen_stages=4)
     net = retrofit(cfg, [dict(where=r"layer1\.\d\.conv1", conv=RFA)])
     first = net.new_layers
@@ -195,7 +193,7 @@ def test_a_second_edit_is_kept_track_of_as_the_first_is(reports):
     ]
     load_state_dict(net, plain_net(18).state_dict())
     assert len(reports) == 1
-    assert "warm-started  2 keys, for 2 layers" in reports[0]
+    assert "warm-started  2 layers from 2 keys" in reports[0]
     net.train()
     trained = {n.rpartition(".coord_att.")[0] for n, p in net.named_parameters() if p.requires_grad}
     assert {"layer2.0", "layer2.1"} <= trained
@@ -204,7 +202,7 @@ def test_a_second_edit_is_kept_track_of_as_the_first_is(reports):
         load_state_dict(net, state)
 
 
-def test_start_of_any_layer_whoever_wrote_it():
+def test_start_of_third_party_layers():
     @MODELS.register_module(name="ForeignConv", force=True)
     class ForeignConv(nn.Conv2d):
         pass
@@ -214,20 +212,20 @@ def test_start_of_any_layer_whoever_wrote_it():
     foreign, own = net[0], net[1]
     kept = net.new_layers
     assert kept.start_of("0") == Start()
-    assert kept.start_of("1") == own.start != Start()  # from the convolution that stood there
+    assert kept.start_of("1") == own.start != Start()  # from the replaced convolution
     attributes = set(vars(foreign))
     net.load_state_dict({"0.weight": torch.zeros(4, 3, 3, 3)}, strict=False)
     net.load_state_dict({"0.bias": torch.zeros(4), "1.conv.bias": torch.zeros(4)}, strict=False)
     assert kept.start_of("0") == Start(frozenset({"weight", "bias"}))
     assert set(vars(foreign)) == attributes
-    # A copy's record is its own.
+    # A copy has its own record.
     twin = copy.deepcopy(net)
     twin.load_state_dict({"1.conv.weight": own.conv.weight.data}, strict=False)
     assert twin.new_layers.start_of("1") == twin[1].start
     assert kept.start_of("1") == own.start
 
 
-def test_around_a_loaded_module_plugins_have_its_precision():
+def test_plugins_get_the_dtype_of_a_loaded_module():
     net = nn.Sequential(nn.Conv2d(3, 8, 3)).double()
     retrofit(net, [dict(after="0", plugin=dict(type="EMA", factor=4))])
     assert {p.dtype for p in net.parameters()} == {torch.float64}
@@ -240,7 +238,7 @@ def saved(path, state: dict) -> dict:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pretrained_file_warm_starts_a_module(kind, tmp_path, reports):
+def test_pretrained_checkpoint_warm_starts_a_module(kind, tmp_path, reports):
     plain = plain_net(18)
     init_cfg = saved(tmp_path / "plain.pth", dict(state_dict=plain.state_dict()))
     net = edited_resnet(kind, plugins=False, init_cfg=init_cfg, strict_start=True)
@@ -248,7 +246,7 @@ def test_a_pretrained_file_warm_starts_a_module(kind, tmp_path, reports):
     assert not before.filled
     net.init_weights()
     assert len(reports) == 1
-    assert "warm-started  8 keys, for 8 layers (RFAConv)" in reports[0]
+    assert "warm-started  8 layers from 8 keys (RFAConv)" in reports[0]
     net.eval()
     plain.eval()
     assert relative(plain(image()), net(image())) <= 1e-4
@@ -257,11 +255,11 @@ def test_a_pretrained_file_warm_starts_a_module(kind, tmp_path, reports):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("first", ["scratch", "pretrained"])
 def test_init_weights_starts_new_layers_in_their_own_way(kind, first, tmp_path):
-    # What the backbone's own init would do to a depthwise or grouped convolution shows at once.
+    # The backbone's own init would clearly change depthwise and grouped convolutions.
     init_cfg = [dict(type="Constant", val=7.0, layer="Conv2d")]
     if first == "pretrained":
         init_cfg.append(saved(tmp_path / "plain.pth", plain_net(18).state_dict()))
-    rfa = dict(RFA, norm_cfg=dict(type="GN", num_groups=1))  # refuses the plain convolution
+    rfa = dict(RFA, norm_cfg=dict(type="GN", num_groups=1))  # rejects the plain convolution
     net = edited_resnet(kind, rfa=rfa, plugins=False, init_cfg=init_cfg)
     net.init_weights()
     conv = net.layer1[0].conv1
@@ -276,10 +274,10 @@ def test_init_weights_starts_new_layers_in_their_own_way(kind, first, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_second_init_weights_changes_nothing(kind):
+def test_second_init_weights_changes_nothing(kind):
     net = edited_resnet(kind)
     net.init_weights()
     before = copy.deepcopy(net.state_dict())
-    net.init_weights()  # MMEngine warns, and leaves everything
+    net.init_weights()  # MMEngine warns and does nothing
     after = net.state_dict()
     assert all(torch.equal(after[key], before[key]) for key in before)

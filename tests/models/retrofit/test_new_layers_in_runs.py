@@ -1,4 +1,4 @@
-"""What trains under DDP and after a resume: real Runners, real processes, real files."""
+"""What trains with DDP and after resuming: real Runners, processes and files."""
 
 import pytest
 import torch
@@ -19,11 +19,11 @@ def trained(model: nn.Module) -> set[str]:
 
 
 def train(work_dir, epochs=1, **kwargs):
-    """Train the toy; return its Runner, and what trained and what ran on batches at the start."""
+    """Train the toy; return its Runner, and what trained and used batches at the start."""
     seen = {}
 
     def look(runner):
-        runner.model.train()  # as an epoch does
+        runner.model.train()  # like an epoch does
         seen["trained"] = trained(runner.model)
         seen["modes"] = {name: m.training for name, m in runner.model.named_modules()}
 
@@ -48,7 +48,7 @@ def plain(tmp_path) -> str:
 # --------------------------------------------------------------------------- resume
 
 
-def test_a_resumed_run_trains_what_the_first_did_and_ends_at_the_same_weights(tmp_path, plain):
+def test_resumed_run_ends_with_the_same_weights(tmp_path, plain):
     whole, first = train(tmp_path / "whole", epochs=3, load_from=plain)
     train(tmp_path / "broken", epochs=1, load_from=plain)
     resumed, second = train(tmp_path / "broken", epochs=3, resume=True)
@@ -62,7 +62,7 @@ def test_a_resumed_run_trains_what_the_first_did_and_ends_at_the_same_weights(tm
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_run_from_scratch_resumes_with_its_norms_on_batches(tmp_path):
+def test_run_from_scratch_resumes_with_norms_on_batches(tmp_path):
     whole, first = train(tmp_path / "whole", epochs=2)
     train(tmp_path / "broken", epochs=1)
     resumed, second = train(tmp_path / "broken", epochs=2, resume=True)
@@ -72,8 +72,8 @@ def test_a_run_from_scratch_resumes_with_its_norms_on_batches(tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_first_steps_on_batches_resume_to_the_same_weights(tmp_path, plain):
-    """A checkpoint after each of three steps; the first holds statistics that it has just taken."""
+def test_first_steps_resume_to_the_same_weights(tmp_path, plain):
+    """Resume from each of three steps; the first checkpoint has just taken its statistics."""
 
     def run(name, **kwargs):
         model = Toy(norm_eval=False)
@@ -86,13 +86,13 @@ def test_the_first_steps_on_batches_resume_to_the_same_weights(tmp_path, plain):
     assert whole["backbone.layer1.0.conv1.norm.running_mean"].any()
 
 
-def test_checkpoints_have_no_key_of_their_own_for_it(tmp_path, plain):
+def test_checkpoints_have_no_extra_keys(tmp_path, plain):
     train(tmp_path / "run", load_from=plain)
     checkpoint = torch.load(tmp_path / "run" / "epoch_1.pth", weights_only=False)
     assert checkpoint["state_dict"].keys() == with_plugins().state_dict().keys()
     places = [f"layer{s}.{i}.coord_att.bn1" for s in (1, 2) for i in (0, 1)]
     assert checkpoint["state_dict"]._metadata["backbone"][ON_BATCHES] == places
-    # Where everything trains, nothing is noted.
+    # Nothing is recorded if everything trains.
     train(tmp_path / "free", model=Toy(norm_eval=False))
     checkpoint = torch.load(tmp_path / "free" / "epoch_1.pth", weights_only=False)
     assert ON_BATCHES not in checkpoint["state_dict"]._metadata["backbone"]
@@ -135,7 +135,7 @@ class KeepWeightsHook(Hook):
 
 @pytest.fixture(scope="module")
 def two_processes(tiny_config, run_tool, tmp_path_factory):
-    """Train the thin detector in two processes, from a plain checkpoint; return what each kept."""
+    """Train the thin detector in two processes from a plain checkpoint; return their states."""
     root = tmp_path_factory.mktemp("two")
     (root / "keep_weights.py").write_text(KEEP_WEIGHTS)
     save_plain_detector(tiny_config, root / "plain.pth")
@@ -174,7 +174,7 @@ def whole(two_processes):
     return two_processes("whole")
 
 
-def test_ddp_knows_what_a_checkpoint_froze(whole):
+def test_ddp_handles_layers_frozen_by_a_checkpoint(whole):
     output, _, (start, start_1, end, end_1) = whole
     assert "[2][2/2]" in output  # the second step is where DDP would miss gradients
     assert start["trained"] == start_1["trained"] == end["trained"]
@@ -197,7 +197,7 @@ def test_ddp_knows_what_a_checkpoint_froze(whole):
 
 
 @pytest.mark.slow
-def test_a_resume_in_two_processes_trains_the_same(whole, two_processes):
+def test_resuming_in_two_processes_trains_the_same(whole, two_processes):
     _, work_dir, (start, _, end, _) = whole
     _, _, resumed = two_processes("resumed", "--resume", work_dir / "epoch_1.pth")
     assert resumed[0]["trained"] == start["trained"]

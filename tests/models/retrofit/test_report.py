@@ -1,4 +1,4 @@
-"""What the report of a load says, and what strict_start makes of it."""
+"""The report of a loaded checkpoint, and strict_start."""
 
 import copy
 
@@ -22,7 +22,7 @@ from tests.helpers.registered import CONVS
 from tests.helpers.zoo import CASES, inputs_of, relative
 
 
-def test_report_of_a_classifiers_checkpoint(reports):
+def test_report_of_a_classifier_checkpoint(reports):
     net = edited_resnet("RFAResNet")
     state = {
         **plain_net(18).state_dict(),
@@ -40,9 +40,9 @@ def test_report_of_a_classifiers_checkpoint(reports):
     assert reports == [
         "\n".join(
             [
-                "RFAResNet, from its checkpoint:",
-                f"  loaded        {len(plain_net(18).state_dict()) - 8} keys as they are",
-                f"  warm-started  8 keys, for 8 layers (RFAConv): {', '.join(places)}",
+                "RFAResNet, loaded from a checkpoint:",
+                f"  loaded        {len(plain_net(18).state_dict()) - 8} keys unchanged",
+                f"  warm-started  8 layers from 8 keys (RFAConv): {', '.join(places)}",
                 f"  new           {len(new)} keys: {', '.join(new)}",
                 "  skipped       2 keys of the checkpoint: fc.weight, fc.bias",
             ]
@@ -58,21 +58,23 @@ def test_report_of_a_classifiers_checkpoint(reports):
         (dict(type="SE", start="paper"), None),
     ],
 )
-def test_report_names_plugins_that_start_as_the_identity(plugin, kinds, reports):
+def test_report_lists_plugins_that_start_as_the_identity(plugin, kinds, reports):
     cfg = dict(type="ResNet", depth=18, base_channels=8)
     net = retrofit(cfg, [dict(after=r"layer4\.\d", plugin=plugin)])
     load_state_dict(net, plain_net(18).state_dict())
     lines = reports[0].splitlines()
     names = ", ".join(net.new_layers.layers)
-    expected = [f"  identity      2 plug-ins, until trained ({kinds}): {names}"] if kinds else []
+    expected = (
+        [f"  identity      2 plug-ins start as the identity ({kinds}): {names}"] if kinds else []
+    )
     assert [line for line in lines if line.startswith("  identity")] == expected
-    # Its own keys win, and it is no longer said to be the identity.
+    # Its own keys win, and it is no longer reported as the identity.
     load_state_dict(net, {k: v + 1 for k, v in net.state_dict().items()})
     load_state_dict(net, plain_net(18).state_dict())
     assert "identity" not in "".join(reports[1:])
 
 
-def test_report_names_at_most_a_hundred_keys(reports):
+def test_report_lists_at_most_a_hundred_keys(reports):
     net = edited_resnet("RFAResNet", 50)
     load_state_dict(net, {"conv1.weight": net.state_dict()["conv1.weight"]})
     own = [key for key in net.state_dict() if not key.endswith("num_batches_tracked")]
@@ -81,7 +83,7 @@ def test_report_names_at_most_a_hundred_keys(reports):
     assert new.endswith(f", and {len(own) - 101} more")
 
 
-def test_report_of_modules_that_heads_share(reports):
+def test_report_of_modules_shared_by_heads(reports):
     case = CASES["RTMDetHead"]
     torch.manual_seed(1)
     plain = randomise_norms(MODELS.build(copy.deepcopy(case.cfg)))
@@ -90,13 +92,13 @@ def test_report_of_modules_that_heads_share(reports):
     net = retrofit(copy.deepcopy(case.cfg), edits, strict_start=True)
     load_state_dict(net, plain.state_dict(), strict=True)
     (report,) = reports
-    # Two convolutions of each of two branches, under the names of both levels.
+    # Two convolutions in each of two branches, with the names of both levels.
     places = [
         f"{b}_convs.{level}.{i}.conv" for b in ("cls", "reg") for level in (0, 1) for i in (0, 1)
     ]
     assert len(net.new_layers.layers) == 4
     line = next(line for line in report.splitlines() if "warm-started" in line)
-    assert line.startswith("  warm-started  8 keys, for 8 layers (RFAConv): ")
+    assert line.startswith("  warm-started  8 layers from 8 keys (RFAConv): ")
     assert set(line.split(": ")[1].split(", ")) == set(places)
     assert f"loaded        {len(plain.state_dict()) - 8} keys" in report
     assert "  new           0 keys\n" in report
@@ -124,13 +126,13 @@ def test_published_names_are_loaded(name, derived, reports):
     assert state.keys() != source.state_dict().keys()
     target.load_state_dict(state)
     (report,) = reports
-    assert report.endswith(f", from its checkpoint: all {len(state)} keys")
+    assert report.endswith(f": loaded all {len(state)} keys of the checkpoint")
     assert target[1].start.filled == set(source[1].state_dict())
     x = torch.rand(2, 3, 9, 9)
     assert torch.equal(target.eval()(x), source.eval()(x))
 
 
-def test_report_says_why_a_key_is_skipped(reports):
+def test_report_gives_the_reason_for_skipped_keys(reports):
     norm_cfg = dict(type="GN", num_groups=1)
     rfa = dict(RFA, norm_cfg=norm_cfg)
     net = edited_resnet("RFAResNet", plugins=False, rfa=rfa, stage_with_rfa=(0, 0, 0, 1))
@@ -138,10 +140,10 @@ def test_report_says_why_a_key_is_skipped(reports):
     load_state_dict(net, state)
     last = reports[0].splitlines()[-1]
     assert last.startswith("  skipped       3 keys of the checkpoint: ")
-    assert "bn1.weight (shape (9,), here (8,))" in last
-    assert "layer4.1.conv1.weight (its norm, GroupNorm, gives the same for a map and for " in last
-    assert "warm-started  0 keys, for 0 layers\n" in reports[0]
-    # The key that was not loaded is not counted as filled from the checkpoint either.
+    assert "bn1.weight (shape (9,) instead of (8,))" in last
+    assert "layer4.1.conv1.weight (its norm, GroupNorm, removes the scale of its input, so" in last
+    assert "warm-started  0 layers from 0 keys\n" in reports[0]
+    # A key that is not loaded does not count as loaded either.
     new = reports[0].splitlines()[-2]
     assert "bn1.weight" in new
     assert "layer4.0.conv1.conv.weight" in new
@@ -154,7 +156,7 @@ def test_a_file_for_other_parts_of_a_detector_is_not_reported(reports):
     state = {f"backbone.{k}": v for k, v in plain_net(18).state_dict().items()}
     load_state_dict(net, state)
     assert len(reports) == 1
-    assert "warm-started  8 keys, for 8 layers (RFAConv): layer1.0.conv1" in reports[0]
+    assert "warm-started  8 layers from 8 keys (RFAConv): layer1.0.conv1" in reports[0]
     assert "skipped       0 keys" in reports[0]
 
 
@@ -166,7 +168,7 @@ def test_strict_start(kind):
         "fc.bias": torch.zeros(1000),
     }
     message = (
-        r"^strict_start=True: 2 keys of the checkpoint go nowhere in \w*ResNet: fc\.weight, "
+        r"^strict_start=True: \w*ResNet does not use 2 keys of the checkpoint: fc\.weight, "
         r"fc\.bias\. A pattern"
     )
     with pytest.raises(WarmStartError, match=message):

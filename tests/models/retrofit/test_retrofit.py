@@ -1,4 +1,4 @@
-"""Retrofit over mmdet's own modules: what is edited, what stays, and what is computed."""
+"""Retrofit of mmdet's own modules: edited layers, unchanged keys, and outputs."""
 
 import copy
 import pickle
@@ -48,7 +48,7 @@ def with_convs(case: Case, name: str = "RFAConv", **kwargs) -> nn.Module:
 
 
 def new_names(net: nn.Module) -> set[str]:
-    """All names, shared ones too, of what an edit put in."""
+    """Return all names of the new layers, including shared ones."""
     new = set(net.new_layers.layers.values())
     return {name for name, m in net.named_modules(remove_duplicate=False) if m in new}
 
@@ -59,7 +59,7 @@ def outside(net: nn.Module, names: set[str]) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_types_names_and_keys_outside_the_edits_stay(name):
+def test_types_names_and_keys_outside_the_edits_are_kept(name):
     case = CASES[name]
     plain, net = plain_of(case), with_convs(case)
     assert type(net) is type(plain)
@@ -84,7 +84,7 @@ def test_types_names_and_keys_outside_the_edits_stay(name):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("conv", CONVS)
-def test_warm_start_computes_what_the_plain_module_does(name, conv):
+def test_warm_start_matches_the_plain_module(name, conv):
     case = CASES[name]
     plain, net = in_eval(plain_of(case)), with_convs(case, conv, strict_start=True)
     net.load_state_dict(plain.state_dict(), strict=True)
@@ -93,7 +93,7 @@ def test_warm_start_computes_what_the_plain_module_does(name, conv):
     with torch.no_grad():
         expected, found = flat(plain(*inputs)), flat(net(*inputs))
     assert relative(expected, found) <= 1e-4
-    # and it is these layers that compute it: without one, something else comes out
+    # the outputs depend on these layers
     layer = next(iter(net.new_layers.layers.values()))
     torch.nn.init.normal_(layer.conv.weight)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_forward_and_backward_reach_every_parameter(name):
     ]
     net = retrofit(copy.deepcopy(case.cfg), edits)
     net.init_weights()
-    randomise_norms(net)  # mmdet starts some norms at 0, which stops the gradient
+    randomise_norms(net)  # mmdet starts some norms at 0, which stops the gradients
     net.train()
     plain = dict(plain_of(case).named_parameters())
     inputs = inputs_of(case)
@@ -123,7 +123,7 @@ def test_forward_and_backward_reach_every_parameter(name):
             assert p.requires_grad, n
             assert n in reached, n
         elif n not in reached:
-            # Only what gets no gradient in the plain module either.
+            # Only parameters without gradients in the plain module too.
             assert not p.requires_grad or n in plain, n
     assert all(t.grad is not None for t in flat(inputs))
 
@@ -138,7 +138,7 @@ def test_loading_through_mmengine_reports_nothing_missing(name, caplog):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_around_a_loaded_module_it_computes_the_same(name):
+def test_loaded_module_keeps_its_outputs(name):
     case = CASES[name]
     plain = in_eval(plain_of(case))
     net = copy.deepcopy(plain)
@@ -151,7 +151,7 @@ def test_around_a_loaded_module_it_computes_the_same(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_copies_and_pickles_are_whole(name):
+def test_copies_and_pickles_are_complete(name):
     case = CASES[name]
     edits = [
         dict(where=case.where, conv=conv_cfg("RFAConv", case)),
@@ -173,7 +173,7 @@ def test_copies_and_pickles_are_whole(name):
             assert layer not in set(twin.modules())
 
 
-def test_all_convs_of_a_whole_resnet50_start_exact():
+def test_all_convs_of_a_resnet50_start_exactly():
     torch.manual_seed(0)
     plain = randomise_norms(MODELS.build(dict(type="ResNet", depth=50, norm_eval=True)))
     x = torch.randn(2, 3, 64, 96)
@@ -188,7 +188,7 @@ def test_all_convs_of_a_whole_resnet50_start_exact():
                 assert relative(flat(plain(x)), flat(net.train(mode)(x))) <= 1e-4
 
 
-def test_a_whole_detector_is_edited_as_itself():
+def test_whole_detector_is_edited_in_place():
     from mmengine.hub import get_config
 
     cfg = get_config("mmdet::retinanet/retinanet_r18_fpn_1x_coco.py").model
@@ -218,7 +218,7 @@ def test_a_whole_detector_is_edited_as_itself():
         assert relative(flat(plain(x)), flat(net(x))) > 1e-3
 
 
-def test_plugins_run_behind_their_module_in_order():
+def test_plugins_run_after_their_module_in_order():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
     plain = copy.deepcopy(net)
@@ -237,7 +237,7 @@ def test_plugins_run_behind_their_module_in_order():
     }
 
 
-def test_a_plugin_behind_a_sequential_runs_once():
+def test_plugin_after_a_sequential_runs_once():
     net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3)), nn.ReLU())
     plain = copy.deepcopy(net)
     retrofit(net, [dict(after="0", plugin=dict(type="SE", start="paper"))])
@@ -245,7 +245,7 @@ def test_a_plugin_behind_a_sequential_runs_once():
     assert torch.equal(net(x), plain[1](net[0].se(plain[0](x))))
 
 
-def test_replacement_and_plugin_in_one_place():
+def test_replacement_and_plugin_at_the_same_module():
     net = nn.Sequential(nn.Conv2d(4, 8, 3))
     plain = copy.deepcopy(net)
     retrofit(
