@@ -41,8 +41,8 @@ CHINESE = {
         "torch {torch}，除注明外均为 float32；由 `make bench` 测得。"
     ),
     "name": "名称",
-    "replaces a convolution": "替换卷积",
-    "follows a convolution": "接在卷积之后",
+    "convolution": "卷积",
+    "plug-in": "插件",
     "paper": "论文",
     "baseline": "基线",
     "parameters": "参数量",
@@ -52,14 +52,14 @@ CHINESE = {
     "in bfloat16": "bfloat16",
     "RetinaNet R50-FPN, one training iteration": "RetinaNet R50-FPN，一次训练迭代",
     "peak memory": "峰值内存",
-    "any of them on a GPU": "GPU 上的以上各项",
+    "any of them on a GPU": "以上各项（GPU）",
     "not measured": "未测",
     "training data": "训练数据",
     "plain": "普通卷积",
     "difference": "差值",
     "better": "更好",
     "worse": "更差",
-    "within the spread": "在随机波动之内",
+    "within the spread": "在随机波动范围内",
     "cannot be tested": "无法检验",
     "drawn shapes, from scratch": "生成的几何图形，从头训练",
     "drawn shapes, fine-tuned from plain": "生成的几何图形，由普通检测器微调",
@@ -103,9 +103,9 @@ def methods(words: Words) -> Iterator[str]:
         paper = f"[{number}](https://arxiv.org/abs/{number})"
         if name in BASELINES:
             paper += f" ({words('baseline')})"
-        place = "replaces" if name.endswith("Conv") else "follows"
+        kind = words("convolution" if name.endswith("Conv") else "plug-in")
         link = f"[`{name}`](configs/{name.lower()}/README.md)"
-        rows.append([link, words(f"{place} a convolution"), paper, parameters, gflops])
+        rows.append([link, kind, paper, parameters, gflops])
     yield from table([words("name"), "", words("paper"), words("parameters"), "GFLOPs"], rows, 3)
 
 
