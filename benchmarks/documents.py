@@ -41,8 +41,6 @@ CHINESE = {
         "torch {torch}，除注明外均为 float32；由 `make bench` 测得。"
     ),
     "name": "名称",
-    "convolution": "卷积",
-    "plug-in": "插件",
     "paper": "论文",
     "baseline": "基线",
     "parameters": "参数量",
@@ -73,6 +71,7 @@ CHINESE = {
         "其中编译 mmcv 算子 {mmcv} 分钟，训练 {training} 分钟"
     ),
     "{tests} tests": "共 {tests} 项测试",
+    ", ": "，",
 }
 Words = Callable[[str], str]
 
@@ -103,17 +102,16 @@ def methods(words: Words) -> Iterator[str]:
         paper = f"[{number}](https://arxiv.org/abs/{number})"
         if name in BASELINES:
             paper += f" ({words('baseline')})"
-        kind = words("convolution" if name.endswith("Conv") else "plug-in")
         link = f"[`{name}`](configs/{name.lower()}/README.md)"
-        rows.append([link, kind, paper, parameters, gflops])
-    yield from table([words("name"), "", words("paper"), words("parameters"), "GFLOPs"], rows, 3)
+        rows.append([link, paper, parameters, gflops])
+    yield from table([words("name"), words("paper"), words("parameters"), "GFLOPs"], rows, 2)
 
 
 def speed(words: Words) -> Iterator[str]:
     """Time and memory of the receptive-field convolutions beside a plain 3x3 and their formulas."""
     float32, bfloat16 = read("cpu.json"), read("cpu_bfloat16.json")
     rows = [_ratios(float32, f"`{op}`", op) for op in ("RFAConv", *GATED)]
-    rows.append(_ratios(bfloat16, f"`RFAConv`, {words('in bfloat16')}", "RFAConv"))
+    rows.append(_ratios(bfloat16, f"`RFAConv`{words(', ')}{words('in bfloat16')}", "RFAConv"))
     detector = float32["detector"]
     peak = f"{detector['peak_ratio']:.2f}x ({words('peak memory')})"
     title = words("RetinaNet R50-FPN, one training iteration")
@@ -168,7 +166,7 @@ def evidence(words: Words) -> Iterator[str]:
             both = [f"{row['mean']:.3f} ± {row['deviation']:.3f}" for row in (plain, ours)]
             verdict = f"{words(ours['verdict'])} (p = {ours['p']:.3f})"
             title = words(EVIDENCE[study, stage])
-            rows.append([title, *both, f"{ours['difference']:+.3f}, {verdict}"])
+            rows.append([title, *both, f"{ours['difference']:+.3f}{words(', ')}{verdict}"])
     yield from table([words("training data"), words("plain"), "RFAConv", words("difference")], rows)
 
 
@@ -180,12 +178,13 @@ def durations(words: Words) -> Iterator[str]:
     parts = words("of it {mmcv} min to build mmcv's operators, {training} min to train").format(
         mmcv=minutes["mmcv_seconds"], training=minutes["training_seconds"]
     )
+    comma = words(", ")
     of_demo = words("{} min").format(minutes["seconds"])
     of_test = words("{} min").format(f"{test['seconds'] / 60:.0f}")
     tests = words("{tests} tests").format(tests=f"{test['tests']:,}")
     rows = [
-        [f"`make demo`, {words('in a fresh clone')}", f"{of_demo}, {parts}"],
-        [f"`make test`, {words('with the environment in place')}", f"{of_test}, {tests}"],
+        [f"`make demo`{comma}{words('in a fresh clone')}", f"{of_demo}{comma}{parts}"],
+        [f"`make test`{comma}{words('with the environment in place')}", f"{of_test}{comma}{tests}"],
     ]
     yield from table([words("command"), words("takes")], rows, numbers_from=2)
 
