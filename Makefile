@@ -43,6 +43,7 @@ bench: env  ## measure every op on 2 CPU threads against the formulas and the pl
 	    --kernel-size $$k --out benchmarks/results/cpu_$${k}x$$k.json || exit 1; done
 	@"$(PYTHON)" -m benchmarks.report benchmarks/results/*.json \
 	    --table benchmarks/table.md --plot docs/images/benchmark.png
+	@"$(PYTHON)" -m benchmarks.documents
 
 OUT ?= work_dirs/gpu
 

@@ -4,6 +4,9 @@ A part that is written here stands between two comments; the rest of a page is l
 
     <!-- numbers: speed -->
     <!-- /numbers -->
+
+benchmarks/durations.json is written by hand, from what `time` prints in a fresh clone, and
+benchmarks/systems.md by `python tools/analysis/complexity.py --systems`.
 """
 
 # ruff: noqa: RUF001 (Chinese has its own punctuation)
@@ -98,7 +101,7 @@ def methods(words: Words) -> Iterator[str]:
     for name, parameters, gflops in re.findall(r"(?m)^\| `(\w+)` \| (\S+) \| (\S+) \|$", text):
         folder = ROOT / "configs" / name.lower()
         metafile = (folder / "metafile.yml").read_text(encoding="utf-8")
-        number = re.search(r"arxiv\.org/abs/([\d.]+)", metafile)[1]  # type: ignore[index]
+        number = re.search(r"arxiv\.org/abs/([\d.]+)", metafile)[1]
         paper = f"[{number}](https://arxiv.org/abs/{number})"
         if name in BASELINES:
             paper += f" ({words('baseline')})"
@@ -143,15 +146,8 @@ def _ratios(run: dict, title: str, op: str) -> list[str]:
 def _pairs(run: dict, name: str) -> Iterator[tuple[float, float]]:
     """Yield a candidate's and its formula's multiples of the plain convolution."""
     for mode in ("inference", "training"):
-        yield _given(*(report.mean_ratio(run, who, mode, "plain") for who in (name, "formula")))
-    saved = (report.mean_bytes(run, who, report.saved, "plain") for who in (name, "formula"))
-    yield _given(*saved)
-
-
-def _given(first: float | None, second: float | None) -> tuple[float, float]:
-    assert first is not None, "the results are not complete"
-    assert second is not None, "the results are not complete"
-    return first, second
+        yield tuple(report.mean_ratio(run, who, mode, "plain") for who in (name, "formula"))
+    yield tuple(report.mean_bytes(run, who, report.saved, "plain") for who in (name, "formula"))
 
 
 def evidence(words: Words) -> Iterator[str]:
