@@ -43,6 +43,7 @@ bench: env  ## benchmark all operators on 2 CPU threads against formulas and pla
 	    --kernel-size $$k --out benchmarks/results/cpu_$${k}x$$k.json || exit 1; done
 	@"$(PYTHON)" -m benchmarks.report benchmarks/results/*.json \
 	    --table benchmarks/table.md --plot docs/images/benchmark.png
+	@"$(PYTHON)" -m benchmarks.documents
 
 OUT ?= work_dirs/gpu
 

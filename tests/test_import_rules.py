@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rfa_mmdet.version import __version__
 from tests.helpers.torch_features import LACKS_TRITON
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,7 +237,7 @@ print(rfa_mmdet.__version__)
             'mmengine is not installed: run `pip install "rfa_mmdet[openmmlab]"`'
         )
     assert "no_such_name" in no_such_name
-    assert version == "0.1.0"
+    assert version == __version__
 
 
 @pytest.mark.parametrize(
