@@ -3,7 +3,7 @@
 #   bash tools/dist_train.sh CONFIG PROCESSES [more arguments of tools/train.py]
 # For several machines, set NNODES, NODE_RANK, MASTER_ADDR and PORT in the environment.
 # Example:
-#   bash tools/dist_train.sh configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py 2
+#   bash tools/dist_train.sh configs/demo/atss_r18-rfaconv_fpn_8e_shapes.py 2
 set -euo pipefail
 usage() { sed -n '2,6s/^# //p' "$0"; }
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac

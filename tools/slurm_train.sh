@@ -3,7 +3,7 @@
 #   GPUS=16 GPUS_PER_NODE=8 CPUS_PER_TASK=5 bash tools/slurm_train.sh PARTITION JOB CONFIG [more arguments of tools/train.py]
 # SRUN_ARGS in the environment are passed to srun, e.g. --gres=none without GPUs.
 # Example:
-#   GPUS=4 GPUS_PER_NODE=4 bash tools/slurm_train.sh gpu demo configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py
+#   GPUS=4 GPUS_PER_NODE=4 bash tools/slurm_train.sh gpu demo configs/demo/atss_r18-rfaconv_fpn_8e_shapes.py
 set -euo pipefail
 usage() { sed -n '2,6s/^# //p' "$0"; }
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac

@@ -32,7 +32,7 @@ def parse_args() -> Namespace:
     """Read the command line."""
     parser = config_parser(
         __doc__,
-        "python tools/check_data.py configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py",
+        "python tools/check_data.py configs/demo/atss_r18-rfaconv_fpn_8e_shapes.py",
     )
     parser.add_argument(
         "--splits", nargs="+", choices=SPLITS, help="splits to check; default: all in the config"

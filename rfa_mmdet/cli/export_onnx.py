@@ -31,8 +31,8 @@ def parse_args() -> Namespace:
     """Read the command line."""
     parser = config_parser(
         __doc__,
-        "python tools/export_onnx.py configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py "
-        "work_dirs/demo/epoch_6.pth --out work_dirs/demo/detector.onnx",
+        "python tools/export_onnx.py configs/demo/atss_r18-rfaconv_fpn_8e_shapes.py "
+        "work_dirs/demo/epoch_8.pth --out work_dirs/demo/detector.onnx",
     )
     add = parser.add_argument
     add("checkpoint", help="checkpoint file or URL")

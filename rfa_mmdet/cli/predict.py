@@ -26,8 +26,8 @@ def parse_args() -> Namespace:
     """Read the command line."""
     parser = config_parser(
         __doc__,
-        "python tools/predict.py configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py "
-        "work_dirs/demo/epoch_6.pth 'data/shapes/JPEGImages/val_*.jpg' --out work_dirs/found",
+        "python tools/predict.py configs/demo/atss_r18-rfaconv_fpn_8e_shapes.py "
+        "work_dirs/demo/epoch_8.pth 'data/shapes/JPEGImages/val_*.jpg' --out work_dirs/found",
     )
     add = parser.add_argument
     add("checkpoint", help="checkpoint file or URL")

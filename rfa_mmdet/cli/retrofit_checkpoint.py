@@ -29,7 +29,7 @@ def parse_args() -> Namespace:
         description=__doc__,
         epilog="example, after training the plain detector as in README.md:\n"
         "  python tools/retrofit_checkpoint.py "
-        "configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py work_dirs/demo_plain/epoch_6.pth "
+        "configs/demo/atss_r18-rfaconv_fpn_8e_shapes.py work_dirs/demo_plain/epoch_8.pth "
         "work_dirs/warm.pth",
         formatter_class=RawDescriptionHelpFormatter,
     )

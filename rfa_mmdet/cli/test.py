@@ -32,8 +32,8 @@ def parse_args():
     """Read the command line."""
     parser = run_parser(
         "Evaluate a checkpoint with the config's test data and metrics.",
-        "python tools/test.py configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py "
-        "work_dirs/demo/epoch_6.pth --show-dir work_dirs/demo/pictures",
+        "python tools/test.py configs/demo/atss_r18-rfaconv_fpn_8e_shapes.py "
+        "work_dirs/demo/epoch_8.pth --show-dir work_dirs/demo/pictures",
     )
     parser.add_argument("checkpoint", help="checkpoint file or URL")
     parser.add_argument("--show-dir", help="folder for pictures of ground truth next to detections")

@@ -18,7 +18,7 @@ def parse_args():
     """Read the command line."""
     parser = run_parser(
         "Train a detector. Logs and checkpoints go to the work dir.",
-        "python tools/train.py configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py --tensorboard",
+        "python tools/train.py configs/demo/atss_r18-rfaconv_fpn_8e_shapes.py --tensorboard",
     )
     parser.add_argument(
         "--resume",

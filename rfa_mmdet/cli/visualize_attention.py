@@ -30,8 +30,8 @@ def parse_args() -> Namespace:
     """Read the command line."""
     parser = config_parser(
         __doc__,
-        "python tools/visualize_attention.py configs/demo/retinanet_r18-rfaconv_fpn_6e_shapes.py "
-        "work_dirs/demo/epoch_6.pth data/shapes/JPEGImages/val_0000.jpg --layers 'layer4'",
+        "python tools/visualize_attention.py configs/demo/atss_r18-rfaconv_fpn_8e_shapes.py "
+        "work_dirs/demo/epoch_8.pth data/shapes/JPEGImages/val_0000.jpg --layers 'layer4'",
     )
     add = parser.add_argument
     add("checkpoint", help="checkpoint file or URL")
