@@ -21,7 +21,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo bench gpu modelled test test-slow test-all test-prebuilt test-triton
-.PHONY: lint format clean
+.PHONY: docs lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -78,6 +78,18 @@ test-triton: env  ## compile the GPU kernels with other versions of Triton
 modelled: env  ## model the time of the GPU kernels and of cuDNN without a GPU
 	@"$(PYTHON)" -m benchmarks.modelled --table benchmarks/modelled.md
 
+DOCS_VENV := .venv-docs
+
+# Needs no torch: the sources are read, not imported.
+docs: $(DOCS_VENV)/.stamp  ## build the documentation into site/, to be opened from disk
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+$(DOCS_VENV)/.stamp: requirements/docs.txt
+	@python3 -m venv --clear $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 lint: env  ## check style, formatting and types
 	@"$(PYTHON)" -m ruff check .
 	@"$(PYTHON)" -m ruff format --check .
@@ -88,5 +100,5 @@ format: env  ## fix style and formatting automatically
 	@"$(PYTHON)" -m ruff format .
 
 clean:  ## remove caches and build products; keeps environments and results
-	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage htmlcov
+	@rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage htmlcov
 	@find . -path "./.venv*" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
