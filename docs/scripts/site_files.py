@@ -16,7 +16,7 @@ LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(?=[)#])")
 
 def on_page_markdown(markdown, page, config, files):
     """Copy the files of the repository that a page links to, and link to the copies."""
-    folder = Path(page.file.abs_src_path).parent
+    folder = (Path(config.docs_dir) / page.file.src_uri).parent
 
     def copied(match):
         source = Path(os.path.normpath(folder / match[1]))
