@@ -45,4 +45,6 @@ def test_links_are_found():
 def test_every_page_is_in_the_navigation():
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
     named = set(re.findall(r"[\w/-]+\.md", nav))
-    assert named == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
+    notebooks = {path.with_suffix(".md").name for path in (ROOT / "docs").glob("*.ipynb")}
+    assert named == pages | notebooks
