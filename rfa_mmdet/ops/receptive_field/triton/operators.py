@@ -141,12 +141,15 @@ def gated_conv(
             x, feature, shift, relu, first, second, weight, bias, *window_and_groups
         )
     maps = maps_of(x, _window(window))
-    gates = _gates(first, second)
+    gates = _gates(maps, first, second)
     return _convolve(maps, _bare_table(maps, feature, shift), gates, relu, weight, bias)
 
 
-def _gates(first: Tensor, second: Tensor) -> Gates:
-    return Gates(CHANNELS if first.dim() == 2 else ROWS, first.contiguous(), second.contiguous())
+def _gates(maps: Maps, first: Tensor, second: Tensor) -> Gates:
+    kind = CHANNELS if first.dim() == 2 else ROWS
+    if kind == ROWS and maps.channels_last:
+        first, second = first.permute(0, 2, 3, 1), second.permute(0, 2, 3, 1)
+    return Gates(kind, first.contiguous(), second.contiguous())
 
 
 def _bare_table(maps: Maps, feature: Tensor, shift: Tensor) -> Tensor:
@@ -315,7 +318,7 @@ def gated_conv_backward(
         _add_sum(of_second, products.mul_(one))
 
     with products_as_convolutions(x.dtype):
-        gates = _gates(first, second)
+        gates = _gates(maps, first, second)
         of_weight, of_bias = _of_weighed(grad_y, run, gates, weight, needs, add)
     of_x, _, of_feature, of_shift = run.gradients(shift, feature, shift)
     of_gates = (total.to(t.dtype) for total, t in zip(totals, (first, second), strict=True))
