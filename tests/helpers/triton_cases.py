@@ -50,9 +50,9 @@ def in_the_interpreter(file: str, selection: str, least: int) -> None:
 @dataclass(frozen=True)
 class Case:
     batch: int = 2
-    channels: int = 3
-    outputs: int = 4
-    size: tuple = (6, 5)
+    channels: int = 2
+    outputs: int = 3
+    size: tuple = (4, 5)
     kernel: tuple = (3, 3)
     stride: tuple = (1, 1)
     padding: tuple = (1, 1)
