@@ -8,6 +8,7 @@ installed without them, with a notice. ``RFA_MMDET_BUILD=1`` turns that into an 
 import hashlib
 import os
 import platform
+import runpy
 import shutil
 import sys
 import sysconfig
@@ -19,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 FOLDER = Path("rfa_mmdet/ops/receptive_field")
+digest = runpy.run_path(str(FOLDER / "sources.py"))["digest"]
 KERNELS = ("kernels.cpp", "gated.cpp")
 # Named after torch.backends.cpu.get_cpu_capability(): torch's headers select the vector types by
 # capability.
@@ -43,16 +45,18 @@ class BuildKernels(build_ext):
             return
         libraries: list[Path] = []
         try:
-            libraries = [FOLDER / self.get_ext_filename(f"_cpu_{name}") for name in CAPABILITIES]
-            stamp = libraries[0].with_suffix(".stamp")
-            state = self.inplace and self.state()
-            built = all(library.exists() for library in libraries)
-            if state and built and stamp.exists() and stamp.read_text() == state:
+            if not self.inplace:
+                super().run()
                 return
-            stamp.unlink(missing_ok=True)
+            libraries = [FOLDER / self.get_ext_filename(f"_cpu_{name}") for name in CAPABILITIES]
+            stamp, state = libraries[0].with_suffix(".stamp"), self.state()
+            built = all(library.exists() for library in libraries)
+            if built and stamp.exists() and stamp.read_text() == state:
+                return
+            # Of a build that ends half-way, no library is loaded.
+            stamp.write_text("")
             super().run()
-            if state:
-                stamp.write_text(state)
+            stamp.write_text(state)
         except Exception as error:
             if wish == "1":
                 raise
@@ -72,11 +76,10 @@ class BuildKernels(build_ext):
 
     @classmethod
     def state(cls):
-        """Return a hash of everything that the libraries depend on."""
-        torch = cls.find_torch()
-        parts = [torch.__version__, str(cls.flags()), str(CAPABILITIES)]
-        files = [file.read_bytes() for file in sorted((FOLDER / "csrc").iterdir())]
-        return hashlib.sha256(b"\0".join([*files, *(p.encode() for p in parts)])).hexdigest()
+        """Return what the libraries depend on: a hash of the sources, and one of the rest."""
+        parts = [cls.find_torch().__version__, str(cls.flags()), str(CAPABILITIES)]
+        rest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        return f"{digest(FOLDER / 'csrc')} {rest}"
 
     @staticmethod
     def find_torch():

@@ -291,7 +291,9 @@ class FoldBatchNorm(Function):
                 )
                 of_feature = torch.addcmul(through, scale.view(-1, 1, 1, 1), of_folded)
                 of_weight = of_scale * inverse
-            if need_x and count:
+            if need_x and count and of_x is not None and _is_to_spare(of_x):
+                _ops.add_window_moments_backward(of_x, x, slope, constant, *ctx.window)
+            elif need_x and count:
                 of_x = _ops.window_moments_backward(x, slope, constant, of_x, *ctx.window)
         return (
             *(
@@ -300,6 +302,17 @@ class FoldBatchNorm(Function):
             ),
             *(None,) * 6,
         )
+
+
+def _is_to_spare(grad: Tensor) -> bool:
+    """Whether to write into the gradient of the map that ``fold_batch_norm`` returned.
+
+    It comes from the operators of features alone, or is the sum of what these return. On a CPU a
+    second map takes no time, and a compiler plans memory itself.
+    """
+    if grad.device.type == "cpu" or is_compiling():
+        return False
+    return grad.is_contiguous() or grad.is_contiguous(memory_format=torch.channels_last)
 
 
 def _over_ranks(

@@ -21,6 +21,7 @@ from rfa_mmdet.ops.common.recompute import needs_plain_operators
 from rfa_mmdet.ops.common.torch_versions import COMPILES_OPERATORS, is_compiling
 from rfa_mmdet.ops.receptive_field import self_check
 from rfa_mmdet.ops.receptive_field.schema import NAMESPACE, OPERATORS
+from rfa_mmdet.ops.receptive_field.sources import digest
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 _DEVICES = {"cpu": "cpu", "triton": "cuda"}  # the type of the device that each is for
@@ -31,6 +32,8 @@ BUILD_ADVICE = (
     "build it with `make env`, or with `pip install` of this package where a "
     "C++ compiler and torch are installed"
 )
+OTHER_SOURCES = "the C++ extension was built from other sources than these"
+REBUILD_ADVICE = "build it anew with `make env` or `pip install -e .`"
 CAPTURED = (
     "in a CUDA graph that is being captured, kernels cannot be compiled and checked; run the layer "
     "once before"
@@ -70,7 +73,7 @@ def missing(backend: str) -> str | None:
 def _missing(backend: str) -> str | None:
     if backend == "cpu":
         reason = load_cpu_kernels(Path(__file__).parent)
-        return reason and f"{reason}: {BUILD_ADVICE}"
+        return reason and f"{reason}: {REBUILD_ADVICE if reason == OTHER_SOURCES else BUILD_ADVICE}"
     if backend == "triton":
         if torch.version.hip is not None:
             return "the Triton kernels are for NVIDIA's GPUs, and this torch is for AMD's"
@@ -105,20 +108,29 @@ def load_cpu_kernels(folder: Path) -> str | None:
         file = folder / f"_cpu_{name}.torch-{torch.__version__}.so"
         if not file.exists():
             continue
+        # Not loaded to find out: kernels of other arguments than the schemas' end the process.
+        if not _is_of_these_sources(folder):
+            return OTHER_SOURCES
         try:
             torch.ops.load_library(file)
         except OSError as error:
             return f"{file.name} does not load: {error}"
-        except RuntimeError:  # its kernels have other arguments than the schemas
-            return "the C++ extension was built from other sources than these"
         if not all(has_kernel(operator, "cpu") for operator in OPERATORS):
-            return "the C++ extension was built from other sources than these"
+            return OTHER_SOURCES
         return None
     built = {file.name.partition(".torch-")[2][:-3] for file in folder.glob("_cpu_*.so")}
     if built:
         others = ", ".join(sorted(built))
         return f"the C++ extension was built for torch {others}, and here is {torch.__version__}"
     return "the C++ extension is not built"
+
+
+def _is_of_these_sources(folder: Path) -> bool:
+    """Whether the libraries of a checkout are; those of a wheel came with it, without a stamp."""
+    stamp = folder / f"_cpu_default.torch-{torch.__version__}.stamp"
+    if not stamp.exists():
+        return True
+    return stamp.read_text().partition(" ")[0] == digest(folder / "csrc")
 
 
 def check_backend(backend: str, operators: tuple[str, ...] = ()) -> str:

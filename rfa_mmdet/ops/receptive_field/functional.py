@@ -121,8 +121,8 @@ def fold_batch_norm(
     """Fold batch norm, on the statistics of the batch, into the features that it follows.
 
     They follow from the means and the covariance of the windows' values: see README.md. Make the
-    features from the map that is returned, not from x: its gradient then arrives here, and the one
-    through the statistics is added to it in one pass.
+    features, and nothing else, from the map that is returned, not from x: its gradient then arrives
+    here, and the one through the statistics is added to it in one pass, on a GPU in place.
 
     Args:
         x (Tensor): (B, C, H, W), as of :class:`WindowFeatures`.

@@ -244,6 +244,23 @@ def window_moments_backward(
     return of_x.to(x.dtype)
 
 
+def add_window_moments_backward(
+    grad: Tensor, x: Tensor, slope: Tensor, constant: Tensor, *window: Any
+) -> None:
+    """Add to a gradient of x, which nothing else reads, the one through the moments."""
+    grad.copy_(window_moments_backward(x, slope, constant, grad, *window))
+
+
+# A GPU has a kernel that needs no second map.
+LIBRARY.define(
+    "add_window_moments_backward(Tensor(a!) grad, Tensor x, Tensor slope, Tensor constant, "
+    "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> ()"
+)
+LIBRARY.impl(
+    "add_window_moments_backward", add_window_moments_backward, "CompositeExplicitAutograd"
+)
+
+
 @_register
 def rfa_conv(
     x: Tensor,

@@ -1,6 +1,7 @@
 """Where the operators run, on which kernels, and what is said where there are none."""
 
 import inspect
+import shutil
 import subprocess
 import sys
 import types
@@ -12,7 +13,9 @@ import torch
 from rfa_mmdet.ops.receptive_field import backends
 from rfa_mmdet.ops.receptive_field.backends import check_backend, load_cpu_kernels, use_operators
 from rfa_mmdet.ops.receptive_field.self_check import Case
+from rfa_mmdet.ops.receptive_field.sources import digest
 from tests.helpers.backends import copy_without_kernels, require
+from tests.helpers.paths import ROOT
 from tests.helpers.torch_features import AUTOCAST_TYPES
 
 RFA_CONV = ("rfa_conv",)
@@ -84,6 +87,7 @@ def test_a_backend_asked_for_by_name_insists(monkeypatch):
 
 # --------------------------------------------------------------------------- without kernels
 
+PLAIN = "the receptive-field convolutions run in plain torch, slower than by kernels: "
 UNBUILT = """
 import copy, warnings, torch
 from rfa_mmdet import layers
@@ -112,22 +116,68 @@ except RuntimeError as error:
 """
 
 
-def test_where_nothing_is_built_the_operators_run_in_plain_torch_with_one_notice(tmp_path):
-    copy_without_kernels(tmp_path)
+STALE = """
+import warnings, torch
+from rfa_mmdet.layers import RFAConv
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for layer in (RFAConv(2, 3, 3), RFAConv(2, 3, 3)):
+        layer(torch.ones(1, 2, 4, 4))
+print([str(w.message) for w in caught])
+try:
+    RFAConv(2, 3, 3, backend="cpu")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def said(script, folder):
+    """The two lines that a script prints with a copy of the package."""
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", UNBUILT],
-        env={"PYTHONPATH": str(tmp_path), "PATH": "", "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
+        [sys.executable, "-W", "ignore", "-c", script],
+        env={"PYTHONPATH": str(folder), "PATH": "", "OMP_NUM_THREADS": "1"},
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert result.returncode == 0, result.stderr
-    notices, error = result.stdout.strip().split("\n")
+    return result.stdout.strip().split("\n")
+
+
+def test_where_nothing_is_built_the_operators_run_in_plain_torch_with_one_notice(tmp_path):
+    copy_without_kernels(tmp_path)
+    notices, error = said(UNBUILT, tmp_path)
     assert notices.count("in plain torch, slower than by kernels: the C++ extension is not") == 1
     assert notices.count("make env") == 1
     assert "make env" in error
     assert "backend='cpu'" in error
+
+
+def test_libraries_older_than_their_sources_are_not_loaded(tmp_path):
+    require("cpu")
+    folder = shutil.copytree(ROOT / "rfa_mmdet", tmp_path / "rfa_mmdet", symlinks=True)
+    folder = folder / "ops" / "receptive_field"
+    # As an update that changes an operator: to load the libraries would end the process.
+    for file in (folder / "schema.py", folder / "csrc" / "bindings.cpp"):
+        file.write_text(file.read_text().replace("bool relu", "int relu"))
+    notices, error = said(STALE, tmp_path)
+    reason = f"{backends.OTHER_SOURCES}: {backends.REBUILD_ADVICE}"
+    assert notices == f"['{PLAIN}{reason}']"
+    assert error == f"backend='cpu': {reason}"
+    assert "`make env` or `pip install -e .`" in reason
+
+
+def test_libraries_of_a_build_that_ended_half_way_are_not_loaded(tmp_path):
+    built = Path(backends.__file__).parent
+    shutil.copytree(built / "csrc", tmp_path / "csrc")
+    library = tmp_path / f"_cpu_default.torch-{torch.__version__}.so"
+    library.write_bytes(b"no library")
+    stamp = library.with_suffix(".stamp")
+    stamp.touch()
+    assert load_cpu_kernels(tmp_path) == backends.OTHER_SOURCES
+    stamp.write_text(f"{digest(tmp_path / 'csrc')} ...")
+    assert "does not load" in load_cpu_kernels(tmp_path)
 
 
 @pytest.fixture
@@ -187,7 +237,7 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch):
     folder = Path(backends.__file__).parent
     assert load_cpu_kernels(folder) is None
     monkeypatch.setattr(backends, "has_kernel", lambda operator, _: operator != "gated_conv")
-    assert load_cpu_kernels(folder) == "the C++ extension was built from other sources than these"
+    assert load_cpu_kernels(folder) == backends.OTHER_SOURCES
 
 
 def test_a_library_of_another_torch_is_named(tmp_path):

@@ -22,7 +22,7 @@ from rfa_mmdet.ops.common.windows import Window
 from rfa_mmdet.ops.receptive_field.triton.chunks import OFFSETS, takes
 from tests.helpers import triton_aot as aot
 from tests.helpers.ptx import barriers
-from tests.helpers.triton_steps import empty_map, of_rfa_conv
+from tests.helpers.triton_steps import empty_map, of_gated, of_rfa_conv
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET", "0") != "0",
@@ -44,6 +44,8 @@ MOST_INSTRUCTIONS = {
 }
 OF_INPUT = ("fold_kernel", "moments_gradient_kernel")
 # A stride of 2 loads two rows a step: three addresses, masks, loads, conversions and shifts more.
+# Without gates, the kernel of products reads the features, too.
+MOST_OF_GATES = {**MOST_INSTRUCTIONS, "products_kernel": 375}
 MOST_OF_STRIDE_2 = {**MOST_INSTRUCTIONS, "moments_kernel": 150}
 # What begins in the middle of a sector ends in the next one.
 SPARE = 1.6
@@ -59,6 +61,14 @@ def layer(dtype, channels_last, channels=64, outputs=64, size=(40, 96), stride=1
     x = empty_map((2, channels, *size), dtype, channels_last)
     elements = {"in": x.numel(), "out": channels * window.count(x)}
     return of_rfa_conv(x, outputs, window), elements
+
+
+def gated(channels_last, names):
+    """Some operators of gated and pooled features, and the elements of their maps."""
+    window = Window((3, 3), (1, 1), (1, 1))
+    x = empty_map((2, 64, 40, 96), torch.bfloat16, channels_last)
+    elements = {"in": x.numel(), "out": 64 * window.count(x)}
+    return [({name: of_gated(x, 64, window)[name]}, elements) for name in names]
 
 
 def launches(functions) -> list[aot.Launch]:
@@ -164,6 +174,20 @@ def test_kernels_of_a_training_step_are_shaped_for_the_gpu(channels_last):
 @in_both_layouts
 def test_kernels_are_shaped_for_every_gpu(channels_last, dtype, capability):
     assert faults(capability, *layer(dtype, channels_last), SPARE) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("channels_last", "names"),
+    [
+        (False, ["channels", "channels, backward", "pool, backward"]),
+        (True, ["rows", "rows, backward"]),
+    ],
+    ids=["nchw", "channels_last"],
+)
+def test_kernels_of_gates_are_shaped_for_the_gpu(channels_last, names):
+    operators = gated(channels_last, names)
+    assert [f for one in operators for f in faults(90, *one, SPARE, MOST_OF_GATES)] == []
 
 
 @pytest.mark.slow

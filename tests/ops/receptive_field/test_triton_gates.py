@@ -32,7 +32,7 @@ if LACKS_TRITON:
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE is not None, reason="the other tests run in this process")
 def test_in_the_interpreter():
-    in_the_interpreter(__file__, "test_gates", 32)
+    in_the_interpreter(__file__, "test_gates", 16)
 
 
 @dataclass(frozen=True)
@@ -100,17 +100,16 @@ OPERATORS = [
 
 @runs
 @pytest.mark.parametrize(
-    "case",
+    ("case", "rows"),
     [
-        Case(channels=1, batch=1, size=(3, 4)),
-        Case(channels=35, size=(3, 3), batch=1, channels_last=True),
-        Case(stride=(2, 1), kernel=(3, 2), relu=False, channels_last=True),
-        Case(dtype=torch.bfloat16, channels_last=True),
+        (Case(channels=1, size=(3, 4)), 1000),
+        (Case(channels=35, kernel=(2, 2), size=(3, 3), batch=1, channels_last=True), 2),
+        (Case(stride=(2, 1), kernel=(3, 2), relu=False, channels_last=True), 2),
+        (Case(kernel=(2, 2), size=(3, 3), dtype=torch.bfloat16, channels_last=True), 2),
     ],
     ids=names,
 )
 @pytest.mark.parametrize("of", OPERATORS, ids=lambda of: f"{of.name}-{of.made.__name__}")
-@pytest.mark.parametrize("rows", [2, 1000])
 def test_gates_and_pools_are_those_of_plain_torch(of, case, rows, monkeypatch):
     """Which test_plain.py compares with the formulas."""
     from rfa_mmdet.ops.receptive_field import plain

@@ -25,6 +25,7 @@ if LACKS_TRITON:
 import triton
 import triton.language as tl
 
+from rfa_mmdet.ops.receptive_field import autograd
 from rfa_mmdet.ops.receptive_field.triton import launch
 from tests.helpers.triton_watch import OnTriton, Watch
 
@@ -87,6 +88,8 @@ def compare(kind, case, processors, monkeypatch, rows=2):
         with OnTriton():
             expected = step(kind, case)
             torch.utils.deterministic.fill_uninitialized_memory = True
+            # As on a GPU: the gradient through the moments is added in place.
+            monkeypatch.setattr(autograd, "_is_to_spare", lambda grad: True)
             assert torch.empty(3).isnan().all()
             with watch.watching():
                 found = step(kind, case)
@@ -104,10 +107,10 @@ FEW = dict(kernel=(2, 2), padding=(1, 0), channels=2, outputs=3)
 FEWER = FEW | dict(kernel=(2, 1), batch=1)
 CASES = [
     Case(size=(2, 70), **FEWER),  # columns of several tiles
-    Case(size=(3, 7), channels_last=True, **FEWER | dict(channels=35)),  # and channels
+    Case(size=(3, 5), channels_last=True, **FEWER | dict(channels=35)),  # and channels
     Case(size=(6, 5), stride=(2, 2), channels_last=True, **FEW),
     Case(size=(6, 5), stride=(2, 1), **FEWER),
-    Case(size=(5, 4), dilation=(2, 2), channels_last=True, **FEW),
+    Case(size=(4, 3), dilation=(2, 2), channels_last=True, **FEW | dict(batch=1)),
     Case(size=(5, 4), dilation=(2, 1), dtype=torch.bfloat16, **FEWER),
 ]
 

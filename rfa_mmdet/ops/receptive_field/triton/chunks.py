@@ -13,6 +13,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 POSITIONS = 9  # of a window: more do not fit into registers
 OFFSETS = 2**31 - 2**24  # elements that 32 bits can tell apart, and what lies beside a map
 BLOCKS = 65_535  # of a grid's second and third axis
+# Parts of the weight's gradient that are added up in a half type: rounded for each, that loses
+# about as much as to round each of them would. And the bytes of all such sums.
+ROUNDED, PARTS_BYTES = 4, 2**22
 LEAST_BYTES = 2**23  # of a chunk's features, on a GPU with little cache
 
 
@@ -93,7 +96,7 @@ class Products:
             # (O, K * C) and (O, C * K)
             order = weight.permute(0, 2, 3, 1) if maps.channels_last else weight
             self.weight = order.to(maps.x.dtype).reshape(len(weight), -1).contiguous()
-        self.of_weight: list[Tensor] = []
+        self.of_weight = maps.x.new_empty(0)
 
     def buffer(self, rows: int, chunk: Chunk) -> Tensor:
         """Return new memory for ``rows`` values of each position of a chunk."""
@@ -143,22 +146,35 @@ class Products:
         else:
             torch.mm(self.weight.t(), grad, out=units)
 
-    def add_weight_gradient(self, grad: Tensor, units: Tensor, chunk: Chunk) -> None:
-        """Compute a chunk's part of the weight's gradient; a half type's are added up later."""
+    def add_weight_gradient(
+        self, grad: Tensor, units: Tensor, chunk: Chunk, number: int, count: int
+    ) -> None:
+        """Compute a chunk's part of the weight's gradient, the number-th of so many.
+
+        A half type is rounded with each part. So sums of a few parts are kept, and added up in
+        float32: at the end, or, where they would take much memory, at once.
+        """
         units = self._positions(units, chunk)
         a, b = (grad.t(), units) if self.maps.channels_last else (grad, units.t())
-        if self.of_weight and a.dtype == torch.float32:
-            self.of_weight[0].addmm_(a, b)
+        few = count if a.dtype == torch.float32 else ROUNDED
+        if number == 0:
+            sums = -(-count // few)
+            sums = sums if sums * self.weight.nbytes <= PARTS_BYTES else 1
+            self.of_weight = a.new_empty(sums, *self.weight.shape)
+        place, added = divmod(number, few)
+        if place >= len(self.of_weight):
+            self.of_weight = self.of_weight.float()
+            self.of_weight[0] += torch.mm(a, b)
+        elif added:
+            self.of_weight[place].addmm_(a, b)
         else:
-            self.of_weight.append(torch.mm(a, b))
+            torch.mm(a, b, out=self.of_weight[place])
 
     def weight_gradient(self, dtype: torch.dtype) -> Tensor:
         """Return the gradient of the weight, (O, C, kh, kw)."""
         outputs, channels, *kernel_size = self.shape
-        found, *more = self.of_weight
-        if more:
-            found = torch.stack(self.of_weight).sum(0, dtype=torch.float32)
-        found = found.to(dtype)
+        found = self.of_weight
+        found = found[0].to(dtype) if len(found) == 1 else found.sum(0, dtype=dtype)
         if not self.maps.channels_last:
             return found.view(self.shape)
         return found.view(outputs, *kernel_size, channels).permute(0, 3, 1, 2)

@@ -154,13 +154,17 @@ def _read_weighing():
     # Where a gate of this row is, of a position or of rows.
     # (A channel // C is 0, but known to none: each lane reads its own, and none moves it.)
     cell = (number * (K * h) + at_row) * w + column + c // C
-    in_rows = (number * C + c) * (KH * h) + at_row
+    # Gates of rows and columns have the lanes next to each other, as the map has.
+    next_gate = C if CHANNELS_LAST else 1
+    in_rows = number * C * (KH * h) + at_row * next_gate
+    in_rows = in_rows + (c if CHANNELS_LAST else c * (KH * h))
+    in_columns = number * C * (KW * w) + column * next_gate
+    in_columns = in_columns + (c if CHANNELS_LAST else c * (KW * w))
     if GATES == CHANNELS:
         gate_of_channel = _gate(first, (number * C) + c, real)
     if GATES == ROWS:
-        at = (number * C + c) * (KW * w) + column
         for j in unroll(KW):
-            of_column[j] = _gate(second, at + j * w, real)
+            of_column[j] = _gate(second, in_columns + j * w * next_gate, real)
 
 
 def _weigh():
@@ -183,7 +187,7 @@ def _weigh():
             gate[i] = gate_of_channel * _gate(second, at, real)
     if GATES == ROWS:
         for i in unroll(KH):
-            of_row = _gate(first, in_rows + (line - start + i * h), real)
+            of_row = _gate(first, in_rows + (line - start + i * h) * next_gate, real)
             for j in unroll(KW):
                 gate[i * KW + j] = of_row * of_column[j]
 
@@ -253,8 +257,8 @@ def features_kernel(
     x,  # (B, C, H, W)
     table,  # (C, K * (K + 2)) or, in channels_last, its transpose: attention, shift, kernels
     units,  # out
-    first,  # gates: of channels (B, C) or rows (B, C, KH, h)
-    second,  # of positions (B, K, h, w) or columns (B, C, KW, w)
+    first,  # gates: of channels (B, C) or rows (B, C, KH, h), in channels_last (B, KH, h, C)
+    second,  # of positions (B, K, h, w) or columns (B, C, KW, w), (B, KW, w, C)
     images,  # of the chunk
     first_image,
     first_row,
@@ -414,7 +418,6 @@ def products_kernel(
     C,
     H,
     W,
-    h,
     w,
     stride_h,
     stride_w,

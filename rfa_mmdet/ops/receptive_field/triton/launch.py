@@ -225,7 +225,7 @@ class Gates(NamedTuple):
     Attributes:
         kind (int): BARE, ATTENTION, CHANNELS or ROWS.
         first, second (Tensor | None): The gates: (B, C) and (B, K, h, w), or (B, C, kh, h) and
-            (B, C, kw, w).
+            (B, C, kw, w), in channels_last (B, kh, h, C) and (B, kw, w, C).
     """
 
     kind: int
@@ -301,13 +301,14 @@ def products(
 ) -> None:
     """Launch the kernel of the gradients of kernels and taps."""
     tile, grid, steps = maps.of_chunk(chunk)
+    numbers = maps.numbers()
     launch(
         kernel("products_kernel", maps.window.kernel_size, maps.new),
         grid,
         maps.x,
         (
             *(maps.x, table, slopes, others, sums, int(add)),
-            *(*chunk.numbers(), *maps.numbers(), steps),
+            *(*chunk.numbers(), *numbers[:3], *numbers[4:], steps),  # without h
         ),
         dict(CHANNELS_LAST=maps.channels_last, GATES=kind, RELU=relu, num_stages=1, **tile),
     )

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfa_mmdet.ops.common.recompute import gradients_of_gates
 from rfa_mmdet.ops.common.torch_versions import products_as_convolutions
 from rfa_mmdet.ops.common.windows import Pair, Window
 from rfa_mmdet.ops.receptive_field import plain, statistics
@@ -36,7 +35,7 @@ from rfa_mmdet.ops.receptive_field.triton.launch import (
 )
 
 # Shares of the second-level cache: forward, one buffer of features; backward, two, or three.
-FORWARD, BACKWARD, GATED = 2, 4, 6
+FORWARD, BACKWARD, GATED = 2, 5, 6
 
 
 def _window(pairs: Sequence[Pair]) -> Window:
@@ -62,6 +61,17 @@ def window_moments_backward(
     grad_x = torch.empty_like(maps.x)
     launch.moments_gradient(maps, slope, constant, grad, grad_x)
     return grad_x
+
+
+def add_window_moments_backward(
+    grad: Tensor, x: Tensor, slope: Tensor, constant: Tensor, *window: Pair
+) -> None:
+    """See plain.py."""
+    maps = maps_of(x, _window(window)) if takes(x, None, _window(window)) else None
+    if maps is None or not grad.is_contiguous(memory_format=maps.layout):
+        plain.add_window_moments_backward(grad, x, slope, constant, *window)
+    else:
+        launch.moments_gradient(maps, slope, constant, grad, grad)
 
 
 def _takes_moments(mean: Tensor) -> bool:
@@ -131,12 +141,15 @@ def gated_conv(
             x, feature, shift, relu, first, second, weight, bias, *window_and_groups
         )
     maps = maps_of(x, _window(window))
-    gates = _gates(first, second)
+    gates = _gates(maps, first, second)
     return _convolve(maps, _bare_table(maps, feature, shift), gates, relu, weight, bias)
 
 
-def _gates(first: Tensor, second: Tensor) -> Gates:
-    return Gates(CHANNELS if first.dim() == 2 else ROWS, first.contiguous(), second.contiguous())
+def _gates(maps: Maps, first: Tensor, second: Tensor) -> Gates:
+    kind = CHANNELS if first.dim() == 2 else ROWS
+    if kind == ROWS and maps.channels_last:
+        first, second = first.permute(0, 2, 3, 1), second.permute(0, 2, 3, 1)
+    return Gates(kind, first.contiguous(), second.contiguous())
 
 
 def _bare_table(maps: Maps, feature: Tensor, shift: Tensor) -> Tensor:
@@ -222,11 +235,12 @@ def _of_weighed(
     maps, product = run.maps, run.products
     need_kernels = needs[0] or needs[1] or of_gates is not None
     share = BACKWARD if of_gates is None else GATED
-    for chunk in chunks(maps, chunk_bytes(maps.x, share)) if need_kernels or needs[2] else ():
+    all_chunks = [*chunks(maps, chunk_bytes(maps.x, share))] if need_kernels or needs[2] else []
+    for number, chunk in enumerate(all_chunks):
         grad, units = product.gradient(grad_y, chunk), run.buffer("units", chunk)
         if not need_kernels:
             launch.features(maps, run.table, gates, run.relu, units, chunk)
-            product.add_weight_gradient(grad, units, chunk)
+            product.add_weight_gradient(grad, units, chunk, number, len(all_chunks))
             continue
         product.units_gradient(grad, units, chunk)
         slopes = run.buffer("slopes", chunk)
@@ -236,7 +250,7 @@ def _of_weighed(
             *(*run.partial_sums(chunk), chunk),
         )
         if needs[2]:
-            product.add_weight_gradient(grad, units, chunk)
+            product.add_weight_gradient(grad, units, chunk, number, len(all_chunks))
         if of_gates is not None:
             of_gates(others, chunk)
         if needs[0] or needs[1]:
@@ -295,17 +309,26 @@ def gated_conv_backward(
     totals = [torch.zeros_like(t, dtype=torch.float32) for t in (first, second)]
 
     def add(products: Tensor, chunk: Chunk) -> None:
+        # The units of this chunk are used up.
+        used = run.products.windows(run.buffer("units", chunk), chunk)
         products = run.products.windows(products, chunk)
-        found = gradients_of_gates(products, *_gate_windows(maps, chunk, first, second))
-        for total, part in zip(_gate_windows(maps, chunk, *totals), found, strict=True):
-            total += part
+        of_first, of_second = _gate_windows(maps, chunk, *totals)
+        one, other = _gate_windows(maps, chunk, first, second)
+        _add_sum(of_first, torch.mul(products, other, out=used))
+        _add_sum(of_second, products.mul_(one))
 
     with products_as_convolutions(x.dtype):
-        gates = _gates(first, second)
+        gates = _gates(maps, first, second)
         of_weight, of_bias = _of_weighed(grad_y, run, gates, weight, needs, add)
     of_x, _, of_feature, of_shift = run.gradients(shift, feature, shift)
     of_gates = (total.to(t.dtype) for total, t in zip(totals, (first, second), strict=True))
     return of_x, of_feature, of_shift, *of_gates, of_weight, of_bias
+
+
+def _add_sum(total: Tensor, values: Tensor) -> None:
+    """Add the sum over the axes along which a total would be broadcast."""
+    axes = [axis for axis, size in enumerate(total.shape) if size < values.shape[axis]]
+    total += values.sum(axes, keepdim=True, dtype=total.dtype) if axes else values
 
 
 def _gate_windows(maps: Maps, chunk: Chunk, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -412,7 +435,7 @@ def pool_coordinates_backward(
 
     def write(slopes: Tensor, images: slice, rows: slice) -> None:
         first = of_rows[images, ..., rows][:, :, :, None, :, None]
-        slopes.copy_(first + of_columns[images][:, :, None, :, None, :])
+        torch.add(first, of_columns[images][:, :, None, :, None, :], out=slopes)
 
     return _of_bare(x, feature, shift, relu, needs, _window(window), write)
 
@@ -441,7 +464,8 @@ def _of_bare(
 
 
 KERNELS = (
-    *(window_moments, window_moments_backward, rfa_conv, rfa_conv_backward),
+    *(window_moments, window_moments_backward, add_window_moments_backward),
+    *(rfa_conv, rfa_conv_backward),
     *(gated_conv, gated_conv_backward, pool_channels, pool_channels_backward),
     *(pool_coordinates, pool_coordinates_backward, fold_moments, fold_moments_backward),
 )
