@@ -27,7 +27,7 @@ def parse_args() -> Namespace:
     """Read the command line."""
     parser = ArgumentParser(
         description=__doc__,
-        epilog="example, after training the plain detector, see docs/guides/pretrained-weights.md:\n"
+        epilog="example, with the checkpoint of a plain detector:\n"
         "  python tools/retrofit_checkpoint.py "
         "configs/demo/atss_r18-rfaconv_fpn_8e_shapes.py work_dirs/demo_plain/epoch_8.pth "
         "work_dirs/warm.pth",
