@@ -121,10 +121,7 @@ def test_setuptools_without_pkg_resources(sick):
     sick.add_metadata("setuptools", "setuptools", "82.0.1")
     code, out = sick.examine()
     assert code == 1
-    assert (
-        "error: setuptools 82.0.1 has no pkg_resources, which MMEngine imports: ModuleNotFoundError"
-        in out
-    )
+    assert "setuptools 82.0.1 has no pkg_resources, which MMEngine imports: ModuleNotFound" in out
     assert fixes(out) == [f"{sick.python} -m pip install setuptools==80.10.2"]
     sick.add("mmengine", files={"hub": "get_config = print"})  # the forks do not need it
     assert sick.examine()[0] == 0
