@@ -53,23 +53,23 @@ class _Array(StandIn):
     value: Any = None  # np.ndarray
 
     def build(self, state: Any) -> None:
-        require(type(state) is tuple and len(state) == 5, "with odd state")
+        require(type(state) is tuple and len(state) == 5, "with invalid state")
         _, shape, dtype, fortran, data = state
         require(
             type(shape) is tuple and all(type(n) is int and n >= 0 for n in shape),
-            "of odd shape",
+            "of invalid shape",
         )
-        require(type(dtype) is _DType, "of odd type")
+        require(type(dtype) is _DType, "of invalid type")
         dtype, size = dtype.value, math.prod(shape)
         if dtype.hasobject:
-            require(type(data) is list and len(data) == size, "of odd size")
+            require(type(data) is list and len(data) == size, "of invalid size")
             flat = np.empty(size, dtype)
             for i, item in enumerate(data):  # one by one, because NumPy unpacks sequences
                 flat[i] = item
         else:
             require(
                 type(data) is bytes and len(data) == size * dtype.itemsize,
-                "of odd size",
+                "of invalid size",
             )
             flat = np.frombuffer(bytearray(data), dtype)  # bytearray: writable
         self.value = flat.reshape(shape, order="F" if fortran else "C")
@@ -86,20 +86,20 @@ class _History(StandIn):
         self.state = state
 
     def resolve(self) -> HistoryBuffer:
-        require(type(self.state) is dict, "HistoryBuffer with odd state")
+        require(type(self.state) is dict, "HistoryBuffer with invalid state")
         # "statistics_methods" is ignored: HistoryBuffer has its own.
         arrays = [self.state.get(key) for key in ("_log_history", "_count_history")]
         max_length = self.state.get("max_length")
-        require(type(max_length) is int, "HistoryBuffer with odd state")
+        require(type(max_length) is int, "HistoryBuffer with invalid state")
         require(
             all(
                 type(a) is _Array and a.value is not None and a.value.dtype.kind in "biuf"
                 for a in arrays
             ),
-            "HistoryBuffer with odd state",
+            "HistoryBuffer with invalid state",
         )
         log, count = (array.value for array in arrays)
-        require(log.ndim == 1 and log.shape == count.shape, "HistoryBuffer of odd size")
+        require(log.ndim == 1 and log.shape == count.shape, "HistoryBuffer of invalid size")
         if self.value is None:
             self.value = HistoryBuffer(max_length=max_length)
             self.value._log_history, self.value._count_history = log, count

@@ -41,8 +41,10 @@ def _are_sizes(values: Any) -> bool:
 
 def _require_inside(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any) -> None:
     require(type(storage) is Storage and type(dtype) is torch.dtype, "without a storage")
-    require(_are_sizes((offset,)) and _are_sizes(size) and _are_sizes(stride), "with an odd shape")
-    require(len(size) == len(stride), "with an odd shape")
+    require(
+        _are_sizes((offset,)) and _are_sizes(size) and _are_sizes(stride), "with an invalid shape"
+    )
+    require(len(size) == len(stride), "with an invalid shape")
     end = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
     if 0 in size:
         end = offset
@@ -107,7 +109,7 @@ def _quantized(
     require(type(storage) is Storage, "without a storage")
     _require_inside(storage, storage.dtype, offset, size, stride)
     # torch allocates this size before it uses the storage.
-    require(math.prod(size) * storage.dtype.itemsize <= storage.untyped.nbytes(), "of odd size")
+    require(math.prod(size) * storage.dtype.itemsize <= storage.untyped.nbytes(), "of invalid size")
     typed = _typed(storage)
     return torch._utils._rebuild_qtensor(
         typed, offset, size, stride, quantizer, requires_grad, hooks

@@ -107,7 +107,7 @@ class StorageId(NamedTuple):
         return self.numel * self.dtype.itemsize
 
 
-def require(condition: bool, what: str = "with odd arguments") -> None:
+def require(condition: bool, what: str = "with invalid arguments") -> None:
     """Raise an error, used for invalid arguments of a call in the pickle."""
     if not condition:
         raise ValueError(what)
@@ -131,7 +131,7 @@ def set_attributes(target: Any, state: Any, plain: bool = False) -> None:
         state (Any): Attributes by name; anything but a dict is an error.
         plain (bool): Whether only plain values are allowed. Defaults to False.
     """
-    require(type(state) is dict, "with odd attributes")
+    require(type(state) is dict, "with invalid attributes")
     for name, value in state.items():
         what = f"with attribute {shown(name)!r}"
         require(type(name) is str and not hasattr(type(target), name), what)

@@ -86,15 +86,15 @@ REFUSED = {
     # 100 kB, passed to 1000 calls that copy them
     "much from little": (
         b"(" + unicode("a" * 10**5) + b"q\x00" + 1000 * (ENCODE + AGAIN) + b"t",
-        "too often, for more data than the file holds",
+        "too often, for more data than the file contains",
     ),
     "array of many": (
         ARRAY + b"(K\x01" + number(10**9) + b"\x85" + F8 + b"\x89C\x01btb",
-        r"numpy\.ndarray\.__setstate__.*of odd size",
+        r"numpy\.ndarray\.__setstate__.*of invalid size",
     ),
     "array of objects": (
         ARRAY + b"(K\x01" + number(10**9) + b"\x85" + F8.replace(b"f8", b"O8") + b"\x89]tb",
-        r"numpy\.ndarray\.__setstate__.*of odd size",
+        r"numpy\.ndarray\.__setstate__.*of invalid size",
     ),
     "meta tensor": (
         b"ctorch._utils\n_rebuild_meta_tensor_no_storage\n(ctorch\nfloat32\n"
@@ -244,7 +244,7 @@ def test_tensor_outside_its_storage_is_rejected(tmp_path, offset, size, stride, 
 def test_storage_of_wrong_length_is_reported_as_damage(tmp_path, numel, zipped):
     path = tmp_path / "evil.pth"
     write_raw(path, b"\x80\x02" + tensor("k", numel, 0, (0,), (1,)) + b".", zipped, k=FOUR)
-    with pytest.raises(BrokenCheckpointError, match="storage k has"):
+    with pytest.raises(BrokenCheckpointError, match=r"storage k (has 16 bytes|does not have)"):
         load(path)
 
 

@@ -115,7 +115,7 @@ def test_resuming_logs_that_the_configs_learning_rate_is_ignored(tmp_path):
     (log,) = trained(tmp_path, "b", lr=0.5, epochs=2, resume=True, load_from=str(path))
     (line,) = [one for one in log.read_text().splitlines() if "--resume: " in one]
     assert "WARNING" in line
-    assert "(learning rate 0.05 there, 0.5 here)" in line
+    assert "(learning rate 0.05 instead of 0.5)" in line
     assert f"load_from={path}" in line
     (log,) = trained(tmp_path, "c", epochs=1, resume=True, load_from=str(path))
     assert (

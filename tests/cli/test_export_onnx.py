@@ -271,7 +271,7 @@ def test_bad_inputs(fails, tiny_config, checkpoint, image, tmp_path):
     data = "test_dataloader.dataset.ann_file=none.json"
     assert "cannot read its test data" in error("--cfg-options", data)
     model = "model.bbox_head.num_classes=9"
-    assert "of another model" in error("--images", image, "--cfg-options", model)
+    assert "does not fit the config's model" in error("--images", image, "--cfg-options", model)
     assert "opset 3" in error("--images", image, "--opset", "3")
     assert not list(tmp_path.glob("**/*.onnx"))
 
@@ -299,14 +299,14 @@ def test_unsupported_detectors(name):
     with torch.device("meta"):
         detector = MODELS.build(cfg.model)
         images = torch.zeros(1, 3, 64, 64)
-    with pytest.raises(UserError, match=f"model.type='{type(detector).__name__}': only single"):
+    with pytest.raises(UserError, match=f"model.type='{type(detector).__name__}': not supported"):
         engine.parts(detector.eval(), images)
 
 
 def test_map_shared_by_all_levels_is_not_supported(image, tmp_path):
     text, _ = DETECTORS["rtmdet/rtmdet_s_8xb32-300e_coco"]
     detector = make("rtmdet/rtmdet-ins_s_8xb32-300e_coco", text, tmp_path)
-    with pytest.raises(UserError, match=r"model\.type='RTMDet': only single"):
+    with pytest.raises(UserError, match=r"model\.type='RTMDet': not supported"):
         engine.export_onnx(detector, [image], tmp_path / "out" / "thin.onnx")
     assert not (tmp_path / "out").exists()
 

@@ -120,4 +120,7 @@ def test_tta_without_its_config_raises(tiny_config, detectors, shapes, monkeypat
         runpy.run_path("tools/test.py", run_name="__main__")
     assert stop.value.code == 1
     error = capsys.readouterr().err
-    assert "error: --tta: the config has no tta_model and no tta_pipeline; mmdet's" in error
+    assert (
+        "error: --tta: the config has no tta_model and no tta_pipeline; for example, add mmdet's"
+        in error
+    )

@@ -21,7 +21,7 @@ def tool():
 def test_prebuilt_needs_python_3_10_or_3_11(tool, tmp_path, monkeypatch):
     python = make_python(tmp_path / "other", version(3, 12, 1))
     assert tool.find_python([str(python)], "current", False) == (str(python), "3.12")
-    with pytest.raises(tool.SetupError, match=r"Python 3\.10 or 3\.11 is needed"):
+    with pytest.raises(tool.SetupError, match=r"needs Python 3\.10 or 3\.11"):
         tool.find_python([str(python)], "prebuilt", False)
     # From pyenv, which are not on PATH by default.
     found = tmp_path / "pyenv" / "versions" / "3.10.1" / "bin" / "python3.10"
