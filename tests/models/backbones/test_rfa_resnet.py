@@ -170,7 +170,7 @@ def test_configs_are_not_modified():
             dict(num_stages=3, strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(0, 1, 2)),
             r"^stage_with_rfa=\(1, 1, 1, 1\): must have num_stages=3 entries",
         ),
-        ((18, None, (1, 1, 1, 1)), {}, r"^stage_with_rfa=\(1, 1, 1, 1\) without rfa"),
+        ((18, None, (1, 1, 1, 1)), {}, r"^stage_with_rfa=\(1, 1, 1, 1\): needs rfa"),
         (
             (50, RFA),
             dict(dcn=dict(type="DCNv2"), stage_with_dcn=(False, True, True, True)),
@@ -210,6 +210,6 @@ def test_unknown_arguments_and_types_raise():
         RFAResNet(18, rfa=dict(type="NoSuchConv"))
     with pytest.raises(TypeError, match=r"^rfa='RFAConv': must be a dict with a 'type'"):
         RFAResNet(18, rfa="RFAConv")
-    message = r"^rfa=.*: cannot replace layer1\.0\.conv1, which is a CAMConv already"
+    message = r"^rfa=.*: cannot replace layer1\.0\.conv1, which is already a CAMConv"
     with pytest.raises(ValueError, match=message):
         RFAResNet(18, rfa=RFA, conv_cfg=dict(type="CAMConv"))

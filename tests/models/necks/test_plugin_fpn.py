@@ -272,9 +272,13 @@ def test_every_parameter_gets_a_gradient(extra):
         (
             dict(conv_cfg=dict(type="RFACov")),
             ValueError,
-            r"^conv_cfg\.type='RFACov' is registered now",
+            r"^conv_cfg\.type='RFACov' is not registered",
         ),
-        (dict(strict_start=1), TypeError, r"^strict_start=1: must be a bool or a pattern"),
+        (
+            dict(strict_start=1),
+            TypeError,
+            r"^strict_start=1: must be a bool or a regular expression",
+        ),
         (dict(no_such=1), TypeError, "no_such"),
     ],
 )

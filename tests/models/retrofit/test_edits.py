@@ -32,7 +32,7 @@ RFA = dict(type="RFAConv")
         ([dict(where="x", plugin=RFA)], ValueError, r"^edits\[0\] has the keys"),
         ([dict(where="x", conv="RFAConv")], TypeError, r"^edits\[0\]: conv='RFAConv'"),
         ([dict(where="(", conv=RFA)], ValueError, r"^edits\[0\]: where='\(' is not a regular"),
-        ([dict(where="x", conv=dict(type="RFAConf"))], ValueError, "'RFAConf' is registered"),
+        ([dict(where="x", conv=dict(type="RFAConf"))], ValueError, "'RFAConf' is not registered"),
         (
             [dict(where=r"layer2\.0\.conf2", conv=RFA)],
             ValueError,
@@ -61,7 +61,7 @@ RFA = dict(type="RFAConv")
         (
             [dict(where=r"layer2\.0\.conv2", conv=dict(RFA, no_such=1))],
             TypeError,
-            r"layer2\.0\.conv2: .*no_such.* does not fit there",
+            r"layer2\.0\.conv2: .*no_such.* does not fit here",
         ),
         (
             [dict(after=r"layer2\.0", plugin=dict(type="EMA", factor=5))],
