@@ -31,6 +31,16 @@ if "two" in sys.argv:
 Runner.from_cfg(cfg).train()
 """
 
+# MMDetection's train.py as it is, in a group that exists before.
+RANKS = """
+import runpy
+import sys
+import torch
+torch.distributed.init_process_group("gloo")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 
 @pytest.fixture(scope="module")
 def config(tiny_config, tmp_path_factory):
@@ -38,6 +48,7 @@ def config(tiny_config, tmp_path_factory):
     root = tmp_path_factory.mktemp("any")
     save_plain_detector(tiny_config, root / "plain.pth")
     (root / "runner.py").write_text(RUNNER)
+    (root / "ranks.py").write_text(RANKS)
     path = root / "any.py"
     path.write_text(
         f'_base_ = "{tiny_config}"\n'
@@ -91,20 +102,32 @@ def test_all_trainers_start_continue_and_resume_identically(
 
 
 @pytest.mark.slow
-def test_two_trainers_with_two_ranks_train_identically(config, run_tool, tmp_path):
-    ours, runner = tmp_path / "ours", tmp_path / "runner"
-    options = ("--work-dir", ours, "--cfg-options", "train_cfg.max_epochs=2")
-    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
-    commands = (
-        ("bash", "tools/dist_train.sh", config, 2, *options),
-        (
-            *(*launch, f"--master_port={free_port()}"),
-            *command("Runner", config, runner, 2, "two")[1:],
-        ),
-    )
-    for one in commands:
-        done = run_tool(*one, PORT=free_port(), PYTHONWARNINGS="ignore")
+def test_all_trainers_with_two_ranks_train_identically(config, run_tool, tmp_path):
+    ours, runner, mmdets = (tmp_path / name for name in ("ours", "runner", "mmdet"))
+    epochs = ("--cfg-options", "train_cfg.max_epochs=2")
+    wrapper = [
+        f"model_wrapper_cfg.{option}"
+        for option in (
+            "type=MMDistributedDataParallel",
+            "device_ids=None",
+            "broadcast_buffers=False",
+        )
+    ]
+    mmdet_tool = (MMDET, config, "--launcher", "pytorch", "--work-dir", mmdets, *epochs, *wrapper)
+
+    def run(*command) -> None:
+        done = run_tool(*command, PORT=free_port(), PYTHONWARNINGS="ignore")
         assert done.returncode == 0, done.stdout
-    pd.testing.assert_series_equal(losses(runner), losses(ours), check_exact=True)
-    mine, theirs = weights(ours / "epoch_2.pth"), weights(runner / "epoch_2.pth")
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+    def launch(*command) -> None:
+        torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
+        run(*torchrun, f"--master_port={free_port()}", *command)
+
+    run("bash", "tools/dist_train.sh", config, 2, "--work-dir", ours, *epochs)
+    launch(*command("Runner", config, runner, 2, "two")[1:])
+    launch(config.parent / "ranks.py", *mmdet_tool)
+    expected = weights(ours / "epoch_2.pth")
+    for other in (runner, mmdets):
+        pd.testing.assert_series_equal(losses(other), losses(ours), check_exact=True)
+        found = weights(other / "epoch_2.pth")
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
