@@ -34,7 +34,12 @@ def test_page_of_results_is_rebuilt_from_them():
     text = text_of("docs/results.md")
     assert evidence.updated(text) == text, "stale: run python -m benchmarks.evidence"
     blocks = evidence.BLOCK.findall(text)
-    stages = {(p.stem, stage["name"]) for p in ABLATIONS for stage in read(p)["stages"]}
+    stages = {
+        (path.stem, stage["name"])
+        for path in ABLATIONS
+        for stage in read(path)["stages"]
+        if len(stage["methods"]) > 1  # else it only makes checkpoints for the others
+    }
     assert sorted(blocks) == sorted(stages)
     for name, stage in blocks:
         assert f"](images/ablation_{name}_{stage}.png)" in text

@@ -125,7 +125,8 @@ def print_report(study: Study, summary: pd.DataFrame) -> None:
         table = Table(title=Text(printable(f"{stage}: {study.metric}")))
         for column in columns:
             justify: Any = "left" if column.is_text else "right"
-            table.add_column(column.title, justify=justify, no_wrap=column.title != "method")
+            is_method = column.title == "method"
+            table.add_column(column.title, justify=justify, no_wrap=not is_method, overflow="fold")
         for row in records(rows):
             table.add_row(*(Text(column.text(row)) for column in columns))
         console.print(table)
