@@ -32,13 +32,13 @@ BUILD_ADVICE = (
     "build it with `make env`, or with `pip install` of this package where a "
     "C++ compiler and torch are installed"
 )
-OTHER_SOURCES = "the C++ extension was built from other sources than these"
-REBUILD_ADVICE = "build it anew with `make env` or `pip install -e .`"
+OTHER_SOURCES = "the C++ extension was built from different sources"
+REBUILD_ADVICE = "rebuild it with `make env` or `pip install -e .`"
 CAPTURED = (
     "in a CUDA graph that is being captured, kernels cannot be compiled and checked; run the layer "
     "once before"
 )
-# What torch asks for before it multiplies matrices under use_deterministic_algorithms(True).
+# What torch requires before it multiplies matrices under use_deterministic_algorithms(True).
 DETERMINISTIC_CUBLAS = (":4096:8", ":16:8")
 
 
