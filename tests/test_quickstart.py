@@ -20,7 +20,7 @@ def test_quickstart(environment, monkeypatch):
         notebook, timeout=PATIENCE, resources={"metadata": {"path": str(path.parent)}}
     )
     client.execute()
-    printed = "".join(
+    printed = "\n".join(
         output.get("text", "") + str(output.get("data", {}).get("text/markdown", ""))
         for cell in notebook.cells
         for output in cell.get("outputs", ())

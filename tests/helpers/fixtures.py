@@ -34,6 +34,7 @@ model = dict(
     test_cfg=dict(score_thr=0.0),
 )
 train_dataloader = dict(batch_size=4)
+val_dataloader = test_dataloader = dict(batch_size=1)
 train_cfg = dict(max_epochs=3)
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=-1), logger=dict(interval=1))
 randomness = dict(seed=0, deterministic=True)
