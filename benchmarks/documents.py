@@ -285,7 +285,7 @@ def words_of(page: str) -> Words:
 
 
 def main() -> None:
-    """Write the pages anew."""
+    """Rewrite the pages."""
     epilog = "example:\n  python -m benchmarks.documents"
     ArgumentParser(
         description=__doc__, epilog=epilog, formatter_class=RawDescriptionHelpFormatter

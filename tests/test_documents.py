@@ -84,7 +84,7 @@ def test_an_unknown_part_is_an_error():
         documents.filled("<!-- numbers: sped -->\n<!-- /numbers -->\n")
 
 
-def test_a_part_is_written_anew():
+def test_a_part_is_rewritten():
     stale = "before\n<!-- numbers: durations -->\n1 min\n<!-- /numbers -->\nafter\n"
     lines = documents.filled(stale).splitlines()
     assert (lines[0], lines[-1]) == ("before", "after")

@@ -5,7 +5,7 @@ A page marks such a part by two comments, and everything between them is written
     <!-- begin: help tools/train.py -->
     <!-- end -->
 
-`python docs/scripts/generate.py` writes all pages anew, in an environment that has the package;
+`python docs/scripts/generate.py` rewrites all pages, in an environment that has the package;
 tests/docs/test_generated.py says when one is stale.
 """
 
@@ -176,7 +176,7 @@ WRITERS = {
 
 
 def filled(text: str) -> str:
-    """Return a page with its marked parts written anew."""
+    """Return a page with its marked parts rewritten."""
 
     def write(block: re.Match) -> str:
         return block[1] + "\n".join(WRITERS[block[2]](block[3])) + "\n"
@@ -190,7 +190,7 @@ def pages() -> list[Path]:
 
 
 def main() -> None:
-    """Write all pages anew."""
+    """Rewrite all pages."""
     for page in pages():
         text = page.read_text(encoding="utf-8")
         new = filled(text)

@@ -12,7 +12,7 @@ class LegibleVisualizer(DetLocalVisualizer):
     """Draws labels above their boxes, and never smaller than ``MIN_FONT_SIZE``.
 
     Args:
-        *args, **kwargs: Of ``DetLocalVisualizer``.
+        *args, **kwargs: Arguments of ``DetLocalVisualizer``.
     """
 
     def draw_texts(

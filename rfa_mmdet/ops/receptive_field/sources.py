@@ -1,4 +1,4 @@
-"""What the C++ kernels are made from: setup.py notes it beside them, and their loader compares.
+"""Hash the sources of the C++ kernels: setup.py stores it with the build, the loader compares it.
 
 No imports but the standard library's, as setup.py runs this file before anything is installed.
 """
