@@ -29,7 +29,10 @@ STACKS = {
     "current": ("3.12", "3.11", "3.10"),
     "prebuilt": ("3.10", "3.11"),
     "onedl": ("3.12", "3.11", "3.10"),
+    "tasks": ("3.10", "3.11"),
 }
+# For these, OpenMMLab has built mmcv.
+PREBUILT = ("prebuilt", "tasks")
 DOCTOR = ROOT / "rfa_mmdet" / "cli" / "doctor.py"
 BUILD_TOOLS = ("pip", "setuptools", "wheel", "ninja", "psutil")
 LOCK, STAMP = ".setup_env.lock", ".setup_env.stamp"
@@ -115,7 +118,7 @@ def python_candidates(stack: str) -> list[str]:
     folders += sorted(map(str, pyenv.glob("versions/*/bin")))
     paths = [os.path.join(folder, name) for name in names for folder in folders if folder]
     found = list(filter(os.path.exists, paths))
-    return [*found, sys.executable] if stack == "prebuilt" else [sys.executable, *found]
+    return [*found, sys.executable] if stack in PREBUILT else [sys.executable, *found]
 
 
 def find_python(candidates: list[str], stack: str, will_compile: bool) -> tuple[str, str]:
@@ -219,7 +222,7 @@ class Setup:
 
     def choose_python(self) -> None:
         """Choose the Python, and check the requirements of a build before any slow step."""
-        built = self.stack == "prebuilt"  # usually
+        built = self.stack in PREBUILT  # usually
         built = built or any(cache_root().glob(f"{self.key}-{self.torch}*"))
         name = self.mmcv.replace("-", "_")
         built = built or any(self.venv.glob(f"lib/python*/site-packages/{name}-*.dist-info"))
@@ -292,7 +295,7 @@ class Setup:
                 return
             print(f"      it does not work ({problem}); rebuilding it", flush=True)
             shutil.rmtree(cache)
-        if self.stack == "prebuilt" and self.fetch_mmcv(cuda):
+        if self.stack in PREBUILT and self.fetch_mmcv(cuda):
             return
         if cuda:
             check_cuda(torch)
