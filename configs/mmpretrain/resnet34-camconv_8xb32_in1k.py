@@ -1,0 +1,11 @@
+_base_ = "mmpretrain::resnet/resnet34_8xb32_in1k.py"
+custom_imports = dict(imports=["rfa_mmdet"])
+
+model = dict(
+    backbone=dict(
+        type="mmdet.RFAResNet",
+        # With a bias, as the paper counts its parameters.
+        rfa=dict(type="CAMConv", bias=True),
+        norm_eval=False,
+    )
+)

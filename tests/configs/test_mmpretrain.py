@@ -1,0 +1,151 @@
+"""The configs of configs/mmpretrain: models, two steps, and their backbones in detectors."""
+
+import pickle
+
+import mmcv
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
+
+from rfa_mmdet import layers
+from rfa_mmdet.analysis.complexity import PUBLISHED
+from rfa_mmdet.models import RFAResNet
+from tests.helpers.paths import ROOT
+
+pytest.importorskip("mmpretrain.models", reason="mmpretrain is not installed", exc_type=ImportError)
+pytestmark = pytest.mark.slow
+
+CONFIGS = sorted(ROOT.glob("configs/mmpretrain/*.py"))
+IN1K = [path for path in CONFIGS if path.stem.endswith("in1k")]
+METHODS = {name.lower(): getattr(layers, name) for name in layers.__all__}
+CIFAR_KEYS = {
+    "10": ("cifar-10-batches-py", "labels", "label_names", "data_batch_1", "test_batch"),
+    "100": ("cifar-100-python", "fine_labels", "fine_label_names", "train", "test"),
+}
+
+
+def build(cfg: Config):
+    init_default_scope(cfg.default_scope)
+    return MODELS.build(cfg.model)
+
+
+def method_of(path):
+    return METHODS[path.stem.split("_")[0].split("-")[1]]
+
+
+def test_all_promised_configs_are_shipped():
+    convs = ("rfaconv", "rfcbamconv", "rfcaconv", "camconv", "cbamconv", "caconv")
+    assert {path.stem for path in CONFIGS} == {
+        *(f"resnet{depth}-{conv}_8xb32_in1k" for depth in (18, 34) for conv in convs),
+        "resnet50-ema_8xb16_cifar100",
+        "resnet50-conam_8xb16_cifar10",
+        "resnet50-conam_8xb16_cifar100",
+    }
+
+
+@pytest.mark.parametrize("path", IN1K, ids=lambda path: path.stem)
+def test_parameters_are_the_papers(path):
+    cfg = Config.fromfile(path)
+    model, method = build(cfg), method_of(path)
+    depth = cfg.model.backbone.depth
+    assert (
+        sum(p.numel() for p in model.parameters()) == PUBLISHED[depth, method.__name__].parameters
+    )
+    found = {name for name, m in model.named_modules() if isinstance(m, method)}
+    blocks = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}[depth]
+    assert found == {
+        f"backbone.layer{stage}.{block}.conv1"
+        for stage, number in enumerate(blocks, 1)
+        for block in range(number)
+    }
+
+
+def draw_imagenet(root):
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in ("n01440764", "n01443537"):
+            for i in range(2):
+                image = random.integers(0, 256, (80, 72, 3), dtype=np.uint8)
+                mmcv.imwrite(image, str(root / split / label / f"{i}.jpg"))
+
+
+def draw_cifar(root, number: str):
+    """Write CIFAR's own format, with the batches that MMPretrain reads."""
+    folder, labels, names, train, test = CIFAR_KEYS[number]
+    random = np.random.default_rng(0)
+    files = [f"data_batch_{i}" for i in range(1, 6)] if number == "10" else [train]
+    for file in (*files, test):
+        data = random.integers(0, 256, (4, 3072), dtype=np.uint8)
+        content = {"data": data, labels: [0, 1, 2, 3]}
+        (root / folder).mkdir(exist_ok=True)
+        (root / folder / file).write_bytes(pickle.dumps(content))
+    names = {names: [f"c{i}" for i in range(int(number))]}
+    meta = "batches.meta" if number == "10" else "meta"
+    (root / folder / meta).write_bytes(pickle.dumps(names))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_two_steps_and_predictions(path, tmp_path, monkeypatch):
+    cfg = Config.fromfile(path)
+    data = path.stem.rsplit("_", 1)[1]
+    if data == "in1k":
+        draw_imagenet(tmp_path)
+        for part in ("train", "val"):
+            # Two classes; the split's folder is found without the list of all images.
+            cfg[f"{part}_dataloader"].dataset.update(
+                type="CustomDataset", split="", data_prefix=part, with_label=True
+            )
+            cfg[f"{part}_dataloader"].dataset.pop("split")
+        cfg.train_dataloader.dataset.pipeline[1].scale = 64
+        cfg.val_dataloader.dataset.pipeline[1].scale = 72
+        cfg.val_dataloader.dataset.pipeline[2].crop_size = 64
+    else:
+        draw_cifar(tmp_path, data.removeprefix("cifar"))
+        from mmpretrain.datasets import CIFAR10
+
+        monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    for part in ("train", "val"):
+        loader = cfg[f"{part}_dataloader"]
+        loader.update(batch_size=2, num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = str(tmp_path)
+    cfg.train_cfg = dict(type="IterBasedTrainLoop", max_iters=2, val_interval=2)
+    cfg.param_scheduler = None
+    cfg.pop("test_dataloader")
+    cfg.pop("test_evaluator")
+    cfg.pop("test_cfg")
+    cfg.work_dir = str(tmp_path / "work")
+    runner = Runner.from_cfg(cfg)
+    layer = next(m for m in runner.model.modules() if isinstance(m, method_of(path)))
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    runner.train()
+    assert any(not torch.equal(before[name], p) for name, p in layer.named_parameters())
+    runner.model.eval()
+    with torch.no_grad():
+        (sample, *_) = runner.model.val_step(next(iter(runner.val_dataloader)))
+    assert sample.pred_score.shape == (cfg.model.head.num_classes,)
+    torch.testing.assert_close(sample.pred_score.sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("conv", ["rfaconv", "rfcbamconv", "rfcaconv", "caconv"])
+def test_backbone_goes_into_a_detector(conv, tmp_path):
+    classifier = build(Config.fromfile(ROOT / f"configs/mmpretrain/resnet18-{conv}_8xb32_in1k.py"))
+    for value in classifier.state_dict().values():
+        if value.is_floating_point():
+            value.uniform_(0.5, 1.5)
+    file = tmp_path / "epoch_100.pth"
+    torch.save(dict(state_dict=classifier.state_dict()), file)
+    cfg = Config.fromfile(ROOT / f"configs/{conv}/retinanet_r18-{conv}_fpn_1x_coco.py")
+    cfg.model.backbone.stage_with_rfa = (True,) * 4
+    cfg.model.backbone.rfa.bias = True
+    cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint=str(file), prefix="backbone.")
+    detector = build(cfg)
+    assert isinstance(detector.backbone, RFAResNet)
+    detector.init_weights()
+    wanted, found = classifier.backbone.state_dict(), detector.backbone.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+    trained = {n for n, p in detector.backbone.named_parameters() if p.requires_grad}
+    assert any(name.startswith("layer1.0.conv1.") for name in trained)  # despite frozen_stages=1
