@@ -6,8 +6,8 @@
 
 STACK ?= current
 VENV ?= $(patsubst .venv-current,.venv,.venv-$(STACK))
-ifeq ($(filter $(STACK),current prebuilt onedl),)
-$(error STACK must be current, prebuilt or onedl, not "$(STACK)")
+ifeq ($(filter $(STACK),current prebuilt onedl tasks),)
+$(error STACK must be current, prebuilt, onedl or tasks, not "$(STACK)")
 endif
 
 ifdef PYTHON
@@ -21,10 +21,10 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo bench gpu modelled test test-slow test-all test-prebuilt test-triton
-.PHONY: docs lint format clean
+.PHONY: test-mmpretrain test-mmseg docs lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 env:  ## create or update VENV (takes minutes the first time)
 	@$(SETUP)
@@ -63,6 +63,13 @@ PREBUILT_TESTS := ops layers models checkpoints cli/test_train_and_test.py
 
 test-prebuilt:  ## run the tests that depend most on torch with the prebuilt stack
 	@$(MAKE) --no-print-directory test STACK=prebuilt TESTS="$(addprefix tests/,$(PREBUILT_TESTS))"
+
+test-mmpretrain:  ## test the configs of MMPretrain, in an environment with it
+	@$(MAKE) --no-print-directory test-slow STACK=tasks TESTS=tests/configs/test_mmpretrain.py
+
+test-mmseg:  ## test the configs of MMSegmentation, in an environment with it
+	@$(MAKE) --no-print-directory test-slow STACK=tasks \
+	    TESTS="tests/configs/test_mmseg.py tests/compat/test_mmseg_plugins.py"
 
 # Each version is installed in its own folder, which takes precedence over the environment.
 test-triton: env  ## compile the GPU kernels with other versions of Triton

@@ -3,7 +3,13 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from rfa_mmdet.compat import flop_counts, safe_loading, torchvision_weights, whole_files
+from rfa_mmdet.compat import (
+    flop_counts,
+    mmseg_plugins,
+    safe_loading,
+    torchvision_weights,
+    whole_files,
+)
 from rfa_mmdet.errors import UserError
 
 VARIABLE = "RFA_MMDET_COMPAT"
@@ -61,6 +67,15 @@ PATCHES = (
         "the package torchvision, which nothing else needs; it also does not check the file's hash",
         "mmengine 0.10",
         torchvision_weights.apply,
+        on_import=True,
+    ),
+    Patch(
+        "mmseg_plugins",
+        "mmseg.models.backbones.resnet.Bottleneck.forward_plugin, where mmseg is installed",
+        "each of several plug-ins at one place gets the same input, so that only the last one "
+        "counts; MMDetection chains them",
+        "mmsegmentation 1.x",
+        mmseg_plugins.apply,
         on_import=True,
     ),
     Patch(

@@ -70,7 +70,7 @@ def test_unknown_patch_name_fails_the_import():
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == (
         "rfa_mmdet.errors.UserError: RFA_MMDET_COMPAT='-whole_file': 'whole_file': no such patch; "
-        "choose from safe_loading, whole_files, torchvision_weights, flop_counts"
+        "choose from safe_loading, whole_files, torchvision_weights, mmseg_plugins, flop_counts"
     )
     with pytest.raises(UserError, match="'nothing': no such patch"):
         apply("nothing")
