@@ -190,6 +190,8 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, Exception) as error:
         if _is_interruption(error):
+            # Objects that Ctrl-C left half initialized fail in their __del__.
+            sys.unraisablehook = lambda _: None
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
         if not isinstance(error, errors):
