@@ -26,7 +26,7 @@ from rfa_mmdet.models.retrofit.new_layers import new_layers
 from tests.helpers.norms import randomise_norms
 from tests.helpers.paths import ROOT
 from tests.helpers.sets import SPLIT_KEYS, draw_sets, leaves
-from tests.helpers.shipped import nodes
+from tests.helpers.shipped import nodes, unscoped
 
 if find_spec("mmyolo") is None:
     pytest.skip("MMYOLO is not installed: make test-mmyolo", allow_module_level=True)
@@ -60,13 +60,6 @@ def _scope() -> None:
 def base_of(path: Path) -> Config:
     name = re.sub("-(rfaconv|ema)_", "_", path.stem)
     return get_config(f"mmyolo::{BASES[name]}/{name}.py")
-
-
-def unscoped(node):
-    """Return a config without the scope that MMEngine adds for another package's files."""
-    if isinstance(node, dict):
-        return {key: unscoped(value) for key, value in node.items() if key != "_scope_"}
-    return [unscoped(value) for value in node] if isinstance(node, (list, tuple)) else node
 
 
 def build(cfg: Config, device: str = "cpu") -> nn.Module:

@@ -71,6 +71,13 @@ def nodes(node: Any) -> Iterator[dict]:
             yield from nodes(value)
 
 
+def unscoped(node: Any) -> Any:
+    """Return a config without the scope that MMEngine adds for the files of another package."""
+    if isinstance(node, dict):
+        return {key: unscoped(value) for key, value in node.items() if key != "_scope_"}
+    return [unscoped(value) for value in node] if isinstance(node, (list, tuple)) else node
+
+
 def build(cfg: dict) -> nn.Module:
     from mmdet.registry import MODELS
 
