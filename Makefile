@@ -6,8 +6,8 @@
 
 STACK ?= current
 VENV ?= $(patsubst .venv-current,.venv,.venv-$(STACK))
-ifeq ($(filter $(STACK),current prebuilt onedl),)
-$(error STACK must be current, prebuilt or onedl, not "$(STACK)")
+ifeq ($(filter $(STACK),current prebuilt onedl mmyolo),)
+$(error STACK must be current, prebuilt, onedl or mmyolo, not "$(STACK)")
 endif
 
 ifdef PYTHON
@@ -20,7 +20,7 @@ SETUP := $(shell command -v python3 || echo python) tools/setup_env.py --venv "$
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo bench gpu modelled test test-slow test-all test-prebuilt test-triton
+.PHONY: help env demo bench gpu modelled test test-slow test-all test-prebuilt test-mmyolo test-triton
 .PHONY: docs lint format clean
 
 help:  ## list the targets
@@ -63,6 +63,9 @@ PREBUILT_TESTS := ops layers models checkpoints cli/test_train_and_test.py
 
 test-prebuilt:  ## run the tests that depend most on torch with the prebuilt stack
 	@$(MAKE) --no-print-directory test STACK=prebuilt TESTS="$(addprefix tests/,$(PREBUILT_TESTS))"
+
+test-mmyolo:  ## train, test and predict with the configs of MMYOLO, in an environment with it
+	@$(MAKE) --no-print-directory test-slow STACK=mmyolo TESTS=tests/configs/test_mmyolo.py
 
 # Each version is installed in its own folder, which takes precedence over the environment.
 test-triton: env  ## compile the GPU kernels with other versions of Triton
