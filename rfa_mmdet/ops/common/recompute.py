@@ -70,5 +70,5 @@ def gradients_of_gates(products: Tensor, first: Tensor, second: Tensor) -> tuple
         [3.0, 4.0]
     """
     # einsum would avoid the products, but takes five times longer on a CPU.
-    of_first = (products * second).sum_to_size(first.shape)
-    return of_first, products.mul_(first).sum_to_size(second.shape)
+    grad_first = (products * second).sum_to_size(first.shape)
+    return grad_first, products.mul_(first).sum_to_size(second.shape)

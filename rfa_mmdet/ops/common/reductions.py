@@ -102,7 +102,7 @@ class _MaxAndMean(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_maxima: Tensor, of_means: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_maxima: Tensor, grad_means: Tensor) -> tuple[Tensor | None, ...]:
         x, maxima = ctx.saved_tensors
-        hits, share = shares_of_maximum(x.clone(), maxima, of_maxima)
-        return hits.mul_(share).add_((of_means / ctx.cells).to(x.dtype)), None, None
+        hits, share = shares_of_maximum(x.clone(), maxima, grad_maxima)
+        return hits.mul_(share).add_((grad_means / ctx.cells).to(x.dtype)), None, None

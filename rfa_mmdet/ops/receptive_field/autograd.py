@@ -17,9 +17,9 @@ from rfa_mmdet.ops.common.windows import Pair, Window
 from rfa_mmdet.ops.receptive_field.schema import LIBRARY
 from rfa_mmdet.ops.receptive_field.statistics import (
     fold_responses,
-    of_responses,
+    gradients_through_moments,
+    response_gradients,
     response_moments,
-    through_moments,
 )
 
 # Statistics of a batch are kept where the input has at least so many times their elements.
@@ -49,7 +49,7 @@ def _refuse_second_derivative() -> None:
         )
 
 
-def _wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+def _needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
     return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
 
@@ -83,15 +83,15 @@ class RFAConv(Function):
         _refuse_second_derivative()
         x, attention, feature, shift, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        *features, of_weight, of_bias = _ops.rfa_conv_backward(
+        *features, grad_weight, grad_bias = _ops.rfa_conv_backward(
             *(grad_y, x, attention, feature, shift, ctx.relu, weight),
             (needs[0], any(needs[1:4]), needs[5], needs[6]),
             *ctx.window_and_groups,
         )
         return (
-            *_wanted(features, needs[:4]),
+            *_needed(features, needs[:4]),
             None,
-            *_wanted((of_weight, of_bias), needs[5:7]),
+            *_needed((grad_weight, grad_bias), needs[5:7]),
             *(None,) * len(ctx.window_and_groups),
         )
 
@@ -133,9 +133,9 @@ class GatedConv(Function):
             *ctx.window_and_groups,
         )
         return (
-            *_wanted(found[:3], needs[:3]),
+            *_needed(found[:3], needs[:3]),
             None,
-            *_wanted(found[3:], needs[4:8]),
+            *_needed(found[3:], needs[4:8]),
             *(None,) * len(ctx.window_and_groups),
         )
 
@@ -170,7 +170,7 @@ class PoolChannels(Function):
         found = _ops.pool_channels_backward(
             grad, x, feature, shift, ctx.relu, largest, (needs[0], any(needs[1:])), *ctx.window
         )
-        return *_wanted(found, needs), None, None, *(None,) * len(ctx.window)
+        return *_needed(found, needs), None, None, *(None,) * len(ctx.window)
 
 
 class PoolCoordinates(Function):
@@ -198,7 +198,7 @@ class PoolCoordinates(Function):
             (needs[0], any(needs[1:])),
             *ctx.window,
         )
-        return *_wanted(found, needs), None, *(None,) * len(ctx.window)
+        return *_needed(found, needs), None, *(None,) * len(ctx.window)
 
 
 Folded = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -257,7 +257,11 @@ class FoldBatchNorm(Function):
 
     @staticmethod
     def backward(
-        ctx: Any, of_x: Tensor | None, of_folded: Tensor | None, of_shift: Tensor | None, *_: None
+        ctx: Any,
+        grad_x: Tensor | None,
+        grad_folded: Tensor | None,
+        grad_shift: Tensor | None,
+        *_: None,
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, feature, weight and bias.
 
@@ -270,35 +274,40 @@ class FoldBatchNorm(Function):
         if ctx.again:
             kept = _fold(x, feature, weight, None, ctx.eps, ctx.window)[1]
             first, second, mean, inverse = kept
-        of_folded = torch.zeros_like(feature) if of_folded is None else of_folded
-        of_shift = torch.zeros_like(mean) if of_shift is None else of_shift
+        grad_folded = torch.zeros_like(feature) if grad_folded is None else grad_folded
+        grad_shift = torch.zeros_like(mean) if grad_shift is None else grad_shift
         with no_autocast(x):
             if ctx.group is None:
-                of_feature, of_weight, slope, constant = _ops.fold_moments_backward(
-                    of_folded, of_shift, feature, weight, first, second, mean, inverse, count
+                grad_feature, grad_weight, slope, constant = _ops.fold_moments_backward(
+                    grad_folded, grad_shift, feature, weight, first, second, mean, inverse, count
                 )
             else:
-                of_scale, of_mean, of_var, scale = of_responses(
-                    of_folded, of_shift, feature, weight, mean, inverse
+                grad_scale, grad_mean, grad_var, scale = response_gradients(
+                    grad_folded, grad_shift, feature, weight, mean, inverse
                 )
                 own = response_moments(feature, first, second)[0]
-                of_mean, of_var = _sum_over_ranks(of_mean, of_var, ctx.group)
+                grad_mean, grad_var = _sum_over_ranks(grad_mean, grad_var, ctx.group)
                 # This rank's statistics count by its share of the windows.
                 share = count / ctx.total
-                of_mean, of_var = share * (of_mean + 2 * of_var * (own - mean)), share * of_var
-                through, slope, constant = through_moments(
-                    of_mean, of_var, feature, first, second, count
+                grad_mean, grad_var = (
+                    share * (grad_mean + 2 * grad_var * (own - mean)),
+                    share * grad_var,
                 )
-                of_feature = torch.addcmul(through, scale.view(-1, 1, 1, 1), of_folded)
-                of_weight = of_scale * inverse
-            if need_x and count and of_x is not None and _is_to_spare(of_x):
-                _ops.add_window_moments_backward(of_x, x, slope, constant, *ctx.window)
+                through, slope, constant = gradients_through_moments(
+                    grad_mean, grad_var, feature, first, second, count
+                )
+                grad_feature = torch.addcmul(through, scale.view(-1, 1, 1, 1), grad_folded)
+                grad_weight = grad_scale * inverse
+            if need_x and count and grad_x is not None and _is_to_spare(grad_x):
+                _ops.add_window_moments_backward(grad_x, x, slope, constant, *ctx.window)
             elif need_x and count:
-                of_x = _ops.window_moments_backward(x, slope, constant, of_x, *ctx.window)
+                grad_x = _ops.window_moments_backward(x, slope, constant, grad_x, *ctx.window)
         return (
             *(
-                of_x,
-                *_wanted((of_feature, of_weight, of_shift), (need_feature, need_weight, need_bias)),
+                grad_x,
+                *_needed(
+                    (grad_feature, grad_weight, grad_shift), (need_feature, need_weight, need_bias)
+                ),
             ),
             *(None,) * 6,
         )
@@ -333,8 +342,8 @@ def _over_ranks(
     return total, mean, var
 
 
-def _sum_over_ranks(of_mean: Tensor, of_var: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    sums = torch.stack([of_mean, of_var])
+def _sum_over_ranks(grad_mean: Tensor, grad_var: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    sums = torch.stack([grad_mean, grad_var])
     torch.distributed.all_reduce(sums, group=group)
     return sums[0], sums[1]
 

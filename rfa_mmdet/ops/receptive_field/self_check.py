@@ -112,14 +112,14 @@ def or_plain(kernel: Callable[..., Any]) -> Callable[..., Any]:
         Callable: To be registered in its place.
     """
     names = [*inspect.signature(kernel).parameters]
-    of_map = "x" in names  # else of statistics, which are of float32 for any map
-    place = names.index("x" if of_map else "mean")
-    instead = getattr(plain if of_map else statistics, kernel.__name__)
+    takes_map = "x" in names  # else of statistics, which are of float32 for any map
+    place = names.index("x" if takes_map else "mean")
+    instead = getattr(plain if takes_map else statistics, kernel.__name__)
 
     @wraps(kernel)
     def run(*args: Any) -> Any:
         x = args[place]
-        if of_map:
+        if takes_map:
             failed = (x.device, x.dtype) in FAILED
         else:
             failed = any(device == x.device for device, _ in FAILED)
@@ -210,9 +210,9 @@ def compare(case: Case) -> None:
     if dtype == torch.float32 and case.device.type == "cuda" and convolves_in_tf32():
         dtype = torch.float16  # whose precision TF32 has
     for name, exact in expected.items():
-        of_gradient = name.startswith("the gradient")
+        is_gradient = name.startswith("the gradient")
         allowed = TOLERANCES[dtype]
-        limit = LEEWAY * (allowed.layer_gradient if of_gradient else allowed.output)
+        limit = LEEWAY * (allowed.layer_gradient if is_gradient else allowed.output)
         difference = (found[name].cpu().double() - exact).abs().max() / exact.abs().max()
         if not difference <= limit:  # or NaN
             raise ArithmeticError(
@@ -322,9 +322,9 @@ class _Formula(NamedTuple):
     def convolve(self, gates: tuple[Tensor, Tensor], *conv: Any) -> Tensor:
         first, second = gates
         if first.dim() == 2:  # of channels and positions
-            weighed = self.features * first[:, :, None, None, None] * second[:, None]
+            weighted = self.features * first[:, :, None, None, None] * second[:, None]
         else:
             windows = self.features.unflatten(2, WINDOW.kernel_size)
-            weighed = windows * first[:, :, :, None, :, None] * second[:, :, None, :, None]
-            weighed = weighed.flatten(2, 3)
-        return convolve_windows(weighed, *conv)
+            weighted = windows * first[:, :, :, None, :, None] * second[:, :, None, :, None]
+            weighted = weighted.flatten(2, 3)
+        return convolve_windows(weighted, *conv)

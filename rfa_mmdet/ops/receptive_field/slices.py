@@ -92,9 +92,9 @@ class Slices:
         rows = _evenly(height, positions // width)
         images = _evenly(batch, positions // (height * width)) if rows == height else 1
         for image in range(0, batch, images):
-            of_images = slice(image, min(batch, image + images))
+            image_slice = slice(image, min(batch, image + images))
             for y in range(0, height, rows):
-                yield Place(of_images, slice(y, min(height, y + rows)))
+                yield Place(image_slice, slice(y, min(height, y + rows)))
 
     def blocks(self, place: Place) -> Iterator[Block]:
         """Yield the blocks of a place. Each overwrites the windows of the one before."""
@@ -111,8 +111,8 @@ class Slices:
         for first in range(0, channels, width):
             last = min(channels, first + width)
             for start in range(first, last, step):
-                of_channels = slice(start, min(last, start + step))
-                yield Block(place, of_channels, self._windows(place, of_channels))
+                channel_slice = slice(start, min(last, start + step))
+                yield Block(place, channel_slice, self._windows(place, channel_slice))
 
     def scratch(self, name: str, *shape: int) -> Tensor:
         """Return memory of a name; it is the same as before if the shape is.
@@ -137,7 +137,7 @@ class Slices:
         place, (height, width) = block.place, self.x.shape[2:]
         grad = grad.view(self.shape(block))
         channels, _, _, images, rows, columns = grad.shape
-        of_block = grad_x[place.images, block.channels].transpose(0, 1)
+        target = grad_x[place.images, block.channels].transpose(0, 1)
         # First along the rows, then down the columns: kw + kh additions, not kw * kh.
         wide = grad.new_zeros(channels, kh, images, rows, width)
         for j in range(kw):
@@ -145,7 +145,7 @@ class Slices:
             wide[..., to] += grad[:, :, j, ..., of]
         for i in range(kh):
             to, of = _inside(i * dy - above + sy * place.rows.start, sy, rows, height)
-            of_block[:, :, to] += wide[:, i, :, of]
+            target[:, :, to] += wide[:, i, :, of]
 
     def shape(self, block: Block) -> tuple[int, ...]:
         """Return (C', kh, kw, n, rows, w)."""
@@ -159,8 +159,15 @@ class Slices:
         _, (sy, sx), _, (dy, dx) = self.window
         x = self._padded[place.images, channels, sy * place.rows.start :]
         shape = self._shape(place, channels)
-        of_image, of_channel, of_row, of_column = x.stride()
-        strides = (of_channel, dy * of_row, dx * of_column, of_image, sy * of_row, sx * of_column)
+        image_stride, channel_stride, row_stride, column_stride = x.stride()
+        strides = (
+            channel_stride,
+            dy * row_stride,
+            dx * column_stride,
+            image_stride,
+            sy * row_stride,
+            sx * column_stride,
+        )
         positions, count = self.window.positions, shape[3] * shape[4] * shape[5]
         before = self._scratch.get("windows")
         windows = self.scratch("windows", shape[0], positions + 1, count)

@@ -17,7 +17,7 @@ LIBRARY.define(
     "(Tensor feature, Tensor shift, Tensor mean, Tensor variance, Tensor inverse)"
 )
 LIBRARY.define(
-    "fold_moments_backward(Tensor of_feature, Tensor of_shift, Tensor feature, Tensor? weight, "
+    "fold_moments_backward(Tensor grad_feature, Tensor grad_shift, Tensor feature, Tensor? weight, "
     "Tensor mean, Tensor covariance, Tensor response_mean, Tensor inverse, int count) -> "
     "(Tensor feature, Tensor weight, Tensor slope, Tensor constant)"
 )
@@ -26,10 +26,10 @@ LIBRARY.define(
 def response_moments(feature: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance of each response from those of the windows."""
     kernels = feature.view(covariance.shape)
-    of_responses = (kernels * mean.unsqueeze(1)).sum(2)
+    response_mean = (kernels * mean.unsqueeze(1)).sum(2)
     # Rounding may leave a variance of zero a little below it.
     var = (torch.matmul(kernels, covariance) * kernels).sum(2).clamp_min(0)
-    return of_responses.flatten(), var.flatten()
+    return response_mean.flatten(), var.flatten()
 
 
 def fold_responses(
@@ -63,13 +63,13 @@ def fold_moments(
     count: int,
 ) -> tuple[Tensor, ...]:
     """Fold batch norm on the statistics of windows' values; as :func:`fold_responses`."""
-    of_responses = response_moments(feature, mean, covariance)
-    return fold_responses(feature, weight, bias, eps, *of_responses, count)
+    moments = response_moments(feature, mean, covariance)
+    return fold_responses(feature, weight, bias, eps, *moments, count)
 
 
-def of_responses(
-    of_feature: Tensor,
-    of_shift: Tensor,
+def response_gradients(
+    grad_feature: Tensor,
+    grad_shift: Tensor,
     feature: Tensor,
     weight: Tensor | None,
     mean: Tensor,
@@ -77,14 +77,14 @@ def of_responses(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of a response's scale, of its mean and variance, and its scale."""
     scale = inverse if weight is None else inverse * weight
-    of_scale = (of_feature * feature).sum((1, 2, 3)) - of_shift * mean
-    of_inverse = of_scale if weight is None else of_scale * weight
-    return of_scale, -scale * of_shift, -0.5 * inverse**3 * of_inverse, scale
+    grad_scale = (grad_feature * feature).sum((1, 2, 3)) - grad_shift * mean
+    grad_inverse = grad_scale if weight is None else grad_scale * weight
+    return grad_scale, -scale * grad_shift, -0.5 * inverse**3 * grad_inverse, scale
 
 
-def through_moments(
-    of_mean: Tensor,
-    of_var: Tensor,
+def gradients_through_moments(
+    grad_mean: Tensor,
+    grad_var: Tensor,
     feature: Tensor,
     mean: Tensor,
     covariance: Tensor,
@@ -94,18 +94,18 @@ def through_moments(
 
     slope (C, K, K) and constant (C, K) give the gradient of a window: constant + slope @ window.
     """
-    of_mean, of_var = (t.view(*mean.shape, 1) for t in (of_mean, of_var))
+    grad_mean, grad_var = (t.view(*mean.shape, 1) for t in (grad_mean, grad_var))
     kernels = feature.view(covariance.shape)
-    of_feature = of_mean * mean.unsqueeze(1) + 2 * of_var * torch.matmul(kernels, covariance)
-    slope = torch.matmul(kernels.mT, 2 * of_var * kernels) / max(count, 1)
-    constant = (of_mean * kernels).sum(1) / max(count, 1)
+    grad_feature = grad_mean * mean.unsqueeze(1) + 2 * grad_var * torch.matmul(kernels, covariance)
+    slope = torch.matmul(kernels.mT, 2 * grad_var * kernels) / max(count, 1)
+    constant = (grad_mean * kernels).sum(1) / max(count, 1)
     constant = constant - torch.matmul(slope, mean.unsqueeze(2)).squeeze(2)
-    return of_feature.view_as(feature), slope, constant
+    return grad_feature.view_as(feature), slope, constant
 
 
 def fold_moments_backward(
-    of_feature: Tensor,
-    of_shift: Tensor,
+    grad_feature: Tensor,
+    grad_shift: Tensor,
     feature: Tensor,
     weight: Tensor | None,
     mean: Tensor,
@@ -115,12 +115,14 @@ def fold_moments_backward(
     count: int,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of feature and weight, and slope and constant for the map's."""
-    of_scale, of_mean, of_var, scale = of_responses(
-        of_feature, of_shift, feature, weight, response_mean, inverse
+    grad_scale, grad_mean, grad_var, scale = response_gradients(
+        grad_feature, grad_shift, feature, weight, response_mean, inverse
     )
-    through, slope, constant = through_moments(of_mean, of_var, feature, mean, covariance, count)
-    found = torch.addcmul(through, scale.view(-1, 1, 1, 1), of_feature)
-    return found, of_scale * inverse, slope, constant
+    through, slope, constant = gradients_through_moments(
+        grad_mean, grad_var, feature, mean, covariance, count
+    )
+    found = torch.addcmul(through, scale.view(-1, 1, 1, 1), grad_feature)
+    return found, grad_scale * inverse, slope, constant
 
 
 LIBRARY.impl("fold_moments", fold_moments, "CompositeExplicitAutograd")

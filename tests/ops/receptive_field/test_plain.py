@@ -60,8 +60,8 @@ class Arguments:
         seen = seen + shift.reshape(channels, positions, 1, 1)
         return torch.relu(seen) if self.relu else seen
 
-    def convolve(self, weighed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        wide = formulas.side_by_side(weighed, self.case.kernel)
+    def convolve(self, weighted: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        wide = formulas.side_by_side(weighted, self.case.kernel)
         return F.conv2d(wide, weight, bias, stride=self.case.kernel, groups=self.case.groups)
 
     def rfa_conv(self, x, attention, feature, shift, weight, bias=None):
@@ -178,14 +178,14 @@ def test_moments(case, limit, offset):
     values = slope @ seen.detach() + constant.unsqueeze(2)
     with blocks_of(limit):
         found = plain.window_moments(x.detach(), *given.window)
-        of_x, more = (
+        grad_x, more = (
             plain.window_moments_backward(x.detach(), slope, constant, grad, *given.window)
             for grad in (None, x.detach())
         )
-    assert relative_error(more, of_x + x.detach(), 1.0) < 1e-12
+    assert relative_error(more, grad_x + x.detach(), 1.0) < 1e-12
     for f, e in zip(found, (mean, covariance), strict=True):
         assert relative_error(f, e.detach(), 1.0) < 1e-9
-    check([of_x], torch.autograd.grad(seen, x, values))
+    check([grad_x], torch.autograd.grad(seen, x, values))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -230,8 +230,8 @@ def test_no_image():
     y = plain.rfa_conv(*inputs, None, *given.window, 1)
     assert y.shape == (0, 6, 7, 5)
     needs = (True, True, True, True)
-    of_x, *others = plain.rfa_conv_backward(y, *inputs, needs, *given.window, 1)
-    assert of_x.shape == x.shape
+    grad_x, *others = plain.rfa_conv_backward(y, *inputs, needs, *given.window, 1)
+    assert grad_x.shape == x.shape
     assert all(not t.any() for t in others)
 
 

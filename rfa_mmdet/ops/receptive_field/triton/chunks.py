@@ -60,8 +60,8 @@ def chunks(maps: Maps, limit: int) -> Iterator[Chunk]:
     """Divide the output into parts of one size whose features take ``limit`` bytes at most."""
     images, channels = maps.x.shape[:2]
     height, width = maps.size
-    of_row = maps.window.positions * channels * width * maps.x.element_size()
-    rows = max(1, limit // of_row)
+    row_bytes = maps.window.positions * channels * width * maps.x.element_size()
+    rows = max(1, limit // row_bytes)
     at_once, rows = (max(1, rows // height), height) if rows >= height else (1, rows)
     at_once = -(-images // -(-images // at_once))
     rows = -(-height // -(-height // rows))
@@ -96,7 +96,7 @@ class Products:
             # (O, K * C) and (O, C * K)
             order = weight.permute(0, 2, 3, 1) if maps.channels_last else weight
             self.weight = order.to(maps.x.dtype).reshape(len(weight), -1).contiguous()
-        self.of_weight = maps.x.new_empty(0)
+        self.grad_weight = maps.x.new_empty(0)
 
     def buffer(self, rows: int, chunk: Chunk) -> Tensor:
         """Return new memory for ``rows`` values of each position of a chunk."""
@@ -160,20 +160,20 @@ class Products:
         if number == 0:
             sums = -(-count // few)
             sums = sums if sums * self.weight.nbytes <= PARTS_BYTES else 1
-            self.of_weight = a.new_empty(sums, *self.weight.shape)
+            self.grad_weight = a.new_empty(sums, *self.weight.shape)
         place, added = divmod(number, few)
-        if place >= len(self.of_weight):
-            self.of_weight = self.of_weight.float()
-            self.of_weight[0] += torch.mm(a, b)
+        if place >= len(self.grad_weight):
+            self.grad_weight = self.grad_weight.float()
+            self.grad_weight[0] += torch.mm(a, b)
         elif added:
-            self.of_weight[place].addmm_(a, b)
+            self.grad_weight[place].addmm_(a, b)
         else:
-            torch.mm(a, b, out=self.of_weight[place])
+            torch.mm(a, b, out=self.grad_weight[place])
 
     def weight_gradient(self, dtype: torch.dtype) -> Tensor:
         """Return the gradient of the weight, (O, C, kh, kw)."""
         outputs, channels, *kernel_size = self.shape
-        found = self.of_weight
+        found = self.grad_weight
         found = found[0].to(dtype) if len(found) == 1 else found.sum(0, dtype=dtype)
         if not self.maps.channels_last:
             return found.view(self.shape)

@@ -1,7 +1,7 @@
 """Triton kernels of receptive-field features: launch.py launches them, unroll.py writes them out.
 
 Words: a *tap* is one of the K values that a window holds of one channel; a *unit* is a feature of a
-window, weighed or not, one of K a channel and position; a *chunk* is the part of the output that a
+window, weighted or not, one of K a channel and position; a *chunk* is the part of the output that a
 launch computes: some rows of one image, or whole images.
 
 A thread goes down a column of windows of one channel. It holds the K * K coefficients of the
@@ -122,26 +122,26 @@ def _place():
     x_row = W * x_column
 
 
-def _read_kernels():
+def _load_kernels():
     """Read the depthwise kernels of each channel, and where the rest of the table is."""
     weight = []
-    of_channel = c if CHANNELS_LAST else c * (K * (K + 2))
+    channel_offset = c if CHANNELS_LAST else c * (K * (K + 2))
     next_row = C if CHANNELS_LAST else 1
     for i in unroll(K):
         for j in unroll(K):
-            at = table + (of_channel + (2 * K + i * K + j) * next_row)
+            at = table + (channel_offset + (2 * K + i * K + j) * next_row)
             weight[i * K + j] = tl.load(at, mask=c < C, other=0.0)
 
 
-def _read_weighing():
+def _load_gates():
     """Read shift and attention of each channel, and the gates that all rows share."""
-    bias, score, of_column, power, gate = [], [], [], [], []
+    bias, score, column_gate, power, gate = [], [], [], [], []
     for i in unroll(K):
-        at = table + (of_channel + (K + i) * next_row)
+        at = table + (channel_offset + (K + i) * next_row)
         bias[i] = tl.load(at, mask=c < C, other=0.0)
     if GATES == ATTENTION:
         for i in unroll(K):
-            at = table + of_channel + i * next_row
+            at = table + channel_offset + i * next_row
             # Of the taps' sum, to the base 2.
             score[i] = tl.load(at, mask=c < C, other=0.0) * (LOG2_E / K)
         highest = score[0]
@@ -161,14 +161,14 @@ def _read_weighing():
     in_columns = number * C * (KW * w) + column * next_gate
     in_columns = in_columns + (c if CHANNELS_LAST else c * (KW * w))
     if GATES == CHANNELS:
-        gate_of_channel = _gate(first, (number * C) + c, real)
+        channel_gate = _gate(first, (number * C) + c, real)
     if GATES == ROWS:
         for j in unroll(KW):
-            of_column[j] = _gate(second, in_columns + j * w * next_gate, real)
+            column_gate[j] = _gate(second, in_columns + j * w * next_gate, real)
 
 
-def _weigh():
-    """What each feature of a window is weighed by."""
+def _compute_gates():
+    """What each feature of a window is weighted by."""
     if GATES == ATTENTION:
         total = tap[0]
         for n in unroll(K - 1):
@@ -184,12 +184,12 @@ def _weigh():
     if GATES == CHANNELS:
         for i in unroll(K):
             at = cell + ((line - start) * w + i * (h * w))
-            gate[i] = gate_of_channel * _gate(second, at, real)
+            gate[i] = channel_gate * _gate(second, at, real)
     if GATES == ROWS:
         for i in unroll(KH):
-            of_row = _gate(first, in_rows + (line - start + i * h) * next_gate, real)
+            row_gate = _gate(first, in_rows + (line - start + i * h) * next_gate, real)
             for j in unroll(KW):
-                gate[i * KW + j] = of_row * of_column[j]
+                gate[i * KW + j] = row_gate * column_gate[j]
 
 
 def _go_to_units():
@@ -282,19 +282,19 @@ def features_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Features act(kernels @ window + shift), weighed by what GATES says.
+    """Features act(kernels @ window + shift), weighted by what GATES says.
 
     By ATTENTION, softmax(attention * mean of window), or two gates; or BARE.
     """
     include(_place)
-    include(_read_kernels)
-    include(_read_weighing)
+    include(_load_kernels)
+    include(_load_gates)
     include(_go_to_windows, SHIFTED_TAPS=0)
     include(_go_to_units)
     last = tl.minimum(start + steps, rows)
     while line < last:
         include(_step_down, SHIFTED_TAPS=0)
-        include(_weigh)
+        include(_compute_gates)
         to = units + (unit + (line - start) * down)
         for i in unroll(K):
             z = bias[i] + weight[i * K] * tap[0]
@@ -312,7 +312,7 @@ def features_kernel(
 def gradient_kernel(
     x,  # (B, C, H, W)
     table,  # as of features_kernel
-    units,  # in: gradient of the weighed features; out: these
+    units,  # in: gradient of the weighted features; out: these
     slopes,  # out, as units: gradient of what the activation takes
     others,  # out: ATTENTION: gradient of each tap through it, one a channel and position; else,
     # as units: gradient of the product of both gates
@@ -344,26 +344,26 @@ def gradient_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Gradients up to the activation, and up to the attention or the gates."""
-    product, of_score, of_bias = [], [], []
+    product, grad_score, grad_bias = [], [], []
     include(_place)
-    include(_read_kernels)
-    include(_read_weighing)
+    include(_load_kernels)
+    include(_load_gates)
     for i in unroll(K):
-        of_bias[i] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
-        of_score[i] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
+        grad_bias[i] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
+        grad_score[i] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
     include(_go_to_windows, SHIFTED_TAPS=0)
     include(_go_to_units)
-    of_mean = _unit(image, column, start, rows, w, c, C, pitch, 1, CHANNELS_LAST)
+    mean_unit = _unit(image, column, start, rows, w, c, C, pitch, 1, CHANNELS_LAST)
     down_mean = w * C if CHANNELS_LAST else w
     last = tl.minimum(start + steps, rows)
     while line < last:
         include(_step_down, SHIFTED_TAPS=0)
-        include(_weigh)
+        include(_compute_gates)
         below = unit + (line - start) * down
-        of_unit = units + below
-        of_slope = slopes + below
-        of_gate = others + below
-        weighed = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
+        unit_ptr = units + below
+        slope_ptr = slopes + below
+        gate_ptr = others + below
+        weighted = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
         for i in unroll(K):
             z = bias[i] + weight[i * K] * tap[0]
             for n in unroll(K - 1):
@@ -371,36 +371,36 @@ def gradient_kernel(
             passed = gate[i]
             if RELU:
                 passed = tl.where(z <= 0, 0.0, passed)
-            to = of_unit + i * next_unit
+            to = unit_ptr + i * next_unit
             grad = tl.load(to, mask=real, other=0.0).to(tl.float32)
             u = z * passed
             slope = grad * passed
-            of_bias[i] += slope
+            grad_bias[i] += slope
             tl.store(to, u.to(units.dtype.element_ty), mask=real)
-            to = of_slope + i * next_unit
+            to = slope_ptr + i * next_unit
             tl.store(to, slope.to(slopes.dtype.element_ty), mask=real)
             if GATES == ATTENTION:
                 product[i] = grad * u
-                weighed += product[i]
+                weighted += product[i]
             else:
                 found = grad * z
                 if RELU:
                     found = tl.where(z <= 0, 0.0, found)
-                tl.store(of_gate + i * next_unit, found.to(others.dtype.element_ty), mask=real)
+                tl.store(gate_ptr + i * next_unit, found.to(others.dtype.element_ty), mask=real)
         if GATES == ATTENTION:
             level = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
             for i in unroll(K):
-                of_logit = product[i] - gate[i] * weighed
-                of_score[i] += of_logit * total
-                level += of_logit * score[i]
+                grad_logit = product[i] - gate[i] * weighted
+                grad_score[i] += grad_logit * total
+                level += grad_logit * score[i]
             level = level * (1 / LOG2_E)  # score is log2(e) / K times the attention
-            below = of_mean + (line - start) * down_mean
+            below = mean_unit + (line - start) * down_mean
             tl.store(others + below, level.to(others.dtype.element_ty), mask=real)
         line += 1
     for i in unroll(K):
         if GATES == ATTENTION:
-            _write_sum(sums, i, K * (K + 2), C, of_score[i] * (1 / K), add, BLOCK_C)
-        _write_sum(sums, K + i, K * (K + 2), C, of_bias[i], add, BLOCK_C)
+            _write_sum(sums, i, K * (K + 2), C, grad_score[i] * (1 / K), add, BLOCK_C)
+        _write_sum(sums, K + i, K * (K + 2), C, grad_bias[i], add, BLOCK_C)
 
 
 def products_kernel(
@@ -433,47 +433,47 @@ def products_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Gradients of the kernels and of the taps."""
-    of_weight, of_bias, of_tap = [], [], []
+    grad_weight, grad_bias, grad_tap = [], [], []
     include(_place)
-    include(_read_kernels)
+    include(_load_kernels)
     for i in unroll(K):
-        of_bias[i] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
+        grad_bias[i] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
     for n in unroll(K * K):
-        of_weight[n] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
+        grad_weight[n] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
     include(_go_to_windows, SHIFTED_TAPS=0)
     include(_go_to_units)
-    of_mean = _unit(image, column, start, rows, w, c, C, pitch, 1, CHANNELS_LAST)
+    mean_unit = _unit(image, column, start, rows, w, c, C, pitch, 1, CHANNELS_LAST)
     down_mean = w * C if CHANNELS_LAST else w
     last = tl.minimum(start + steps, rows)
     while line < last:
         include(_step_down, SHIFTED_TAPS=0)
-        of_slope = slopes + (unit + (line - start) * down)
-        of_feature = others + (unit + (line - start) * down)
+        slope_ptr = slopes + (unit + (line - start) * down)
+        feature_ptr = others + (unit + (line - start) * down)
         level = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
         if GATES == ATTENTION:
-            of_level = others + (of_mean + (line - start) * down_mean)
-            level += tl.load(of_level, mask=real, other=0.0).to(tl.float32)
+            level_ptr = others + (mean_unit + (line - start) * down_mean)
+            level += tl.load(level_ptr, mask=real, other=0.0).to(tl.float32)
         for j in unroll(K):
-            of_tap[j] = level
+            grad_tap[j] = level
         for i in unroll(K):
-            slope = tl.load(of_slope + i * next_unit, mask=real, other=0.0).to(tl.float32)
+            slope = tl.load(slope_ptr + i * next_unit, mask=real, other=0.0).to(tl.float32)
             if GATES == BARE:
                 if RELU:
-                    f = tl.load(of_feature + i * next_unit, mask=real, other=0.0)
+                    f = tl.load(feature_ptr + i * next_unit, mask=real, other=0.0)
                     slope = tl.where(f > 0, slope, 0.0)
-                of_bias[i] += slope
+                grad_bias[i] += slope
             for j in unroll(K):
-                of_weight[i * K + j] += slope * tap[j]
-                of_tap[j] += slope * weight[i * K + j]
+                grad_weight[i * K + j] += slope * tap[j]
+                grad_tap[j] += slope * weight[i * K + j]
         for j in unroll(K):
-            to = of_slope + j * next_unit
-            tl.store(to, of_tap[j].to(slopes.dtype.element_ty), mask=real)
+            to = slope_ptr + j * next_unit
+            tl.store(to, grad_tap[j].to(slopes.dtype.element_ty), mask=real)
         line += 1
     if GATES == BARE:
         for i in unroll(K):
-            _write_sum(sums, K + i, K * (K + 2), C, of_bias[i], add, BLOCK_C)
+            _write_sum(sums, K + i, K * (K + 2), C, grad_bias[i], add, BLOCK_C)
     for n in unroll(K * K):
-        _write_sum(sums, 2 * K + n, K * (K + 2), C, of_weight[n], add, BLOCK_C)
+        _write_sum(sums, 2 * K + n, K * (K + 2), C, grad_weight[n], add, BLOCK_C)
 
 
 def fold_kernel(
@@ -527,8 +527,8 @@ def fold_kernel(
             line = below // STRIDE_H - first_row
             there = (below >= 0) & (below % STRIDE_H == 0) & (line >= 0) & (line < rows)
             for j in unroll(KW):
-                of_tap = unit[j] + (line * down + (i * KW + j) * next_unit)
-                total += tl.load(taps + of_tap, mask=near[j] & there, other=0.0).to(tl.float32)
+                tap_offset = unit[j] + (line * down + (i * KW + j) * next_unit)
+                total += tl.load(taps + tap_offset, mask=near[j] & there, other=0.0).to(tl.float32)
         tl.store(at, total.to(grad_x.dtype.element_ty), mask=real)
         row += 1
 
@@ -737,16 +737,16 @@ def fold_moments_kernel(
 
 
 def fold_moments_gradient_kernel(
-    of_folded,  # (C, K, K)
-    of_shift,  # (C, K)
+    grad_folded,  # (C, K, K)
+    grad_shift,  # (C, K)
     feature,  # as of fold_moments_kernel, and so on
     weight,
     mean,
     covariance,
     response_mean,
     inverse,
-    of_feature,  # out: (C, K, K)
-    of_weight,  # out: (C, K)
+    grad_feature,  # out: (C, K, K)
+    grad_weight,  # out: (C, K)
     slope,  # out: (K, K, C)
     constant,  # out: (K, C)
     share,  # 1 / count
@@ -764,38 +764,38 @@ def fold_moments_gradient_kernel(
         row[n] = tl.zeros((BLOCK_C,), tl.float32)
     i = 0
     while i < K:
-        of_scale = tl.zeros((BLOCK_C,), tl.float32)
+        grad_scale = tl.zeros((BLOCK_C,), tl.float32)
         for j in unroll(K):
             w[j] = tl.load(feature + (c * (K * K) + i * K + j), mask=real, other=0.0)
-            at = of_folded + (c * (K * K) + i * K + j)
-            of_scale += w[j] * tl.load(at, mask=real, other=0.0)
-        s = tl.load(of_shift + (c * K + i), mask=real, other=0.0)
-        of_scale -= s * tl.load(response_mean + (c * K + i), mask=real, other=0.0)
+            at = grad_folded + (c * (K * K) + i * K + j)
+            grad_scale += w[j] * tl.load(at, mask=real, other=0.0)
+        s = tl.load(grad_shift + (c * K + i), mask=real, other=0.0)
+        grad_scale -= s * tl.load(response_mean + (c * K + i), mask=real, other=0.0)
         one = tl.load(inverse + (c * K + i), mask=real, other=0.0)
         scale = one
-        of_one = of_scale
+        grad_inverse = grad_scale
         if AFFINE:
             a = tl.load(weight + (c * K + i), mask=real, other=0.0)
             scale = one * a
-            of_one = of_scale * a
-        of_mean = -scale * s
-        twice_of_var = -(one * one * one) * of_one
+            grad_inverse = grad_scale * a
+        grad_mean = -scale * s
+        twice_grad_var = -(one * one * one) * grad_inverse
         # Tap ``own`` of this response's kernel.
         tap = tl.load(feature + (c * (K * K) + i * K + own), mask=real, other=0.0)
-        level += of_mean * tap
+        level += grad_mean * tap
         for n in unroll(K):
-            row[n] += twice_of_var * tap * w[n]
+            row[n] += twice_grad_var * tap * w[n]
         if i == own:
-            tl.store(of_weight + (c * K + i), of_scale * one, mask=real)
+            tl.store(grad_weight + (c * K + i), grad_scale * one, mask=real)
             for j in unroll(K):
                 through = tl.zeros((BLOCK_C,), tl.float32)
                 for n in unroll(K):
                     at = covariance + (c * (K * K) + j * K + n)
                     through += w[n] * tl.load(at, mask=real, other=0.0)
                 place = c * (K * K) + i * K + j
-                found = scale * tl.load(of_folded + place, mask=real, other=0.0)
-                found += of_mean * tl.load(mean + (c * K + j), mask=real, other=0.0)
-                tl.store(of_feature + place, found + twice_of_var * through, mask=real)
+                found = scale * tl.load(grad_folded + place, mask=real, other=0.0)
+                found += grad_mean * tl.load(mean + (c * K + j), mask=real, other=0.0)
+                tl.store(grad_feature + place, found + twice_grad_var * through, mask=real)
         i += 1
     level = level * share
     for n in unroll(K):

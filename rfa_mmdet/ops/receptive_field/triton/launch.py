@@ -82,8 +82,16 @@ CONSTANTS = (
 POINTERS = (
     *("x", "table", "units", "slopes", "others", "first", "second", "taps", "grad_x"),
     *("sums", "shifts", "mean", "covariance", "attention", "shift", "feature", "weight", "bias"),
-    *("folded", "response_mean", "variance", "inverse", "of_folded", "of_shift", "of_feature"),
-    *("of_weight", "slope", "constant", "given"),
+    *(
+        "folded",
+        "response_mean",
+        "variance",
+        "inverse",
+        "grad_folded",
+        "grad_shift",
+        "grad_feature",
+    ),
+    *("grad_weight", "slope", "constant", "given"),
 )
 
 
@@ -134,7 +142,7 @@ class Maps(NamedTuple):
         block = min((128, 64, 32), key=lambda n: triton.cdiv(columns, n) * n)
         return dict(BLOCK_Q=block, BLOCK_C=1, num_warps=block // 32)
 
-    def of_chunk(self, chunk: "Chunk", resident: int = RESIDENT) -> Any:
+    def chunk_grid(self, chunk: "Chunk", resident: int = RESIDENT) -> Any:
         """Return tile, grid and the rows of a program: those of the largest chunk for all.
 
         So that a part of a sum is the same program in each.
@@ -243,7 +251,7 @@ def features(
     maps: Maps, table: Tensor, gates: Gates, relu: bool, units: Tensor, chunk: Chunk
 ) -> None:
     """Launch the kernel of a chunk's features."""
-    tile, grid, steps = maps.of_chunk(chunk, RESIDENT + 1)
+    tile, grid, steps = maps.chunk_grid(chunk, RESIDENT + 1)
     launch(
         kernel("features_kernel", maps.window.kernel_size, maps.new),
         grid,
@@ -258,7 +266,7 @@ def features(
 
 def parts(maps: Maps, c: Chunk) -> int:
     """Return into how many parts the sums of a chunk are divided."""
-    grid: tuple[int, int, int] = maps.of_chunk(c)[1]
+    grid: tuple[int, int, int] = maps.chunk_grid(c)[1]
     return grid[0] * grid[2]
 
 
@@ -275,7 +283,7 @@ def gradient(
     chunk: Chunk,
 ) -> None:
     """Launch the kernel of the gradients up to the activation, and the attention or the gates."""
-    tile, grid, steps = maps.of_chunk(chunk)
+    tile, grid, steps = maps.chunk_grid(chunk)
     launch(
         kernel("gradient_kernel", maps.window.kernel_size, maps.new),
         grid,
@@ -300,7 +308,7 @@ def products(
     chunk: Chunk,
 ) -> None:
     """Launch the kernel of the gradients of kernels and taps."""
-    tile, grid, steps = maps.of_chunk(chunk)
+    tile, grid, steps = maps.chunk_grid(chunk)
     numbers = maps.numbers()
     launch(
         kernel("products_kernel", maps.window.kernel_size, maps.new),
@@ -423,8 +431,8 @@ def fold_moments(
 
 
 def fold_moments_backward(
-    of_folded: Tensor,
-    of_shift: Tensor,
+    grad_folded: Tensor,
+    grad_shift: Tensor,
     feature: Tensor,
     weight: Tensor | None,
     mean: Tensor,
@@ -435,20 +443,27 @@ def fold_moments_backward(
 ) -> tuple[Tensor, ...]:
     """Launch the kernel of its gradient."""
     channels, k = mean.shape
-    of_feature, of_weight = torch.empty_like(feature), torch.empty_like(inverse)
+    grad_feature, grad_weight = torch.empty_like(feature), torch.empty_like(inverse)
     slope, constant = mean.new_empty(k, k, channels), mean.new_empty(k, channels)
     launch(
         kernel("fold_moments_gradient_kernel", (k, 1), 1),
         (k, triton.cdiv(channels, 32)),
         mean,
         (
-            *(of_folded, of_shift, feature, mean if weight is None else weight, mean, covariance),
-            *(response_mean, inverse, of_feature, of_weight, slope, constant),
+            *(
+                grad_folded,
+                grad_shift,
+                feature,
+                mean if weight is None else weight,
+                mean,
+                covariance,
+            ),
+            *(response_mean, inverse, grad_feature, grad_weight, slope, constant),
             *(1 / max(count, 1), channels),
         ),
         dict(AFFINE=weight is not None, **SMALL),
     )
-    return of_feature, of_weight, slope.permute(2, 0, 1), constant.t()
+    return grad_feature, grad_weight, slope.permute(2, 0, 1), constant.t()
 
 
 SMALL = dict(BLOCK_C=32, num_warps=1, num_stages=1)  # of a lane a channel

@@ -88,8 +88,8 @@ def fold_moments(
 
 
 def fold_moments_backward(
-    of_feature: Tensor,
-    of_shift: Tensor,
+    grad_feature: Tensor,
+    grad_shift: Tensor,
     feature: Tensor,
     weight: Tensor | None,
     mean: Tensor,
@@ -98,9 +98,9 @@ def fold_moments_backward(
     """See statistics.py."""
     if not _takes_moments(mean):
         return statistics.fold_moments_backward(
-            of_feature, of_shift, feature, weight, mean, *others
+            grad_feature, grad_shift, feature, weight, mean, *others
         )
-    given = of_feature.contiguous(), of_shift.contiguous(), feature.contiguous()
+    given = grad_feature.contiguous(), grad_shift.contiguous(), feature.contiguous()
     return launch.fold_moments_backward(*given, weight, mean, *others)
 
 
@@ -220,21 +220,21 @@ class _Backward:
         return self.grad_x, *found
 
 
-def _of_weighed(
+def _conv_backward(
     grad_y: Tensor,
     run: _Backward,
     gates: Gates,
     weight: Tensor,
     needs: Sequence[bool],
-    of_gates: Callable[[Tensor, Chunk], None] | None,
+    add_gate_gradients: Callable[[Tensor, Chunk], None] | None,
 ) -> tuple[Tensor, Tensor]:
     """Go through all chunks of a convolution, and return the gradients of weight and bias.
 
-    ``of_gates`` is called with the gradient of the product of both gates.
+    ``add_gate_gradients`` is called with the gradient of the product of both gates.
     """
     maps, product = run.maps, run.products
-    need_kernels = needs[0] or needs[1] or of_gates is not None
-    share = BACKWARD if of_gates is None else GATED
+    need_kernels = needs[0] or needs[1] or add_gate_gradients is not None
+    share = BACKWARD if add_gate_gradients is None else GATED
     all_chunks = [*chunks(maps, chunk_bytes(maps.x, share))] if need_kernels or needs[2] else []
     for number, chunk in enumerate(all_chunks):
         grad, units = product.gradient(grad_y, chunk), run.buffer("units", chunk)
@@ -244,21 +244,21 @@ def _of_weighed(
             continue
         product.units_gradient(grad, units, chunk)
         slopes = run.buffer("slopes", chunk)
-        others = run.buffer("others", chunk, maps.x.shape[1] if of_gates is None else 0)
+        others = run.buffer("others", chunk, maps.x.shape[1] if add_gate_gradients is None else 0)
         launch.gradient(
             *(maps, run.table, gates, run.relu, units, slopes, others),
             *(*run.partial_sums(chunk), chunk),
         )
         if needs[2]:
             product.add_weight_gradient(grad, units, chunk, number, len(all_chunks))
-        if of_gates is not None:
-            of_gates(others, chunk)
+        if add_gate_gradients is not None:
+            add_gate_gradients(others, chunk)
         if needs[0] or needs[1]:
             run.add(chunk, gates.kind, others)
-    of_bias = run.none
+    grad_bias = run.none
     if needs[3]:
-        of_bias = grad_y.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype)
-    return product.weight_gradient(weight.dtype) if needs[2] else run.none, of_bias
+        grad_bias = grad_y.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype)
+    return product.weight_gradient(weight.dtype) if needs[2] else run.none, grad_bias
 
 
 def rfa_conv_backward(
@@ -282,8 +282,8 @@ def rfa_conv_backward(
     table = table_of(maps, attention, shift, feature)
     run = _Backward(maps, table, relu, weight, needs[:2])
     with products_as_convolutions(x.dtype):
-        of_weight, of_bias = _of_weighed(grad_y, run, Gates(ATTENTION), weight, needs, None)
-    return *run.gradients(attention, feature, shift), of_weight, of_bias
+        grad_weight, grad_bias = _conv_backward(grad_y, run, Gates(ATTENTION), weight, needs, None)
+    return *run.gradients(attention, feature, shift), grad_weight, grad_bias
 
 
 def gated_conv_backward(
@@ -312,17 +312,17 @@ def gated_conv_backward(
         # The units of this chunk are used up.
         used = run.products.windows(run.buffer("units", chunk), chunk)
         products = run.products.windows(products, chunk)
-        of_first, of_second = _gate_windows(maps, chunk, *totals)
+        grad_first, grad_second = _gate_windows(maps, chunk, *totals)
         one, other = _gate_windows(maps, chunk, first, second)
-        _add_sum(of_first, torch.mul(products, other, out=used))
-        _add_sum(of_second, products.mul_(one))
+        _add_sum(grad_first, torch.mul(products, other, out=used))
+        _add_sum(grad_second, products.mul_(one))
 
     with products_as_convolutions(x.dtype):
         gates = _gates(maps, first, second)
-        of_weight, of_bias = _of_weighed(grad_y, run, gates, weight, needs, add)
-    of_x, _, of_feature, of_shift = run.gradients(shift, feature, shift)
-    of_gates = (total.to(t.dtype) for total, t in zip(totals, (first, second), strict=True))
-    return of_x, of_feature, of_shift, *of_gates, of_weight, of_bias
+        grad_weight, grad_bias = _conv_backward(grad_y, run, gates, weight, needs, add)
+    grad_x, _, grad_feature, grad_shift = run.gradients(shift, feature, shift)
+    grad_gates = (total.to(t.dtype) for total, t in zip(totals, (first, second), strict=True))
+    return grad_x, grad_feature, grad_shift, *grad_gates, grad_weight, grad_bias
 
 
 def _add_sum(total: Tensor, values: Tensor) -> None:
@@ -369,12 +369,12 @@ def pool_coordinates(
         return plain.pool_coordinates(x, feature, shift, relu, *window)
     maps = maps_of(x, _window(window))
     (high, wide), (height, width) = maps.window.kernel_size, maps.size
-    of_rows = x.new_empty((*x.shape[:2], high, height), dtype=torch.float32)
-    of_columns = x.new_zeros((*x.shape[:2], wide, width), dtype=torch.float32)
+    row_means = x.new_empty((*x.shape[:2], high, height), dtype=torch.float32)
+    column_sums = x.new_zeros((*x.shape[:2], wide, width), dtype=torch.float32)
     for features, images, rows in _bare_features(maps, feature, shift, relu):
-        of_rows[images, ..., rows] = features.mean((3, 5), dtype=torch.float32)
-        of_columns[images] += features.sum((2, 4), dtype=torch.float32)
-    return of_rows, of_columns / (high * height)
+        row_means[images, ..., rows] = features.mean((3, 5), dtype=torch.float32)
+        column_sums[images] += features.sum((2, 4), dtype=torch.float32)
+    return row_means, column_sums / (high * height)
 
 
 def _bare_features(maps: Maps, feature: Tensor, shift: Tensor, relu: bool) -> Any:
@@ -407,12 +407,12 @@ def pool_channels_backward(
 
     def write(slopes: Tensor, images: slice, rows: slice) -> None:
         slopes = slopes.flatten(2, 3)
-        of_largest, of_mean = grad[images, :, :, rows].to(slopes.dtype).split(1, 1)
-        slopes.copy_(of_mean / x.shape[1])
+        grad_largest, grad_mean = grad[images, :, :, rows].to(slopes.dtype).split(1, 1)
+        slopes.copy_(grad_mean / x.shape[1])
         index = largest[images, :, rows].long().unsqueeze(1)
-        slopes.scatter_add_(1, index, of_largest)
+        slopes.scatter_add_(1, index, grad_largest)
 
-    return _of_bare(x, feature, shift, relu, needs, _window(window), write)
+    return _features_backward(x, feature, shift, relu, needs, _window(window), write)
 
 
 def pool_coordinates_backward(
@@ -431,16 +431,16 @@ def pool_coordinates_backward(
             grad_rows, grad_columns, x, feature, shift, relu, needs, *window
         )
     (high, wide), (height, width) = window[0], _window(window).output_size(x.shape[2:])
-    of_rows, of_columns = grad_rows / (wide * width), grad_columns / (high * height)
+    grad_rows, grad_columns = grad_rows / (wide * width), grad_columns / (high * height)
 
     def write(slopes: Tensor, images: slice, rows: slice) -> None:
-        first = of_rows[images, ..., rows][:, :, :, None, :, None]
-        torch.add(first, of_columns[images][:, :, None, :, None, :], out=slopes)
+        first = grad_rows[images, ..., rows][:, :, :, None, :, None]
+        torch.add(first, grad_columns[images][:, :, None, :, None, :], out=slopes)
 
-    return _of_bare(x, feature, shift, relu, needs, _window(window), write)
+    return _features_backward(x, feature, shift, relu, needs, _window(window), write)
 
 
-def _of_bare(
+def _features_backward(
     x: Tensor,
     feature: Tensor,
     shift: Tensor,
@@ -459,8 +459,8 @@ def _of_bare(
         if relu:
             launch.features(maps, run.table, Gates(BARE), relu, features, chunk)
         run.add(chunk, BARE, features)
-    of_x, _, of_feature, of_shift = run.gradients(shift, feature, shift)
-    return of_x, of_feature, of_shift
+    grad_x, _, grad_feature, grad_shift = run.gradients(shift, feature, shift)
+    return grad_x, grad_feature, grad_shift
 
 
 KERNELS = (
