@@ -18,8 +18,8 @@ from rfa_mmdet.ops.common.scale import scaled
 
 Layer = Callable[[Tensor], Tensor]
 
-# The part of the map that each position of a 3x3 kernel sees: all of it except one row and one
-# column at the border, which share a corner.
+# The part of the map that each position of a 3x3 kernel sees: everything except one border row and
+# one border column, which share a corner.
 _SEEN = (
     (1, 1, 1, 1, 1, 1, 1, 1, 1),  # the whole
     (0, 0, 0, 0, 0, 0, -1, -1, -1),  # the first row
@@ -216,7 +216,7 @@ def _parts(
     scale: Tensor,
     shift: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Return everything about the gate that follows from :func:`_means` of the map.
+    """Compute what the gate needs from :func:`_means` of the map.
 
     Returns:
         tuple[Tensor, ...]: The row and column gates, (N, c, H + W); the parts of the score: weights

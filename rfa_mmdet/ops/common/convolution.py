@@ -1,6 +1,6 @@
 """Size-preserving convolutions with few channels, and their gradients.
 
-On a CPU, oneDNN is several times slower. None of these functions supports autograd.
+On a CPU, oneDNN would be several times slower. These functions do not support autograd.
 """
 
 import torch

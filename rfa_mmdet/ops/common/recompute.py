@@ -1,4 +1,4 @@
-"""Decide whether to recompute gates in the backward pass, and share code of such passes.
+"""When to recompute gates in the backward pass, and helpers for doing so.
 
 Autograd would save a copy of the feature map for each gate, and all intermediate values of the
 gates. Gates are cheap to recompute: a few means, maxima and small products.
@@ -34,8 +34,8 @@ def needs_plain_operators() -> bool:
 def is_recorded() -> bool:
     """Return whether a graph is being recorded rather than executed.
 
-    A tracer needs a formula that is valid for every size, a compiler recomputes by itself, and
-    torch.func transforms and forward-mode differentiation transform the formula.
+    Tracers need a formula that holds for every size, compilers decide for themselves what to
+    recompute, and torch.func transforms and forward-mode differentiation transform the formula.
 
     Example:
         >>> is_recorded()

@@ -1,4 +1,4 @@
-"""Maximum and mean of a map, with much faster gradients than autograd's."""
+"""Maximum and mean of a map, with gradients much faster than autograd's."""
 
 import math
 from typing import Any
@@ -65,7 +65,7 @@ def _cells(x: Tensor, dim: int | tuple[int, ...]) -> int:
 
 
 def shares_of_maximum(x: Tensor, maxima: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Locate the maxima of a map, and divide their gradient among them; overwrites the map.
+    """Locate the maxima of a map and split the gradient among ties; overwrites the map.
 
     Args:
         x (Tensor): The map.

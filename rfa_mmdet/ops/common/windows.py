@@ -1,7 +1,7 @@
 """Receptive fields as windows: (B, C, K, h, w), with K = kh * kw positions per output position.
 
 The papers lay the windows out side by side, (B, C, h * kh, w * kw), and convolve them with stride
-k. A 1x1 convolution over the C * K channels with the same weights gives the same sum without moving
+k. A 1x1 convolution over C * K channels with the same weights gives the same result without moving
 data.
 """
 

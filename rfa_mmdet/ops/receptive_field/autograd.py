@@ -1,7 +1,7 @@
 """Gradients of the operators, registered for their Autograd key.
 
-They keep the input, the parameters and, where these are small beside the input, the statistics of
-a batch: what else a backward pass needs is computed again in it. README.md derives the formulas.
+They save the input, the parameters and, if small compared with the input, the batch statistics. The
+backward pass recomputes everything else. README.md derives the formulas.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ from rfa_mmdet.ops.receptive_field.statistics import (
     response_moments,
 )
 
-# Statistics of a batch are kept where the input has at least so many times their elements.
+# Save the batch statistics if the input has at least this many times as many elements.
 KEEP_FROM = 12
 
 _ops = torch.ops.rfa_mmdet
 
 
 def _register(name: str, function: type[Function]) -> None:
-    """Let an operator be recorded by an autograd function where a gradient may be asked for."""
+    """Register an autograd function for an operator; it is bypassed if nothing needs a gradient."""
     operator = getattr(_ops, name)
 
     def kernel(*args: Any) -> Any:
@@ -54,7 +54,7 @@ def _needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor |
 
 
 class RFAConv(Function):
-    """Of ``rfa_conv``."""
+    """Autograd function of ``rfa_conv``."""
 
     @staticmethod
     def forward(
@@ -97,7 +97,7 @@ class RFAConv(Function):
 
 
 class GatedConv(Function):
-    """Of ``gated_conv``."""
+    """Autograd function of ``gated_conv``."""
 
     @staticmethod
     def forward(
@@ -141,7 +141,7 @@ class GatedConv(Function):
 
 
 class PoolChannels(Function):
-    """Of ``pool_channels``."""
+    """Autograd function of ``pool_channels``."""
 
     @staticmethod
     def forward(
@@ -174,7 +174,7 @@ class PoolChannels(Function):
 
 
 class PoolCoordinates(Function):
-    """Of ``pool_coordinates``."""
+    """Autograd function of ``pool_coordinates``."""
 
     @staticmethod
     def forward(
@@ -213,7 +213,7 @@ def _fold(
     window: Window,
     group: Any = None,
 ) -> tuple[Folded, tuple[Tensor, ...], int | Tensor]:
-    """Return the results of ``fold_batch_norm``, the statistics behind them and their count."""
+    """Return the results of ``fold_batch_norm``, the statistics they use, and their count."""
     with no_autocast(x):
         first, second = _ops.window_moments(x, *window)
         total: int | Tensor = window.count(x)
@@ -228,7 +228,10 @@ def _fold(
 
 
 class FoldBatchNorm(Function):
-    """Of ``fold_batch_norm``; called by itself over several ranks, which no schema can name."""
+    """Autograd function of ``fold_batch_norm``.
+
+    SyncBN calls it directly, because a schema cannot have a process group as an argument.
+    """
 
     @staticmethod
     def forward(
@@ -244,7 +247,7 @@ class FoldBatchNorm(Function):
         dilation: Pair,
         group: Any = None,
     ) -> tuple[Tensor, ...]:
-        """Fold; see README.md. ``group``: the process group to take the statistics over."""
+        """Fold; see README.md. Statistics are over ``group``, a process group, if given."""
         window = Window(kernel_size, stride, padding, dilation)
         with torch._C._AutoDispatchBelowAutograd():
             folded, kept, total = _fold(x, feature, weight, bias, eps, window, group)
@@ -265,7 +268,7 @@ class FoldBatchNorm(Function):
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, feature, weight and bias.
 
-        What is made of the features gives the gradient of x to this function, which adds its own.
+        The operators on features pass the gradient of x to this function, which adds its part.
         """
         _refuse_second_derivative()
         x, feature, weight, first, second, mean, inverse = ctx.saved_tensors
@@ -287,7 +290,7 @@ class FoldBatchNorm(Function):
                 )
                 own = response_moments(feature, first, second)[0]
                 grad_mean, grad_var = _sum_over_ranks(grad_mean, grad_var, ctx.group)
-                # This rank's statistics count by its share of the windows.
+                # Weight this rank's statistics by its share of the windows.
                 share = count / ctx.total
                 grad_mean, grad_var = (
                     share * (grad_mean + 2 * grad_var * (own - mean)),
@@ -314,10 +317,10 @@ class FoldBatchNorm(Function):
 
 
 def _is_to_spare(grad: Tensor) -> bool:
-    """Whether to write into the gradient of the map that ``fold_batch_norm`` returned.
+    """Return whether the gradient of the map that ``fold_batch_norm`` returned may be overwritten.
 
-    It comes from the operators of features alone, or is the sum of what these return. On a CPU a
-    second map takes no time, and a compiler plans memory itself.
+    Only the operators on features, or a sum of their results, produce it, so nothing else reads it.
+    On a CPU, a second map costs no time; compilers plan memory themselves.
     """
     if grad.device.type == "cpu" or is_compiling():
         return False
@@ -327,7 +330,7 @@ def _is_to_spare(grad: Tensor) -> bool:
 def _over_ranks(
     count: int, mean: Tensor, var: Tensor, group: Any
 ) -> tuple[int | Tensor, Tensor, Tensor]:
-    """Combine count, mean and biased variance of all ranks; a rank may have no data."""
+    """Combine count, mean and biased variance over all ranks; ranks without data are allowed."""
     if group is None:
         return count, mean, var
     own = torch.cat([mean, var, mean.new_full((1,), count)])
@@ -368,7 +371,7 @@ LIBRARY.define(
     "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> "
     "(Tensor x, Tensor feature, Tensor shift, Tensor mean, Tensor variance)"
 )
-# Made of other operators, for every device.
+# Composed of other operators, for every device.
 LIBRARY.impl("fold_batch_norm", _fold_batch_norm, "CompositeExplicitAutograd")
 
 _register("rfa_conv", RFAConv)

@@ -37,8 +37,8 @@ def _register(kernel: _Kernel) -> _Kernel:
 class _Features:
     """Features act(feature @ window + shift) of blocks, (C', K, P), and their gradients.
 
-    Given the weight of RFAConv's attention over the positions of a window, that attention as well:
-    its logits are a product with the window, too.
+    With the weight of RFAConv's attention, also computes that attention, whose logits are another
+    product with the window.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class _Features:
         kernels = feature.reshape(-1, positions, positions)
         self.maps = torch.cat([kernels, shift.reshape(-1, positions, 1)], 2)  # (C, K, K + 1)
         if attention is not None:
-            # Of the mean of the window, to which the column of the shift adds nothing.
+            # Logits depend on the window's mean; the shift column is zero.
             logits = (attention.to(slices.dtype) / positions).reshape(-1, positions, 1)
             logits = F.pad(logits.expand_as(kernels), (0, 1))
             self.maps = torch.cat([self.maps, logits], 1)  # (C, 2 * K, K + 1)
@@ -83,13 +83,13 @@ class _Features:
         return torch.mul(features, weights, out=self.slices.scratch("weighted", *features.shape))
 
     def add(self, block: Block, features: Tensor, grad: Tensor) -> None:
-        """Add up gradients, given that of the features; overwrites it."""
+        """Accumulate gradients from that of the features, which is overwritten."""
         self._add(block, features, grad, grad)
 
     def add_with_attention(
         self, block: Block, features: Tensor, attention: Tensor, weighted: Tensor, grad: Tensor
     ) -> None:
-        """Add up gradients, given that of the weighted features; overwrites them."""
+        """Accumulate gradients from that of the weighted features; overwrites both."""
         grads = self._scratch("grads", block, 2)
         grad_features, grad_logits = grads.chunk(2, 1)
         products = weighted.mul_(grad)
@@ -111,7 +111,7 @@ class _Features:
             self.slices.add_to(self.grad_x, block, grad_windows)
 
     def gradients(self) -> tuple[Tensor, ...]:
-        """Return those of x, feature, shift and attention, empty where they are not needed."""
+        """Return the gradients of x, feature, shift and attention; empty if not needed."""
         grad_x, inputs = (
             self.grad_x.to(self.slices.x.dtype),
             [t for t in self.inputs if t is not None],
@@ -150,7 +150,7 @@ class _Product:
         return y
 
     def backwards(self, slices: Slices, grad_y: Tensor) -> Iterator[tuple[Block, Tensor]]:
-        """Yield each block, and the gradient (G, O / G, P) of the output at its place."""
+        """Yield each block with the gradient (G, O / G, P) of the output at its place."""
         self.grad_weight = torch.zeros_like(self.weight, dtype=self.sums)
         for place in slices.places():
             grad_out = place.of(grad_y).reshape(*self.weight.shape[:2], -1)
@@ -160,7 +160,7 @@ class _Product:
     def gradient(
         self, block: Block, weighted: Tensor, grad_out: Tensor, need_weight: bool
     ) -> Tensor:
-        """Return the gradient of weighted features, and add up that of the weight."""
+        """Return the gradient of weighted features, and accumulate that of the weight."""
         at = self._of(block.channels)
         grad_out = grad_out[at[0]]
         if need_weight:
@@ -168,13 +168,13 @@ class _Product:
         return _product(self.weight[at].mT, grad_out).view_as(weighted).to(weighted.dtype)
 
     def gradients(self, grad_y: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """Return those of weight and bias, empty where they are not needed."""
+        """Return the gradients of weight and bias; empty if not needed."""
         weight = self.grad_weight.view(self.shape) if needs[2] else self.weight.new_empty(0)
         bias = grad_y.sum((0, 2, 3), dtype=self.sums) if needs[3] else weight.new_empty(0)
         return weight.to(self.dtype), bias.to(self.dtype)
 
     def _of(self, channels: slice) -> tuple[slice, slice, slice]:
-        """Return where the weights of some channels are."""
+        """Return the index of the weights of some channels."""
         group, positions = self.shape[1], self.shape[2] * self.shape[3]
         first, last = channels.start // group, -(-channels.stop // group)
         start = channels.start - first * group
@@ -187,10 +187,9 @@ class _Product:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype == torch.float32:
-        # Whether TF32 may be used is another setting for convolutions than for products of
-        # matrices, and another default.
+        # Convolutions and matrix products have separate TF32 settings, with different defaults.
         return as_convolution(a, b)
-    if len(a) == 1:  # several times faster than of batches, in bfloat16 on a CPU
+    if len(a) == 1:  # several times faster than bmm in bfloat16 on a CPU
         return torch.mm(a[0], b[0]).unsqueeze(0)
     return torch.bmm(a, b)
 
@@ -219,7 +218,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 @_register
 def window_moments(x: Tensor, *window: Any) -> tuple[Tensor, Tensor]:
     """See schema.py."""
-    # Squares of values far from zero would lose the variance.
+    # Centre first: the variance would cancel if the mean is far from zero.
     centre = x.mean((0, 2, 3), dtype=compute_dtype(x.dtype)).view(-1, 1, 1)
     slices = Slices(x, window, centre=centre)
     size = slices.window.positions + 1
@@ -251,11 +250,11 @@ def window_moments_backward(
 def add_window_moments_backward(
     grad: Tensor, x: Tensor, slope: Tensor, constant: Tensor, *window: Any
 ) -> None:
-    """Add to a gradient of x, which nothing else reads, the one through the moments."""
+    """Add the gradient through the moments to a gradient of x, in place."""
     grad.copy_(window_moments_backward(x, slope, constant, grad, *window))
 
 
-# A GPU has a kernel that needs no second map.
+# The Triton kernel needs no second map.
 LIBRARY.define(
     "add_window_moments_backward(Tensor(a!) grad, Tensor x, Tensor slope, Tensor constant, "
     "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> ()"
@@ -313,7 +312,7 @@ def rfa_conv_backward(
 
 
 class _Gates:
-    """Two gates, as views of blocks, to be broadcast to (C', kh, kw, n, rows, w)."""
+    """Views of two gates for blocks, broadcastable to (C', kh, kw, n, rows, w)."""
 
     def __init__(self, first: Tensor, second: Tensor, slices: Slices) -> None:
         self.tensors, self.slices = (first, second), slices
@@ -321,7 +320,7 @@ class _Gates:
     def of(self, block: Block) -> tuple[Tensor, Tensor]:
         first, second = (t[block.place.images] for t in self.tensors)
         rows = block.place.rows
-        if first.dim() == 2:  # of channels and positions
+        if first.dim() == 2:  # channel and position gates
             second = second[..., rows, :].transpose(0, 1)
             second = second.unflatten(0, self.slices.window.kernel_size).unsqueeze(0)
             return first[:, block.channels].T[:, None, None, :, None, None], second

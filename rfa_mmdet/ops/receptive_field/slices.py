@@ -1,4 +1,4 @@
-"""The windows of a map, block by block: of some positions, and of some channels there."""
+"""Iterate over the windows of a map in blocks of positions and channels."""
 
 from collections.abc import Iterator, Sequence
 from math import isqrt
@@ -11,24 +11,24 @@ from torch.nn import functional as F
 from rfa_mmdet.ops.common.precision import compute_dtype
 from rfa_mmdet.ops.common.windows import Window
 
-# Bytes of the features of a block: a few such blocks stay in a core's cache; a GPU takes longer to
-# compute one than to launch what computes it.
+# Bytes of a block's features: on a CPU, a few blocks fit in a core's cache; on a GPU, a block takes
+# longer to compute than to launch.
 CPU_BYTES, GPU_BYTES = 2**20, 2**24
 
 
 class Place(NamedTuple):
-    """Rows of windows, of some images.
+    """Some output rows of some images.
 
     Attributes:
-        images (slice): Of the batch.
-        rows (slice): Of the output.
+        images (slice): Images of the batch.
+        rows (slice): Rows of the output.
     """
 
     images: slice
     rows: slice
 
     def of(self, maps: Tensor) -> Tensor:
-        """View this place in maps (B, C, ..., h, w), channels first: (C, ..., n, rows, w)."""
+        """Return a view of this place in maps (B, C, ..., h, w): (C, ..., n, rows, w)."""
         return maps[self.images][..., self.rows, :].movedim(0, -3)
 
 
@@ -36,10 +36,10 @@ class Block(NamedTuple):
     """Windows of some channels at a place.
 
     Attributes:
-        place (Place): Of P = n * rows * w positions.
-        channels (slice): Of the input.
-        windows (Tensor): (C', K + 1, P), in the type that is computed in. The last of each window
-            is 1, so that matrices for the windows have a column to be added.
+        place (Place): Place with P = n * rows * w positions.
+        channels (slice): Channels of the input.
+        windows (Tensor): (C', K + 1, P), at least float32. The last value of each window is 1, so
+            that a matrix applied to windows can have a bias column.
     """
 
     place: Place
@@ -53,9 +53,9 @@ class Slices:
     Args:
         x (Tensor): (B, C, H, W).
         window (Sequence): The fields of a Window.
-        groups (int): Of channels. A block has whole groups or a part of one.
-        split (bool): Whether a block may have a part of the channels. Defaults to True.
-        centre (Tensor | None): (C, 1, 1), subtracted from the windows' values. None: nothing is.
+        groups (int): Groups of channels. A block has whole groups or part of one. Defaults to 1.
+        split (bool): Whether a block may have only some of the channels. Defaults to True.
+        centre (Tensor | None): (C, 1, 1), subtracted from the windows' values.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class Slices:
         self._scratch: dict[str, Tensor] = {}
 
     def places(self) -> Iterator[Place]:
-        """Yield the places where there are windows, each once."""
+        """Yield places that cover the output, each position once."""
         batch, channels = self.x.shape[:2]
         height, width = self.size
         if 0 in (batch, channels, height, width):
             return
         positions = self.limit // (channels * self.window.positions)
-        # A product of few positions reads the whole weight for them: rather fewer channels.
+        # With few positions, reading the whole weight would dominate: use fewer channels instead.
         square = isqrt(self.limit)
         if self.split and positions < square // 2:
             positions = square
@@ -97,7 +97,7 @@ class Slices:
                 yield Place(image_slice, slice(y, min(height, y + rows)))
 
     def blocks(self, place: Place) -> Iterator[Block]:
-        """Yield the blocks of a place. Each overwrites the windows of the one before."""
+        """Yield the blocks of a place. Each overwrites the windows of the previous one."""
         channels, group = self.x.shape[1], self.group
         step = channels
         if self.split:
@@ -115,9 +115,9 @@ class Slices:
                 yield Block(place, channel_slice, self._windows(place, channel_slice))
 
     def scratch(self, name: str, *shape: int) -> Tensor:
-        """Return memory of a name; it is the same as before if the shape is.
+        """Return a buffer by name, reused if it has the same shape.
 
-        New memory costs a CPU as much time as what is computed in it.
+        On a CPU, new memory costs as much time as what is computed in it.
         """
         found = self._scratch.get(name)
         if found is None or found.shape != shape:
@@ -125,9 +125,9 @@ class Slices:
         return found
 
     def empty_gradient(self, needed: bool) -> Tensor:
-        """Return zeros to add up the gradient of x in; of no elements if it is not needed.
+        """Return zeros to accumulate the gradient of x in; empty if it is not needed.
 
-        In the type that is computed in, since places have rows of x in common.
+        At least float32, because rows of x that several places share are added to repeatedly.
         """
         return self.x.new_zeros(self.x.shape if needed else (0,), dtype=self.dtype)
 
@@ -178,7 +178,7 @@ class Slices:
 
 
 def _inside(offset: int, step: int, count: int, size: int) -> tuple[slice, slice]:
-    """Return which of the cells offset, offset + step, ... are in range(size), and their numbers.
+    """Return which of the cells offset, offset + step, ... are in range(size), and their indices.
 
     Example:
         >>> _inside(-1, 2, 4, 5)
@@ -197,6 +197,6 @@ def _length(of: slice) -> int:
 
 
 def _evenly(total: int, most: int) -> int:
-    """Return the size of as many parts of a total as it takes if none has more than ``most``."""
+    """Return the size of even parts of ``total``, none larger than ``most``."""
     parts = -(-total // max(1, most))
     return -(-total // parts)

@@ -1,9 +1,9 @@
-"""From the moments of windows to folded batch norm, and back: small algebra of each channel.
+"""Fold batch norm, given the moments of windows, and its gradient: small per-channel algebra.
 
-README.md derives the formulas. Here they are in plain torch, for every device; on a GPU, where the
-25 small operations of a backward pass would take as long as the rest, each direction is one kernel.
-Shapes: mean (C, K) and covariance (C, K, K) of the windows' values, feature (C * K, 1, kh, kw); all
-else (C * K,).
+README.md derives the formulas. These are the implementations in plain torch, for every device; the
+Triton backend has one kernel per direction, because about 25 small operations would take as long as
+the rest of the backward pass. Shapes: mean (C, K) and covariance (C, K, K) of the windows' values,
+feature (C * K, 1, kh, kw); everything else is (C * K,).
 """
 
 import torch
@@ -24,10 +24,10 @@ LIBRARY.define(
 
 
 def response_moments(feature: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each response from those of the windows."""
+    """Return mean and biased variance of each response from the moments of the windows."""
     kernels = feature.view(covariance.shape)
     response_mean = (kernels * mean.unsqueeze(1)).sum(2)
-    # Rounding may leave a variance of zero a little below it.
+    # Rounding may make a zero variance slightly negative.
     var = (torch.matmul(kernels, covariance) * kernels).sum(2).clamp_min(0)
     return response_mean.flatten(), var.flatten()
 
@@ -62,7 +62,7 @@ def fold_moments(
     eps: float,
     count: int,
 ) -> tuple[Tensor, ...]:
-    """Fold batch norm on the statistics of windows' values; as :func:`fold_responses`."""
+    """Fold batch norm, given the moments of windows; see :func:`fold_responses`."""
     moments = response_moments(feature, mean, covariance)
     return fold_responses(feature, weight, bias, eps, *moments, count)
 
@@ -75,7 +75,7 @@ def response_gradients(
     mean: Tensor,
     inverse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of a response's scale, of its mean and variance, and its scale."""
+    """Return the gradients of each response's scale, mean and variance; then the scale itself."""
     scale = inverse if weight is None else inverse * weight
     grad_scale = (grad_feature * feature).sum((1, 2, 3)) - grad_shift * mean
     grad_inverse = grad_scale if weight is None else grad_scale * weight
@@ -90,9 +90,9 @@ def gradients_through_moments(
     covariance: Tensor,
     count: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of feature through mean and variance, and slope and constant.
+    """Return the gradient of feature through mean and variance, then slope and constant.
 
-    slope (C, K, K) and constant (C, K) give the gradient of a window: constant + slope @ window.
+    With slope (C, K, K) and constant (C, K), the gradient of a window is constant + slope @ window.
     """
     grad_mean, grad_var = (t.view(*mean.shape, 1) for t in (grad_mean, grad_var))
     kernels = feature.view(covariance.shape)
@@ -114,7 +114,7 @@ def fold_moments_backward(
     inverse: Tensor,
     count: int,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of feature and weight, and slope and constant for the map's."""
+    """Return the gradients of feature and weight, and slope and constant for that of the map."""
     grad_scale, grad_mean, grad_var, scale = response_gradients(
         grad_feature, grad_shift, feature, weight, response_mean, inverse
     )

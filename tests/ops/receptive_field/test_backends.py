@@ -43,7 +43,7 @@ def test_a_backend_without_a_kernel_of_the_layers_operators_is_refused(monkeypat
     monkeypatch.setattr(backends, "missing", lambda backend: None)
     monkeypatch.setattr(backends, "has_kernel", lambda operator, _: operator != "gated_conv")
     assert check_backend("triton", ("rfa_conv",)) == "triton"
-    with pytest.raises(ValueError, match="backend='triton': has no kernel of gated_conv; choose"):
+    with pytest.raises(ValueError, match="backend='triton': does not implement gated_conv; use"):
         check_backend("triton", ("pool_channels", "gated_conv"))
 
 
@@ -87,7 +87,7 @@ def test_a_backend_asked_for_by_name_insists(monkeypatch):
 
 # --------------------------------------------------------------------------- without kernels
 
-PLAIN = "the receptive-field convolutions run in plain torch, slower than by kernels: "
+PLAIN = "receptive-field convolutions run in plain torch, which is slower than the kernels: "
 UNBUILT = """
 import copy, warnings, torch
 from rfa_mmdet import layers
@@ -148,7 +148,7 @@ def said(script, folder):
 def test_where_nothing_is_built_the_operators_run_in_plain_torch_with_one_notice(tmp_path):
     copy_without_kernels(tmp_path)
     notices, error = said(UNBUILT, tmp_path)
-    assert notices.count("in plain torch, slower than by kernels: the C++ extension is not") == 1
+    assert notices.count("slower than the kernels: the C++ extension is not built") == 1
     assert notices.count("make env") == 1
     assert "make env" in error
     assert "backend='cpu'" in error
@@ -196,7 +196,7 @@ def on_a_gpu(monkeypatch):
 def test_amds_gpus_have_no_kernels(on_a_gpu):
     on_a_gpu.setattr(torch.version, "hip", "6.4.0")
     assert backends.missing("triton") == (
-        "the Triton kernels are for NVIDIA's GPUs, and this torch is for AMD's"
+        "the Triton kernels support NVIDIA GPUs only, and this torch is built for AMD"
     )
 
 
@@ -223,10 +223,10 @@ def test_no_c_compiler_is_named_with_what_to_install(monkeypatch, tmp_path):
     case = Case(torch.device("cuda", 0), torch.float16, False, True, RFA_CONV)
     said = backends._describe(case, raised.value)
     assert said.startswith(
-        "on cuda:0, in torch.float16, the Triton kernels failed their self-check"
+        "the Triton kernels failed their self-check on cuda:0 in torch.float16: "
     )
     assert "RuntimeError: Failed to find C compiler" in said
-    assert said.endswith("such as gcc and python3-dev")
+    assert said.endswith("e.g. gcc and python3-dev")
 
 
 # --------------------------------------------------------------------------- C++
@@ -243,7 +243,7 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch):
 def test_a_library_of_another_torch_is_named(tmp_path):
     (tmp_path / "_cpu_default.torch-1.0.so").touch()
     assert load_cpu_kernels(tmp_path) == (
-        f"the C++ extension was built for torch 1.0, and here is {torch.__version__}"
+        f"the C++ extension was built for torch 1.0, but this is torch {torch.__version__}"
     )
 
 

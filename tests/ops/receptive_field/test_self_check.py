@@ -119,8 +119,9 @@ def test_wrong_kernels_fail_and_plain_torch_takes_their_place(
     with pytest.raises(ArithmeticError, match="differs"):
         # Other types are not concerned.
         compare(case._replace(dtype=torch.float64))
-    with pytest.raises(RuntimeError, match=f"backend='triton': on cpu.*{words}") as raised:
-        backends._insist(*case._replace(operators=LAYERS[1]))
+    message = f"backend='triton': the Triton kernels.* on cpu in.*{words}"
+    with pytest.raises(RuntimeError, match=message) as raised:
+        backends._require_passed(*case._replace(operators=LAYERS[1]))
     assert type(raised.value.__cause__) is ArithmeticError
 
 
@@ -141,7 +142,7 @@ def test_what_kernels_raise_is_named(register):
     with pytest.warns(UserWarning, match="self-check: MemoryError: out of resource: shared mem"):
         assert backends._gpu_obstacle(True, *case) is None
     with pytest.raises(RuntimeError, match="MemoryError"):
-        backends._insist(*case)
+        backends._require_passed(*case)
 
 
 # --------------------------------------------------------------------------- the caller's state
@@ -334,7 +335,7 @@ def test_a_graph_that_is_captured_first_holds_the_formula():
         expected = layer(x)  # and cuDNN chooses its algorithm
         layer.backend = "auto"
         torch.cuda.synchronize()
-        with pytest.warns(UserWarning, match="in a CUDA graph"):
+        with pytest.warns(UserWarning, match="during CUDA graph capture"):
             y = capture()
     graph.replay()
     torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
