@@ -1,6 +1,6 @@
-"""The operators' kernels for CUDA: features of chunks by Triton, and their products by cuBLAS.
+"""CUDA kernels of the operators: Triton computes features by chunks, cuBLAS multiplies them.
 
-What there are no kernels for, such as windows of more than 9 positions, ``plain.py`` computes.
+Falls back to ``plain.py`` for unsupported arguments, such as windows with more than 9 positions.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,12 +34,13 @@ from rfa_mmdet.ops.receptive_field.triton.launch import (
     Maps,
 )
 
-# Shares of the second-level cache: forward, one buffer of features; backward, two, or three.
+# Fractions of the L2 cache for a buffer of features. There is one forward, and two (with gates,
+# three) backward.
 FORWARD, BACKWARD, GATED = 2, 5, 6
 
 
 def _window(pairs: Sequence[Pair]) -> Window:
-    return Window(*((a, b) for a, b in pairs))  # which the dispatcher hands on as lists
+    return Window(*((a, b) for a, b in pairs))  # the dispatcher passes lists
 
 
 def window_moments(x: Tensor, *window: Pair) -> tuple[Tensor, Tensor]:
@@ -153,7 +154,7 @@ def _gates(maps: Maps, first: Tensor, second: Tensor) -> Gates:
 
 
 def _bare_table(maps: Maps, feature: Tensor, shift: Tensor) -> Tensor:
-    """Return a table of which no kernel reads the rows of attention."""
+    """Return a table without attention: kernels do not read those rows."""
     return table_of(maps, shift, shift, feature)
 
 
@@ -171,9 +172,9 @@ def _convolve(
 
 
 class _Backward:
-    """Buffers of a backward pass, and what all of them do chunk by chunk.
+    """Buffers of a backward pass, and the steps that all operators perform for each chunk.
 
-    Nothing is added up by atomics: two runs give the same bits.
+    Deterministic: nothing uses atomics.
     """
 
     def __init__(
@@ -188,13 +189,13 @@ class _Backward:
         self.buffers: dict[str, Tensor] = {}
 
     def buffer(self, name: str, chunk: Chunk, rows: int = 0) -> Tensor:
-        """Return the buffer of a name; of ``rows`` values a position, by default K * C."""
+        """Return a buffer by name, with ``rows`` values per position, by default K * C."""
         if name not in self.buffers:  # the first chunk is the largest
             self.buffers[name] = self.products.buffer(rows or self.products.units, chunk)
         return self.buffers[name]
 
     def add(self, chunk: Chunk, kind: int, others: Tensor) -> None:
-        """Add up the gradients of table and map, from those in the buffer ``slopes``."""
+        """Accumulate the gradients of table and map from those in the buffer ``slopes``."""
         slopes = self.buffer("slopes", chunk)
         sums, add = self.partial_sums(chunk)
         launch.products(self.maps, self.table, kind, self.relu, slopes, others, sums, add, chunk)
@@ -202,7 +203,7 @@ class _Backward:
             launch.fold(self.maps, slopes, self.grad_x, chunk)
 
     def partial_sums(self, chunk: Chunk) -> tuple[Tensor, bool]:
-        """Return the parts of the table's gradient, and whether chunks before are in them."""
+        """Return the parts of the table's gradient, and whether to add to earlier chunks' parts."""
         channels = self.maps.x.shape[1]
         if self.sums is None:
             shape = (launch.parts(self.maps, chunk), self.table.numel() // channels, channels)
@@ -210,7 +211,7 @@ class _Backward:
         return self.sums, chunk.image + chunk.row > 0
 
     def gradients(self, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """Return those of x, and of attention, feature and shift."""
+        """Return the gradients of x, attention, feature and shift."""
         if not self.need_features:
             return self.grad_x, *(self.none for _ in parameters)
         found = tuple(torch.empty_like(p) for p in parameters)
@@ -228,9 +229,9 @@ def _conv_backward(
     needs: Sequence[bool],
     add_gate_gradients: Callable[[Tensor, Chunk], None] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Go through all chunks of a convolution, and return the gradients of weight and bias.
+    """Process all chunks of a convolution, and return the gradients of weight and bias.
 
-    ``add_gate_gradients`` is called with the gradient of the product of both gates.
+    Calls ``add_gate_gradients`` with the gradient of the product of both gates.
     """
     maps, product = run.maps, run.products
     need_kernels = needs[0] or needs[1] or add_gate_gradients is not None
@@ -309,7 +310,7 @@ def gated_conv_backward(
     totals = [torch.zeros_like(t, dtype=torch.float32) for t in (first, second)]
 
     def add(products: Tensor, chunk: Chunk) -> None:
-        # The units of this chunk are used up.
+        # Nothing needs the units of this chunk any more, so reuse their memory.
         used = run.products.windows(run.buffer("units", chunk), chunk)
         products = run.products.windows(products, chunk)
         grad_first, grad_second = _gate_windows(maps, chunk, *totals)
@@ -326,13 +327,13 @@ def gated_conv_backward(
 
 
 def _add_sum(total: Tensor, values: Tensor) -> None:
-    """Add the sum over the axes along which a total would be broadcast."""
+    """Add values to a total of smaller shape, summed over the axes of size 1."""
     axes = [axis for axis, size in enumerate(total.shape) if size < values.shape[axis]]
     total += values.sum(axes, keepdim=True, dtype=total.dtype) if axes else values
 
 
 def _gate_windows(maps: Maps, chunk: Chunk, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """View the gates of a chunk as what is broadcast to (n, C, kh, kw, rows, w)."""
+    """Return views of the gates of a chunk, broadcastable to (n, C, kh, kw, rows, w)."""
     first, second = (t[chunk.image : chunk.image + chunk.images] for t in (first, second))
     rows = slice(chunk.row, chunk.row + chunk.rows)
     if first.dim() == 2:
@@ -378,7 +379,7 @@ def pool_coordinates(
 
 
 def _bare_features(maps: Maps, feature: Tensor, shift: Tensor, relu: bool) -> Any:
-    """Yield features (n, C, kh, kw, rows, w), and the images and rows that they are of."""
+    """Yield features (n, C, kh, kw, rows, w), and their images and rows."""
     table, product = _bare_table(maps, feature, shift), Products(maps, None)
     units: Tensor | None = None
     for chunk in chunks(maps, chunk_bytes(maps.x, FORWARD)):
@@ -449,7 +450,7 @@ def _features_backward(
     window: Window,
     write: Callable[[Tensor, slice, slice], None],
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of x, feature and shift from that of the features, by chunks."""
+    """Return the gradients of x, feature and shift, given a function that writes the features'."""
     maps = maps_of(x, window)
     run = _Backward(maps, _bare_table(maps, feature, shift), relu, None, needs)
     for chunk in chunks(maps, chunk_bytes(x, BACKWARD)):
@@ -476,7 +477,7 @@ def register(key: str) -> None:
     """Register the kernels for a dispatch key, once.
 
     Args:
-        key (str): 'CUDA'; 'CPU' where Triton's interpreter is to take the place of the C++ kernels.
+        key (str): 'CUDA', or 'CPU' to test with Triton's interpreter instead of the C++ kernels.
     """
     for function in KERNELS:
         _LIBRARY.impl(function.__name__, or_plain(function), key)
