@@ -1,4 +1,4 @@
-"""The gradient of the weight, a sum over chunks: as exact as can be, and in little memory."""
+"""The weight's gradient is summed over chunks accurately, in little memory."""
 
 import importlib.util
 
@@ -43,7 +43,7 @@ def test_gradient_of_the_weight(count, dtype, channels_last, much, monkeypatch):
     found = product.weight_gradient(dtype)
     assert found.dtype == dtype
     error = (found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-    # Of numbers that are rounded to nearest, the mean error is 0.29 of the last place, which is
-    # between a half and one eps. The sums of a few parts and their sum double that.
+    # Rounding to nearest has an RMS error of 0.29 ULP; an ULP is between half an eps and an eps. Sums
+    # of a few parts, and the sum of these, double that.
     eps = torch.finfo(dtype).eps
     assert error <= (0.5 * eps if dtype == torch.bfloat16 else 4 * eps)
