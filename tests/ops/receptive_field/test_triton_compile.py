@@ -31,8 +31,8 @@ pytestmark = pytest.mark.skipif(
 # Bytes on the smallest supported GPUs.
 SHARED = 99 * 1024
 TENSOR_MEMORY = 512  # columns, of sm_100
-# Per element of the output (of the input for OF_INPUT), in the loop over rows. A feature alone takes
-# 81 multiply-adds, and so does a gradient.
+# Per element of the output (of the input for OF_INPUT), in the loop over rows. A feature alone
+# takes 81 multiply-adds, and so does a gradient.
 MOST_INSTRUCTIONS = {
     "moments_kernel": 125,
     "features_kernel": 300,
@@ -150,8 +150,8 @@ def test_faults_are_found():
     compiled = aot.compile_for(80, launch)
     assert barriers(compiled.ptx) >= 1
     assert set(places(compiled, SPARE)) == {
-        "loads of x, 4 bytes a lane, touch 8.0 times the sectors that would do",
-        "reads beside x",
+        "loads of x, 4 bytes per lane, touch 8.0 times as many sectors as necessary",
+        "reads outside x",
     }
     if compiled.sass:  # 129 columns, up to four per iteration
         assert 30 < aot.executed(compiled, compiled.accesses()).trips <= 129

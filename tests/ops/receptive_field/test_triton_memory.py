@@ -57,7 +57,7 @@ def test_faults_are_found():
     with watch.watching():
         launch.launch(faulty_kernel, (2,), x, (x, y), dict(BLOCK=16))
     assert watch.faults == {
-        "faulty_kernel reads beside its tensors",
+        "faulty_kernel reads outside its tensors",
         "faulty_kernel writes one address from two programs",
         "faulty_kernel reads what another of its programs writes",
     }

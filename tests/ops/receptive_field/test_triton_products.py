@@ -43,7 +43,7 @@ def test_gradient_of_the_weight(count, dtype, channels_last, much, monkeypatch):
     found = product.weight_gradient(dtype)
     assert found.dtype == dtype
     error = (found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-    # Rounding to nearest has an RMS error of 0.29 ULP; an ULP is between half an eps and an eps. Sums
-    # of a few parts, and the sum of these, double that.
+    # Rounding to nearest has an RMS error of 0.29 ULP; an ULP is between half an eps and an eps.
+    # Sums of a few parts, and the sum of these, double that.
     eps = torch.finfo(dtype).eps
     assert error <= (0.5 * eps if dtype == torch.bfloat16 else 4 * eps)
