@@ -228,7 +228,7 @@ class ReceptiveFieldConv(AttentionConv2d):
 
     def activated(self, normed: Tensor) -> Tensor:
         """Activate normalised responses (B, C * K, h, w), and return them as (B, C, K, h, w)."""
-        # In place only if nobody else can hold a reference.
+        # In place only if nothing else can hold a reference.
         if type(self.act) is nn.ReLU and self._is_unobserved() and not is_recorded():
             features = torch.relu_(normed)
         else:
