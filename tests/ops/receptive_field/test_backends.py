@@ -77,7 +77,7 @@ def test_forced_backend_raises_for_unsupported_inputs(monkeypatch):
     assert use("cpu", torch.float64)
     with pytest.raises(TypeError, match=r"backend='cpu': .* not torch.float16"):
         use("cpu", torch.float16)
-    with pytest.raises(TypeError, match=r"torch.bfloat16 .* the weight torch.float32"):
+    with pytest.raises(TypeError, match=r"torch.bfloat16 .* the weight is torch.float32"):
         use("cpu", torch.bfloat16, weight_dtype=torch.float32)
     with pytest.raises(ValueError, match="backend='triton': the input must be on cuda, not on cpu"):
         use("triton")
