@@ -227,7 +227,7 @@ def _hide_lost_readers(hook: Callable) -> Callable:
 
 
 def _is_interruption(error: BaseException | None) -> bool:
-    """Return whether this is Ctrl-C, even if a library re-raised it as an error of its own."""
+    """Return whether this is Ctrl-C, even if a library re-raised it as another error."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True
