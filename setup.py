@@ -40,8 +40,8 @@ class BuildKernels(build_ext):
 
     def run(self):
         """Build the kernels; in place, only if they are out of date."""
-        wish = os.environ.get("RFA_MMDET_BUILD")
-        if wish == "0":
+        choice = os.environ.get("RFA_MMDET_BUILD")
+        if choice == "0":
             return
         libraries: list[Path] = []
         try:
@@ -53,12 +53,12 @@ class BuildKernels(build_ext):
             built = all(library.exists() for library in libraries)
             if built and stamp.exists() and stamp.read_text() == state:
                 return
-            # Of a build that ends half-way, no library is loaded.
+            # Invalidate the stamp, so that libraries of an interrupted build are never loaded.
             stamp.write_text("")
             super().run()
             stamp.write_text(state)
         except Exception as error:
-            if wish == "1":
+            if choice == "1":
                 raise
             reason = f"{type(error).__name__}: {error}"
             print(f"rfa_mmdet: installing without C++ kernels, because the build failed ({reason})")
@@ -76,7 +76,7 @@ class BuildKernels(build_ext):
 
     @classmethod
     def state(cls):
-        """Return what the libraries depend on: a hash of the sources, and one of the rest."""
+        """Return hashes of everything the libraries depend on: the sources, then the rest."""
         parts = [cls.find_torch().__version__, str(cls.flags()), str(CAPABILITIES)]
         rest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
         return f"{digest(FOLDER / 'csrc')} {rest}"
@@ -85,7 +85,7 @@ class BuildKernels(build_ext):
     def find_torch():
         """Return the torch to build for; imported lazily, because it is optional and slow."""
         if find_spec("torch") is None:
-            # pip hides installed packages from builds (PEP 517), but we build for that torch.
+            # pip hides installed packages from builds (PEP 517), but we need the installed torch.
             sys.path.append(sysconfig.get_path("purelib"))
         import torch
 
@@ -94,8 +94,8 @@ class BuildKernels(build_ext):
     @classmethod
     def flags(cls):
         """Return the compiler flags for all files."""
-        # The OpenMP library is not linked: torch has already loaded one, maybe under another name,
-        # and a second one would have its own threads.
+        # Do not link OpenMP: torch has already loaded a library, maybe under another name, and a
+        # second one would have its own threads.
         return [*("-std=c++17", "-O3", "-g0", "-fopenmp", "-fno-math-errno"),
                 *("-fno-trapping-math", "-fvisibility=hidden", "-w"),
                 f"-D_GLIBCXX_USE_CXX11_ABI={int(cls.find_torch().compiled_with_cxx11_abi())}",

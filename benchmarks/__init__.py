@@ -1,1 +1,1 @@
-"""Time and memory of every op, against its formula and the plain convolution."""
+"""Measure time and memory of every op against its formula and the plain convolution."""

@@ -1,9 +1,9 @@
-"""What the layers are measured against: the authors' formulas in eager mode, and plain convolution.
+"""Baselines of the benchmarks: the authors' formulas in eager mode, and plain convolution.
 
-Written from the papers, on the parameters of our layers: RFAConv, RFCBAMConv, RFCAConv, CAMConv,
+Written from the papers, using the parameters of our layers: RFAConv, RFCBAMConv, RFCAConv, CAMConv,
 CBAMConv and CAConv from arXiv 2304.03198, EMA from 2305.13563, ConAM from 2110.14369, CBAM from
 1807.06521, CoordAtt from 2103.02907, SE from 1709.01507, ECA from 1910.03151. The windows of the
-receptive-field layers are laid side by side and convolved with stride k, as the paper states it.
+receptive-field layers are laid out side by side and convolved with stride k, as in the paper.
 """
 
 import copy
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 def side_by_side(windows: Tensor, kernel_size: tuple[int, int]) -> Tensor:
-    """Lay windows (B, C, K, h, w) out as one map (B, C, h * kh, w * kw)."""
+    """Lay windows (B, C, K, h, w) out as a map (B, C, h * kh, w * kw)."""
     batch, channels, _, height, width = windows.shape
     kh, kw = kernel_size
     windows = windows.reshape(batch, channels, kh, kw, height, width)
@@ -24,19 +24,19 @@ def side_by_side(windows: Tensor, kernel_size: tuple[int, int]) -> Tensor:
 
 
 def features(layer: nn.Module, x: Tensor) -> Tensor:
-    """F = ReLU(BN(depthwise convolution)), (B, C, K, h, w)."""
+    """Return F = ReLU(BN(depthwise convolution)), (B, C, K, h, w)."""
     return layer.act(layer.norm(layer.feature(x))).unflatten(1, (x.shape[1], -1))
 
 
 def rfa_conv(layer: nn.Module, x: Tensor) -> Tensor:
-    """Softmax over the positions of a window, from its mean, weighs its features."""
+    """Weight the features of a window by a softmax over its positions, computed from its mean."""
     means = F.avg_pool2d(x, layer.kernel_size, layer.stride, layer.padding)  # zeros count
     weights = layer.attention(means).unflatten(1, (x.shape[1], -1)).softmax(2)
     return layer.conv(side_by_side(features(layer, x) * weights, layer.kernel_size))
 
 
 def rfcbam_conv(layer: nn.Module, x: Tensor) -> Tensor:
-    """SE of the input, and a spatial weight of the laid-out features."""
+    """Weight the laid-out features by SE of the input and by a spatial gate."""
     laid_out = side_by_side(features(layer, x), layer.kernel_size)
     channel = layer.se.fc(F.adaptive_avg_pool2d(x, 1).flatten(1)).sigmoid()[:, :, None, None]
     pooled = [laid_out.max(1, keepdim=True).values, laid_out.mean(1, keepdim=True)]
@@ -45,26 +45,26 @@ def rfcbam_conv(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def rfca_conv(layer: nn.Module, x: Tensor) -> Tensor:
-    """Coordinate attention over the laid-out features."""
+    """Apply coordinate attention to the laid-out features."""
     laid_out = side_by_side(features(layer, x), layer.kernel_size)
     return layer.conv(coord_att(layer.coordinate, laid_out))
 
 
 def channel_attention(layer: nn.Module, x: Tensor) -> Tensor:
-    """CBAM's channel part."""
+    """Apply CBAM's channel attention."""
     score = layer.mlp(F.adaptive_max_pool2d(x, 1)) + layer.mlp(F.adaptive_avg_pool2d(x, 1))
     return x * score.sigmoid()
 
 
 def cbam(layer: nn.Module, x: Tensor) -> Tensor:
-    """The channel part, then one weight a cell."""
+    """Apply channel attention, then one weight per cell."""
     x = channel_attention(layer.channel, x)
     pooled = torch.cat([x.max(1, keepdim=True).values, x.mean(1, keepdim=True)], 1)
     return x * layer.spatial(pooled).sigmoid()
 
 
 def coord_att(layer: nn.Module, x: Tensor) -> Tensor:
-    """One weight a row and one a column of every channel."""
+    """Apply one weight per row and one per column of every channel."""
     rows = F.adaptive_avg_pool2d(x, (None, 1))  # (B, C, H, 1)
     columns = F.adaptive_avg_pool2d(x, (1, None)).transpose(2, 3)  # (B, C, W, 1)
     hidden = layer.act(layer.bn1(layer.conv1(torch.cat([rows, columns], 2))))
@@ -75,18 +75,18 @@ def coord_att(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def se(layer: nn.Module, x: Tensor) -> Tensor:
-    """Weigh the channels by their means."""
+    """Weight channels by their means."""
     return x * layer.fc(F.adaptive_avg_pool2d(x, 1).flatten(1)).sigmoid()[:, :, None, None]
 
 
 def eca(layer: nn.Module, x: Tensor) -> Tensor:
-    """Weigh the channels by the means of their neighbours."""
+    """Weight channels by the means of their neighbours."""
     score = layer.conv(F.adaptive_avg_pool2d(x, 1).flatten(1).unsqueeze(1)).squeeze(1)
     return x * score.sigmoid()[:, :, None, None]
 
 
 def ema(layer: nn.Module, x: Tensor) -> Tensor:
-    """Two branches of each group of channels weigh one another's cells."""
+    """Weight the cells of each of two branches by the channel distribution of the other."""
     batch, _, height, width = x.shape
     groups = x.reshape(batch * layer.factor, -1, height, width)
     rows = F.adaptive_avg_pool2d(groups, (None, 1))
@@ -100,13 +100,13 @@ def ema(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def conam(layer: nn.Module, x: Tensor) -> Tensor:
-    """Strengthen every patch by how well its mean agrees with the mean of the map."""
+    """Strengthen each patch according to the similarity of its mean and the mean of the map."""
 
     def mlp(vector: Tensor) -> Tensor:
         return layer.linear2(layer.linear1(vector).relu()).relu()
 
     size = layer.patch_size
-    # Patches at the border are means over real cells.
+    # Border patches are means over real cells only.
     means = F.avg_pool2d(x, size, ceil_mode=True, count_include_pad=False)  # (B, C, rows, columns)
     local = mlp(means.flatten(2).transpose(1, 2))  # (B, P, C)
     whole = mlp(F.adaptive_avg_pool2d(x, 1).flatten(1))  # (B, C)
@@ -117,7 +117,7 @@ def conam(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def attended_conv(attention: Callable[[nn.Module, Tensor], Tensor]) -> Callable:
-    """Return the formula of a layer that convolves what ``attention`` has weighed."""
+    """Return the formula of a layer that applies ``attention``, then convolves."""
 
     def formula(layer: nn.Module, x: Tensor) -> Tensor:
         return layer.conv(attention(layer.attention, x))
@@ -142,11 +142,11 @@ FORMULAS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 
 
 class Formula(nn.Module):
-    """An op's formula on a copy of one layer's parameters and statistics.
+    """An op's formula with a copy of a layer's parameters and statistics.
 
     Args:
         name (str): The op, a key of ``FORMULAS``.
-        layer (nn.Module): Ours; copied.
+        layer (nn.Module): Our layer; copied.
 
     Example:
         >>> from rfa_mmdet.layers import SE
@@ -161,10 +161,10 @@ class Formula(nn.Module):
         self.layer = copy.deepcopy(layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the formula of (B, C, H, W)."""
+        """Evaluate the formula on (B, C, H, W)."""
         return FORMULAS[self.name](self.layer, x)
 
 
 def plain_conv(channels: int, stride: int, kernel_size: int) -> nn.Module:
-    """Return the convolution that all ratios to 'plain' are of; for a plug-in too."""
+    """Return the baseline of all ratios to 'plain', including those of plug-ins."""
     return nn.Conv2d(channels, channels, kernel_size, stride, kernel_size // 2, bias=False)

@@ -1,4 +1,4 @@
-"""What is measured: each op of this package, RFAConv once for every backend that runs here."""
+"""What to measure: each op of this package, and RFAConv with every available backend."""
 
 import importlib
 import inspect
@@ -15,26 +15,26 @@ from benchmarks.sizes import InputSize
 OPS = tuple(FORMULAS)
 CONVS = tuple(name for name in OPS if name.endswith("Conv"))
 BACKENDS = ("reference", "cpu", "triton")
-# As this package's configs have them.
+# As in this package's configs.
 OPTIONS = {"ConAM": dict(patch_size=4, hidden_channels=16)}
 
 
 def is_plugin(op: str) -> bool:
-    """Whether ``op`` keeps the shape of its input; a stride is not its matter then."""
+    """Return whether ``op`` keeps the shape of its input, so has no stride."""
     return op not in CONVS
 
 
 def build(op: str, shape: InputSize, kind: Callable | None = None, **kwargs) -> nn.Module:
-    """Build a layer for a shape, its norms away from their defaults, its gates alive.
+    """Build a layer for an input size, with non-default norms and gates that depend on the input.
 
     Args:
-        op (str): Of ``OPS``.
-        shape (InputSize): Of its input.
-        kind (Callable | None): Another class with the arguments of that op. None: the registered.
-        **kwargs: More arguments of it.
+        op (str): One of ``OPS``.
+        shape (InputSize): Size of the input.
+        kind (Callable | None): Another class with the op's arguments; by default our own.
+        **kwargs: More arguments for the class.
 
     Returns:
-        nn.Module: With the same parameters for the same arguments.
+        nn.Module: The layer; equal arguments give equal parameters.
     """
     kind = kind or getattr(rfa_mmdet.layers, op)
     torch.manual_seed(0)
@@ -45,7 +45,7 @@ def build(op: str, shape: InputSize, kind: Callable | None = None, **kwargs) -> 
         layer = kind(shape.channels, shape.channels, shape.kernel_size, **window, **kwargs)
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and name not in ("feature", "conv"):
-            # Inputs are not negative: behind a mean of them, no ReLU is dead, no sigmoid saturates.
+            # Inputs are not negative, so after a mean no ReLU is dead and no sigmoid saturates.
             fan_in = module.weight[0].numel()
             module.weight.data.uniform_(-1, 1).mul_(fan_in**-0.5).add_(1 / fan_in)
         if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
@@ -60,15 +60,15 @@ def build(op: str, shape: InputSize, kind: Callable | None = None, **kwargs) -> 
 def builders(
     op: str, others: dict[str, str], device: torch.device
 ) -> tuple[dict[str, Callable[[InputSize], nn.Module]], dict[str, str]]:
-    """Find what can compute an op here.
+    """Find the available implementations of an op.
 
     Args:
-        op (str): Of ``OPS``.
-        others (dict[str, str]): Implementations by the op's name, as 'module:class'.
-        device (torch.device): Where it is to run.
+        op (str): One of ``OPS``.
+        others (dict[str, str]): Op -> another implementation, as 'module:class'.
+        device (torch.device): Device to run on.
 
     Returns:
-        tuple[dict, dict]: A builder by the name of each candidate; and why others are not here.
+        tuple[dict, dict]: Candidate -> its builder, and candidate -> why it is not available.
     """
     found, missing = {}, {}
     if op == "RFAConv" and "backend" in inspect.signature(MODELS.get(op)).parameters:
@@ -77,7 +77,7 @@ def builders(
             name = f"{op}[{backend}]"
             try:
                 build(op, probe, backend=backend).to(device)(torch.rand(1, 8, 5, 5, device=device))
-            except Exception as error:  # of a backend whose kind of failure is its own
+            except Exception as error:  # backends may raise anything
                 missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             else:
                 found[name] = lambda shape, backend=backend: build(op, shape, backend=backend)

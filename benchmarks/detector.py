@@ -1,4 +1,4 @@
-"""A whole detector: one training iteration of RetinaNet R50-FPN, plain and with RFAConv."""
+"""Measure one training iteration of a whole detector, RetinaNet R50-FPN, plain and with RFAConv."""
 
 from collections.abc import Callable
 
@@ -15,11 +15,11 @@ from benchmarks.measure import interleaved, peak_bytes, ratio, spread
 BASE = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
 RFA = dict(
     type="RFAResNet", rfa=dict(type="RFAConv"), stage_with_rfa=(False, True, True, True)
-)  # as configs/rfaconv
+)  # as in configs/rfaconv
 
 
 def build_detector(device: torch.device, backbone: dict | None = None) -> nn.Module:
-    """Build the detector from nothing, with what ``backbone`` says instead."""
+    """Build the untrained detector, with overrides for its backbone."""
     init_default_scope("mmdet")
     model = get_config(BASE).model
     model.backbone.pop("init_cfg")
@@ -31,7 +31,7 @@ def build_detector(device: torch.device, backbone: dict | None = None) -> nn.Mod
 def training_step(
     model: nn.Module, size: int, batch: int, device: torch.device, half: torch.dtype | None
 ) -> Callable[[], None]:
-    """Return an iteration on drawn images of ``size`` x ``size``: loss, backward, SGD."""
+    """Return an iteration (loss, backward, SGD) on random images of ``size`` x ``size``."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, size, size, generator=generator).to(device)
     samples = []
@@ -50,7 +50,7 @@ def training_step(
         loss, _ = model.parse_losses(losses)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()  # last, so that no gradient stands when the next one is measured
+        optimizer.zero_grad()  # last, so that no gradients exist when the next run is measured
 
     return step
 
@@ -58,14 +58,14 @@ def training_step(
 def measure_detector(
     size: int, device: torch.device, dtype: torch.dtype, seconds: float, rounds: int
 ) -> dict:
-    """Measure both detectors in turns.
+    """Measure both detectors in alternation.
 
     Args:
-        size (int): Side of the images, two on the CPU and four on a GPU.
-        device (torch.device): Where to train.
-        dtype (torch.dtype): Half precision by autocast; float32 for any other.
-        seconds (float): To spend on iterations that are timed.
-        rounds (int): At least so many iterations of each.
+        size (int): Side of the images; the batch size is 2 on a CPU and 4 on a GPU.
+        device (torch.device): Device to train on.
+        dtype (torch.dtype): Dtype for autocast if half precision; float32 otherwise.
+        seconds (float): Time to spend on timed iterations.
+        rounds (int): Minimum number of iterations of each.
 
     Returns:
         dict: Seconds and peak bytes of each (beyond parameters and momentum), and the ratios of

@@ -1,7 +1,7 @@
-"""Checks of the receptive-field layers on a device that benchmarks/gpu.py runs as steps.
+"""Checks of the receptive-field layers on a device, run as steps by benchmarks/gpu.py.
 
-cases: every layer forward and backward on small inputs, for compute-sanitizer to look at.
-graph: the layers in CUDA graphs give what they give without.
+cases: every layer forward and backward on small inputs, e.g. under compute-sanitizer.
+graphs: the layers compute the same in CUDA graphs as without.
 training: tools/train.py on drawn shapes; the loss must fall.
 """
 
@@ -32,11 +32,11 @@ ROOT = Path(__file__).resolve().parents[1]
 OPS = ("RFAConv", "RFCBAMConv", "RFCAConv")
 SHAPES = (InputSize(2, 16, 9, 7), InputSize(1, 64, 13, 10, 2))
 CONFIG = "configs/demo/atss_r18-rfaconv_fpn_8e_shapes.py"
-TOLERANCE = 1e-3  # of the same kernels in another order: TF32's rounding
+TOLERANCE = 1e-3  # rounding of TF32 when the same kernels run in another order
 
 
 def layers(device: torch.device) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """Yield every layer on every small shape in both memory formats: its name, it, an input."""
+    """Yield name, layer and input, for every layer, small shape and memory format."""
     for op in OPS:
         for shape in SHAPES:
             for layout in (torch.contiguous_format, torch.channels_last):
@@ -46,10 +46,10 @@ def layers(device: torch.device) -> Iterator[tuple[str, nn.Module, Tensor]]:
 
 
 def check_cases(device: torch.device) -> str:
-    """Run every layer in both modes, in float32 and bfloat16; return what was run.
+    """Run every layer in both modes, in float32 and bfloat16; return a summary.
 
     Raises:
-        UserError: An output or a gradient is not finite.
+        UserError: If an output or gradient is not finite.
     """
     count = 0
     for name, layer, x in layers(device):
@@ -69,10 +69,10 @@ def check_cases(device: torch.device) -> str:
 
 
 def check_graphs(device: torch.device) -> str:
-    """Capture inference and a training step of every layer, and replay them on another input.
+    """Capture inference and a training step of every layer, and replay them with another input.
 
     Raises:
-        UserError: A replay gives something else than the layer without a graph.
+        UserError: If a replay differs from the layer without a graph.
     """
     count = 0
     for name, layer, x in layers(device):
@@ -83,7 +83,7 @@ def check_graphs(device: torch.device) -> str:
             graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                layer(held)  # what is compiled and allocated once, before the capture
+                layer(held)  # compile and allocate before the capture
             torch.cuda.current_stream().wait_stream(side)
             with torch.cuda.graph(graph):
                 output = layer(held)
@@ -107,10 +107,10 @@ def _compare(what: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -
 
 
 def check_training(device: torch.device, tiny: bool, out: Path) -> str:
-    """Train a small RetinaNet with RFAConv on drawn shapes, and write what it took to ``out``.
+    """Train a small detector with RFAConv on drawn shapes, and write times and losses to ``out``.
 
     Raises:
-        UserError: The tool fails, or the loss is not finite or does not fall.
+        UserError: If the tool fails, or the loss is not finite or does not fall.
     """
     images, size, epochs = (24, 64, 3) if tiny else (480, 160, 3)
     with TemporaryDirectory() as folder:
@@ -126,7 +126,7 @@ def check_training(device: torch.device, tiny: bool, out: Path) -> str:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         done = subprocess.run([*command, "--cfg-options", *options], cwd=ROOT, env=environment)
         if done.returncode:
-            raise UserError(f"tools/train.py ended with exit code {done.returncode}")
+            raise UserError(f"tools/train.py failed with exit code {done.returncode}")
         (path,) = Path(folder, "run").glob("*/vis_data/scalars.json")
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "loss" in line]
@@ -147,12 +147,12 @@ def check_training(device: torch.device, tiny: bool, out: Path) -> str:
 
 
 def main() -> None:
-    """Run the check that the command line names; its last line says what was done."""
+    """Run a check; the last line printed summarises it."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("check", choices=["cases", "graphs", "training"])
     parser.add_argument("--device", type=torch.device, default="cuda", help="(%(default)s)")
-    parser.add_argument("--tiny", action="store_true", help="of the training: a few iterations")
-    parser.add_argument("--out", type=Path, help="of the training: JSON to write")
+    parser.add_argument("--tiny", action="store_true", help="training: only a few iterations")
+    parser.add_argument("--out", type=Path, help="training: JSON to write")
     args = parser.parse_args()
     if args.check == "training":
         if not args.out:

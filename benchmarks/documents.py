@@ -1,12 +1,12 @@
-"""Write the numbers of README.md, README_zh-CN.md and docs/performance.md from committed results.
+"""Update the numbers in README.md, README_zh-CN.md and docs/performance.md from committed results.
 
-A part that is written here stands between two comments; the rest of a page is left alone:
+Only changes the parts of a page between two comments:
 
     <!-- numbers: speed -->
     <!-- /numbers -->
 
-benchmarks/durations.json is written by hand, from what `time` prints in a fresh clone, and
-benchmarks/systems.md by `python tools/analysis/complexity.py --systems`.
+Copy the output of `time` in a fresh clone to benchmarks/durations.json manually;
+`python tools/analysis/complexity.py --systems` writes benchmarks/systems.md.
 """
 
 # ruff: noqa: RUF001 (Chinese has its own punctuation)
@@ -28,15 +28,15 @@ BLOCK = re.compile(r"(?ms)^(<!-- numbers: (\w+) -->\n).*?^(?=<!-- /numbers -->$)
 
 GATED = ("RFCBAMConv", "RFCAConv")
 BASELINES = ("CAMConv", "CBAMConv", "CAConv")  # of the RFAConv paper
-# Study and stage -> the row of the READMEs; other studies are in docs/results.md alone.
+# Study and stage -> title of a row in the READMEs; docs/results.md has all studies.
 EVIDENCE = {
     ("shapes_retinanet", "scratch"): "drawn shapes, from scratch",
     ("shapes_retinanet", "warm_start"): "drawn shapes, fine-tuned from plain",
     ("bccd_small", "scratch"): "BCCD blood cells, from scratch",
 }
 MEASURED = (
-    "Geometric means over {shapes} inputs: those of an R50-FPN, and small maps. {threads} threads "
-    "of an {cpu}, torch {torch}, float32 unless it says otherwise; `make bench` measures it."
+    "Geometric means over {shapes} inputs: those of an R50-FPN, and small maps. Measured by "
+    "`make bench` with {threads} threads on an {cpu}, torch {torch}, in float32 unless noted."
 )
 CHINESE = {
     MEASURED: (
@@ -53,7 +53,7 @@ CHINESE = {
     "in bfloat16": "bfloat16",
     "RetinaNet R50-FPN, one training iteration": "RetinaNet R50-FPN，一次训练迭代",
     "peak memory": "峰值内存",
-    "any of them on a GPU": "以上各项（GPU）",
+    "any of these on a GPU": "以上各项（GPU）",
     "not measured": "未测",
     "training data": "训练数据",
     "plain": "普通卷积",
@@ -70,7 +70,7 @@ CHINESE = {
     "in a fresh clone": "全新克隆",
     "with the environment in place": "环境已就绪",
     "{} min": "{} 分钟",
-    "of it {mmcv} min to build mmcv's operators, {training} min to train": (
+    "{mmcv} min of it to build mmcv's operators, {training} min to train": (
         "其中编译 mmcv 算子 {mmcv} 分钟，训练 {training} 分钟"
     ),
     "{tests} tests": "共 {tests} 项测试",
@@ -85,7 +85,7 @@ def read(name: str) -> dict:
 
 
 def table(head: list[str], rows: list[list[str]], numbers_from: int = 1) -> Iterator[str]:
-    """Yield the lines of a Markdown table, its columns of numbers flushed right."""
+    """Yield the lines of a Markdown table with right-aligned numbers."""
     rules = ["---" if i < numbers_from else "---:" for i in range(len(head))]
     for cells in (head, rules, *rows):
         yield f"| {' | '.join(cells)} |"
@@ -95,7 +95,7 @@ def table(head: list[str], rows: list[list[str]], numbers_from: int = 1) -> Iter
 
 
 def methods(words: Words) -> Iterator[str]:
-    """What is registered, its paper, and what it adds to RetinaNet R50-FPN."""
+    """Yield each method, its paper, and its cost in RetinaNet R50-FPN."""
     text = (ROOT / "benchmarks" / "systems.md").read_text(encoding="utf-8")
     rows = []
     for name, parameters, gflops in re.findall(r"(?m)^\| `(\w+)` \| (\S+) \| (\S+) \|$", text):
@@ -111,7 +111,7 @@ def methods(words: Words) -> Iterator[str]:
 
 
 def speed(words: Words) -> Iterator[str]:
-    """Time and memory of the receptive-field convolutions beside a plain 3x3 and their formulas."""
+    """Yield time and memory of the receptive-field convolutions, relative to a plain 3x3."""
     float32, bfloat16 = read("cpu.json"), read("cpu_bfloat16.json")
     rows = [_ratios(float32, f"`{op}`", op) for op in ("RFAConv", *GATED)]
     rows.append(_ratios(bfloat16, f"`RFAConv`{words(', ')}{words('in bfloat16')}", "RFAConv"))
@@ -119,7 +119,7 @@ def speed(words: Words) -> Iterator[str]:
     peak = f"{detector['peak_ratio']:.2f}x ({words('peak memory')})"
     title = words("RetinaNet R50-FPN, one training iteration")
     rows.append([title, "", f"{detector['time_ratio']['median']:.2f}x", peak])
-    rows.append([words("any of them on a GPU"), *[words("not measured")] * 3])
+    rows.append([words("any of these on a GPU"), *[words("not measured")] * 3])
     modes = ("time, inference", "time, forward + backward", "memory kept for backward")
     yield from table(["", *map(words, modes)], rows)
     yield ""
@@ -144,14 +144,14 @@ def _ratios(run: dict, title: str, op: str) -> list[str]:
 
 
 def _pairs(run: dict, name: str) -> Iterator[tuple[float, float]]:
-    """Yield a candidate's and its formula's multiples of the plain convolution."""
+    """Yield ratios of a candidate, and of its formula, to the plain convolution."""
     for mode in ("inference", "training"):
         yield tuple(report.mean_ratio(run, who, mode, "plain") for who in (name, "formula"))
     yield tuple(report.mean_bytes(run, who, report.saved, "plain") for who in (name, "formula"))
 
 
 def evidence(words: Words) -> Iterator[str]:
-    """Test AP of RFAConv and plain in the studies that EVIDENCE names."""
+    """Yield the test AP of RFAConv and plain in the studies in EVIDENCE."""
     rows = []
     for study in dict.fromkeys(name for name, _ in EVIDENCE):
         summary = summarise(read(f"ablation/{study}.json")).set_index(["stage", "method"])
@@ -167,11 +167,11 @@ def evidence(words: Words) -> Iterator[str]:
 
 
 def durations(words: Words) -> Iterator[str]:
-    """How long make demo and make test took."""
+    """Yield the durations of make demo and make test."""
     known = json.loads((ROOT / "benchmarks" / "durations.json").read_text(encoding="utf-8"))
     demo, test = known["make demo"], known["make test"]
     minutes = {key: f"{seconds / 60:.0f}" for key, seconds in demo.items()}
-    parts = words("of it {mmcv} min to build mmcv's operators, {training} min to train").format(
+    parts = words("{mmcv} min of it to build mmcv's operators, {training} min to train").format(
         mmcv=minutes["mmcv_seconds"], training=minutes["training_seconds"]
     )
     comma = words(", ")
@@ -189,7 +189,7 @@ def durations(words: Words) -> Iterator[str]:
 
 
 def targets(_: Words) -> Iterator[str]:
-    """What is asked of RFAConv, and what was measured."""
+    """Yield the targets for RFAConv, and the measurements."""
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in _benchmarks()]
     yield from report.targets_table([run for c in contents for run in report.runs_of(c)])
 
@@ -199,7 +199,7 @@ def _benchmarks() -> list[Path]:
 
 
 def layers(_: Words) -> Iterator[str]:
-    """Time and memory of every layer."""
+    """Yield time and memory of every layer."""
     run = read("cpu.json")
     rows = []
     for name in report.candidates(run):
@@ -212,7 +212,7 @@ def layers(_: Words) -> Iterator[str]:
 
 
 def gated(_: Words) -> Iterator[str]:
-    """What the gates of RFCBAMConv and RFCAConv cost."""
+    """Yield the cost of the gates of RFCBAMConv and RFCAConv."""
     run = read("cpu.json")
     own = report.of_op(run, "RFAConv")
     base = [ours for ours, _ in _pairs(own, str(report.best_rfaconv(own)))][:2]
@@ -230,7 +230,7 @@ def gated(_: Words) -> Iterator[str]:
 
 
 def slower(_: Words) -> Iterator[str]:
-    """The single shapes at which a layer is slower than its formula beyond the noise."""
+    """Yield the inputs on which a layer is significantly slower than its formula."""
     rows = []
     for result in read("cpu.json")["results"]:
         for mode, title in (("inference", "inference"), ("training", "forward + backward")):
@@ -248,7 +248,7 @@ def _shape(shape: dict) -> str:
 
 
 def modelled(_: Words) -> Iterator[str]:
-    """Geometric means of the modelled times on an H100."""
+    """Yield geometric means of the modelled times on an H100."""
     text = (ROOT / "benchmarks" / "modelled.md").read_text(encoding="utf-8")
     found = re.findall(r"(?ms)^## ([^\n]+)\n.*?^\| geometric mean \|(.*?)$", text)
     rows = [[title, *(f"{x}x" for x in re.findall(r"[\d.]+", means))] for title, means in found]
@@ -267,20 +267,20 @@ BLOCKS: dict[str, Callable[[Words], Iterator[str]]] = {
 
 
 def filled(text: str, words: Words = str) -> str:
-    """Return a page with the numbers that the results hold.
+    """Return a page with the numbers of the results.
 
     Args:
-        text (str): Of the page.
-        words (Callable): Translates what stands in the tables beside numbers.
+        text (str): Text of the page.
+        words (Callable): Translates the text in tables.
 
     Raises:
-        KeyError: A block has a name that is not in :data:`BLOCKS`.
+        KeyError: If a block's name is not in :data:`BLOCKS`.
     """
     return BLOCK.sub(lambda m: m[1] + "\n".join(BLOCKS[m[2]](words)) + "\n", text)
 
 
 def words_of(page: str) -> Words:
-    """Return the translation into the language of a page."""
+    """Return the translation for a page."""
     return CHINESE.__getitem__ if page.endswith("_zh-CN.md") else str
 
 

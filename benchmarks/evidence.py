@@ -1,6 +1,6 @@
-"""Bring docs/results.md up to date with benchmarks/results/ablation: its tables and figures.
+"""Update the tables and figures of docs/results.md from benchmarks/results/ablation.
 
-A table is between <!-- NAME STAGE --> and <!-- end -->, for stage STAGE of NAME.json. Its figure
+The table for stage STAGE of NAME.json is between <!-- NAME STAGE --> and <!-- end -->. Its figure
 is docs/images/ablation_NAME_STAGE.png.
 """
 
@@ -19,10 +19,10 @@ BLOCK = re.compile(r"<!-- (\S+) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def updated(text: str) -> str:
-    """Return the page with today's tables.
+    """Return the page with updated tables.
 
     Raises:
-        FileNotFoundError: It names results that are not there.
+        FileNotFoundError: If results are missing.
     """
 
     def block(match: re.Match) -> str:
@@ -35,10 +35,10 @@ def updated(text: str) -> str:
 
 
 def stage_of(name: str, stage: str):
-    """Return the results of a study, and a stage's rows of their summary."""
+    """Return the results of a study, and the rows of a stage in their summary."""
     results = read_json(RESULTS / f"{name}.json")
     if results is None:
-        raise FileNotFoundError(f"{RESULTS / name}.json: missing or no JSON")
+        raise FileNotFoundError(f"{RESULTS / name}.json: missing or not JSON")
     summary = summarise(results)
     return results, summary[summary["stage"] == stage]
 

@@ -1,11 +1,11 @@
 """Check and measure the package on a GPU within a few minutes: what `make gpu` runs.
 
-Every step is a process of its own with a time limit: one that fails or hangs costs no other. The
-time is shared out by the steps' weights; what one leaves over goes to those behind it, and what
-finds no time is named. After each step, gpu.json and gpu.md hold all that there is so far; gpu.log
-has what the steps printed. Exit code: 0, 1 if a step failed, 2 if there is no GPU.
+Every step is a separate process with a time limit, so a failing or hanging step does not affect the
+others. Steps share the time by weight; unused time goes to later steps, and steps without any time
+left are listed. After each step, gpu.json and gpu.md are updated; gpu.log has the output of the
+steps. Exit code: 0, 1 if a step failed, 2 if there is no GPU.
 
-With --device cpu --tiny the steps can be tried where there is none.
+Without a GPU, try the steps with --device cpu --tiny.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import check_folder, written_whole
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAST = 10.0  # seconds that a step must have to be worth its start
+LEAST = 10.0  # minimum seconds for starting a step
 OPS = ("RFAConv", "RFCBAMConv", "RFCAConv")
 PARITY = "tests/ops/receptive_field/test_triton.py"
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
@@ -46,12 +46,12 @@ class Step:
     """One process.
 
     Args:
-        name (str): What the user reads.
-        weight (float): Its share of the time, beside the weights of the others.
-        command (tuple[str, ...]): '{out}' in it becomes the path of a JSON file that it may write,
-            '{stop}' the seconds after which it should begin nothing new.
-        environment (dict[str, str]): Variables of its own.
-        skip (str): Why it is not to run; '' if it is.
+        name (str): Name shown to the user.
+        weight (float): Share of the time, relative to the other steps.
+        command (tuple[str, ...]): Command line, in which '{out}' stands for the path of a JSON file
+            to write, and '{stop}' for the seconds after which to start nothing new.
+        environment (dict[str, str]): Additional environment variables.
+        skip (str): Why to skip the step; '' if it should run.
     """
 
     name: str
@@ -62,15 +62,15 @@ class Step:
 
 
 def plan(device: str, tiny: bool, gpus: int) -> list[Step]:
-    """Return the steps, the most telling first; their weights are about the seconds they need.
+    """Return the steps, most informative first; weights are roughly the seconds they need.
 
     Args:
         device (str): 'cuda' or 'cpu'.
-        tiny (bool): Only a look at each step.
-        gpus (int): How many there are.
+        tiny (bool): Whether to only try each step with small inputs.
+        gpus (int): Number of GPUs.
 
     Returns:
-        list[Step]: Those that are skipped among them.
+        list[Step]: All steps, including those to skip.
     """
     no_gpu = "" if gpus else "there is no GPU"
     one_gpu = "" if gpus > 1 else no_gpu or "there is one GPU"
@@ -88,7 +88,7 @@ def plan(device: str, tiny: bool, gpus: int) -> list[Step]:
 
     def parity(name: str, weight: float, selection: str) -> Step:
         command = module("pytest", "-q", "-rs", "-p", "no:cacheprovider", PARITY, "-k", selection)
-        if gpus and importlib.util.find_spec("xdist"):  # compiling is what takes the time
+        if gpus and importlib.util.find_spec("xdist"):  # compilation dominates
             command += ("-n", str(min(8, os.cpu_count() or 1)))
         return Step(name, weight, command, {} if gpus else {"TRITON_INTERPRET": "1"})
 
@@ -106,7 +106,7 @@ def plan(device: str, tiny: bool, gpus: int) -> list[Step]:
             "compute-sanitizer",
             40,
             (sanitizer or "", "--error-exitcode", "86", *check("cases")),
-            # Behind PyTorch's own allocator, a write past a tensor lands in another one.
+            # With PyTorch's allocator, a write past a tensor would land in another one unnoticed.
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             no_sanitizer,
         ),
@@ -116,7 +116,7 @@ def plan(device: str, tiny: bool, gpus: int) -> list[Step]:
             25,
             module(
                 *("benchmarks.run", "--device", "cuda:1", *glance, "--ops", *OPS),
-                *("--out", "{out}.second"),  # numbers of no interest
+                *("--out", "{out}.second"),  # not reported
             ),
             skip=one_gpu,
         ),
@@ -132,7 +132,7 @@ def plan(device: str, tiny: bool, gpus: int) -> list[Step]:
         Step("RetinaNet, bfloat16", 35, bench(*detector, *bfloat16)),
         Step("layers, bfloat16", 50, bench(*layers, *bfloat16)),
         Step("layers, float32, channels_last", 50, bench(*layers, *last)),
-        # Inductor takes long for each shape. These cases take the place of the same ones above.
+        # Slow, because Inductor compiles for each shape. These cases replace the same ones above.
         Step("compiled formulas, float32", 60, bench(*layers, "--compile")),
         Step(
             "compiled formulas, bfloat16, channels_last",
@@ -143,17 +143,17 @@ def plan(device: str, tiny: bool, gpus: int) -> list[Step]:
 
 
 def run_step(step: Step, seconds: float, out: Path, log: Path) -> dict:
-    """Run a step in a process group of its own, and end all of that at its limit.
+    """Run a step in a new process group, and kill the group when time is up.
 
     Args:
-        step (Step): What to run.
-        seconds (float): Its limit.
-        out (Path): Its JSON.
-        log (Path): File that its output is appended to.
+        step (Step): The step.
+        seconds (float): Time limit.
+        out (Path): JSON file for the step to write.
+        log (Path): File to append its output to.
 
     Returns:
-        dict: ``state`` ('passed' or 'failed'), ``said`` (why, and what it printed of note),
-        ``seconds``, ``result`` (its JSON, as far as it came with that; None if it has none).
+        dict: ``state`` ('passed' or 'failed'), ``said`` (the reason, and notable output),
+        ``seconds``, ``result`` (the JSON, maybe partial; None if there is none).
     """
     command = [
         part.replace("{out}", str(out)).replace("{stop}", f"{0.7 * seconds:.0f}")
@@ -181,16 +181,16 @@ def run_step(step: Step, seconds: float, out: Path, log: Path) -> dict:
             with suppress(subprocess.TimeoutExpired):
                 code = process.wait(seconds)
         finally:
-            with suppress(ProcessLookupError):  # nothing of it is left
+            with suppress(ProcessLookupError):  # the group is gone
                 os.killpg(process.pid, signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):  # a driver that hangs may hold it for ever
+            with suppress(subprocess.TimeoutExpired):  # a hanging driver may block it forever
                 process.wait(10)
     result = None
     for path in (out.with_name(f"{out.name}.unfinished"), out):
         with suppress(OSError, ValueError):
             result = json.loads(path.read_text(encoding="utf-8"))
     if result and "command" in result:
-        result["command"] = shlex.join(["python", *step.command[1:]])  # no path of this run
+        result["command"] = shlex.join(["python", *step.command[1:]])  # without local paths
     lines = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()
     notes = [line for line in lines if line.startswith(("error: ", "no time left: "))]
     if not notes and code == 0 and result and "results" in result:
@@ -214,13 +214,13 @@ def run_step(step: Step, seconds: float, out: Path, log: Path) -> dict:
 
 
 def run_steps(steps: list[Step], seconds: float, folder: Path, content: dict) -> None:
-    """Run the steps in turn, and write what there is after each.
+    """Run the steps in order, and write the results after each.
 
     Args:
-        steps (list[Step]): What to run.
-        seconds (float): For all of them.
-        folder (Path): Where gpu.json, gpu.md and gpu.log are written.
-        content (dict): Of gpu.json; ``steps`` is added to it.
+        steps (list[Step]): The steps.
+        seconds (float): Time limit for all of them.
+        folder (Path): Folder for gpu.json, gpu.md and gpu.log.
+        content (dict): Content of gpu.json; this adds ``steps``.
     """
     end = time.monotonic() + seconds
     log, content["steps"] = folder / "gpu.log", []
@@ -243,7 +243,7 @@ def run_steps(steps: list[Step], seconds: float, folder: Path, content: dict) ->
 
 
 def write(content: dict, folder: Path) -> None:
-    """Write gpu.json, then gpu.md, which is made of it."""
+    """Write gpu.json, and gpu.md generated from it."""
     with written_whole(folder / "gpu.json") as part:
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     with written_whole(folder / "gpu.md") as part:
@@ -251,19 +251,19 @@ def write(content: dict, folder: Path) -> None:
 
 
 def find_gpus() -> dict:
-    """Return torch's version and the names of its GPUs, asked for in a process that may hang.
+    """Return torch's version and the names of its GPUs, from a subprocess, because it may hang.
 
     Raises:
-        UserError: torch gives no answer.
+        UserError: If torch fails or does not answer.
     """
     command = [sys.executable, "-c", PROBE]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     except subprocess.TimeoutExpired:
-        raise UserError("torch does not answer within 120 s whether there is a GPU") from None
+        raise UserError("torch did not detect GPUs within 120 s") from None
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
-        raise UserError(f"torch does not run: {lines[-1]}") from None
+        raise UserError(f"torch failed: {lines[-1]}") from None
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -275,10 +275,19 @@ def parse_args(argv: list[str]) -> Namespace:
         formatter_class=RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="folder for the three files; made if missing")
-    add("--minutes", type=float, default=9.0, help="for all steps together (default: %(default)s)")
+    add("--out", type=Path, required=True, help="folder for the three files; created if missing")
+    add(
+        "--minutes",
+        type=float,
+        default=9.0,
+        help="limit for all steps together (default: %(default)s)",
+    )
     add("--device", choices=["cuda", "cpu"], default="cuda", help="default: %(default)s")
-    add("--tiny", action="store_true", help="small inputs, few of them: whether every step works")
+    add(
+        "--tiny",
+        action="store_true",
+        help="only check that every step works, with few small inputs",
+    )
     args = parser.parse_args(argv)
     if not args.minutes > 0:
         parser.error(f"--minutes {args.minutes}: must be more than 0")
@@ -310,6 +319,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends the step, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that SIGTERM also kills the step
     with user_errors(UserError):
         raise SystemExit(main(sys.argv[1:]))

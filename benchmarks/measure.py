@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-# The profiler's library writes two lines to stderr whenever it starts and stops.
+# Kineto writes two lines to stderr whenever the profiler starts and stops.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 LARGER_THAN_L2 = 256 * 2**20  # bytes
 
 
 def saved_bytes(run: Callable[[], Tensor], module: nn.Module) -> int:
-    """Count what autograd keeps for the backward pass; each storage once, parameters not at all.
+    """Count the bytes that autograd saves for the backward pass, each storage once.
 
     Args:
         run (Callable): Computes an output that requires grad.
-        module (nn.Module): Its parameters and buffers are not counted: they are there anyway.
+        module (nn.Module): Its parameters and buffers do not count, because they exist anyway.
 
     Returns:
-        int: Bytes of the storages, the input's among them if it is kept.
+        int: Bytes of the storages, including the input's if it is saved.
 
     Example:
         >>> x, identity = torch.rand(4, 5, requires_grad=True), nn.Identity()
@@ -40,20 +40,20 @@ def saved_bytes(run: Callable[[], Tensor], module: nn.Module) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = run()  # lives until here: no address is given twice
+        output = run()  # kept alive, so that no address is reused
     del output
     return sum(storages.values())
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Measure the most memory that a run holds beyond what was there before it.
+    """Measure the peak memory of a run, beyond what was allocated before.
 
-    On CUDA as torch's allocator counts it; on the CPU from the allocations that torch's profiler
-    sees. Work space that a library takes from the system by itself is in neither.
+    Counts what torch's allocator reports on CUDA, and what torch's profiler sees on a CPU. Neither
+    includes workspace that libraries allocate themselves.
 
     Args:
         run (Callable): What to run.
-        device (torch.device): Where it runs.
+        device (torch.device): Device that it runs on.
 
     Returns:
         int: Bytes.
@@ -86,14 +86,16 @@ def interleaved(
     device: torch.device,
     max_rounds: int = 200,
 ) -> dict[str, list[float]]:
-    """Time several callables in turns, so that all see the same load of the machine.
+    """Time several callables in alternation, so that all see the same machine load.
+
+    Each round runs every callable once, after an untimed warm-up.
 
     Args:
         runs (dict[str, Callable]): What to time, by name.
-        seconds (float): Time to spend, at least ``min_rounds`` rounds whatever they take.
-        min_rounds (int): Every callable is timed once a round, after one that does not count.
-        device (torch.device): Where they run. On CUDA, events in the stream take the time.
-        max_rounds (int): At most so many rounds.
+        seconds (float): Time to spend.
+        min_rounds (int): Minimum number of rounds, even if they take longer.
+        device (torch.device): Device that they run on; on CUDA, timed with events.
+        max_rounds (int): Maximum number of rounds. Defaults to 200.
 
     Returns:
         dict[str, list[float]]: Seconds of each round, by name.
@@ -107,19 +109,19 @@ def interleaved(
             break
         for name in names:
             times[name].append(_seconds(runs[name], device))
-        names = names[1:] + names[:1]  # nobody is always behind the same neighbour
+        names = names[1:] + names[:1]  # rotate the order
     return times
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Time one run."""
+    """Time a run."""
     if device.type != "cuda":
         begin = time.perf_counter()
         run()
         return time.perf_counter() - begin
     with torch.cuda.device(device):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # Empties the cache, as the other layers of a network do, and lets the CPU launch ahead.
+        # Flushes the L2 cache, as the other layers of a network would, and lets the CPU run ahead.
         torch.empty(LARGER_THAN_L2, dtype=torch.uint8, device=device).zero_()
         start.record()
         run()
@@ -141,9 +143,9 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def ratio(times: list[float], baseline: list[float]) -> dict[str, float]:
-    """Median and quartiles of the ratios of two callables' times, round by round.
+    """Return median and quartiles of the ratios of two callables' times, round by round.
 
-    What slows the machine for a while slows both times of a round.
+    A temporary slowdown affects both times of a round, so hardly changes their ratio.
 
     Example:
         >>> ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])

@@ -1,8 +1,8 @@
-"""Model the time of RFAConv's Triton kernels on an H100 that need not be there.
+"""Estimate the time of RFAConv's Triton kernels on an H100, without a GPU.
 
-Nothing runs on a GPU: kernels are compiled for it, one warp of each is followed through its code
-for the memory that it touches, and PyTorch's operators are counted by what they read and write.
-What is printed is modelled, not measured: it ranks designs and finds what limits them.
+Compiles the kernels, traces the instructions and memory accesses of one warp of each, and counts
+what PyTorch's operators read and write. The results are modelled, not measured: use them to compare
+designs and find bottlenecks.
 """
 
 import os
@@ -31,19 +31,19 @@ from rfa_mmdet.ops.receptive_field.triton import launch as backend
 from rfa_mmdet.ops.receptive_field.triton import operators
 from tests.helpers.triton_aot import Compiled, Executed, Launch, compile_for, executed, widths
 
-# An H100 SXM, by its data sheet.
-MEMORY = 3.35e12  # bytes a second
-CACHE = 5.5e12  # of the second-level cache
+# An H100 SXM, from its data sheet.
+MEMORY = 3.35e12  # bytes per second
+CACHE = 5.5e12  # bytes per second of the L2 cache
 CACHE_BYTES = 50e6
 PROCESSORS, SCHEDULERS, CLOCK = 132, 4, 1.755e9
-TENSOR_CORES = {torch.float32: 494e12, torch.bfloat16: 989e12}  # TF32: cuDNN's own choice
-# What is reached of it: of the tensor cores by cuDNN and cuBLAS alike, and of a scheduler's slots,
-# which a warp by itself fills every second time at best.
+TENSOR_CORES = {torch.float32: 494e12, torch.bfloat16: 989e12}  # TF32, cuDNN's default
+# Achieved fractions: of the tensor cores' peak, by cuDNN and cuBLAS; and of the issue slots of a
+# scheduler. A single warp can issue at most every second cycle.
 PRODUCTS = 0.6
 ISSUE = 0.75
 ALONE = 2
-START = 2e-6  # seconds that even an empty kernel takes, one after the other
-HOST = 2.5e-6  # seconds between two launches of the CPU, while the GPU works
+START = 2e-6  # seconds of an empty kernel, back to back
+HOST = 2.5e-6  # seconds that the CPU needs per launch
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 CASES = [
@@ -63,51 +63,51 @@ NO_LAUNCH = (
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a launch was compiled to, and what one of its warps does."""
+    """A compiled launch, and what one of its warps does."""
 
     compiled: Compiled
     executed: Executed
-    sectors: dict[str, int]  # of 32 bytes, read and written, by argument
+    sectors: dict[str, int]  # sectors of 32 bytes read or written, by argument
 
 
 @dataclass(frozen=True)
 class Step:
-    """A launch, and what it has to do."""
+    """The work of a launch."""
 
     name: str
     memory: float  # bytes
     cache: float
     computing: float = 0.0  # seconds
-    instructions: float = 0.0  # of all threads
+    instructions: float = 0.0  # over all threads
     kernel: Kernel | None = None
 
     @property
     def seconds(self) -> float:
-        """The longest of these."""
+        """Time of the slowest resource."""
         return max(START, self.memory / MEMORY, self.cache / CACHE, self.computing)
 
 
 def nbytes(tensor: Tensor) -> int:
-    """Return the size of a tensor."""
+    """Return the size of a tensor in bytes."""
     return tensor.numel() * tensor.element_size()
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down the launches of everything that runs on tensors without memory.
+    """Records the launches of operators that run on meta tensors.
 
     Args:
-        outside (list[Tensor]): What comes from memory. What is made in between, and is small
-            enough, stays in the cache.
+        outside (list[Tensor]): Tensors that are read from memory. Small intermediate tensors are
+            assumed to stay in the cache.
     """
 
     def __init__(self, outside: list[Tensor]) -> None:
         super().__init__()
         self.outside = {t.untyped_storage()._cdata for t in outside}
-        self.keep = outside  # so that no other tensor gets the identity of one
+        self.keep = outside  # keeps tensors alive, so that identities stay unique
         self.steps: list[Step] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Run, and write down."""
+        """Run an operator and record it."""
         name = func._schema.name.partition("::")[2].rstrip("_")
         if func.namespace == "rfa_mmdet":
             with self, mock.patch.object(backend, "launch", self.launch):
@@ -128,12 +128,12 @@ class Recorder(TorchDispatchMode):
         return result
 
     def from_memory(self, tensor: Tensor) -> bool:
-        """Whether it is so large, or so old, that the cache does not have it."""
+        """Return whether a tensor is not in the cache: an input, or too large."""
         storage = tensor.untyped_storage()
         return storage._cdata in self.outside or storage.nbytes() > CACHE_BYTES / 2
 
     def launch(self, kernel, grid, x, arguments, constants) -> None:
-        """Take the place of ``launch.launch``."""
+        """Replace ``launch.launch``."""
         launch = Launch(kernel, tuple(grid), tuple(arguments), constants)
         found = look_at(launch)
         compiled, warp = found.compiled, found.executed.total
@@ -144,7 +144,7 @@ class Recorder(TorchDispatchMode):
             cache += moved
             if self.from_memory(tensor):
                 memory += min(moved, nbytes(tensor))
-        # Warps of the scheduler that has most of them.
+        # Warps of the busiest scheduler.
         warps = ceil(programs / PROCESSORS) * compiled.warps / SCHEDULERS
         computing = warp * max(warps / ISSUE, ALONE) / CLOCK
         instructions = 32 * warp * compiled.warps * programs
@@ -152,13 +152,13 @@ class Recorder(TorchDispatchMode):
 
 
 def look_at(launch: Launch) -> Kernel:
-    """Compile a launch, and follow a warp in the middle of its grid."""
+    """Compile a launch, and trace a warp in the middle of its grid."""
     sizes = tuple(a for a in launch.arguments if not isinstance(a, Tensor))
     key = (launch.key(), launch.grid, sizes)
     if key not in COMPILED:
         compiled = compile_for(90, launch)
         accesses = compiled.accesses()
-        # What a warp reads again comes from its first-level cache.
+        # A warp's repeated reads hit its L1 cache.
         touched: dict[tuple[str, bool], set[int]] = defaultdict(set)
         for access in accesses:
             if len(access.addresses):
@@ -171,14 +171,14 @@ def look_at(launch: Launch) -> Kernel:
 
 
 def on_an_h100():
-    """Let the operators make chunks for its cache."""
+    """Return a context in which operators choose chunks for an H100's cache."""
     return mock.patch.object(operators, "chunk_bytes", lambda x, share: int(CACHE_BYTES) // share)
 
 
 def layer(size: InputSize, dtype: torch.dtype, layout: str, training: bool) -> list[Step]:
-    """Return the launches of an RFAConv of as many outputs as inputs.
+    """Return the launches of an RFAConv with as many outputs as inputs.
 
-    Inference; or a training step, whose norm uses the batch's statistics.
+    For inference, or for a training step with batch statistics.
     """
     c, k = size.channels, 9
 
@@ -206,7 +206,7 @@ def layer(size: InputSize, dtype: torch.dtype, layout: str, training: bool) -> l
 
 
 def plain(size: InputSize, dtype: torch.dtype, training: bool) -> list[Step]:
-    """Return the launches of the plain convolution, and of the gradients of input and weight."""
+    """Return the launches of the plain convolution; for training, also those of its gradients."""
     c, window = size.channels, Window((3, 3), (size.stride,) * 2, (1, 1))
     positions = size.batch * prod(window.output_size((size.height, size.width)))
     numbers = size.batch * c * size.height * size.width + positions * c + 9 * c * c
@@ -216,12 +216,12 @@ def plain(size: InputSize, dtype: torch.dtype, training: bool) -> list[Step]:
 
 
 def seconds(steps: list[Step]) -> float:
-    """Return the time of all: the GPU's, unless the CPU is slower to launch."""
+    """Return the total time, limited by the GPU or by the CPU's launches."""
     return max(sum(step.seconds for step in steps), HOST * len(steps))
 
 
 def times(dtype: torch.dtype, layout: str, sizes: Sequence[InputSize]) -> list[str]:
-    """Return the rows of the table of times, and their geometric mean."""
+    """Return the rows of the table of times, with geometric means."""
     rows = [
         "| input | plain forward, µs | RFAConv | ratio | plain forward + backward, µs | RFAConv "
         "| ratio | launches, forward | and backward |",
@@ -243,13 +243,13 @@ def times(dtype: torch.dtype, layout: str, sizes: Sequence[InputSize]) -> list[s
 
 
 def kernels(dtype: torch.dtype, layout: str, size: InputSize) -> list[str]:
-    """Return the rows of the table of what a training step's kernels are compiled to."""
+    """Return the rows of the table of a training step's compiled kernels."""
     window = Window((3, 3), (size.stride,) * 2, (1, 1))
     elements = BATCH * size.channels * prod(window.output_size((size.height, size.width)))
     rows = [
         "| kernel | launches | µs | registers | spilled, bytes | shared memory, bytes "
-        "| instructions an element, in all | in the main loop | bytes an element: cache | memory "
-        "| loads and stores, bytes a lane |",
+        "| instructions per element | of these in the main loop | cache bytes per element "
+        "| memory bytes per element | bytes per lane of loads and stores |",
         "| --- " + "| ---: " * 9 + "| --- |",
     ]
     by_name: dict[str, list[Step]] = defaultdict(list)
@@ -276,18 +276,18 @@ def kernels(dtype: torch.dtype, layout: str, size: InputSize) -> list[str]:
 
 
 ASSUMPTIONS = f"""\
-Modelled, not measured: no GPU ran this. RFAConv with batch norm, 3 x 3, as many outputs as inputs,
-batch {BATCH}, images of 800 x 1333; the forward pass alone is inference, forward + backward takes
-the norm's statistics from the batch. Assumed of an H100:
+Modelled, not measured: no GPU ran this. RFAConv with 3 x 3 windows, batch norm and as many outputs
+as inputs, on {BATCH} images of 800 x 1333. Forward is inference; forward + backward uses batch
+statistics. Assumptions about an H100:
 
-- {MEMORY / 1e12:.2f} TB/s of memory, {CACHE / 1e12:.1f} TB/s of cache, which keeps what is made and
-  used up in between if it is smaller than {CACHE_BYTES / 2e6:.0f} MB;
-- {PROCESSORS} x {SCHEDULERS} schedulers of {CLOCK / 1e9:.3f} GHz, {ISSUE:.0%} of whose slots are
-  used, and one of {ALONE} by a warp alone;
-- cuDNN's and cuBLAS's products alike at {PRODUCTS:.0%} of the tensor cores' peak (float32: TF32),
-  cuDNN's conversions of NCHW for nothing;
-- a launch takes the longest of these, at least {START * 1e6:.0f} µs, and all together at least
-  {HOST * 1e6:.1f} µs each, which the CPU needs to launch them.
+- {MEMORY / 1e12:.2f} TB/s from memory, and {CACHE / 1e12:.1f} TB/s from the L2 cache, which holds
+  intermediate tensors of up to {CACHE_BYTES / 2e6:.0f} MB;
+- {PROCESSORS} x {SCHEDULERS} schedulers at {CLOCK / 1e9:.3f} GHz that use {ISSUE:.0%} of their
+  issue slots; a single warp uses one slot in {ALONE};
+- cuDNN and cuBLAS reach {PRODUCTS:.0%} of the tensor cores' peak (float32: TF32), and cuDNN
+  converts NCHW for free;
+- a launch takes as long as its slowest resource, at least {START * 1e6:.0f} µs, and the CPU
+  needs at least {HOST * 1e6:.1f} µs per launch.
 """
 
 
@@ -299,7 +299,9 @@ def parse_args(argv: Sequence[str]) -> Namespace:
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("--table", type=Path, help="Markdown to write; default: print it")
-    parser.add_argument("--shapes", type=int, default=7, metavar="N", help="only the first N")
+    parser.add_argument(
+        "--shapes", type=int, default=7, metavar="N", help="model only the first N shapes"
+    )
     return parser.parse_args(argv)
 
 
@@ -307,7 +309,7 @@ def main() -> None:
     """Model all shapes, and print the tables."""
     args = parse_args(sys.argv[1:])
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        raise UserError("TRITON_INTERPRET is set: unset it to compile kernels")
+        raise UserError("TRITON_INTERPRET is set; unset it, so that kernels are compiled")
     sizes = [replace(size, batch=BATCH) for size in SIZES["r50-800x1333"]][: args.shapes]
     lines = [ASSUMPTIONS]
     for dtype, layout in CASES:

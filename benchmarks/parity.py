@@ -1,4 +1,4 @@
-"""No numbers for an op that computes something else: its outputs and gradients come first."""
+"""Compare outputs and gradients of an op with its formula; only ops that match are timed."""
 
 import torch
 from torch import Tensor, nn
@@ -7,20 +7,20 @@ from benchmarks.baselines import Formula
 from benchmarks.sizes import InputSize
 from tests.helpers.tolerances import KINKS, TOLERANCES
 
-# Of a gradient that is nearly zero, such as of a bias before BN, only rounding is left: it is
-# measured by this share of the largest gradient.
+# Nearly zero gradients, e.g. of a bias before BN, are only rounding errors. Compare them with at
+# least this fraction of the largest gradient.
 LEAST = 1e-2
 
 
 def make_input(shape: InputSize, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a map of a shape, with zeros as behind a ReLU and a mean that is not zero."""
+    """Return a random map with zeros, as after a ReLU, and a non-zero mean."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(shape.batch, shape.channels, shape.height, shape.width, generator=generator)
     return x.add_(0.5).clamp_(min=0).to(device, dtype)
 
 
 def inference(module: nn.Module, x: Tensor, autocast: torch.dtype | None) -> dict[str, Tensor]:
-    """Return the output as inference computes it, which may be another way."""
+    """Return the output of inference, which may use another implementation."""
     with torch.no_grad(), torch.autocast(x.device.type, dtype=autocast, enabled=bool(autocast)):
         return {"output without a gradient": module.eval()(x)}
 
@@ -28,16 +28,16 @@ def inference(module: nn.Module, x: Tensor, autocast: torch.dtype | None) -> dic
 def outputs_and_gradients(
     module: nn.Module, x: Tensor, training: bool, autocast: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """Run a module forward and backward, for one random upstream gradient.
+    """Run a module forward and backward with a random upstream gradient.
 
     Args:
-        module (nn.Module): Ours or a :class:`~baselines.Formula`.
+        module (nn.Module): Our layer or a :class:`~baselines.Formula`.
         x (Tensor): (B, C, H, W).
         training (bool): Mode of the module.
-        autocast (torch.dtype | None): Half precision, or None.
+        autocast (torch.dtype | None): Dtype for autocast; None for no autocast.
 
     Returns:
-        dict[str, Tensor]: 'output', 'gradient of x', and of every parameter by its name.
+        dict[str, Tensor]: 'output', 'gradient of x', and 'gradient of NAME' for every parameter.
     """
     x = x.detach().requires_grad_()
     module.train(training)
@@ -60,19 +60,19 @@ def differences(
 ) -> list[str]:
     """Compare a layer with its op's formula, in both modes.
 
-    Errors are shares of the norm of what the formula gives in float64. In lower precision it may
-    itself be further from that than the tolerance; then the layer may be half as far again.
+    Errors are relative to the norm of the formula's result in float64. If the formula itself
+    exceeds the tolerance in lower precision, the layer's error may be up to 1.5 times as large.
 
     Args:
         op (str): Name of the op.
-        layer (nn.Module): Ours, in float32 or float64, on its device.
-        shape (InputSize): Of the input.
-        dtype (torch.dtype): The layer's precision; half ones by autocast over float32.
-        large (bool): Whether the shape is one to be measured: then the gradients of evaluation are
-            left out, to save time, and those of training may differ by ``KINKS``.
+        layer (nn.Module): Our layer, in float32 or float64, on its device.
+        shape (InputSize): Size of the input.
+        dtype (torch.dtype): Precision to test; half precision uses autocast.
+        large (bool): Whether this is a benchmark shape. If so, skip gradients in evaluation mode,
+            to save time, and allow those in training mode to differ by ``KINKS``.
 
     Returns:
-        list[str]: What differs by more than the tolerance of ``dtype``; empty if nothing does.
+        list[str]: Descriptions of the differences beyond the tolerance of ``dtype``.
     """
     device = next(layer.parameters()).device
     half = dtype if dtype in (torch.bfloat16, torch.float16) else None
@@ -80,7 +80,7 @@ def differences(
     x, found = make_input(shape, dtype, device), []
     formula = Formula(op, layer).to(torch.float64)
     for training in (False, True):
-        # Inference first: of the batch statistics that training gathers, rounding is left.
+        # Inference first, because training changes the running statistics.
         runs = [(formula, x.double(), None), (layer, x, half)]
         runs += [(Formula(op, layer), x, half)] if low else []
         values = [{} if training else inference(*run) for run in runs]
@@ -94,7 +94,7 @@ def differences(
         )
         for key, value in expected.items():
             if not value.any():
-                found.append(f"{key}, {shape}: all zero, which would prove nothing")
+                found.append(f"{key}, {shape}: all zero, so the comparison proves nothing")
             is_gradient = key.startswith("gradient of")
             allowed = TOLERANCES[dtype]
             tolerance = allowed.layer_gradient if is_gradient else allowed.output
@@ -108,5 +108,7 @@ def differences(
                 tolerance = max(tolerance, 1.5 * own)
             if not error <= tolerance:  # NaN counts
                 mode = "training" if training else "evaluation"
-                found.append(f"{key}, {mode}, {shape}: error {error:.1e}, at most {tolerance:.0e}")
+                found.append(
+                    f"{key}, {mode}, {shape}: error {error:.1e}, tolerance {tolerance:.0e}"
+                )
     return found

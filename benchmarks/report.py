@@ -1,7 +1,7 @@
 """Make a Markdown table and a plot from the JSON files of benchmarks/run.py and benchmarks/gpu.py.
 
-Ratios are geometric means over the shapes of a file. What no file holds is 'not measured'. The
-targets' GPU columns are of benchmarks/gpu.py alone.
+Ratios are geometric means over the shapes of a file. Values that no file has are 'not measured'.
+GPU targets are only compared with results of benchmarks/gpu.py.
 """
 
 import json
@@ -14,7 +14,7 @@ from statistics import geometric_mean
 
 import matplotlib
 
-matplotlib.use("Agg")  # no screen is needed
+matplotlib.use("Agg")  # no display
 
 from matplotlib import pyplot as plt
 
@@ -33,22 +33,24 @@ def parse_args() -> Namespace:
         "--table benchmarks/table.md --plot docs/images/benchmark.png",
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("results", nargs="+", type=Path, metavar="JSON", help="of run.py or gpu.py")
+    parser.add_argument(
+        "results", nargs="+", type=Path, metavar="JSON", help="from run.py or gpu.py"
+    )
     parser.add_argument("--table", type=Path, help="Markdown to write; default: print it")
-    parser.add_argument("--plot", type=Path, help="PNG to write, of the first file")
+    parser.add_argument("--plot", type=Path, help="PNG to write, from the first file")
     return parser.parse_args()
 
 
 def runs_of(content: dict) -> list[dict]:
-    """Return the runs of a file: itself, or those of gpu.py's steps, one for each configuration.
+    """Return the runs in a file of run.py, or in the steps of gpu.py, one per configuration.
 
-    A case that a later step measured again takes the place of the earlier one.
+    If several steps measured a case, the last one counts.
 
     Args:
-        content (dict): Of run.py or gpu.py.
+        content (dict): JSON of run.py or gpu.py.
 
     Returns:
-        list[dict]: Of run.py, with ``of_gpu_steps`` if they come from gpu.py.
+        list[dict]: Content as of run.py, with ``of_gpu_steps`` if it comes from gpu.py.
 
     Example:
         >>> runs_of({"device": "cpu", "results": []})
@@ -79,7 +81,7 @@ def _latest(entries: list[dict], *keys: str) -> list[dict]:
 
 
 def mean_ratio(run: dict, candidate: str, mode: str, baseline: str) -> float | None:
-    """Geometric mean, over the shapes, of a candidate's time as a multiple of a baseline's."""
+    """Return the geometric mean over shapes of the ratio of a candidate's time to a baseline's."""
     found = [
         result[mode]["ratios"][candidate][baseline]["median"]
         for result in run["results"]
@@ -90,14 +92,14 @@ def mean_ratio(run: dict, candidate: str, mode: str, baseline: str) -> float | N
 
 
 def op_of(candidate: str, result: dict) -> str:
-    """Return the op that a candidate computes; a baseline is of every op."""
+    """Return the op that a candidate computes; baselines exist for every op."""
     return result["op"] if candidate in ("formula", "compiled formula") else candidate.split("[")[0]
 
 
 def mean_bytes(
     run: dict, candidate: str, kind: Callable[[dict], dict], baseline: str
 ) -> float | None:
-    """Geometric mean of a candidate's bytes as a multiple of a baseline's."""
+    """Return the geometric mean over shapes of the ratio of a candidate's bytes to a baseline's."""
     pairs = [
         (kind(result)[candidate], kind(result)[baseline])
         for result in run["results"]
@@ -107,22 +109,22 @@ def mean_bytes(
 
 
 def saved(result: dict) -> dict:
-    """Bytes kept for the backward pass."""
+    """Return the bytes kept for the backward pass."""
     return result["saved_bytes"]
 
 
 def training_peak(result: dict) -> dict:
-    """Most bytes held during forward + backward."""
+    """Return the peak bytes of forward + backward."""
     return result["training"]["peak_bytes"]
 
 
 def of_op(run: dict, op: str) -> dict:
-    """Return a run with the results of one op alone."""
+    """Return a run with the results of only one op."""
     return {**run, "results": [result for result in run["results"] if result["op"] == op]}
 
 
 def candidates(run: dict) -> list[str]:
-    """Names of what was measured, in order, the baselines left out."""
+    """Return the names of candidates in order, without baselines."""
     names = {n: None for result in run["results"] for n in result["saved_bytes"]}
     return [name for name in names if name not in ("plain", "formula")]
 
@@ -132,19 +134,19 @@ def candidates(run: dict) -> list[str]:
 
 @dataclass(frozen=True)
 class Target:
-    """One row: what is asked of RFAConv on the CPU and on a GPU, and where it is found."""
+    """A row of the table: targets for RFAConv on a CPU and on a GPU, and how to get the value."""
 
     text: str
     unit: str
     cpu: float
-    gpu: float | None  # None: nothing is asked there
+    gpu: float | None  # None: no target
     value: Callable[[dict, str], float | None]
-    faster: bool = False  # more is better
+    faster: bool = False  # higher is better
     kernel_size: int = 3
-    cpu_half: float | None = None  # of bfloat16 on the CPU; None: as of float32
+    cpu_half: float | None = None  # for bfloat16 on the CPU; None: as for float32
 
     def verdict(self, value: float, device: str, dtype: str) -> str:
-        """Tell whether a measured value reaches the target, where it does not."""
+        """Return a remark if a measured value misses the target."""
         limit = self.cpu if device == "cpu" else self.gpu
         if device == "cpu" and dtype != "float32" and self.cpu_half is not None:
             limit = self.cpu_half
@@ -152,7 +154,7 @@ class Target:
         return "" if met else ", missed"
 
     def limit(self, device: str) -> str:
-        """Write the target."""
+        """Format the target."""
         value = self.cpu if device == "cpu" else self.gpu
         if value is None:
             return ""
@@ -173,54 +175,54 @@ def _of_detector(key: Callable[[dict], float]) -> Callable[[dict, str], float | 
 
 
 TARGETS = (
-    Target("inference, against the authors' formula eager", " faster", 8, 5,
+    Target("inference vs. the authors' formula (eager)", " faster", 8, 5,
            _speed("inference", "formula"), True),
-    Target("inference, against it under torch.compile", " faster", 5, 2,
+    Target("inference vs. the compiled formula", " faster", 5, 2,
            _speed("inference", "compiled formula"), True),
-    Target("inference, against the plain convolution", " its time", 1.3, 2.0,
+    Target("inference vs. the plain convolution", " its time", 1.3, 2.0,
            lambda run, c: mean_ratio(run, c, "inference", "plain"), cpu_half=2.0),
-    Target("forward + backward, against the authors' formula eager", " faster", 2.5, 4,
+    Target("forward + backward vs. the authors' formula (eager)", " faster", 2.5, 4,
            _speed("training", "formula"), True),
-    Target("forward + backward, against the plain convolution", " its time", 1.5, 2.5,
+    Target("forward + backward vs. the plain convolution", " its time", 1.5, 2.5,
            lambda run, c: mean_ratio(run, c, "training", "plain"), cpu_half=2.5),
     *(
-        Target(f"{mode}, {k}x{k} windows, against the plain convolution", " its time", limit, None,
+        Target(f"{mode}, {k}x{k} windows vs. the plain convolution", " its time", limit, None,
                lambda run, c, key=key: mean_ratio(run, c, key, "plain"), kernel_size=k)
         for k, limits in ((5, (1.5, 2.0)), (7, (2.0, 2.5)))
         for mode, key, limit in zip(
             ("inference", "forward + backward"), ("inference", "training"), limits, strict=True)
     ),
-    Target("bytes kept for backward, against the plain convolution", "", 1.1, 1.1,
+    Target("bytes kept for backward vs. the plain convolution", "", 1.1, 1.1,
            lambda run, c: mean_bytes(run, c, saved, "plain")),
-    Target("RetinaNet R50-FPN training iteration, time against plain", "", 1.3, 1.2,
+    Target("RetinaNet R50-FPN training iteration, time vs. plain", "", 1.3, 1.2,
            _of_detector(lambda d: d["time_ratio"]["median"])),
-    Target("RetinaNet R50-FPN training iteration, peak memory against plain", "", 1.1, 1.1,
+    Target("RetinaNet R50-FPN training iteration, peak memory vs. plain", "", 1.1, 1.1,
            _of_detector(lambda d: d["peak_ratio"])),
 )  # fmt: skip
 
 
 def configuration(run: dict) -> str:
-    """Return the type and, if it is not the usual one, the layout that a run measured."""
+    """Return the dtype of a run, and its layout unless it is the default."""
     return run["dtype"] + (", channels_last" if run["channels_last"] else "")
 
 
 def kernel_size(run: dict) -> int:
-    """Return the side of the windows that a run measured."""
-    return run.get("kernel_size", 3)  # older files hold no other
+    """Return the window size of a run."""
+    return run.get("kernel_size", 3)  # older files have only 3
 
 
 def best_rfaconv(run: dict) -> str | None:
-    """Return the fastest of RFAConv's backends in inference: what 'auto' stands for."""
+    """Return RFAConv's fastest backend in inference, the one that 'auto' selects."""
     own = of_op(run, "RFAConv")
     names = [n for n in candidates(own) if ":" not in n]
     return min(names, key=lambda n: mean_ratio(own, n, "inference", "plain"), default=None)
 
 
 def targets_table(runs: list[dict]) -> list[str]:
-    """Write the targets for RFAConv beside what was measured; the first file with a value counts.
+    """Return a table of RFAConv's targets and measurements.
 
     Args:
-        runs (list[dict]): Of run.py.
+        runs (list[dict]): Runs from :func:`runs_of`.
 
     Returns:
         list[str]: Lines of Markdown.
@@ -252,10 +254,10 @@ def _times(value: float | None, digits: int = 2) -> str:
 
 
 def run_table(run: dict) -> list[str]:
-    """Write one run: a row a candidate, ratios first.
+    """Return a table of one run, with a row per candidate.
 
     Args:
-        run (dict): Of run.py.
+        run (dict): A run from :func:`runs_of`.
 
     Returns:
         list[str]: Lines of Markdown.
@@ -293,7 +295,7 @@ def run_table(run: dict) -> list[str]:
                 cells.append(_times(mean_bytes(own, name, kind, "formula")))
         lines.append(f"| {' | '.join(cells)} |")
     for failure in run["failed"]:
-        lines.append(f"| `{failure['candidate']}` | differs from the formula: no numbers |")
+        lines.append(f"| `{failure['candidate']}` | differs from the formula: not timed |")
     if detector := run.get("detector"):
         seconds = detector["seconds"]
         lines += [
@@ -308,10 +310,10 @@ def run_table(run: dict) -> list[str]:
 
 
 def steps_table(content: dict) -> list[str]:
-    """Write what became of each of gpu.py's steps.
+    """Return a table of the steps of gpu.py.
 
     Args:
-        content (dict): Of gpu.py.
+        content (dict): JSON of gpu.py.
 
     Returns:
         list[str]: Lines of Markdown.
@@ -332,10 +334,10 @@ def steps_table(content: dict) -> list[str]:
 
 
 def tables(contents: list[dict]) -> list[str]:
-    """Write everything: the targets, then each file.
+    """Return all tables: the targets, then each file.
 
     Args:
-        contents (list[dict]): Of run.py or gpu.py.
+        contents (list[dict]): JSON of run.py or gpu.py.
 
     Returns:
         list[str]: Lines of Markdown.
@@ -349,10 +351,10 @@ def tables(contents: list[dict]) -> list[str]:
 
 
 def write_plot(run: dict, path: Path) -> None:
-    """Draw time and kept bytes of each op beside its formula's, as multiples of plain's.
+    """Plot time and kept bytes of each op and its formula, relative to plain.
 
     Args:
-        run (dict): Of run.py.
+        run (dict): A run from :func:`runs_of`.
         path (Path): PNG to write.
     """
     names, side = candidates(run), kernel_size(run)
@@ -385,18 +387,18 @@ def write_plot(run: dict, path: Path) -> None:
 
 
 def main() -> None:
-    """Write what the command line asks for."""
+    """Write the table and the plot."""
     args = parse_args()
     contents = []
     for path in args.results:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise SystemExit(f"error: {path}: cannot be read as JSON of run.py: {error}") from None
+            raise SystemExit(f"error: {path}: cannot read JSON: {error}") from None
         if not isinstance(content, dict) or not (
             "steps" in content or {"results", "machine", "device"} <= content.keys()
         ):
-            raise SystemExit(f"error: {path}: holds no results of run.py or gpu.py")
+            raise SystemExit(f"error: {path}: has no results of run.py or gpu.py")
         contents.append(content)
     text = "\n".join(tables(contents)) + "\n"
     if args.table:
@@ -408,7 +410,7 @@ def main() -> None:
     if args.plot:
         runs = [run for run in runs_of(contents[0]) if candidates(run)]
         if not runs:
-            raise SystemExit(f"error: {args.results[0]}: holds no op to draw")
+            raise SystemExit(f"error: {args.results[0]}: has no op to plot")
         write_plot(runs[0], args.plot)
         print(f"wrote: {args.plot}")
 

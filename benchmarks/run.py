@@ -1,9 +1,9 @@
 """Measure the ops of this package against the authors' formulas and the plain convolution.
 
-Time of inference and of forward + backward, bytes kept for the backward pass, peak memory: all in
-one process, in turns. Before an op is timed, its outputs and gradients must be those of the
-formula; one that fails is named, gets no numbers, and the exit code is 1. Writes JSON, from which
-benchmarks/report.py makes the table and the plot.
+Measures the time of inference and of forward + backward, the bytes kept for the backward pass, and
+peak memory, with all candidates in one process, in alternation. First compares an op's outputs and
+gradients with the formula; an op that does not match is reported and not timed, and the exit code
+is 1. Writes JSON, which benchmarks/report.py turns into a table and a plot.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
-# Odd sizes: borders of every kind of tile. Small enough for float64.
+# Odd sizes, to test all borders of tiles; small enough for float64.
 PARITY_SHAPES = (InputSize(2, 64, 9, 7), InputSize(2, 64, 13, 10, 2))
 
 
@@ -52,7 +52,7 @@ def parse_args(argv: list[str]) -> Namespace:
         choices=OPS,
         default=list(OPS),
         metavar="OP",
-        help=f"of: {', '.join(OPS)} (default: all); nothing after it: only the detector",
+        help=f"any of {', '.join(OPS)} (default: all); without a value: only the detector",
     )
     add(
         "--shapes",
@@ -62,51 +62,55 @@ def parse_args(argv: list[str]) -> Namespace:
         help="lists of shapes (default: all but few, gpu and tiny)",
     )
     add(
-        "--kernel-size", type=int, default=3, metavar="K", help="of every op (default: %(default)s)"
+        "--kernel-size",
+        type=int,
+        default=3,
+        metavar="K",
+        help="for every op (default: %(default)s)",
     )
     add("--device", default="cpu", help="cpu, cuda or cuda:1 (default: %(default)s)")
-    add("--dtype", choices=DTYPES, default="float32", help="half ones run under autocast")
-    add("--threads", type=int, default=2, help="on the CPU (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help="half precision uses autocast")
+    add("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     add("--channels-last", action="store_true", help="memory format of inputs and convolutions")
     add(
         "--compile",
         nargs="*",
         choices=OPS,
         metavar="OP",
-        help="also the formulas of these ops (default: of all) under torch.compile: up to a minute "
-        "more a shape",
+        help="also time the formulas of these ops (default: all) with torch.compile; takes up to a "
+        "minute more per shape",
     )
     add(
         "--seconds",
         type=float,
         default=1.0,
         metavar="S",
-        help="to spend on each mode of each shape (default: %(default)s)",
+        help="time for each mode of each shape (default: %(default)s)",
     )
-    add("--rounds", type=int, default=3, help="at least so many, whatever they take (%(default)s)")
+    add("--rounds", type=int, default=3, help="minimum number of rounds (default: %(default)s)")
     add(
         "--stop-after",
         type=float,
         default=math.inf,
         metavar="S",
-        help="begin nothing new after so many seconds; what is left is named (default: no limit)",
+        help="after S seconds, start nothing new and list what is left (default: no limit)",
     )
     add(
         "--candidate",
         action="append",
         default=[],
         metavar="OP=MODULE:CLASS",
-        help="time another class with the arguments of OP as well",
+        help="also time another class that takes the arguments of OP",
     )
     add(
         "--detector",
         type=int,
         default=0,
         metavar="SIZE",
-        help="also a training iteration of RetinaNet R50-FPN on images of SIZE x SIZE, plain and "
-        "with RFAConv",
+        help="also time a training iteration of RetinaNet R50-FPN on images of SIZE x SIZE, plain "
+        "and with RFAConv",
     )
-    add("--out", type=Path, required=True, help="JSON to write; its folder is made")
+    add("--out", type=Path, required=True, help="JSON to write; creates its folder")
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.threads < 1:
         parser.error(f"--rounds {args.rounds} --threads {args.threads}: must be at least 1")
@@ -132,13 +136,13 @@ def parse_args(argv: list[str]) -> Namespace:
 
 
 class Case:
-    """One op on one shape: everything that is timed in turns, and its input.
+    """One op and one shape: the modules to time in alternation, and their input.
 
     Args:
         op (str): Name of the op.
-        shape (InputSize): Of the input.
+        shape (InputSize): Size of the input.
         layers (dict[str, nn.Module]): The candidates, on their device.
-        args (Namespace): Of the command line.
+        args (Namespace): The command line.
     """
 
     def __init__(
@@ -157,12 +161,12 @@ class Case:
         }
         self.compiled = {}
         if op in args.compile:
-            torch._dynamo.reset()  # a shape of its own, not a dynamic one
+            torch._dynamo.reset()  # compile for this shape, not a dynamic one
             self.compiled = {"compiled formula": torch.compile(self.modules["formula"])}
         self.x = make_input(shape, dtype, self.device).to(memory_format=layout)
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Run a module, under autocast for half precision."""
+        """Run a module, with autocast for half precision."""
         with torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None):
             return module(x)
 
@@ -189,7 +193,7 @@ class Case:
         return lambda: torch.autograd.grad(self.forward(module, x), inputs, upstream)
 
     def saved(self) -> dict[str, int]:
-        """Count the bytes that each keeps for the backward pass."""
+        """Count the bytes that each module keeps for the backward pass."""
         x = self.x.detach().requires_grad_()
         return {
             name: saved_bytes(lambda module=module: self.forward(module.train(), x), module)
@@ -201,7 +205,7 @@ def measure_case(case: Case, args: Namespace) -> dict:
     """Measure one op on one shape in both modes.
 
     Returns:
-        dict: By mode the times, the ratios to the baselines and the peak bytes; the saved bytes.
+        dict: For each mode, times, ratios to the baselines and peak bytes; and the saved bytes.
     """
     result: dict = {"saved_bytes": case.saved()}
     for mode in ("inference", "training"):
@@ -226,10 +230,10 @@ def measure_case(case: Case, args: Namespace) -> dict:
 def check(
     op: str, make: Callable[[InputSize], nn.Module], shapes: list[InputSize], args: Namespace
 ) -> list:
-    """Hold a candidate against the formula: in float64 on small shapes, then on the measured ones.
+    """Compare a candidate with the formula in float64, on small shapes, then on the measured ones.
 
     Returns:
-        list[str]: What differs, or the error that stopped it; empty if the candidate is right.
+        list[str]: The differences, or the error that was raised; empty if the candidate matches.
     """
     dtype = DTYPES[args.dtype]
     try:
@@ -240,15 +244,15 @@ def check(
         for shape in () if found else shapes:
             layer = make(shape).to(args.device, torch.promote_types(dtype, torch.float32))
             found += differences(op, layer, shape, dtype, large=True)
-    except Exception as error:  # of someone's candidate: whatever it raises is a failure of it
+    except Exception as error:  # candidates may raise anything
         found = [f"{type(error).__name__}: {error}"]
     return found
 
 
 def parity_shapes(kernel_size: int) -> list[InputSize]:
-    """Return the small shapes: with about as many values behind ReLU for any window.
+    """Return the small shapes, with about the same number of features for any window.
 
-    Of many more, one might lie so near its corner that rounding moves it to the other side.
+    With many more, rounding might move one across ReLU's kink.
     """
     channels = 64 if kernel_size == 3 else 16
     return [dataclasses.replace(shape, channels=channels) for shape in PARITY_SHAPES]
@@ -260,7 +264,7 @@ def sized(shapes: Iterable[InputSize], args: Namespace) -> list[InputSize]:
 
 
 def main(argv: list[str]) -> int:
-    """Measure what the command line asks for; 1 if an op is not what its formula says."""
+    """Measure according to the command line; return 1 if an op does not match its formula."""
     args = parse_args(argv)
     end = time.monotonic() + args.stop_after
     torch.set_num_threads(args.threads)
@@ -281,7 +285,7 @@ def main(argv: list[str]) -> int:
         "detector": None,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    # What an interrupted run had measured stays here.
+    # Holds the results of an interrupted run.
     unfinished = args.out.with_name(f"{args.out.name}.unfinished")
 
     def keep() -> None:
@@ -329,9 +333,11 @@ def main(argv: list[str]) -> int:
     if left_out:
         print(f"no time left: {', '.join(left_out)}")
     for name, reason in missing.items():
-        print(f"not here: {name}: {reason}")
+        print(f"not available: {name}: {reason}")
     for failure in failed:
-        print(f"error: {failure['candidate']} is not the formula of {failure['op']}; no numbers:")
+        print(
+            f"error: {failure['candidate']} differs from the formula of {failure['op']}; not timed:"
+        )
         print("".join(f"  {reason}\n" for reason in failure["reasons"][:6]), end="")
     print(f"wrote: {args.out}")
     return 1 if failed else 0

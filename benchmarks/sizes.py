@@ -1,6 +1,6 @@
-"""Input sizes to measure: those of the 3x3 convolutions of a ResNet-50, and small maps.
+"""Input sizes to measure: those of the 3x3 convolutions in a ResNet-50, and small maps.
 
-Larger windows see fewer of them: the formulas keep 25 or 49 values for each of the input.
+Larger windows use fewer of them, because formulas keep 25 or 49 values per input value.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class InputSize:
 
 
 def _resnet50(batch: int, height: int, width: int) -> list[InputSize]:
-    """Every stage's 3x3 on a padded image, and the first of stages 2 to 4, which halves the map."""
+    """Return the 3x3s of all stages, and the first of stages 2 to 4, which halves the map."""
     shapes = []
     for stage, channels in enumerate((64, 128, 256, 512)):
         down = 4 * 2**stage
@@ -45,7 +45,7 @@ SIZES: dict[str, list[InputSize]] = {
         InputSize(4, 128, 20, 20, 2),
         InputSize(4, 256, 10, 10),
         InputSize(4, 512, 5, 5),
-        InputSize(1, 256, 13, 21),  # a low level of the pyramid
+        InputSize(1, 256, 13, 21),  # a coarse level of the FPN
     ],
     "few": [
         InputSize(1, 64, 128, 128),
@@ -55,9 +55,9 @@ SIZES: dict[str, list[InputSize]] = {
         InputSize(1, 512, 16, 16),
         InputSize(4, 64, 40, 40),
         InputSize(4, 256, 10, 10),
-    ],  # some of each of these, for larger windows
+    ],  # a selection for larger windows
     "tiny": [
         InputSize(2, 64, 8, 12),
         InputSize(2, 64, 9, 7, 2),
-    ],  # seconds in all, for a first look
+    ],  # takes seconds
 }

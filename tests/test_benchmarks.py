@@ -1,4 +1,4 @@
-"""benchmarks: what it counts, what it refuses, and the table that is made of it."""
+"""benchmarks: what is counted, what is rejected, and the table of results."""
 
 import json
 import sys
@@ -53,7 +53,7 @@ def tiny(run_tool, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_run_writes_what_was_measured_and_where(tiny):
+def test_json_of_a_run(tiny):
     run = json.loads(tiny.read_text())
     assert run["machine"]["cpu"]
     assert run["versions"]["torch"] == torch.__version__
@@ -74,17 +74,17 @@ def test_a_run_writes_what_was_measured_and_where(tiny):
             assert min(result[mode]["peak_bytes"].values()) > 0
 
 
-def test_kept_bytes_of_rfaconvs_formula_and_of_the_plain_convolution(tiny):
+def test_kept_bytes_of_formula_and_plain_convolution(tiny):
     first = json.loads(tiny.read_text())["results"][0]
     assert (first["op"], first["shape"]) == ("RFAConv", vars(SIZES["tiny"][0]))
     x = 4 * 2 * 64 * 8 * 12
     assert first["saved_bytes"]["plain"] == x
-    # Input and its means; nine responses each before BN, behind ReLU, of the softmax and laid out;
+    # The input and its means; nine responses before BN, after ReLU, of the softmax and laid out;
     # two statistics of BN.
     assert first["saved_bytes"]["formula"] == (2 + 4 * 9) * x + 2 * 4 * 64 * 9
 
 
-def test_the_table_and_the_plot_are_made_from_it(run_tool, tiny, tmp_path):
+def test_table_and_plot(run_tool, tiny, tmp_path):
     table, plot = tmp_path / "new" / "table.md", tmp_path / "plots" / "plot.png"
     done = run_tool(
         sys.executable, "-m", "benchmarks.report", tiny, "--table", table, "--plot", plot
@@ -113,7 +113,7 @@ def test_the_table_and_the_plot_are_made_from_it(run_tool, tiny, tmp_path):
         assert row[6].startswith(f"{kept:.2f}x (")
 
 
-def test_larger_windows_have_a_run_and_rows_of_their_own(run_tool, tmp_path):
+def test_larger_windows_have_separate_rows(run_tool, tmp_path):
     out = tmp_path / "five.json"
     command = ("-m", "benchmarks.run", *QUICK, "--ops", "RFAConv", "--kernel-size", "5")
     done = run_tool(sys.executable, *command, "--out", out)
@@ -131,9 +131,9 @@ def test_larger_windows_have_a_run_and_rows_of_their_own(run_tool, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read"), ("no json", "cannot be read"), ("[]", "holds no results")],
+    [(None, "cannot read JSON"), ("no json", "cannot read JSON"), ("[]", "has no results")],
 )
-def test_a_file_of_something_else_is_refused(tmp_path, monkeypatch, content, message):
+def test_other_files_raise(tmp_path, monkeypatch, content, message):
     path = tmp_path / "other.json"
     if content is not None:
         path.write_text(content)
@@ -144,7 +144,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, monkeypatch, content, mes
 
 
 @pytest.mark.slow
-def test_an_op_that_is_not_its_formula_gets_no_numbers(run_tool, tmp_path):
+def test_op_that_differs_from_its_formula_is_not_timed(run_tool, tmp_path):
     (tmp_path / "someones.py").write_text(WRONG)
     out, name = tmp_path / "out.json", "SE[someones:WrongOutput]"
     command = (
@@ -158,18 +158,18 @@ def test_an_op_that_is_not_its_formula_gets_no_numbers(run_tool, tmp_path):
     )
     done = run_tool(sys.executable, *command, "--out", out, PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
-    assert f"error: {name} is not the formula of SE; no numbers:" in done.stdout
+    assert f"error: {name} differs from the formula of SE; not timed:" in done.stdout
     run = json.loads(out.read_text())
     assert [(f["op"], f["candidate"]) for f in run["failed"]] == [("SE", name)]
     assert (
         "output without a gradient, evaluation, 2x64x9x7: error 1.0e-03"
         in run["failed"][0]["reasons"][0]
     )
-    # Ours stands beside it and is right.
+    # Our own layer is measured.
     (result,) = run["results"]
     assert result["inference"]["seconds"].keys() == {"plain", "formula", "SE"}
     assert name not in json.dumps(run["results"])
-    assert f"| `{name}` | differs from the formula: no numbers |" in report.run_table(run)
+    assert f"| `{name}` | differs from the formula: not timed |" in report.run_table(run)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_an_op_that_is_not_its_formula_gets_no_numbers(run_tool, tmp_path):
         ("RFAConv", "WrongStatistics", "output without a gradient, evaluation"),
     ],
 )
-def test_what_parity_finds(tmp_path, monkeypatch, op, kind, reason):
+def test_parity_finds_differences(tmp_path, monkeypatch, op, kind, reason):
     (tmp_path / "others.py").write_text(WRONG)
     monkeypatch.syspath_prepend(tmp_path)
     makers, _ = builders(op, {op: f"others:{kind}"}, CPU)
@@ -203,7 +203,7 @@ def test_what_parity_finds(tmp_path, monkeypatch, op, kind, reason):
         (["--candidate", "SE"], "--candidate SE=: must be OP=MODULE:CLASS"),
     ],
 )
-def test_wrong_arguments_are_refused_in_words(capsys, monkeypatch, argv, message):
+def test_wrong_arguments_raise(capsys, monkeypatch, argv, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as raised:
         parse_args(["--out", "unused.json", *argv])
@@ -212,13 +212,13 @@ def test_wrong_arguments_are_refused_in_words(capsys, monkeypatch, argv, message
 
 
 @pytest.mark.parametrize("op", FORMULAS)
-def test_every_op_is_its_formula_in_float64(op):
+def test_every_op_matches_its_formula_in_float64(op):
     shape = InputSize(2, 64, 9, 7)
     layer = build(op, shape).double()
     assert differences(op, layer, shape, torch.float64) == []
 
 
-def test_a_formula_has_parameters_of_its_own():
+def test_formula_copies_parameters():
     layer = build("RFAConv", InputSize(1, 4, 5, 5))
     formula = Formula("RFAConv", layer)
     formula.train()(torch.rand(1, 4, 5, 5))
@@ -231,41 +231,41 @@ def test_a_formula_has_parameters_of_its_own():
 # --------------------------------------------------------------------------- counting
 
 
-def test_kept_bytes_by_hand():
+def test_kept_bytes_of_known_tensors():
     linear = nn.Linear(5, 7)
     x = torch.rand(3, 5, requires_grad=True)
     gate = torch.rand(7, requires_grad=True)
 
     def run():
-        y = linear(x)  # keeps x, 15 floats, and the weight, a parameter
-        z = y.reshape(7, 3).T * gate  # keeps y, 21 floats, though a view, and gate, 7
-        return z.exp() * y  # exp's result, 21, for both; y is kept already
+        y = linear(x)  # keeps x (15 floats) and the weight, which is a parameter
+        z = y.reshape(7, 3).T * gate  # keeps a view of y (21 floats), and gate (7)
+        return z.exp() * y  # keeps the result of exp (21); y is already kept
 
     assert saved_bytes(run, linear) == 4 * (15 + 21 + 7 + 21)
 
 
-def test_nothing_is_kept_without_a_gradient():
+def test_nothing_is_kept_without_gradients():
     x = torch.rand(3, 5)
     assert saved_bytes(lambda: (x * x).exp(), nn.Identity()) == 0
 
 
-def test_peak_bytes_by_hand():
+def test_peak_bytes_of_known_tensors():
     x = torch.rand(100)
 
     def run():
         a = x.sin()
         b = a.exp()  # two maps of 400 bytes
         del a
-        return b.sin()  # and two again
+        return b.sin()  # two maps again
 
     assert peak_bytes(run, CPU) == 800
 
 
-def test_turns():
+def test_runs_alternate():
     calls = []
     runs = {name: lambda name=name: calls.append(name) for name in "abc"}
     times = interleaved(runs, seconds=0.0, min_rounds=3, device=CPU)
     assert {name: len(t) for name, t in times.items()} == dict(a=3, b=3, c=3)
-    # A round of warm-up; each of the others begins with another one.
+    # A warm-up round; then each round starts with the next callable.
     assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
     assert len(interleaved(runs, 60.0, 1, CPU, max_rounds=4)["a"]) == 4

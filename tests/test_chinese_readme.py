@@ -30,7 +30,7 @@ def level(section: str) -> int:
 
 
 def links(section: str) -> list[str]:
-    # Each names the other, and has headings of its own.
+    # Each links to the other, and has its own headings.
     return sorted(link for link in LINK.findall(section) if not link.startswith(("#", "README")))
 
 

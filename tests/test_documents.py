@@ -43,7 +43,7 @@ def test_page_of_results_is_rebuilt_from_them():
     assert sorted(blocks) == sorted(stages)
     for name, stage in blocks:
         assert f"](images/ablation_{name}_{stage}.png)" in text
-    # No number stands outside of what was rebuilt.
+    # No numbers outside of these tables.
     rest = evidence.BLOCK.sub("", text)
     assert not [line for line in rest.splitlines() if line.startswith("| ") and " ± " in line]
 
@@ -64,7 +64,7 @@ def test_pages_hold_the_numbers_of_the_results(page):
     )
 
 
-def test_every_part_stands_on_its_page():
+def test_every_page_has_its_parts():
     found = {
         page: [part[2] for part in documents.BLOCK.finditer(text_of(page))]
         for page in documents.PAGES
@@ -101,7 +101,7 @@ def test_tables_of_the_benchmark():
     assert text_of("benchmarks/table.md") == "\n".join(report.tables(contents)) + "\n"
 
 
-def test_what_the_page_says_of_means():
+def test_statement_about_means():
     run = read(RESULTS / "cpu.json")
     assert "On average no layer is slower than its formula." in text_of("docs/performance.md")
     for name in report.candidates(run):

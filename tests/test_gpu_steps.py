@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: its steps as real processes, the time they get, and the table of its JSON."""
+"""benchmarks/gpu.py: steps as real processes, their time limits, and the table."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ def measured(tmp_path_factory) -> dict:
 # --------------------------------------------------------------------------- steps
 
 
-def test_a_step_that_fails_costs_no_other(tmp_path, capsys):
+def test_failing_steps_do_not_affect_others(tmp_path, capsys):
     written = tmp_path / "gpu.json"
     steps = [
         shell("good", """echo '{"number": 1}' > {out}; echo all is well"""),
@@ -55,7 +55,7 @@ def test_a_step_that_fails_costs_no_other(tmp_path, capsys):
         ("silent", "failed", "exit code 4"),
         ("shot", "failed", "killed by SIGSEGV"),
         ("left out", "skipped", "there is one GPU"),
-        ("between", "passed", "5"),  # what there was of the JSON by then
+        ("between", "passed", "5"),  # the JSON is written after each step
         ("no JSON", "passed", "blue"),
     ]
     assert [step["result"] for step in content["steps"]] == [{"number": 1}, *[None] * 6]
@@ -67,8 +67,8 @@ def test_a_step_that_fails_costs_no_other(tmp_path, capsys):
     assert "[5/7] left out: skipped, 0 s: there is one GPU\n" in capsys.readouterr().out
 
 
-def test_a_step_that_hangs_is_ended_with_its_children_and_keeps_what_it_wrote(tmp_path):
-    fifo = tmp_path / "held"  # open for writing as long as one of the processes lives
+def test_hanging_step_is_killed_with_its_children_and_its_output_is_kept(tmp_path):
+    fifo = tmp_path / "held"  # open for writing while any of the processes is alive
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     script = f"exec 9> {fifo}; echo begun; echo '[1]' > {{out}}.unfinished; sleep 1000 & wait"
@@ -89,28 +89,28 @@ def test_a_step_that_hangs_is_ended_with_its_children_and_keeps_what_it_wrote(tm
     os.close(reader)
 
 
-def test_the_time_is_shared_by_weight_and_what_is_left_over_goes_on(tmp_path):
+def test_steps_share_time_by_weight_and_unused_time_is_passed_on(tmp_path):
     content = {**GPU}
     steps = [
-        shell("a quarter of it", "echo {stop}"),
-        shell("skipped, which weighs nothing", "", weight=1000.0, skip="no"),
-        shell("all that is left", "echo {stop}", weight=3.0),
+        shell("a quarter of the time", "echo {stop}"),
+        shell("skipped, so its weight does not count", "", weight=1000.0, skip="no"),
+        shell("all remaining time", "echo {stop}", weight=3.0),
     ]
     run_steps(steps, 1e6, tmp_path, content)
     first, _, last = (step["said"] for step in content["steps"])
-    # 0.7 of a limit; the first step took a few seconds at most.
+    # {stop} is 0.7 of the limit; the first step took at most a few seconds.
     assert 174_000 < int(first) <= 175_000
     assert 695_000 < int(last) <= 700_000
 
 
-def test_no_step_gets_less_than_it_needs_to_begin(tmp_path):
+def test_every_step_gets_a_minimum_of_time(tmp_path):
     content = {**GPU}
     steps = [shell("light", "echo {stop}"), shell("heavy", "echo {stop}", weight=1e9)]
     run_steps(steps, 1000, tmp_path, content)
     assert content["steps"][0]["said"] == f"{0.7 * LEAST:.0f}"
 
 
-def test_steps_without_time_are_named(tmp_path):
+def test_steps_without_time_are_listed(tmp_path):
     content = {**GPU}
     run_steps([shell("late", "exit 1"), shell("later", "exit 1")], LEAST / 2, tmp_path, content)
     assert [(step["state"], step["said"]) for step in content["steps"]] == [
@@ -119,7 +119,7 @@ def test_steps_without_time_are_named(tmp_path):
     assert "| late | not run | 0 | no time left |" in (tmp_path / "gpu.md").read_text()
 
 
-def test_without_a_gpu_one_line_says_so(tmp_path, monkeypatch, capsys):
+def test_no_gpu_prints_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert gpu.main(["--out", str(tmp_path / "new")]) == 2
     line = f"no GPU: torch {torch.__version__} finds no CUDA device here\n"
@@ -128,12 +128,12 @@ def test_without_a_gpu_one_line_says_so(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_kill_ends_the_step_that_runs(environment, tmp_path):
+def test_sigterm_kills_the_running_step(environment, tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny"]
     whole = subprocess.Popen([*command, "--out", str(tmp_path)], cwd=ROOT, env=environment)
     log = tmp_path / "gpu.log"
 
-    def has_printed() -> bool:  # behind the line that names it
+    def has_printed() -> bool:  # after the line with its name
         return log.exists() and log.read_bytes().split(b"\n", 2)[2:] > [b""]
 
     wait_until(has_printed, whole)
@@ -147,7 +147,7 @@ def test_a_kill_ends_the_step_that_runs(environment, tmp_path):
 # --------------------------------------------------------------------------- the plan
 
 
-def test_what_a_gpu_gets(monkeypatch):
+def test_steps_for_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     steps = plan("cuda", False, 2)
     assert steps[0].name == "parity, float32, NCHW"
@@ -157,7 +157,7 @@ def test_what_a_gpu_gets(monkeypatch):
     for step in steps:
         if "benchmarks.run" in step.command:
             arguments = [part.replace("{stop}", "9") for part in step.command[3:]]
-            args = run.parse_args(arguments)  # exits if one is not known
+            args = run.parse_args(arguments)  # exits on an unknown argument
             assert args.device.type == "cuda"
             assert args.ops == ([] if args.detector else ["RFAConv", "RFCBAMConv", "RFCAConv"])
             kind = "RetinaNet" if args.detector else "layers"
@@ -167,7 +167,7 @@ def test_what_a_gpu_gets(monkeypatch):
     assert {("layers", "float32", False, True), ("RetinaNet", "float32", False, False)} <= measured
 
 
-def test_what_one_gpu_and_none_do_not_get():
+def test_steps_skipped_with_one_gpu_or_none():
     skipped = {step.name: step.skip for step in plan("cuda", False, 1)}
     assert skipped["second device"] == "there is one GPU"
     skipped = {step.name: step.skip for step in plan("cpu", True, 0) if step.skip}
@@ -178,7 +178,7 @@ def test_what_one_gpu_and_none_do_not_get():
 
 @pytest.mark.slow
 @pytest.mark.skipif(LACKS_TRITON, reason=str(LACKS_TRITON))
-def test_each_step_of_parity_finds_tests_of_its_own():
+def test_parity_steps_select_different_tests():
     found = []
     for step in plan("cpu", False, 0)[:2]:
         command = [*step.command, "--collect-only"]
@@ -210,7 +210,7 @@ def test_every_step_works_on_a_cpu(run_tool, tmp_path):
 # --------------------------------------------------------------------------- what the steps run
 
 
-def test_a_run_without_time_names_what_is_left(tmp_path, capsys):
+def test_run_without_time_lists_what_is_left(tmp_path, capsys):
     out = tmp_path / "run.json"
     assert run.main([*QUICK, "--ops", "RFAConv", "--stop-after", "0", "--out", str(out)]) == 0
     assert "no time left: RFAConv 2x64x8x12, RFAConv 2x64x9x7/2\n" in capsys.readouterr().out
@@ -234,7 +234,7 @@ def test_small_cases(monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [1.01, torch.nan])
-def test_graphs_are_compared(wrong):
+def test_graph_results_are_compared(wrong):
     right = {"output": torch.rand(3, 4)}
     device_checks._compare("a layer", {"output": right["output"] + 1e-6}, right)
     with pytest.raises(UserError, match="a layer: output in a CUDA graph: error"):
@@ -260,10 +260,10 @@ def steps_of(*results: dict | None) -> dict:
     return {**GPU, "steps": steps}
 
 
-def test_gpu_columns_are_of_make_gpu_alone(measured):
+def test_gpu_columns_only_use_make_gpu(measured):
     on_gpu = as_on_a_gpu(measured)
     assert set(gpu_cells([measured, on_gpu])) == {report.NOT_MEASURED}
-    # Nor are the CPU's columns of a trial of the steps on a CPU.
+    # Nor do steps tried on a CPU count.
     assert set(gpu_cells([steps_of(measured)])) == {report.NOT_MEASURED}
     cells = gpu_cells([measured, steps_of(None, {"iterations": 18}, on_gpu)])
     assert "x (float32" in cells[0]
@@ -273,7 +273,7 @@ def test_gpu_columns_are_of_make_gpu_alone(measured):
     assert "(float32, channels_last" in both
 
 
-def test_steps_of_one_configuration_are_one_run(measured):
+def test_steps_of_a_configuration_are_merged(measured):
     first = as_on_a_gpu(measured)
     first["failed"] = [dict(op="SE", candidate="SE", reasons=["differs"])]
     detector = {**first, "results": [], "failed": [], "detector": {"size": 800}, "command": "b"}
@@ -289,7 +289,7 @@ def test_steps_of_one_configuration_are_one_run(measured):
     assert first["results"][1]["saved_bytes"] != again["results"][0]["saved_bytes"]
 
 
-def test_the_report_takes_both_kinds_of_files(measured, tmp_path, monkeypatch, capsys):
+def test_report_accepts_both_kinds_of_files(measured, tmp_path, monkeypatch, capsys):
     paths = [tmp_path / "cpu.json", tmp_path / "gpu.json"]
     for path, content in zip(paths, (measured, steps_of(as_on_a_gpu(measured))), strict=True):
         path.write_text(json.dumps(content))

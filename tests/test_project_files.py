@@ -94,7 +94,7 @@ def test_forms_are_as_github_reads_them(path):
     assert any(part.get("validations", {}).get("required") for part in fields)
 
 
-def test_bugs_come_with_what_the_doctor_says():
+def test_bug_template_asks_for_the_doctors_output():
     form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text(encoding="utf-8"))
     (field,) = [part for part in form["body"] if part.get("id") == "doctor"]
     assert "python -m rfa_mmdet doctor" in field["attributes"]["description"]

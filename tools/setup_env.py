@@ -30,6 +30,7 @@ STACKS = {
     "prebuilt": ("3.10", "3.11"),
     "onedl": ("3.12", "3.11", "3.10"),
     "tasks": ("3.10", "3.11"),
+    "mmyolo": ("3.12", "3.11", "3.10"),
 }
 # For these, OpenMMLab has built mmcv.
 PREBUILT = ("prebuilt", "tasks")
@@ -268,6 +269,8 @@ class Setup:
         names = f"{self.mmcv}|triton" if ask(self.python, ASK_TRITON) == "True" else self.mmcv
         rest = re.sub(rf"(?m)^({names})==.*$", "", self.pins)
         self.pip("install", "-q", "-r", "/dev/stdin", input=rest, text=True)
+        if self.stack == "mmyolo":
+            accept_mmcv(self.venv)
         try:
             ask(self.python, "import torch, cv2")
         except SetupError as error:  # fail before compiling for minutes
@@ -405,6 +408,13 @@ class Setup:
             print(f"      done, {time.monotonic() - start:.1f} s", flush=True)
         examine(self.python)
         (self.venv / STAMP).write_text(self.stamp())
+
+
+def accept_mmcv(venv: Path) -> None:
+    """Let MMYOLO 0.6.0 accept mmcv 2.1, which is newer and works with it."""
+    (file,) = venv.glob("lib/python*/site-packages/mmyolo/__init__.py")
+    pattern = r"(?m)^mmcv_maximum_version = .*$"
+    file.write_text(re.sub(pattern, "mmcv_maximum_version = '2.2.0'", file.read_text()))
 
 
 def check_cuda(torch: dict) -> None:

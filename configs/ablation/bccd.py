@@ -35,7 +35,7 @@ stages = dict(
         options={
             "train_cfg.max_epochs": max_epochs,
             "optim_wrapper.optimizer.lr": 2e-4,
-            "param_scheduler.1.T_max": max_epochs,  # the cosine, behind the warm-up
+            "param_scheduler.1.T_max": max_epochs,  # the cosine schedule after the warm-up
             "param_scheduler.1.end": max_epochs,
         },
     ),

@@ -12,7 +12,7 @@ checkpoint = "best"
 max_epochs = 12
 scale = (320, 240)
 options = {
-    # A quarter of the width, as of the demo's detector; half of the images' size.
+    # A quarter of the width, like the demo's detector, and half of the images' size.
     "model.backbone.base_channels": 32,
     "model.neck.in_channels": [32, 64, 128, 256],
     "model.neck.out_channels": 64,

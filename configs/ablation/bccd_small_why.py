@@ -18,7 +18,7 @@ def new_parameters(**options):
 
 
 def strided():
-    """RFAConv as the first convolution of stages 2 to 4 alone, which has stride 2."""
+    """RFAConv only as the first 3x3 convolution of stages 2 to 4, which has stride 2."""
     edits = [dict(where=r"layer[234]\.0\.conv1", conv=dict(type="RFAConv", bias=True))]
     module = dict(
         type="RFAResNet",

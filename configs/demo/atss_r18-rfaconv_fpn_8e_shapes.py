@@ -6,7 +6,7 @@ _base_ = [
 ]
 
 # A quarter of the width. ATSS's head learns faster than RetinaNet's, as it gives an object more
-# cells to learn from. One anchor a cell, and levels for objects of 10 to 140 pixels.
+# cells to learn from. One anchor per cell, and levels for objects of 10 to 140 pixels.
 strides = [8, 16, 32]
 model = dict(
     type="ATSS",

@@ -20,7 +20,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "docs" / "images"
 BENCHMARK = ROOT / "benchmarks" / "results" / "cpu.json"
-# Text, lines, soft fill, and two colours that are told apart by everybody.
+# Text, lines, soft fill, and two colours that everyone can distinguish.
 THEMES = {
     "light": dict(ink="#24292f", line="#8c959f", soft="#eef1f5", one="#3b5bdb", two="#d9480f"),
     "dark": dict(ink="#e6e8ee", line="#8b93a7", soft="#2b3040", one="#8ea2ff", two="#ffa066"),
@@ -28,7 +28,7 @@ THEMES = {
 
 
 def blank(width: float, height: float, x: float, y: float) -> tuple[Figure, Axes]:
-    """Return a figure with one axes without ticks, in units of its own, y downward."""
+    """Return a figure with one axes without ticks, in data units, y downward."""
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, x), ylim=(y, 0), aspect="equal")
@@ -57,7 +57,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def windows(theme: dict) -> Figure:
-    """Draw two windows that share cells: one weight a cell beside one weight a window and cell."""
+    """Draw two windows that share cells, with one weight per cell, and one per window and cell."""
     ink, line, one, two = (theme[key] for key in ("ink", "line", "one", "two"))
     figure, axes = blank(8, 3.6, 16, 7.2)
     rng = np.random.default_rng(4)

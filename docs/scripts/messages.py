@@ -1,4 +1,4 @@
-"""The messages in the package's sources, as they are printed but for what varies."""
+"""Messages in the package's sources, with placeholders for the parts that vary."""
 
 import ast
 import re

@@ -50,8 +50,8 @@ def passed(attention: Tensor, x: Tensor) -> Tensor:
     """
     attention, size = attention.float().expand_as(x), x.float().abs()
     total = size.sum(1)
-    weighed = (attention * size).sum(1) / total.clamp_min(1e-12)
-    return torch.where(total > 0, weighed, attention.mean(1))
+    weighted = (attention * size).sum(1) / total.clamp_min(1e-12)
+    return torch.where(total > 0, weighted, attention.mean(1))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, its detections beside the truth, its attention."""
+"""Pictures of a run: curves, detections next to the ground truth, and attention."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,7 +105,7 @@ def draw_boxes(
         classes (Sequence[str]): Class names.
         score_threshold (float | None): Detections below are left out. Defaults to None: it is the
             truth.
-        scale (int): Enlarge the image so many times, for names to be legible. Defaults to 1.
+        scale (int): Factor by which to enlarge the image, so that names are legible. Defaults to 1.
 
     Returns:
         np.ndarray: (H * scale, W * scale, 3) uint8, RGB.
@@ -139,8 +139,8 @@ def draw_boxes(
 def save_attention(image: np.ndarray, maps: dict[str, Tensor], out: Path) -> None:
     """Show the attention of RFAConv layers over an image.
 
-    Above, where a layer's attention prefers some of the window's positions (0: it weighs all
-    alike); below, how much it gives each position of the window, mean over image and channels.
+    The upper row shows where a layer's attention prefers some positions of the window (0: all have
+    the same weight); the lower row shows the mean weight of each position over image and channels.
 
     Args:
         image (np.ndarray): (H, W, 3) uint8, RGB.
@@ -184,7 +184,7 @@ def save_attention(image: np.ndarray, maps: dict[str, Tensor], out: Path) -> Non
 def save_heats(
     image: np.ndarray, heats: Sequence[Heat], out: Path, seen: tuple[float, float] = (1, 1)
 ) -> None:
-    """Lay the maps of layers over an image, each with a scale of its own.
+    """Lay the maps of layers over an image, each with its own scale.
 
     Args:
         image (np.ndarray): (H, W, 3) uint8, RGB.
@@ -208,7 +208,7 @@ def save_heats(
     for one, heat in zip(list(axes.flat)[1:], heats, strict=False):
         over = over_image(heat.values, (height, width), seen)
         low, high = (0.0 if heat.meaning == "focus" else over.min().item()), over.max().item()
-        # A map that is the same everywhere has no scale of its own.
+        # A constant map has no scale.
         reach = max(high - low, 1e-6)
         shown = lay_over(one, image, over, low, low + reach)
         meaning = f"{heat.kind}: {heat.meaning}, {low:.3g} to {high:.3g}"
@@ -234,7 +234,7 @@ def lay_over(
         high (float | None): Value of the brightest colour. Defaults to None: the largest.
 
     Returns:
-        AxesImage: What a colour bar is made from.
+        AxesImage: The image, e.g. for a colour bar.
 
     Example:
         >>> import torch
@@ -269,7 +269,7 @@ def over_image(values: Tensor, size: tuple[int, int], seen: tuple[float, float])
 
 
 def save_side_by_side(pictures: dict[str, np.ndarray], out: Path) -> None:
-    """Show pictures beside each other.
+    """Show pictures side by side.
 
     Args:
         pictures (dict[str, np.ndarray]): Title to (H, W, 3) uint8, RGB.

@@ -105,7 +105,7 @@ def _check_step(
             if shape == _TRIED:
                 shape = shape_of(of_id[i])
             elif shape != ():
-                continue  # a shape of its own
+                continue  # its shape may differ
             if not (shape_of(value) == shape if shape else is_number(value)):
                 odd = f"{what}.state[{i}][{key!r}] is {shape_of(value)}"
                 raise Damaged(f"{odd}, but its parameter is {shape_of(of_id[i])}")

@@ -170,7 +170,7 @@ def resolve(value: Any) -> Any:
 
     Raises:
         Refused: A stand-in has no content, or the data is nested too deeply, contains itself, or
-            has so many shared references that walking through it would not end.
+            has too many shared references to be traversed.
 
     Example:
         >>> resolve([1, Callee("a.b", value=str)])

@@ -190,6 +190,8 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, Exception) as error:
         if _is_interruption(error):
+            # Objects that Ctrl-C left half initialized fail in their __del__.
+            sys.unraisablehook = lambda _: None
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
         if not isinstance(error, errors):
@@ -225,7 +227,7 @@ def _hide_lost_readers(hook: Callable) -> Callable:
 
 
 def _is_interruption(error: BaseException | None) -> bool:
-    """Return whether this is Ctrl-C, even if a library re-raised it as an error of its own."""
+    """Return whether this is Ctrl-C, even if a library re-raised it as another error."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True

@@ -417,10 +417,10 @@ class Doctor:
     def check_requirements(self) -> Iterator[Problem]:
         """Find requirements of the relevant packages that pip reports as missing."""
         ours = {"rfa-mmdet", "torch", *(n for names in self.owners.values() for n in names)}
-        told = {DISTRIBUTIONS.get(name, name) for name in (*LIBRARIES, *FOR_TOOLS)}
+        known = {DISTRIBUTIONS.get(name, name) for name in (*LIBRARIES, *FOR_TOOLS)}
         report = PIP_CHECK.findall(output(sys.executable, "-m", "pip", "check"))
-        found = {text: need for text, name, need in report if canonical(name) in ours | told}
-        found = {text: need for text, need in found.items() if canonical(need) not in told}
+        found = {text: need for text, name, need in report if canonical(name) in ours | known}
+        found = {text: need for text, need in found.items() if canonical(need) not in known}
         if found:
             broken = any("No module named" in self.error(name) for name in OPENMMLAB)
             fix = self.install(*sorted(set(found.values())))

@@ -174,7 +174,7 @@ def _check_version(cfg: Config) -> None:
 
 
 def _finds_masks(cfg: Config) -> bool | None:
-    """Return whether a detector has a mask head; None if that cannot be told from its config."""
+    """Return whether a detector has a mask head; None if its config does not say."""
     model = _unwrapped(cfg.model)
     kind = _resolve(model.get("type"))
     head = _unwrapped(model.get("roi_head") or model.get("bbox_head"))

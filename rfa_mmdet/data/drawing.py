@@ -10,7 +10,7 @@ import numpy as np
 from numpy.random import Generator
 
 CLASSES = ("circle", "square", "triangle", "star")
-# An object of which less can be seen is not in the set.
+# Objects with a smaller visible fraction are left out.
 MIN_VISIBLE = 0.75
 # Of a shape to what surrounds it, as a distance in CIE Lab (black to white is 100).
 MIN_CONTRAST = 40.0
@@ -46,7 +46,7 @@ def draw_image(
     Args:
         rng (Generator): Where all chance comes from.
         image_size (tuple[int, int]): Width and height.
-        max_objects (int): At most so many shapes, and one at least.
+        max_objects (int): Maximum number of shapes; there is at least one.
 
     Returns:
         tuple[np.ndarray, list]: (H, W, 3) of uint8 in BGR, and the shapes, later ones in front.
@@ -105,7 +105,7 @@ def _background(rng: Generator, width: int, height: int) -> np.ndarray:
 
 
 def _waves(rng, width, height, cycles, amplitude) -> np.ndarray:
-    """Return (H, W, 3): a sine in a random direction, of so many cycles an image."""
+    """Return (H, W, 3): a sine in a random direction, with this many cycles per image."""
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[:height, :width] / max(width, height)
     phase = 2 * np.pi * rng.uniform(*cycles) * (x * np.cos(angle) + y * np.sin(angle))

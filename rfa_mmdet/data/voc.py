@@ -91,14 +91,14 @@ def read_voc(
     return _Reader(path, classes, correct).read(get(path, backend_args))
 
 
-def told(corrected: Mapping[str, Sequence[str]]) -> str:
-    """Summarise the corrections in one line.
+def describe_corrections(corrected: Mapping[str, Sequence[str]]) -> str:
+    """Return a one-line summary of corrections.
 
     Args:
         corrected (Mapping[str, Sequence[str]]): Correction -> ids of the images.
 
     Example:
-        >>> told({"encoding 'gbk'": ["a", "b", "c", "d"]})
+        >>> describe_corrections({"encoding 'gbk'": ["a", "b", "c", "d"]})
         "corrected: encoding 'gbk' (4 XML files: a, b, c, ...)"
     """
     parts = [

@@ -13,7 +13,7 @@ from mmdet.registry import DATASETS
 from mmengine.fileio import LocalBackend, get, get_file_backend, list_from_file
 from mmengine.logging import print_log
 
-from rfa_mmdet.data.voc import VocBox, VocImage, read_voc, told
+from rfa_mmdet.data.voc import VocBox, VocImage, describe_corrections, read_voc
 from rfa_mmdet.errors import DataError
 
 SUFFIXES = {
@@ -238,7 +238,9 @@ class AnyImageXMLDataset(XMLDataset):
                 f"read: {'; '.join(problems[:3])}"
             )
         if corrected:
-            print_log(f"{self.ann_file}: {told(corrected)}", "current", logging.WARNING)
+            print_log(
+                f"{self.ann_file}: {describe_corrections(corrected)}", "current", logging.WARNING
+            )
         return data_list
 
     def parse_data_info(self, img_info: dict) -> dict:

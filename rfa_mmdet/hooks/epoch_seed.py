@@ -35,7 +35,7 @@ class EpochSeedHook(Hook):
             loader.sampler.seed = runner.seed
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Seed this process, and thereby the workers that it starts, for the next epoch."""
+        """Seed this process, and so the workers that it starts, for the next epoch."""
         runner.train_dataloader._iterator = None  # drops persistent workers
         entropy = (runner.seed, runner.epoch, runner.rank)
         set_random_seed(int(SeedSequence(entropy).generate_state(1)[0]))

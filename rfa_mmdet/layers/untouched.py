@@ -111,8 +111,8 @@ def dtype_of(module: nn.Module, x: Tensor) -> torch.dtype:
         # An adapter's scale may have another dtype.
         weight = next((p for p in module.parameters() if p.dim() > 1), None)
     if weight is None:  # replicas of DataParallel and quantised modules have no parameters
-        of_inner = (inner.__dict__.get("weight") for inner in module.modules())
-        weight = next((w for w in of_inner if isinstance(w, Tensor)), None)
+        weights = (inner.__dict__.get("weight") for inner in module.modules())
+        weight = next((w for w in weights if isinstance(w, Tensor)), None)
     if weight is None or not weight.is_floating_point():
         return compute_dtype(x.dtype)
     return weight.dtype

@@ -33,11 +33,11 @@ def channel_gate(maxima: Tensor, means: Tensor, squeeze: Tensor, excite: Tensor)
     with no_autocast(maxima):
         # As matrix products: convolutions of single positions take three times longer.
         first, second = squeeze.flatten(1), excite.flatten(1)
-        of_maxima, of_means = [
+        max_score, mean_score = [
             F.linear(torch.relu(F.linear(pool.flatten(1), first)), second)
             for pool in (maxima, means)
         ]
-        return torch.sigmoid(at_least_float32(of_maxima + of_means))[:, :, None, None]
+        return torch.sigmoid(at_least_float32(max_score + mean_score))[:, :, None, None]
 
 
 def spatial_pools(x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def spatial_gate(pools: Tensor, weight: Tensor) -> Tensor:
     return torch.sigmoid(at_least_float32(score))
 
 
-def weigh_channels_and_cells(
+def apply_cbam_gates(
     x: Tensor,
     maxima: Tensor,
     means: Tensor,
@@ -124,26 +124,26 @@ def weigh_channels_and_cells(
     Example:
         >>> x, pools = torch.ones(4, 8, 3, 5), torch.ones(2, 4, 8, 1, 1)
         >>> zeros = torch.zeros(2, 8, 1, 1), torch.zeros(8, 2, 1, 1), torch.zeros(1, 2, 7, 7)
-        >>> weigh_channels_and_cells(x, *pools, *zeros).unique()
+        >>> apply_cbam_gates(x, *pools, *zeros).unique()
         tensor([0.2500])
     """
     if recomputes():
         given = (x, maxima, means, squeeze, excite, weight)
-        weighed: Tensor = _WeighChannelsAndCells.apply(scale, *given)
-        return weighed
+        weighted: Tensor = _ApplyCBAMGates.apply(scale, *given)
+        return weighted
     x = x * channel_gate(maxima, means, squeeze, excite).to(x.dtype)
     return x * scaled(spatial_gate(spatial_pools(x), weight), scale).to(x.dtype)
 
 
-class _WeighChannelsAndCells(torch.autograd.Function):
+class _ApplyCBAMGates(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scale: float, x: Tensor, *given: Tensor) -> Tensor:
-        *of_channels, weight = given
-        weighed = x * channel_gate(*of_channels).to(x.dtype)
-        gate = spatial_gate(spatial_pools(weighed), weight)
+        *channel_inputs, weight = given
+        weighted = x * channel_gate(*channel_inputs).to(x.dtype)
+        gate = spatial_gate(spatial_pools(weighted), weight)
         ctx.save_for_backward(x, gate, *given)
         ctx.scale = scale
-        return weighed.mul_(scaled(gate, scale).to(x.dtype))
+        return weighted.mul_(scaled(gate, scale).to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -154,21 +154,21 @@ class _WeighChannelsAndCells(torch.autograd.Function):
         with torch.enable_grad():
             learnt_channel = channel_gate(*given).to(x.dtype)
         channel = learnt_channel.detach()
-        # Only two buffers of x's size are allocated: weighed and grad.
-        weighed = x * channel
-        grad = grad_y * weighed
-        of_gate = scaled(grad.sum(1, keepdim=True, dtype=gate.dtype), ctx.scale)
-        of_score = of_gate * gate * (1 - gate)
-        pools = spatial_pools(weighed)
-        of_pools, of_weight = same_conv_gradients(
-            of_score.to(weight.dtype), pools.to(weight.dtype), weight
+        # Only two buffers of x's size are allocated: weighted and grad.
+        weighted = x * channel
+        grad = grad_y * weighted
+        grad_gate = scaled(grad.sum(1, keepdim=True, dtype=gate.dtype), ctx.scale)
+        grad_score = grad_gate * gate * (1 - gate)
+        pools = spatial_pools(weighted)
+        grad_pools, grad_weight = same_conv_gradients(
+            grad_score.to(weight.dtype), pools.to(weight.dtype), weight
         )
-        of_maxima, of_means = of_pools.chunk(2, dim=1)
-        hits, share = shares_of_maximum(weighed, pools[:, :1].to(x.dtype), of_maxima)
+        grad_maxima, grad_means = grad_pools.chunk(2, dim=1)
+        hits, share = shares_of_maximum(weighted, pools[:, :1].to(x.dtype), grad_maxima)
         torch.mul(grad_y, scaled(gate, ctx.scale).to(x.dtype), out=grad)
-        grad.addcmul_(hits, share).add_((of_means / x.shape[1]).to(x.dtype))
-        of_channel = torch.mul(grad, x, out=hits).sum((2, 3), keepdim=True)
+        grad.addcmul_(hits, share).add_((grad_means / x.shape[1]).to(x.dtype))
+        grad_channel = torch.mul(grad, x, out=hits).sum((2, 3), keepdim=True)
         learnt = [tensor for tensor in given if tensor.requires_grad]
-        found = iter(torch.autograd.grad(learnt_channel, learnt, of_channel) if learnt else ())
-        of_given = (next(found) if need else None for need in needed)
-        return None, grad.mul_(channel), *of_given, of_weight
+        found = iter(torch.autograd.grad(learnt_channel, learnt, grad_channel) if learnt else ())
+        grad_given = (next(found) if need else None for need in needed)
+        return None, grad.mul_(channel), *grad_given, grad_weight

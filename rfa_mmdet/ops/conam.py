@@ -121,7 +121,7 @@ def confidence_gate(
     with no_autocast(x):
         values = at_least_float32(x)
         local = patch_means(values, patch_size)  # (B, C, rows, columns)
-        if is_recorded():  # so that FLOPs are counted as in the formula
+        if is_recorded():  # so FLOP counters see the formula
             means = values.mean((2, 3))
         else:
             means = map_means(local, patch_size, (x.shape[2], x.shape[3]))

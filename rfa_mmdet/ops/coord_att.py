@@ -17,8 +17,8 @@ def coordinate_gates(
     rows: Tensor,
     columns: Tensor,
     shared: Callable[[Tensor], Tensor],
-    of_rows: Callable[[Tensor], Tensor],
-    of_columns: Callable[[Tensor], Tensor],
+    row_conv: Callable[[Tensor], Tensor],
+    column_conv: Callable[[Tensor], Tensor],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Return the weights of the rows and columns of every channel.
@@ -27,8 +27,8 @@ def coordinate_gates(
         rows (Tensor): The mean of each row, (B, C, H).
         columns (Tensor): The mean of each column, (B, C, W).
         shared (Callable): Maps both means, (B, C, H + W, 1), to (B, m, H + W, 1).
-        of_rows (Callable): Maps the part of the rows, (B, m, H, 1), to (B, C, H, 1).
-        of_columns (Callable): Maps the part of the columns, (B, m, W, 1), to (B, C, W, 1).
+        row_conv (Callable): Maps the row part, (B, m, H, 1), to (B, C, H, 1).
+        column_conv (Callable): Maps the column part, (B, m, W, 1), to (B, C, W, 1).
         dtype (torch.dtype): Input dtype of ``shared``.
 
     Returns:
@@ -45,14 +45,14 @@ def coordinate_gates(
         both = torch.cat([rows, columns], dim=2).unsqueeze(3)  # (B, C, H + W, 1)
         hidden = shared(both.to(dtype))
         hidden_rows, hidden_columns = hidden.split([rows.shape[2], columns.shape[2]], dim=2)
-        row_score = of_rows(hidden_rows).squeeze(3)
-        column_score = of_columns(hidden_columns).squeeze(3)
+        row_score = row_conv(hidden_rows).squeeze(3)
+        column_score = column_conv(hidden_columns).squeeze(3)
     row_gate = torch.sigmoid(at_least_float32(row_score))
     column_gate = torch.sigmoid(at_least_float32(column_score))
     return row_gate, column_gate
 
 
-def weigh_by_coordinates(
+def apply_coordinate_gates(
     x: Tensor,
     norm: Callable[[Tensor], Tensor],
     eps: float,
@@ -83,14 +83,14 @@ def weigh_by_coordinates(
         >>> shared = torch.nn.Sequential(convs[0], norm, torch.nn.Hardswish())
         >>> rows, columns = coordinate_gates(x.mean(3), x.mean(2), shared, *convs[1:], x.dtype)
         >>> expected = x * columns.unsqueeze(2) * rows.unsqueeze(3)
-        >>> torch.allclose(weigh_by_coordinates(x, norm, norm.eps, *weights), expected, atol=1e-6)
+        >>> torch.allclose(apply_coordinate_gates(x, norm, norm.eps, *weights), expected, atol=1e-6)
         True
     """
-    y: Tensor = _WeighByCoordinates.apply(norm, eps, scale, x, *given)
+    y: Tensor = _ApplyCoordinateGates.apply(norm, eps, scale, x, *given)
     return y
 
 
-class _WeighByCoordinates(torch.autograd.Function):
+class _ApplyCoordinateGates(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -122,7 +122,7 @@ class _WeighByCoordinates(torch.autograd.Function):
         height, width = x.shape[2:]
         with no_autocast(x):
             z = pointwise(means, weight, bias)
-            normed, *of_batch = torch.native_batch_norm(
+            normed, *batch_stats = torch.native_batch_norm(
                 z, gain, shift, mean, var, not held, 0.0, ctx.eps
             )
             hidden = F.hardswish(normed)
@@ -132,25 +132,27 @@ class _WeighByCoordinates(torch.autograd.Function):
                 columns.unsqueeze(2).to(x.dtype),
             )
             products = grad_y * x
-            of_rows = (products @ column_gates.mT).squeeze(3).to(rows.dtype)
-            of_columns = (row_gates.mT @ products).squeeze(2).to(rows.dtype)
+            grad_rows = (products @ column_gates.mT).squeeze(3).to(rows.dtype)
+            grad_columns = (row_gates.mT @ products).squeeze(2).to(rows.dtype)
             del products
-            of_rows = scaled(of_rows, ctx.scale)
-            of_rows = torch.ops.aten.sigmoid_backward(of_rows, rows).to(hidden.dtype)
-            of_columns = torch.ops.aten.sigmoid_backward(of_columns, columns).to(hidden.dtype)
+            grad_rows = scaled(grad_rows, ctx.scale)
+            grad_rows = torch.ops.aten.sigmoid_backward(grad_rows, rows).to(hidden.dtype)
+            grad_columns = torch.ops.aten.sigmoid_backward(grad_columns, columns).to(hidden.dtype)
             hidden_rows, hidden_columns = hidden.split([height, width], dim=2)
-            of_hidden_rows, *of_h = pointwise_gradients(of_rows, hidden_rows, weight_h)
-            of_hidden_columns, *of_w = pointwise_gradients(of_columns, hidden_columns, weight_w)
-            of_hidden = torch.cat([of_hidden_rows, of_hidden_columns], dim=2)
-            of_z, *of_norm = torch.ops.aten.native_batch_norm_backward(
-                *(torch.ops.aten.hardswish_backward(of_hidden, normed), z, gain, mean, var),
-                *(*of_batch, not held, ctx.eps, (True, gain is not None, shift is not None)),
+            grad_hidden_rows, *grad_h = pointwise_gradients(grad_rows, hidden_rows, weight_h)
+            grad_hidden_columns, *grad_w = pointwise_gradients(
+                grad_columns, hidden_columns, weight_w
             )
-            of_means, *of_both = pointwise_gradients(of_z, means, weight)
+            grad_hidden = torch.cat([grad_hidden_rows, grad_hidden_columns], dim=2)
+            grad_z, *grad_norm = torch.ops.aten.native_batch_norm_backward(
+                *(torch.ops.aten.hardswish_backward(grad_hidden, normed), z, gain, mean, var),
+                *(*batch_stats, not held, ctx.eps, (True, gain is not None, shift is not None)),
+            )
+            grad_means, *grad_shared = pointwise_gradients(grad_z, means, weight)
             grad_x = (grad_y * column_gates).mul_(row_gates)
-            grad_x += (of_means[..., :height] / width).unsqueeze(3)
-            grad_x += (of_means[..., height:] / height).unsqueeze(2)
-        gradients = (grad_x, *of_both, *of_norm, *of_h, *of_w)
+            grad_x += (grad_means[..., :height] / width).unsqueeze(3)
+            grad_x += (grad_means[..., height:] / height).unsqueeze(2)
+        gradients = (grad_x, *grad_shared, *grad_norm, *grad_h, *grad_w)
         needed = ctx.needs_input_grad[3:12]
         wanted = (g if need else None for g, need in zip(gradients, needed, strict=True))
         return None, None, None, *wanted, *(None,) * len(held)

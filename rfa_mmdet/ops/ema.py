@@ -18,8 +18,8 @@ from rfa_mmdet.ops.common.scale import scaled
 
 Layer = Callable[[Tensor], Tensor]
 
-# The part of the map that each position of a 3x3 kernel sees: all of it except one row and one
-# column at the border, which share a corner.
+# The part of the map that each position of a 3x3 kernel sees: everything except one border row and
+# one border column, which share a corner.
 _SEEN = (
     (1, 1, 1, 1, 1, 1, 1, 1, 1),  # the whole
     (0, 0, 0, 0, 0, 0, -1, -1, -1),  # the first row
@@ -92,7 +92,7 @@ def ema_gate(
     return cross_spatial_gate(x1, conv3(x)).to(x.dtype)
 
 
-def weigh_by_ema(x: Tensor, *weights: Tensor, eps: float, scale: float = 1.0) -> Tensor:
+def apply_ema_gate(x: Tensor, *weights: Tensor, eps: float, scale: float = 1.0) -> Tensor:
     """Multiply a map by its :func:`ema_gate`, saving only the map for the backward pass.
 
     Requires a norm with one channel per group. Its means are then known, so only a weighted sum
@@ -113,14 +113,14 @@ def weigh_by_ema(x: Tensor, *weights: Tensor, eps: float, scale: float = 1.0) ->
         ...     torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.GroupNorm(4, 4))
         >>> weights = [weight for module in modules for weight in (module.weight, module.bias)]
         >>> expected = x * ema_gate(x, *modules, torch.float32, (3, 5))
-        >>> torch.allclose(weigh_by_ema(x, *weights, eps=1e-5), expected, atol=1e-6)
+        >>> torch.allclose(apply_ema_gate(x, *weights, eps=1e-5), expected, atol=1e-6)
         True
     """
-    y: Tensor = _WeighByEMA.apply(eps, scale, x, *weights)
+    y: Tensor = _ApplyEMAGate.apply(eps, scale, x, *weights)
     return y
 
 
-class _WeighByEMA(torch.autograd.Function):
+class _ApplyEMAGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, eps: float, scale: float, x: Tensor, *weights: Tensor) -> Tensor:
         ctx.save_for_backward(x, *weights)
@@ -147,16 +147,16 @@ class _WeighByEMA(torch.autograd.Function):
             grad_x, found = torch.empty_like(x), []
             for part in _slices(x):
                 upstream, cells = at_least_float32(grad_y[part]), at_least_float32(x[part])
-                grad_x[part], *of_parts = _cells_backward(
+                grad_x[part], *grad_parts = _cells_backward(
                     ctx.eps, ctx.scale, upstream, cells, *_of_slice(parts, part)
                 )
-                found.append(of_parts)
-            *of_groups, of_kernels = (torch.cat(t) for t in zip(*found, strict=True))
-            known = [*of_groups, of_kernels.sum(0), *parts, *means, *given]
-            of_means, of_shares, *of_weights = _parts_backward(*known)
-            _add_to_map(grad_x, of_means, of_shares)
+                found.append(grad_parts)
+            *grad_groups, grad_kernels = (torch.cat(t) for t in zip(*found, strict=True))
+            known = [*grad_groups, grad_kernels.sum(0), *parts, *means, *given]
+            grad_means, grad_shares, *grad_weights = _parts_backward(*known)
+            _add_to_map(grad_x, grad_means, grad_shares)
         needed = ctx.needs_input_grad[3:]
-        gradients = zip(of_weights, weights, needed, strict=True)
+        gradients = zip(grad_weights, weights, needed, strict=True)
         wanted = (g.view_as(w).to(w.dtype) if n else None for g, w, n in gradients)
         return None, None, grad_x, *wanted
 
@@ -185,20 +185,20 @@ def _means(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([rows / width, columns / height], dim=2), sums / (height * width)
 
 
-def _add_to_map(grad_x: Tensor, of_means: Tensor, of_shares: Tensor) -> None:
+def _add_to_map(grad_x: Tensor, grad_means: Tensor, grad_shares: Tensor) -> None:
     """Add the gradients of :func:`_means` to the gradient of the map."""
     height, width = grad_x.shape[2:]
-    rows, columns = of_means[..., :height] / width, of_means[..., height:] / height
-    of_sums = of_shares / (height * width)
-    rows += of_sums[..., :1]
-    rows[..., 0] += of_sums[..., 1]
-    rows[..., -1] += of_sums[..., 2]
-    columns[..., 0] += of_sums[..., 3]
-    columns[..., -1] += of_sums[..., 4]
+    rows, columns = grad_means[..., :height] / width, grad_means[..., height:] / height
+    grad_sums = grad_shares / (height * width)
+    rows += grad_sums[..., :1]
+    rows[..., 0] += grad_sums[..., 1]
+    rows[..., -1] += grad_sums[..., 2]
+    columns[..., 0] += grad_sums[..., 3]
+    columns[..., -1] += grad_sums[..., 4]
     grad_x += rows.unsqueeze(3)
     grad_x += columns.unsqueeze(2)
     corners = _corners(grad_x)
-    corners += of_sums[..., 5:].unflatten(2, (2, 2)).sum_to_size(corners.shape)
+    corners += grad_sums[..., 5:].unflatten(2, (2, 2)).sum_to_size(corners.shape)
 
 
 def _corners(x: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def _parts(
     scale: Tensor,
     shift: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Return everything about the gate that follows from :func:`_means` of the map.
+    """Compute what the gate needs from :func:`_means` of the map.
 
     Returns:
         tuple[Tensor, ...]: The row and column gates, (N, c, H + W); the parts of the score: weights
@@ -226,22 +226,22 @@ def _parts(
     """
     gates = torch.sigmoid(pointwise(means, weight1, bias1))
     p1 = torch.softmax(shift, dim=0)
-    p2 = torch.softmax(torch.addmm(bias3, shares.flatten(1), _of_shares(weight3).T), dim=1)
+    p2 = torch.softmax(torch.addmm(bias3, shares.flatten(1), _weight_of_shares(weight3).T), dim=1)
     constant = (p2 @ shift + p1 @ bias3).view(-1, 1, 1)
     kernel = (p1 @ weight3.flatten(1)).view(1, *weight3.shape[1:])
     return gates, (p2 * scale).unsqueeze(1), constant, kernel, p2, p1
 
 
-def _of_shares(weight3: Tensor) -> Tensor:
+def _weight_of_shares(weight3: Tensor) -> Tensor:
     """Return the 3x3 convolution's weight as a weight of the relative sums, (c, c * 9)."""
     return (weight3.flatten(2) @ weight3.new_tensor(_SEEN).T).flatten(1)
 
 
 def _parts_backward(
-    of_gates: Tensor,
-    of_weights: Tensor,
-    of_constant: Tensor,
-    of_kernel: Tensor,
+    grad_gates: Tensor,
+    grad_weights: Tensor,
+    grad_constant: Tensor,
+    grad_kernel: Tensor,
     gates: Tensor,
     weights: Tensor,
     constant: Tensor,
@@ -258,24 +258,30 @@ def _parts_backward(
     shift: Tensor,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the inputs of :func:`_parts` from those of its first four results."""
-    of_gates = torch.ops.aten.sigmoid_backward(of_gates, gates)
-    of_means, of_weight1, of_bias1 = pointwise_gradients(of_gates, means, weight1)
-    of_weights, of_constant, of_kernel = of_weights[:, 0], of_constant[:, 0], of_kernel.flatten()
-    constants = of_constant.sum()
-    of_p1 = weight3.flatten(1) @ of_kernel + constants * bias3
-    of_p2 = of_weights * scale + of_constant * shift
-    of_scores = p2 * (of_p2 - (of_p2 * p2).sum(1, keepdim=True))
-    of_weight3 = (of_scores.T @ shares.flatten(1)).view(*weight3.shape[:2], 9)
-    of_weight3 = (of_weight3 @ weight3.new_tensor(_SEEN)).flatten(1) + torch.outer(p1, of_kernel)
+    grad_gates = torch.ops.aten.sigmoid_backward(grad_gates, gates)
+    grad_means, grad_weight1, grad_bias1 = pointwise_gradients(grad_gates, means, weight1)
+    grad_weights, grad_constant, grad_kernel = (
+        grad_weights[:, 0],
+        grad_constant[:, 0],
+        grad_kernel.flatten(),
+    )
+    constants = grad_constant.sum()
+    grad_p1 = weight3.flatten(1) @ grad_kernel + constants * bias3
+    grad_p2 = grad_weights * scale + grad_constant * shift
+    grad_scores = p2 * (grad_p2 - (grad_p2 * p2).sum(1, keepdim=True))
+    grad_weight3 = (grad_scores.T @ shares.flatten(1)).view(*weight3.shape[:2], 9)
+    grad_weight3 = (grad_weight3 @ weight3.new_tensor(_SEEN)).flatten(1) + torch.outer(
+        p1, grad_kernel
+    )
     return (
-        of_means,
-        (of_scores @ _of_shares(weight3)).view_as(shares),
-        of_weight1,
-        of_bias1,
-        of_weight3,
-        of_scores.sum(0) + constants * p1,
-        (of_weights * p2).sum(0),
-        of_constant[:, 0] @ p2 + p1 * (of_p1 - of_p1 @ p1),
+        grad_means,
+        (grad_scores @ _weight_of_shares(weight3)).view_as(shares),
+        grad_weight1,
+        grad_bias1,
+        grad_weight3,
+        grad_scores.sum(0) + constants * p1,
+        (grad_weights * p2).sum(0),
+        grad_constant[:, 0] @ p2 + p1 * (grad_p1 - grad_p1 @ p1),
     )
 
 
@@ -310,25 +316,25 @@ def _cells_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x and of the next four arguments."""
     gate, both, normed, inverse = _cells(eps, x, gates, weights, constant, kernel)
-    of_gate = scaled((grad_y * x).sum(1, keepdim=True), scale)
-    of_score = torch.ops.aten.sigmoid_backward(of_gate, gate)
-    grad_x, of_kernel = conv_to_one_gradients(of_score, x, kernel)
+    grad_gate = scaled((grad_y * x).sum(1, keepdim=True), scale)
+    grad_score = torch.ops.aten.sigmoid_backward(grad_gate, gate)
+    grad_x, grad_kernel = conv_to_one_gradients(grad_score, x, kernel)
     grad_x.addcmul_(grad_y, gate, value=scale)
-    of_weights = torch.bmm(of_score.flatten(2), normed.flatten(2).mT)  # (N, 1, c)
-    of_constant = of_score.sum((2, 3)).unsqueeze(2)
+    grad_weights = torch.bmm(grad_score.flatten(2), normed.flatten(2).mT)  # (N, 1, c)
+    grad_constant = grad_score.sum((2, 3)).unsqueeze(2)
     # Through the norm: subtract the mean, and the component along the normed map.
     cells = x.shape[2] * x.shape[3]
-    of_score -= (of_constant / cells).unsqueeze(3)
+    grad_score -= (grad_constant / cells).unsqueeze(3)
     slope = (inverse * weights.squeeze(1))[..., None, None]
-    of_weighed = normed.mul_(slope * (of_weights / -cells).view_as(slope))
-    of_weighed.addcmul_(of_score, slope)
-    grad_x.addcmul_(of_weighed, both)
-    of_weighed.mul_(x)
+    grad_weighted = normed.mul_(slope * (grad_weights / -cells).view_as(slope))
+    grad_weighted.addcmul_(grad_score, slope)
+    grad_x.addcmul_(grad_weighted, both)
+    grad_weighted.mul_(x)
     row_gates, column_gates = _split(gates, x)
-    of_rows = of_weighed @ column_gates.mT
-    of_columns = row_gates.mT @ of_weighed
-    of_gates = torch.cat([of_rows.squeeze(3), of_columns.squeeze(2)], dim=2)
-    return grad_x, of_gates, of_weights, of_constant, of_kernel
+    grad_rows = grad_weighted @ column_gates.mT
+    grad_columns = row_gates.mT @ grad_weighted
+    grad_gates = torch.cat([grad_rows.squeeze(3), grad_columns.squeeze(2)], dim=2)
+    return grad_x, grad_gates, grad_weights, grad_constant, grad_kernel
 
 
 def _split(gates: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

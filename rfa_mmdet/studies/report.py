@@ -34,7 +34,7 @@ def write_report(study: Study) -> pd.DataFrame:
 
     Args:
         study (Study): The study. If its work dir has a results.json but no longer any runs, the
-            report is made from that file.
+            report is generated from that file.
 
     Returns:
         pd.DataFrame: The summary, see :func:`~rfa_mmdet.studies.summary.summarise`.

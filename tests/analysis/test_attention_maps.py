@@ -31,8 +31,8 @@ def test_maps_are_the_attention_weights_of_the_features(model):
     assert torch.equal(result, model(x))
     first, attention = model[0], maps["0"]
     features = first.act(first.norm(first.feature(x)))
-    weighed = features * attention.flatten(1, 2)
-    expected = torch.einsum("bkhw,ok->bohw", weighed, first.conv.weight.flatten(1))
+    weighted = features * attention.flatten(1, 2)
+    expected = torch.einsum("bkhw,ok->bohw", weighted, first.conv.weight.flatten(1))
     expected = expected + first.conv.bias.reshape(1, -1, 1, 1)
     assert torch.allclose(first(x), expected, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Handcrafted pickles get an error, whatever they try, and change nothing."""
+"""Malicious pickles raise errors and have no side effects."""
 
 import pickle
 import struct

@@ -83,7 +83,7 @@ def test_threads_resume_independently(tmp_path):
     """Other threads stay safe while one thread is in the middle of a load."""
     torch.save(dict(a=torch.ones(1)), tmp_path / "good.pth")
     torch.save(dict(a=threading.Event), tmp_path / "evil.pth")
-    barrier, told = threading.Barrier(8), []
+    barrier, results = threading.Barrier(8), []
 
     @CheckpointLoader.register_scheme(prefixes="together://", force=True)
     def load_together(filename, map_location):
@@ -93,14 +93,14 @@ def test_threads_resume_independently(tmp_path):
     def run(name):
         for _ in range(5):
             try:
-                told.append((name, type(_load_checkpoint(f"together://{tmp_path}/{name}.pth"))))
+                results.append((name, type(_load_checkpoint(f"together://{tmp_path}/{name}.pth"))))
             except ValueError as error:
-                told.append((name, type(error).__name__))
+                results.append((name, type(error).__name__))
 
     threads = [threading.Thread(target=run, args=(name,)) for name in ("good", "evil") * 4]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(set(told), key=str) == [("evil", "UnsafeCheckpointError"), ("good", dict)]
-    assert len(told) == 40
+    assert sorted(set(results), key=str) == [("evil", "UnsafeCheckpointError"), ("good", dict)]
+    assert len(results) == 40

@@ -156,7 +156,7 @@ def test_invalid_log_histories_are_ignored(edited, tmp_path, odd):
     assert (tmp_path / "run/epoch_2.pth").exists()
 
 
-# ------------------------------------------------------------------ honest runs go on
+# ------------------------------------------------------------------ valid checkpoints resume
 
 
 METAINFO = [
@@ -233,7 +233,7 @@ def test_optimizers_schedules_and_averages_resume(tmp_path, kwargs):
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-# ------------------------------------------------------------------ others are told in one sentence
+# ------------------------------------------------------------------ others raise in one sentence
 
 
 def another_state(**optimizer):
@@ -347,10 +347,10 @@ def test_invalid_states_give_one_clear_error(edited, tmp_path, name):
     path = edited(change)
     with pytest.raises(BrokenCheckpointError, match=message) as info:
         resume(path, tmp_path / "run")
-    told = str(info.value)
-    assert told.startswith(f"{path}: ")
-    assert told.isprintable()
-    assert len(told) < 600
+    message = str(info.value)
+    assert message.startswith(f"{path}: ")
+    assert message.isprintable()
+    assert len(message) < 600
     assert not list(tmp_path.glob("run/*.pth"))
 
 

@@ -157,6 +157,18 @@ def test_other_uncaught_errors_are_shown(run_tool, tmp_path):
     assert done.stdout.endswith("ConnectionResetError: of the main process\n")
 
 
+def test_half_initialized_objects_are_silent(run_tool, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from rfa_mmdet.cli.command_line import user_errors\n"
+        "class Half:\n    def __del__(self):\n        self.missing\n"
+        "with user_errors():\n    half = Half()\n    raise KeyboardInterrupt\n"
+    )
+    done = run_tool(sys.executable, script)
+    assert done.returncode == 130
+    assert done.stdout == "interrupted\n"
+
+
 def misread():
     try:
         raise KeyboardInterrupt
@@ -164,7 +176,8 @@ def misread():
         raise SyntaxError("cannot be formatted") from error
 
 
-def test_interruption_wrapped_by_a_library(capsys):
+def test_interruption_wrapped_by_a_library(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # restored afterwards
     with pytest.raises(SystemExit) as stop, user_errors():
         misread()
     assert stop.value.code == 130

@@ -161,7 +161,7 @@ def test_plugins_not_starting_as_the_identity_give_a_warning(with_ema, detectors
     assert (tmp_path / "warm.pth").is_file()
 
 
-# --------------------------------------------------------------------------- what it refuses
+# --------------------------------------------------------------------------- rejected input
 
 
 def test_missing_and_existing_files(detectors, fails, tmp_path):
@@ -194,13 +194,13 @@ def test_invalid_checkpoints(detectors, fails, tmp_path):
     text.write_text("no checkpoint")
     assert str(text) in fails(config, text)
     numbers = tmp_path / "numbers.pth"
-    for value, told in (
+    for value, message in (
         (dict(state_dict=[1]), "its state_dict is a list, not a dict"),
         (dict(a=1), "contains no state dict"),
         ([1, 2], "contains a list, not a dict"),
     ):
         torch.save(value, numbers)
-        assert fails(config, numbers) == f"error: {numbers}: {told}"
+        assert fails(config, numbers) == f"error: {numbers}: {message}"
     shapes = torch.load(source)
     shapes["state_dict"]["backbone.layer3.0.conv1.weight"] = torch.zeros(9, 9, 3, 3)
     torch.save(shapes, numbers)

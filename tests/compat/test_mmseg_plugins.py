@@ -19,7 +19,8 @@ plugins = [
     dict(cfg=dict(type="SE"), stages=(True, False, False, False), position="after_conv3"),
     dict(cfg=dict(type="ECA"), stages=(True, False, False, False), position="after_conv3"),
 ]
-net = ResNet(50, plugins=plugins).eval()
+net = ResNet(50, plugins=plugins)
+net.eval()  # returns None
 block = net.layer1[0]
 x = torch.rand(1, 256, 8, 8)
 y = block.forward_plugin(x, block.after_conv3_plugin_names)

@@ -25,7 +25,7 @@ def test_every_method_is_in_the_index():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_metafile_says_what_its_configs_are(method):
+def test_metafile_matches_its_configs(method):
     path = ROOT / "configs" / method / "metafile.yml"
     metafile = yaml.safe_load(path.read_text(encoding="utf-8"))
     (collection,) = metafile["Collections"]

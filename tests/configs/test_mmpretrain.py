@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import Runner
 
 from rfa_mmdet import layers
 from rfa_mmdet.analysis.complexity import PUBLISHED
 from rfa_mmdet.models import RFAResNet
+from tests.helpers.pages import code
 from tests.helpers.paths import ROOT
 
 pytest.importorskip("mmpretrain.models", reason="mmpretrain is not installed", exc_type=ImportError)
@@ -64,12 +65,17 @@ def test_parameters_are_the_papers(path):
 
 
 def draw_imagenet(root):
+    """Write ImageNet's own layout: images in a folder per class, and a list of them."""
     random = np.random.default_rng(0)
     for split in ("train", "val"):
-        for label in ("n01440764", "n01443537"):
+        lines = []
+        for label, folder in enumerate(("n01440764", "n01443537")):
             for i in range(2):
                 image = random.integers(0, 256, (80, 72, 3), dtype=np.uint8)
-                mmcv.imwrite(image, str(root / split / label / f"{i}.jpg"))
+                mmcv.imwrite(image, str(root / split / folder / f"{i}.JPEG"))
+                lines.append(f"{folder}/{i}.JPEG {label}\n")
+        (root / "meta").mkdir(exist_ok=True)
+        (root / "meta" / f"{split}.txt").write_text("".join(lines))
 
 
 def draw_cifar(root, number: str):
@@ -90,23 +96,18 @@ def draw_cifar(root, number: str):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_two_steps_and_predictions(path, tmp_path, monkeypatch):
     cfg = Config.fromfile(path)
+    init_default_scope(cfg.default_scope)
     data = path.stem.rsplit("_", 1)[1]
     if data == "in1k":
         draw_imagenet(tmp_path)
-        for part in ("train", "val"):
-            # Two classes; the split's folder is found without the list of all images.
-            cfg[f"{part}_dataloader"].dataset.update(
-                type="CustomDataset", split="", data_prefix=part, with_label=True
-            )
-            cfg[f"{part}_dataloader"].dataset.pop("split")
         cfg.train_dataloader.dataset.pipeline[1].scale = 64
         cfg.val_dataloader.dataset.pipeline[1].scale = 72
         cfg.val_dataloader.dataset.pipeline[2].crop_size = 64
     else:
         draw_cifar(tmp_path, data.removeprefix("cifar"))
-        from mmpretrain.datasets import CIFAR10
-
-        monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+        kind = DATASETS.get(cfg.train_dataloader.dataset.type)
+        for key in ("train_list", "test_list"):  # without the checksums of the real files
+            monkeypatch.setattr(kind, key, [[file, None] for file, _ in getattr(kind, key)])
     for part in ("train", "val"):
         loader = cfg[f"{part}_dataloader"]
         loader.update(batch_size=2, num_workers=0, persistent_workers=False)
@@ -149,3 +150,11 @@ def test_backbone_goes_into_a_detector(conv, tmp_path):
     assert all(torch.equal(found[key], value) for key, value in wanted.items())
     trained = {n for n, p in detector.backbone.named_parameters() if p.requires_grad}
     assert any(name.startswith("layer1.0.conv1.") for name in trained)  # despite frozen_stages=1
+
+
+def test_ten_lines_of_the_documentation_build_the_shipped_classifier(tmp_path):
+    (text,) = [text for _, text in code("python") if '"mmpretrain::' in text]
+    (tmp_path / "config.py").write_text(text)
+    shipped = ROOT / "configs/mmpretrain/resnet18-rfaconv_8xb32_in1k.py"
+    own, theirs = (build(Config.fromfile(file)) for file in (tmp_path / "config.py", shipped))
+    assert repr(own) == repr(theirs)

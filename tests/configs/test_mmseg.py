@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
 
 from rfa_mmdet.layers import RFAConv
+from tests.helpers.pages import code
 from tests.helpers.paths import ROOT
 
 pytest.importorskip("mmseg.models", reason="mmseg is not installed", exc_type=ImportError)
@@ -23,7 +24,9 @@ SIZE = (64, 64)
 
 def build(model: dict):
     init_default_scope("mmseg")
-    return MODELS.build(model)
+    net = revert_sync_batchnorm(MODELS.build(model))
+    net.eval()  # returns None for MMSegmentation's ResNet
+    return net
 
 
 def retrofitted(**options):
@@ -59,7 +62,7 @@ def test_dilations_hold(contract, multi_grid):
     load_state_dict(net, plain.state_dict(), strict=False)
     x = torch.rand(1, 3, 64, 80)
     with torch.no_grad():
-        for ours, theirs in zip(net.eval()(x), plain.eval()(x), strict=True):
+        for ours, theirs in zip(net(x), plain(x), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -129,15 +132,23 @@ def test_two_steps_and_predictions(path, tmp_path):
 def test_pretrained_weights_give_the_plain_outputs(path, tmp_path):
     cfg = Config.fromfile(path)
     backbone = dict(cfg.model.backbone)
-    plain = revert_sync_batchnorm(build(backbone["module"])).eval()
+    plain = build(backbone["module"])
     plain.init_weights()
     file = tmp_path / "plain.pth"
     torch.save(plain.state_dict(), file)
     # As EncoderDecoder passes its own ``pretrained`` on.
-    net = revert_sync_batchnorm(build({**backbone, "pretrained": str(file)})).eval()
+    net = build({**backbone, "pretrained": str(file)})
     net.init_weights()
     assert all(m.start.plain for m in net.modules() if isinstance(m, RFAConv))
     x = torch.rand(1, 3, 64, 80)
     with torch.no_grad():
         for ours, theirs in zip(net(x), plain(x), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_ten_lines_of_the_documentation_build_the_shipped_model(tmp_path):
+    (text,) = [text for _, text in code("python") if '"mmseg::' in text]
+    (tmp_path / "config.py").write_text(text)
+    shipped = ROOT / "configs/mmseg/upernet_r18-rfaconv_4xb4-20k_voc12aug-512x512.py"
+    own, theirs = (build(Config.fromfile(f).model) for f in (tmp_path / "config.py", shipped))
+    assert repr(own) == repr(theirs)

@@ -13,6 +13,7 @@ from rfa_mmdet.config.check import check_config
 from rfa_mmdet.config.plain import plain_base
 from rfa_mmdet.layers import RFAConv
 from tests.helpers.paths import ROOT
+from tests.helpers.shipped import unscoped
 
 CONFIGS = sorted((ROOT / "configs/rfaconv").glob("*.py"))
 # Base name with "-rfaconv" after the backbone: mmdet's folder, model, names of its stages.
@@ -24,13 +25,6 @@ RETROFITTED = {
     "yolox_s-rfaconv_8xb8-300e_coco": ("yolox", "YOLOX", "stage"),
 }
 BY_RETROFIT = [path for path in CONFIGS if path.stem in RETROFITTED]
-
-
-def unscoped(node):
-    """Return a config without the scope that MMEngine adds for mmdet's own files."""
-    if isinstance(node, dict):
-        return {key: unscoped(value) for key, value in node.items() if key != "_scope_"}
-    return [unscoped(value) for value in node] if isinstance(node, (list, tuple)) else node
 
 
 @pytest.mark.parametrize("path", BY_RETROFIT, ids=lambda path: path.stem)

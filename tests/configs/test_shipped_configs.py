@@ -105,7 +105,7 @@ def test_name_matches_the_model(path):
 
 
 @each_config
-def test_pretrained_backbone_is_the_bases(path):
+def test_pretrained_backbone_is_that_of_the_base(path):
     """Retrofit neither loses nor adds pretrained weights of the base's backbone."""
     cfg = read(path)
     parts = parts_of(path)

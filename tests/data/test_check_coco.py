@@ -63,13 +63,13 @@ def test_invalid_value_is_reported_with_field_and_count(coco, name, key, values)
         lines = told_of(coco, setting(name, **{key: value}))
         count = len(json.loads(whole)[name])
         # Also "none", if a named category no longer exists.
-        told = [
+        reported = [
             line for line in lines if f"1 of {count} {name} have " in line and f"'{key}'" in line
         ]
-        assert told, (value, lines)
-        assert f"{coco}/train.json" in told[0]
-        assert f"{name}[1]" in told[0]
-        assert "it must be" in told[0]
+        assert reported, (value, lines)
+        assert f"{coco}/train.json" in reported[0]
+        assert f"{name}[1]" in reported[0]
+        assert "it must be" in reported[0]
 
 
 def test_invalid_values_are_counted_by_field(coco):

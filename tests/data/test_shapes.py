@@ -94,7 +94,7 @@ def test_a_second_call_draws_nothing(tmp_path, monkeypatch):
     "lost",
     ["JPEGImages/train_0001.jpg", "Annotations/val_0000.xml", "annotations/val.json"],
 )
-def test_what_is_missing_is_drawn_again(tmp_path, lost):
+def test_missing_files_are_drawn_again(tmp_path, lost):
     make_shapes(tmp_path, num_train=2, num_val=1)
     before = contents(tmp_path)
     (tmp_path / lost).unlink()
@@ -211,17 +211,17 @@ def test_any_size_of_image(tmp_path):
         assert cv2.imread(str(path)).shape == (64, 96, 3)
 
 
-# --- refusals ------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
-def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path):
+def test_folder_with_other_files_raises_and_is_unchanged(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match=str(tmp_path)):
         make_shapes(tmp_path, num_train=1, num_val=1)
     assert contents(tmp_path) == {"thesis.tex": b"x"}
 
 
-def test_another_set_is_refused_and_left_alone(tmp_path):
+def test_another_set_raises_and_is_unchanged(tmp_path):
     make_shapes(tmp_path, num_train=1, num_val=1)
     before = contents(tmp_path)
     with pytest.raises(ValueError, match="seed=0 instead of 1"):
@@ -229,7 +229,7 @@ def test_another_set_is_refused_and_left_alone(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_a_file_or_a_broken_record_is_refused(tmp_path):
+def test_file_or_broken_record_raises(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file"):
         make_shapes(tmp_path / "file")
@@ -280,7 +280,7 @@ def test_the_tool_writes_the_set_and_a_contact_sheet(tmp_path):
         assert f"{name:<10}{sum(summary.boxes['train'][name].values()):>6}" in done.stdout
 
 
-def test_the_tool_refuses_in_one_line(tmp_path, monkeypatch, capsys):
+def test_tool_reports_errors_in_one_line(tmp_path, monkeypatch, capsys):
     # In this process, since importing mmdet takes seconds.
     (tmp_path / "thesis.tex").write_text("x")
     monkeypatch.setattr(sys, "argv", ["make_shapes.py", str(tmp_path)])

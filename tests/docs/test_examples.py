@@ -29,8 +29,10 @@ def name(case: tuple[Path, str]) -> str:
 
 
 CODE = code("python")
-# That of the reference is a shipped one, over a file beside it.
-CONFIGS = [case for case in CODE if "_base_" in case[1] and '"../_base_' not in case[1]]
+# That of the reference is a shipped one, over a file beside it; those of other packages are tested
+# with them, in tests/configs.
+ELSEWHERE = ('"../_base_', '"mmpretrain::', '"mmseg::', '"mmyolo::')
+CONFIGS = [c for c in CODE if "_base_" in c[1] and not any(base in c[1] for base in ELSEWHERE)]
 PROGRAMS = [case for case in CODE if re.match(r"import|from", case[1])]
 COMMANDS = [case for case in code("bash") if case[0].name != "README.md"]
 

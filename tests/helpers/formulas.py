@@ -261,8 +261,8 @@ def rfa_conv(exact: Exact, case: Case, x: Tensor, learnt: bool = True) -> Tensor
     logits = torch.stack([average * a[None, :, i, None, None] for i in range(positions)], 2)
     powers = (logits - logits.amax(2, keepdim=True).detach()).exp()
     attention = powers / powers.sum(2, keepdim=True)
-    weighed = features(exact, case, x, learnt) * attention
-    return step_over(exact, case, side_by_side(weighed, case.kernel))
+    weighted = features(exact, case, x, learnt) * attention
+    return step_over(exact, case, side_by_side(weighted, case.kernel))
 
 
 def coordinate_attention(exact: Exact, x: Tensor, name: str) -> Tensor:

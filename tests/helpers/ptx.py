@@ -125,7 +125,7 @@ _OPERATIONS = {
 
 
 class _Warp:
-    """Registers of a warp, one number a lane; those that are missing are unknown."""
+    """Registers of a warp, one number per lane; missing ones are unknown."""
 
     def __init__(self, parameters, grid, program, warp):
         self.parameters = parameters

@@ -115,12 +115,12 @@ class PublishedCAMConv(nn.Module):
         )
         self.conv = nn.Sequential(nn.Conv2d(c, o, k, stride, k // 2, bias=bias))
 
-    def weigh(self, x):
+    def apply_attention(self, x):
         most, mean = x.amax((2, 3), keepdim=True), x.mean((2, 3), keepdim=True)
         return x * (self.mlp(most) + self.mlp(mean)).sigmoid()
 
     def forward(self, x):
-        return self.conv(self.weigh(x))
+        return self.conv(self.apply_attention(x))
 
 
 class PublishedCBAMConv(PublishedCAMConv):
@@ -128,8 +128,8 @@ class PublishedCBAMConv(PublishedCAMConv):
         super().__init__(c, o, k, stride, bias)
         self.spatital = nn.Conv2d(2, 1, 7, padding=3, bias=False)
 
-    def weigh(self, x):
-        x = super().weigh(x)
+    def apply_attention(self, x):
+        x = super().apply_attention(x)
         pooled = torch.cat([x.max(1, keepdim=True).values, x.mean(1, keepdim=True)], 1)
         return x * self.spatital(pooled).sigmoid()
 

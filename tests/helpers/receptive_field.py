@@ -22,8 +22,8 @@ def rfcbam_conv(exact: Exact, case: Case, x: Tensor) -> Tensor:
 
 def rfca_conv(exact: Exact, case: Case, x: Tensor) -> Tensor:
     wide = formulas.side_by_side(formulas.features(exact, case, x), case.kernel)  # G
-    weighed = formulas.coordinate_attention(exact, wide, "coordinate")
-    return formulas.step_over(exact, case, weighed)
+    weighted = formulas.coordinate_attention(exact, wide, "coordinate")
+    return formulas.step_over(exact, case, weighted)
 
 
 LAYERS = {

@@ -1,7 +1,7 @@
-"""A Slurm cluster of two nodes on this machine, until standard input ends.
+"""A Slurm cluster of two nodes on this machine, until SIGTERM or the end of standard input.
 
-Standard input ends with the process that started this one. Prints the cluster's folder, which
-contains slurm.conf, once jobs can start. Needs no special permissions.
+Standard input ends with the process that started this one, even if that is killed. Prints the
+cluster's folder, which contains slurm.conf, once jobs can start. Needs no special permissions.
 """
 
 import ctypes
@@ -114,9 +114,11 @@ def end_all() -> None:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         try:
-            os.wait()
+            ended, _ = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
             return
+        if not ended:  # psutil misses children if the system's clock is set meanwhile
+            time.sleep(0.01)
 
 
 def main() -> None:

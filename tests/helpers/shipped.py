@@ -15,10 +15,10 @@ from torch import nn
 from rfa_mmdet import layers
 from tests.helpers.paths import ROOT
 
-# Those of ablation are specs, tested in tests/cli/test_ablate.py; those of other packages than
-# MMDetection have tests of their own.
-OTHERS = ("_base_", "ablation", "mmpretrain", "mmseg")
-CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.py") if path.parent.name not in OTHERS)
+# Those of ablation are specs, tested in tests/cli/test_ablate.py; those of other packages have
+# tests of their own.
+ELSEWHERE = ("_base_", "ablation", "mmpretrain", "mmseg", "mmyolo")
+CONFIGS = sorted(p for p in ROOT.glob("configs/*/*.py") if p.parent.name not in ELSEWHERE)
 # File and folder name -> class of each method.
 METHODS = {name.lower(): getattr(layers, name) for name in layers.__all__}
 # Methods shipped for more than RetinaNet and Faster R-CNN on COCO.
@@ -69,6 +69,13 @@ def nodes(node: Any) -> Iterator[dict]:
     elif isinstance(node, (list, tuple)):
         for value in node:
             yield from nodes(value)
+
+
+def unscoped(node: Any) -> Any:
+    """Return a config without the scope that MMEngine adds for the files of another package."""
+    if isinstance(node, dict):
+        return {key: unscoped(value) for key, value in node.items() if key != "_scope_"}
+    return [unscoped(value) for value in node] if isinstance(node, (list, tuple)) else node
 
 
 def build(cfg: dict) -> nn.Module:

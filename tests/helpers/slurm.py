@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import wait_until
+from tests.helpers.processes import PATIENCE, wait_until
 from tests.helpers.run_slurm import DAEMONS, PATH
 
 
@@ -51,7 +51,7 @@ def cluster() -> Iterator[Cluster]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # Ctrl-C is for the tests; the cluster ends with stdin
+        start_new_session=True,  # Ctrl-C is for the tests
     )
     folder = process.stdout.readline().strip()
     if not folder:
@@ -59,5 +59,7 @@ def cluster() -> Iterator[Cluster]:
     try:
         yield Cluster({"SLURM_CONF": str(Path(folder, "slurm.conf"))})
     finally:
-        process.communicate()
+        # Closing its stdin would not do: a data loader's worker, forked meanwhile, holds it open.
+        process.terminate()
+        process.communicate(timeout=PATIENCE)
     assert not Path(folder).exists()

@@ -30,7 +30,7 @@ def hooked(register: str, layer: nn.Module, **kwargs: bool) -> None:
         getattr(module, register)(lambda *_: None, **kwargs)
 
 
-def forward_of_its_own(layer: nn.Module) -> None:
+def custom_forward(layer: nn.Module) -> None:
     for module in inner(layer):  # as accelerate does
         module.forward = MethodType(type(module).forward, module)
 
@@ -93,7 +93,7 @@ TOOLS: dict[str, Callable[[nn.Module], object]] = {
     "always called": lambda layer: hooked("register_forward_hook", layer, always_call=True),
     "full backward hook": partial(hooked, "register_full_backward_hook"),
     "full backward pre-hook": partial(hooked, "register_full_backward_pre_hook"),
-    "forward of its own": forward_of_its_own,
+    "custom forward": custom_forward,
     "own convolution": convolves_in_its_own_way,
     "subclass": subclassed,
     "pruned": pruned,

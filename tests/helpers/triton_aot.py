@@ -1,7 +1,6 @@
-"""Compile what launches ask for, for GPUs that need not be there, and look at the outcome.
+"""Compile launches for GPUs that need not exist, and inspect the code.
 
-Triton's own launcher decides what is specialised: it is told that such a GPU is there, and asked to
-compile without running.
+Triton's launcher sees a mocked GPU. It decides what to specialise, and compiles without running.
 """
 
 import functools
@@ -26,13 +25,13 @@ from tests.helpers.ptx import Access, follow
 
 OLD = triton.__version__.startswith("2.")  # before it could compile for other targets
 TENSOR_CORES = re.compile(r"\b(?:wgmma|tcgen05|mma|wmma|ldmatrix)[.\w]*")
-# Each tensor is given this much room: an address tells which it belongs to.
+# Size of each tensor's address range, so that addresses identify tensors.
 ROOM = 1 << 44
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What ``launch`` was asked for."""
+    """Arguments of a call of ``launch``."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -52,7 +51,7 @@ class Launch:
         return {name: value for name, value in found if isinstance(value, torch.Tensor)}
 
     def parameters(self) -> dict[str, Any]:
-        """What the compiled kernel is called with: neither constants nor what became one."""
+        """Return the arguments of the compiled kernel: all but constants and specialised values."""
         values, kept = self.values(), {}
         for number, name in enumerate(self.kernel.arg_names):
             one = type(values[name]) is int and values[name] == 1 and not self.is_fixed(name)
@@ -61,25 +60,25 @@ class Launch:
         return kept
 
     def is_fixed(self, name: str) -> bool:
-        """Whether a number is compiled once for all of its values."""
+        """Return whether one compilation serves all values of an argument."""
         number = self.kernel.arg_names.index(name)
         return bool({name, number} & set(self.kernel.do_not_specialize or ()))
 
     def key(self) -> tuple:
-        """Equal for launches that one compilation serves."""
+        """Return a key that is equal for launches that share a compilation."""
         found, parameters = [self.name], self.parameters()
         for name, value in self.values().items():
             if isinstance(value, torch.Tensor):
                 found.append((name, value.dtype))
             elif type(value) is int and name in parameters:
                 found.append((name, not self.is_fixed(name) and value % 16 == 0))
-            else:  # of a number with a fraction, the type alone counts
+            else:  # for floats, only the type counts
                 found.append((name, float if type(value) is float else value))
         return tuple(found)
 
 
 def recorded(function) -> list[Launch]:
-    """What a call launches, with tensors that have shapes and no memory."""
+    """Return the launches of a call with meta tensors."""
     found = []
 
     def record(kernel, grid, x, arguments, constants):
@@ -91,12 +90,12 @@ def recorded(function) -> list[Launch]:
 
 
 def distinct(launches: list[Launch]) -> list[Launch]:
-    """The first of those that one compilation serves."""
+    """Return the first launch of each compilation."""
     return list({launch.key(): launch for launch in reversed(launches)}.values())[::-1]
 
 
 def tool(name: str) -> str | None:
-    """A program of NVIDIA's, of this Triton, of the environment's, or of the machine."""
+    """Find an NVIDIA tool in this Triton, the environment or the system."""
     here = Path(triton.__file__).parent
     folders = [here / "backends/nvidia/bin", here / "third_party/cuda/bin"]
     folders.append(Path(sysconfig.get_path("purelib")) / "triton/backends/nvidia/bin")
@@ -105,7 +104,7 @@ def tool(name: str) -> str | None:
 
 
 def _as_if_on(capability: int):
-    """Let Triton see a GPU of such a kind."""
+    """Make Triton see a GPU with a compute capability."""
     if OLD:
         from triton.compiler import compiler
 
@@ -121,7 +120,7 @@ def _as_if_on(capability: int):
     from triton.backends.compiler import GPUTarget
 
     driver = SimpleNamespace(
-        # Triton keeps what it compiled by device.
+        # Triton caches compiled kernels by device.
         get_current_device=lambda: capability,
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", capability, 32),
@@ -131,25 +130,25 @@ def _as_if_on(capability: int):
 
 @functools.cache
 def targets() -> list[int]:
-    """Compute capabilities that this Triton's assembler knows, of 80, 90 and 100."""
+    """Return which of the compute capabilities 80, 90 and 100 this Triton supports."""
     listed = subprocess.run([tool("ptxas"), "--help"], capture_output=True, text=True).stdout
     return [capability for capability in (80, 90, 100) if f"sm_{capability}" in listed]
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel for one kind of GPU, and a launch of it."""
+    """A kernel compiled for one kind of GPU, and its launch."""
 
     launch: Launch
     ptx: str
     shared: int  # bytes
     tensor_memory: int  # columns
     registers: int
-    spilled: int  # bytes, stores and loads
+    spilled: int  # bytes of stores and loads
     sass: tuple[str, ...]  # labels and instructions; none without a disassembler
 
     def accesses(self, program=None, warp: int = 0) -> list[Access]:
-        """What a warp reads and writes; of a program in the middle of the grid, unless told."""
+        """Return the accesses of a warp, by default of the program in the middle of the grid."""
         numbers, room = [], ROOM
         for value in self.launch.parameters().values():
             numbers.append(room if isinstance(value, torch.Tensor) else int(value))  # or no address
@@ -163,11 +162,11 @@ class Compiled:
 
     @property
     def warps(self) -> int:
-        """Of a program."""
+        """Warps per program."""
         return self.launch.constants.get("num_warps", 4)
 
     def tensor_of(self, access: Access) -> str:
-        """Name of the argument whose memory it is."""
+        """Return the name of the argument that is accessed."""
         return list(self.launch.tensors())[int(access.addresses[0] // ROOM) - 1]
 
 
@@ -233,7 +232,7 @@ _GLOBAL = re.compile(r"\b(?:LDG|STG)\b[.\w]*")
 
 
 def loops(sass: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The innermost loops: instructions from a label to the branch back to it."""
+    """Return the innermost loops: the instructions from a label to the branch back to it."""
     labels = {line: n for n, line in enumerate(sass) if line.startswith(".L")}
     spans = []
     for n, line in enumerate(sass):
@@ -247,7 +246,7 @@ def loops(sass: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Executed:
-    """Instructions that a warp executes, of the GPU's own."""
+    """Machine instructions that a warp executes."""
 
     once: float  # outside the main loop
     loop: int  # the main loop's
@@ -277,7 +276,7 @@ def executed(compiled: Compiled, accesses: list[Access]) -> Executed:
 
 
 def instructions(launches: list[Compiled], elements: int) -> float:
-    """Instructions an element, of all threads, in the main loops of a kernel's launches."""
+    """Return instructions per element, over all threads, in the main loops of launches."""
     total = 0.0
     for compiled in launches:
         warp = executed(compiled, compiled.accesses())
@@ -305,14 +304,14 @@ def scattered(compiled: Compiled, accesses: list[Access], spare: float) -> list[
         what = f"{'stores' if one.store else 'loads'} of {compiled.tensor_of(one)}"
         worst[what] = max(worst.get(what, (0, 0)), (times, one.size))
     return [
-        f"{what}, {size} bytes a lane, touch {times:.1f} times the sectors that would do"
+        f"{what}, {size} bytes per lane, touch {times:.1f} times as many sectors as necessary"
         for what, (times, size) in worst.items()
         if times > spare
     ]
 
 
 def outside(compiled: Compiled, accesses: list[Access]) -> list[str]:
-    """Arguments beside whose memory a warp reads or writes."""
+    """Return out-of-bounds accesses of a warp, by argument."""
     found = set()
     tensors = list(compiled.launch.tensors().items())
     for access in accesses:
@@ -323,12 +322,12 @@ def outside(compiled: Compiled, accesses: list[Access]) -> list[str]:
         start = (number + 1) * ROOM
         span = 0 if tensor is None else _span(tensor)
         if access.addresses.min() < start or access.addresses.max() + access.size > start + span:
-            found.add(f"{'writes' if access.store else 'reads'} beside {name}")
+            found.add(f"{'writes' if access.store else 'reads'} outside {name}")
     return sorted(found)
 
 
 def _span(tensor: torch.Tensor) -> int:
-    """Bytes from a tensor's first value to its last."""
+    """Return the bytes from a tensor's first value to its last."""
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size() if tensor.numel() else 0
 
@@ -337,7 +336,7 @@ _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 
 
 def widths(compiled: Compiled) -> Counter:
-    """How many global loads and stores a kernel has of each width, as '2 ld', bytes a lane."""
+    """Count global loads and stores by bytes per lane, e.g. '2 ld'."""
     found = Counter()
     for line in compiled.sass:
         match = _GLOBAL.search(line)

@@ -1,4 +1,4 @@
-"""Cases of the Triton kernels: inputs, their formula in float64, and where they run."""
+"""Test cases of the Triton kernels: inputs, the formula in float64, and the device."""
 
 import os
 import re
@@ -23,8 +23,8 @@ DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None
 runs = pytest.mark.skipif(
     DEVICE is None, reason="no CUDA device; test_in_the_interpreter runs this without one"
 )
-# Of the table's tolerances: the interpreter's float32 products are no TF32 ones; half precision
-# rounds the units and their gradients, besides what the table has, so twice as much.
+# Factors on the tolerances: the interpreter does not use TF32; half precision also rounds the units
+# and their gradients.
 SHARE = {
     torch.float32: 0.2 if INTERPRETED else 1,
     torch.float16: 2,
@@ -33,10 +33,10 @@ SHARE = {
 
 
 def in_the_interpreter(file: str, selection: str, least: int) -> None:
-    """Run at least so many tests in Triton's interpreter.
+    """Run tests in Triton's interpreter, and check that there are at least ``least``.
 
-    In a process of its own: Triton looks for TRITON_INTERPRET when it is imported, and torch may
-    import it early.
+    Uses a separate process, because Triton reads TRITON_INTERPRET when it is imported, which torch
+    may do early.
     """
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -69,7 +69,7 @@ class Case:
         return self.kernel, self.stride, self.padding, self.dilation
 
     def make(self) -> dict[str, Tensor | None]:
-        """Inputs; x lies in a larger map full of NaN, which a read outside of x would show."""
+        """Return the inputs; x is part of a larger tensor of NaN, to detect reads outside of x."""
         random = torch.Generator().manual_seed(0)
         c, k = self.channels, self.kernel[0] * self.kernel[1]
 
@@ -77,7 +77,7 @@ class Case:
             return torch.randn(shape, generator=random)
 
         height, width = self.size
-        if self.channels_last:  # dense, as the layout is told by that; NaN before and after
+        if self.channels_last:  # dense, because that determines the layout; NaN before and after
             whole = torch.full((self.batch + 2, height, width, c), torch.nan)
             x = whole[1:-1].permute(0, 3, 1, 2)
         else:
@@ -88,7 +88,7 @@ class Case:
         x.copy_(normal(*x.shape) * self.magnitude)
         return dict(
             x=x,
-            # Logits of all sizes whatever the magnitude.
+            # Logits do not depend on the magnitude.
             attention=(normal(c * k, 1, 1, 1) / self.magnitude).to(DEVICE),
             feature=(normal(c * k, 1, *self.kernel) / self.magnitude).to(DEVICE),
             shift=normal(c * k).to(DEVICE),
@@ -97,7 +97,7 @@ class Case:
         )
 
     def forward(self, x, attention, feature, shift, weight, bias) -> Tensor:
-        """The formula, on any dtype."""
+        """Evaluate the formula in any dtype."""
         u = windows(x, self)  # (B, C, K, P)
         c, k = self.channels, u.shape[2]
         logits = attention.view(c, k, 1) * u.mean(2, keepdim=True)
@@ -118,17 +118,17 @@ def out_size(case: Case) -> tuple[int, int]:
 
 
 def in_chunks(case: Case, rows: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Let operators work on so many rows of the output at a time, and count kernels' launches."""
+    """Limit chunks to a number of output rows, and count the launches of each kernel."""
     from rfa_mmdet.ops.receptive_field.triton import launch, operators
 
-    of_row = prod(case.kernel) * case.channels * out_size(case)[1] * case.dtype.itemsize
+    row_bytes = prod(case.kernel) * case.channels * out_size(case)[1] * case.dtype.itemsize
     run, launched = launch.launch, Counter()
 
     def count(kernel, *others):
         launched[kernel.fn.__name__] += 1
         run(kernel, *others)
 
-    monkeypatch.setattr(operators, "chunk_bytes", lambda x, share: rows * of_row)
+    monkeypatch.setattr(operators, "chunk_bytes", lambda x, share: rows * row_bytes)
     monkeypatch.setattr(launch, "launch", count)
     return launched
 
@@ -137,10 +137,10 @@ KINDS = ("attention", "channels", "rows")
 
 
 def train(kind: str, inputs: dict[str, Tensor], window: Window) -> list[Tensor]:
-    """Run the forward pass of a layer that normalises by the batch: its output and statistics.
+    """Return output and batch statistics of a layer in training.
 
-    ``kind`` is what weighs the features: RFAConv's attention, or gates of channels and positions,
-    or of rows and columns.
+    ``kind`` selects the weights of the features: RFAConv's attention, channel and position gates,
+    or row and column gates.
     """
     x, weight, bias = (inputs[name] for name in ("x", "weight", "bias"))
     norm = inputs["scale"], inputs["offset"]
@@ -162,7 +162,7 @@ def windows(x: Tensor, case: Case) -> Tensor:
 
 
 def exact(inputs: dict) -> dict:
-    """The same in float64 on the CPU, to be differentiated."""
+    """Return the inputs in float64 on the CPU, requiring gradients."""
     return {
         name: None if t is None else t.detach().cpu().double().requires_grad_()
         for name, t in inputs.items()

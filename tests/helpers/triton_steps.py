@@ -1,4 +1,4 @@
-"""Layers on tensors without memory: what they launch, and the memory that they would take."""
+"""Launches and memory of layers, determined with meta tensors."""
 
 from collections.abc import Callable, Sequence
 from unittest import mock
@@ -30,7 +30,7 @@ def empty_map(shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> 
 
 
 def of_rfa_conv(x: Tensor, outputs: int, window: Window) -> Functions:
-    """The operators of RFAConv in inference and training, on tensors without memory."""
+    """Return the operators of RFAConv in inference and training, on meta tensors."""
     c, k = x.shape[1], window.positions
     grad_y = _grad_y(x, outputs, window)
     attention, wide = empty(c * k, 1, 1, 1), empty(c * k)
@@ -51,7 +51,7 @@ def of_rfa_conv(x: Tensor, outputs: int, window: Window) -> Functions:
 
 
 def of_gated(x: Tensor, outputs: int, window: Window) -> Functions:
-    """The other operators of features."""
+    """Return the operators on gated and pooled features."""
     (b, c), k, size = x.shape[:2], window.positions, window.output_size(x.shape[2:])
     (high, wide), (height, width) = window.kernel_size, size
     grad_y = _grad_y(x, outputs, window)
@@ -98,7 +98,7 @@ def _of_product(x: Tensor, outputs: int, window: Window) -> tuple[Tensor, Tensor
 
 
 class Launches(Recorder):
-    """Writes down launches, and compiles nothing."""
+    """Records launches without compiling them."""
 
     def __init__(self, outside):
         super().__init__(outside)
@@ -123,10 +123,10 @@ def launches(size: InputSize, dtype: torch.dtype, layout: str, training: bool) -
 
 
 class Memory(TorchDispatchMode):
-    """Counts the bytes of new tensors, on any device, where a launch does nothing.
+    """Counts the bytes of new tensors on any device; launches do nothing.
 
     Attributes:
-        most (int): Bytes at once, of those made since ``start``.
+        most (int): Peak bytes of tensors created since ``start``.
     """
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ class Memory(TorchDispatchMode):
         self.start()
 
     def start(self) -> None:
-        """From here on, count anew."""
+        """Restart counting."""
         self.most, self.old = 0, {**self.alive}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -145,7 +145,7 @@ class Memory(TorchDispatchMode):
             operator = getattr(operators, func._schema.name.partition("::")[2])
             with self, mock.patch.object(backend, "launch", self.keep_nothing):
                 return operator(*args, **kwargs)
-        self.old |= self._new(args, kwargs)  # given, and seen for the first time
+        self.old |= self._new(args, kwargs)  # inputs seen for the first time
         result = func(*args, **kwargs)
         self._new(result)
         found = self.alive.items()
@@ -157,7 +157,7 @@ class Memory(TorchDispatchMode):
 
     @staticmethod
     def keep_nothing(*_) -> None:
-        """Take the place of a launch; a mock would keep its tensors."""
+        """Replace a launch; a mock would keep its tensors alive."""
 
     def _new(self, *of):
         tensors = [t for t in tree_flatten(of)[0] if isinstance(t, torch.Tensor)]

@@ -1,4 +1,4 @@
-"""Watch what launches touch in Triton's interpreter, and run their programs in a random order."""
+"""Watch memory accesses in Triton's interpreter, and run programs in random order."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ LANES = 2**20  # more than a tile has elements
 
 
 class OnTriton(TorchDispatchMode):
-    """Lets Triton's kernels take the place of the device's own."""
+    """Replaces the device's kernels by Triton's."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "rfa_mmdet":
@@ -27,23 +27,23 @@ class OnTriton(TorchDispatchMode):
 
 
 class Touched(NamedTuple):
-    """One load or store of a program: its size, where it is not masked, and by whom."""
+    """One load or store of a program, where it is not masked."""
 
     store: bool
     size: int  # bytes
     addresses: np.ndarray
-    lanes: np.ndarray  # number of the program * LANES + of the element of the tile
+    lanes: np.ndarray  # number of the program * LANES + element of the tile
 
 
 class Watch:
-    """Runs launches in a random order of their programs, and finds faults.
+    """Runs the programs of launches in random order, and finds faults.
 
     Args:
-        seed (int): Of the orders.
+        seed (int): Seed for the order.
 
     Attributes:
-        faults (set[str]): What reads or writes beside the launch's tensors, and where it matters
-            which program, or which lane of a program, comes first.
+        faults (set[str]): Out-of-bounds accesses, and accesses whose result depends on the order of
+            programs or lanes.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -66,7 +66,7 @@ class Watch:
             self.faults.update(f"{kernel.fn.__name__} {fault}" for fault in self.found(tensors))
 
         def other_place(*asked):
-            """Take another program than the one whose turn it is."""
+            """Run another program than the next one."""
             self.program = int(self.order[np.ravel_multi_index(asked, builder.grid_dim)])
             place(*map(int, np.unravel_index(self.program, builder.grid_dim)))
 
@@ -106,11 +106,11 @@ class Watch:
         )
 
     def found(self, tensors: list[Tensor]) -> Iterator[str]:
-        """What is wrong with what a launch touched."""
+        """Yield the faults of a launch."""
         for store in (False, True):
             sizes = {t.size for t in self.touched if t.store == store}
-            if any(self._beside(store, size, tensors) for size in sizes):
-                yield f"{'writes' if store else 'reads'} beside its tensors"
+            if any(self._outside(store, size, tensors) for size in sizes):
+                yield f"{'writes' if store else 'reads'} outside its tensors"
         read, readers = self._all(False)
         written, writers = np.unique(self._all(True), axis=1)
         twice = np.flatnonzero(np.diff(written) == 0)
@@ -124,14 +124,14 @@ class Watch:
             yield f"reads what another of its {self._who(writers[at], readers, shared)} writes"
 
     def _all(self, store: bool) -> np.ndarray:
-        """Addresses, and who touched them; a program's lanes are one where it waits for them."""
+        """Return addresses and their lanes; with barriers, a program counts as a single lane."""
         chosen = [t for t in self.touched if t.store == store]
         none = np.empty(0, np.int64)
         lanes = np.concatenate([none, *(t.lanes for t in chosen)])
         lanes = lanes // LANES * LANES if self.barriers else lanes
         return np.stack([np.concatenate([none, *(t.addresses for t in chosen)]), lanes])
 
-    def _beside(self, store: bool, size: int, tensors: list[Tensor]) -> bool:
+    def _outside(self, store: bool, size: int, tensors: list[Tensor]) -> bool:
         chosen = [t.addresses for t in self.touched if t.store == store and t.size == size]
         addresses = np.concatenate(chosen)
         inside = np.zeros(len(addresses), bool)

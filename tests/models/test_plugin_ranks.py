@@ -25,7 +25,7 @@ from tests.helpers.norms import randomise_norms
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 init_default_scope("mmdet")
-generator = torch.Generator().manual_seed(dist.get_rank())  # each rank sees images of its own
+generator = torch.Generator().manual_seed(dist.get_rank())  # each rank has different images
 image = (torch.randn(2, 3, 64, 64, generator=generator).requires_grad_(),)
 places = ("after_conv1", "after_conv2")
 plugins = [dict(cfg=cfg, position=p) for cfg, p in zip(IDENTITIES.values(), 3 * places)]

@@ -18,7 +18,7 @@ methods = dict(plain=dict(), ours=dict())
 seeds = (0, 1)
 stages = dict(first=dict(), next=dict(load_from="first"))
 """
-# Writes a line for each batch; waits in the second epoch to be killed, if told so.
+# Writes a line for each batch; if asked to, waits in the second epoch to be killed.
 HOLD = """
 import os
 import time

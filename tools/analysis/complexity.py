@@ -1,4 +1,4 @@
-"""Count a config's parameters and GFLOPs, beside those without this package's layers."""
+"""Count a config's parameters and GFLOPs, compared with those without this package's layers."""
 
 import sys
 

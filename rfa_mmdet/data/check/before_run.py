@@ -180,10 +180,10 @@ def _check_evaluator(
     read: Callable,
 ) -> None:
     path = metric.ann_file
-    told = {os.path.realpath(d.ann_file) for d, loaded in of_leaf.values() if loaded is None}
+    reported = {os.path.realpath(d.ann_file) for d, loaded in of_leaf.values() if loaded is None}
     if not os.path.isfile(path):
         found.errors.append(f"{metric.key}.ann_file={path!r}: {missing_path(path)}")
-    elif metric.is_coco and metric.names and os.path.realpath(path) not in told:
+    elif metric.is_coco and metric.names and os.path.realpath(path) not in reported:
         try:
             content = read(path, annotated=True, evaluated=True)
         except DataError as error:

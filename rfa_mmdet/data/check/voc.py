@@ -11,7 +11,7 @@ from rfa_mmdet.data.check.classes import class_source, metainfo_fix
 from rfa_mmdet.data.check.find import Leaf
 from rfa_mmdet.data.check.loaded import Loaded, kept
 from rfa_mmdet.data.check.report import DataError, Findings, missing_path, some
-from rfa_mmdet.data.voc import VocImage, read_voc, told
+from rfa_mmdet.data.voc import VocImage, describe_corrections, read_voc
 from rfa_mmdet.data.voc_dataset import AnyImageXMLDataset, image_size, is_outside
 
 FILTER = "dict(type='FilterAnnotations', min_gt_bbox_wh=(1, 1))"
@@ -75,7 +75,7 @@ def check_voc(leaf: Leaf, dataset: XMLDataset, found: Findings) -> Loaded:
             f"{dataset.ann_file} cannot be read: {some(problems, 3)}"
         )
     if corrected:
-        found.warnings.append(f"{leaf.key}: {told(corrected)}")
+        found.warnings.append(f"{leaf.key}: {describe_corrections(corrected)}")
     _check_names(leaf, dataset, images, found)
     sizes = {name: _size(image) for name, image in images.items()}
     names = kept(

@@ -15,10 +15,10 @@ from rfa_mmdet.layers.arguments import LARGEST_SIDE, check_feature_map, odd_int,
 from rfa_mmdet.layers.untouched import are_plain, dtype_of, is_plain_conv
 from rfa_mmdet.layers.warm_start.plugin import Plugin, PluginStart
 from rfa_mmdet.ops.cbam import (
+    apply_cbam_gates,
     channel_gate,
     in_fast_layout,
     spatial_pools,
-    weigh_channels_and_cells,
 )
 from rfa_mmdet.ops.common.precision import at_least_float32, no_autocast
 from rfa_mmdet.ops.common.reductions import max_and_mean
@@ -167,7 +167,7 @@ class CBAM(Plugin):
         weights = self._weights()
         if weights is not None:
             pools = self.channel.pools(x, weights[0].dtype)
-            return weigh_channels_and_cells(x, *pools, *weights, scale=self.output_scale)
+            return apply_cbam_gates(x, *pools, *weights, scale=self.output_scale)
         x = self.channel(x)
         gate = cell_gate(spatial_pools(x), self.spatial)
         return x * scaled(gate, self.output_scale).to(x.dtype)

@@ -13,7 +13,7 @@ from rfa_mmdet.layers.untouched import are_plain, dtype_of, is_plain_conv
 from rfa_mmdet.layers.warm_start.plugin import Plugin, PluginStart
 from rfa_mmdet.ops.common.recompute import recomputes
 from rfa_mmdet.ops.common.scale import scaled
-from rfa_mmdet.ops.coord_att import coordinate_gates, weigh_by_coordinates
+from rfa_mmdet.ops.coord_att import apply_coordinate_gates, coordinate_gates
 
 MIN_HIDDEN = 8
 
@@ -121,7 +121,7 @@ class CoordAtt(Plugin):
             for weight in (module.weight, module.bias)
         ]
         held = () if bn.training or bn.running_mean is None else (bn.running_mean, bn.running_var)
-        return weigh_by_coordinates(x, bn, bn.eps, *weights, *held, scale=self.output_scale)
+        return apply_coordinate_gates(x, bn, bn.eps, *weights, *held, scale=self.output_scale)
 
 
 class CoordinateGates(CoordAtt):

@@ -16,7 +16,7 @@ from rfa_mmdet.layers.untouched import are_plain, dtype_of, is_plain_conv
 from rfa_mmdet.layers.warm_start.plugin import Plugin, PluginStart
 from rfa_mmdet.ops.common.recompute import is_recorded
 from rfa_mmdet.ops.common.scale import scaled
-from rfa_mmdet.ops.ema import ema_gate, weigh_by_ema
+from rfa_mmdet.ops.ema import apply_ema_gate, ema_gate
 
 
 @MODELS.register_module()
@@ -88,8 +88,8 @@ class EMA(Plugin):
             ]
             weights = [weight for weight in given if weight is not None]
             if len(weights) == len(given):
-                weighed = weigh_by_ema(groups, *weights, eps=gn.eps, scale=self.output_scale)
-                return self._joined(weighed)
+                weighted = apply_ema_gate(groups, *weights, eps=gn.eps, scale=self.output_scale)
+                return self._joined(weighted)
         return self._joined(groups * scaled(self._gate(groups, x), self.output_scale))
 
     def attention_map(self, x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from rfa_mmdet.ops.common.recompute import is_recorded, needs_plain_operators, r
 from rfa_mmdet.ops.common.torch_versions import not_compiled
 from rfa_mmdet.ops.common.windows import (
     Window,
-    convolve_weighed_windows,
+    convolve_weighted_windows,
     convolve_windows,
     lay_out,
 )
@@ -228,8 +228,8 @@ class ReceptiveFieldConv(AttentionConv2d):
 
     def activated(self, normed: Tensor) -> Tensor:
         """Activate normalised responses (B, C * K, h, w), and return them as (B, C, K, h, w)."""
-        # In place only if nobody else can hold a reference.
-        if type(self.act) is nn.ReLU and self._untold() and not is_recorded():
+        # In place only if nothing else can hold a reference.
+        if type(self.act) is nn.ReLU and self._is_unobserved() and not is_recorded():
             features = torch.relu_(normed)
         else:
             features = self.act(normed)
@@ -271,7 +271,7 @@ class ReceptiveFieldConv(AttentionConv2d):
         size = self.kernel_size
         return is_plain_conv(conv, size, stride=size, groups=self.groups, bias=True)
 
-    def _untold(self) -> bool:
+    def _is_unobserved(self) -> bool:
         """Return whether no hook can hold a reference to the features."""
         made_by = (self.feature, self.norm, self.act)
         return not any(must_be_called(module) for module in made_by if module is not None)
@@ -291,4 +291,4 @@ class ReceptiveFieldConv(AttentionConv2d):
         if not gates:
             return convolve_windows(windows, *given)
         first, second = gates
-        return convolve_weighed_windows(windows, (first, second), *given, self._untold())
+        return convolve_weighted_windows(windows, (first, second), *given, self._is_unobserved())

@@ -68,7 +68,7 @@ class RFCAConv(ReceptiveFieldConv):
 
     def formula(self, x: Tensor) -> Tensor:
         """Compute the output with all features in memory."""
-        windows, gates = self._weighed(x)
+        windows, gates = self._features_and_gates(x)
         return self.convolve(windows, *gates)
 
     def attention_map(self, x: Tensor) -> Tensor:
@@ -81,10 +81,10 @@ class RFCAConv(ReceptiveFieldConv):
             Tensor: (B, in_channels, K, h, w) in (0, 1).
         """
         self.check_input(x)
-        row_gate, column_gate = self._weighed(x)[1]
+        row_gate, column_gate = self._features_and_gates(x)[1]
         return (row_gate * column_gate).flatten(2, 3)
 
-    def _weighed(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _features_and_gates(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the features, (B, C, kh, kw, h, w), and their gates."""
         kh, kw = self.kernel_size
         features = self.features(x)

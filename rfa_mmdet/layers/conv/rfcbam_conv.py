@@ -73,7 +73,7 @@ class RFCBAMConv(ReceptiveFieldConv):
 
     def formula(self, x: Tensor) -> Tensor:
         """Compute the output with all features in memory."""
-        windows, gates = self._weighed(x)
+        windows, gates = self._features_and_gates(x)
         return self.convolve(windows, *gates)
 
     def attention_map(self, x: Tensor) -> Tensor:
@@ -86,10 +86,10 @@ class RFCBAMConv(ReceptiveFieldConv):
             Tensor: (B, in_channels, K, h, w) in (0, 1).
         """
         self.check_input(x)
-        channel, spatial = self._weighed(x)[1]
+        channel, spatial = self._features_and_gates(x)[1]
         return channel * spatial
 
-    def _weighed(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _features_and_gates(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the features, (B, C, K, h, w), and their gates."""
         features = self.features(x)
         pooled = max_and_mean(features, 1, dtype_of(self.spatial, x), keepdim=False)

@@ -27,7 +27,7 @@ class PluginFPN(FPN):
         plugins (Sequence[dict]): ``dict(cfg=CFG, levels=(0, 1), position=POSITION)``. Level 0 is
             the finest; without ``levels``, the plug-in is added to all. POSITION is 'after_lateral'
             (after the 1x1 convolution, before the top-down sum) or 'after_output' (after the 3x3
-            convolution). Levels made by pooling have neither. Defaults to none.
+            convolution). Levels created by pooling have neither. Defaults to none.
         conv_cfg (dict | None): Config of the 3x3 convolutions, including those of extra levels; the
             1x1 convolutions stay plain. Defaults to None: plain.
         strict_start (bool | str): See Retrofit. Defaults to False.

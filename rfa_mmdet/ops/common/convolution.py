@@ -1,6 +1,6 @@
 """Size-preserving convolutions with few channels, and their gradients.
 
-On a CPU, oneDNN is several times slower. None of these functions supports autograd.
+On a CPU, oneDNN would be several times slower. These functions do not support autograd.
 """
 
 import torch
@@ -29,14 +29,14 @@ def same_conv_gradients(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tens
     """
     padding = weight.shape[2] // 2
     with no_autocast(x):
-        _, of_weight, _ = torch.ops.aten.convolution_backward(
+        _, grad_weight, _ = torch.ops.aten.convolution_backward(
             *(grad_y, x, weight, None),
             *((1, 1), (padding, padding), (1, 1), False, (0, 0), 1),
             (False, True, False),
         )
         # As a forward convolution: with two channels, oneDNN's backward takes 2 to 13 times longer.
-        of_x = F.conv2d(grad_y, weight.flip(2, 3).transpose(0, 1), padding=padding)
-    return of_x, of_weight
+        grad_x = F.conv2d(grad_y, weight.flip(2, 3).transpose(0, 1), padding=padding)
+    return grad_x, grad_weight
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -66,8 +66,8 @@ def pointwise_gradients(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tens
         >>> [tuple(g.shape) for g in pointwise_gradients(torch.rand(2, 3, 5), x, weight)]
         [(2, 4, 5), (3, 4, 1, 1), (3,)]
     """
-    of_x = torch.bmm(weight.flatten(1).T.expand(len(x), -1, -1), grad_y)
-    return of_x, torch.bmm(grad_y, x.mT).sum(0).view_as(weight), grad_y.sum((0, 2))
+    grad_x = torch.bmm(weight.flatten(1).T.expand(len(x), -1, -1), grad_y)
+    return grad_x, torch.bmm(grad_y, x.mT).sum(0).view_as(weight), grad_y.sum((0, 2))
 
 
 def conv_to_one(x: Tensor, weight: Tensor) -> Tensor:
@@ -113,6 +113,6 @@ def conv_to_one_gradients(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Te
     # (B, 9, H * W): the outputs that each kernel position, in reverse order, contributes to.
     cells = padded.unfold(1, x.shape[2], 1).unfold(2, x.shape[3], 1).flatten(3).flatten(1, 2)
     kernel = weight[0].flatten(1).flip(1)  # (C, 9)
-    of_x = torch.bmm(kernel.expand(x.shape[0], -1, -1), cells).view_as(x)
-    of_weight = torch.bmm(x.flatten(2), cells.mT).sum(0).flip(1).view_as(weight)
-    return of_x, of_weight
+    grad_x = torch.bmm(kernel.expand(x.shape[0], -1, -1), cells).view_as(x)
+    grad_weight = torch.bmm(x.flatten(2), cells.mT).sum(0).flip(1).view_as(weight)
+    return grad_x, grad_weight

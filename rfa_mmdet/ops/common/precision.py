@@ -44,7 +44,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that a convolution of ``x`` currently computes in, subject to autocast.
+    """Return the dtype in which a convolution of ``x`` would compute, considering autocast.
 
     Args:
         x (Tensor): Any tensor.

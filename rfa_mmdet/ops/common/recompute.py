@@ -1,4 +1,4 @@
-"""Decide whether to recompute gates in the backward pass, and share code of such passes.
+"""When to recompute gates in the backward pass, and helpers for doing so.
 
 Autograd would save a copy of the feature map for each gate, and all intermediate values of the
 gates. Gates are cheap to recompute: a few means, maxima and small products.
@@ -34,8 +34,8 @@ def needs_plain_operators() -> bool:
 def is_recorded() -> bool:
     """Return whether a graph is being recorded rather than executed.
 
-    A tracer needs a formula that is valid for every size, a compiler recomputes by itself, and
-    torch.func transforms and forward-mode differentiation transform the formula.
+    Tracers need a formula that holds for every size, compilers decide for themselves what to
+    recompute, and torch.func transforms and forward-mode differentiation transform the formula.
 
     Example:
         >>> is_recorded()
@@ -70,5 +70,5 @@ def gradients_of_gates(products: Tensor, first: Tensor, second: Tensor) -> tuple
         [3.0, 4.0]
     """
     # einsum would avoid the products, but takes five times longer on a CPU.
-    of_first = (products * second).sum_to_size(first.shape)
-    return of_first, products.mul_(first).sum_to_size(second.shape)
+    grad_first = (products * second).sum_to_size(first.shape)
+    return grad_first, products.mul_(first).sum_to_size(second.shape)

@@ -1,4 +1,4 @@
-"""Maximum and mean of a map, with much faster gradients than autograd's."""
+"""Maximum and mean of a map, with gradients much faster than autograd's."""
 
 import math
 from typing import Any
@@ -65,7 +65,7 @@ def _cells(x: Tensor, dim: int | tuple[int, ...]) -> int:
 
 
 def shares_of_maximum(x: Tensor, maxima: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Locate the maxima of a map, and divide their gradient among them; overwrites the map.
+    """Locate the maxima of a map and split the gradient among ties; overwrites the map.
 
     Args:
         x (Tensor): The map.
@@ -102,7 +102,7 @@ class _MaxAndMean(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_maxima: Tensor, of_means: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_maxima: Tensor, grad_means: Tensor) -> tuple[Tensor | None, ...]:
         x, maxima = ctx.saved_tensors
-        hits, share = shares_of_maximum(x.clone(), maxima, of_maxima)
-        return hits.mul_(share).add_((of_means / ctx.cells).to(x.dtype)), None, None
+        hits, share = shares_of_maximum(x.clone(), maxima, grad_maxima)
+        return hits.mul_(share).add_((grad_means / ctx.cells).to(x.dtype)), None, None

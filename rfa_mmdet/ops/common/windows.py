@@ -1,7 +1,7 @@
 """Receptive fields as windows: (B, C, K, h, w), with K = kh * kw positions per output position.
 
 The papers lay the windows out side by side, (B, C, h * kh, w * kw), and convolve them with stride
-k. A 1x1 convolution over the C * K channels with the same weights gives the same sum without moving
+k. A 1x1 convolution over C * K channels with the same weights gives the same result without moving
 data.
 """
 
@@ -131,7 +131,7 @@ def convolve_windows(windows: Tensor, weight: Tensor, bias: Tensor | None, group
     return F.conv2d(windows.flatten(1, 2), weight.flatten(1)[:, :, None, None], bias, groups=groups)
 
 
-def convolve_weighed_windows(
+def convolve_weighted_windows(
     windows: Tensor,
     gates: tuple[Tensor, Tensor],
     weight: Tensor,
@@ -158,25 +158,25 @@ def convolve_weighed_windows(
     Example:
         >>> gates = torch.rand(2, 3, 1, 1, 1), torch.rand(2, 1, 9, 4, 5)
         >>> windows, weight = torch.rand(2, 3, 9, 4, 5), torch.rand(7, 3, 3, 3)
-        >>> convolve_weighed_windows(windows, gates, weight, None, 1).shape
+        >>> convolve_weighted_windows(windows, gates, weight, None, 1).shape
         torch.Size([2, 7, 4, 5])
     """
     first, second = gates
     if not recomputes():
         if overwrite and not is_recorded():
-            weighed = windows.mul_(first).mul_(second)
+            weighted = windows.mul_(first).mul_(second)
         else:
-            weighed = (windows * first) * second
-        return convolve_windows(weighed.flatten(2, -3), weight, bias, groups)
+            weighted = (windows * first) * second
+        return convolve_windows(weighted.flatten(2, -3), weight, bias, groups)
     dtype = autocast_dtype_on(windows.device.type)
     if dtype is not None:  # as for a convolution
         windows, first, second, weight = (t.to(dtype) for t in (windows, first, second, weight))
         bias = None if bias is None else bias.to(dtype)
-    out: Tensor = _ConvolveWeighed.apply(windows, first, second, weight, bias, groups)
+    out: Tensor = _ConvolveWeighted.apply(windows, first, second, weight, bias, groups)
     return out
 
 
-class _ConvolveWeighed(torch.autograd.Function):
+class _ConvolveWeighted(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -189,29 +189,29 @@ class _ConvolveWeighed(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(windows, first, second, weight)
         ctx.bias_shape, ctx.groups = None if bias is None else bias.shape, groups
-        weighed = (windows * first).mul_(second)
+        weighted = (windows * first).mul_(second)
         with no_autocast(windows):
-            return convolve_windows(weighed.flatten(2, -3), weight, bias, groups)
+            return convolve_windows(weighted.flatten(2, -3), weight, bias, groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         windows, first, second, weight = ctx.saved_tensors
         needs_values = any(ctx.needs_input_grad[:3])
-        weighed = (windows * first).mul_(second)
+        weighted = (windows * first).mul_(second)
         grad, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad_y,
-            weighed.flatten(2, -3).flatten(1, 2),
+            weighted.flatten(2, -3).flatten(1, 2),
             weight.flatten(1)[:, :, None, None],
             ctx.bias_shape,
             *((1, 1), (0, 0), (1, 1), False, (0, 0), ctx.groups),
             (needs_values, ctx.needs_input_grad[3], ctx.bias_shape is not None),
         )
-        del weighed
+        del weighted
         if grad_weight is not None:
             grad_weight = grad_weight.reshape(weight.shape)
         if not needs_values:
             return None, None, None, grad_weight, grad_bias, None
         grad = grad.reshape(windows.shape)
-        of_gates = gradients_of_gates(grad * windows, first, second)
-        return grad.mul_(first).mul_(second), *of_gates, grad_weight, grad_bias, None
+        grad_gates = gradients_of_gates(grad * windows, first, second)
+        return grad.mul_(first).mul_(second), *grad_gates, grad_weight, grad_bias, None

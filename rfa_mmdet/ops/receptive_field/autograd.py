@@ -1,7 +1,7 @@
 """Gradients of the operators, registered for their Autograd key.
 
-They keep the input, the parameters and, where these are small beside the input, the statistics of
-a batch: what else a backward pass needs is computed again in it. README.md derives the formulas.
+They save the input, the parameters and, if small compared with the input, the batch statistics. The
+backward pass recomputes everything else. README.md derives the formulas.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ from rfa_mmdet.ops.common.windows import Pair, Window
 from rfa_mmdet.ops.receptive_field.schema import LIBRARY
 from rfa_mmdet.ops.receptive_field.statistics import (
     fold_responses,
-    of_responses,
+    gradients_through_moments,
+    response_gradients,
     response_moments,
-    through_moments,
 )
 
-# Statistics of a batch are kept where the input has at least so many times their elements.
+# Save the batch statistics if the input has at least this many times as many elements.
 KEEP_FROM = 12
 
 _ops = torch.ops.rfa_mmdet
 
 
 def _register(name: str, function: type[Function]) -> None:
-    """Let an operator be recorded by an autograd function where a gradient may be asked for."""
+    """Register an autograd function for an operator; it is bypassed if nothing needs a gradient."""
     operator = getattr(_ops, name)
 
     def kernel(*args: Any) -> Any:
@@ -49,12 +49,12 @@ def _refuse_second_derivative() -> None:
         )
 
 
-def _wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+def _needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
     return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
 
 class RFAConv(Function):
-    """Of ``rfa_conv``."""
+    """Autograd function of ``rfa_conv``."""
 
     @staticmethod
     def forward(
@@ -83,21 +83,21 @@ class RFAConv(Function):
         _refuse_second_derivative()
         x, attention, feature, shift, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        *features, of_weight, of_bias = _ops.rfa_conv_backward(
+        *features, grad_weight, grad_bias = _ops.rfa_conv_backward(
             *(grad_y, x, attention, feature, shift, ctx.relu, weight),
             (needs[0], any(needs[1:4]), needs[5], needs[6]),
             *ctx.window_and_groups,
         )
         return (
-            *_wanted(features, needs[:4]),
+            *_needed(features, needs[:4]),
             None,
-            *_wanted((of_weight, of_bias), needs[5:7]),
+            *_needed((grad_weight, grad_bias), needs[5:7]),
             *(None,) * len(ctx.window_and_groups),
         )
 
 
 class GatedConv(Function):
-    """Of ``gated_conv``."""
+    """Autograd function of ``gated_conv``."""
 
     @staticmethod
     def forward(
@@ -133,15 +133,15 @@ class GatedConv(Function):
             *ctx.window_and_groups,
         )
         return (
-            *_wanted(found[:3], needs[:3]),
+            *_needed(found[:3], needs[:3]),
             None,
-            *_wanted(found[3:], needs[4:8]),
+            *_needed(found[3:], needs[4:8]),
             *(None,) * len(ctx.window_and_groups),
         )
 
 
 class PoolChannels(Function):
-    """Of ``pool_channels``."""
+    """Autograd function of ``pool_channels``."""
 
     @staticmethod
     def forward(
@@ -170,11 +170,11 @@ class PoolChannels(Function):
         found = _ops.pool_channels_backward(
             grad, x, feature, shift, ctx.relu, largest, (needs[0], any(needs[1:])), *ctx.window
         )
-        return *_wanted(found, needs), None, None, *(None,) * len(ctx.window)
+        return *_needed(found, needs), None, None, *(None,) * len(ctx.window)
 
 
 class PoolCoordinates(Function):
-    """Of ``pool_coordinates``."""
+    """Autograd function of ``pool_coordinates``."""
 
     @staticmethod
     def forward(
@@ -198,7 +198,7 @@ class PoolCoordinates(Function):
             (needs[0], any(needs[1:])),
             *ctx.window,
         )
-        return *_wanted(found, needs), None, *(None,) * len(ctx.window)
+        return *_needed(found, needs), None, *(None,) * len(ctx.window)
 
 
 Folded = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -213,7 +213,7 @@ def _fold(
     window: Window,
     group: Any = None,
 ) -> tuple[Folded, tuple[Tensor, ...], int | Tensor]:
-    """Return the results of ``fold_batch_norm``, the statistics behind them and their count."""
+    """Return the results of ``fold_batch_norm``, the statistics they use, and their count."""
     with no_autocast(x):
         first, second = _ops.window_moments(x, *window)
         total: int | Tensor = window.count(x)
@@ -228,7 +228,10 @@ def _fold(
 
 
 class FoldBatchNorm(Function):
-    """Of ``fold_batch_norm``; called by itself over several ranks, which no schema can name."""
+    """Autograd function of ``fold_batch_norm``.
+
+    SyncBN calls it directly, because a schema cannot have a process group as an argument.
+    """
 
     @staticmethod
     def forward(
@@ -244,7 +247,7 @@ class FoldBatchNorm(Function):
         dilation: Pair,
         group: Any = None,
     ) -> tuple[Tensor, ...]:
-        """Fold; see README.md. ``group``: the process group to take the statistics over."""
+        """Fold; see README.md. Statistics are over ``group``, a process group, if given."""
         window = Window(kernel_size, stride, padding, dilation)
         with torch._C._AutoDispatchBelowAutograd():
             folded, kept, total = _fold(x, feature, weight, bias, eps, window, group)
@@ -257,11 +260,15 @@ class FoldBatchNorm(Function):
 
     @staticmethod
     def backward(
-        ctx: Any, of_x: Tensor | None, of_folded: Tensor | None, of_shift: Tensor | None, *_: None
+        ctx: Any,
+        grad_x: Tensor | None,
+        grad_folded: Tensor | None,
+        grad_shift: Tensor | None,
+        *_: None,
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, feature, weight and bias.
 
-        What is made of the features gives the gradient of x to this function, which adds its own.
+        The operators on features pass the gradient of x to this function, which adds its part.
         """
         _refuse_second_derivative()
         x, feature, weight, first, second, mean, inverse = ctx.saved_tensors
@@ -270,45 +277,50 @@ class FoldBatchNorm(Function):
         if ctx.again:
             kept = _fold(x, feature, weight, None, ctx.eps, ctx.window)[1]
             first, second, mean, inverse = kept
-        of_folded = torch.zeros_like(feature) if of_folded is None else of_folded
-        of_shift = torch.zeros_like(mean) if of_shift is None else of_shift
+        grad_folded = torch.zeros_like(feature) if grad_folded is None else grad_folded
+        grad_shift = torch.zeros_like(mean) if grad_shift is None else grad_shift
         with no_autocast(x):
             if ctx.group is None:
-                of_feature, of_weight, slope, constant = _ops.fold_moments_backward(
-                    of_folded, of_shift, feature, weight, first, second, mean, inverse, count
+                grad_feature, grad_weight, slope, constant = _ops.fold_moments_backward(
+                    grad_folded, grad_shift, feature, weight, first, second, mean, inverse, count
                 )
             else:
-                of_scale, of_mean, of_var, scale = of_responses(
-                    of_folded, of_shift, feature, weight, mean, inverse
+                grad_scale, grad_mean, grad_var, scale = response_gradients(
+                    grad_folded, grad_shift, feature, weight, mean, inverse
                 )
                 own = response_moments(feature, first, second)[0]
-                of_mean, of_var = _sum_over_ranks(of_mean, of_var, ctx.group)
-                # This rank's statistics count by its share of the windows.
+                grad_mean, grad_var = _sum_over_ranks(grad_mean, grad_var, ctx.group)
+                # Weight this rank's statistics by its share of the windows.
                 share = count / ctx.total
-                of_mean, of_var = share * (of_mean + 2 * of_var * (own - mean)), share * of_var
-                through, slope, constant = through_moments(
-                    of_mean, of_var, feature, first, second, count
+                grad_mean, grad_var = (
+                    share * (grad_mean + 2 * grad_var * (own - mean)),
+                    share * grad_var,
                 )
-                of_feature = torch.addcmul(through, scale.view(-1, 1, 1, 1), of_folded)
-                of_weight = of_scale * inverse
-            if need_x and count and of_x is not None and _is_to_spare(of_x):
-                _ops.add_window_moments_backward(of_x, x, slope, constant, *ctx.window)
+                through, slope, constant = gradients_through_moments(
+                    grad_mean, grad_var, feature, first, second, count
+                )
+                grad_feature = torch.addcmul(through, scale.view(-1, 1, 1, 1), grad_folded)
+                grad_weight = grad_scale * inverse
+            if need_x and count and grad_x is not None and _is_to_spare(grad_x):
+                _ops.add_window_moments_backward(grad_x, x, slope, constant, *ctx.window)
             elif need_x and count:
-                of_x = _ops.window_moments_backward(x, slope, constant, of_x, *ctx.window)
+                grad_x = _ops.window_moments_backward(x, slope, constant, grad_x, *ctx.window)
         return (
             *(
-                of_x,
-                *_wanted((of_feature, of_weight, of_shift), (need_feature, need_weight, need_bias)),
+                grad_x,
+                *_needed(
+                    (grad_feature, grad_weight, grad_shift), (need_feature, need_weight, need_bias)
+                ),
             ),
             *(None,) * 6,
         )
 
 
 def _is_to_spare(grad: Tensor) -> bool:
-    """Whether to write into the gradient of the map that ``fold_batch_norm`` returned.
+    """Return whether the gradient of the map that ``fold_batch_norm`` returned may be overwritten.
 
-    It comes from the operators of features alone, or is the sum of what these return. On a CPU a
-    second map takes no time, and a compiler plans memory itself.
+    Only the operators on features, or a sum of their results, produce it, so nothing else reads it.
+    On a CPU, a second map costs no time; compilers plan memory themselves.
     """
     if grad.device.type == "cpu" or is_compiling():
         return False
@@ -318,7 +330,7 @@ def _is_to_spare(grad: Tensor) -> bool:
 def _over_ranks(
     count: int, mean: Tensor, var: Tensor, group: Any
 ) -> tuple[int | Tensor, Tensor, Tensor]:
-    """Combine count, mean and biased variance of all ranks; a rank may have no data."""
+    """Combine count, mean and biased variance over all ranks; ranks without data are allowed."""
     if group is None:
         return count, mean, var
     own = torch.cat([mean, var, mean.new_full((1,), count)])
@@ -333,8 +345,8 @@ def _over_ranks(
     return total, mean, var
 
 
-def _sum_over_ranks(of_mean: Tensor, of_var: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    sums = torch.stack([of_mean, of_var])
+def _sum_over_ranks(grad_mean: Tensor, grad_var: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    sums = torch.stack([grad_mean, grad_var])
     torch.distributed.all_reduce(sums, group=group)
     return sums[0], sums[1]
 
@@ -359,7 +371,7 @@ LIBRARY.define(
     "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> "
     "(Tensor x, Tensor feature, Tensor shift, Tensor mean, Tensor variance)"
 )
-# Made of other operators, for every device.
+# Composed of other operators, for every device.
 LIBRARY.impl("fold_batch_norm", _fold_batch_norm, "CompositeExplicitAutograd")
 
 _register("rfa_conv", RFAConv)

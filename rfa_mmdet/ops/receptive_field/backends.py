@@ -1,7 +1,7 @@
-"""Which kernels of the operators are there, and whether a layer should call the operators.
+"""Which kernels are available, and whether a layer should call the operators.
 
-PyTorch's dispatcher picks the kernel by the device, and plain torch, block by block, where there is
-none. What is left to decide is whether to call the operator at all, or the formula.
+PyTorch's dispatcher picks the kernel for the device, or plain torch, block by block, if there is
+none. This module decides whether to call the operator at all or to evaluate the formula instead.
 """
 
 import functools
@@ -24,26 +24,26 @@ from rfa_mmdet.ops.receptive_field.schema import NAMESPACE, OPERATORS
 from rfa_mmdet.ops.receptive_field.sources import digest
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
-_DEVICES = {"cpu": "cpu", "triton": "cuda"}  # the type of the device that each is for
+_DEVICES = {"cpu": "cpu", "triton": "cuda"}  # device type of each backend
 _HALF = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16, torch.float64), "triton": _HALF}
 _AUTO = {device: name for name, device in _DEVICES.items()}
 BUILD_ADVICE = (
-    "build it with `make env`, or with `pip install` of this package where a "
-    "C++ compiler and torch are installed"
+    "build it with `make env`, or `pip install` this package with a C++ compiler and torch "
+    "available"
 )
 OTHER_SOURCES = "the C++ extension was built from different sources"
 REBUILD_ADVICE = "rebuild it with `make env` or `pip install -e .`"
 CAPTURED = (
-    "in a CUDA graph that is being captured, kernels cannot be compiled and checked; run the layer "
-    "once before"
+    "kernels cannot be compiled and checked during CUDA graph capture; run the layer once before "
+    "capturing"
 )
-# What torch requires before it multiplies matrices under use_deterministic_algorithms(True).
+# torch requires one of these to multiply matrices under use_deterministic_algorithms(True).
 DETERMINISTIC_CUBLAS = (":4096:8", ":16:8")
 
 
 def has_kernel(operator: str, backend: str) -> bool:
-    """Whether an operator has a kernel of a backend; call :func:`missing` first, which loads them.
+    """Return whether a backend implements an operator. Call :func:`missing` first to load it.
 
     Example:
         >>> has_kernel("gated_conv", "triton")
@@ -53,15 +53,15 @@ def has_kernel(operator: str, backend: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operator}", key))
 
 
-@torch.compiler.assume_constant_result  # torch.compile calls it, and looks no further
+@torch.compiler.assume_constant_result  # torch.compile calls it instead of tracing into it
 def missing(backend: str) -> str | None:
-    """Tell why a backend cannot be used in this process.
+    """Return why a backend cannot be used in this process.
 
     Args:
-        backend (str): Of :data:`BACKENDS`.
+        backend (str): One of :data:`BACKENDS`.
 
     Returns:
-        str | None: The reason and the remedy. None: it can.
+        str | None: The reason and the fix; None if the backend is available.
 
     Example:
         >>> missing("reference")
@@ -76,13 +76,13 @@ def _missing(backend: str) -> str | None:
         return reason and f"{reason}: {REBUILD_ADVICE if reason == OTHER_SOURCES else BUILD_ADVICE}"
     if backend == "triton":
         if torch.version.hip is not None:
-            return "the Triton kernels are for NVIDIA's GPUs, and this torch is for AMD's"
+            return "the Triton kernels support NVIDIA GPUs only, and this torch is built for AMD"
         if not torch.cuda.is_available():
             return "there is no CUDA device"
         try:
             operators = "rfa_mmdet.ops.receptive_field.triton.operators"
             importlib.import_module(operators).register("CUDA")
-        except Exception as error:  # an old one fails in any way; torch wants it, so no advice
+        except Exception as error:  # torch pins the triton version, so do not suggest another
             if isinstance(error, ModuleNotFoundError) and error.name == "triton":
                 name = "triton-windows" if sys.platform == "win32" else "triton"
                 return f"triton is not installed: pip install {name}"
@@ -91,13 +91,13 @@ def _missing(backend: str) -> str | None:
 
 
 def load_cpu_kernels(folder: Path) -> str | None:
-    """Load the C++ kernels that were built for this torch and the vector instructions it uses here.
+    """Load the C++ kernels built for this torch and the CPU capability that it selects.
 
     Args:
-        folder (Path): Of the libraries.
+        folder (Path): Folder with the libraries.
 
     Returns:
-        str | None: Why they cannot be used. None: they are loaded.
+        str | None: Why they cannot be used; None if they are loaded.
 
     Example:
         >>> load_cpu_kernels(Path("/no/such"))
@@ -108,8 +108,8 @@ def load_cpu_kernels(folder: Path) -> str | None:
         file = folder / f"_cpu_{name}.torch-{torch.__version__}.so"
         if not file.exists():
             continue
-        # Not loaded to find out: kernels of other arguments than the schemas' end the process.
-        if not _is_of_these_sources(folder):
+        # Check before loading: kernels that do not match the schemas abort the process.
+        if not _matches_sources(folder):
             return OTHER_SOURCES
         try:
             torch.ops.load_library(file)
@@ -121,12 +121,14 @@ def load_cpu_kernels(folder: Path) -> str | None:
     built = {file.name.partition(".torch-")[2][:-3] for file in folder.glob("_cpu_*.so")}
     if built:
         others = ", ".join(sorted(built))
-        return f"the C++ extension was built for torch {others}, and here is {torch.__version__}"
+        return (
+            f"the C++ extension was built for torch {others}, but this is torch {torch.__version__}"
+        )
     return "the C++ extension is not built"
 
 
-def _is_of_these_sources(folder: Path) -> bool:
-    """Whether the libraries of a checkout are; those of a wheel came with it, without a stamp."""
+def _matches_sources(folder: Path) -> bool:
+    """Return whether the stamp matches the sources; a wheel has no stamp and always matches."""
     stamp = folder / f"_cpu_default.torch-{torch.__version__}.stamp"
     if not stamp.exists():
         return True
@@ -134,18 +136,18 @@ def _is_of_these_sources(folder: Path) -> bool:
 
 
 def check_backend(backend: str, operators: tuple[str, ...] = ()) -> str:
-    """Check a user's choice as far as that can be done without an input.
+    """Check the user's choice as far as possible without an input.
 
     Args:
-        backend (str): Of :data:`BACKENDS`.
-        operators (tuple[str, ...]): What the layer calls.
+        backend (str): One of :data:`BACKENDS`.
+        operators (tuple[str, ...]): Operators that the layer calls.
 
     Returns:
-        str: The same.
+        str: ``backend``.
 
     Raises:
-        ValueError: There is no such backend, or it has no kernel of an operator.
-        RuntimeError: It cannot be used in this process.
+        ValueError: If there is no such backend, or it does not implement an operator.
+        RuntimeError: If the backend cannot be used in this process.
 
     Example:
         >>> check_backend("auto")
@@ -161,8 +163,8 @@ def check_backend(backend: str, operators: tuple[str, ...] = ()) -> str:
     absent = [operator for operator in operators if not has_kernel(operator, backend)]
     if absent:
         raise ValueError(
-            f"backend={backend!r}: has no kernel of {', '.join(absent)}; choose backend='auto', "
-            "which runs plain torch there"
+            f"backend={backend!r}: does not implement {', '.join(absent)}; use backend='auto', "
+            "which falls back to plain torch"
         )
     return backend
 
@@ -170,22 +172,22 @@ def check_backend(backend: str, operators: tuple[str, ...] = ()) -> str:
 def use_operators(backend: str, operators: tuple[str, ...], x: Tensor, weight: Tensor) -> bool:
     """Decide between the operators and the formula.
 
-    The formula is for whatever looks at the operators that run: tracers, exports, transforms of
-    torch.func, modes that count or fake them. And for float64, with which others are compared.
+    Anything that inspects operators gets the formula: tracers, exporters, torch.func transforms,
+    and modes that count or fake operators. So does float64, the reference for comparisons.
 
     Args:
         backend (str): The user's choice, checked by :func:`check_backend`.
-        operators (tuple[str, ...]): What the layer would call.
+        operators (tuple[str, ...]): Operators that the layer would call.
         x (Tensor): (B, C, H, W).
-        weight (Tensor): Of the convolution of the features.
+        weight (Tensor): Weight of the final convolution.
 
     Returns:
         bool: Whether to call the operators.
 
     Raises:
-        ValueError: The backend asked for by name does not run on x's device.
-        TypeError: It does not compute in x's type.
-        RuntimeError: It cannot be used in this process, or does not compute the formula.
+        ValueError: If the named backend does not support x's device.
+        TypeError: If it does not support x's dtype.
+        RuntimeError: If it cannot be used in this process, or failed its self-check.
 
     Example:
         >>> x, weight = torch.ones(1, 1, 3, 3).double(), torch.ones(1, 1, 3, 3).double()
@@ -195,7 +197,7 @@ def use_operators(backend: str, operators: tuple[str, ...], x: Tensor, weight: T
     if backend == "reference" or needs_plain_operators() or _is_watched(x, weight):
         return False
     if is_compiling() and not COMPILES_OPERATORS:
-        _notice("this torch cannot compile the kernels, torch 2.4 and later can")
+        _notice("compiling the kernels requires torch 2.4 or later")
         return False
     dtype = autocast_dtype(x)
     same = weight.device == x.device
@@ -203,12 +205,12 @@ def use_operators(backend: str, operators: tuple[str, ...], x: Tensor, weight: T
     if backend != "auto":
         _check_input(backend, x, weight, dtype, same)
         if backend == "triton":
-            _insist(*_case(operators, x, dtype))
+            _require_passed(*_case(operators, x, dtype))
         return True
     own = _AUTO.get(x.device.type, "")
     if x.is_meta or not same or dtype == torch.float64 or dtype not in _DTYPES.get(own, _HALF):
         return False
-    reason = missing(own) if own else "there are kernels for CPUs and NVIDIA's GPUs only"
+    reason = missing(own) if own else "kernels exist only for CPUs and NVIDIA GPUs"
     obstacle = None
     if own == "triton":
         obstacle = _gpu_obstacle(reason is None, *_case(operators, x, dtype))
@@ -218,17 +220,17 @@ def use_operators(backend: str, operators: tuple[str, ...], x: Tensor, weight: T
 
 
 def _case(operators: tuple[str, ...], x: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Return what is to be checked on a GPU, as torch.compile can hand it on."""
+    """Return the fields of a self-check case, as types that torch.compile can pass on."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return x.device, dtype, last, torch.is_grad_enabled(), operators
 
 
 @torch.compiler.assume_constant_result
 def _gpu_obstacle(has_kernels: bool, *of_case: Any) -> str | None:
-    """Tell why the formula must run on a GPU; check the kernels at their first use."""
+    """Return why a GPU must run the formula; check the kernels at their first use."""
     if torch.are_deterministic_algorithms_enabled() and not _multiplies_deterministically():
         return (
-            "under torch.use_deterministic_algorithms(True) matrix products on a GPU need "
+            "with torch.use_deterministic_algorithms(True), matrix products on a GPU require "
             "CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"
         )
     if not has_kernels:
@@ -243,7 +245,7 @@ def _gpu_obstacle(has_kernels: bool, *of_case: Any) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _insist(*of_case: Any) -> None:
+def _require_passed(*of_case: Any) -> None:
     case = self_check.Case(*of_case)
     if _is_captured_unchecked(case):
         raise RuntimeError(f"backend='triton': {CAPTURED}")
@@ -265,16 +267,16 @@ def _multiplies_deterministically() -> bool:
 def _describe(case: self_check.Case, error: Exception) -> str:
     remedy = ""
     if isinstance(error, subprocess.CalledProcessError) or "C compiler" in str(error):
-        remedy = "; Triton needs a C compiler and Python's headers, such as gcc and python3-dev"
-    words = " ".join(str(error).split())[:500]  # a compiler's may be pages
+        remedy = "; Triton needs a C compiler and Python's headers, e.g. gcc and python3-dev"
+    words = " ".join(str(error).split())[:500]  # compiler errors may span pages
     return (
-        f"on {case.device}, in {case.dtype}, the Triton kernels failed their self-check: "
+        f"the Triton kernels failed their self-check on {case.device} in {case.dtype}: "
         f"{type(error).__name__}: {words}{remedy}"
     )
 
 
 def _is_watched(*tensors: Tensor) -> bool:
-    """Whether a mode or a tensor subclass has rules of its own for operators."""
+    """Return whether a mode or tensor subclass intercepts operators."""
     if is_compiling():
         return False
     modes: int = torch._C._len_torch_dispatch_stack()
@@ -284,18 +286,18 @@ def _is_watched(*tensors: Tensor) -> bool:
 
 
 def _check_input(backend: str, x: Tensor, weight: Tensor, dtype: torch.dtype, same: bool) -> None:
-    check_backend(backend)  # again: the layer may come from another process
+    check_backend(backend)  # again, because the layer may come from another process
     device = _DEVICES[backend]
     if x.device.type != device:
         raise ValueError(f"backend={backend!r}: the input must be on {device}, not on {x.device}")
     if dtype not in _DTYPES[backend]:
         raise TypeError(
-            f"backend={backend!r}: the input must be of one of {_DTYPES[backend]}, not {dtype}"
+            f"backend={backend!r}: the input dtype must be one of {_DTYPES[backend]}, not {dtype}"
         )
     if not same:
         raise TypeError(
-            f"backend={backend!r}: the input is {x.dtype} on {x.device}, the weight "
-            f"{weight.dtype} on {weight.device}; they must be the same"
+            f"backend={backend!r}: the input is {x.dtype} on {x.device}, but the weight is "
+            f"{weight.dtype} on {weight.device}"
         )
 
 
@@ -307,6 +309,7 @@ def _notice(reason: str) -> None:
 @functools.cache
 def _warn_once(reason: str) -> None:
     warnings.warn(
-        f"the receptive-field convolutions run in plain torch, slower than by kernels: {reason}",
+        "receptive-field convolutions run in plain torch, which is slower than the kernels: "
+        f"{reason}",
         stacklevel=2,
     )

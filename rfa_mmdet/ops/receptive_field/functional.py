@@ -1,7 +1,7 @@
-"""Features of windows that are never in memory as a whole, and what is made of them.
+"""Window features that are never materialised, and the operations on them.
 
-The features take K times the input's memory, and more time to write and to read again than to
-compute. So the kernels compute them tile by tile wherever they are needed, forward and backward.
+The features would take K times the input's memory, and writing and reading them takes longer than
+computing them. So the kernels compute them tile by tile where needed, forward and backward.
 """
 
 from typing import Any, NamedTuple
@@ -18,15 +18,15 @@ _ops = torch.ops.rfa_mmdet
 class WindowFeatures(NamedTuple):
     """Features of the windows of a map: act(feature @ window + shift), (B, C, K, h, w).
 
-    Needs the operators' kernels on x's device, see :mod:`~rfa_mmdet.ops.receptive_field.backends`.
-    What is made from the features is differentiable once, in reverse mode.
+    :mod:`~rfa_mmdet.ops.receptive_field.backends` decides which kernels run. The results are
+    differentiable once, in reverse mode.
 
     Attributes:
-        x (Tensor): (B, C, H, W), in the type to compute in.
+        x (Tensor): (B, C, H, W); its dtype is that of the results.
         feature (Tensor): (C * K, 1, kh, kw), depthwise kernels.
         shift (Tensor): (C * K,).
-        relu (bool): Whether ReLU is the activation; else there is none.
-        window (Window): With K positions.
+        relu (bool): Whether the activation is ReLU; otherwise there is none.
+        window (Window): A window with K positions.
 
     Example:
         >>> from rfa_mmdet.ops.receptive_field.backends import missing
@@ -45,16 +45,16 @@ class WindowFeatures(NamedTuple):
     def attend(
         self, attention_weight: Tensor, weight: Tensor, bias: Tensor | None, groups: int
     ) -> Tensor:
-        """Convolve the features, weighed by RFAConv's attention.
+        """Convolve the features, weighted by RFAConv's attention.
 
         Args:
-            attention_weight (Tensor): (C * K, 1, 1, 1), a grouped 1x1 convolution's weight.
+            attention_weight (Tensor): (C * K, 1, 1, 1), weight of a grouped 1x1 convolution.
             weight (Tensor): (O, C / groups, kh, kw).
             bias (Tensor | None): (O,).
             groups (int): Groups of the convolution.
 
         Returns:
-            Tensor: (B, O, h, w), in x's type.
+            Tensor: (B, O, h, w), in x's dtype.
         """
         x, feature, shift, relu, window = self
         weight, bias = self._in_type(weight, bias)
@@ -66,17 +66,17 @@ class WindowFeatures(NamedTuple):
     def max_and_mean(self) -> Tensor:
         """Return the maximum and the mean over the channels, (B, 2, K, h, w).
 
-        The gradient of the maximum is that of the first channel that has it.
+        The gradient of a maximum goes to the first channel that attains it.
         """
         indexed = torch.is_grad_enabled()
         pooled: Tensor = _ops.pool_channels(*self[:4], indexed, *self.window)[0]
         return pooled
 
     def coordinate_means(self) -> tuple[Tensor, Tensor]:
-        """Return the means of the rows and columns of the windows laid side by side.
+        """Return the row and column means of the windows laid out side by side.
 
         Returns:
-            tuple[Tensor, Tensor]: (B, C, kh, h), of row y * kh + i at [..., i, y], and
+            tuple[Tensor, Tensor]: (B, C, kh, h), with row y * kh + i at [..., i, y], and
             (B, C, kw, w).
         """
         rows, columns = _ops.pool_coordinates(*self[:4], *self.window)
@@ -88,14 +88,14 @@ class WindowFeatures(NamedTuple):
         """Convolve the features, each multiplied by two gates.
 
         Args:
-            gates (tuple[Tensor, Tensor]): Of channels, (B, C), and positions, (B, K, h, w); or of
-                rows, (B, C, kh, h), and columns, (B, C, kw, w).
+            gates (tuple[Tensor, Tensor]): Channel gates, (B, C), and position gates, (B, K, h, w);
+                or row gates, (B, C, kh, h), and column gates, (B, C, kw, w).
             weight (Tensor): (O, C / groups, kh, kw).
             bias (Tensor | None): (O,).
             groups (int): Groups of the convolution.
 
         Returns:
-            Tensor: (B, O, h, w), in x's type.
+            Tensor: (B, O, h, w), in x's dtype.
         """
         y: Tensor = _ops.gated_conv(
             *(*self[:4], *gates, *self._in_type(weight, bias), *self.window, groups)
@@ -118,24 +118,25 @@ def fold_batch_norm(
     window: Window,
     group: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Fold batch norm, on the statistics of the batch, into the features that it follows.
+    """Fold batch norm with batch statistics into the features that precede it.
 
-    They follow from the means and the covariance of the windows' values: see README.md. Make the
-    features, and nothing else, from the map that is returned, not from x: its gradient then arrives
-    here, and the one through the statistics is added to it in one pass, on a GPU in place.
+    The statistics follow from the mean and covariance of the windows' values; see README.md.
+    Compute the features, and nothing else, from the returned map rather than from x: its gradient
+    then arrives here, and the gradient through the statistics is added in one pass, on a GPU in
+    place.
 
     Args:
-        x (Tensor): (B, C, H, W), as of :class:`WindowFeatures`.
-        feature (Tensor): (C * K, 1, kh, kw), before the norm, as all that follows in the type that
-            statistics are computed in.
-        weight, bias (Tensor | None): Of the norm, (C * K,). None: ones, zeros.
+        x (Tensor): (B, C, H, W), as for :class:`WindowFeatures`.
+        feature (Tensor): (C * K, 1, kh, kw), without the norm. This and the other parameters have
+            the dtype of the statistics, at least float32.
+        weight, bias (Tensor | None): Weight and bias of the norm, (C * K,). None means 1 and 0.
         eps (float): Added to the variance.
-        window (Window): Of the features.
-        group (Any): Process group over which the statistics are taken. None: this process alone.
+        window (Window): The window of the features.
+        group (Any): Process group over which to take the statistics. None means only this process.
 
     Returns:
         tuple[Tensor, ...]: x, feature and shift for :class:`WindowFeatures`; mean and unbiased
-        variance, (C * K,) each, which carry no gradient.
+        variance, (C * K,) each, without gradients.
     """
     if group is not None:
         found: tuple[Tensor, ...] = FoldBatchNorm.apply(
@@ -144,5 +145,5 @@ def fold_batch_norm(
     else:
         found = _ops.fold_batch_norm(x, feature, weight, bias, eps, *window)
     same, feature, shift, mean, var = found
-    # An operator must not return its input; it does where it is recorded.
+    # Operators must not return their input; only the autograd function does.
     return same if same.dim() == x.dim() else x, feature, shift, mean, var

@@ -1,8 +1,7 @@
-"""The operators in plain torch, for every device that has no kernels of its own.
+"""The operators in plain torch, for devices without kernels.
 
-The features of a block of windows are made, used in a matrix product, and dropped; backward passes
-make them again. So they need a small part of the memory of the formula, which makes the features of
-the whole map and keeps them.
+The features of one block of windows at a time are computed, used in a matrix product and discarded;
+backward passes recompute them. The formula, in contrast, keeps the features of the whole map.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,8 +37,8 @@ def _register(kernel: _Kernel) -> _Kernel:
 class _Features:
     """Features act(feature @ window + shift) of blocks, (C', K, P), and their gradients.
 
-    Given the weight of RFAConv's attention over the positions of a window, that attention as well:
-    its logits are a product with the window, too.
+    With the weight of RFAConv's attention, also computes that attention, whose logits are another
+    product with the window.
     """
 
     def __init__(
@@ -57,12 +56,12 @@ class _Features:
         kernels = feature.reshape(-1, positions, positions)
         self.maps = torch.cat([kernels, shift.reshape(-1, positions, 1)], 2)  # (C, K, K + 1)
         if attention is not None:
-            # Of the mean of the window, to which the column of the shift adds nothing.
+            # Logits depend on the window's mean; the shift column is zero.
             logits = (attention.to(slices.dtype) / positions).reshape(-1, positions, 1)
             logits = F.pad(logits.expand_as(kernels), (0, 1))
             self.maps = torch.cat([self.maps, logits], 1)  # (C, 2 * K, K + 1)
-        self.of_x = slices.empty_gradient(self.need_x)
-        self.of_maps = torch.zeros_like(self.maps) if self.need_features else self.maps[:0]
+        self.grad_x = slices.empty_gradient(self.need_x)
+        self.grad_maps = torch.zeros_like(self.maps) if self.need_features else self.maps[:0]
 
     def of(self, block: Block) -> Tensor:
         features = self._responses("features", block, slice(self.positions))
@@ -80,113 +79,117 @@ class _Features:
         channels, _, count = block.windows.shape
         return self.slices.scratch(name, channels, times * self.positions, count)
 
-    def weigh(self, features: Tensor, weights: Tensor) -> Tensor:
-        return torch.mul(features, weights, out=self.slices.scratch("weighed", *features.shape))
+    def apply(self, features: Tensor, weights: Tensor) -> Tensor:
+        return torch.mul(features, weights, out=self.slices.scratch("weighted", *features.shape))
 
     def add(self, block: Block, features: Tensor, grad: Tensor) -> None:
-        """Add up gradients, given that of the features; overwrites it."""
+        """Accumulate gradients from that of the features, which is overwritten."""
         self._add(block, features, grad, grad)
 
     def add_with_attention(
-        self, block: Block, features: Tensor, attention: Tensor, weighed: Tensor, grad: Tensor
+        self, block: Block, features: Tensor, attention: Tensor, weighted: Tensor, grad: Tensor
     ) -> None:
-        """Add up gradients, given that of the weighed features; overwrites them."""
+        """Accumulate gradients from that of the weighted features; overwrites both."""
         grads = self._scratch("grads", block, 2)
-        of_features, of_logits = grads.chunk(2, 1)
-        products = weighed.mul_(grad)
+        grad_features, grad_logits = grads.chunk(2, 1)
+        products = weighted.mul_(grad)
         total = products.sum(1, keepdim=True)
-        torch.addcmul(products, attention, total, value=-1, out=of_logits)
-        torch.mul(grad, attention, out=of_features)
-        self._add(block, features, of_features, grads)
+        torch.addcmul(products, attention, total, value=-1, out=grad_logits)
+        torch.mul(grad, attention, out=grad_features)
+        self._add(block, features, grad_features, grads)
 
-    def _add(self, block: Block, features: Tensor, of_features: Tensor, grads: Tensor) -> None:
+    def _add(self, block: Block, features: Tensor, grad_features: Tensor, grads: Tensor) -> None:
         if self.relu:
             torch.ops.aten.threshold_backward.grad_input(
-                of_features, features, 0, grad_input=of_features
+                grad_features, features, 0, grad_input=grad_features
             )
         if self.need_features:
-            self.of_maps[block.channels].baddbmm_(grads, block.windows.mT)
+            self.grad_maps[block.channels].baddbmm_(grads, block.windows.mT)
         if self.need_x:
             back = self.maps[block.channels, :, :-1].mT
-            of_windows = torch.bmm(back, grads, out=self._scratch("of_windows", block))
-            self.slices.add_to(self.of_x, block, of_windows)
+            grad_windows = torch.bmm(back, grads, out=self._scratch("grad_windows", block))
+            self.slices.add_to(self.grad_x, block, grad_windows)
 
     def gradients(self) -> tuple[Tensor, ...]:
-        """Return those of x, feature, shift and attention, empty where they are not needed."""
-        of_x, inputs = self.of_x.to(self.slices.x.dtype), [t for t in self.inputs if t is not None]
+        """Return the gradients of x, feature, shift and attention; empty if not needed."""
+        grad_x, inputs = (
+            self.grad_x.to(self.slices.x.dtype),
+            [t for t in self.inputs if t is not None],
+        )
         if not self.need_features:
-            return of_x, *(t.new_empty(0) for t in inputs)
-        of_features, *of_logits = self.of_maps.split(self.positions, 1)
-        found = [of_features[..., :-1], of_features[..., -1]]
-        found += [t[..., :-1].mean(2) for t in of_logits]
-        return of_x, *(g.reshape(t.shape).to(t.dtype) for g, t in zip(found, inputs, strict=True))
+            return grad_x, *(t.new_empty(0) for t in inputs)
+        grad_features, *grad_logits = self.grad_maps.split(self.positions, 1)
+        found = [grad_features[..., :-1], grad_features[..., -1]]
+        found += [t[..., :-1].mean(2) for t in grad_logits]
+        return grad_x, *(g.reshape(t.shape).to(t.dtype) for g, t in zip(found, inputs, strict=True))
 
 
 class _Product:
-    """The convolution of weighed features, (C', K, P), and its gradients."""
+    """The convolution of weighted features, (C', K, P), and its gradients."""
 
     def __init__(self, x: Tensor, weight: Tensor, groups: int) -> None:
         self.shape, self.dtype, self.sums = weight.shape, x.dtype, compute_dtype(x.dtype)
         self.weight = weight.reshape(groups, len(weight) // groups, -1)  # (G, O / G, C / G * K)
-        self.of_weight = self.weight[:0]
+        self.grad_weight = self.weight[:0]
 
     def convolve(
-        self, slices: Slices, weigh: Callable[[Block], Tensor], bias: Tensor | None
+        self, slices: Slices, make: Callable[[Block], Tensor], bias: Tensor | None
     ) -> Tensor:
         y = empty_output(slices.x, self.weight.view(self.shape), *slices.window)
         for place in slices.places():
-            of_y = place.of(y)
-            shape = *self.weight.shape[:2], of_y[0].numel()
+            out = place.of(y)
+            shape = *self.weight.shape[:2], out[0].numel()
             total = self.weight.new_zeros(shape, dtype=self.sums)
             for block in slices.blocks(place):
-                weighed = weigh(block)
+                weighted = make(block)
                 at = self._of(block.channels)
-                _add_product(total[at[0]], self.weight[at], self._grouped(weighed, at))
+                _add_product(total[at[0]], self.weight[at], self._grouped(weighted, at))
             if bias is not None:
                 total += bias.view(*shape[:2], 1)
-            of_y.copy_(total.view(of_y.shape))
+            out.copy_(total.view(out.shape))
         return y
 
     def backwards(self, slices: Slices, grad_y: Tensor) -> Iterator[tuple[Block, Tensor]]:
-        """Yield each block, and the gradient (G, O / G, P) of the output at its place."""
-        self.of_weight = torch.zeros_like(self.weight, dtype=self.sums)
+        """Yield each block with the gradient (G, O / G, P) of the output at its place."""
+        self.grad_weight = torch.zeros_like(self.weight, dtype=self.sums)
         for place in slices.places():
-            of_y = place.of(grad_y).reshape(*self.weight.shape[:2], -1)
+            grad_out = place.of(grad_y).reshape(*self.weight.shape[:2], -1)
             for block in slices.blocks(place):
-                yield block, of_y
+                yield block, grad_out
 
-    def gradient(self, block: Block, weighed: Tensor, of_y: Tensor, need_weight: bool) -> Tensor:
-        """Return the gradient of weighed features, and add up that of the weight."""
+    def gradient(
+        self, block: Block, weighted: Tensor, grad_out: Tensor, need_weight: bool
+    ) -> Tensor:
+        """Return the gradient of weighted features, and accumulate that of the weight."""
         at = self._of(block.channels)
-        of_y = of_y[at[0]]
+        grad_out = grad_out[at[0]]
         if need_weight:
-            _add_product(self.of_weight[at], of_y, self._grouped(weighed, at).mT)
-        return _product(self.weight[at].mT, of_y).view_as(weighed).to(weighed.dtype)
+            _add_product(self.grad_weight[at], grad_out, self._grouped(weighted, at).mT)
+        return _product(self.weight[at].mT, grad_out).view_as(weighted).to(weighted.dtype)
 
     def gradients(self, grad_y: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """Return those of weight and bias, empty where they are not needed."""
-        weight = self.of_weight.view(self.shape) if needs[2] else self.weight.new_empty(0)
+        """Return the gradients of weight and bias; empty if not needed."""
+        weight = self.grad_weight.view(self.shape) if needs[2] else self.weight.new_empty(0)
         bias = grad_y.sum((0, 2, 3), dtype=self.sums) if needs[3] else weight.new_empty(0)
         return weight.to(self.dtype), bias.to(self.dtype)
 
     def _of(self, channels: slice) -> tuple[slice, slice, slice]:
-        """Return where the weights of some channels are."""
+        """Return the index of the weights of some channels."""
         group, positions = self.shape[1], self.shape[2] * self.shape[3]
         first, last = channels.start // group, -(-channels.stop // group)
         start = channels.start - first * group
         stop = start + min(channels.stop - channels.start, group)
         return slice(first, last), slice(None), slice(start * positions, stop * positions)
 
-    def _grouped(self, weighed: Tensor, at: tuple[slice, slice, slice]) -> Tensor:
-        return weighed.to(self.dtype).view(at[0].stop - at[0].start, -1, weighed.shape[2])
+    def _grouped(self, weighted: Tensor, at: tuple[slice, slice, slice]) -> Tensor:
+        return weighted.to(self.dtype).view(at[0].stop - at[0].start, -1, weighted.shape[2])
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype == torch.float32:
-        # Whether TF32 may be used is another setting for convolutions than for products of
-        # matrices, and another default.
+        # Convolutions and matrix products have separate TF32 settings, with different defaults.
         return as_convolution(a, b)
-    if len(a) == 1:  # several times faster than of batches, in bfloat16 on a CPU
+    if len(a) == 1:  # several times faster than bmm in bfloat16 on a CPU
         return torch.mm(a[0], b[0]).unsqueeze(0)
     return torch.bmm(a, b)
 
@@ -215,7 +218,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 @_register
 def window_moments(x: Tensor, *window: Any) -> tuple[Tensor, Tensor]:
     """See schema.py."""
-    # Squares of values far from zero would lose the variance.
+    # Centre first: the variance would cancel if the mean is far from zero.
     centre = x.mean((0, 2, 3), dtype=compute_dtype(x.dtype)).view(-1, 1, 1)
     slices = Slices(x, window, centre=centre)
     size = slices.window.positions + 1
@@ -234,24 +237,24 @@ def window_moments_backward(
 ) -> Tensor:
     """See schema.py."""
     slices = Slices(x, window)
-    of_x = slices.empty_gradient(True)
+    grad_x = slices.empty_gradient(True)
     if grad is not None:
-        of_x.copy_(grad)
+        grad_x.copy_(grad)
     maps = torch.cat([slope, constant.unsqueeze(2)], 2)
     for place in slices.places():
         for block in slices.blocks(place):
-            slices.add_to(of_x, block, torch.bmm(maps[block.channels], block.windows))
-    return of_x.to(x.dtype)
+            slices.add_to(grad_x, block, torch.bmm(maps[block.channels], block.windows))
+    return grad_x.to(x.dtype)
 
 
 def add_window_moments_backward(
     grad: Tensor, x: Tensor, slope: Tensor, constant: Tensor, *window: Any
 ) -> None:
-    """Add to a gradient of x, which nothing else reads, the one through the moments."""
+    """Add the gradient through the moments to a gradient of x, in place."""
     grad.copy_(window_moments_backward(x, slope, constant, grad, *window))
 
 
-# A GPU has a kernel that needs no second map.
+# The Triton kernel needs no second map.
 LIBRARY.define(
     "add_window_moments_backward(Tensor(a!) grad, Tensor x, Tensor slope, Tensor constant, "
     "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> ()"
@@ -298,18 +301,18 @@ def rfa_conv_backward(
     slices = Slices(x, window, groups)
     features = _Features(slices, feature, shift, relu, needs[:2], attention)
     product = _Product(x, weight, groups)
-    for block, of_y in product.backwards(slices, grad_y):
-        made, weights = features.of(block), features.attention(block)
-        weighed = features.weigh(made, weights)
-        grad = product.gradient(block, weighed, of_y, needs[2])
+    for block, grad_out in product.backwards(slices, grad_y):
+        values, weights = features.of(block), features.attention(block)
+        weighted = features.apply(values, weights)
+        grad = product.gradient(block, weighted, grad_out, needs[2])
         if needs[0] or needs[1]:
-            features.add_with_attention(block, made, weights, weighed, grad)
-    of_x, of_feature, of_shift, of_attention = features.gradients()
-    return of_x, of_attention, of_feature, of_shift, *product.gradients(grad_y, needs)
+            features.add_with_attention(block, values, weights, weighted, grad)
+    grad_x, grad_feature, grad_shift, grad_attention = features.gradients()
+    return grad_x, grad_attention, grad_feature, grad_shift, *product.gradients(grad_y, needs)
 
 
 class _Gates:
-    """Two gates, as views of blocks, to be broadcast to (C', kh, kw, n, rows, w)."""
+    """Views of two gates for blocks, broadcastable to (C', kh, kw, n, rows, w)."""
 
     def __init__(self, first: Tensor, second: Tensor, slices: Slices) -> None:
         self.tensors, self.slices = (first, second), slices
@@ -317,7 +320,7 @@ class _Gates:
     def of(self, block: Block) -> tuple[Tensor, Tensor]:
         first, second = (t[block.place.images] for t in self.tensors)
         rows = block.place.rows
-        if first.dim() == 2:  # of channels and positions
+        if first.dim() == 2:  # channel and position gates
             second = second[..., rows, :].transpose(0, 1)
             second = second.unflatten(0, self.slices.window.kernel_size).unsqueeze(0)
             return first[:, block.channels].T[:, None, None, :, None, None], second
@@ -373,20 +376,20 @@ def gated_conv_backward(
     slices = Slices(x, window, groups)
     features = _Features(slices, feature, shift, relu, needs[:2])
     gates, product = _Gates(first, second, slices), _Product(x, weight, groups)
-    of_first, of_second = (torch.zeros_like(t, dtype=slices.dtype) for t in (first, second))
-    of_gates = _Gates(of_first, of_second, slices)
-    for block, of_y in product.backwards(slices, grad_y):
-        made, gate = features.of(block), gates.product(block)
-        weighed = features.weigh(made, gate)
-        grad = product.gradient(block, weighed, of_y, needs[2])
-        products = torch.mul(made, grad, out=weighed).view(slices.shape(block))
+    grad_first, grad_second = (torch.zeros_like(t, dtype=slices.dtype) for t in (first, second))
+    grad_gates = _Gates(grad_first, grad_second, slices)
+    for block, grad_out in product.backwards(slices, grad_y):
+        values, gate = features.of(block), gates.product(block)
+        weighted = features.apply(values, gate)
+        grad = product.gradient(block, weighted, grad_out, needs[2])
+        products = torch.mul(values, grad, out=weighted).view(slices.shape(block))
         found = gradients_of_gates(products, *(t.to(slices.dtype) for t in gates.of(block)))
-        for total, own in zip(of_gates.of(block), found, strict=True):
+        for total, own in zip(grad_gates.of(block), found, strict=True):
             total += own
-        features.add(block, made, grad.mul_(gate))
+        features.add(block, values, grad.mul_(gate))
     return (
         *features.gradients(),
-        *(of_first.to(first.dtype), of_second.to(second.dtype)),
+        *(grad_first.to(first.dtype), grad_second.to(second.dtype)),
         *product.gradients(grad_y, needs),
     )
 
@@ -402,13 +405,13 @@ def pool_channels(
     pooled = x.new_empty((x.shape[0], 2, *maps), dtype=slices.dtype)
     largest = x.new_empty((x.shape[0], *maps) if indexed else (0,), dtype=slices.dtype)
     for place in slices.places():
-        of_place = place.of(pooled)
+        out = place.of(pooled)
         for block in slices.blocks(place):
-            made = features.of(block)
-            of_place[0] = made.amax(0).view_as(of_place[0])
-            of_place[1] = made.mean(0).view_as(of_place[1])
+            values = features.of(block)
+            out[0] = values.amax(0).view_as(out[0])
+            out[1] = values.mean(0).view_as(out[1])
             if indexed:
-                place.of(largest).copy_(made.argmax(0).view_as(of_place[0]))
+                place.of(largest).copy_(values.argmax(0).view_as(out[0]))
     return pooled, largest
 
 
@@ -427,14 +430,16 @@ def pool_channels_backward(
     slices = Slices(x, window, split=False)
     features = _Features(slices, feature, shift, relu, needs)
     for place in slices.places():
-        of_place, index = place.of(grad).to(slices.dtype), place.of(largest).long()
+        grad_out, index = place.of(grad).to(slices.dtype), place.of(largest).long()
         for block in slices.blocks(place):
-            made = features.of(block)
-            of_made = slices.scratch("of_made", *made.shape)
-            of_largest, of_mean = of_place.reshape(2, *made.shape[1:])
-            of_made.copy_(of_mean / len(made))
-            of_made.scatter_add_(0, index.reshape(1, *made.shape[1:]), of_largest.unsqueeze(0))
-            features.add(block, made, of_made)
+            values = features.of(block)
+            grad_values = slices.scratch("grad_values", *values.shape)
+            grad_largest, grad_mean = grad_out.reshape(2, *values.shape[1:])
+            grad_values.copy_(grad_mean / len(values))
+            grad_values.scatter_add_(
+                0, index.reshape(1, *values.shape[1:]), grad_largest.unsqueeze(0)
+            )
+            features.add(block, values, grad_values)
     return features.gradients()
 
 
@@ -451,9 +456,9 @@ def pool_coordinates(
     sums = _Gates(rows, columns, slices)
     for place in slices.places():
         for block in slices.blocks(place):
-            made = features.of(block).view(slices.shape(block))
+            values = features.of(block).view(slices.shape(block))
             for total in sums.of(block):
-                total += made.sum_to_size(total.shape)
+                total += values.sum_to_size(total.shape)
     return rows / (kw * width), columns / (kh * height)
 
 
@@ -475,9 +480,9 @@ def pool_coordinates_backward(
     grads = _Gates(grad_rows / (kw * width), grad_columns / (kh * height), slices)
     for place in slices.places():
         for block in slices.blocks(place):
-            made = features.of(block)
-            of_rows, of_columns = (t.to(slices.dtype) for t in grads.of(block))
-            of_made = slices.scratch("of_made", *slices.shape(block))
-            torch.add(of_rows, of_columns, out=of_made)
-            features.add(block, made, of_made.view(made.shape))
+            values = features.of(block)
+            row_part, column_part = (t.to(slices.dtype) for t in grads.of(block))
+            grad_values = slices.scratch("grad_values", *slices.shape(block))
+            torch.add(row_part, column_part, out=grad_values)
+            features.add(block, values, grad_values.view(values.shape))
     return features.gradients()

@@ -1,12 +1,12 @@
 """RFAConv in plain torch, from the formulas of arXiv 2304.03198.
 
-Every faster implementation is measured against this one. Shapes: ``x`` is (B, C, H, W), the
-kernel kh x kw with K = kh * kw positions, the output size (h, w).
+All faster implementations are tested against this one. Shapes: ``x`` is (B, C, H, W), the kernel
+has K = kh * kw positions, the output size is (h, w).
 
-What differs from the published code: the final convolution runs as a 1x1 convolution over C * K
-channels with the same weights, so the (B, C, h * kh, w * kw) layout of windows is never made;
-logits and softmax are float32 under mixed precision; stride, padding and dilation hold for the
-features and the attention alike (the published layer ignores dilation).
+Differences from the published code: the final convolution is a 1x1 convolution over C * K channels
+with the same weights, so the (B, C, h * kh, w * kw) layout of windows is never materialised; logits
+and softmax are float32 under mixed precision; stride, padding and dilation apply to both features
+and attention (the published layer ignores dilation).
 """
 
 from collections.abc import Callable
@@ -22,11 +22,11 @@ from rfa_mmdet.ops.common.windows import Pair, convolve_windows
 def receptive_field_mean(
     x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
-    """Mean of each window of ``x``; zeros of the padding count, the divisor is always K.
+    """Return the mean of each window of ``x``. Padding counts as zeros; the divisor is always K.
 
     Args:
         x (Tensor): (B, C, H, W).
-        kernel_size, stride, padding, dilation (tuple[int, int]): As of the convolution.
+        kernel_size, stride, padding, dilation (tuple[int, int]): As for a convolution.
 
     Returns:
         Tensor: (B, C, h, w).
@@ -36,24 +36,24 @@ def receptive_field_mean(
         >>> receptive_field_mean(x, (2, 2), (2, 2), (0, 0), (1, 1)).shape
         torch.Size([1, 1, 2, 2])
     """
-    # avg_pool2d knows no dilation and at most half a kernel of padding.
+    # avg_pool2d has no dilation, and allows padding of at most half the kernel.
     if dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, kernel_size)):  # noqa: B905
         return F.avg_pool2d(x, kernel_size, stride, padding, count_include_pad=True)
-    channels = int(x.shape[1])  # a constant to ONNX, which must know the kernel's shape
+    channels = int(x.shape[1])  # ONNX needs a kernel with a constant shape
     kernel = x.new_full((channels, 1, *kernel_size), 1 / (kernel_size[0] * kernel_size[1]))
-    with no_autocast(x):  # which would round a float32 map; pooling it keeps its precision
+    with no_autocast(x):  # autocast would round x; avg_pool2d keeps its precision
         return F.conv2d(x, kernel, None, stride, padding, dilation, channels)
 
 
 def receptive_field_attention(mean: Tensor, attention_weight: Tensor) -> Tensor:
-    """Softmax over the K positions of each window.
+    """Return the softmax over the K positions of each window.
 
     Args:
         mean (Tensor): (B, C, h, w), from :func:`receptive_field_mean`.
-        attention_weight (Tensor): (C * K, 1, 1, 1), a grouped 1x1 convolution's weight.
+        attention_weight (Tensor): (C * K, 1, 1, 1), weight of a grouped 1x1 convolution.
 
     Returns:
-        Tensor: (B, C, K, h, w), at least float32, sums to 1 over K.
+        Tensor: (B, C, K, h, w), at least float32; sums to 1 over K.
 
     Example:
         >>> S = receptive_field_attention(torch.rand(2, 3, 4, 5), torch.zeros(27, 1, 1, 1))
@@ -81,19 +81,19 @@ def rfa_conv(
     dilation: Pair = (1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """Convolve each window of ``x``, its K features weighed by their own attention.
+    """Convolve the K features of each window of ``x``, weighted by their attention.
 
     Args:
         x (Tensor): (B, C, H, W).
         attention_weight (Tensor): (C * K, 1, 1, 1).
-        feature_weight (Tensor | None): (C * K, 1, kh, kw), depthwise. None: the features are the
-            windows of ``x`` themselves, the paper's unfold form.
-        weight (Tensor): (O, C / groups, kh, kw), of the final convolution.
+        feature_weight (Tensor | None): (C * K, 1, kh, kw), depthwise. If None, the features are the
+            windows of ``x`` themselves, the paper's unfold variant.
+        weight (Tensor): Weight of the final convolution, (O, C / groups, kh, kw).
         bias (Tensor | None): (O,).
-        norm (Callable): Normalises the features, (B, C * K, h, w) to the same shape.
-        act (Callable): Activation of the features, likewise.
+        norm (Callable): Normalises the features, (B, C * K, h, w), keeping the shape.
+        act (Callable): Activation of the features, keeping the shape.
         stride, padding, dilation (tuple[int, int]): Of the windows over ``x``; zero padding.
-        groups (int): Of the final convolution.
+        groups (int): Groups of the final convolution.
 
     Returns:
         Tensor: (B, O, h, w).

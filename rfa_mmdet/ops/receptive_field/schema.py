@@ -1,9 +1,9 @@
-"""The operators of ``torch.ops.rfa_mmdet``: one schema each, and the shapes of what they return.
+"""Schemas and Meta kernels of the operators in ``torch.ops.rfa_mmdet``.
 
-One kernel is registered for each dispatch key: CPU in ``csrc/bindings.cpp``, CUDA in
-``triton/launch.py``, Autograd in ``autograd.py``. Meta is here, so that fake tensors, and with them
-torch.compile, know the shapes. ``x`` is (B, C, H, W), a window has K = kh * kw positions, and the
-output's size is (h, w).
+The other kernels: CPU in ``csrc/bindings.cpp``, CUDA in ``triton/operators.py``, all other devices
+in ``plain.py``, Autograd in ``autograd.py``. Meta kernels tell fake tensors, and so torch.compile,
+the shapes of the results. ``x`` is (B, C, H, W), a window has K = kh * kw positions, and the output
+size is (h, w).
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ _Meta = TypeVar("_Meta", bound=Callable[..., Any])
 
 
 def _define(arguments: str, returns: str) -> Callable[[_Meta], _Meta]:
-    """Define an operator of the name and with the Meta kernel of the function below."""
+    """Define an operator named after the decorated function, its Meta kernel."""
 
     def register(meta: _Meta) -> _Meta:
         name = meta.__name__
@@ -43,15 +43,15 @@ def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None)
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
-def _wanted(need: bool, like: Tensor) -> Tensor:
-    """Return the gradient of a tensor, or an empty one in its place."""
+def _gradient_of(need: bool, like: Tensor) -> Tensor:
+    """Return memory for the gradient of a tensor, or an empty tensor if it is not needed."""
     return _empty(like, like.shape if need else (0,))
 
 
 def empty_output(
     x: Tensor, weight: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
-    """Return new memory for a convolution's output.
+    """Allocate the output of a convolution.
 
     Args:
         x (Tensor): (B, C, H, W).
@@ -59,15 +59,15 @@ def empty_output(
         kernel_size, stride, padding, dilation (tuple[int, int]): Of the windows.
 
     Returns:
-        Tensor: (B, O, h, w), in x's memory format on a GPU; contiguous on a CPU, whose kernels go
-        through the channels one by one.
+        Tensor: (B, O, h, w), in x's memory format on a GPU; contiguous on a CPU, whose kernels
+        process channels one by one.
 
     Example:
         >>> empty_output(torch.ones(1, 4, 9, 12), torch.ones(6, 4, 3, 3), *Window((3, 3))).shape
         torch.Size([1, 6, 7, 10])
     """
     height, width = Window(kernel_size, stride, padding, dilation).output_size(x.shape[2:])
-    # Of one channel, both formats hold.
+    # With one channel, x has both formats.
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     layout = torch.contiguous_format
     if channels_last and x.device.type != "cpu":
@@ -82,7 +82,7 @@ def window_moments(
 ) -> tuple[Tensor, Tensor]:
     """Return mean (C, K) and covariance (C, K, K) of the windows' values, by channel.
 
-    Over all B * h * w windows; the padding's zeros count. In the type computed in.
+    Taken over all B * h * w windows including zero padding, in at least float32.
     """
     channels, positions = x.shape[1], kernel_size[0] * kernel_size[1]
     dtype = compute_dtype(x.dtype)
@@ -103,9 +103,10 @@ def window_moments_backward(
     padding: Pair,
     dilation: Pair,
 ) -> Tensor:
-    """Return grad + fold(constant + slope @ window), whose second part goes through the moments.
+    """Return grad + fold(constant + slope @ window).
 
-    slope (C, K, K) is symmetric, constant (C, K); grad, of x otherwise, is 0 if it is None.
+    The second term is the gradient through the moments; slope (C, K, K) is symmetric, constant is
+    (C, K). grad is the rest of x's gradient; None means 0.
     """
     return _empty(x, x.shape)
 
@@ -129,12 +130,12 @@ def rfa_conv(
     dilation: Pair,
     groups: int,
 ) -> Tensor:
-    """Return the convolution (B, O, h, w) of the features, weighed by RFAConv's attention.
+    """Return the convolution (B, O, h, w) of the features, weighted by RFAConv's attention.
 
-    Features (B, C, K, h, w) are act(feature @ window + shift), act being ReLU or nothing.
-    Parameters have the shapes of convolutions: feature (C * K, 1, kh, kw), shift (C * K,),
-    attention (C * K, 1, 1, 1), weight (O, C / groups, kh, kw), bias (O,). The features are weighed
-    by softmax(attention * mean of window).
+    Features (B, C, K, h, w) are act(feature @ window + shift), where act is ReLU or the identity;
+    their weights are softmax(attention * mean of window). Parameters have the shapes of
+    convolutions: feature (C * K, 1, kh, kw), shift (C * K,), attention (C * K, 1, 1, 1),
+    weight (O, C / groups, kh, kw), bias (O,).
     """
     return empty_output(x, weight, kernel_size, stride, padding, dilation)
 
@@ -159,15 +160,15 @@ def rfa_conv_backward(
     dilation: Pair,
     groups: int,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of ``rfa_conv``, each in the type of what it is of.
+    """Return the gradients of ``rfa_conv``, each in the dtype of its input; empty if not needed.
 
-    needs: of x; of attention, feature and shift; of weight; of bias. Empty where not needed.
+    ``needs`` has a flag for each of: x; attention, feature and shift; weight; bias.
     """
     need_x, need_features, need_weight, need_bias = needs
     return (
-        _wanted(need_x, x),
-        *(_wanted(need_features, t) for t in (attention, feature, shift)),
-        _wanted(need_weight, weight),
+        _gradient_of(need_x, x),
+        *(_gradient_of(need_features, t) for t in (attention, feature, shift)),
+        _gradient_of(need_weight, weight),
         _empty(weight, (weight.shape[0] if need_bias else 0,)),
     )
 
@@ -186,7 +187,7 @@ def pool_channels(
 ) -> tuple[Tensor, Tensor]:
     """Return maximum and mean of the features over the channels, (B, 2, K, h, w).
 
-    And, if indexed, the first channel that has the maximum, (B, K, h, w), as floating point.
+    If ``indexed``, also return the first channel with the maximum, (B, K, h, w), as floating point.
     """
     window = Window(kernel_size, stride, padding, dilation)
     size = window.output_size(x.shape[2:])
@@ -214,8 +215,8 @@ def pool_channels_backward(
     padding: Pair,
     dilation: Pair,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of ``pool_channels``; needs: of x; of feature and shift."""
-    return _wanted(needs[0], x), _wanted(needs[1], feature), _wanted(needs[1], shift)
+    """Return the gradients of ``pool_channels``; ``needs``: x; feature and shift."""
+    return _gradient_of(needs[0], x), _gradient_of(needs[1], feature), _gradient_of(needs[1], shift)
 
 
 @_define(f"{_FEATURES}, {_WINDOW}", "(Tensor rows, Tensor columns)")
@@ -229,9 +230,9 @@ def pool_coordinates(
     padding: Pair,
     dilation: Pair,
 ) -> tuple[Tensor, Tensor]:
-    """Return means of the features over rows, (B, C, kh, h), and columns, (B, C, kw, w).
+    """Return row means, (B, C, kh, h), and column means, (B, C, kw, w), of the features.
 
-    Of the windows laid side by side: row y * kh + i is [..., i, y].
+    These are of the windows laid out side by side: row y * kh + i is [..., i, y].
     """
     window = Window(kernel_size, stride, padding, dilation)
     height, width = window.output_size(x.shape[2:])
@@ -259,8 +260,8 @@ def pool_coordinates_backward(
     padding: Pair,
     dilation: Pair,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of ``pool_coordinates``; needs: of x; of feature and shift."""
-    return _wanted(needs[0], x), _wanted(needs[1], feature), _wanted(needs[1], shift)
+    """Return the gradients of ``pool_coordinates``; ``needs``: x; feature and shift."""
+    return _gradient_of(needs[0], x), _gradient_of(needs[1], feature), _gradient_of(needs[1], shift)
 
 
 @_define(
@@ -284,7 +285,7 @@ def gated_conv(
 ) -> Tensor:
     """Return the convolution (B, O, h, w) of the features, multiplied by two gates.
 
-    Gates of channels (B, C) and positions (B, K, h, w), or of rows (B, C, kh, h) and columns
+    Gates are for channels (B, C) and positions (B, K, h, w), or for rows (B, C, kh, h) and columns
     (B, C, kw, w).
     """
     return empty_output(x, weight, kernel_size, stride, padding, dilation)
@@ -312,15 +313,15 @@ def gated_conv_backward(
     dilation: Pair,
     groups: int,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of ``gated_conv``, each in the type of what it is of.
+    """Return the gradients of ``gated_conv``, each in the dtype of its input; empty if not needed.
 
-    needs: of x; of feature and shift; of weight; of bias. Empty where not needed.
+    ``needs`` has a flag for each of: x; feature and shift; weight; bias. Gates always get one.
     """
     need_x, need_features, need_weight, need_bias = needs
     return (
-        _wanted(need_x, x),
-        *(_wanted(need_features, t) for t in (feature, shift)),
+        _gradient_of(need_x, x),
+        *(_gradient_of(need_features, t) for t in (feature, shift)),
         *(_empty(t, t.shape) for t in (first, second)),
-        _wanted(need_weight, weight),
+        _gradient_of(need_weight, weight),
         _empty(weight, (weight.shape[0] if need_bias else 0,)),
     )

@@ -1,6 +1,6 @@
-"""Whether the GPU's kernels compute the formulas, found out here before a layer relies on them.
+"""Check at run time that the GPU kernels match the formulas, before a layer relies on them.
 
-Triton compiles them on the user's machine, for a GPU and by a version that nobody may have tried.
+Triton compiles the kernels on the user's machine, maybe for a GPU or with a version never tested.
 """
 
 import inspect
@@ -29,20 +29,20 @@ from rfa_mmdet.ops.receptive_field.reference import receptive_field_attention, r
 BATCH, CHANNELS, GROUPS, SIZE, EPS = 2, 32, 1, (7, 5), 1e-5
 WINDOW = Window((3, 3), padding=(1, 1))
 K = WINDOW.positions
-# Times the tolerance of the tests: this is for wrong numbers, and not for how a GPU rounds.
+# Factor on the tolerance of the tests: this must catch wrong results, not rounding of some GPU.
 LEEWAY = 4
-PATIENCE = 300  # seconds; less than a rank waits for another one in a collective
+PATIENCE = 300  # seconds; below the timeout of collectives, in which other ranks may be waiting
 
 
 class Case(NamedTuple):
-    """What kernels are compiled for.
+    """A combination that kernels are compiled for.
 
     Attributes:
-        device (torch.device): With its index.
-        dtype (torch.dtype): Of the input, as it is computed in.
-        channels_last (bool): Whether its channels are next to each other.
+        device (torch.device): The device, with its index.
+        dtype (torch.dtype): Dtype that the layer computes in.
+        channels_last (bool): Whether the input is channels_last.
         gradients (bool): Whether there will be a backward pass.
-        operators (tuple[str, ...]): What the layer calls.
+        operators (tuple[str, ...]): Operators that the layer calls.
     """
 
     device: torch.device
@@ -53,12 +53,12 @@ class Case(NamedTuple):
 
 
 PASSED: set[Case] = set()
-# By device and dtype: where the operators run in plain torch.
+# Device and dtype for which the operators fall back to plain torch -> the reason.
 FAILED: dict[tuple[torch.device, torch.dtype], Exception] = {}
 
 
 def is_known(case: Case) -> bool:
-    """Whether the result of a case is known, without a check now.
+    """Return whether a case has been checked.
 
     Example:
         >>> is_known(Case(torch.device("cuda", 0), torch.float32, False, True, ()))
@@ -68,15 +68,17 @@ def is_known(case: Case) -> bool:
 
 
 def failure(case: Case) -> Exception | None:
-    """Check a case once a process, and tell what was wrong.
+    """Check a case once per process.
+
+    After a failure, all operators run in plain torch for this device and dtype.
 
     Args:
-        case (Case): Whose kernels are registered.
+        case (Case): A case whose kernels are registered.
 
     Returns:
         Exception | None: What the kernels raised, or an ``ArithmeticError`` that says how far they
-        are from the formula: for this or another case of the device and the type, whose operators
-        run in plain torch from then on. None: nothing is wrong.
+        are from the formula, for this or an earlier case with the same device and dtype. None if
+        all passed.
 
     Example:
         >>> failure(Case(torch.device("cpu"), torch.float64, False, True, ()))
@@ -97,29 +99,29 @@ def _failure(case: Case) -> Exception | None:
     try:
         compare(case)
     except Exception as error:  # a compiler may raise anything
-        traceback.clear_frames(error.__traceback__)  # which hold tensors
+        traceback.clear_frames(error.__traceback__)  # frames hold tensors
         return error
     return None
 
 
 def or_plain(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Leave to plain torch what :data:`FAILED`.
+    """Wrap a kernel so that it falls back to plain torch for what is in :data:`FAILED`.
 
     Args:
-        kernel (Callable): Named after an operator, with its arguments.
+        kernel (Callable): A kernel named after its operator.
 
     Returns:
-        Callable: To be registered in its place.
+        Callable: The kernel to register.
     """
     names = [*inspect.signature(kernel).parameters]
-    of_map = "x" in names  # else of statistics, which are of float32 for any map
-    place = names.index("x" if of_map else "mean")
-    instead = getattr(plain if of_map else statistics, kernel.__name__)
+    takes_map = "x" in names  # otherwise statistics, which are float32 for any map
+    place = names.index("x" if takes_map else "mean")
+    instead = getattr(plain if takes_map else statistics, kernel.__name__)
 
     @wraps(kernel)
     def run(*args: Any) -> Any:
         x = args[place]
-        if of_map:
+        if takes_map:
             failed = (x.device, x.dtype) in FAILED
         else:
             failed = any(device == x.device for device, _ in FAILED)
@@ -129,7 +131,7 @@ def or_plain(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def triton_cache() -> Path:
-    """Return the folder in which Triton keeps what it compiled.
+    """Return Triton's cache folder.
 
     Example:
         >>> triton_cache().name
@@ -143,7 +145,7 @@ def triton_cache() -> Path:
 def _announce() -> None:
     print(
         "rfa_mmdet: compiling and checking the GPU kernels of the receptive-field convolutions; "
-        f"once compiled, they are kept in {triton_cache()}",
+        f"the compiled kernels are cached in {triton_cache()}",
         file=sys.stderr,
         flush=True,
     )
@@ -151,13 +153,13 @@ def _announce() -> None:
 
 @contextmanager
 def one_process_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait for other processes that are in here, since Triton would compile the same in each.
+    """Let one process compile at a time, because Triton would compile the same kernels in each.
 
-    The lock is the system's, and goes with the process that holds it. Whoever has waited for
-    :data:`PATIENCE`, or has no such locks, continues without it, which only costs time.
+    The system releases the lock if its holder dies. After waiting for :data:`PATIENCE`, or without
+    file locks, a process continues without the lock, which only costs time.
 
     Args:
-        folder (Path): Shared by them.
+        folder (Path): A folder that the processes share.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -169,7 +171,7 @@ def one_process_at_a_time(folder: Path) -> Iterator[None]:
 
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "rfa_mmdet.lock").open("w")
-    except (ImportError, OSError):  # Windows; a folder that cannot be written to
+    except (ImportError, OSError):  # Windows; read-only folder
         yield
         return
     with file:
@@ -180,22 +182,22 @@ def one_process_at_a_time(folder: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 time.sleep(0.05)
-            except OSError:  # a file system without locks
+            except OSError:  # file system without locks
                 break
         yield  # closing the file unlocks it
 
 
 def compare(case: Case) -> None:
-    """Compute a small case by the operators and by the formula.
+    """Compare the operators with the formula on a small input.
 
-    Nothing of it depends on, or changes, what the caller has switched on: autocast, inference mode,
-    hooks on saved tensors, the state of random numbers.
+    Independent of the caller's state, and leaves it unchanged: autocast, inference mode, hooks on
+    saved tensors, random number generators.
 
     Args:
-        case (Case): Of any device that the operators run on.
+        case (Case): A case on any device that the operators support.
 
     Raises:
-        ArithmeticError: They differ.
+        ArithmeticError: If they differ.
     """
     with (
         torch.inference_mode(False),
@@ -208,16 +210,16 @@ def compare(case: Case) -> None:
         found = _compute(case, given, _window_features)
     dtype = case.dtype
     if dtype == torch.float32 and case.device.type == "cuda" and convolves_in_tf32():
-        dtype = torch.float16  # whose precision TF32 has
+        dtype = torch.float16  # as precise as TF32
     for name, exact in expected.items():
-        of_gradient = name.startswith("the gradient")
+        is_gradient = name.startswith("the gradient")
         allowed = TOLERANCES[dtype]
-        limit = LEEWAY * (allowed.layer_gradient if of_gradient else allowed.output)
+        limit = LEEWAY * (allowed.layer_gradient if is_gradient else allowed.output)
         difference = (found[name].cpu().double() - exact).abs().max() / exact.abs().max()
         if not difference <= limit:  # or NaN
             raise ArithmeticError(
                 f"{name} differs from the formula by {float(difference):.1e} of its largest "
-                f"value; rounding explains {limit:.1e}"
+                f"value (tolerance: {limit:.1e})"
             )
 
 
@@ -226,7 +228,7 @@ def _same(x: Tensor) -> Tensor:
 
 
 def _spread(shape: tuple[int, ...], start: int) -> Tensor:
-    """Return numbers between -0.5 and 0.5, all over the place but always the same ones."""
+    """Return deterministic, evenly spread numbers between -0.5 and 0.5."""
     n = torch.arange(start, start + torch.Size(shape).numel(), dtype=torch.float64, device="cpu")
     return (n.square() * 0.6180339887498949).remainder(1).sub(0.5).view(shape)
 
@@ -251,7 +253,7 @@ def _inputs(case: Case) -> dict[str, Tensor]:
         shapes["second"] = (BATCH, CHANNELS, kw, width)
     given = {}
     for i, (name, shape) in enumerate(shapes.items()):
-        # What features are made of stays in float32, as in the layers; nothing has a mean of 0.
+        # Parameters of the features stay in float32, as in the layers. No mean is 0.
         dtype = case.dtype if name in ("x", "weight", "bias") else compute_dtype(case.dtype)
         value = _spread(shape, 1000 * i).add(0.2).to(case.device, dtype)
         if name == "x" and case.channels_last:
@@ -263,7 +265,7 @@ def _inputs(case: Case) -> dict[str, Tensor]:
 def _compute(
     case: Case, given: dict[str, Tensor], make: Callable[..., tuple[Any, Tensor, Tensor]]
 ) -> dict[str, Tensor]:
-    """Return what the operators return, and the gradients of what they are given."""
+    """Return all outputs, and the gradients of all inputs."""
     features, mean, variance = make(**{k: given[k] for k in ("x", "feature", "scale", "offset")})
     found = {"the mean": mean, "the variance": variance}
     outputs: dict[str, Tensor] = {}
@@ -294,7 +296,7 @@ def _window_features(
 
 
 class _Formula(NamedTuple):
-    """What :class:`WindowFeatures` computes, from features (B, C, K, h, w) that are in memory."""
+    """Computes the same as :class:`WindowFeatures` from materialised features (B, C, K, h, w)."""
 
     x: Tensor
     features: Tensor
@@ -321,10 +323,10 @@ class _Formula(NamedTuple):
 
     def convolve(self, gates: tuple[Tensor, Tensor], *conv: Any) -> Tensor:
         first, second = gates
-        if first.dim() == 2:  # of channels and positions
-            weighed = self.features * first[:, :, None, None, None] * second[:, None]
+        if first.dim() == 2:  # channel and position gates
+            weighted = self.features * first[:, :, None, None, None] * second[:, None]
         else:
             windows = self.features.unflatten(2, WINDOW.kernel_size)
-            weighed = windows * first[:, :, :, None, :, None] * second[:, :, None, :, None]
-            weighed = weighed.flatten(2, 3)
-        return convolve_windows(weighed, *conv)
+            weighted = windows * first[:, :, :, None, :, None] * second[:, :, None, :, None]
+            weighted = weighted.flatten(2, 3)
+        return convolve_windows(weighted, *conv)

@@ -1,4 +1,4 @@
-"""The windows of a map, block by block: of some positions, and of some channels there."""
+"""Iterate over the windows of a map in blocks of positions and channels."""
 
 from collections.abc import Iterator, Sequence
 from math import isqrt
@@ -11,24 +11,24 @@ from torch.nn import functional as F
 from rfa_mmdet.ops.common.precision import compute_dtype
 from rfa_mmdet.ops.common.windows import Window
 
-# Bytes of the features of a block: a few such blocks stay in a core's cache; a GPU takes longer to
-# compute one than to launch what computes it.
+# Bytes of a block's features: on a CPU, a few blocks fit in a core's cache; on a GPU, a block takes
+# longer to compute than to launch.
 CPU_BYTES, GPU_BYTES = 2**20, 2**24
 
 
 class Place(NamedTuple):
-    """Rows of windows, of some images.
+    """Some output rows of some images.
 
     Attributes:
-        images (slice): Of the batch.
-        rows (slice): Of the output.
+        images (slice): Images of the batch.
+        rows (slice): Rows of the output.
     """
 
     images: slice
     rows: slice
 
     def of(self, maps: Tensor) -> Tensor:
-        """View this place in maps (B, C, ..., h, w), channels first: (C, ..., n, rows, w)."""
+        """Return a view of this place in maps (B, C, ..., h, w): (C, ..., n, rows, w)."""
         return maps[self.images][..., self.rows, :].movedim(0, -3)
 
 
@@ -36,10 +36,10 @@ class Block(NamedTuple):
     """Windows of some channels at a place.
 
     Attributes:
-        place (Place): Of P = n * rows * w positions.
-        channels (slice): Of the input.
-        windows (Tensor): (C', K + 1, P), in the type that is computed in. The last of each window
-            is 1, so that matrices for the windows have a column to be added.
+        place (Place): Place with P = n * rows * w positions.
+        channels (slice): Channels of the input.
+        windows (Tensor): (C', K + 1, P), at least float32. The last value of each window is 1, so
+            that a matrix applied to windows can have a bias column.
     """
 
     place: Place
@@ -53,9 +53,9 @@ class Slices:
     Args:
         x (Tensor): (B, C, H, W).
         window (Sequence): The fields of a Window.
-        groups (int): Of channels. A block has whole groups or a part of one.
-        split (bool): Whether a block may have a part of the channels. Defaults to True.
-        centre (Tensor | None): (C, 1, 1), subtracted from the windows' values. None: nothing is.
+        groups (int): Groups of channels. A block has whole groups or part of one. Defaults to 1.
+        split (bool): Whether a block may have only some of the channels. Defaults to True.
+        centre (Tensor | None): (C, 1, 1), subtracted from the windows' values.
     """
 
     def __init__(
@@ -79,25 +79,25 @@ class Slices:
         self._scratch: dict[str, Tensor] = {}
 
     def places(self) -> Iterator[Place]:
-        """Yield the places where there are windows, each once."""
+        """Yield places that cover the output, each position once."""
         batch, channels = self.x.shape[:2]
         height, width = self.size
         if 0 in (batch, channels, height, width):
             return
         positions = self.limit // (channels * self.window.positions)
-        # A product of few positions reads the whole weight for them: rather fewer channels.
+        # With few positions, reading the whole weight would dominate: use fewer channels instead.
         square = isqrt(self.limit)
         if self.split and positions < square // 2:
             positions = square
         rows = _evenly(height, positions // width)
         images = _evenly(batch, positions // (height * width)) if rows == height else 1
         for image in range(0, batch, images):
-            of_images = slice(image, min(batch, image + images))
+            image_slice = slice(image, min(batch, image + images))
             for y in range(0, height, rows):
-                yield Place(of_images, slice(y, min(height, y + rows)))
+                yield Place(image_slice, slice(y, min(height, y + rows)))
 
     def blocks(self, place: Place) -> Iterator[Block]:
-        """Yield the blocks of a place. Each overwrites the windows of the one before."""
+        """Yield the blocks of a place. Each overwrites the windows of the previous one."""
         channels, group = self.x.shape[1], self.group
         step = channels
         if self.split:
@@ -111,13 +111,13 @@ class Slices:
         for first in range(0, channels, width):
             last = min(channels, first + width)
             for start in range(first, last, step):
-                of_channels = slice(start, min(last, start + step))
-                yield Block(place, of_channels, self._windows(place, of_channels))
+                channel_slice = slice(start, min(last, start + step))
+                yield Block(place, channel_slice, self._windows(place, channel_slice))
 
     def scratch(self, name: str, *shape: int) -> Tensor:
-        """Return memory of a name; it is the same as before if the shape is.
+        """Return a buffer by name, reused if it has the same shape.
 
-        New memory costs a CPU as much time as what is computed in it.
+        On a CPU, new memory costs as much time as what is computed in it.
         """
         found = self._scratch.get(name)
         if found is None or found.shape != shape:
@@ -125,9 +125,9 @@ class Slices:
         return found
 
     def empty_gradient(self, needed: bool) -> Tensor:
-        """Return zeros to add up the gradient of x in; of no elements if it is not needed.
+        """Return zeros to accumulate the gradient of x in; empty if it is not needed.
 
-        In the type that is computed in, since places have rows of x in common.
+        At least float32, because rows of x that several places share are added to repeatedly.
         """
         return self.x.new_zeros(self.x.shape if needed else (0,), dtype=self.dtype)
 
@@ -137,7 +137,7 @@ class Slices:
         place, (height, width) = block.place, self.x.shape[2:]
         grad = grad.view(self.shape(block))
         channels, _, _, images, rows, columns = grad.shape
-        of_block = grad_x[place.images, block.channels].transpose(0, 1)
+        target = grad_x[place.images, block.channels].transpose(0, 1)
         # First along the rows, then down the columns: kw + kh additions, not kw * kh.
         wide = grad.new_zeros(channels, kh, images, rows, width)
         for j in range(kw):
@@ -145,7 +145,7 @@ class Slices:
             wide[..., to] += grad[:, :, j, ..., of]
         for i in range(kh):
             to, of = _inside(i * dy - above + sy * place.rows.start, sy, rows, height)
-            of_block[:, :, to] += wide[:, i, :, of]
+            target[:, :, to] += wide[:, i, :, of]
 
     def shape(self, block: Block) -> tuple[int, ...]:
         """Return (C', kh, kw, n, rows, w)."""
@@ -159,8 +159,15 @@ class Slices:
         _, (sy, sx), _, (dy, dx) = self.window
         x = self._padded[place.images, channels, sy * place.rows.start :]
         shape = self._shape(place, channels)
-        of_image, of_channel, of_row, of_column = x.stride()
-        strides = (of_channel, dy * of_row, dx * of_column, of_image, sy * of_row, sx * of_column)
+        image_stride, channel_stride, row_stride, column_stride = x.stride()
+        strides = (
+            channel_stride,
+            dy * row_stride,
+            dx * column_stride,
+            image_stride,
+            sy * row_stride,
+            sx * column_stride,
+        )
         positions, count = self.window.positions, shape[3] * shape[4] * shape[5]
         before = self._scratch.get("windows")
         windows = self.scratch("windows", shape[0], positions + 1, count)
@@ -171,7 +178,7 @@ class Slices:
 
 
 def _inside(offset: int, step: int, count: int, size: int) -> tuple[slice, slice]:
-    """Return which of the cells offset, offset + step, ... are in range(size), and their numbers.
+    """Return which of the cells offset, offset + step, ... are in range(size), and their indices.
 
     Example:
         >>> _inside(-1, 2, 4, 5)
@@ -190,6 +197,6 @@ def _length(of: slice) -> int:
 
 
 def _evenly(total: int, most: int) -> int:
-    """Return the size of as many parts of a total as it takes if none has more than ``most``."""
+    """Return the size of even parts of ``total``, none larger than ``most``."""
     parts = -(-total // max(1, most))
     return -(-total // parts)

@@ -1,6 +1,6 @@
-"""Hash the sources of the C++ kernels: setup.py stores it with the build, the loader compares it.
+"""Hash of the C++ sources: setup.py stores it with the build, and the loader compares it.
 
-No imports but the standard library's, as setup.py runs this file before anything is installed.
+Only imports the standard library, because setup.py runs this file before anything is installed.
 """
 
 import hashlib
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def digest(folder: Path) -> str:
-    """Return a hash of all files of ``csrc``, which takes a fraction of a millisecond.
+    """Return a hash of all files in ``csrc``; takes a fraction of a millisecond.
 
     Example:
         >>> len(digest(Path(__file__).parent / "csrc"))

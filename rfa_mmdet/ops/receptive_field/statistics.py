@@ -1,9 +1,9 @@
-"""From the moments of windows to folded batch norm, and back: small algebra of each channel.
+"""Fold batch norm, given the moments of windows, and its gradient: small per-channel algebra.
 
-README.md derives the formulas. Here they are in plain torch, for every device; on a GPU, where the
-25 small operations of a backward pass would take as long as the rest, each direction is one kernel.
-Shapes: mean (C, K) and covariance (C, K, K) of the windows' values, feature (C * K, 1, kh, kw); all
-else (C * K,).
+README.md derives the formulas. These are the implementations in plain torch, for every device; the
+Triton backend has one kernel per direction, because about 25 small operations would take as long as
+the rest of the backward pass. Shapes: mean (C, K) and covariance (C, K, K) of the windows' values,
+feature (C * K, 1, kh, kw); everything else is (C * K,).
 """
 
 import torch
@@ -17,19 +17,19 @@ LIBRARY.define(
     "(Tensor feature, Tensor shift, Tensor mean, Tensor variance, Tensor inverse)"
 )
 LIBRARY.define(
-    "fold_moments_backward(Tensor of_feature, Tensor of_shift, Tensor feature, Tensor? weight, "
+    "fold_moments_backward(Tensor grad_feature, Tensor grad_shift, Tensor feature, Tensor? weight, "
     "Tensor mean, Tensor covariance, Tensor response_mean, Tensor inverse, int count) -> "
     "(Tensor feature, Tensor weight, Tensor slope, Tensor constant)"
 )
 
 
 def response_moments(feature: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of each response from those of the windows."""
+    """Return mean and biased variance of each response from the moments of the windows."""
     kernels = feature.view(covariance.shape)
-    of_responses = (kernels * mean.unsqueeze(1)).sum(2)
-    # Rounding may leave a variance of zero a little below it.
+    response_mean = (kernels * mean.unsqueeze(1)).sum(2)
+    # Rounding may make a zero variance slightly negative.
     var = (torch.matmul(kernels, covariance) * kernels).sum(2).clamp_min(0)
-    return of_responses.flatten(), var.flatten()
+    return response_mean.flatten(), var.flatten()
 
 
 def fold_responses(
@@ -62,50 +62,50 @@ def fold_moments(
     eps: float,
     count: int,
 ) -> tuple[Tensor, ...]:
-    """Fold batch norm on the statistics of windows' values; as :func:`fold_responses`."""
-    of_responses = response_moments(feature, mean, covariance)
-    return fold_responses(feature, weight, bias, eps, *of_responses, count)
+    """Fold batch norm, given the moments of windows; see :func:`fold_responses`."""
+    moments = response_moments(feature, mean, covariance)
+    return fold_responses(feature, weight, bias, eps, *moments, count)
 
 
-def of_responses(
-    of_feature: Tensor,
-    of_shift: Tensor,
+def response_gradients(
+    grad_feature: Tensor,
+    grad_shift: Tensor,
     feature: Tensor,
     weight: Tensor | None,
     mean: Tensor,
     inverse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of a response's scale, of its mean and variance, and its scale."""
+    """Return the gradients of each response's scale, mean and variance; then the scale itself."""
     scale = inverse if weight is None else inverse * weight
-    of_scale = (of_feature * feature).sum((1, 2, 3)) - of_shift * mean
-    of_inverse = of_scale if weight is None else of_scale * weight
-    return of_scale, -scale * of_shift, -0.5 * inverse**3 * of_inverse, scale
+    grad_scale = (grad_feature * feature).sum((1, 2, 3)) - grad_shift * mean
+    grad_inverse = grad_scale if weight is None else grad_scale * weight
+    return grad_scale, -scale * grad_shift, -0.5 * inverse**3 * grad_inverse, scale
 
 
-def through_moments(
-    of_mean: Tensor,
-    of_var: Tensor,
+def gradients_through_moments(
+    grad_mean: Tensor,
+    grad_var: Tensor,
     feature: Tensor,
     mean: Tensor,
     covariance: Tensor,
     count: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of feature through mean and variance, and slope and constant.
+    """Return the gradient of feature through mean and variance, then slope and constant.
 
-    slope (C, K, K) and constant (C, K) give the gradient of a window: constant + slope @ window.
+    With slope (C, K, K) and constant (C, K), the gradient of a window is constant + slope @ window.
     """
-    of_mean, of_var = (t.view(*mean.shape, 1) for t in (of_mean, of_var))
+    grad_mean, grad_var = (t.view(*mean.shape, 1) for t in (grad_mean, grad_var))
     kernels = feature.view(covariance.shape)
-    of_feature = of_mean * mean.unsqueeze(1) + 2 * of_var * torch.matmul(kernels, covariance)
-    slope = torch.matmul(kernels.mT, 2 * of_var * kernels) / max(count, 1)
-    constant = (of_mean * kernels).sum(1) / max(count, 1)
+    grad_feature = grad_mean * mean.unsqueeze(1) + 2 * grad_var * torch.matmul(kernels, covariance)
+    slope = torch.matmul(kernels.mT, 2 * grad_var * kernels) / max(count, 1)
+    constant = (grad_mean * kernels).sum(1) / max(count, 1)
     constant = constant - torch.matmul(slope, mean.unsqueeze(2)).squeeze(2)
-    return of_feature.view_as(feature), slope, constant
+    return grad_feature.view_as(feature), slope, constant
 
 
 def fold_moments_backward(
-    of_feature: Tensor,
-    of_shift: Tensor,
+    grad_feature: Tensor,
+    grad_shift: Tensor,
     feature: Tensor,
     weight: Tensor | None,
     mean: Tensor,
@@ -114,13 +114,15 @@ def fold_moments_backward(
     inverse: Tensor,
     count: int,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of feature and weight, and slope and constant for the map's."""
-    of_scale, of_mean, of_var, scale = of_responses(
-        of_feature, of_shift, feature, weight, response_mean, inverse
+    """Return the gradients of feature and weight, and slope and constant for that of the map."""
+    grad_scale, grad_mean, grad_var, scale = response_gradients(
+        grad_feature, grad_shift, feature, weight, response_mean, inverse
     )
-    through, slope, constant = through_moments(of_mean, of_var, feature, mean, covariance, count)
-    found = torch.addcmul(through, scale.view(-1, 1, 1, 1), of_feature)
-    return found, of_scale * inverse, slope, constant
+    through, slope, constant = gradients_through_moments(
+        grad_mean, grad_var, feature, mean, covariance, count
+    )
+    found = torch.addcmul(through, scale.view(-1, 1, 1, 1), grad_feature)
+    return found, grad_scale * inverse, slope, constant
 
 
 LIBRARY.impl("fold_moments", fold_moments, "CompositeExplicitAutograd")

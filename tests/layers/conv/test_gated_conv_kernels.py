@@ -227,7 +227,7 @@ def test_recomputed_statistics_give_the_same_gradients(name, monkeypatch):
     for least in (0, math.inf):
         monkeypatch.setattr(autograd, "KEEP_FROM", least)
         results.append(run(build(name, Case()), Case().input()))
-    assert all(torch.equal(kept, anew) for kept, anew in zip(*results, strict=True))
+    assert all(torch.equal(kept, recomputed) for kept, recomputed in zip(*results, strict=True))
 
 
 @each

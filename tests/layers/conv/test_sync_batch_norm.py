@@ -40,7 +40,7 @@ joined.norm.weight.data.uniform_(0.5, 1.5)
 layer = copy.deepcopy(joined).float()
 layer.backend = BACKEND
 model = DistributedDataParallel(layer, static_graph=STATIC) if PARALLEL else layer
-# After DDP, which refuses torch's own SyncBatchNorm on the CPU; the parameters stay.
+# After DDP, because it rejects torch's SyncBatchNorm on the CPU; parameters stay the same.
 sync = nn.SyncBatchNorm.convert_sync_batchnorm(layer.norm)
 assert sync.weight is layer.norm.weight
 layer.norm = sync
@@ -107,7 +107,7 @@ if rank == 0:
     layer.norm.register_forward_hook(lambda *args: None)
     assert "this rank must now use the formula" in attempt(layer)
 
-# Another group is asked anew.
+# Another group decides separately.
 layer = make()
 assert attempt(layer) == "kernels"
 layer.norm.process_group = dist.new_group([0, 1])

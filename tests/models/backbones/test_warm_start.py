@@ -74,7 +74,7 @@ def test_outputs_and_gradients_match_the_plain_net(name, depth, mode):
 @pytest.mark.parametrize("name", CONVS)
 @pytest.mark.parametrize("mode", MODES)
 def test_outputs_match_in_float32(name, mode):
-    """Which a net magnifies: how much shows the plain one, beside itself in float64."""
+    """A network magnifies rounding errors; compare the plain one with float64 to see how much."""
     plain, net = both(name, 18, mode, torch.float32)
     exact, of_exact = run(both(name, 18, mode)[0])
     expected, of_plain = run(plain, torch.float32)

@@ -55,7 +55,7 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path, plain):
     conv = "backbone.layer1.0.conv1"
     assert {f"{conv}.{name}" for name in ("attention.weight", "conv.weight")} <= first["trained"]
     assert not first["modes"][f"{conv}.norm"]  # statistics of the warm start
-    assert first["modes"]["backbone.layer1.0.coord_att.bn1"]  # and of nobody
+    assert first["modes"]["backbone.layer1.0.coord_att.bn1"]  # and no others
     assert not first["modes"]["backbone.layer1.0.bn1"]
     assert second == first
     a, b = whole.model.state_dict(), resumed.model.state_dict()

@@ -1,4 +1,4 @@
-"""Maximum and mean against torch's own, whose gradient autograd derives."""
+"""Maximum and mean, compared with torch's own and their autograd gradients."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from rfa_mmdet.ops.common.reductions import max_and_mean, mean
 
 
 def coarse(*shape, dtype=torch.float64):
-    """Few values, so that many maxima are equal; a whole channel and a whole cell of zeros."""
+    """Return a map with few distinct values, and with a channel and a cell of zeros."""
     x = torch.randint(0, 3, shape).to(dtype)
     x[:, 0], x[:, :, 0, 0] = 0, 0
     return x.requires_grad_()
@@ -28,7 +28,7 @@ def test_equal_maxima_share_the_gradient(dim, channels_last):
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-def test_half_precision_counts_more_equal_maxima_than_it_can_hold():
+def test_half_precision_counts_many_ties_exactly():
     x = torch.ones(1, 1, 60, 50, dtype=torch.bfloat16, requires_grad=True)
     maxima, _ = max_and_mean(x, (2, 3), torch.float32)
     (gradient,) = torch.autograd.grad(maxima, x, torch.full_like(maxima, 3000))
@@ -36,7 +36,7 @@ def test_half_precision_counts_more_equal_maxima_than_it_can_hold():
     assert gradient.unique().tolist() == [1.0]
 
 
-def test_not_differentiable_twice_is_said():
+def test_second_derivative_raises():
     x = coarse(1, 2, 3, 4)
     maxima, _ = max_and_mean(x, 1, x.dtype)
     (gradient,) = torch.autograd.grad((maxima**2).sum(), x, create_graph=True)
@@ -45,7 +45,7 @@ def test_not_differentiable_twice_is_said():
 
 
 @pytest.mark.parametrize("dim", [3, (2, 3)])
-def test_mean_is_torchs(dim):
+def test_mean_matches_torch(dim):
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     found, expected = mean(x, dim, x.dtype), x.mean(dim)
     upstream = torch.randn_like(expected)
@@ -53,13 +53,13 @@ def test_mean_is_torchs(dim):
     torch.testing.assert_close((found, a), (expected, b), rtol=1e-13, atol=1e-15)
 
 
-def test_mean_of_a_row_whose_sum_is_beyond_float16():
+def test_mean_of_a_row_whose_sum_overflows_float16():
     x = torch.full((2, 100), 6e4, dtype=torch.float16, requires_grad=True)
     assert mean(x, 1, torch.float16).tolist() == [x[0, 0].item()] * 2
 
 
 @pytest.mark.parametrize("frozen", [(), ("spatial",), ("channel",), ("spatial", "channel")])
-def test_cbam_with_equal_maxima_is_what_autograd_derives(frozen, monkeypatch):
+def test_gradients_of_cbam_with_ties_match_autograd(frozen, monkeypatch):
     layer, x = CBAM(16).double(), coarse(3, 16, 9, 8)
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen) if frozen else True)

@@ -1,4 +1,4 @@
-"""Matrix products follow the TF32 switch of convolutions, under old and new settings of torch."""
+"""Matrix products follow the TF32 setting of convolutions, in torch's old and new settings."""
 
 import itertools
 import os
@@ -11,7 +11,7 @@ from torch import backends
 from rfa_mmdet.ops.common.torch_versions import convolves_in_tf32, products_as_convolutions
 
 NEW = hasattr(backends, "fp32_precision")
-needs_new = pytest.mark.skipif(not NEW, reason="nothing is inherited")
+needs_new = pytest.mark.skipif(not NEW, reason="this torch has no inherited settings")
 CHOICES = {
     "backends.cuda.matmul.allow_tf32": (True, False),
     "backends.cudnn.allow_tf32": (True, False),
@@ -37,19 +37,19 @@ def settings() -> dict[str, object]:
         asked = name.replace(".set_", ".get_") + "()" if ".set_" in name else name
         try:
             found[name] = eval(asked)
-        except RuntimeError:  # of settings that contradict each other
+        except RuntimeError:  # settings contradict each other
             found[name] = "raises"
     return found
 
 
 def multiplies_in_tf32() -> bool:
-    if NEW:  # which is what ATen reads
+    if NEW:  # what ATen reads
         return backends.cuda.matmul.fp32_precision == "tf32"
     return backends.cuda.matmul.allow_tf32
 
 
 def in_a_fork(function) -> bool:
-    """Settings cannot be undone: torch does not tell what was set from what was inherited."""
+    """Run in a fork, because settings cannot be reset: torch hides which ones are inherited."""
     child = os.fork()
     if not child:
         try:
@@ -77,7 +77,7 @@ def check(chosen) -> None:
 
 
 def check_all() -> None:
-    """One combination after the other: each on top of what those before it have left."""
+    """Check combinations in sequence, each on top of the state that the previous ones left."""
     each = [[None, *((name, value) for value in values)] for name, values in CHOICES.items()]
     seen = set()
     for choice in itertools.product(*each):
@@ -103,7 +103,7 @@ def check_switch() -> None:
         assert not multiplies_in_tf32()
 
 
-def test_it_is_cudnns_switch_that_counts():
+def test_cudnn_setting_is_followed():
     assert in_a_fork(check_switch)
 
 
@@ -117,5 +117,5 @@ def check_inheritance() -> None:
 
 
 @needs_new
-def test_what_was_inherited_still_is():
+def test_inherited_settings_stay_inherited():
     assert in_a_fork(check_inheritance)

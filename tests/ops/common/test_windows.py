@@ -1,4 +1,4 @@
-"""Windows laid side by side, taken apart and convolved, against loops over single cells."""
+"""Laying out, taking apart and convolving windows, compared with loops over cells."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_new_memory_is_nan():
 
 
 @given(shapes)
-def test_every_cell_of_the_layout_is_one_of_a_window(shape):
+def test_layout_has_every_cell_of_every_window(shape):
     windows, (kh, kw), (h, w) = draw_windows(**shape), shape["kernel"], shape["size"]
     laid_out = lay_out(windows, (kh, kw))
     assert laid_out.shape == (*windows.shape[:2], h * kh, w * kw)
@@ -43,7 +43,7 @@ def test_every_cell_of_the_layout_is_one_of_a_window(shape):
 
 
 @given(shapes)
-def test_taking_apart_undoes_the_layout_of_views_too(shape):
+def test_taking_apart_undoes_the_layout(shape):
     windows, kernel = draw_windows(**shape), shape["kernel"]
     assert torch.equal(take_apart(lay_out(windows, kernel), kernel), windows)
     view = windows.transpose(3, 4)  # no contiguous layout
@@ -53,7 +53,7 @@ def test_taking_apart_undoes_the_layout_of_views_too(shape):
 
 
 @given(shapes, st.sampled_from([1, 2, 3]), st.integers(1, 3), st.booleans())
-def test_windows_are_convolved_as_if_laid_out(shape, groups, multiple, with_bias):
+def test_convolving_windows_matches_convolving_the_layout(shape, groups, multiple, with_bias):
     shape["channels"] *= groups
     kernel, out_channels = shape["kernel"], groups * multiple
     windows = draw_windows(**shape).requires_grad_()
@@ -61,7 +61,7 @@ def test_windows_are_convolved_as_if_laid_out(shape, groups, multiple, with_bias
     bias = torch.randn(out_channels, dtype=torch.float64) if with_bias else None
     inputs = [t.requires_grad_() for t in (windows, weight, bias) if t is not None]
     found = convolve_windows(windows, weight, bias, groups)
-    # One window after another.
+    # One window at a time.
     h, w = shape["size"]
     expected = found.new_zeros(shape["batch"], out_channels, h, w)
     for i in range(h):

@@ -1,4 +1,4 @@
-"""Windows that no map has: operators that are called directly raise, and no size overflows."""
+"""Operators called directly raise for absurd windows, and no size overflows."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def call(name: str, groups: int = 1, **numbers: tuple[int, int]) -> object:
 
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("argument", GOOD)
-def test_each_number_has_bounds(name, argument):
+def test_out_of_range_arguments_raise(name, argument):
     call(name)
     least = 0 if argument == "padding" else 1
     for value in ABSURD if least == 0 else (0, *ABSURD):
@@ -58,14 +58,14 @@ def test_each_number_has_bounds(name, argument):
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATORS if "conv" in name])
-def test_groups(name):
+def test_wrong_groups_raise(name):
     for groups in (0, 3, *ABSURD):
         with pytest.raises(ValueError, match=f"groups={groups}: must divide the channels"):
             call(name, groups=groups)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_products_have_bounds(name):
+def test_too_many_windows_or_positions_raise(name):
     wide = (LARGEST, LARGEST)
     with pytest.raises(ValueError, match="windows; at most"):
         call(name, padding=wide)
@@ -76,13 +76,13 @@ def test_products_have_bounds(name):
 
 
 @pytest.mark.parametrize("stride", [7, 1000, LARGEST])
-def test_one_window_takes_no_step(stride):
+def test_huge_strides_work_with_one_window(stride):
     y = call("rfa_conv", stride=(stride, stride))
     torch.testing.assert_close(y, call("rfa_conv")[:, :, :1, :1])
     mean, _ = call("window_moments", stride=(stride, stride))
     assert mean.isfinite().all()
 
 
-def test_no_outputs():
+def test_weight_without_outputs_raises():
     with pytest.raises(ValueError, match="has no outputs"):
         torch.ops.rfa_mmdet.rfa_conv(*ATTENDED, WEIGHT[:0], None, *GOOD.values(), 1)

@@ -1,4 +1,4 @@
-"""Where the operators run, on which kernels, and what is said where there are none."""
+"""Choice between kernels, plain torch and formula, and the messages if there are no kernels."""
 
 import inspect
 import shutil
@@ -32,52 +32,52 @@ def test_unknown_backend():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_backend_that_cannot_be_used_raises_when_asked_for_by_name():
+def test_forcing_an_unavailable_backend_raises():
     with pytest.raises(RuntimeError, match="backend='triton': there is no CUDA device"):
         check_backend("triton")
     with pytest.raises(RuntimeError, match="backend='triton': there is no CUDA device"):
         use("triton")
 
 
-def test_a_backend_without_a_kernel_of_the_layers_operators_is_refused(monkeypatch):
+def test_forcing_a_backend_without_the_operators_raises(monkeypatch):
     monkeypatch.setattr(backends, "missing", lambda backend: None)
     monkeypatch.setattr(backends, "has_kernel", lambda operator, _: operator != "gated_conv")
     assert check_backend("triton", ("rfa_conv",)) == "triton"
-    with pytest.raises(ValueError, match="backend='triton': has no kernel of gated_conv; choose"):
+    with pytest.raises(ValueError, match="backend='triton': does not implement gated_conv; use"):
         check_backend("triton", ("pool_channels", "gated_conv"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_auto_takes_the_operators_in_the_types_that_they_know(dtype):
+def test_auto_uses_operators_for_supported_dtypes(dtype):
     assert use("auto", dtype) == (dtype in (torch.float32, torch.bfloat16))
     assert not use("auto", dtype, "meta")
     assert not use("reference", dtype)
 
 
-def test_modes_that_fake_or_count_operators_see_the_formula():
+def test_modes_that_fake_or_count_operators_get_the_formula():
     with torch._subclasses.FakeTensorMode():
         assert not use("auto")
         assert not use("cpu")
 
 
-def test_auto_leaves_mixed_types_to_torch_and_its_words():
+def test_auto_uses_the_formula_for_mixed_dtypes():
     assert not use("auto", torch.bfloat16, weight_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("dtype", AUTOCAST_TYPES)
-def test_autocast_decides_on_the_type(dtype):
+def test_autocast_determines_the_dtype(dtype):
     with torch.autocast("cpu", dtype=dtype):
         assert use("auto") == (dtype == torch.bfloat16)
         assert use("auto", torch.bfloat16, weight_dtype=torch.float32) == use("auto")
         assert not use("auto", torch.float64)
 
 
-def test_a_backend_asked_for_by_name_insists(monkeypatch):
+def test_forced_backend_raises_for_unsupported_inputs(monkeypatch):
     monkeypatch.setattr(backends, "missing", lambda backend: None)
     assert use("cpu", torch.float64)
     with pytest.raises(TypeError, match=r"backend='cpu': .* not torch.float16"):
         use("cpu", torch.float16)
-    with pytest.raises(TypeError, match=r"torch.bfloat16 .* the weight torch.float32"):
+    with pytest.raises(TypeError, match=r"torch.bfloat16 .* the weight is torch.float32"):
         use("cpu", torch.bfloat16, weight_dtype=torch.float32)
     with pytest.raises(ValueError, match="backend='triton': the input must be on cuda, not on cpu"):
         use("triton")
@@ -87,7 +87,7 @@ def test_a_backend_asked_for_by_name_insists(monkeypatch):
 
 # --------------------------------------------------------------------------- without kernels
 
-PLAIN = "the receptive-field convolutions run in plain torch, slower than by kernels: "
+PLAIN = "receptive-field convolutions run in plain torch, which is slower than the kernels: "
 UNBUILT = """
 import copy, warnings, torch
 from rfa_mmdet import layers
@@ -132,7 +132,7 @@ except RuntimeError as error:
 
 
 def said(script, folder):
-    """The two lines that a script prints with a copy of the package."""
+    """Return the two lines that a script prints when run with a copy of the package."""
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script],
         env={"PYTHONPATH": str(folder), "PATH": "", "OMP_NUM_THREADS": "1"},
@@ -145,10 +145,10 @@ def said(script, folder):
     return result.stdout.strip().split("\n")
 
 
-def test_where_nothing_is_built_the_operators_run_in_plain_torch_with_one_notice(tmp_path):
+def test_without_a_build_plain_torch_runs_and_warns_once(tmp_path):
     copy_without_kernels(tmp_path)
     notices, error = said(UNBUILT, tmp_path)
-    assert notices.count("in plain torch, slower than by kernels: the C++ extension is not") == 1
+    assert notices.count("slower than the kernels: the C++ extension is not built") == 1
     assert notices.count("make env") == 1
     assert "make env" in error
     assert "backend='cpu'" in error
@@ -158,7 +158,7 @@ def test_libraries_older_than_their_sources_are_not_loaded(tmp_path):
     require("cpu")
     folder = shutil.copytree(ROOT / "rfa_mmdet", tmp_path / "rfa_mmdet", symlinks=True)
     folder = folder / "ops" / "receptive_field"
-    # As an update that changes an operator: to load the libraries would end the process.
+    # Like an update that changes an operator; loading the libraries would abort the process.
     for file in (folder / "schema.py", folder / "csrc" / "bindings.cpp"):
         file.write_text(file.read_text().replace("bool relu", "int relu"))
     notices, error = said(STALE, tmp_path)
@@ -168,7 +168,7 @@ def test_libraries_older_than_their_sources_are_not_loaded(tmp_path):
     assert "`make env` or `pip install -e .`" in reason
 
 
-def test_libraries_of_a_build_that_ended_half_way_are_not_loaded(tmp_path):
+def test_libraries_of_an_interrupted_build_are_not_loaded(tmp_path):
     built = Path(backends.__file__).parent
     shutil.copytree(built / "csrc", tmp_path / "csrc")
     library = tmp_path / f"_cpu_default.torch-{torch.__version__}.so"
@@ -182,7 +182,7 @@ def test_libraries_of_a_build_that_ended_half_way_are_not_loaded(tmp_path):
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    """As far as what torch says of one."""
+    """Make torch report a GPU."""
     backends._missing.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     ours = "rfa_mmdet.ops.receptive_field.triton"
@@ -193,19 +193,19 @@ def on_a_gpu(monkeypatch):
     backends._missing.cache_clear()
 
 
-def test_amds_gpus_have_no_kernels(on_a_gpu):
+def test_amd_gpus_are_not_supported(on_a_gpu):
     on_a_gpu.setattr(torch.version, "hip", "6.4.0")
     assert backends.missing("triton") == (
-        "the Triton kernels are for NVIDIA's GPUs, and this torch is for AMD's"
+        "the Triton kernels support NVIDIA GPUs only, and this torch is built for AMD"
     )
 
 
-def test_a_triton_that_is_not_installed_is_the_reason(on_a_gpu):
+def test_missing_triton_is_reported(on_a_gpu):
     on_a_gpu.setitem(sys.modules, "triton", None)
     assert "triton is not installed: pip install triton" in backends.missing("triton")
 
 
-def test_a_triton_that_lacks_what_the_kernels_need_is_the_reason(on_a_gpu):
+def test_unsuitable_triton_is_reported(on_a_gpu):
     on_a_gpu.setitem(sys.modules, "triton", types.ModuleType("triton"))
     sys.modules["triton"].__version__ = "1.0"
     assert "the Triton kernels cannot be imported (" in backends.missing("triton")
@@ -213,7 +213,7 @@ def test_a_triton_that_lacks_what_the_kernels_need_is_the_reason(on_a_gpu):
         check_backend("triton")
 
 
-def test_no_c_compiler_is_named_with_what_to_install(monkeypatch, tmp_path):
+def test_missing_c_compiler_is_reported_with_a_fix(monkeypatch, tmp_path):
     build = pytest.importorskip("triton.runtime.build")._build
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
@@ -223,16 +223,16 @@ def test_no_c_compiler_is_named_with_what_to_install(monkeypatch, tmp_path):
     case = Case(torch.device("cuda", 0), torch.float16, False, True, RFA_CONV)
     said = backends._describe(case, raised.value)
     assert said.startswith(
-        "on cuda:0, in torch.float16, the Triton kernels failed their self-check"
+        "the Triton kernels failed their self-check on cuda:0 in torch.float16: "
     )
     assert "RuntimeError: Failed to find C compiler" in said
-    assert said.endswith("such as gcc and python3-dev")
+    assert said.endswith("e.g. gcc and python3-dev")
 
 
 # --------------------------------------------------------------------------- C++
 
 
-def test_a_library_of_other_sources_is_not_used(monkeypatch):
+def test_library_without_an_operator_is_not_used(monkeypatch):
     require("cpu")
     folder = Path(backends.__file__).parent
     assert load_cpu_kernels(folder) is None
@@ -240,14 +240,14 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch):
     assert load_cpu_kernels(folder) == backends.OTHER_SOURCES
 
 
-def test_a_library_of_another_torch_is_named(tmp_path):
+def test_library_for_another_torch_is_reported(tmp_path):
     (tmp_path / "_cpu_default.torch-1.0.so").touch()
     assert load_cpu_kernels(tmp_path) == (
-        f"the C++ extension was built for torch 1.0, and here is {torch.__version__}"
+        f"the C++ extension was built for torch 1.0, but this is torch {torch.__version__}"
     )
 
 
-def test_a_library_that_does_not_load_is_named(tmp_path):
+def test_library_that_fails_to_load_is_reported(tmp_path):
     name = f"_cpu_default.torch-{torch.__version__}.so"
     (tmp_path / name).write_bytes(b"no library")
     assert f"{name} does not load" in load_cpu_kernels(tmp_path)

@@ -1,4 +1,4 @@
-"""The C++ kernels against the paper's formula in float64: any window, any size, any magnitude."""
+"""The C++ kernels, compared with the paper's formula in float64, for many windows and sizes."""
 
 import copy
 import dataclasses
@@ -31,27 +31,27 @@ def cpu_backend():
 
 def compare(case: Case, dtypes=DTYPES, **kwargs) -> None:
     layer, x = build(case, backend="cpu", **kwargs), case.input()
-    if torch.bfloat16 in dtypes:  # numbers that it can hold
+    if torch.bfloat16 in dtypes:  # round to values that bfloat16 can represent
         layer, x = layer.bfloat16().float(), x.bfloat16().float()
     formulas.compare(layer, lambda exact, x: formulas.rfa_conv(exact, case, x), x, dtypes)
 
 
 @given(cases(), acts)
-def test_output_and_every_gradient_are_the_formula(case, act):
+def test_output_and_all_gradients_match_the_formula(case, act):
     compare(dataclasses.replace(case, act=act))
 
 
 @settings(max_examples=30)
 @given(cases(), acts, st.booleans())
 def test_bfloat16(case, act, library):
-    # Three bits of an input may be all there is of a variance.
-    with torch.backends.mkldnn.flags(enabled=library):  # oneDNN, where it can multiply bfloat16
+    # No batch statistics: the variance may only depend on the last three bits of the input.
+    with torch.backends.mkldnn.flags(enabled=library):  # with oneDNN's products, and without
         compare(dataclasses.replace(case, act=act, training=False), (torch.bfloat16,))
 
 
 @pytest.mark.parametrize("library", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("channels", [16, 75])  # at once, and in blocks
+@pytest.mark.parametrize("channels", [16, 75])  # one block, and several
 def test_bfloat16_in_training(channels, training, library):
     case = Case(batch=2, channels=channels, out_channels=24, size=(15, 41), training=training)
     with torch.backends.mkldnn.flags(enabled=library):
@@ -84,7 +84,7 @@ def test_magnitude_of_the_input(magnitude, training, dtype):
     layer, x = build(case, backend="cpu"), case.input() * magnitude
     reference = copy.deepcopy(layer).double()
     reference.backend = "reference"
-    # Logits of 1e3, and gradients through them, are as exact as the dtype itself of such numbers.
+    # With logits of 1e3, rounding the logits alone causes errors of this size.
     tolerance = 10 * TOLERANCES[dtype].output
     found = run(copy.deepcopy(layer).to(dtype), x.to(dtype))
     for f, e in zip(found, run(reference, x.double()), strict=True):
@@ -117,13 +117,13 @@ def test_moments(dtype, window, offset):
     first, second = torch.ops.rfa_mmdet.window_moments(x, *window)
     mean, covariance = window_statistics(x, *window)
     tolerance = TOLERANCES[dtype].statistics
-    # Means of values that nearly cancel out: an error is a share of the values.
+    # The values nearly cancel in the mean, so measure its error relative to the values.
     assert relative_error(first, mean, float(x.double().abs().mean())) < tolerance
     assert relative_error(second, covariance) < tolerance
 
 
 def test_gradients_of_an_empty_batch_are_zero():
-    """Which a rank may have: and memory that nothing is written to is NaN here."""
+    """A rank may have an empty batch. New memory is NaN in these tests."""
     x, kernels, shift = torch.empty(0, 4, 6, 5), torch.rand(36, 1, 3, 3), torch.rand(36)
     weight, grad_y = torch.rand(6, 4, 3, 3), torch.empty(0, 6, 6, 5)
     window = (3, 3), (1, 1), (1, 1), (1, 1)
@@ -145,8 +145,8 @@ def test_gradients_of_an_empty_batch_are_zero():
     assert all((t == 0).all() for t in found)
 
 
-def test_statistics_far_from_zero_are_those_of_torch():
-    # A mean of 1e3 deviations: squares lose all of the deviation in float32.
+def test_statistics_far_from_zero_match_torch():
+    # With a mean of 1e3 deviations, squares in float32 lose the deviation completely.
     x = torch.randn(4, 6, 23, 29) + 1e3
     layer = build(Case(channels=6, padding=(0, 0)), backend="cpu")
     exact = copy.deepcopy(layer.norm).double()
@@ -168,7 +168,7 @@ def test_gradcheck(kernel, training, act):
     assert formulas.gradcheck(build(case, backend="cpu"), case.input())
 
 
-def test_a_second_derivative_is_refused():
+def test_second_derivative_raises():
     x = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
     layer = build(Case(channels=2), backend="cpu").double()
     with pytest.raises(RuntimeError, match="no second derivative; pass backend='reference'"):
@@ -177,7 +177,7 @@ def test_a_second_derivative_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_every_run_gives_the_same_bits(threads, dtype):
+def test_results_are_bitwise_reproducible(threads, dtype):
     case = Case(batch=2, channels=24, out_channels=20, size=(33, 37))
     layer, x = build(case, backend="cpu").to(dtype), case.input().to(dtype)
     before = torch.get_num_threads()
@@ -189,7 +189,7 @@ def test_every_run_gives_the_same_bits(threads, dtype):
         torch.set_num_threads(before)
     names = ["y", "x", *(name for name, _ in layer.named_parameters())]
     for name, a, b in zip(names, alone, again, strict=True):
-        # The bias is torch's own sum.
+        # torch sums the gradient of the bias.
         assert torch.equal(a, b) or (name == "conv.bias" and threads > 1), name
 
 
@@ -210,7 +210,7 @@ def saved_bytes(layer, x) -> int:
     ("channels", "size"),
     [(64, (100, 167)), (128, (50, 84)), (256, (50, 84)), (512, (25, 42)), (512, (5, 5))],
 )
-def test_no_more_is_kept_for_the_backward_than_by_a_plain_convolution(channels, size, training):
+def test_kept_bytes_are_those_of_a_plain_convolution(channels, size, training):
     x = torch.randn(1, channels, *size, requires_grad=True)
     layer = build(Case(channels=channels, out_channels=channels, training=training), backend="cpu")
     plain = torch.nn.Conv2d(channels, channels, 3, padding=1)
@@ -218,19 +218,19 @@ def test_no_more_is_kept_for_the_backward_than_by_a_plain_convolution(channels, 
 
 
 @pytest.mark.parametrize("feature", ["conv", "unfold"])
-def test_statistics_computed_anew_give_the_gradients_of_kept_ones(feature, monkeypatch):
+def test_recomputed_statistics_give_the_same_gradients_as_saved_ones(feature, monkeypatch):
     results = []
     for least in (0, float("inf")):
         monkeypatch.setattr(autograd, "KEEP_FROM", least)
         torch.manual_seed(0)
         layer = build(Case(channels=4, out_channels=5), backend="cpu", feature=feature)
         results.append(run(layer, torch.randn(2, 4, 9, 8)))
-    for kept, anew in zip(*results, strict=True):
-        assert torch.equal(kept, anew)
+    for saved, recomputed in zip(*results, strict=True):
+        assert torch.equal(saved, recomputed)
 
 
 @pytest.mark.parametrize("frozen", ["conv", "feature", "attention", "norm", "all", "input"])
-def test_what_needs_no_gradient_changes_no_other(frozen):
+def test_freezing_parameters_does_not_change_other_gradients(frozen):
     case = Case(batch=2, channels=4, out_channels=5, size=(9, 8))
     layer, x = build(case, backend="cpu").double(), case.input().double()
     upstream = torch.randn(2, 5, 9, 8, dtype=torch.float64)
@@ -287,7 +287,7 @@ def arguments(dtype=torch.float32):
 
 @has_opcheck
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_operators_are_registered_as_they_behave(dtype):
+def test_operators_pass_opcheck(dtype):
     x, parameters, weight, window = arguments(dtype)
     learnt = [t.clone().requires_grad_() for t in (x, *parameters, weight)]
     x_, attention, feature, shift, weight_ = learnt
@@ -362,8 +362,7 @@ def test_arguments_of_the_kernels_are_checked(changes, error, message):
         )
 
 
-def test_function_is_the_reference():
-    """As functions of plain tensors, without a layer around them."""
+def test_functions_without_a_layer_match_the_reference():
     x, weight = torch.randn(2, 4, 9, 7), torch.randn(6, 4, 3, 3)
     attention, feature = torch.randn(36, 1, 1, 1), torch.randn(36, 1, 3, 3)
     gamma, beta = torch.rand(36) + 0.5, torch.randn(36)

@@ -1,4 +1,4 @@
-"""The operators in plain torch against their formulas in float64, and the memory they take."""
+"""The operators in plain torch, compared with their formulas in float64, and their memory."""
 
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +19,7 @@ from tests.helpers.memory import nan_filled_memory  # noqa: F401, a fixture
 from tests.helpers.tolerances import TOLERANCES
 
 MIB = 2**20
-# From one channel of one row in a block to the whole map.
+# From blocks of one channel and one row to a single block.
 limits = st.sampled_from([8, 400, 3000, 20000, MIB])
 cases = partial(formulas.cases, pointwise=False)
 
@@ -33,7 +33,7 @@ def blocks_of(size: int):
 
 
 class Arguments:
-    """Of the operators, for a case; ``shift`` keeps the responses off the corner of ReLU."""
+    """Arguments of the operators for a case."""
 
     def __init__(self, case: Case) -> None:
         generator = torch.Generator().manual_seed(case.seed)
@@ -47,8 +47,8 @@ class Arguments:
         self.weight = randn(case.out_channels, case.channels // case.groups, kh, kw)
         self.bias = randn(case.out_channels) if case.bias else None
         maps = case.batch, case.channels
-        self.of_channels = randn(maps), randn(case.batch, kh * kw, *size)
-        self.of_rows = randn(*maps, kh, size[0]), randn(*maps, kw, size[1])
+        self.channel_gates = randn(maps), randn(case.batch, kh * kw, *size)
+        self.row_gates = randn(*maps, kh, size[0]), randn(*maps, kw, size[1])
         self.upstream = partial(torch.randn, generator=generator)
 
     def features(self, x: Tensor, feature: Tensor, shift: Tensor) -> Tensor:
@@ -60,8 +60,8 @@ class Arguments:
         seen = seen + shift.reshape(channels, positions, 1, 1)
         return torch.relu(seen) if self.relu else seen
 
-    def convolve(self, weighed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        wide = formulas.side_by_side(weighed, self.case.kernel)
+    def convolve(self, weighted: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        wide = formulas.side_by_side(weighted, self.case.kernel)
         return F.conv2d(wide, weight, bias, stride=self.case.kernel, groups=self.case.groups)
 
     def rfa_conv(self, x, attention, feature, shift, weight, bias=None):
@@ -85,7 +85,7 @@ def zero_padded(case: Case) -> Case:
 
 
 def check(found, expected, dtype=torch.float64) -> None:
-    """The backward passes' results against those of autograd."""
+    """Compare the results of a backward pass with autograd's."""
     for f, e in zip(found, expected, strict=True):
         assert f.dtype in (dtype, torch.float32, torch.float64)
         assert relative_error(f, e) < TOLERANCES[dtype].gradient
@@ -96,7 +96,7 @@ def lowered(tensors, dtype):
 
 
 def compare_conv(given: Arguments, dtype, gates=None) -> None:
-    """Forward and every gradient of ``rfa_conv``, or of ``gated_conv`` if there are gates."""
+    """Compare output and gradients of ``rfa_conv``, or of ``gated_conv`` if given gates."""
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     x, weight, bias = lowered((given.x, given.weight, given.bias), dtype)
     features = lowered((given.feature, given.shift), sums)
@@ -133,7 +133,7 @@ def test_rfa_conv(case, limit):
 def test_gated_conv(case, limit, rows):
     given = Arguments(zero_padded(case))
     with blocks_of(limit):
-        compare_conv(given, torch.float64, given.of_rows if rows else given.of_channels)
+        compare_conv(given, torch.float64, given.row_gates if rows else given.channel_gates)
 
 
 @settings(max_examples=20)
@@ -147,10 +147,10 @@ def test_pools(case, limit):
     laid_out = features.unflatten(2, case.kernel)
     rows, columns = laid_out.mean((3, 5)), laid_out.mean((2, 4))
     with blocks_of(limit):
-        of_channels, largest = plain.pool_channels(*inputs, given.relu, True, *given.window)
-        of_coordinates = plain.pool_coordinates(*inputs, given.relu, *given.window)
-        torch.testing.assert_close(of_channels, pooled.detach())
-        torch.testing.assert_close(of_coordinates, (rows.detach(), columns.detach()))
+        channel_pools, largest = plain.pool_channels(*inputs, given.relu, True, *given.window)
+        coordinate_means = plain.pool_coordinates(*inputs, given.relu, *given.window)
+        torch.testing.assert_close(channel_pools, pooled.detach())
+        torch.testing.assert_close(coordinate_means, (rows.detach(), columns.detach()))
         upstream = given.upstream(pooled.shape, dtype=torch.float64)
         found = plain.pool_channels_backward(
             upstream, *inputs, given.relu, largest, (True, True), *given.window
@@ -178,22 +178,22 @@ def test_moments(case, limit, offset):
     values = slope @ seen.detach() + constant.unsqueeze(2)
     with blocks_of(limit):
         found = plain.window_moments(x.detach(), *given.window)
-        of_x, more = (
+        grad_x, more = (
             plain.window_moments_backward(x.detach(), slope, constant, grad, *given.window)
             for grad in (None, x.detach())
         )
-    assert relative_error(more, of_x + x.detach(), 1.0) < 1e-12
+    assert relative_error(more, grad_x + x.detach(), 1.0) < 1e-12
     for f, e in zip(found, (mean, covariance), strict=True):
         assert relative_error(f, e.detach(), 1.0) < 1e-9
-    check([of_x], torch.autograd.grad(seen, x, values))
+    check([grad_x], torch.autograd.grad(seen, x, values))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("gates", [None, "of_channels", "of_rows"])
+@pytest.mark.parametrize("gates", [None, "channel_gates", "row_gates"])
 @pytest.mark.parametrize("limit", [3000, MIB])
 def test_precision(dtype, groups, gates, limit):
-    # Without ReLU, whose corners would be on the other side of some rounded values.
+    # No ReLU, because rounding could move values across its kink.
     case = Case(channels=8, out_channels=6, size=(13, 11), groups=groups, act=None)
     given = Arguments(case)
     with blocks_of(limit):
@@ -201,7 +201,7 @@ def test_precision(dtype, groups, gates, limit):
 
 
 @pytest.mark.parametrize("needs", [(False, True), (True, False), (False, False)])
-def test_what_is_not_needed_is_empty(needs):
+def test_unneeded_gradients_are_empty(needs):
     case = Case(channels=4, out_channels=6)
     given = Arguments(case)
     inputs = (given.x, given.attention, given.feature, given.shift, True, given.weight)
@@ -223,15 +223,15 @@ def test_layouts_and_views(layout):
         compare_conv(given, torch.float64)
 
 
-def test_no_image():
+def test_empty_batch():
     given = Arguments(Case(channels=4, out_channels=6, bias=False))
     x = given.x[:0]
     inputs = (x, given.attention, given.feature, given.shift, True, given.weight)
     y = plain.rfa_conv(*inputs, None, *given.window, 1)
     assert y.shape == (0, 6, 7, 5)
     needs = (True, True, True, True)
-    of_x, *others = plain.rfa_conv_backward(y, *inputs, needs, *given.window, 1)
-    assert of_x.shape == x.shape
+    grad_x, *others = plain.rfa_conv_backward(y, *inputs, needs, *given.window, 1)
+    assert grad_x.shape == x.shape
     assert all(not t.any() for t in others)
 
 
@@ -240,7 +240,7 @@ def test_products_as_convolutions():
     torch.testing.assert_close(plain.as_convolution(a, b), a @ b)
 
 
-def test_every_operator_is_here():
+def test_every_operator_is_implemented():
     assert {kernel.__name__ for kernel in plain.KERNELS} == set(OPERATORS)
 
 
@@ -249,7 +249,7 @@ def test_every_operator_is_here():
     [((1, 64, 100, 168), 1), ((1, 128, 100, 168), 2), ((2, 256, 32, 32), 1), ((1, 512, 25, 42), 1)],
     ids=str,
 )
-@pytest.mark.parametrize("gates", [None, "of_channels", "of_rows"])
+@pytest.mark.parametrize("gates", [None, "channel_gates", "row_gates"])
 def test_memory_is_about_that_of_a_plain_convolution(shape, stride, gates):
     batch, channels, *size = shape
     given = Arguments(
@@ -284,7 +284,7 @@ def test_temporary_memory_does_not_grow_with_the_map():
         given = Arguments(Case(1, 16, 16, (height, 64), bias=False))
         inputs = (given.x, given.attention, given.feature, given.shift, True, given.weight)
         y = torch.ones(1, 16, height, 64, dtype=torch.float64)
-        kept = y.nbytes + 2 * given.x.nbytes  # the gradient, and x with zeros around it
+        kept = y.nbytes + 2 * given.x.nbytes  # the gradient, and padded x
 
         def run() -> None:
             plain.rfa_conv(*inputs, None, *given.window, 1)

@@ -1,4 +1,4 @@
-"""RFAConv against the paper's formula, as tests/layers/formulas.py writes it once more."""
+"""RFAConv, compared with an independent implementation of its formula."""
 
 import copy
 from functools import partial
@@ -34,20 +34,20 @@ def compare(case: Case) -> float:
 @example(Case(kernel=(1, 5), padding=(0, 2), stride=(2, 3), dilation=(1, 2), size=(9, 11)))
 @example(Case(channels=17, kernel=(5, 5), padding=(2, 2), groups=17, out_channels=17))
 @example(Case(mode="circular", dilation=(3, 3), padding=(3, 3), batch=1, size=(9, 9)))
-def test_forward_and_every_gradient_are_the_formula(case):
+def test_output_and_all_gradients_match_the_formula(case):
     compare(case)
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_float32_relu_gradients_are_compared(training, mode, dilation):
+def test_relu_gradients_in_float32(training, mode, dilation):
     window = dict(dilation=(dilation,) * 2, padding=(dilation,) * 2, stride=(2, 2))
     case = Case(mode=mode, training=training, size=(9, 11), seed=1, **window)
-    assert compare(case) > 1e-5, "choose another seed: a feature lies on ReLU's corner"
+    assert compare(case) > 1e-5, "choose another seed: a feature is at ReLU's kink"
 
 
-def test_defaults_are_those_of_the_paper():
+def test_defaults_match_the_paper():
     layer = RFAConv(4, 6, 3)
     keys = {name: tuple(p.shape) for name, p in layer.named_parameters()}
     assert keys == {
@@ -101,7 +101,7 @@ def test_attention_map_is_the_softmax_of_the_scaled_means(case):
 
 @pytest.mark.parametrize("dtype", AUTOCAST_TYPES)
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_autocast_is_finite_and_near_float32(dtype, dilation):
+def test_autocast_is_finite_and_close_to_float32(dtype, dilation):
     layer = build(Case(channels=8, dilation=(dilation,) * 2, padding=(dilation,) * 2))
     x = torch.randn(2, 8, 9, 7, requires_grad=True)
     expected = copy.deepcopy(layer)(x)
@@ -110,7 +110,7 @@ def test_autocast_is_finite_and_near_float32(dtype, dilation):
     assert out.dtype == dtype
     gradients = torch.autograd.grad(out, [x, *layer.parameters()], torch.randn_like(out))
     assert all(g.isfinite().all() for g in gradients)
-    # Twice: two convolutions, of rounded inputs and rounded weights.
+    # Twice the tolerance: two convolutions with rounded inputs and weights.
     tolerance = 2 * TOLERANCES[dtype].output
     assert formulas.relative_error(out.detach(), expected.detach()) < tolerance
 
@@ -119,7 +119,7 @@ def test_autocast_is_finite_and_near_float32(dtype, dilation):
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_attention_is_float32_under_autocast(dtype, dilation):
     layer = RFAConv(1, 1, 3, dilation=dilation, padding=0, norm_cfg=None, act_cfg=None).eval()
-    # Logits of 1e5 overflow in float16, and half precision cannot tell 1e5 from 1e5 + 1.
+    # Logits of 1e5 overflow in float16, and 1e5 and 1e5 + 1 are equal in half precision.
     differences = torch.arange(9.0)
     layer.attention.weight.data = (1e5 + differences).reshape(9, 1, 1, 1)
     x = torch.ones(1, 1, 5, 5)
@@ -149,7 +149,7 @@ def test_empty_batch_wherever_torch_accepts_one(mode):
     formulas.check_empty_batch(RFAConv(4, 6, 3, stride=2, padding=1, padding_mode=mode), mode)
 
 
-def test_one_value_a_channel_is_refused_in_training_as_by_torch():
+def test_one_value_per_channel_raises_in_training():
     x = torch.randn(1, 2, 3, 3)
     layer = RFAConv(2, 2, 3, padding=0)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -158,7 +158,7 @@ def test_one_value_a_channel_is_refused_in_training_as_by_torch():
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_input_is_left_as_it_was_and_may_be_a_view(dilation):
+def test_input_is_not_modified_and_may_be_a_view(dilation):
     layer = RFAConv(3, 4, 3, dilation=dilation).eval()
     base = torch.randn(2, 9, 11, 3)
     view = base.permute(0, 3, 2, 1)[:, :, 1::2]  # no contiguous layout

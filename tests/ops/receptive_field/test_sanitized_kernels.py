@@ -1,4 +1,4 @@
-"""The C++ kernels, built with AddressSanitizer, stay within their tensors and buffers."""
+"""AddressSanitizer finds no out-of-bounds access in the C++ kernels."""
 
 import os
 import shutil
@@ -10,19 +10,19 @@ import pytest
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import PATIENCE
 
-# What torch.backends.cpu.get_cpu_capability() gives, and what a processor must have for it.
+# CPU capability (lower case) -> the processor flag that it requires.
 NEEDS = {"default": None, "avx2": "avx2", "avx512": "avx512bw"}
 
 
 def compilers_file(name):
-    """Return the path of a library that the compiler brings."""
+    """Return the path of a library that comes with the compiler."""
     found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True)
     return found.stdout.strip()
 
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
-    """A copy of the package, its libraries built with AddressSanitizer."""
+    """Return a copy of the package built with AddressSanitizer."""
     if not sys.platform.startswith("linux") or shutil.which("g++") is None:
         pytest.skip("AddressSanitizer needs g++ on Linux")
     if not os.path.isabs(compilers_file("libasan.so")):
@@ -48,12 +48,12 @@ def sanitized(tmp_path_factory):
     )
     assert done.returncode == 0, done.stdout
     yield folder
-    shutil.rmtree(folder)  # pytest keeps what it made, and these are large
+    shutil.rmtree(folder)  # pytest keeps temporary folders, and this one is large
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", NEEDS)
-def test_nothing_is_read_or_written_out_of_bounds(sanitized, capability):
+def test_no_access_is_out_of_bounds(sanitized, capability):
     needed = NEEDS[capability]
     if needed:
         with open("/proc/cpuinfo") as file:
@@ -68,11 +68,11 @@ def test_nothing_is_read_or_written_out_of_bounds(sanitized, capability):
         env={
             **os.environ,
             "LD_PRELOAD": " ".join(preloaded),
-            # Python's own allocator would hide what lies next to what, and it leaks by design.
+            # Python's allocator would hide out-of-bounds accesses, and it leaks by design.
             "PYTHONMALLOC": "malloc",
             "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0",
             "ATEN_CPU_CAPABILITY": capability,
-            # Two, that do not wait for each other in a loop on cores that other tests use as well.
+            # Two threads that do not spin while waiting, because other tests share the cores.
             "OMP_NUM_THREADS": "2",
             "OMP_WAIT_POLICY": "passive",
             "PYTHONPATH": str(sanitized),

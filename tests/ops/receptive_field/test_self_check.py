@@ -1,4 +1,4 @@
-"""Kernels are compared with the formulas before a layer relies on them."""
+"""Run-time comparison of kernels with the formulas."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # whose lock nobody else holds
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # an unused lock
     monkeypatch.setattr(self_check, "PASSED", set())
     monkeypatch.setattr(self_check, "FAILED", {})
     backends._warn_once.cache_clear()
@@ -33,7 +33,7 @@ def nothing_known(monkeypatch, tmp_path):
 
 @pytest.fixture
 def register():
-    """Put kernels into the place of those of the CPU, as long as a test runs."""
+    """Replace the CPU kernels during a test."""
     libraries = [torch.library.Library(schema.NAMESPACE, "IMPL")]
     yield lambda kernel: libraries[0].impl(kernel.__name__, or_plain(kernel), "CPU")
     getattr(libraries[0], "_destroy", lambda: None)()
@@ -42,7 +42,7 @@ def register():
 
 @pytest.mark.parametrize("operators", LAYERS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_right_kernels_pass(operators, dtype):
+def test_correct_kernels_pass(operators, dtype):
     require("cpu")
     for channels_last, gradients in product((False, True), repeat=2):
         case = Case(CPU, dtype, channels_last, gradients, operators)
@@ -66,24 +66,24 @@ def test_every_operator_is_called():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_no_value_is_where_rounding_decides_on_a_gradient(dtype):
+def test_inputs_avoid_kinks_and_ties(dtype):
     given = self_check._inputs(Case(CPU, dtype, False, False, LAYERS[0]))
     x, feature, scale, offset = (given[k].double() for k in ("x", "feature", "scale", "offset"))
     responses = torch.nn.functional.conv2d(x, feature, padding=1, groups=self_check.CHANNELS)
     normed = torch.nn.functional.batch_norm(
         responses, None, None, scale, offset, True, 0.0, self_check.EPS
     )
-    assert normed.abs().min() > 1e-5  # ReLU's corner
+    assert normed.abs().min() > 1e-5  # ReLU's kink
     first, second = normed.unflatten(1, (self_check.CHANNELS, -1)).topk(2, dim=1)[0].unbind(1)
     assert first.min() > 0
-    assert (first - second).min() > 1e-5  # another maximum
+    assert (first - second).min() > 1e-5  # no ties
 
 
 def scaled(operator: str, position: int, factor: float):
-    """A kernel of which one result is wrong."""
+    """Return a kernel with one wrong result."""
     kernel = getattr(plain, operator)
 
-    # The signature tells which argument is x.
+    # __wrapped__ provides the signature, by which or_plain() finds x.
     def wrong(*args):
         found = kernel(*args)
         if isinstance(found, torch.Tensor):
@@ -107,7 +107,7 @@ def scaled(operator: str, position: int, factor: float):
         ("rfa_conv_backward", 5, 1.1, "the gradient of bias differs"),
     ],
 )
-def test_wrong_kernels_fail_and_plain_torch_takes_their_place(
+def test_wrong_kernels_fail_and_plain_torch_replaces_them(
     register, operator, position, factor, words
 ):
     register(scaled(operator, position, factor))
@@ -117,14 +117,15 @@ def test_wrong_kernels_fail_and_plain_torch_takes_their_place(
     assert (CPU, torch.float32) in self_check.FAILED
     compare(case)  # now in plain torch
     with pytest.raises(ArithmeticError, match="differs"):
-        # Other types are not concerned.
+        # Other dtypes are not affected.
         compare(case._replace(dtype=torch.float64))
-    with pytest.raises(RuntimeError, match=f"backend='triton': on cpu.*{words}") as raised:
-        backends._insist(*case._replace(operators=LAYERS[1]))
+    message = f"backend='triton': the Triton kernels.* on cpu in.*{words}"
+    with pytest.raises(RuntimeError, match=message) as raised:
+        backends._require_passed(*case._replace(operators=LAYERS[1]))
     assert type(raised.value.__cause__) is ArithmeticError
 
 
-def test_the_warning_comes_once(register, recwarn):
+def test_warning_appears_once(register, recwarn):
     register(scaled("rfa_conv", 0, 2.0))
     for channels_last, gradients in product((False, True), repeat=2):
         case = Case(CPU, torch.float32, channels_last, gradients, LAYERS[0])
@@ -132,23 +133,23 @@ def test_the_warning_comes_once(register, recwarn):
     assert len([w for w in recwarn if "self-check" in str(w.message)]) == 1
 
 
-def test_what_kernels_raise_is_named(register):
+def test_exceptions_of_kernels_are_reported(register):
     def rfa_conv(x, *args):
         raise MemoryError("out of\n resource: shared memory")
 
     register(rfa_conv)
     case = Case(CPU, torch.float32, False, False, LAYERS[0])
-    with pytest.warns(UserWarning, match="self-check: MemoryError: out of resource: shared mem"):
+    with pytest.warns(UserWarning, match="self-check .*MemoryError: out of resource: shared mem"):
         assert backends._gpu_obstacle(True, *case) is None
     with pytest.raises(RuntimeError, match="MemoryError"):
-        backends._insist(*case)
+        backends._require_passed(*case)
 
 
 # --------------------------------------------------------------------------- the caller's state
 
 
 def refuse(x):
-    raise AssertionError("a tensor was saved for somebody else's backward")
+    raise AssertionError("a tensor was passed to the caller's hooks")
 
 
 STATES = {
@@ -164,7 +165,7 @@ STATES = {
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("operators", LAYERS, ids=str)
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
-def test_it_may_run_wherever_a_layer_may(state, operators):
+def test_check_is_independent_of_the_callers_state(state, operators):
     before = torch.get_rng_state()
     with STATES[state]():
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -174,7 +175,7 @@ def test_it_may_run_wherever_a_layer_may(state, operators):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_it_may_run_inside_a_backward_pass():
+def test_check_runs_inside_a_backward_pass():
     class Checks(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -190,7 +191,7 @@ def test_it_may_run_inside_a_backward_pass():
     assert torch.equal(x.grad, torch.ones(2))
 
 
-def test_torch_compile_takes_the_result_for_a_constant():
+def test_torch_compile_treats_the_result_as_constant():
     def decide(x):
         case = backends._case(LAYERS[0], x, torch.float32)
         return x + 1 if backends._gpu_obstacle(True, *case) is None else x
@@ -204,7 +205,7 @@ def test_torch_compile_takes_the_result_for_a_constant():
     torch._dynamo.reset()
 
 
-def test_products_that_torch_would_refuse_are_left_to_the_formula(monkeypatch):
+def test_formula_runs_if_deterministic_products_would_raise(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     case = Case(CPU, torch.float32, False, True, LAYERS[0])
     torch.use_deterministic_algorithms(True)
@@ -238,7 +239,7 @@ def hold(folder, pipe) -> None:
 
 @pytest.fixture
 def holder(tmp_path):
-    """A process that is inside and stays there."""
+    """Return a process that keeps holding the lock."""
     ours, theirs = os.pipe()
     child = fork(hold, tmp_path, theirs)
     os.read(ours, 1)
@@ -249,13 +250,13 @@ def holder(tmp_path):
     os.waitpid(child, 0)
 
 
-def test_a_process_that_dies_makes_room(tmp_path, holder):
+def test_lock_is_released_when_its_holder_dies(tmp_path, holder):
     os.kill(holder, signal.SIGKILL)
-    with self_check.one_process_at_a_time(tmp_path):  # it does not wait for PATIENCE: the test ends
+    with self_check.one_process_at_a_time(tmp_path):  # does not wait for PATIENCE
         pass
 
 
-def test_nobody_waits_for_ever_for_one_that_hangs(tmp_path, holder, monkeypatch):
+def test_waiting_for_a_hanging_process_ends(tmp_path, holder, monkeypatch):
     monkeypatch.setattr(self_check, "PATIENCE", 0.2)
     with self_check.one_process_at_a_time(tmp_path):
         os.kill(holder, 0)
@@ -274,7 +275,7 @@ def test_one_process_at_a_time(tmp_path):
     assert (tmp_path / "log").read_text() == 60 * "in\nout\n"
 
 
-def test_where_no_lock_can_be_it_goes_on_without(tmp_path):
+def test_missing_lock_is_ignored(tmp_path):
     (tmp_path / "file").touch()
     with self_check.one_process_at_a_time(tmp_path / "file"):
         pass
@@ -282,7 +283,7 @@ def test_where_no_lock_can_be_it_goes_on_without(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("rank", ["0", "1", None])
-def test_the_first_rank_of_a_machine_says_once_what_takes_time(rank, tmp_path, monkeypatch, capsys):
+def test_first_rank_of_a_machine_announces_the_check_once(rank, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
@@ -306,7 +307,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("operators", LAYERS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_kernels_of_this_gpu_pass(operators, dtype, channels_last):
+def test_kernels_pass_on_this_gpu(operators, dtype, channels_last):
     require("triton")
     device = torch.device("cuda", torch.cuda.current_device())
     compare(Case(device, dtype, channels_last, True, operators))
@@ -319,7 +320,7 @@ def test_kernels_of_this_gpu_pass(operators, dtype, channels_last):
 
 
 @gpu
-def test_a_graph_that_is_captured_first_holds_the_formula():
+def test_graph_captured_before_the_check_uses_the_formula():
     require("triton")
     layers = pytest.importorskip("rfa_mmdet.layers", reason="needs OpenMMLab's packages")
     layer = layers.RFAConv(32, 32, 3).cuda().eval()
@@ -334,7 +335,7 @@ def test_a_graph_that_is_captured_first_holds_the_formula():
         expected = layer(x)  # and cuDNN chooses its algorithm
         layer.backend = "auto"
         torch.cuda.synchronize()
-        with pytest.warns(UserWarning, match="in a CUDA graph"):
+        with pytest.warns(UserWarning, match="during CUDA graph capture"):
             y = capture()
     graph.replay()
     torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)

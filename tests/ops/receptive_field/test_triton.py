@@ -1,6 +1,6 @@
-"""The Triton kernels against formulas in float64.
+"""The Triton kernels, compared with formulas in float64.
 
-On a GPU if there is one; else once more in Triton's interpreter, in a process of its own.
+Runs on a GPU if there is one; otherwise in Triton's interpreter, in a separate process.
 """
 
 import functools
@@ -47,8 +47,8 @@ CASES = [
     Case(batch=1, channels=1, outputs=1, size=(1, 1)),
     Case(),
     Case(channels=3, channels_last=True),
-    Case(channels=1, size=(2, 40), kernel=(2, 1)),  # columns of several tiles
-    # And channels.
+    Case(channels=1, size=(2, 40), kernel=(2, 1)),  # several tiles of columns
+    # Several tiles of channels.
     Case(channels=35, outputs=19, size=(2, 13), kernel=(2, 1), batch=1, channels_last=True),
     Case(stride=(2, 2), channels=1, size=(7, 8), bias=False),
     Case(stride=(2, 3), dilation=(2, 1), padding=(2, 0), size=(9, 11), channels_last=True),
@@ -56,7 +56,7 @@ CASES = [
     Case(kernel=(1, 1), padding=(0, 0)),
     Case(kernel=(2, 4), padding=(0, 3)),
     Case(kernel=(1, 5), padding=(3, 2), stride=(3, 1), channels_last=True),
-    # What plain torch computes: more than 9 positions, and groups.
+    # Fallback to plain torch: more than 9 positions, and groups.
     Case(kernel=(2, 5), padding=(1, 2), channels=2, dilation=(1, 2), size=(4, 7), batch=1),
     Case(kernel=(4, 3), channels=2, stride=(2, 1), size=(6, 5), batch=1, channels_last=True),
     Case(channels=4, outputs=8, groups=2, size=(4, 3)),
@@ -65,7 +65,7 @@ CASES = [
     Case(dtype=torch.float16, kernel=(2, 2)),
     Case(dtype=torch.bfloat16, channels_last=True),
 ]
-LARGE = [  # more than one tile in each direction, which takes the interpreter too long
+LARGE = [  # more than one tile in each direction; too slow for the interpreter
     Case(channels=40, outputs=200, size=(37, 53)),
     Case(channels=48, outputs=72, groups=3, size=(64, 31), stride=(2, 1)),
     Case(channels=24, outputs=40, size=(33, 35), kernel=(5, 5), padding=(2, 2)),
@@ -127,20 +127,20 @@ def compare_backward(case: Case, needs=(True,) * 4) -> list[Tensor | None]:
 
 @runs
 @pytest.mark.parametrize("case", CASES, ids=names)
-def test_forward_is_the_formula(case):
+def test_output_matches_the_formula(case):
     compare_forward(case)
 
 
 @runs
 @pytest.mark.parametrize("case", CASES, ids=names)
-def test_gradients_are_those_of_the_formula(case):
+def test_gradients_match_the_formula(case):
     compare_backward(case)
 
 
 @runs
 @pytest.mark.parametrize("case", [Case(kernel=(2, 2), channels_last=True)], ids=names)
 @pytest.mark.parametrize("needed", range(4))
-def test_only_what_is_needed_is_computed(case, needed):
+def test_only_needed_gradients_are_computed(case, needed):
     compare_backward(case, tuple(i == needed for i in range(4)))
 
 
@@ -149,7 +149,7 @@ def test_only_what_is_needed_is_computed(case, needed):
     ("case", "rows"),
     [
         (Case(size=(5, 4), kernel=(2, 1), channels=1), (1, 2)),
-        # Chunks of whole images, the last of fewer.
+        # Chunks of several images; the last has fewer.
         (Case(batch=3, size=(3, 2), kernel=(2, 2), channels_last=True), (2, 7)),
         (
             Case(size=(7, 3), stride=(2, 2), kernel=(3, 1), dilation=(2, 2), channels_last=True),
@@ -172,14 +172,14 @@ def test_chunks_add_up(case, rows, monkeypatch):
 
 
 @runs
-def test_gradient_of_any_strides():
+def test_upstream_gradient_with_any_strides():
     from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
     case = Case(kernel=(2, 1), padding=(0, 0))
     inputs = case.make()
     inputs = [inputs[n] for n in ("x", "attention", "feature", "shift", "weight")]
     *parameters, weight = inputs
-    # As the gradient of a sum has: one value, and strides of zero.
+    # Like the gradient of a sum: one value, with strides of zero.
     one = torch.ones(1, dtype=case.dtype, device=DEVICE).expand(2, 3, 3, 5)
     arguments = (True, weight, (True,) * 4, *case.window, 1)
     for a, b in zip(
@@ -204,10 +204,10 @@ def test_gradient_of_any_strides():
     ids=names,
 )
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_moments_are_those_of_the_windows(case, offset):
+def test_moments_match_those_of_the_windows(case, offset):
     from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
-    case = replace(case, padding=(0, 0)) if offset else case  # zeros would be the deviation
+    case = replace(case, padding=(0, 0)) if offset else case  # padding would dominate the deviation
     x = case.make()["x"]
     x += offset
     first, second = backend.window_moments(x, *case.window)
@@ -218,7 +218,7 @@ def test_moments_are_those_of_the_windows(case, offset):
     assert first.dtype == second.dtype == torch.float32
     tolerance = TOLERANCES[case.dtype].statistics
     assert error(first, mean) < tolerance
-    # A value near 1000 has 14 bits left for its deviation; the mean of a few is exact.
+    # Values near 1000 have 14 bits for the deviation.
     assert error(second, covariance) < 10 * tolerance
 
 
@@ -252,14 +252,14 @@ def test_gradient_through_the_moments_is_a_fold_of_windows(case):
         grad_x = given.clone()
         backend.add_window_moments_backward(grad_x, x, slope, constant, *case.window)
     tolerance = TOLERANCES[case.dtype].statistics
-    if case.dtype != torch.float32:  # computed in float32, and rounded to x's type
+    if case.dtype != torch.float32:  # computed in float32, then rounded to x's dtype
         tolerance = TOLERANCES[case.dtype].output
     expected = F.fold(v.flatten(1, 2), *size)
     assert error(grad_x, expected if given is None else expected + given.cpu()) < tolerance
 
 
 @runs
-def test_nan_and_infinity_come_through():
+def test_nan_and_infinity_propagate():
     from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
     case = Case(batch=1, channels=1, outputs=1, size=(7, 7), bias=False)
@@ -271,7 +271,7 @@ def test_nan_and_infinity_come_through():
             *(inputs[n] for n in order), True, inputs["weight"], None, *case.window, 1
         )
         expected = torch.ones(7, 7, dtype=torch.bool)
-        expected[2:5, 2:5] = False  # the windows that see it
+        expected[2:5, 2:5] = False  # the windows that contain it
         assert torch.equal(y[0, 0].isfinite().cpu(), expected)
 
 
@@ -288,7 +288,7 @@ def test_many_tiles_on_a_gpu(case, channels_last, dtype):
 
 
 @functools.cache
-def register_in_the_place_of_the_cpus() -> None:
+def register_instead_of_cpu_kernels() -> None:
     from rfa_mmdet.ops.receptive_field.triton import operators
 
     operators.register("CPU")
@@ -298,15 +298,15 @@ def register_in_the_place_of_the_cpus() -> None:
 @pytest.mark.parametrize(
     ("channels_last", "training"), [(False, True), (True, True), (False, False)]
 )
-def test_layer_is_the_reference(channels_last, training):
-    """The whole of RFAConv, through PyTorch's dispatcher."""
+def test_layer_matches_the_reference(channels_last, training):
+    """Tests the whole layer, through PyTorch's dispatcher."""
     layers = pytest.importorskip("rfa_mmdet.layers", reason="needs OpenMMLab's packages")
     torch.manual_seed(0)
     backend = "triton"
-    if INTERPRETED:  # its kernels take the place of the C++ ones
+    if INTERPRETED:  # replace the C++ kernels
         backend = "cpu"
         backends.check_backend("cpu")
-        register_in_the_place_of_the_cpus()
+        register_instead_of_cpu_kernels()
     fast = layers.RFAConv(2, 3, 2, padding=1, backend=backend).to(DEVICE).train(training)
     slow = layers.RFAConv(2, 3, 2, padding=1, backend="reference").double().train(training)
     slow.load_state_dict(fast.state_dict())

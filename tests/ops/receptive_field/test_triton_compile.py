@@ -1,7 +1,6 @@
-"""Every Triton kernel, compiled for GPUs that need not be there, as the launchers would run it.
+"""Compile every Triton kernel for several GPUs, without one, and inspect the code.
 
-What is looked at: registers that had to be spilled, shared memory, where the lanes of a warp read
-and write, and how many instructions an element takes.
+Checks register spills, shared memory, memory accesses of a warp, and instructions per element.
 """
 
 import importlib.util
@@ -26,14 +25,14 @@ from tests.helpers.triton_steps import empty_map, of_gated, of_rfa_conv
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET", "0") != "0",
-    reason="in Triton's interpreter there is nothing to compile",
+    reason="Triton's interpreter does not compile",
 )
 
-# Of the smallest GPUs that the kernels are for.
+# Bytes on the smallest supported GPUs.
 SHARED = 99 * 1024
 TENSOR_MEMORY = 512  # columns, of sm_100
-# An element of the output, in the loop down the rows; or of the input, which two kernels go down.
-# Multiply-adds alone: 81 of a feature, and of a gradient.
+# Per element of the output (of the input for OF_INPUT), in the loop over rows. A feature alone
+# takes 81 multiply-adds, and so does a gradient.
 MOST_INSTRUCTIONS = {
     "moments_kernel": 125,
     "features_kernel": 300,
@@ -43,19 +42,19 @@ MOST_INSTRUCTIONS = {
     "moments_gradient_kernel": 240,
 }
 OF_INPUT = ("fold_kernel", "moments_gradient_kernel")
-# A stride of 2 loads two rows a step: three addresses, masks, loads, conversions and shifts more.
-# Without gates, the kernel of products reads the features, too.
+# products_kernel also reads the features if there are no gates. With stride 2, a step loads two
+# rows.
 MOST_OF_GATES = {**MOST_INSTRUCTIONS, "products_kernel": 375}
 MOST_OF_STRIDE_2 = {**MOST_INSTRUCTIONS, "moments_kernel": 150}
-# What begins in the middle of a sector ends in the next one.
+# Unaligned accesses touch an additional sector.
 SPARE = 1.6
-FEW = 2**14  # numbers of a parameter
+FEW = 2**14  # elements of a parameter
 
 
 def layer(dtype, channels_last, channels=64, outputs=64, size=(40, 96), stride=1):
-    """The operators of RFAConv with 3 x 3 windows, and the elements of its maps, in and out.
+    """Return the operators of RFAConv with 3 x 3 windows, and the elements of input and output.
 
-    The output's as of a depthwise convolution.
+    The output counts as for a depthwise convolution.
     """
     window = Window((3, 3), (stride, stride), (1, 1))
     x = empty_map((2, channels, *size), dtype, channels_last)
@@ -64,7 +63,7 @@ def layer(dtype, channels_last, channels=64, outputs=64, size=(40, 96), stride=1
 
 
 def gated(channels_last, names):
-    """Some operators of gated and pooled features, and the elements of their maps."""
+    """Return some operators on gated and pooled features, and the elements of their maps."""
     window = Window((3, 3), (1, 1), (1, 1))
     x = empty_map((2, 64, 40, 96), torch.bfloat16, channels_last)
     elements = {"in": x.numel(), "out": 64 * window.count(x)}
@@ -76,7 +75,7 @@ def launches(functions) -> list[aot.Launch]:
 
 
 def faults(capability, functions, elements, spare, allowed=MOST_INSTRUCTIONS) -> list[str]:
-    """What is wrong with the kernels of a layer, as sentences."""
+    """Return descriptions of the problems of a layer's kernels."""
     found = []
     by_name = defaultdict(list)
     for launch in launches(functions):
@@ -87,7 +86,7 @@ def faults(capability, functions, elements, spare, allowed=MOST_INSTRUCTIONS) ->
         if most and compiled[0].sass:
             took = aot.instructions(compiled, elements["in" if name in OF_INPUT else "out"])
             if took > most:
-                own.append(f"{took:.0f} instructions an element, {most} are allowed")
+                own.append(f"{took:.0f} instructions per element, at most {most} allowed")
         found += [f"{name}, sm_{capability}: {fault}" for fault in own]
     return found
 
@@ -100,26 +99,26 @@ def faults_of(compiled, spare):
     if compiled.tensor_memory > TENSOR_MEMORY:
         yield f"{compiled.tensor_memory} columns of tensor memory"
     if aot.TENSOR_CORES.search(compiled.ptx):
-        yield "products on tensor cores, which are cuBLAS's"
+        yield "uses tensor cores, which should be left to cuBLAS"
     if compiled.launch.name in MOST_INSTRUCTIONS and barriers(compiled.ptx):
         yield f"{barriers(compiled.ptx)} barriers in a loop"
     yield from places(compiled, spare)
 
 
 def warps(compiled):
-    """The first, one in the middle, and the last."""
+    """Return program and warp of the first, a middle and the last warp."""
     last = tuple(n - 1 for n in compiled.grid)
     middle = tuple(n // 2 for n in compiled.grid)
     return ((0, 0, 0), 0), (middle, 0), (last, compiled.warps - 1)
 
 
 def places(compiled, spare):
-    """What is wrong with the addresses of the first, the middle and the last program."""
+    """Yield problems of the addresses in the first, a middle and the last warp."""
     middle = tuple(n // 2 for n in compiled.grid)
     for program, warp in warps(compiled):
         try:
             accesses = compiled.accesses(program, warp)
-        except ValueError as error:  # more than integers decides where it reads
+        except ValueError as error:  # addresses depend on more than integers
             yield str(error)
             return
         yield from aot.outside(compiled, accesses)
@@ -128,7 +127,7 @@ def places(compiled, spare):
 
 
 def counts(compiled, access) -> bool:
-    """Whether it matters where the lanes are: not where parameters alone are worked on."""
+    """Return whether coalescing matters: not for kernels that only access parameters."""
     if compiled.launch.name in MOST_INSTRUCTIONS or not len(access.addresses):
         return True
     return compiled.launch.tensors()[compiled.tensor_of(access)].numel() >= FEW
@@ -136,7 +135,7 @@ def counts(compiled, access) -> bool:
 
 @triton.jit
 def faulty_kernel(x, y, columns, BLOCK: tl.constexpr):
-    """Adds up rows by reading columns, one more than there are."""
+    """Adds up rows by reading columns, and one column too many."""
     lane = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for column in range(columns):
@@ -151,10 +150,10 @@ def test_faults_are_found():
     compiled = aot.compile_for(80, launch)
     assert barriers(compiled.ptx) >= 1
     assert set(places(compiled, SPARE)) == {
-        "loads of x, 4 bytes a lane, touch 8.0 times the sectors that would do",
-        "reads beside x",
+        "loads of x, 4 bytes per lane, touch 8.0 times as many sectors as necessary",
+        "reads outside x",
     }
-    if compiled.sass:  # 129 columns, at most four at a time
+    if compiled.sass:  # 129 columns, up to four per iteration
         assert 30 < aot.executed(compiled, compiled.accesses()).trips <= 129
 
 
@@ -164,7 +163,7 @@ in_both_layouts = pytest.mark.parametrize(
 
 
 @in_both_layouts
-def test_kernels_of_a_training_step_are_shaped_for_the_gpu(channels_last):
+def test_kernels_of_a_training_step_are_efficient(channels_last):
     assert faults(90, *layer(torch.bfloat16, channels_last), SPARE) == []
 
 
@@ -172,7 +171,7 @@ def test_kernels_of_a_training_step_are_shaped_for_the_gpu(channels_last):
 @pytest.mark.parametrize("capability", aot.targets())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @in_both_layouts
-def test_kernels_are_shaped_for_every_gpu(channels_last, dtype, capability):
+def test_kernels_are_efficient_on_every_gpu(channels_last, dtype, capability):
     assert faults(capability, *layer(dtype, channels_last), SPARE) == []
 
 
@@ -185,15 +184,15 @@ def test_kernels_are_shaped_for_every_gpu(channels_last, dtype, capability):
     ],
     ids=["nchw", "channels_last"],
 )
-def test_kernels_of_gates_are_shaped_for_the_gpu(channels_last, names):
+def test_kernels_of_gates_are_efficient(channels_last, names):
     operators = gated(channels_last, names)
     assert [f for one in operators for f in faults(90, *one, SPARE, MOST_OF_GATES)] == []
 
 
 @pytest.mark.slow
 @in_both_layouts
-def test_kernels_are_shaped_for_other_layers(channels_last):
-    # In NCHW, a stride reads every second value of a row.
+def test_kernels_of_strided_layers_are_efficient(channels_last):
+    # In NCHW, a stride of 2 reads every second value of a row.
     spare = SPARE if channels_last else 2 * SPARE
     of_stride = layer(torch.float16, channels_last, 128, 128, (40, 64), stride=2)
     assert faults(90, *of_stride, spare, MOST_OF_STRIDE_2) == []
@@ -201,8 +200,8 @@ def test_kernels_are_shaped_for_other_layers(channels_last):
 
 @pytest.mark.slow
 @in_both_layouts
-def test_offsets_in_the_largest_maps_fit_into_32_bits(channels_last):
-    """The code's own arithmetic, which wraps around, of the first and the last chunk."""
+def test_offsets_in_the_largest_maps_fit_in_32_bits(channels_last):
+    """Executes the compiled 32-bit arithmetic for the first and the last chunk."""
     shape, window = (2**13, 64, 200, 20), Window((3, 3), (1, 1), (1, 1))
     x = empty_map(shape, torch.bfloat16, channels_last)
     assert takes(x, None, window)

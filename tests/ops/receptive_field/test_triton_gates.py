@@ -1,6 +1,6 @@
-"""Triton's features under gates and pooled, against the operators in plain torch in float64.
+"""Gated and pooled features in Triton, compared with plain torch in float64.
 
-On a GPU if there is one; else once more in Triton's interpreter, in a process of its own.
+Runs on a GPU if there is one; otherwise in Triton's interpreter, in a separate process.
 """
 
 from collections.abc import Callable
@@ -37,10 +37,10 @@ def test_in_the_interpreter():
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator of features that are weighed by gates or pooled, forward and backward."""
+    """An operator on gated or pooled features, forward and backward."""
 
     name: str
-    made: Callable[[Case, Callable[..., Tensor]], dict[str, Tensor]]  # what it takes besides
+    made: Callable[[Case, Callable[..., Tensor]], dict[str, Tensor]]  # further arguments
 
     def arguments(self, case: Case) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(2)
@@ -110,8 +110,8 @@ OPERATORS = [
     ids=names,
 )
 @pytest.mark.parametrize("of", OPERATORS, ids=lambda of: f"{of.name}-{of.made.__name__}")
-def test_gates_and_pools_are_those_of_plain_torch(of, case, rows, monkeypatch):
-    """Which test_plain.py compares with the formulas."""
+def test_gates_and_pools_match_plain_torch(of, case, rows, monkeypatch):
+    """test_plain.py compares plain torch with the formulas."""
     from rfa_mmdet.ops.receptive_field import plain
     from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
@@ -126,10 +126,10 @@ def test_gates_and_pools_are_those_of_plain_torch(of, case, rows, monkeypatch):
     grads = [torch.randn(t.shape, generator=random).to(t.dtype) for t in expected[:outputs]]
     grads = [g.to(f.dtype) for g, f in zip(grads, found, strict=False)]
     exactly = of.back(case, plain, truth, tuple(g.double() for g in grads), expected)
-    # Half precision may take another channel for the largest: its choice is given.
+    # Half precision may choose another maximum, so pass the exact choice.
     made = (found[0], expected[1].to(DEVICE).float()) if len(found) == 2 else found
     gradients = of.back(case, backend, inputs, tuple(g.to(DEVICE) for g in grads), made)
     tolerance = SHARE[case.dtype] * TOLERANCES[case.dtype].gradient
     for gradient, exact_one in zip(gradients, exactly, strict=True):
-        assert error(gradient, exact_one) < 2 * tolerance  # gates are rounded, and their product
+        assert error(gradient, exact_one) < 2 * tolerance  # gates and their product are rounded
     assert launched["products_kernel"] > 1 or rows >= case.batch * out_size(case)[0]

@@ -1,4 +1,4 @@
-"""What layers launch on a GPU, and how much memory they take there: on tensors without memory."""
+"""Number of launches and memory of layers on a GPU, determined with meta tensors."""
 
 import importlib.util
 import os
@@ -20,13 +20,13 @@ from tests.helpers.triton_steps import Memory, empty, empty_map, launches
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET", "0") != "0",
-    reason="in Triton's interpreter tensors have memory",
+    reason="Triton's interpreter needs tensors with memory",
 )
 LAYOUTS = ("NCHW", "channels_last")
 DTYPES = (torch.bfloat16, torch.float32)
-# Launches of RFAConv, of torch's operators and of kernels, where one chunk holds the output.
+# Launches of RFAConv, by torch's operators and by our kernels, with a single chunk.
 INFERENCE, STEP = 4, 20
-# And of another chunk: forward, and backward.
+# Launches per additional chunk, forward and backward.
 FORWARD, BACKWARD = 2, 6
 
 
@@ -45,7 +45,7 @@ def test_launches_of_a_layer(layout, dtype):
         assert made.total() <= most, (size, made)
 
 
-# Of the second-level cache: buffers of chunks, and sums of the parameters' gradients.
+# Fraction of the L2 cache for the buffers of chunks and the sums of the parameters' gradients.
 SHARE = 0.52
 
 
@@ -53,9 +53,9 @@ SHARE = 0.52
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_of_a_backward_pass(layout, kind, dtype):
-    """Beside the gradients, which the one through the moments is added to in place.
+    """Memory besides the gradients; the gradient through the moments is added in place.
 
-    Under gates, a pool's gradient of the map comes on top, and what is pooled for each position.
+    Gates also need a pool's gradient of the map, and the pooled values of each position.
     """
     for size in SIZES["gpu"]:
         c, window = size.channels, Window((3, 3), (size.stride,) * 2, (1, 1))
@@ -81,13 +81,13 @@ def test_memory_of_a_backward_pass(layout, kind, dtype):
         if kind == "channels":
             allowed += 3 * 4 * 9 * window.count(inputs["x"])
         if kind != "attention":
-            # A mode makes autograd add them up in a third map, when the buffers are gone.
+            # A dispatch mode makes autograd add gradients out of place, after buffers are freed.
             allowed = max(of_map + allowed, 2 * of_map + 2**20)
         beside = memory.most - sum(map(nbytes, gradients))
         assert 0 < beside <= allowed, size
 
 
-def test_memory_that_is_let_go_does_not_count():
+def test_freed_memory_does_not_count():
     x = empty(10)
     with Memory() as memory:
         y = x * 2
@@ -101,7 +101,7 @@ def test_memory_that_is_let_go_does_not_count():
 
 
 def images(count):
-    """Sizes of images as multi-scale training makes them, within 1333 x 1333."""
+    """Yield sizes of images as in multi-scale training, up to 1333 x 1333."""
     random = Random(0)
     for _ in range(count):
         short, ratio = random.randint(320, 800), random.uniform(1, 2.5)
@@ -110,8 +110,8 @@ def images(count):
 
 
 @pytest.mark.parametrize(("layout", "most"), [("NCHW", 3), ("channels_last", 1)])
-def test_sizes_of_images_hardly_compile_anew(layout, most):
-    """Tiles of NCHW have three widths."""
+def test_image_sizes_hardly_cause_recompilation(layout, most):
+    """Tiles have three widths in NCHW."""
     keys = defaultdict(set)
     for number, (high, wide) in enumerate(images(200)):
         stage = number % 4
@@ -119,6 +119,6 @@ def test_sizes_of_images_hardly_compile_anew(layout, most):
         size = InputSize(2, 64 * 2**stage, ceil(high / down), ceil(wide / down))
         for launch in launches(size, torch.bfloat16, layout, True).kernels:
             keys[launch.name].add(launch.key())
-    # With the norm's bias, and without, where statistics are computed again.
+    # Twice: with the norm's bias, and without it when the backward pass recomputes statistics.
     allowed = defaultdict(lambda: most, fold_moments_kernel=2)
     assert {name: len(found) for name, found in keys.items() if len(found) > allowed[name]} == {}

@@ -1,7 +1,4 @@
-"""Grids that a GPU takes and offsets that 32 bits hold, of maps as large as kernels take.
-
-On tensors without memory.
-"""
+"""Grids and 32-bit offsets stay within limits for the largest supported maps, on meta tensors."""
 
 import importlib.util
 import os
@@ -22,20 +19,20 @@ from tests.helpers.triton_steps import empty, empty_map, of_gated, of_rfa_conv
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET", "0") != "0",
-    reason="in Triton's interpreter tensors have memory",
+    reason="Triton's interpreter needs tensors with memory",
 )
 SQUARE = Window((3, 3), (1, 1), (1, 1))
 
 
 def recorded(functions, cache=2**32):
-    """The launches of all functions, with chunks so large that there are few."""
+    """Return the launches of all functions, with large chunks, so that there are few."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(operators, "chunk_bytes", lambda x, share: cache // share)
         return [launch for function in functions.values() for launch in aot.recorded(function)]
 
 
 def beyond(launch):
-    """What of a launch is larger than the GPU, or 32 bits, can have it."""
+    """Yield what exceeds the limits of a GPU or of 32 bits in a launch."""
     across, *others = launch.grid
     if not 0 < across < 2**31 or not all(0 < n <= 65_535 for n in others):
         yield f"{launch.name}: a grid of {launch.grid}"
@@ -54,7 +51,7 @@ def of_all(x, outputs, window):
 
 @st.composite
 def maps(draw):
-    """A map of about as many values as there are kernels for, with a window and outputs."""
+    """Draw a map of about the largest supported size, with a window and outputs."""
     bits = draw(st.integers(26, 31))
     shape = [1, 1, 1, 1]
     for axis in draw(st.permutations(range(4))):
@@ -92,12 +89,12 @@ def test_launches_stay_within_limits(drawn):
         ((1, BLOCKS + 1, 4, 4), SQUARE),
         ((1, 4, 6, 5), Window((2, 5))),
         ((1, 2, 3, 3), Window((3, 3), (2**19, 2**19), (2**20 + 1, 2**20 + 1))),
-        ((1, 2**12, 1, 2**16), SQUARE),  # the features of a row
+        ((1, 2**12, 1, 2**16), SQUARE),  # features of a row
         ((1, 1, 2, 2), Window((3, 3), (1, 1), (2**13, 2**13))),  # outputs
-        ((2**14, 2**13, 1, 2), SQUARE),  # parts of sums
+        ((2**14, 2**13, 1, 2), SQUARE),  # partial sums
     ],
 )
-def test_plain_torch_has_what_is_larger(shape, window):
+def test_larger_maps_fall_back_to_plain_torch(shape, window):
     x = empty_map(shape, torch.float32, False)
     assert not takes(x, None, window)
     functions = of_all(x, 1, window)

@@ -1,6 +1,6 @@
-"""Neither the order of the Triton kernels' programs nor what is in new memory may matter.
+"""Results do not depend on the order of the Triton kernels' programs or on uninitialized memory.
 
-In Triton's interpreter, in a process of its own, with a GPU's tiles and grids.
+Runs in Triton's interpreter, in a separate process, with a GPU's tiles and grids.
 """
 
 import pytest
@@ -43,7 +43,7 @@ def test_in_the_interpreter(selection, least):
 
 @triton.jit
 def faulty_kernel(x, y, BLOCK: tl.constexpr):
-    """Its programs share an element, its lanes read what others write, and one reads too far."""
+    """Programs write the same element, read what others write, and read out of bounds."""
     at = tl.program_id(0) * (BLOCK - 1) + tl.arange(0, BLOCK)
     value = tl.load(x + at + 2)
     tl.store(y + at, value)
@@ -57,14 +57,14 @@ def test_faults_are_found():
     with watch.watching():
         launch.launch(faulty_kernel, (2,), x, (x, y), dict(BLOCK=16))
     assert watch.faults == {
-        "faulty_kernel reads beside its tensors",
+        "faulty_kernel reads outside its tensors",
         "faulty_kernel writes one address from two programs",
         "faulty_kernel reads what another of its programs writes",
     }
 
 
 def step(kind: str, case: Case) -> list[Tensor]:
-    """The output of a layer in training, the batch's statistics, and all gradients."""
+    """Return the output of a layer in training, the batch statistics, and all gradients."""
     inputs = case.make()
     shift = inputs.pop("shift")
     inputs |= dict(scale=torch.full_like(shift, 1.5), offset=shift)
@@ -78,7 +78,7 @@ def step(kind: str, case: Case) -> list[Tensor]:
 
 
 def compare(kind, case, processors, monkeypatch, rows=2):
-    """A step with memory full of NaN and programs in any order, and a step without."""
+    """Compare a step with NaN in new memory and watched programs with a normal step."""
     monkeypatch.setitem(launch.PROCESSORS, "cpu", processors)
     launched = in_chunks(case, rows, monkeypatch)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
@@ -88,7 +88,7 @@ def compare(kind, case, processors, monkeypatch, rows=2):
         with OnTriton():
             expected = step(kind, case)
             torch.utils.deterministic.fill_uninitialized_memory = True
-            # As on a GPU: the gradient through the moments is added in place.
+            # As on a GPU, add the gradient through the moments in place.
             monkeypatch.setattr(autograd, "_is_to_spare", lambda grad: True)
             assert torch.empty(3).isnan().all()
             with watch.watching():
@@ -96,18 +96,18 @@ def compare(kind, case, processors, monkeypatch, rows=2):
     finally:
         torch.use_deterministic_algorithms(False)
     assert watch.faults == set()
-    assert launched["features_kernel"] >= 4  # two chunks, of two steps
+    assert launched["features_kernel"] >= 4  # two chunks, two steps
     for a, b in zip(found, expected, strict=True):
         assert b.isfinite().all()
         assert torch.equal(a, b)
 
 
-# Few positions: the interpreter takes a second for each.
+# The interpreter takes a second per position.
 FEW = dict(kernel=(2, 2), padding=(1, 0), channels=2, outputs=3)
 FEWER = FEW | dict(kernel=(2, 1), batch=1)
 CASES = [
-    Case(size=(2, 70), **FEWER),  # columns of several tiles
-    Case(size=(3, 5), channels_last=True, **FEWER | dict(channels=35)),  # and channels
+    Case(size=(2, 70), **FEWER),  # several tiles of columns
+    Case(size=(3, 5), channels_last=True, **FEWER | dict(channels=35)),  # and of channels
     Case(size=(6, 5), stride=(2, 2), channels_last=True, **FEW),
     Case(size=(6, 5), stride=(2, 1), **FEWER),
     Case(size=(4, 3), dilation=(2, 2), channels_last=True, **FEW | dict(batch=1)),
@@ -129,11 +129,11 @@ def test_neither_order_nor_new_memory_matters(case, monkeypatch):
 @interpreted
 @pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=names)
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_under_gates_neither_matters(case, kind, monkeypatch):
+def test_neither_matters_with_gates(case, kind, monkeypatch):
     compare(kind, case, 132, monkeypatch)
 
 
 @interpreted
-def test_where_programs_have_several_rows_neither_matters(monkeypatch):
+def test_neither_matters_with_several_rows_per_program(monkeypatch):
     case = Case(size=(9, 4), channels_last=True, **FEWER | dict(channels=16))
     compare("attention", case, 1, monkeypatch, rows=5)

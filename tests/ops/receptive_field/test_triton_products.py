@@ -1,4 +1,4 @@
-"""The gradient of the weight, a sum over chunks: as exact as can be, and in little memory."""
+"""The weight's gradient is summed over chunks accurately, in little memory."""
 
 import importlib.util
 
@@ -9,7 +9,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from rfa_mmdet.ops.common.windows import Window
-from rfa_mmdet.ops.receptive_field.triton import chunks as of_chunks
+from rfa_mmdet.ops.receptive_field.triton import chunks as chunks_module
 from rfa_mmdet.ops.receptive_field.triton.chunks import Products, chunks, maps_of
 
 
@@ -23,11 +23,11 @@ def test_gradient_of_the_weight(count, dtype, channels_last, much, monkeypatch):
     x = torch.empty(1, 8, count, 32, dtype=dtype).contiguous(memory_format=layout)
     maps = maps_of(x, Window((1, 3), padding=(0, 1)))
     weight = torch.empty(5, 8, 1, 3, dtype=dtype)
-    monkeypatch.setattr(of_chunks, "PARTS_BYTES", 0 if much else 2**22)
+    monkeypatch.setattr(chunks_module, "PARTS_BYTES", 0 if much else 2**22)
     product, exact = Products(maps, weight), torch.zeros(weight.shape, dtype=torch.float64)
-    of_chunk = [*chunks(maps, 1)]
-    assert len(of_chunk) == count
-    for number, chunk in enumerate(of_chunk):
+    all_chunks = [*chunks(maps, 1)]
+    assert len(all_chunks) == count
+    for number, chunk in enumerate(all_chunks):
         units = torch.randn(24, chunk.pitch).to(dtype)
         grad = torch.randn(5, 32).to(dtype)
         part = grad.double() @ units[:, :32].double().T  # (O, C * K), or K * C
@@ -37,13 +37,13 @@ def test_gradient_of_the_weight(count, dtype, channels_last, much, monkeypatch):
         else:
             exact += part.view(weight.shape)
         product.add_weight_gradient(grad, units, chunk, number, count)
-    sums = -(-count // of_chunks.ROUNDED)
+    sums = -(-count // chunks_module.ROUNDED)
     allowed = 4 * weight.numel() if much else sums * weight.nbytes
-    assert product.of_weight.nbytes <= max(weight.nbytes, allowed)
+    assert product.grad_weight.nbytes <= max(weight.nbytes, allowed)
     found = product.weight_gradient(dtype)
     assert found.dtype == dtype
     error = (found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-    # Of numbers that are rounded to nearest, the mean error is 0.29 of the last place, which is
-    # between a half and one eps. The sums of a few parts and their sum double that.
+    # Rounding to nearest has an RMS error of 0.29 ULP; an ULP is between half an eps and an eps.
+    # Sums of a few parts, and the sum of these, double that.
     eps = torch.finfo(dtype).eps
     assert error <= (0.5 * eps if dtype == torch.bfloat16 else 4 * eps)

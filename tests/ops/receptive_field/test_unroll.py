@@ -1,4 +1,4 @@
-"""What writes kernels out: loops over positions, arrays, and parts that kernels share."""
+"""Unrolling of kernels: loops over positions, arrays and shared fragments."""
 
 import inspect
 
@@ -10,7 +10,7 @@ from rfa_mmdet.ops.receptive_field.triton.unroll import include, unroll, unrolle
 
 
 def _halves():
-    """Reads and writes the names of the kernel."""
+    """Reads and writes variables of the kernel."""
     half = []
     for i in unroll(N):
         half[i] = value + i
@@ -30,7 +30,7 @@ def kernel(value):
     return total
 
 
-def test_loops_and_parts_are_written_out():
+def test_loops_and_fragments_are_expanded():
     made = unrolled(kernel, N=3)
     assert made(1) == (1 + 2 + 3) + 11 * 10 + 12 * 100
     source = inspect.getsource(made)
@@ -38,12 +38,12 @@ def test_loops_and_parts_are_written_out():
     assert source.count("half_2 = value + 2") == 2
 
 
-def test_a_loop_must_have_a_number():
+def test_loop_count_must_be_a_number():
     with pytest.raises(ValueError, match=r"unroll\(N\): must be a number"):
         unrolled(kernel)
 
 
 @pytest.mark.parametrize("call", [lambda: unroll(3), lambda: include(_halves)])
-def test_marks_are_not_for_calling(call):
-    with pytest.raises(TypeError, match="is for the source of kernels"):
+def test_calling_a_marker_raises(call):
+    with pytest.raises(TypeError, match="is only for the source of kernels"):
         call()

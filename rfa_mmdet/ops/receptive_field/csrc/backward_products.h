@@ -1,11 +1,11 @@
-// The products of a backward pass: the transposed weight times grad_y, and the weighed features
-// times the transposed grad_y. In the compute type by gemm.h, or by bfloat16.h.
+// The matrix products of a backward pass: transposed weight times grad_y, and weighted features
+// times transposed grad_y. One class uses gemm.h in the compute type, the other bfloat16.h.
 //
-// An object of either kind holds the weight, packed; a `Thread` of it grad_y of a tile of
-// positions, (outputs, positions), and the features of a block of channels there. `enter` packs
-// grad_y from rows `stride` apart, `multiply` writes the gradient of the features of a block,
-// (channels * K, positions), `features` is where to put a channel's, (K, positions), to `keep`
-// them, and `add_weight` adds the products of what was kept.
+// Each class holds the packed weight. Its `Thread` holds grad_y of a tile, (outputs, positions),
+// and the features of a block of channels there. `enter` packs grad_y, whose rows are `stride`
+// apart. `multiply` writes the gradient of a block's features, (channels * K, positions). Write a
+// channel's features, (K, positions), to `features` and call `keep`; `add_weight` adds their
+// products.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -22,7 +22,7 @@ class BackwardProducts {
   using T = Compute<E>;
 
  public:
-  static constexpr int64_t kBytes = 192 << 10; // of features: they fit beside the rest in L2
+  static constexpr int64_t kBytes = 192 << 10; // of features, which must fit in L2 with the rest
 
   BackwardProducts(const Geometry& g, int64_t block, const E* weight)
       : K(g.K()), in_group(g.C / g.groups), outputs(g.O / g.groups), block(block),
@@ -99,7 +99,7 @@ class BackwardProducts {
   };
 
  private:
-  // Transposed, [group][block][block of rows of it][output][row].
+  // Transpose to [group][block][block of its rows][output][row].
   void pack(const Geometry& g, const E* weight) const {
     const int64_t depth = in_group * K, step = block * K, blocks = ceil_div(depth, step);
     at::parallel_for(0, g.groups * blocks, 1, [&](int64_t begin, int64_t end) {
@@ -108,7 +108,7 @@ class BackwardProducts {
         const int64_t size = std::min(step, depth - start);
         const E* from = weight + group * outputs * depth + start;
         T* to = packed.get() + group * outputs * depth + start * outputs;
-        constexpr int64_t strip = 16; // rows that are read side by side
+        constexpr int64_t strip = 16; // rows read together
         for (int64_t first = 0; first < outputs; first += strip) {
           for (int64_t k = 0; k < size; k += kRows) {
             const int64_t count = std::min<int64_t>(kRows, size - k);
@@ -129,12 +129,12 @@ class BackwardProducts {
 
 class BackwardHalves {
  public:
-  static constexpr int64_t kBytes = 768 << 10; // as if they were floats
+  static constexpr int64_t kBytes = 768 << 10; // counted in float32
 
   BackwardHalves(const Geometry& g, int64_t block, const Half* weight)
       : K(g.K()), in_group(g.C / g.groups), outputs(g.O / g.groups), block(block),
         lines(whole_lines(outputs)), packed(g.C * K * lines) {
-    // Transposed, [group][row of it][output].
+    // Transpose to [group][row][output].
     const int64_t depth = in_group * K;
     at::parallel_for(0, ceil_div(g.C * K, kLine), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

@@ -1,9 +1,9 @@
-// Matrix products of bfloat16 by the processor's instructions for them, through the library that
-// PyTorch brings: oneDNN's brgemm. Torch 2.1 has none; those that do say so by a macro.
+// bfloat16 matrix products with the processor's instructions for them, through PyTorch's oneDNN
+// (brgemm). Torch 2.1 has none; later versions define a macro.
 //
-// It takes A by rows and B by pairs of rows, [depth / 2][column], and sums up in float32. All rows
-// start on a cache line, and A and B are padded with zeros to a depth of whole lines: elsewhere the
-// products take five times as long. C's rows are whole vectors.
+// A is stored by rows, B by pairs of rows, [depth / 2][column]; sums are float32. All rows start on
+// a cache line, and A and B are zero-padded to whole lines of depth; otherwise the products take
+// five times as long. Rows of C are whole vectors.
 #pragma once
 
 #include <ATen/Context.h>
@@ -19,19 +19,19 @@ namespace rfa {
 namespace {
 
 using Half = c10::BFloat16;
-using Pair = uint32_t; // the bits of two; the lower ones are those of the first
-constexpr int64_t kLine = 32; // of them in a cache line
+using Pair = uint32_t; // the bits of two, the first in the lower half
+constexpr int64_t kLine = 32; // values per cache line
 
 inline int64_t whole_lines(int64_t n) {
   return ceil_div(n, kLine) * kLine;
 }
 
-// C (rows x columns) = or += A B; up to 15 more columns may be written.
+// C (rows x columns) = or += A B; may write up to 15 more columns.
 inline void multiply_halves(int64_t rows, int64_t columns, int64_t depth, const Half* a,
                             int64_t lda, const Pair* b, int64_t ldb, float* c, int64_t ldc,
                             bool accumulate) {
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
-  constexpr int64_t most = 64; // the library compiles a kernel for each number
+  constexpr int64_t most = 64; // oneDNN compiles a kernel for each number of columns
   for (int64_t q = 0; q < columns; q += most) {
     at::native::cpublas::brgemm(rows, std::min(most, ceil_div(columns - q, 16) * 16), depth, lda,
                                 ldb, ldc, accumulate, a, reinterpret_cast<const Half*>(b + q),
@@ -40,7 +40,7 @@ inline void multiply_halves(int64_t rows, int64_t columns, int64_t depth, const 
 #endif
 }
 
-// A thread that multiplies holds one: the library would leave its registers set up for products.
+// Each thread that multiplies holds one: it resets the registers that oneDNN configures.
 struct HalvesScope {
   ~HalvesScope() {
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
@@ -49,10 +49,10 @@ struct HalvesScope {
   }
 };
 
-// Whether there are such products here.
+// Whether this processor and library support these products.
 inline bool can_multiply_halves() {
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
-  static const auto works = [] { // the library throws where the processor lacks the instructions
+  static const auto works = [] { // oneDNN throws if the processor lacks the instructions
     try {
       const Buffer<Half> a(kLine);
       const Buffer<Pair> b(kLine / 2 * 16);
@@ -74,7 +74,7 @@ inline bool can_multiply_halves() {
 #endif
 }
 
-// The bits of a float, of which the upper half is the nearest bfloat16. NaN stays NaN.
+// The bits of a float whose upper half is the nearest bfloat16. NaN stays NaN.
 inline uint32_t rounded_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
@@ -87,12 +87,12 @@ inline void store_halves(const float* in, int64_t n, Half* out) {
   }
 }
 
-// Writes rows `first` to `first + rows` of a matrix of pairs; the others of each pair may follow.
+// Writes rows `first` to `first + rows` of a matrix of pairs. A pair's first row clears its second.
 inline void store_pairs(const float* in, int64_t in_pitch, int64_t first, int64_t rows,
                         int64_t columns, Pair* out, int64_t out_pitch) {
   for (int64_t row = first; row < first + rows; in += in_pitch) {
     Pair* const to = out + row / 2 * out_pitch;
-    if (row % 2) { // its first is there
+    if (row % 2) { // the pair's first is already there
       for (int64_t q = 0; q < columns; ++q) {
         to[q] |= rounded_bits(in[q]) & 0xffff0000;
       }

@@ -1,5 +1,4 @@
-// The kernels as operators of torch.ops.rfa_mmdet on the CPU. ../schema.py has their schemas, and
-// ../README.md says what each computes.
+// CPU kernels for the operators of torch.ops.rfa_mmdet. ../schema.py defines and documents them.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -20,19 +19,19 @@ using rfa::Geometry;
 using rfa::Gradients;
 
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 3
-using c10::optional; // a class of its own there, which alone is known to schemas
+using c10::optional; // in torch 2.1 a different class, the only one that schemas accept
 #else
 using std::optional;
 #endif
 
-// Within these, of which layers/arguments.py has the first two as well, no size below overflows, and
-// no kernel's own buffers outgrow memory.
+// Within these limits, no size below overflows, and no kernel's buffers outgrow memory.
+// layers/arguments.py has the first two as well.
 constexpr int64_t kLargest = 1 << 20; // kernel size, stride, padding, dilation
-constexpr int64_t kPositions = 1 << 15; // of a window
-constexpr int64_t kWindows = (int64_t{1} << 31) - 1; // of a map
+constexpr int64_t kPositions = 1 << 15; // per window
+constexpr int64_t kWindows = (int64_t{1} << 31) - 1; // per map
 
-// Arguments are checked, then converted: the kernels take contiguous memory, and compute parameters
-// and sums in the compute type. Gradients are returned in the types of what they are of.
+// Arguments are checked, then converted: kernels take contiguous memory, with parameters and sums
+// in the compute type. Gradients have the dtype of their input.
 
 Geometry geometry_of(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
                      IntArrayRef dilation, int64_t outputs = 0, int64_t groups = 1) {
@@ -65,8 +64,8 @@ Geometry geometry_of(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, In
   g.h = high / g.sh + 1;
   g.w = wide / g.sw + 1;
   TORCH_CHECK_VALUE(g.h <= kWindows / g.w, "x of shape ", x.sizes(), " with padding=", padding,
-                    " has ", g.h, " x ", g.w, " windows; at most ", kWindows, " are computed");
-  // One window takes no step. The buffers would be as wide as it.
+                    " has ", g.h, " x ", g.w, " windows; at most ", kWindows, " are supported");
+  // A single window needs no stride, and buffers grow with the stride.
   g.sh = g.h == 1 ? 1 : g.sh;
   g.sw = g.w == 1 ? 1 : g.sw;
   return g;
@@ -92,7 +91,7 @@ Tensor none(const Tensor& like) {
   return at::empty({0}, like.options());
 }
 
-// Nothing is computed of an empty batch, which a rank may have.
+// Does nothing for an empty batch, which a rank may have.
 template <typename F>
 void dispatch(const Tensor& x, F&& f) {
   if (x.numel() == 0) {
@@ -103,12 +102,12 @@ void dispatch(const Tensor& x, F&& f) {
       return f(float());
     case at::kDouble:
       return f(double());
-    default: // geometry_of lets no other pass
+    default: // geometry_of rejects all others
       return f(at::BFloat16());
   }
 }
 
-// The parameters of features; they hold the memory that the views point to.
+// Parameters of features; own the memory that the views point to.
 struct Features {
   Tensor feature, shift;
   bool relu;
@@ -187,8 +186,7 @@ struct Convolution {
   }
 };
 
-// What a backward pass writes: zero or unset memory, and what is returned of it. What is not wanted
-// is empty.
+// Outputs of a backward pass; empty if not needed.
 struct Results {
   const Geometry& g;
   const Tensor& x_like;
@@ -197,7 +195,7 @@ struct Results {
 
   Results(const Geometry& g, const Tensor& x_like) : g(g), x_like(x_like) {
     for (Tensor* t : {&x, &attention, &feature, &shift, &weight}) {
-      *t = at::empty({0}, compute_options(x_like)); // each its own: results may not alias
+      *t = at::empty({0}, compute_options(x_like)); // separate, because results may not alias
     }
   }
   Results& want_features(bool need_x, bool need_features, bool need_attention = false) {
@@ -214,7 +212,7 @@ struct Results {
     }
     return *this;
   }
-  // Transposed and padded, as the kernels write it.
+  // Allocates the weight's gradient, transposed and padded as kernels write it.
   Results& want_weight(bool needed) {
     const int64_t outputs = g.O / g.groups;
     columns = x_like.scalar_type() == at::kDouble ? rfa::weight_columns<double>(outputs)
@@ -230,15 +228,15 @@ struct Results {
     return {pointer(x), pointer(attention), pointer(shift), pointer(feature), pointer(weight),
             columns};
   }
-  // Turned back by squares that stay in cache, which a copy of a transposed tensor does not do.
-  Tensor of_weight() const {
+  // Transposes the weight's gradient back, by squares that stay in cache, unlike torch's copy.
+  Tensor weight_gradient() const {
     if (!weight.numel()) {
       return none(x_like);
     }
     const int64_t outputs = g.O / g.groups, rows = g.C / g.groups * g.K(), side = 16;
     const int64_t strips = (outputs + side - 1) / side;
     const std::array<int64_t, 4> shape{g.O, g.C / g.groups, g.kh, g.kw};
-    if (!x_like.numel()) { // of which nothing is computed
+    if (!x_like.numel()) { // dispatch does nothing
       return at::zeros(shape, x_like.options());
     }
     Tensor result = at::empty(shape, x_like.options());
@@ -336,7 +334,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rfa_conv_backward(
   });
   return {found.x.to(x.scalar_type()), found.attention.to(attention.scalar_type()),
           found.feature.to(feature.scalar_type()), found.shift.to(shift.scalar_type()),
-          found.of_weight(), needs[3] ? grad_y.sum({0, 2, 3}) : none(x)};
+          found.weight_gradient(), needs[3] ? grad_y.sum({0, 2, 3}) : none(x)};
 }
 
 std::tuple<Tensor, Tensor> pool_channels(const Tensor& x_, const Tensor& feature,
@@ -465,7 +463,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_conv_ba
   });
   return {found.x.to(x.scalar_type()), found.feature.to(feature.scalar_type()),
           found.shift.to(shift.scalar_type()), of_first.to(first.scalar_type()),
-          of_second.to(second.scalar_type()), found.of_weight(),
+          of_second.to(second.scalar_type()), found.weight_gradient(),
           needs[3] ? grad_y.sum({0, 2, 3}) : none(x)};
 }
 

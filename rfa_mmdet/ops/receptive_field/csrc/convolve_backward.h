@@ -1,7 +1,7 @@
 // The backward pass of convolve.h: from the gradient of the output to those of the features.
 //
-// Each thread has channels of its own: no sum crosses threads, so that results do not depend on
-// their number, and what each tile of grad_y needs is packed once.
+// Each thread has its own channels. So no sum crosses threads, results do not depend on their
+// number, and each tile of grad_y is packed once per thread.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -16,13 +16,12 @@
 namespace rfa {
 namespace {
 
-// What the gradient of one channel's features, before the activation, means for a tile.
+// Propagates the gradient before the activation, for one channel and tile.
 //
-// `grad` is (K, positions), zero past the tile's; `feature` (K, K) by which the window became the
-// features; `constant` (positions), unless null, is added to the gradient of each value of the
-// window. Added to:
-// the sums over positions of `grad` times the window, (K, K); and the gradient of a plane of x,
-// unless it is null.
+// `grad` (K, positions) is zero past the end of the tile. `feature` (K, K) maps windows to
+// features. `constant` (positions), if not null, is added to the gradient of each value of the
+// window. Adds to `products` (K, K) the sums over positions of `grad` times the window, and to
+// `grad_plane` the gradient of a plane of x, unless they are null.
 template <typename E>
 void absorb(const Tile& tile, Windows<E>& windows, int64_t K, const Compute<E>* grad,
             int64_t pitch, const Compute<E>* feature, const Compute<E>* constant,
@@ -41,10 +40,10 @@ void absorb(const Tile& tile, Windows<E>& windows, int64_t K, const Compute<E>* 
   }
 }
 
-// How the channels are divided into tasks, blocks of them; at least `least` if possible.
+// Division of the channels into tasks (blocks of channels), at least `least` if possible.
 template <typename T>
 struct Blocks {
-  int64_t wanted, block, blocks, tasks; // positions a tile; channels a block; blocks a group
+  int64_t wanted, block, blocks, tasks; // positions per tile, channels per block, blocks per group
 
   Blocks(const Geometry& g, int64_t bytes, int64_t least) {
     const int64_t size = sizeof(T) * (g.O / g.groups), in_group = g.C / g.groups;
@@ -55,19 +54,19 @@ struct Blocks {
   }
 };
 
-// `make_weigher(positions)` gives each thread an object that knows how the features were weighed.
-// It is told of tiles and channels as in convolve.h, and of the slot by `enter_slot(slot)`; then
-// asked, for a tile, to turn the gradient of the weighed features in `grad`, (K, positions), into
-// that of the features before the activation, to write the weighed features to `u`, and to add the
-// sums of the gradient to `shift` (K): `backward(patch, pitch, vectors, u, grad, grad_pitch,
-// shift)`. `feature()` and `constant()` are what `absorb` takes; `leave(c)` ends a channel.
+// `make_source(positions)` creates each thread's source of weighted features. Tiles and channels
+// are selected as in convolve.h, and slots by `enter_slot(slot)`. For a tile, `backward(patch,
+// pitch, vectors, u, grad, grad_pitch, shift)` replaces the gradient of the weighted features in
+// `grad`, (K, positions), by that of the features before the activation, writes the weighted
+// features to `u`, and adds the sums of the gradient to `shift` (K). `feature()` and `constant()`
+// return arguments of `absorb`; `leave(c)` ends a channel.
 //
-// A slot is a fixed part of the channels, which one thread goes through: there are `slots`, or, if
-// that is 0, as many as there are tasks for the threads.
-template <typename Products, typename E, typename MakeWeigher>
+// A slot is a fixed part of the channels that one thread processes. There are `slots` of them, or,
+// if that is 0, one per task.
+template <typename Products, typename E, typename MakeSource>
 void convolve_backward_by(const Geometry& g, const E* grad_y, const E* x, const E* weight,
                           const Gradients<Compute<E>>& grads, int64_t slots,
-                          const MakeWeigher& make_weigher) {
+                          const MakeSource& make_source) {
   using T = Compute<E>;
   const int64_t K = g.K(), in_group = g.C / g.groups, outputs = g.O / g.groups;
   const int64_t area = g.h * g.w;
@@ -86,12 +85,12 @@ void convolve_backward_by(const Geometry& g, const E* grad_y, const E* x, const 
       return;
     }
     Windows<E> windows(g, tiles);
-    std::deque<typename Products::Thread> of_tiles;
+    std::deque<typename Products::Thread> tile_products;
     for (int64_t i = 0; i < chunk; ++i) {
-      of_tiles.emplace_back(products, positions, grads.weight);
+      tile_products.emplace_back(products, positions, grads.weight);
     }
     Buffer<T> grad(block * K * positions), mixed(K * windows.pitch());
-    auto weigher = make_weigher(positions);
+    auto source = make_source(positions);
     const int64_t per_channel = K + K * K;
     Buffer<double> sums((end - begin) * block * per_channel);
     int64_t entered = -1;
@@ -99,18 +98,18 @@ void convolve_backward_by(const Geometry& g, const E* grad_y, const E* x, const 
       for (int64_t task = begin; task < end; ++task) {
         const int64_t group = task / blocks, first = task % blocks * block;
         const int64_t size = std::min(block, in_group - first);
-        weigher.enter_slot(((task + 1) * parts - 1) / tasks);
+        source.enter_slot(((task + 1) * parts - 1) / tasks);
         for (int64_t place = start; place < std::min(all, start + chunk); ++place) {
           const int64_t b = place / count;
           const Tile& tile = tiles[place % count];
           const int64_t vectors = ceil_div(tile.positions(), Vec<T>::size());
-          auto& product = of_tiles[place - start];
-          if (task == begin || first == 0) { // another group
+          auto& product = tile_products[place - start];
+          if (task == begin || first == 0) { // a new group
             product.enter(grad_y + (b * g.O + group * outputs) * area + tile.start(g), area,
                           tile.positions());
           }
           if (place != entered) {
-            weigher.enter(b, tile);
+            source.enter(b, tile);
             entered = place;
           }
           product.multiply(group, first, size, grad.get());
@@ -118,13 +117,13 @@ void convolve_backward_by(const Geometry& g, const E* grad_y, const E* x, const 
             const int64_t c = group * in_group + first + i;
             const int64_t plane = (b * g.C + c) * g.H * g.W;
             windows.load(tile, x + plane);
-            weigher.enter_channel(c);
+            source.enter_channel(c);
             T* const gc = grad.get() + i * K * positions;
             double* const sum = sums.get() + ((task - begin) * block + i) * per_channel;
-            weigher.backward(windows.patches(), windows.pitch(), vectors, product.features(i), gc,
-                             positions, sum);
+            source.backward(windows.patches(), windows.pitch(), vectors, product.features(i), gc,
+                            positions, sum);
             product.keep(i);
-            absorb<E>(tile, windows, K, gc, positions, weigher.feature(), weigher.constant(),
+            absorb<E>(tile, windows, K, gc, positions, source.feature(), source.constant(),
                       grads.products ? sum + K : nullptr, mixed.get(),
                       grads.x ? grads.x + plane : nullptr);
           }
@@ -140,7 +139,7 @@ void convolve_backward_by(const Geometry& g, const E* grad_y, const E* x, const 
       const int64_t group = task / blocks, first = task % blocks * block;
       for (int64_t i = 0; i < std::min(block, in_group - first); ++i) {
         const int64_t c = group * in_group + first + i;
-        weigher.leave(c);
+        source.leave(c);
         if (grads.products) {
           const double* sum = sums.get() + ((task - begin) * block + i) * per_channel;
           std::copy(sum, sum + K, grads.shift + c * K);
@@ -151,17 +150,17 @@ void convolve_backward_by(const Geometry& g, const E* grad_y, const E* x, const 
   });
 }
 
-template <typename E, typename MakeWeigher>
+template <typename E, typename MakeSource>
 void convolve_backward(const Geometry& g, const E* grad_y, const E* x, const E* weight,
                        const Gradients<Compute<E>>& grads, int64_t slots,
-                       const MakeWeigher& make_weigher) {
+                       const MakeSource& make_source) {
   if constexpr (std::is_same_v<E, Half>) {
     if (can_multiply_halves()) {
-      convolve_backward_by<BackwardHalves>(g, grad_y, x, weight, grads, slots, make_weigher);
+      convolve_backward_by<BackwardHalves>(g, grad_y, x, weight, grads, slots, make_source);
       return;
     }
   }
-  convolve_backward_by<BackwardProducts<E>>(g, grad_y, x, weight, grads, slots, make_weigher);
+  convolve_backward_by<BackwardProducts<E>>(g, grad_y, x, weight, grads, slots, make_source);
 }
 
 } // namespace

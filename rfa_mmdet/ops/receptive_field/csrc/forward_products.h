@@ -1,9 +1,9 @@
-// The products of a forward pass, weight times weighed features: in the compute type by gemm.h, or
-// by bfloat16.h.
+// The matrix product of a forward pass, weight times weighted features. One class uses gemm.h in
+// the compute type, the other bfloat16.h.
 //
-// An object of either kind holds the weight, packed; a `Thread` of it the features of a block of
-// channels at a tile of positions. `write` puts there what its argument makes of a channel,
-// `multiply` adds the block to the sums, and `finish` writes them to `out`, rows `stride` apart.
+// Each class holds the packed weight. Its `Thread` holds the features of a block of channels for a
+// tile. `write` stores a channel's features, which its argument computes; `multiply` adds the block
+// to the sums; `finish` writes them to `out`, with rows `stride` apart.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -40,7 +40,7 @@ class ForwardProducts {
   static constexpr bool direct = std::is_same_v<E, T>;
 
  public:
-  static constexpr int64_t kBytes = 192 << 10; // of features: they fit beside the rest in L2
+  static constexpr int64_t kBytes = 192 << 10; // of features, which must fit in L2 with the rest
 
   ForwardProducts(const Geometry& g, int64_t block, const E* weight, const E* bias)
       : K(g.K()), in_group(g.C / g.groups), outputs(g.O / g.groups), block(block),
@@ -90,8 +90,8 @@ class ForwardProducts {
   };
 
  private:
-  // Copies weight (O, C / groups * K) so that the products of a block of its columns find it
-  // packed: [group][block of columns][block of rows][column][row].
+  // Pack weight (O, C / groups * K) to [group][block of columns][block of rows][column][row], the
+  // order in which products of blocks of columns read it.
   void pack(const Geometry& g, const E* weight) const {
     const int64_t depth = in_group * K, step = block * K, blocks = ceil_div(outputs, kRows);
     at::parallel_for(0, g.groups * blocks, 1, [&](int64_t begin, int64_t end) {
@@ -118,7 +118,7 @@ class ForwardProducts {
 
 class ForwardHalves {
  public:
-  static constexpr int64_t kBytes = 768 << 10; // as if they were floats
+  static constexpr int64_t kBytes = 768 << 10; // counted in float32
 
   ForwardHalves(const Geometry& g, int64_t block, const Half* weight, const Half* bias)
       : K(g.K()), outputs(g.O / g.groups), block(block), depth(whole_lines(block * K)),
@@ -167,7 +167,7 @@ class ForwardHalves {
     }
 
    private:
-    static constexpr int64_t kRun = 64; // positions at a time, on their way to pairs
+    static constexpr int64_t kRun = 64; // positions converted to pairs at a time
     const ForwardHalves& of;
     const int64_t pitch;
     int64_t columns = 0;

@@ -1,8 +1,8 @@
-// Gates that depend on sums over all features, as of RFCBAMConv and RFCAConv.
+// Kernels of RFCBAMConv and RFCAConv, whose gates depend on sums over all features.
 //
-// The features of the windows are made again, tile by tile, wherever they are needed: for the sums,
-// for the convolution of the weighed features when the gates are known, and for the gradients of
-// either. That costs less than to write them all to memory, K times the input, and to read them.
+// Features are recomputed tile by tile for each use: for the sums, for the convolution of weighted
+// features once the gates are known, and for the gradients of both. That takes less time than
+// writing K times the input to memory and reading it.
 
 #include "kernels.h"
 
@@ -16,8 +16,8 @@
 namespace rfa {
 namespace {
 
-// Calls use(i, q, value) with act(feature patch + shift) of each position i of the windows, for a
-// vector of outputs from q on at a time.
+// Calls use(i, q, value) with act(feature patch + shift) for each position i of the windows and
+// each vector of outputs, starting at q.
 template <typename T, int KK, bool relu, typename F>
 RFA_INLINE inline void respond_fixed(const T* patch, int64_t pitch, int64_t vectors,
                                      const T* feature, const T* shift, F&& use) {
@@ -47,7 +47,7 @@ RFA_INLINE inline void respond(const T* patch, int64_t pitch, int64_t vectors,
     }
     return;
   }
-  // A panel of a few positions of the windows at a time, for a few vectors.
+  // One panel of a few positions and a few vectors at a time.
   constexpr int64_t size = Vec<T>::size();
   alignas(64) T panel[kRows * kVectors * size];
   const int64_t rows = ceil_div(K, ceil_div(K, kRows));
@@ -67,7 +67,7 @@ RFA_INLINE inline void respond(const T* patch, int64_t pitch, int64_t vectors,
   }
 }
 
-// Turns the gradient of features, in `grad`, into that before the activation: `value` is a feature.
+// Returns the gradient before the activation, given that of a feature with this `value`.
 template <typename T>
 RFA_INLINE inline Vec<T> through_act(const Response<T>& response, const Vec<T>& grad,
                                      const Vec<T>& value) {
@@ -82,13 +82,13 @@ void add_sums(const T* grad, int64_t pitch, int64_t n, int64_t K, double* sums) 
   }
 }
 
-// Values of each row and each column of a tile's windows, laid side by side, at every position.
+// Row and column values of windows laid out side by side, spread to every position of a tile.
 template <typename T>
 struct Coordinates {
   const Geometry& g;
   const int64_t pitch;
   Buffer<T> rows, columns; // (kh, positions), (kw, positions)
-  std::vector<std::pair<const T*, const T*>> of; // those of each position of a window
+  std::vector<std::pair<const T*, const T*>> of; // row and column of each position of a window
 
   Coordinates(const Geometry& g, int64_t positions)
       : g(g), pitch(positions), rows(g.kh * positions), columns(g.kw * positions) {
@@ -121,7 +121,7 @@ struct Coordinates {
   }
 };
 
-// Gradients of the two gates; `partial` holds those of positions, (slots, B, K, h, w).
+// Gradients of the two gates. `partial` holds those of position gates, (slots, B, K, h, w).
 template <typename T>
 struct GateGradients {
   T* first = nullptr;
@@ -129,14 +129,14 @@ struct GateGradients {
   T* partial = nullptr;
 };
 
-// What both kinds of gates have in common, as convolve.h and convolve_backward.h ask for it.
+// Common base of both kinds of gates; a source for convolve.h and convolve_backward.h.
 template <typename T>
 class Gated {
  public:
   Gated(const Geometry& g, const Response<T>& response, const Gates<T>& gates,
         const GateGradients<T>& grads, int64_t positions)
       : g(g), response(response), gates(gates), grads(grads), pitch(positions),
-        weighed(grads.first ? g.K() * positions : 0) {}
+        weighted(grads.first ? g.K() * positions : 0) {}
   void enter_slot(int64_t slot) {
     this->slot = slot;
   }
@@ -149,11 +149,11 @@ class Gated {
   void leave(int64_t) {}
 
  protected:
-  // `gate_of(i, q)` is the product of both gates; `weighed` gets dU times the features.
+  // `gate_of(i, q)` returns the product of both gates. `weighted` receives dU times the features.
   template <typename F>
   RFA_INLINE inline void differentiate(const T* patch, int64_t patch_pitch, int64_t vectors, T* u,
                                        T* grad, int64_t grad_pitch, double* shift, F&& gate_of) {
-    T* const to = weighed.get();
+    T* const to = weighted.get();
     respond(patch, patch_pitch, vectors, response, g.K(), c,
             [&](auto i, int64_t q, const Vec<T>& z) RFA_INLINE {
               const Vec<T> gate = gate_of(i, q);
@@ -171,12 +171,12 @@ class Gated {
   const Gates<T> gates;
   const GateGradients<T> grads;
   const int64_t pitch;
-  Buffer<T> weighed;
+  Buffer<T> weighted;
   Tile tile{};
   int64_t b = 0, c = 0, slot = 0;
 };
 
-// A gate of each channel, (B, C), times one of each position of each window, (B, K, h, w).
+// Channel gates, (B, C), times position gates, (B, K, h, w).
 template <typename T>
 class ByChannelAndPosition : public Gated<T> {
  public:
@@ -216,7 +216,7 @@ class ByChannelAndPosition : public Gated<T> {
     T* const to = grads.partial + (slot * g.B + b) * g.K() * area + tile.start(g);
     T sum(0);
     for (int64_t i = 0; i < g.K(); ++i) {
-      const T* const w = weighed.get() + i * pitch;
+      const T* const w = weighted.get() + i * pitch;
       sum += dot(w, from + i * pitch, n);
       for (int64_t q = 0; q < n; ++q) {
         to[i * area + q] += of_channel * w[q];
@@ -231,7 +231,7 @@ class ByChannelAndPosition : public Gated<T> {
   using Gated<T>::gates;
   using Gated<T>::grads;
   using Gated<T>::pitch;
-  using Gated<T>::weighed;
+  using Gated<T>::weighted;
   using Gated<T>::tile;
   using Gated<T>::b;
   using Gated<T>::c;
@@ -240,8 +240,7 @@ class ByChannelAndPosition : public Gated<T> {
   T of_channel = 0;
 };
 
-// For each channel, a gate of each row of the windows laid side by side, (B, C, kh, h), times one
-// of each column, (B, C, kw, w).
+// Row gates, (B, C, kh, h), times column gates, (B, C, kw, w), of windows laid out side by side.
 template <typename T>
 class ByRowAndColumn : public Gated<T> {
  public:
@@ -272,7 +271,7 @@ class ByRowAndColumn : public Gated<T> {
       T* const row = grads.first + (plane * g.kh + i / g.kw) * g.h + tile.row;
       T* const column = grads.second + (plane * g.kw + i % g.kw) * g.w + tile.column;
       for (int64_t r = 0; r < tile.rows; ++r) {
-        const T* const w = weighed.get() + i * pitch + r * tile.columns;
+        const T* const w = weighted.get() + i * pitch + r * tile.columns;
         const T of_row = values.row(i)[r * tile.columns];
         row[r] += dot(w, values.column(i), tile.columns);
         for (int64_t q = 0; q < tile.columns; ++q) {
@@ -292,7 +291,7 @@ class ByRowAndColumn : public Gated<T> {
   using Gated<T>::gates;
   using Gated<T>::grads;
   using Gated<T>::pitch;
-  using Gated<T>::weighed;
+  using Gated<T>::weighted;
   using Gated<T>::tile;
   using Gated<T>::b;
   using Gated<T>::c;
@@ -319,14 +318,14 @@ void pool_channels(const Geometry& g, const Response<Compute<E>>& response, cons
       const int64_t n = tile.positions(), vectors = ceil_div(n, Vec<T>::size());
       std::fill(most.get(), most.get() + K * pitch, -std::numeric_limits<T>::infinity());
       std::fill(sum.get(), sum.get() + K * pitch, T(0));
-      if (largest) { // where the first channel's is NaN, none is larger
+      if (largest) { // if the first channel is NaN, no other is larger
         std::fill(index.get(), index.get() + K * pitch, T(0));
       }
       for (int64_t c = 0; c < g.C; ++c) {
         windows.load(tile, x + (b * g.C + c) * g.H * g.W);
         const auto add = [&](auto i, int64_t q, const Vec<T>& z) RFA_INLINE {
           T *const m = most.get() + i * pitch + q, *const s = sum.get() + i * pitch + q;
-          at::vec::maximum(Vec<T>::loadu(m), z).store(m); // lets NaN through
+          at::vec::maximum(Vec<T>::loadu(m), z).store(m); // propagates NaN
           (Vec<T>::loadu(s) + z).store(s);
         };
         if (!largest) {
@@ -402,9 +401,9 @@ void pool_coordinates(const Geometry& g, const Response<Compute<E>>& response, c
 
 namespace {
 
-// From the gradients of pools to those of the input. `make_source(positions)` gives each thread an
-// object that is told of tiles and channels, and then asked for the gradient `at(i, q)` of a vector
-// of features.
+// Computes the gradients of the input from those of pools. `make_source(positions)` creates each
+// thread's source, whose `at(i, q)` is the gradient of a vector of features of the current tile and
+// channel.
 template <typename E, typename MakeSource>
 void pool_backward(const Geometry& g, const Response<Compute<E>>& response, const E* x,
                    const Gradients<Compute<E>>& grads, const MakeSource& make_source) {
@@ -507,7 +506,7 @@ class OfCoordinates {
  private:
   const Geometry& g;
   const T *rows, *columns;
-  const Vec<T> of_row, of_column; // shares of a value in the means
+  const Vec<T> of_row, of_column; // weight of a value in the means
   Coordinates<T> values;
   Tile tile{};
   int64_t b = 0;
@@ -562,8 +561,9 @@ void backward_gated(const Geometry& g, const Response<Compute<E>>& response,
     });
     return;
   }
-  // All channels add to the gradients of positions: a slot of them for itself, then all in one
-  // order. No more slots, and so threads, than an eighth of the features' memory allows.
+  // All channels contribute to the gradients of position gates: each slot has its own sums, which
+  // are then added in a fixed order. Slots, and so threads, are limited to keep their memory below
+  // an eighth of the features'.
   const int64_t slots = std::clamp<int64_t>(g.C / 8, 1, 8), size = g.B * g.K() * g.h * g.w;
   Buffer<T> partial(slots * size);
   convolve_backward(g, grad_y, x, weight, grads, slots, [&](int64_t positions) {

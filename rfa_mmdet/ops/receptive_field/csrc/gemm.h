@@ -1,9 +1,9 @@
 // A small matrix product over packed panels, on one thread.
 //
 // C (rows x columns) = or += A (rows x depth) B (depth x columns). B comes in panels of a few
-// vectors of columns, [panel][depth][panel width], which is how the callers produce it anyway, so
-// that nothing is packed twice; a library's product would copy it first. Everything the inner loop
-// touches lies in sequence: accumulators in registers, one panel of B in the first cache.
+// vectors of columns, [panel][depth][panel width]. Callers produce it in this layout, which saves
+// the copy that a library would make. The inner loop reads memory sequentially, with accumulators
+// in registers and one panel of B in the L1 cache.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 namespace rfa {
 namespace {
 
-// Accumulators: kRows x kVectors registers, beside kVectors of B and one of A.
+// kRows x kVectors registers accumulate, kVectors hold B, and one holds A.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int kRows = 8;
 #else
@@ -21,7 +21,7 @@ constexpr int kRows = 4;
 #endif
 constexpr int kVectors = 3;
 
-// How columns are split into panels: `count` panels of `width` vectors, the last of `last`.
+// Split of columns into `count` panels of `width` vectors; the last one has `last`.
 template <typename T>
 struct Panels {
   int64_t columns, vectors, count, width, last;
@@ -47,7 +47,7 @@ struct Panels {
   }
 };
 
-// A, either packed, [rows / kRows][depth][kRows], or as it is.
+// A, either packed, [rows / kRows][depth][kRows], or row-major.
 template <typename T>
 struct Left {
   const T* data;
@@ -111,8 +111,8 @@ void row_block(int64_t vectors, int64_t rows, int64_t depth, const T* a, int64_t
   }
 }
 
-// `init` (rows): what each row starts from where it does not accumulate; null: zero.
-// Columns past panels.columns are written only if `pad`.
+// `init` (rows): initial value of each row if not accumulating; null means zero.
+// Writes columns past panels.columns only if `pad`.
 template <typename T>
 void gemm(int64_t rows, int64_t depth, const Left<T>& left, const T* b, const Panels<T>& panels,
           T* c, int64_t ldc, bool accumulate, const T* init, bool pad) {

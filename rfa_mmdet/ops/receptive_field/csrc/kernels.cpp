@@ -1,4 +1,4 @@
-// RFAConv: forward and backward; moments of the windows, and their gradient.
+// RFAConv forward and backward; moments of the windows and their gradient.
 
 #include "kernels.h"
 
@@ -9,7 +9,7 @@
 namespace rfa {
 namespace {
 
-// The parameters of one channel as the loops want them.
+// Parameters of one channel, prepared for the loops.
 template <typename T>
 struct Channel {
   const T* feature; // (K, K)
@@ -47,7 +47,7 @@ class Channels {
   Buffer<T> data;
 };
 
-// The exponentials of a channel's attention, where the mean of the window is known.
+// Exponentials of a channel's attention, given the mean of the window.
 template <typename T>
 class Exponentials {
  public:
@@ -139,8 +139,8 @@ void respond(const T* patch, int64_t pitch, int64_t vectors, const Channel<T>& c
   }
 }
 
-// From dU in `grad` and the patches: u, and dF in place of dU; the sums of the attention and shift
-// gradients are added to. `means` gets dA / K for each position.
+// Reads dU from `grad`, and overwrites it with dF; writes u. Adds to the sums of the attention and
+// shift gradients, and writes dA / K of each position to `means`.
 template <typename T, int KK, bool relu>
 void respond_backward_fixed(const T* patch, int64_t pitch, int64_t vectors,
                             const Channel<T>& channel, const T* attention, T* u, T* grad,
@@ -251,7 +251,7 @@ void respond_backward_any(const T* patch, int64_t pitch, int64_t vectors, int64_
   }
 }
 
-// Weighs by the softmax attention, as convolve.h asks for it.
+// Source of features weighted by softmax attention, for convolve.h.
 template <typename T>
 struct Attention {
   const Channels<T>& channels;
@@ -268,7 +268,7 @@ struct Attention {
   }
 };
 
-// The same for convolve_backward.h.
+// The corresponding source for convolve_backward.h.
 template <typename T>
 class AttentionBackward {
  public:
@@ -352,7 +352,7 @@ double centre(T* values, int64_t n) {
   for (int64_t q = 0; q < n; ++q) {
     values[q] -= mean;
   }
-  // What rounding left over matters where means of tiles are compared.
+  // Add the mean that rounding left over: means of tiles are subtracted from one another.
   return mean + static_cast<double>(sum_of(values, n)) / static_cast<double>(n);
 }
 
@@ -374,9 +374,8 @@ void moments(const Geometry& g, const E* x, double* first, double* second) {
       double seen = 0;
       for (int64_t b = 0; b < g.B; ++b) {
         for (const auto& tile : tiles) {
-          // About the tile's own means, position by position: squares of a mean far above the
-          // deviation would leave nothing of it in float32, and positions that see mostly padding
-          // have other means than the rest.
+          // Centre each position by its mean in this tile: in float32, the square of a large mean
+          // would swamp the deviation, and positions that see mostly padding have other means.
           windows.load(tile, x + (b * g.C + c) * plane);
           const int64_t n = tile.positions();
           for (int64_t k = 0; k < K; ++k) {

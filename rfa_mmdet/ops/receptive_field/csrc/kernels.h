@@ -1,12 +1,12 @@
-// The CPU kernels of RFAConv (kernels.cpp), and of RFCBAMConv and RFCAConv (gated.cpp): pointers
-// in, pointers out. Compiled once for each CPU capability.
+// CPU kernels of RFAConv (kernels.cpp), and of RFCBAMConv and RFCAConv (gated.cpp), on raw
+// pointers. Compiled once per CPU capability.
 #pragma once
 
 #include <cstdint>
 
 namespace rfa {
 
-// Sizes of one call. K = kh * kw positions of a window, (h, w) the output size.
+// Sizes of one call. A window has K = kh * kw positions; the output size is (h, w).
 struct Geometry {
   int64_t B, C, H, W, O, groups;
   int64_t kh, kw, sh, sw, ph, pw, dh, dw;
@@ -16,7 +16,7 @@ struct Geometry {
   }
 };
 
-// The type that E is computed in: float for bfloat16 and float, double for double.
+// The type to compute in for E: float for bfloat16 and float, double for double.
 template <typename E>
 struct ComputeType {
   using type = float;
@@ -42,18 +42,18 @@ template <typename E>
 void forward(const Geometry& geometry, const Window<Compute<E>>& window, const E* x,
              const E* weight, const E* bias, E* y);
 
-// What backward passes write; a null pointer is not wanted. All in the compute type.
+// Outputs of backward passes, in the compute type; null if not needed.
 template <typename T>
 struct Gradients {
   T* x; // (B, C, H, W), zero on entry
-  T* attention; // (C, K), where there is one
-  T* shift; // (C, K), with products (C, K, K), or both null
+  T* attention; // (C, K), only for RFAConv
+  T* shift; // (C, K); null if products, (C, K, K), is null
   T* products;
-  T* weight; // (C * K, stride of a row), zero on entry: transposed in each group
+  T* weight; // (C * K, weight_stride), transposed in each group; zero on entry
   int64_t weight_stride; // at least weight_columns(O / groups)
 };
 
-// O / groups rounded up to whole vectors and cache lines.
+// O / groups, rounded up to whole vectors and cache lines.
 template <typename T>
 int64_t weight_columns(int64_t outputs);
 
@@ -78,33 +78,32 @@ struct Response {
   bool relu;
 };
 
-// pooled (B, 2, K, h, w): the maximum and the mean of the features over the channels. largest
-// (B, K, h, w), unless it is null: the first channel that has the maximum.
+// pooled (B, 2, K, h, w): maximum and mean of the features over the channels. largest (B, K, h, w),
+// unless null: the first channel with the maximum.
 template <typename E>
 void pool_channels(const Geometry& geometry, const Response<Compute<E>>& response, const E* x,
                    Compute<E>* pooled, Compute<E>* largest);
 
-// grad (B, 2, K, h, w): of pooled. Of the gradients, x, shift and products are written.
+// grad (B, 2, K, h, w): gradient of pooled. Writes only x, shift and products of `gradients`.
 template <typename E>
 void pool_channels_backward(const Geometry& geometry, const Response<Compute<E>>& response,
                             const E* x, const Compute<E>* grad, const Compute<E>* largest,
                             const Gradients<Compute<E>>& gradients);
 
-// Means of the features over rows, (B, C, kh, h), and columns, (B, C, kw, w), of the windows laid
-// side by side.
+// Row means, (B, C, kh, h), and column means, (B, C, kw, w), of the windows laid out side by side.
 template <typename E>
 void pool_coordinates(const Geometry& geometry, const Response<Compute<E>>& response, const E* x,
                       Compute<E>* rows, Compute<E>* columns);
 
-// grad_rows, grad_columns: of these. Of the gradients, x, shift and products are written.
+// Writes only x, shift and products of `gradients`.
 template <typename E>
 void pool_coordinates_backward(const Geometry& geometry, const Response<Compute<E>>& response,
                                const E* x, const Compute<E>* grad_rows,
                                const Compute<E>* grad_columns,
                                const Gradients<Compute<E>>& gradients);
 
-// Two gates by which features are multiplied: of each channel (B, C) and of each position
-// (B, K, h, w), or, of coordinates, of each row (B, C, kh, h) and column (B, C, kw, w).
+// Two gates that multiply the features: for channels (B, C) and positions (B, K, h, w), or, if
+// `of_coordinates`, for rows (B, C, kh, h) and columns (B, C, kw, w).
 template <typename T>
 struct Gates {
   const T* first;
@@ -112,13 +111,13 @@ struct Gates {
   bool of_coordinates;
 };
 
-// As forward, with these gates.
+// Like forward, with gates instead of attention.
 template <typename E>
 void forward_gated(const Geometry& geometry, const Response<Compute<E>>& response,
                    const Gates<Compute<E>>& gates, const E* x, const E* weight, const E* bias,
                    E* y);
 
-// As backward; grad_first and grad_second: of the gates, zero on entry.
+// Like backward. grad_first and grad_second are the gradients of the gates, zero on entry.
 template <typename E>
 void backward_gated(const Geometry& geometry, const Response<Compute<E>>& response,
                     const Gates<Compute<E>>& gates, const E* grad_y, const E* x, const E* weight,

@@ -7,13 +7,13 @@
 namespace rfa {
 namespace {
 
-// out = or += matrix in, both (K, positions), with the strides of the matrix's rows and columns.
-// `start` (K): what each row starts from where it does not accumulate; null: zero.
+// out = or += matrix * in, both (K, positions); `row` and `column` are the strides of the matrix.
+// `start` (K): initial value of each row if not accumulating; null means zero.
 template <typename T>
 void mix(const T* in, int64_t in_pitch, int64_t vectors, int64_t K, const T* matrix, int64_t row,
          int64_t column, bool accumulate, const T* start, T* out, int64_t out_pitch) {
   const Panels<T> panels(vectors * Vec<T>::size());
-  const int64_t rows = ceil_div(K, ceil_div(K, kRows)); // of a block: as even as can be
+  const int64_t rows = ceil_div(K, ceil_div(K, kRows)); // per block, as even as possible
   for (int64_t panel = 0; panel < panels.count; ++panel) {
     const int64_t q = panels.start(panel);
     for (int64_t i = 0; i < K; i += rows) {
@@ -24,7 +24,7 @@ void mix(const T* in, int64_t in_pitch, int64_t vectors, int64_t K, const T* mat
   }
 }
 
-// sums[i * stride + j] += sum over positions of a[i] * b[j], from i = skip_i and j = skip_j on.
+// sums[i * stride + j] += sum over positions of a[i] * b[j], for i >= skip_i and j >= skip_j.
 template <typename T, int I, int J>
 void multiply_block(const T* a, int64_t a_pitch, const T* b, int64_t b_pitch, int64_t vectors,
                     double* sums, int64_t stride, int64_t skip_i, int64_t skip_j) {
@@ -52,7 +52,7 @@ void multiply_block(const T* a, int64_t a_pitch, const T* b, int64_t b_pitch, in
   });
 }
 
-// All blocks of I x J, the last ones moved back into the matrix.
+// All blocks of I x J; the last ones overlap their neighbours to stay inside the matrix.
 template <typename T, int I, int J>
 void multiply_blocks(const T* a, int64_t a_pitch, const T* b, int64_t b_pitch, int64_t vectors,
                      int64_t K, double* sums, bool symmetric) {
@@ -66,13 +66,13 @@ void multiply_blocks(const T* a, int64_t a_pitch, const T* b, int64_t b_pitch, i
   }
 }
 
-// sums (K, K) += a b', of (K, positions) each; of a symmetric result all that is not below the
-// diagonal.
+// sums (K, K) += a b', with a and b (K, positions). If symmetric, fills at least the upper
+// triangle.
 template <typename T>
 void multiply(const T* a, int64_t a_pitch, const T* b, int64_t b_pitch, int64_t vectors, int64_t K,
               double* sums, bool symmetric) {
 #if defined(CPU_CAPABILITY_AVX512)
-  constexpr int side = 5; // 25 accumulators; 9 elsewhere
+  constexpr int side = 5; // 25 accumulators rather than 9
 #else
   constexpr int side = 3;
 #endif

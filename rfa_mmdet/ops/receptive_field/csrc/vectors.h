@@ -1,4 +1,4 @@
-// Short names for at::vec, and the few vector functions that it lacks.
+// Short names for at::vec, and the vector functions that it lacks.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -12,7 +12,7 @@
 #include <type_traits>
 #include <utility>
 
-// On a lambda: what it captures stays in registers only if it is inlined.
+// For lambdas: their captures stay in registers only if they are inlined.
 #define RFA_INLINE __attribute__((always_inline))
 
 namespace rfa {
@@ -30,7 +30,7 @@ inline int64_t round_up(int64_t n) {
   return ceil_div(n, Vec<T>::size()) * Vec<T>::size();
 }
 
-// Calls f(0) ... f(N - 1) with compile-time numbers, so that small arrays become registers.
+// Calls f(0) ... f(N - 1) with compile-time constants, so that small arrays stay in registers.
 template <typename F, int... I>
 RFA_INLINE inline void unroll_over(F&& f, std::integer_sequence<int, I...>) {
   (f(std::integral_constant<int, I>{}), ...);
@@ -40,12 +40,12 @@ RFA_INLINE inline void unroll(F&& f) {
   unroll_over(f, std::make_integer_sequence<int, N>{});
 }
 
-// Memory on the boundary of a cache line, all zero unless it is to be written over as a whole.
+// Memory aligned to a cache line. Pass zero = false if all of it is overwritten.
 template <typename T>
 class Buffer {
  public:
   explicit Buffer(int64_t count, bool zero = true) {
-    // A vector more than asked for: some loops run over the end by less than that.
+    // One extra vector, because some loops read and write past the end by less than that.
     const size_t bytes = ((count + 16) * sizeof(T) + 63) / 64 * 64;
     data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
     if (!data_) {

@@ -1,4 +1,4 @@
-// Tiles of output positions, the windows that they see, and the way back.
+// Tiles of output positions, and copies between maps and the windows of a tile.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace rfa {
 namespace {
 
-// Whole rows of one map, or a part of one row: in either case consecutive positions.
+// Consecutive positions: whole rows of one map, or part of one row.
 struct Tile {
   int64_t row, rows, column, columns;
   int64_t positions() const {
@@ -21,14 +21,14 @@ struct Tile {
   }
 };
 
-// Positions a tile, such that its windows stay in the first cache with what is made of them.
+// Positions per tile, such that its windows and what is computed from them fit in the L1 cache.
 template <typename T>
 int64_t tile_positions(const Geometry& g) {
   constexpr int64_t bytes = 32 << 10;
   return std::clamp<int64_t>(bytes / (g.K() * static_cast<int64_t>(sizeof(T))), 96, 640);
 }
 
-// Split a map into tiles of at most about `wanted` positions, and at least `least` tiles if it can.
+// Splits a map into tiles of at most about `wanted` positions, at least `least` tiles if possible.
 inline std::vector<Tile> split_map(const Geometry& g, int64_t wanted, int64_t least) {
   wanted = std::max<int64_t>(1, std::min(wanted, ceil_div(g.h * g.w, least)));
   std::vector<Tile> tiles;
@@ -58,11 +58,11 @@ int64_t largest_tile(const std::vector<Tile>& tiles) {
   return round_up<T>(most);
 }
 
-// Moves one channel's windows of one tile between a map and (K, positions).
+// Copies one channel's windows of one tile between a map and (K, positions).
 //
-// Between the two stands a buffer with the input rows that the tile sees, padded, and split by the
-// column's remainder modulo the stride: position j of a window is then one run of it, whatever the
-// stride, the padding and the dilation, and no inner loop has a branch.
+// The copy goes through a buffer with the input rows that the tile sees, padded, and split by
+// column modulo the stride. Position j of all windows is then one run of the buffer for any stride,
+// padding and dilation, and no inner loop has a branch.
 template <typename E>
 class Windows {
  public:
@@ -82,12 +82,12 @@ class Windows {
   T* patches() const {
     return patches_.get();
   }
-  // Distance of two positions of a window in patches(): whole vectors.
+  // Stride between the positions of a window in patches(), in whole vectors.
   int64_t pitch() const {
     return pitch_;
   }
 
-  // Fill patches() from a channel's plane of x; zero past the tile's positions up to whole vectors.
+  // Fills patches() from a channel's plane of x, with zeros up to whole vectors.
   void load(const Tile& tile, const E* plane) {
     for_runs(tile, [&](T* run, int64_t length, int64_t y, int64_t x, int64_t begin, int64_t end) {
       if (y < 0 || y >= g.H) {
@@ -105,7 +105,7 @@ class Windows {
         const T* from = first_run(tile, ki, kj);
         T* to = out;
         for (int64_t r = 0; r < tile.rows; ++r, from += step, to += tile.columns) {
-          // What runs over is overwritten by the next row, or zeroed below.
+          // The next row overwrites the overrun, or it is zeroed below.
           for (int64_t q = 0; q < tile.columns; q += Vec<T>::size()) {
             Vec<T>::loadu(from + q).store(to + q);
           }
@@ -118,11 +118,11 @@ class Windows {
     }
   }
 
-  // Add (K, positions), with the distance pitch(), to a channel's plane: the transpose of load.
+  // Adds (K, positions), with stride pitch(), to a channel's plane: the transpose of load.
   void add(const Tile& tile, const T* values, T* plane) {
     std::fill(rows_->get(), rows_->get() + input_rows(tile) * g.sw * run_, T(0));
     const int64_t step = run_step(tile), whole = tile.columns - tile.columns % Vec<T>::size();
-    alignas(64) T lanes[Vec<T>::size()] = {}; // a mask of the rest
+    alignas(64) T lanes[Vec<T>::size()] = {}; // mask of the last columns
     std::memset(lanes, -1, (tile.columns - whole) * sizeof(T));
     const Vec<T> zero(T(0)), rest = Vec<T>::loadu(lanes);
     for (int64_t ki = 0; ki < g.kh; ++ki) {
@@ -148,7 +148,7 @@ class Windows {
   }
 
  private:
-  // Input rows in the buffer: all that the tile spans, or only those it sees where that is less.
+  // The buffer holds all input rows that the tile spans, or, if fewer, only those it sees.
   bool spans(const Tile& tile) const {
     return span(tile) <= tile.rows * g.kh;
   }
@@ -162,11 +162,11 @@ class Windows {
     const int64_t top = tile.row * g.sh - g.ph;
     return spans(tile) ? top + i : top + i / g.kh * g.sh + i % g.kh * g.dh;
   }
-  // Length of a run: every sw-th column, as far as the last position of a window sees.
+  // Length of a run: every sw-th column, up to the last one that a window sees.
   int64_t run_length(const Tile& tile) const {
     return tile.columns + (g.kw - 1) * g.dw / g.sw;
   }
-  // What position (ki, kj) of the windows sees in the tile's first row; the next row is a step on.
+  // Run of position (ki, kj) for the tile's first row; run_step leads to the next row.
   T* first_run(const Tile& tile, int64_t ki, int64_t kj) const {
     const int64_t i = spans(tile) ? ki * g.dh : ki, shift = kj * g.dw;
     return rows_->get() + (i * g.sw + shift % g.sw) * run_ + shift / g.sw;
@@ -175,8 +175,8 @@ class Windows {
     return (spans(tile) ? g.sh : g.kh) * g.sw * run_;
   }
 
-  // Calls f(run, length, y, x, begin, end) for each run of the buffer, of which value m is column
-  // x + m * sw of row y; [begin, end) of them lie in the map if the row does.
+  // Calls f(run, length, y, x, begin, end) for each run of the buffer. Its value m is column
+  // x + m * sw of row y; values [begin, end) are inside the map if row y is.
   template <typename F>
   RFA_INLINE inline void for_runs(const Tile& tile, F&& f) const {
     const int64_t length = run_length(tile), rows = input_rows(tile);

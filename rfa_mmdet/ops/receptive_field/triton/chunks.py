@@ -1,4 +1,4 @@
-"""Chunks of the output, whose features stay in the second-level cache, and their products."""
+"""Chunks of the output whose features fit in the L2 cache, and their matrix products."""
 
 from collections.abc import Iterator
 
@@ -10,19 +10,19 @@ from rfa_mmdet.ops.common.windows import Window
 from rfa_mmdet.ops.receptive_field.triton.launch import Chunk, Maps
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-POSITIONS = 9  # of a window: more do not fit into registers
-OFFSETS = 2**31 - 2**24  # elements that 32 bits can tell apart, and what lies beside a map
-BLOCKS = 65_535  # of a grid's second and third axis
-# Parts of the weight's gradient that are added up in a half type: rounded for each, that loses
-# about as much as to round each of them would. And the bytes of all such sums.
+POSITIONS = 9  # per window; more do not fit in registers
+OFFSETS = 2**31 - 2**24  # elements addressable with 32 bits, with a margin for padding
+BLOCKS = 65_535  # limit of a grid's second and third axis
+# Parts of the weight's gradient accumulated in half precision (rounding after each addition loses
+# about as much as rounding each part), and the maximum size of all such sums in bytes.
 ROUNDED, PARTS_BYTES = 4, 2**22
-LEAST_BYTES = 2**23  # of a chunk's features, on a GPU with little cache
+LEAST_BYTES = 2**23  # minimum for a chunk's features, for GPUs with a small cache
 
 
 def takes(x: Tensor, weight: Tensor | None, window: Window, groups: int = 1) -> bool:
-    """Whether there are kernels for a map (B, C, H, W)."""
+    """Return whether the kernels support a map (B, C, H, W)."""
     (height, width), (kh, kw) = window.output_size(x.shape[2:]), window.kernel_size
-    # Of an output's map, or of a gate's.
+    # Channels of the largest map: outputs or position gates.
     maps = max(window.positions, 0 if weight is None else weight.shape[0])
     return (
         x.dtype in DTYPES
@@ -32,17 +32,17 @@ def takes(x: Tensor, weight: Tensor | None, window: Window, groups: int = 1) -> 
         and 0 < x.shape[0] * height * width * maps < OFFSETS
         and x.shape[1] <= BLOCKS
         and all(0 <= n <= 2**20 for pair in window for n in pair)
-        # A row of the output is the smallest chunk.
+        # The smallest chunk is a row of the output.
         and window.positions * x.shape[1] * width < OFFSETS
-        # Parts of sums are of four columns or more: 54 numbers of all images, 99 of a chunk.
+        # A part of a sum covers at least four columns: 54 numbers for all images, 99 for a chunk.
         and max(14 * x.shape[0], 25) * x.shape[1] * width < OFFSETS
-        # Gates of rows and columns.
+        # Row and column gates.
         and x.shape[0] * x.shape[1] * max(kh * height, kw * width) < OFFSETS
     )
 
 
 def maps_of(x: Tensor, window: Window) -> Maps:
-    """Return a map as the kernels read it; a copy if it is neither NCHW nor channels_last."""
+    """Return a map for the kernels; copies it if it is neither NCHW nor channels_last."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     if not channels_last:
         x = x.contiguous()
@@ -50,22 +50,22 @@ def maps_of(x: Tensor, window: Window) -> Maps:
 
 
 def chunk_bytes(x: Tensor, share: int) -> int:
-    """Return how many bytes of features to make at a time: a share of the second-level cache."""
+    """Return the bytes of features to compute at a time, 1 / ``share`` of the L2 cache."""
     if not x.is_cuda:
         return LEAST_BYTES
     return max(cache_bytes(x.device) // share, LEAST_BYTES)
 
 
 def chunks(maps: Maps, limit: int) -> Iterator[Chunk]:
-    """Divide the output into parts of one size whose features take ``limit`` bytes at most."""
+    """Divide the output into even chunks whose features take at most ``limit`` bytes."""
     images, channels = maps.x.shape[:2]
     height, width = maps.size
-    of_row = maps.window.positions * channels * width * maps.x.element_size()
-    rows = max(1, limit // of_row)
+    row_bytes = maps.window.positions * channels * width * maps.x.element_size()
+    rows = max(1, limit // row_bytes)
     at_once, rows = (max(1, rows // height), height) if rows >= height else (1, rows)
     at_once = -(-images // -(-images // at_once))
     rows = -(-height // -(-height // rows))
-    # Whole vectors, so that each channel begins where one can be read at once.
+    # Whole vectors, so that every channel is aligned for vector loads.
     pitch = -(-at_once * rows * width // 16) * 16
     for image in range(0, images, at_once):
         for row in range(0, height, rows):
@@ -74,7 +74,7 @@ def chunks(maps: Maps, limit: int) -> Iterator[Chunk]:
 
 
 def table_of(maps: Maps, *parameters: Tensor) -> Tensor:
-    """Gather parameters, (C * n, ...) each, channel by channel: neighbours as the lanes are."""
+    """Gather parameters, (C * n, ...) each, by channel, with the layout of the lanes."""
     channels = maps.x.shape[1]
     table = [p.reshape(channels, -1).float() for p in parameters]
     if maps.channels_last:
@@ -85,7 +85,7 @@ def table_of(maps: Maps, *parameters: Tensor) -> Tensor:
 class Products:
     """The convolution as a matrix product of weight and units, and its gradients.
 
-    Units of P positions are (P, K * C) in channels_last and (C * K, pitch) in NCHW.
+    The units of P positions are (P, K * C) in channels_last and (C * K, pitch) in NCHW.
     """
 
     def __init__(self, maps: Maps, weight: Tensor | None) -> None:
@@ -96,10 +96,10 @@ class Products:
             # (O, K * C) and (O, C * K)
             order = weight.permute(0, 2, 3, 1) if maps.channels_last else weight
             self.weight = order.to(maps.x.dtype).reshape(len(weight), -1).contiguous()
-        self.of_weight = maps.x.new_empty(0)
+        self.grad_weight = maps.x.new_empty(0)
 
     def buffer(self, rows: int, chunk: Chunk) -> Tensor:
-        """Return new memory for ``rows`` values of each position of a chunk."""
+        """Allocate ``rows`` values per position of a chunk."""
         positions = chunk.pitch
         shape = (positions, rows) if self.maps.channels_last else (rows, positions)
         return self.maps.x.new_empty(shape)
@@ -109,7 +109,7 @@ class Products:
         return units[:count] if self.maps.channels_last else units[:, :count]
 
     def _of_map(self, y: Tensor, chunk: Chunk) -> Tensor:
-        """View a chunk of a map (B, O, h, w), in the format of x: (P, O), or (n, O, positions)."""
+        """Return a view of a chunk of a map (B, O, h, w): (P, O) or (n, O, positions), like x."""
         y = y[chunk.image : chunk.image + chunk.images, :, chunk.row : chunk.row + chunk.rows]
         if self.maps.channels_last:
             return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
@@ -149,10 +149,10 @@ class Products:
     def add_weight_gradient(
         self, grad: Tensor, units: Tensor, chunk: Chunk, number: int, count: int
     ) -> None:
-        """Compute a chunk's part of the weight's gradient, the number-th of so many.
+        """Add a chunk's part of the weight's gradient, with index ``number`` of ``count``.
 
-        A half type is rounded with each part. So sums of a few parts are kept, and added up in
-        float32: at the end, or, where they would take much memory, at once.
+        Half precision rounds each addition. So each sum accumulates only a few parts, and the sums
+        are added up in float32: at the end or, if they would take much memory, immediately.
         """
         units = self._positions(units, chunk)
         a, b = (grad.t(), units) if self.maps.channels_last else (grad, units.t())
@@ -160,27 +160,27 @@ class Products:
         if number == 0:
             sums = -(-count // few)
             sums = sums if sums * self.weight.nbytes <= PARTS_BYTES else 1
-            self.of_weight = a.new_empty(sums, *self.weight.shape)
+            self.grad_weight = a.new_empty(sums, *self.weight.shape)
         place, added = divmod(number, few)
-        if place >= len(self.of_weight):
-            self.of_weight = self.of_weight.float()
-            self.of_weight[0] += torch.mm(a, b)
+        if place >= len(self.grad_weight):
+            self.grad_weight = self.grad_weight.float()
+            self.grad_weight[0] += torch.mm(a, b)
         elif added:
-            self.of_weight[place].addmm_(a, b)
+            self.grad_weight[place].addmm_(a, b)
         else:
-            torch.mm(a, b, out=self.of_weight[place])
+            torch.mm(a, b, out=self.grad_weight[place])
 
     def weight_gradient(self, dtype: torch.dtype) -> Tensor:
         """Return the gradient of the weight, (O, C, kh, kw)."""
         outputs, channels, *kernel_size = self.shape
-        found = self.of_weight
+        found = self.grad_weight
         found = found[0].to(dtype) if len(found) == 1 else found.sum(0, dtype=dtype)
         if not self.maps.channels_last:
             return found.view(self.shape)
         return found.view(outputs, *kernel_size, channels).permute(0, 3, 1, 2)
 
     def windows(self, units: Tensor, chunk: Chunk) -> Tensor:
-        """View the units of a chunk as (n, C, kh, kw, rows, w)."""
+        """Return a view of the units of a chunk: (n, C, kh, kw, rows, w)."""
         units, (high, wide) = self._positions(units, chunk), self.maps.window.kernel_size
         places = (chunk.images, chunk.rows, self.maps.size[1])
         if self.maps.channels_last:

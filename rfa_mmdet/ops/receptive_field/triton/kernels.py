@@ -1,23 +1,23 @@
-"""Triton kernels of receptive-field features: launch.py launches them, unroll.py writes them out.
+"""Triton kernels of receptive-field features; launch.py launches them, unroll.py expands them.
 
-Words: a *tap* is one of the K values that a window holds of one channel; a *unit* is a feature of a
-window, weighed or not, one of K a channel and position; a *chunk* is the part of the output that a
-launch computes: some rows of one image, or whole images.
+Terms: a *tap* is one of the K values of a window of one channel. A *unit* is a feature, weighted or
+not; each channel and position has K. A *chunk* is the part of the output that a launch computes:
+some rows of one image, or whole images.
 
-A thread goes down a column of windows of one channel. It holds the K * K coefficients of the
-channel and the K taps in registers: a step down loads only the taps of new rows, and nothing else.
-Lanes of a warp are neighbours in memory: channels in channels_last, where a tile is BLOCK_Q columns
-x BLOCK_C channels, and columns in NCHW, where BLOCK_C is 1.
+Each thread walks down a column of windows of one channel, with the channel's K * K coefficients and
+the K taps in registers, so a step only loads the taps of new rows. Adjacent lanes are adjacent in
+memory: channels in channels_last, where a tile is BLOCK_Q columns x BLOCK_C channels; columns in
+NCHW, where BLOCK_C is 1.
 
-The language is that of Triton 2.1, which torch 2.1 brings: no tuples, and no matrix products, which
-each version and each GPU treats in its own way. cuBLAS has them.
+The kernels use the language of Triton 2.1, which torch 2.1 ships: no tuples. Matrix products are
+left to cuBLAS, because tl.dot behaves differently in each version and on each GPU.
 
-What unroll.py puts in: KH, KW, K = KH * KW, PAIRS = K * (K + 1) // 2, NEW, the rows of a window
-that a step down loads, and the numbers of launch.py. Functions without arguments are parts of
-kernels: ``include`` puts their statements in, so that they share the kernel's names.
+unroll.py defines KH, KW, K = KH * KW, PAIRS = K * (K + 1) // 2, NEW (rows of a window that a step
+loads), and the constants of launch.py. Functions without arguments are fragments: ``include``
+inserts their statements, so they share the kernel's variables.
 """
 
-# What unroll.py puts in is undefined here, what a part defines is unused, and arrays have no types.
+# unroll.py defines what is undefined here; kernels use what seems unused in fragments.
 # ruff: noqa: F821, F841, RUF059
 # mypy: ignore-errors
 
@@ -30,10 +30,10 @@ from rfa_mmdet.ops.receptive_field.triton.unroll import unroll as unroll
 
 @triton.jit
 def _columns(images, C, w, stride_w, pad_w, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Image, column of the output, first column of the window (1, BLOCK_Q); channel (BLOCK_C, 1).
+    """Image, output column, first column of the window, (1, BLOCK_Q); channel, (BLOCK_C, 1).
 
-    And which elements of a tile, (BLOCK_C, BLOCK_Q), are real. Where lanes could go along either
-    axis, all versions of Triton let them go along the first one.
+    Also a mask of the real elements of a tile, (BLOCK_C, BLOCK_Q). All versions of Triton put lanes
+    along the first axis if both are possible.
     """
     q = (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q))[None, :]
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
@@ -44,7 +44,7 @@ def _columns(images, C, w, stride_w, pad_w, BLOCK_Q: tl.constexpr, BLOCK_C: tl.c
 
 @triton.jit
 def _write_sum(sums, row, rows, C, tile, add, BLOCK_C: tl.constexpr):
-    """Write this program's part of a sum of each channel, or add to what is there."""
+    """Write this program's partial sum for each channel, or add to the stored one."""
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     part = tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
     to = sums + (part * rows + row) * C + c
@@ -55,7 +55,7 @@ def _write_sum(sums, row, rows, C, tile, add, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _load(x, offset, mask, row, H, x_row):
-    """A row of the map, zero beside it."""
+    """Load a row of the map, with zeros outside."""
     mask = mask & (row >= 0) & (row < H)
     return tl.load(x + (offset + row * x_row), mask=mask, other=0.0)
 
@@ -67,15 +67,15 @@ def _gate(gate, offset, mask):
 
 @triton.jit
 def _unit(image, column, row, rows, w, c, C, pitch, N, CHANNELS_LAST: tl.constexpr):
-    """Offset of the first of N units of each element: (positions, N, C) or (C, N, pitch)."""
+    """Offset of each element's first of N units: (positions, N, C) or (C, N, pitch)."""
     position = (image * rows + row) * w + column
     return position * (N * C) + c if CHANNELS_LAST else position + c * N * pitch
 
 
-def _go_to_windows():
-    """Where the column of this thread is, and the taps of its first window but the last rows.
+def _start_windows():
+    """Locate this thread's column and load the taps of its first window.
 
-    Of those, ``coming`` holds what was loaded. With SHIFTED_TAPS, ``shift`` is taken off.
+    ``coming`` holds the last rows as loaded. SHIFTED_TAPS subtracts ``shift``.
     """
     near, tap, coming = [], [], []
     offset = (first_image + image) * (C * H * W) + left * x_column
@@ -99,7 +99,7 @@ def _go_to_windows():
 
 
 def _step_down():
-    """Complete the taps of the next window, and load what comes with the one below it."""
+    """Complete the taps of the next window, and prefetch the new rows of the one below."""
     for n in unroll(K - NEW * KW):
         tap[n] = tap[n + NEW * KW]
     for n in unroll(NEW * KW):
@@ -114,35 +114,35 @@ def _step_down():
             coming[i * KW + j] = _load(x, at, near[j], row, H, x_row)
 
 
-def _place():
-    """Which columns and channels this program has, and the strides of the map."""
+def _locate():
+    """Compute the columns and channels of this program, and the strides of the map."""
     image, column, left, c, real = _columns(images, C, w, stride_w, pad_w, BLOCK_Q, BLOCK_C)
     x_column = C if CHANNELS_LAST else 1
     x_channel = 1 if CHANNELS_LAST else H * W
     x_row = W * x_column
 
 
-def _read_kernels():
-    """Read the depthwise kernels of each channel, and where the rest of the table is."""
+def _load_kernels():
+    """Load each channel's depthwise kernels, and compute the offsets of the table."""
     weight = []
-    of_channel = c if CHANNELS_LAST else c * (K * (K + 2))
+    channel_offset = c if CHANNELS_LAST else c * (K * (K + 2))
     next_row = C if CHANNELS_LAST else 1
     for i in unroll(K):
         for j in unroll(K):
-            at = table + (of_channel + (2 * K + i * K + j) * next_row)
+            at = table + (channel_offset + (2 * K + i * K + j) * next_row)
             weight[i * K + j] = tl.load(at, mask=c < C, other=0.0)
 
 
-def _read_weighing():
-    """Read shift and attention of each channel, and the gates that all rows share."""
-    bias, score, of_column, power, gate = [], [], [], [], []
+def _load_gates():
+    """Load each channel's shift and attention, and the gates that are the same in all rows."""
+    bias, score, column_gate, power, gate = [], [], [], [], []
     for i in unroll(K):
-        at = table + (of_channel + (K + i) * next_row)
+        at = table + (channel_offset + (K + i) * next_row)
         bias[i] = tl.load(at, mask=c < C, other=0.0)
     if GATES == ATTENTION:
         for i in unroll(K):
-            at = table + of_channel + i * next_row
-            # Of the taps' sum, to the base 2.
+            at = table + channel_offset + i * next_row
+            # For exp2 and the sum of the taps.
             score[i] = tl.load(at, mask=c < C, other=0.0) * (LOG2_E / K)
         highest = score[0]
         lowest = score[0]
@@ -151,24 +151,24 @@ def _read_weighing():
             lowest = tl.minimum(lowest, score[i])
     number = first_image + image
     at_row = first_row + tl.program_id(2) * steps
-    # Where a gate of this row is, of a position or of rows.
-    # (A channel // C is 0, but known to none: each lane reads its own, and none moves it.)
+    # Offsets of this row's gates, for position gates and for row gates. c // C is 0, but keeps
+    # Triton from loading one value and moving it between lanes.
     cell = (number * (K * h) + at_row) * w + column + c // C
-    # Gates of rows and columns have the lanes next to each other, as the map has.
+    # Row and column gates have the layout of the map, so that lanes read adjacent values.
     next_gate = C if CHANNELS_LAST else 1
     in_rows = number * C * (KH * h) + at_row * next_gate
     in_rows = in_rows + (c if CHANNELS_LAST else c * (KH * h))
     in_columns = number * C * (KW * w) + column * next_gate
     in_columns = in_columns + (c if CHANNELS_LAST else c * (KW * w))
     if GATES == CHANNELS:
-        gate_of_channel = _gate(first, (number * C) + c, real)
+        channel_gate = _gate(first, (number * C) + c, real)
     if GATES == ROWS:
         for j in unroll(KW):
-            of_column[j] = _gate(second, in_columns + j * w * next_gate, real)
+            column_gate[j] = _gate(second, in_columns + j * w * next_gate, real)
 
 
-def _weigh():
-    """What each feature of a window is weighed by."""
+def _compute_gates():
+    """Compute the weight of each feature of a window."""
     if GATES == ATTENTION:
         total = tap[0]
         for n in unroll(K - 1):
@@ -184,16 +184,16 @@ def _weigh():
     if GATES == CHANNELS:
         for i in unroll(K):
             at = cell + ((line - start) * w + i * (h * w))
-            gate[i] = gate_of_channel * _gate(second, at, real)
+            gate[i] = channel_gate * _gate(second, at, real)
     if GATES == ROWS:
         for i in unroll(KH):
-            of_row = _gate(first, in_rows + (line - start + i * h) * next_gate, real)
+            row_gate = _gate(first, in_rows + (line - start + i * h) * next_gate, real)
             for j in unroll(KW):
-                gate[i * KW + j] = of_row * of_column[j]
+                gate[i * KW + j] = row_gate * column_gate[j]
 
 
-def _go_to_units():
-    """Where the units of this thread's first window are."""
+def _start_units():
+    """Compute the offset of the units of this thread's first window."""
     unit = _unit(image, column, start, rows, w, c, C, pitch, K, CHANNELS_LAST)
     next_unit = C if CHANNELS_LAST else pitch
     down = w * (K * C) if CHANNELS_LAST else w
@@ -202,7 +202,7 @@ def _go_to_units():
 def moments_kernel(
     x,  # (B, C, H, W)
     sums,  # out: (parts, K + PAIRS, C)
-    shifts,  # out: (C,), taken off each value
+    shifts,  # out: (C,), subtracted from each value
     images,
     C,
     H,
@@ -215,14 +215,14 @@ def moments_kernel(
     pad_w,
     dilation_h,
     dilation_w,
-    steps,  # rows of a program
+    steps,  # rows per program
     CHANNELS_LAST: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sums of the taps, and of the products of two, i <= j."""
+    """Sums of the taps, and of the products of taps i <= j."""
     first, second = [], []
-    include(_place)
+    include(_locate)
     cells = images * H * W // (2 * SAMPLES)
     shift = tl.zeros((BLOCK_C, 1), tl.float32)
     for i in unroll(SAMPLES):
@@ -236,7 +236,7 @@ def moments_kernel(
         first[n] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
     for n in unroll(PAIRS):
         second[n] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
-    include(_go_to_windows, SHIFTED_TAPS=1, first_image=0, first_row=0)
+    include(_start_windows, SHIFTED_TAPS=1, first_image=0, first_row=0)
     last = tl.minimum(start + steps, h)
     while line < last:
         include(_step_down, SHIFTED_TAPS=1)
@@ -257,9 +257,9 @@ def features_kernel(
     x,  # (B, C, H, W)
     table,  # (C, K * (K + 2)) or, in channels_last, its transpose: attention, shift, kernels
     units,  # out
-    first,  # gates: of channels (B, C) or rows (B, C, KH, h), in channels_last (B, KH, h, C)
-    second,  # of positions (B, K, h, w) or columns (B, C, KW, w), (B, KW, w, C)
-    images,  # of the chunk
+    first,  # gates: channels (B, C), or rows (B, C, KH, h) or, channels_last, (B, KH, h, C)
+    second,  # positions (B, K, h, w), or columns (B, C, KW, w) or (B, KW, w, C)
+    images,  # images in the chunk
     first_image,
     first_row,
     rows,
@@ -282,19 +282,19 @@ def features_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Features act(kernels @ window + shift), weighed by what GATES says.
+    """Features act(kernels @ window + shift), weighted according to GATES.
 
-    By ATTENTION, softmax(attention * mean of window), or two gates; or BARE.
+    Weights are softmax(attention * mean of window), the product of two gates, or none (BARE).
     """
-    include(_place)
-    include(_read_kernels)
-    include(_read_weighing)
-    include(_go_to_windows, SHIFTED_TAPS=0)
-    include(_go_to_units)
+    include(_locate)
+    include(_load_kernels)
+    include(_load_gates)
+    include(_start_windows, SHIFTED_TAPS=0)
+    include(_start_units)
     last = tl.minimum(start + steps, rows)
     while line < last:
         include(_step_down, SHIFTED_TAPS=0)
-        include(_weigh)
+        include(_compute_gates)
         to = units + (unit + (line - start) * down)
         for i in unroll(K):
             z = bias[i] + weight[i * K] * tap[0]
@@ -304,22 +304,23 @@ def features_kernel(
             if GATES != BARE:
                 u = z * gate[i]
             if RELU:
-                u = tl.where(z <= 0, 0.0, u)  # lets NaN through, as torch's does
+                u = tl.where(z <= 0, 0.0, u)  # propagates NaN, like torch's ReLU
             tl.store(to + i * next_unit, u.to(units.dtype.element_ty), mask=real)
         line += 1
 
 
 def gradient_kernel(
     x,  # (B, C, H, W)
-    table,  # as of features_kernel
-    units,  # in: gradient of the weighed features; out: these
-    slopes,  # out, as units: gradient of what the activation takes
-    others,  # out: ATTENTION: gradient of each tap through it, one a channel and position; else,
-    # as units: gradient of the product of both gates
-    first,  # gates, as of features_kernel
+    table,  # see features_kernel
+    units,  # in: gradient of the weighted features; out: the weighted features
+    slopes,  # out, shaped like units: gradient of the activation's input
+    # ATTENTION: gradient of every tap through the mean, one per channel and position. Otherwise:
+    # gradient of the product of both gates, shaped like units.
+    others,  # out
+    first,  # gates, see features_kernel
     second,
-    sums,  # (parts, K * (K + 2), C): the first 2 * K, gradients of the table, are written
-    add,  # whether to add to them what is there
+    sums,  # out: (parts, K * (K + 2), C), gradient of the table; only the first 2 * K
+    add,  # whether to add to the stored sums
     images,
     first_image,
     first_row,
@@ -343,27 +344,27 @@ def gradient_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradients up to the activation, and up to the attention or the gates."""
-    product, of_score, of_bias = [], [], []
-    include(_place)
-    include(_read_kernels)
-    include(_read_weighing)
+    """Gradients of the activation's input, and of the attention or the gates."""
+    product, grad_score, grad_bias = [], [], []
+    include(_locate)
+    include(_load_kernels)
+    include(_load_gates)
     for i in unroll(K):
-        of_bias[i] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
-        of_score[i] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
-    include(_go_to_windows, SHIFTED_TAPS=0)
-    include(_go_to_units)
-    of_mean = _unit(image, column, start, rows, w, c, C, pitch, 1, CHANNELS_LAST)
+        grad_bias[i] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
+        grad_score[i] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
+    include(_start_windows, SHIFTED_TAPS=0)
+    include(_start_units)
+    mean_unit = _unit(image, column, start, rows, w, c, C, pitch, 1, CHANNELS_LAST)
     down_mean = w * C if CHANNELS_LAST else w
     last = tl.minimum(start + steps, rows)
     while line < last:
         include(_step_down, SHIFTED_TAPS=0)
-        include(_weigh)
+        include(_compute_gates)
         below = unit + (line - start) * down
-        of_unit = units + below
-        of_slope = slopes + below
-        of_gate = others + below
-        weighed = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
+        unit_ptr = units + below
+        slope_ptr = slopes + below
+        gate_ptr = others + below
+        weighted = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
         for i in unroll(K):
             z = bias[i] + weight[i * K] * tap[0]
             for n in unroll(K - 1):
@@ -371,44 +372,44 @@ def gradient_kernel(
             passed = gate[i]
             if RELU:
                 passed = tl.where(z <= 0, 0.0, passed)
-            to = of_unit + i * next_unit
+            to = unit_ptr + i * next_unit
             grad = tl.load(to, mask=real, other=0.0).to(tl.float32)
             u = z * passed
             slope = grad * passed
-            of_bias[i] += slope
+            grad_bias[i] += slope
             tl.store(to, u.to(units.dtype.element_ty), mask=real)
-            to = of_slope + i * next_unit
+            to = slope_ptr + i * next_unit
             tl.store(to, slope.to(slopes.dtype.element_ty), mask=real)
             if GATES == ATTENTION:
                 product[i] = grad * u
-                weighed += product[i]
+                weighted += product[i]
             else:
                 found = grad * z
                 if RELU:
                     found = tl.where(z <= 0, 0.0, found)
-                tl.store(of_gate + i * next_unit, found.to(others.dtype.element_ty), mask=real)
+                tl.store(gate_ptr + i * next_unit, found.to(others.dtype.element_ty), mask=real)
         if GATES == ATTENTION:
             level = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
             for i in unroll(K):
-                of_logit = product[i] - gate[i] * weighed
-                of_score[i] += of_logit * total
-                level += of_logit * score[i]
-            level = level * (1 / LOG2_E)  # score is log2(e) / K times the attention
-            below = of_mean + (line - start) * down_mean
+                grad_logit = product[i] - gate[i] * weighted
+                grad_score[i] += grad_logit * total
+                level += grad_logit * score[i]
+            level = level * (1 / LOG2_E)  # score is attention * log2(e) / K
+            below = mean_unit + (line - start) * down_mean
             tl.store(others + below, level.to(others.dtype.element_ty), mask=real)
         line += 1
     for i in unroll(K):
         if GATES == ATTENTION:
-            _write_sum(sums, i, K * (K + 2), C, of_score[i] * (1 / K), add, BLOCK_C)
-        _write_sum(sums, K + i, K * (K + 2), C, of_bias[i], add, BLOCK_C)
+            _write_sum(sums, i, K * (K + 2), C, grad_score[i] * (1 / K), add, BLOCK_C)
+        _write_sum(sums, K + i, K * (K + 2), C, grad_bias[i], add, BLOCK_C)
 
 
 def products_kernel(
     x,  # (B, C, H, W)
-    table,  # as of features_kernel
-    slopes,  # in: gradient of what the activation takes; out: of the taps
-    others,  # ATTENTION: of gradient_kernel; BARE: features, and ``slopes`` are their gradient
-    sums,  # (parts, K * (K + 2), C): the last K * K are written, and K before them if BARE
+    table,  # see features_kernel
+    slopes,  # in: gradient of the activation's input (BARE: of the features); out: of the taps
+    others,  # ATTENTION: from gradient_kernel; BARE: features
+    sums,  # out: (parts, K * (K + 2), C); the last K * K, and the K before them if BARE
     add,
     images,
     first_image,
@@ -433,53 +434,53 @@ def products_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Gradients of the kernels and of the taps."""
-    of_weight, of_bias, of_tap = [], [], []
-    include(_place)
-    include(_read_kernels)
+    grad_weight, grad_bias, grad_tap = [], [], []
+    include(_locate)
+    include(_load_kernels)
     for i in unroll(K):
-        of_bias[i] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
+        grad_bias[i] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
     for n in unroll(K * K):
-        of_weight[n] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
-    include(_go_to_windows, SHIFTED_TAPS=0)
-    include(_go_to_units)
-    of_mean = _unit(image, column, start, rows, w, c, C, pitch, 1, CHANNELS_LAST)
+        grad_weight[n] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
+    include(_start_windows, SHIFTED_TAPS=0)
+    include(_start_units)
+    mean_unit = _unit(image, column, start, rows, w, c, C, pitch, 1, CHANNELS_LAST)
     down_mean = w * C if CHANNELS_LAST else w
     last = tl.minimum(start + steps, rows)
     while line < last:
         include(_step_down, SHIFTED_TAPS=0)
-        of_slope = slopes + (unit + (line - start) * down)
-        of_feature = others + (unit + (line - start) * down)
+        slope_ptr = slopes + (unit + (line - start) * down)
+        feature_ptr = others + (unit + (line - start) * down)
         level = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
         if GATES == ATTENTION:
-            of_level = others + (of_mean + (line - start) * down_mean)
-            level += tl.load(of_level, mask=real, other=0.0).to(tl.float32)
+            level_ptr = others + (mean_unit + (line - start) * down_mean)
+            level += tl.load(level_ptr, mask=real, other=0.0).to(tl.float32)
         for j in unroll(K):
-            of_tap[j] = level
+            grad_tap[j] = level
         for i in unroll(K):
-            slope = tl.load(of_slope + i * next_unit, mask=real, other=0.0).to(tl.float32)
+            slope = tl.load(slope_ptr + i * next_unit, mask=real, other=0.0).to(tl.float32)
             if GATES == BARE:
                 if RELU:
-                    f = tl.load(of_feature + i * next_unit, mask=real, other=0.0)
+                    f = tl.load(feature_ptr + i * next_unit, mask=real, other=0.0)
                     slope = tl.where(f > 0, slope, 0.0)
-                of_bias[i] += slope
+                grad_bias[i] += slope
             for j in unroll(K):
-                of_weight[i * K + j] += slope * tap[j]
-                of_tap[j] += slope * weight[i * K + j]
+                grad_weight[i * K + j] += slope * tap[j]
+                grad_tap[j] += slope * weight[i * K + j]
         for j in unroll(K):
-            to = of_slope + j * next_unit
-            tl.store(to, of_tap[j].to(slopes.dtype.element_ty), mask=real)
+            to = slope_ptr + j * next_unit
+            tl.store(to, grad_tap[j].to(slopes.dtype.element_ty), mask=real)
         line += 1
     if GATES == BARE:
         for i in unroll(K):
-            _write_sum(sums, K + i, K * (K + 2), C, of_bias[i], add, BLOCK_C)
+            _write_sum(sums, K + i, K * (K + 2), C, grad_bias[i], add, BLOCK_C)
     for n in unroll(K * K):
-        _write_sum(sums, 2 * K + n, K * (K + 2), C, of_weight[n], add, BLOCK_C)
+        _write_sum(sums, 2 * K + n, K * (K + 2), C, grad_weight[n], add, BLOCK_C)
 
 
 def fold_kernel(
-    taps,  # gradient of the taps, as units
+    taps,  # gradient of the taps, shaped like units
     grad_x,  # out: (B, C, H, W)
-    given_until,  # the rows above it hold a part of their sum, to which this one is added
+    given_until,  # rows above this one hold partial sums to add to
     first_input_row,
     last_input_row,
     images,
@@ -502,7 +503,7 @@ def fold_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sum of the gradients of all taps that a value of the map is."""
+    """Sum, for each value of the map, of the gradients of all taps that it occurs in."""
     near, unit = [], []
     image, column, _, c, real = _columns(images, C, W, 1, 0, BLOCK_Q, BLOCK_C)
     x_column = C if CHANNELS_LAST else 1
@@ -527,8 +528,8 @@ def fold_kernel(
             line = below // STRIDE_H - first_row
             there = (below >= 0) & (below % STRIDE_H == 0) & (line >= 0) & (line < rows)
             for j in unroll(KW):
-                of_tap = unit[j] + (line * down + (i * KW + j) * next_unit)
-                total += tl.load(taps + of_tap, mask=near[j] & there, other=0.0).to(tl.float32)
+                tap_offset = unit[j] + (line * down + (i * KW + j) * next_unit)
+                total += tl.load(taps + tap_offset, mask=near[j] & there, other=0.0).to(tl.float32)
         tl.store(at, total.to(grad_x.dtype.element_ty), mask=real)
         row += 1
 
@@ -537,7 +538,7 @@ def moments_gradient_kernel(
     x,  # (B, C, H, W)
     constant,  # (K, C)
     slope,  # (K * K, C)
-    given,  # gradient to which this one is added, where ADD
+    given,  # gradient to add to, if ADD
     grad_x,  # out
     images,
     C,
@@ -559,8 +560,8 @@ def moments_gradient_kernel(
 ):
     """Fold of constant + slope @ window, where slope is symmetric.
 
-    What the windows hold that see a value lies up to a window less a step away: HIGH x WIDE values
-    around it, of which a step down loads the last NEW rows.
+    The windows that contain a value span HIGH x WIDE values around it; a step loads their last NEW
+    rows.
     """
     near, seen, value, weight, bias = [], [], [], [], []
     image, column, _, c, real = _columns(images, C, W, 1, 0, BLOCK_Q, BLOCK_C)
@@ -607,7 +608,7 @@ def moments_gradient_kernel(
                 part = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32) + bias[i * KW + j]
                 for m in unroll(KH):
                     for n in unroll(KW):
-                        # Tap (m, n) of the window whose tap (i, j) this is.
+                        # Tap (m, n) of the window that has this value as tap (i, j).
                         part += (
                             weight[min(i * KW + j, m * KW + n) * K + max(i * KW + j, m * KW + n)]
                             * value[(m - i + KH - 1) * WIDE + n - j + KW - 1]
@@ -620,7 +621,7 @@ def moments_gradient_kernel(
 
 def sums_kernel(
     sums,  # (parts, K * (K + 2), C)
-    attention,  # out: (C * K,), of any type, as the others
+    attention,  # out: (C * K,); outputs may have any dtype
     shift,  # out: (C * K,)
     feature,  # out: (C * K * K,)
     parts,
@@ -628,7 +629,7 @@ def sums_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Add up the parts of the gradients of a table, one of its rows a program."""
+    """Add up the parts of the table's gradient; one row per program."""
     row = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -649,17 +650,17 @@ def sums_kernel(
 
 
 def covariance_kernel(
-    sums,  # (parts, K + PAIRS, C), of moments_kernel
+    sums,  # (parts, K + PAIRS, C), from moments_kernel
     shifts,  # (C,)
     mean,  # out: (C, K)
     covariance,  # out: (C, K, K)
     parts,
-    count,  # of the windows
+    count,  # number of windows
     C,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Mean and covariance of the taps from the parts of their sums: a pair of taps a program."""
+    """Mean and covariance of the taps, from the parts of their sums; one pair per program."""
     i = tl.program_id(0) // K
     j = tl.program_id(0) % K
     low = tl.minimum(i, j)
@@ -667,7 +668,7 @@ def covariance_kernel(
     row = K + low * K - low * (low - 1) // 2 + high - low
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     rows = K + K * (K + 1) // 2
-    # Few numbers, of which two nearly cancel out.
+    # float64 against cancellation; there are few numbers.
     both = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
     one = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
     other = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
@@ -691,13 +692,13 @@ def fold_moments_kernel(
     mean,  # (C, K), of the windows
     covariance,  # (C, K, K)
     feature,  # (C, K, K)
-    weight,  # (C, K), as all of the norm, where AFFINE
-    bias,  # where SHIFTED
+    weight,  # (C, K), of the norm, if AFFINE
+    bias,  # (C, K), of the norm, if SHIFTED
     folded,  # out: (C, K, K)
-    shift,  # out: (C, K), as what follows
-    response_mean,  # out
-    variance,  # out, unbiased
-    inverse,  # out: 1 / sqrt(biased variance + eps)
+    shift,  # out: (C, K)
+    response_mean,  # out: (C, K)
+    variance,  # out: (C, K), unbiased
+    inverse,  # out: (C, K), 1 / sqrt(biased variance + eps)
     eps,
     correction,  # count / (count - 1)
     C,
@@ -705,7 +706,7 @@ def fold_moments_kernel(
     SHIFTED: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Batch norm, folded into the kernel of one response of each channel."""
+    """Batch norm folded into the kernel of one response of each channel."""
     w = []
     i = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -720,7 +721,7 @@ def fold_moments_kernel(
         for n in unroll(K):
             row += w[n] * tl.load(covariance + (c * (K * K) + j * K + n), mask=real, other=0.0)
         var += row * w[j]
-    var = tl.maximum(var, 0.0)  # rounding may leave a variance of zero a little below it
+    var = tl.maximum(var, 0.0)  # rounding may make a zero variance slightly negative
     one = 1.0 / tl.sqrt(var + eps)
     scale = one
     if AFFINE:
@@ -737,16 +738,16 @@ def fold_moments_kernel(
 
 
 def fold_moments_gradient_kernel(
-    of_folded,  # (C, K, K)
-    of_shift,  # (C, K)
-    feature,  # as of fold_moments_kernel, and so on
+    grad_folded,  # (C, K, K)
+    grad_shift,  # (C, K)
+    feature,  # this and the following: see fold_moments_kernel
     weight,
     mean,
     covariance,
     response_mean,
     inverse,
-    of_feature,  # out: (C, K, K)
-    of_weight,  # out: (C, K)
+    grad_feature,  # out: (C, K, K)
+    grad_weight,  # out: (C, K)
     slope,  # out: (K, K, C)
     constant,  # out: (K, C)
     share,  # 1 / count
@@ -754,7 +755,7 @@ def fold_moments_gradient_kernel(
     AFFINE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradient of the kernel of one response, and one row of slope and constant: see README.md."""
+    """Gradient of the kernel of one response, and one row of slope and constant; see README.md."""
     w, row = [], []
     own = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -764,38 +765,38 @@ def fold_moments_gradient_kernel(
         row[n] = tl.zeros((BLOCK_C,), tl.float32)
     i = 0
     while i < K:
-        of_scale = tl.zeros((BLOCK_C,), tl.float32)
+        grad_scale = tl.zeros((BLOCK_C,), tl.float32)
         for j in unroll(K):
             w[j] = tl.load(feature + (c * (K * K) + i * K + j), mask=real, other=0.0)
-            at = of_folded + (c * (K * K) + i * K + j)
-            of_scale += w[j] * tl.load(at, mask=real, other=0.0)
-        s = tl.load(of_shift + (c * K + i), mask=real, other=0.0)
-        of_scale -= s * tl.load(response_mean + (c * K + i), mask=real, other=0.0)
+            at = grad_folded + (c * (K * K) + i * K + j)
+            grad_scale += w[j] * tl.load(at, mask=real, other=0.0)
+        s = tl.load(grad_shift + (c * K + i), mask=real, other=0.0)
+        grad_scale -= s * tl.load(response_mean + (c * K + i), mask=real, other=0.0)
         one = tl.load(inverse + (c * K + i), mask=real, other=0.0)
         scale = one
-        of_one = of_scale
+        grad_inverse = grad_scale
         if AFFINE:
             a = tl.load(weight + (c * K + i), mask=real, other=0.0)
             scale = one * a
-            of_one = of_scale * a
-        of_mean = -scale * s
-        twice_of_var = -(one * one * one) * of_one
+            grad_inverse = grad_scale * a
+        grad_mean = -scale * s
+        twice_grad_var = -(one * one * one) * grad_inverse
         # Tap ``own`` of this response's kernel.
         tap = tl.load(feature + (c * (K * K) + i * K + own), mask=real, other=0.0)
-        level += of_mean * tap
+        level += grad_mean * tap
         for n in unroll(K):
-            row[n] += twice_of_var * tap * w[n]
+            row[n] += twice_grad_var * tap * w[n]
         if i == own:
-            tl.store(of_weight + (c * K + i), of_scale * one, mask=real)
+            tl.store(grad_weight + (c * K + i), grad_scale * one, mask=real)
             for j in unroll(K):
                 through = tl.zeros((BLOCK_C,), tl.float32)
                 for n in unroll(K):
                     at = covariance + (c * (K * K) + j * K + n)
                     through += w[n] * tl.load(at, mask=real, other=0.0)
                 place = c * (K * K) + i * K + j
-                found = scale * tl.load(of_folded + place, mask=real, other=0.0)
-                found += of_mean * tl.load(mean + (c * K + j), mask=real, other=0.0)
-                tl.store(of_feature + place, found + twice_of_var * through, mask=real)
+                found = scale * tl.load(grad_folded + place, mask=real, other=0.0)
+                found += grad_mean * tl.load(mean + (c * K + j), mask=real, other=0.0)
+                tl.store(grad_feature + place, found + twice_grad_var * through, mask=real)
         i += 1
     level = level * share
     for n in unroll(K):

@@ -1,6 +1,6 @@
-"""Launch the Triton kernels: one function for each kernel, and the sizes of its tiles.
+"""Launch the Triton kernels: one function per kernel, and the sizes of tiles and grids.
 
-Importing this needs triton, so ``backends.py`` does it only when asked.
+Requires triton, so ``backends.py`` imports it lazily.
 """
 
 import functools
@@ -15,9 +15,9 @@ from rfa_mmdet.ops.common.windows import Window
 from rfa_mmdet.ops.receptive_field.triton import kernels
 from rfa_mmdet.ops.receptive_field.triton.unroll import unrolled
 
-THREADS = 128  # of a program: an element each
-PROCESSORS = {"cpu": 1, "meta": 132}  # of what stands in for a GPU
-# Programs a multiprocessor: what the registers allow. More parts of a sum would cost memory.
+THREADS = 128  # per program, one element each
+PROCESSORS = {"cpu": 1, "meta": 132}  # of devices that replace a GPU in tests
+# Programs per multiprocessor, limited by registers. More would need memory for more partial sums.
 RESIDENT = 2
 
 
@@ -32,18 +32,18 @@ def launch(
     if x.is_cuda:
         with torch.cuda.device(x.device):
             kernel[grid](*arguments, **constants)
-    else:  # meta tensors, and Triton's interpreter
+    else:  # meta tensors or Triton's interpreter
         kernel[grid](*arguments, **constants)
 
 
 @functools.cache
 def kernel(name: str, kernel_size: tuple[int, int], new: int) -> Any:
-    """Compile a kernel for a window's size, and not for the size of its maps.
+    """Compile a kernel for a window size; it works for maps of any size.
 
     Args:
-        name (str): Of ``kernels.py``.
+        name (str): Name of the kernel in ``kernels.py``.
         kernel_size (tuple[int, int]): (KH, KW).
-        new (int): Rows of a window that a step down loads.
+        new (int): Rows of a window that each step down loads.
     """
     high, wide = kernel_size
     k = high * wide
@@ -59,20 +59,20 @@ def kernel(name: str, kernel_size: tuple[int, int], new: int) -> Any:
         **NUMBERS,
     )
     names = inspect.signature(function).parameters
-    # Compiled once for all values of its numbers.
+    # Do not recompile for other values of integer arguments.
     numbers = [name for name in names if name not in POINTERS and name not in CONSTANTS]
     return triton.jit(function, do_not_specialize=numbers)
 
 
-# What weighs the features: nothing, the attention of RFAConv, or two gates, which are of channels
-# and positions, or of rows and columns.
+# Weights of the features: none, RFAConv's attention, channel and position gates, or row and column
+# gates.
 BARE, ATTENTION, CHANNELS, ROWS = range(4)
 NUMBERS = dict(
     BARE=BARE,
     ATTENTION=ATTENTION,
     CHANNELS=CHANNELS,
     ROWS=ROWS,
-    SAMPLES=8,  # of a channel's values, whose mean is taken off against cancellation
+    SAMPLES=8,  # values per channel whose mean is subtracted to avoid cancellation
     LOG2_E=1.4426950408889634,
 )
 CONSTANTS = (
@@ -82,8 +82,16 @@ CONSTANTS = (
 POINTERS = (
     *("x", "table", "units", "slopes", "others", "first", "second", "taps", "grad_x"),
     *("sums", "shifts", "mean", "covariance", "attention", "shift", "feature", "weight", "bias"),
-    *("folded", "response_mean", "variance", "inverse", "of_folded", "of_shift", "of_feature"),
-    *("of_weight", "slope", "constant", "given"),
+    *(
+        "folded",
+        "response_mean",
+        "variance",
+        "inverse",
+        "grad_folded",
+        "grad_shift",
+        "grad_feature",
+    ),
+    *("grad_weight", "slope", "constant", "given"),
 )
 
 
@@ -92,9 +100,9 @@ class Maps(NamedTuple):
 
     Attributes:
         x (Tensor): The map.
-        window (Window): Of at most 9 positions.
-        channels_last (bool): Its memory format.
-        size (tuple[int, int]): (h, w), of the output.
+        window (Window): A window with at most 9 positions.
+        channels_last (bool): Whether x is channels_last rather than NCHW.
+        size (tuple[int, int]): Output size, (h, w).
     """
 
     x: Tensor
@@ -109,7 +117,7 @@ class Maps(NamedTuple):
         return min(step // apart, high) if step % apart == 0 else high
 
     def numbers(self) -> tuple[int, ...]:
-        """Return C, H, W, h, w, then strides, padding and dilation, as the kernels take them."""
+        """Return C, H, W, h, w, stride, padding and dilation, in the order of kernel arguments."""
         window = self.window
         pairs = (*window.stride, *window.padding, *window.dilation)
         return (*self.x.shape[1:], *self.size, *pairs)
@@ -120,24 +128,24 @@ class Maps(NamedTuple):
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def new_map(self, channels: int, size: tuple[int, int]) -> Tensor:
-        """Return new memory for a map, in the type and memory format of x."""
+        """Allocate a map with the dtype and memory format of x."""
         shape = (self.x.shape[0], channels, *size)
         x = self.x
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=self.layout)
 
     def tile(self, columns: int) -> dict[str, int]:
-        """Return BLOCK_Q and BLOCK_C: a warp's lanes along channels, or along columns in NCHW."""
+        """Return BLOCK_Q and BLOCK_C, with lanes along channels, or along columns in NCHW."""
         if self.channels_last:
             channels = min(32, triton.next_power_of_2(self.x.shape[1]))
             return dict(BLOCK_Q=THREADS // channels, BLOCK_C=channels, num_warps=4)
-        # The fewest lanes without a column.
+        # As few idle lanes as possible.
         block = min((128, 64, 32), key=lambda n: triton.cdiv(columns, n) * n)
         return dict(BLOCK_Q=block, BLOCK_C=1, num_warps=block // 32)
 
-    def of_chunk(self, chunk: "Chunk", resident: int = RESIDENT) -> Any:
-        """Return tile, grid and the rows of a program: those of the largest chunk for all.
+    def chunk_grid(self, chunk: "Chunk", resident: int = RESIDENT) -> Any:
+        """Return tile, grid and rows per program for the largest chunk; all chunks use them.
 
-        So that a part of a sum is the same program in each.
+        So each partial sum belongs to the same program in every chunk.
         """
         columns = chunk.most[0] * self.size[1]
         tile = self.tile(columns)
@@ -146,7 +154,7 @@ class Maps(NamedTuple):
     def grid(
         self, tile: dict[str, int], columns: int, rows: int, resident: int = RESIDENT
     ) -> tuple[tuple[int, int, int], int]:
-        """Return a grid of (columns, channels, groups of rows), and the rows of a group."""
+        """Return a grid of (columns, channels, groups of rows), and the rows per group."""
         across = triton.cdiv(columns, tile["BLOCK_Q"])
         deep = triton.cdiv(self.x.shape[1], tile["BLOCK_C"])
         warps = across * deep * tile["num_warps"]
@@ -156,7 +164,7 @@ class Maps(NamedTuple):
 
 
 def processors(x: Tensor) -> int:
-    """Return how many multiprocessors there are."""
+    """Return the number of multiprocessors."""
     if not x.is_cuda:
         return PROCESSORS[x.device.type]
     found: int = torch.cuda.get_device_properties(x.device).multi_processor_count
@@ -167,10 +175,10 @@ class Chunk(NamedTuple):
     """Rows of one image, or whole images, of the output.
 
     Attributes:
-        image, images (int): The first image, and how many there are.
-        row, rows (int): The first row, and how many there are.
-        most (tuple[int, int]): Images and rows of the largest chunk, the first one.
-        pitch (int): Units from one channel to the next in NCHW; at least the positions.
+        image, images (int): First image, and number of images.
+        row, rows (int): First row, and number of rows.
+        most (tuple[int, int]): Images and rows of the largest chunk, which is the first.
+        pitch (int): Stride between channels in NCHW; at least the number of positions.
     """
 
     image: int
@@ -181,12 +189,12 @@ class Chunk(NamedTuple):
     pitch: int
 
     def numbers(self) -> tuple[int, ...]:
-        """Return what kernels take."""
+        """Return the values that kernels take as arguments."""
         return self.images, self.image, self.row, self.rows, self.pitch
 
 
 def moments(maps: Maps) -> tuple[Tensor, Tensor]:
-    """Launch the kernels of the windows' mean (C, K) and covariance (C, K, K)."""
+    """Compute mean (C, K) and covariance (C, K, K) of the windows."""
     x, k = maps.x, maps.window.positions
     images, channels, high, wide = x.shape
     columns = images * maps.size[1]
@@ -220,12 +228,12 @@ def moments(maps: Maps) -> tuple[Tensor, Tensor]:
 
 
 class Gates(NamedTuple):
-    """What the features are weighed by.
+    """Weights of the features.
 
     Attributes:
         kind (int): BARE, ATTENTION, CHANNELS or ROWS.
-        first, second (Tensor | None): The gates: (B, C) and (B, K, h, w), or (B, C, kh, h) and
-            (B, C, kw, w), in channels_last (B, kh, h, C) and (B, kw, w, C).
+        first, second (Tensor | None): The gates: (B, C) and (B, K, h, w) for CHANNELS; for ROWS
+            (B, C, kh, h) and (B, C, kw, w), or channels_last (B, kh, h, C) and (B, kw, w, C).
     """
 
     kind: int
@@ -233,7 +241,7 @@ class Gates(NamedTuple):
     second: Tensor | None = None
 
     def pointers(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both, or anything in their place."""
+        """Return both gates, or placeholders if there are none."""
         if self.first is None or self.second is None:
             return x, x
         return self.first, self.second
@@ -242,8 +250,8 @@ class Gates(NamedTuple):
 def features(
     maps: Maps, table: Tensor, gates: Gates, relu: bool, units: Tensor, chunk: Chunk
 ) -> None:
-    """Launch the kernel of a chunk's features."""
-    tile, grid, steps = maps.of_chunk(chunk, RESIDENT + 1)
+    """Compute the weighted features of a chunk."""
+    tile, grid, steps = maps.chunk_grid(chunk, RESIDENT + 1)
     launch(
         kernel("features_kernel", maps.window.kernel_size, maps.new),
         grid,
@@ -257,8 +265,8 @@ def features(
 
 
 def parts(maps: Maps, c: Chunk) -> int:
-    """Return into how many parts the sums of a chunk are divided."""
-    grid: tuple[int, int, int] = maps.of_chunk(c)[1]
+    """Return the number of parts of a chunk's sums."""
+    grid: tuple[int, int, int] = maps.chunk_grid(c)[1]
     return grid[0] * grid[2]
 
 
@@ -274,8 +282,8 @@ def gradient(
     add: bool,
     chunk: Chunk,
 ) -> None:
-    """Launch the kernel of the gradients up to the activation, and the attention or the gates."""
-    tile, grid, steps = maps.of_chunk(chunk)
+    """Compute the gradients of the activation's input, and of the attention or the gates."""
+    tile, grid, steps = maps.chunk_grid(chunk)
     launch(
         kernel("gradient_kernel", maps.window.kernel_size, maps.new),
         grid,
@@ -299,8 +307,8 @@ def products(
     add: bool,
     chunk: Chunk,
 ) -> None:
-    """Launch the kernel of the gradients of kernels and taps."""
-    tile, grid, steps = maps.of_chunk(chunk)
+    """Compute the gradients of depthwise kernels and taps."""
+    tile, grid, steps = maps.chunk_grid(chunk)
     numbers = maps.numbers()
     launch(
         kernel("products_kernel", maps.window.kernel_size, maps.new),
@@ -315,10 +323,10 @@ def products(
 
 
 def fold(maps: Maps, taps: Tensor, grad_x: Tensor, c: Chunk) -> None:
-    """Launch the kernel that adds the taps' gradient to the values that they were.
+    """Add the gradient of the taps to the values of the map that they are copies of.
 
-    Chunks of an image come from above to below. Each writes the rows that it is the last one to
-    add to, and its part of those that the next one shares with it.
+    Chunks of an image come from top to bottom. Each writes the rows that no later chunk adds to,
+    and its partial sums for the rows that it shares with the next chunk.
     """
     (kh, _), (sh, sw), (ph, _), (dh, _) = maps.window
     high = maps.x.shape[2]
@@ -327,7 +335,7 @@ def fold(maps: Maps, taps: Tensor, grad_x: Tensor, c: Chunk) -> None:
     if c.row > 0:
         first = _within(c.row * sh - ph, high)
         given = _within((c.row - 1) * sh - ph + (kh - 1) * dh + 1, high)
-        # Where windows do not overlap, the chunk above has written all rows before this one's.
+        # If windows do not overlap, the chunk above has written all rows before this chunk's.
         given = max(first, given)
     if c.row + c.rows < maps.size[0]:
         until = (c.row + c.rows - 1) * sh - ph + (kh - 1) * dh + 1
@@ -356,7 +364,7 @@ def _within(row: int, high: int) -> int:
 def moments_gradient(
     maps: Maps, slope: Tensor, constant: Tensor, given: Tensor | None, grad_x: Tensor
 ) -> None:
-    """Launch the kernel of the gradient through the moments, added to the one that is given."""
+    """Compute the gradient through the moments, and add ``given`` to it."""
     images, _, high, wide = maps.x.shape
     columns = images * wide
     tile = maps.tile(columns)
@@ -368,7 +376,7 @@ def moments_gradient(
         grid,
         maps.x,
         (
-            # As fold_moments_backward() lays them out.
+            # fold_moments_backward() returns this layout, so nothing is copied.
             *(maps.x, constant.t().contiguous(), slope.permute(1, 2, 0).contiguous()),
             *(grad_x if given is None else given, grad_x, *maps.x.shape, *maps.size),
             *(*window.padding, *window.dilation, steps),
@@ -385,7 +393,7 @@ def moments_gradient(
 
 
 def add_up(maps: Maps, sums: Tensor, attention: Tensor, shift: Tensor, feature: Tensor) -> None:
-    """Launch the kernel that adds up the parts of a table's gradient."""
+    """Add up the parts of the table's gradient."""
     parts, rows, channels = sums.shape
     launch(
         kernel("sums_kernel", maps.window.kernel_size, 1),
@@ -405,7 +413,7 @@ def fold_moments(
     eps: float,
     count: int,
 ) -> tuple[Tensor, ...]:
-    """Launch the kernel of ``statistics.py``'s operator."""
+    """Implement the operator in ``statistics.py`` by one kernel."""
     channels, k = mean.shape
     folded = torch.empty_like(feature)
     found = tuple(mean.new_empty(channels * k) for _ in range(4))
@@ -423,8 +431,8 @@ def fold_moments(
 
 
 def fold_moments_backward(
-    of_folded: Tensor,
-    of_shift: Tensor,
+    grad_folded: Tensor,
+    grad_shift: Tensor,
     feature: Tensor,
     weight: Tensor | None,
     mean: Tensor,
@@ -433,22 +441,29 @@ def fold_moments_backward(
     inverse: Tensor,
     count: int,
 ) -> tuple[Tensor, ...]:
-    """Launch the kernel of its gradient."""
+    """Implement the operator in ``statistics.py`` by one kernel."""
     channels, k = mean.shape
-    of_feature, of_weight = torch.empty_like(feature), torch.empty_like(inverse)
+    grad_feature, grad_weight = torch.empty_like(feature), torch.empty_like(inverse)
     slope, constant = mean.new_empty(k, k, channels), mean.new_empty(k, channels)
     launch(
         kernel("fold_moments_gradient_kernel", (k, 1), 1),
         (k, triton.cdiv(channels, 32)),
         mean,
         (
-            *(of_folded, of_shift, feature, mean if weight is None else weight, mean, covariance),
-            *(response_mean, inverse, of_feature, of_weight, slope, constant),
+            *(
+                grad_folded,
+                grad_shift,
+                feature,
+                mean if weight is None else weight,
+                mean,
+                covariance,
+            ),
+            *(response_mean, inverse, grad_feature, grad_weight, slope, constant),
             *(1 / max(count, 1), channels),
         ),
         dict(AFFINE=weight is not None, **SMALL),
     )
-    return of_feature, of_weight, slope.permute(2, 0, 1), constant.t()
+    return grad_feature, grad_weight, slope.permute(2, 0, 1), constant.t()
 
 
-SMALL = dict(BLOCK_C=32, num_warps=1, num_stages=1)  # of a lane a channel
+SMALL = dict(BLOCK_C=32, num_warps=1, num_stages=1)  # one lane per channel

@@ -1,6 +1,6 @@
-"""The operators' kernels for CUDA: features of chunks by Triton, and their products by cuBLAS.
+"""CUDA kernels of the operators: Triton computes features by chunks, cuBLAS multiplies them.
 
-What there are no kernels for, such as windows of more than 9 positions, ``plain.py`` computes.
+Falls back to ``plain.py`` for unsupported arguments, such as windows with more than 9 positions.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,12 +34,13 @@ from rfa_mmdet.ops.receptive_field.triton.launch import (
     Maps,
 )
 
-# Shares of the second-level cache: forward, one buffer of features; backward, two, or three.
+# Fractions of the L2 cache for a buffer of features. There is one forward, and two (with gates,
+# three) backward.
 FORWARD, BACKWARD, GATED = 2, 5, 6
 
 
 def _window(pairs: Sequence[Pair]) -> Window:
-    return Window(*((a, b) for a, b in pairs))  # which the dispatcher hands on as lists
+    return Window(*((a, b) for a, b in pairs))  # the dispatcher passes lists
 
 
 def window_moments(x: Tensor, *window: Pair) -> tuple[Tensor, Tensor]:
@@ -88,8 +89,8 @@ def fold_moments(
 
 
 def fold_moments_backward(
-    of_feature: Tensor,
-    of_shift: Tensor,
+    grad_feature: Tensor,
+    grad_shift: Tensor,
     feature: Tensor,
     weight: Tensor | None,
     mean: Tensor,
@@ -98,9 +99,9 @@ def fold_moments_backward(
     """See statistics.py."""
     if not _takes_moments(mean):
         return statistics.fold_moments_backward(
-            of_feature, of_shift, feature, weight, mean, *others
+            grad_feature, grad_shift, feature, weight, mean, *others
         )
-    given = of_feature.contiguous(), of_shift.contiguous(), feature.contiguous()
+    given = grad_feature.contiguous(), grad_shift.contiguous(), feature.contiguous()
     return launch.fold_moments_backward(*given, weight, mean, *others)
 
 
@@ -153,7 +154,7 @@ def _gates(maps: Maps, first: Tensor, second: Tensor) -> Gates:
 
 
 def _bare_table(maps: Maps, feature: Tensor, shift: Tensor) -> Tensor:
-    """Return a table of which no kernel reads the rows of attention."""
+    """Return a table without attention: kernels do not read those rows."""
     return table_of(maps, shift, shift, feature)
 
 
@@ -171,9 +172,9 @@ def _convolve(
 
 
 class _Backward:
-    """Buffers of a backward pass, and what all of them do chunk by chunk.
+    """Buffers of a backward pass, and the steps that all operators perform for each chunk.
 
-    Nothing is added up by atomics: two runs give the same bits.
+    Deterministic: nothing uses atomics.
     """
 
     def __init__(
@@ -188,13 +189,13 @@ class _Backward:
         self.buffers: dict[str, Tensor] = {}
 
     def buffer(self, name: str, chunk: Chunk, rows: int = 0) -> Tensor:
-        """Return the buffer of a name; of ``rows`` values a position, by default K * C."""
+        """Return a buffer by name, with ``rows`` values per position, by default K * C."""
         if name not in self.buffers:  # the first chunk is the largest
             self.buffers[name] = self.products.buffer(rows or self.products.units, chunk)
         return self.buffers[name]
 
     def add(self, chunk: Chunk, kind: int, others: Tensor) -> None:
-        """Add up the gradients of table and map, from those in the buffer ``slopes``."""
+        """Accumulate the gradients of table and map from those in the buffer ``slopes``."""
         slopes = self.buffer("slopes", chunk)
         sums, add = self.partial_sums(chunk)
         launch.products(self.maps, self.table, kind, self.relu, slopes, others, sums, add, chunk)
@@ -202,7 +203,7 @@ class _Backward:
             launch.fold(self.maps, slopes, self.grad_x, chunk)
 
     def partial_sums(self, chunk: Chunk) -> tuple[Tensor, bool]:
-        """Return the parts of the table's gradient, and whether chunks before are in them."""
+        """Return the parts of the table's gradient, and whether to add to earlier chunks' parts."""
         channels = self.maps.x.shape[1]
         if self.sums is None:
             shape = (launch.parts(self.maps, chunk), self.table.numel() // channels, channels)
@@ -210,7 +211,7 @@ class _Backward:
         return self.sums, chunk.image + chunk.row > 0
 
     def gradients(self, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """Return those of x, and of attention, feature and shift."""
+        """Return the gradients of x, attention, feature and shift."""
         if not self.need_features:
             return self.grad_x, *(self.none for _ in parameters)
         found = tuple(torch.empty_like(p) for p in parameters)
@@ -220,21 +221,21 @@ class _Backward:
         return self.grad_x, *found
 
 
-def _of_weighed(
+def _conv_backward(
     grad_y: Tensor,
     run: _Backward,
     gates: Gates,
     weight: Tensor,
     needs: Sequence[bool],
-    of_gates: Callable[[Tensor, Chunk], None] | None,
+    add_gate_gradients: Callable[[Tensor, Chunk], None] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Go through all chunks of a convolution, and return the gradients of weight and bias.
+    """Process all chunks of a convolution, and return the gradients of weight and bias.
 
-    ``of_gates`` is called with the gradient of the product of both gates.
+    Calls ``add_gate_gradients`` with the gradient of the product of both gates.
     """
     maps, product = run.maps, run.products
-    need_kernels = needs[0] or needs[1] or of_gates is not None
-    share = BACKWARD if of_gates is None else GATED
+    need_kernels = needs[0] or needs[1] or add_gate_gradients is not None
+    share = BACKWARD if add_gate_gradients is None else GATED
     all_chunks = [*chunks(maps, chunk_bytes(maps.x, share))] if need_kernels or needs[2] else []
     for number, chunk in enumerate(all_chunks):
         grad, units = product.gradient(grad_y, chunk), run.buffer("units", chunk)
@@ -244,21 +245,21 @@ def _of_weighed(
             continue
         product.units_gradient(grad, units, chunk)
         slopes = run.buffer("slopes", chunk)
-        others = run.buffer("others", chunk, maps.x.shape[1] if of_gates is None else 0)
+        others = run.buffer("others", chunk, maps.x.shape[1] if add_gate_gradients is None else 0)
         launch.gradient(
             *(maps, run.table, gates, run.relu, units, slopes, others),
             *(*run.partial_sums(chunk), chunk),
         )
         if needs[2]:
             product.add_weight_gradient(grad, units, chunk, number, len(all_chunks))
-        if of_gates is not None:
-            of_gates(others, chunk)
+        if add_gate_gradients is not None:
+            add_gate_gradients(others, chunk)
         if needs[0] or needs[1]:
             run.add(chunk, gates.kind, others)
-    of_bias = run.none
+    grad_bias = run.none
     if needs[3]:
-        of_bias = grad_y.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype)
-    return product.weight_gradient(weight.dtype) if needs[2] else run.none, of_bias
+        grad_bias = grad_y.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype)
+    return product.weight_gradient(weight.dtype) if needs[2] else run.none, grad_bias
 
 
 def rfa_conv_backward(
@@ -282,8 +283,8 @@ def rfa_conv_backward(
     table = table_of(maps, attention, shift, feature)
     run = _Backward(maps, table, relu, weight, needs[:2])
     with products_as_convolutions(x.dtype):
-        of_weight, of_bias = _of_weighed(grad_y, run, Gates(ATTENTION), weight, needs, None)
-    return *run.gradients(attention, feature, shift), of_weight, of_bias
+        grad_weight, grad_bias = _conv_backward(grad_y, run, Gates(ATTENTION), weight, needs, None)
+    return *run.gradients(attention, feature, shift), grad_weight, grad_bias
 
 
 def gated_conv_backward(
@@ -309,30 +310,30 @@ def gated_conv_backward(
     totals = [torch.zeros_like(t, dtype=torch.float32) for t in (first, second)]
 
     def add(products: Tensor, chunk: Chunk) -> None:
-        # The units of this chunk are used up.
+        # Nothing needs the units of this chunk any more, so reuse their memory.
         used = run.products.windows(run.buffer("units", chunk), chunk)
         products = run.products.windows(products, chunk)
-        of_first, of_second = _gate_windows(maps, chunk, *totals)
+        grad_first, grad_second = _gate_windows(maps, chunk, *totals)
         one, other = _gate_windows(maps, chunk, first, second)
-        _add_sum(of_first, torch.mul(products, other, out=used))
-        _add_sum(of_second, products.mul_(one))
+        _add_sum(grad_first, torch.mul(products, other, out=used))
+        _add_sum(grad_second, products.mul_(one))
 
     with products_as_convolutions(x.dtype):
         gates = _gates(maps, first, second)
-        of_weight, of_bias = _of_weighed(grad_y, run, gates, weight, needs, add)
-    of_x, _, of_feature, of_shift = run.gradients(shift, feature, shift)
-    of_gates = (total.to(t.dtype) for total, t in zip(totals, (first, second), strict=True))
-    return of_x, of_feature, of_shift, *of_gates, of_weight, of_bias
+        grad_weight, grad_bias = _conv_backward(grad_y, run, gates, weight, needs, add)
+    grad_x, _, grad_feature, grad_shift = run.gradients(shift, feature, shift)
+    grad_gates = (total.to(t.dtype) for total, t in zip(totals, (first, second), strict=True))
+    return grad_x, grad_feature, grad_shift, *grad_gates, grad_weight, grad_bias
 
 
 def _add_sum(total: Tensor, values: Tensor) -> None:
-    """Add the sum over the axes along which a total would be broadcast."""
+    """Add values to a total of smaller shape, summed over the axes of size 1."""
     axes = [axis for axis, size in enumerate(total.shape) if size < values.shape[axis]]
     total += values.sum(axes, keepdim=True, dtype=total.dtype) if axes else values
 
 
 def _gate_windows(maps: Maps, chunk: Chunk, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """View the gates of a chunk as what is broadcast to (n, C, kh, kw, rows, w)."""
+    """Return views of the gates of a chunk, broadcastable to (n, C, kh, kw, rows, w)."""
     first, second = (t[chunk.image : chunk.image + chunk.images] for t in (first, second))
     rows = slice(chunk.row, chunk.row + chunk.rows)
     if first.dim() == 2:
@@ -369,16 +370,16 @@ def pool_coordinates(
         return plain.pool_coordinates(x, feature, shift, relu, *window)
     maps = maps_of(x, _window(window))
     (high, wide), (height, width) = maps.window.kernel_size, maps.size
-    of_rows = x.new_empty((*x.shape[:2], high, height), dtype=torch.float32)
-    of_columns = x.new_zeros((*x.shape[:2], wide, width), dtype=torch.float32)
+    row_means = x.new_empty((*x.shape[:2], high, height), dtype=torch.float32)
+    column_sums = x.new_zeros((*x.shape[:2], wide, width), dtype=torch.float32)
     for features, images, rows in _bare_features(maps, feature, shift, relu):
-        of_rows[images, ..., rows] = features.mean((3, 5), dtype=torch.float32)
-        of_columns[images] += features.sum((2, 4), dtype=torch.float32)
-    return of_rows, of_columns / (high * height)
+        row_means[images, ..., rows] = features.mean((3, 5), dtype=torch.float32)
+        column_sums[images] += features.sum((2, 4), dtype=torch.float32)
+    return row_means, column_sums / (high * height)
 
 
 def _bare_features(maps: Maps, feature: Tensor, shift: Tensor, relu: bool) -> Any:
-    """Yield features (n, C, kh, kw, rows, w), and the images and rows that they are of."""
+    """Yield features (n, C, kh, kw, rows, w), and their images and rows."""
     table, product = _bare_table(maps, feature, shift), Products(maps, None)
     units: Tensor | None = None
     for chunk in chunks(maps, chunk_bytes(maps.x, FORWARD)):
@@ -407,12 +408,12 @@ def pool_channels_backward(
 
     def write(slopes: Tensor, images: slice, rows: slice) -> None:
         slopes = slopes.flatten(2, 3)
-        of_largest, of_mean = grad[images, :, :, rows].to(slopes.dtype).split(1, 1)
-        slopes.copy_(of_mean / x.shape[1])
+        grad_largest, grad_mean = grad[images, :, :, rows].to(slopes.dtype).split(1, 1)
+        slopes.copy_(grad_mean / x.shape[1])
         index = largest[images, :, rows].long().unsqueeze(1)
-        slopes.scatter_add_(1, index, of_largest)
+        slopes.scatter_add_(1, index, grad_largest)
 
-    return _of_bare(x, feature, shift, relu, needs, _window(window), write)
+    return _features_backward(x, feature, shift, relu, needs, _window(window), write)
 
 
 def pool_coordinates_backward(
@@ -431,16 +432,16 @@ def pool_coordinates_backward(
             grad_rows, grad_columns, x, feature, shift, relu, needs, *window
         )
     (high, wide), (height, width) = window[0], _window(window).output_size(x.shape[2:])
-    of_rows, of_columns = grad_rows / (wide * width), grad_columns / (high * height)
+    grad_rows, grad_columns = grad_rows / (wide * width), grad_columns / (high * height)
 
     def write(slopes: Tensor, images: slice, rows: slice) -> None:
-        first = of_rows[images, ..., rows][:, :, :, None, :, None]
-        torch.add(first, of_columns[images][:, :, None, :, None, :], out=slopes)
+        first = grad_rows[images, ..., rows][:, :, :, None, :, None]
+        torch.add(first, grad_columns[images][:, :, None, :, None, :], out=slopes)
 
-    return _of_bare(x, feature, shift, relu, needs, _window(window), write)
+    return _features_backward(x, feature, shift, relu, needs, _window(window), write)
 
 
-def _of_bare(
+def _features_backward(
     x: Tensor,
     feature: Tensor,
     shift: Tensor,
@@ -449,7 +450,7 @@ def _of_bare(
     window: Window,
     write: Callable[[Tensor, slice, slice], None],
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of x, feature and shift from that of the features, by chunks."""
+    """Return the gradients of x, feature and shift, given a function that writes the features'."""
     maps = maps_of(x, window)
     run = _Backward(maps, _bare_table(maps, feature, shift), relu, None, needs)
     for chunk in chunks(maps, chunk_bytes(x, BACKWARD)):
@@ -459,8 +460,8 @@ def _of_bare(
         if relu:
             launch.features(maps, run.table, Gates(BARE), relu, features, chunk)
         run.add(chunk, BARE, features)
-    of_x, _, of_feature, of_shift = run.gradients(shift, feature, shift)
-    return of_x, of_feature, of_shift
+    grad_x, _, grad_feature, grad_shift = run.gradients(shift, feature, shift)
+    return grad_x, grad_feature, grad_shift
 
 
 KERNELS = (
@@ -476,7 +477,7 @@ def register(key: str) -> None:
     """Register the kernels for a dispatch key, once.
 
     Args:
-        key (str): 'CUDA'; 'CPU' where Triton's interpreter is to take the place of the C++ kernels.
+        key (str): 'CUDA', or 'CPU' to test with Triton's interpreter instead of the C++ kernels.
     """
     for function in KERNELS:
         _LIBRARY.impl(function.__name__, or_plain(function), key)

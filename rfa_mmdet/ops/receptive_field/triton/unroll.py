@@ -1,14 +1,14 @@
-"""Write out loops over the positions of a window before Triton reads a kernel.
+"""Unroll loops over the positions of a window before Triton compiles a kernel.
 
-A kernel holds the K values of a window, and K * K coefficients, in registers. Triton has no arrays
-of tensors (tuples from 3.4 on, and 2.1, which torch 2.1 brings, none at all), so the kernels are
-written with loops and arrays, and what Triton compiles has a name for each value instead:
+Kernels hold the K values of a window, and K * K coefficients, in registers. Triton has no arrays of
+tensors (tuples only since 3.4; torch 2.1 ships 2.1), so kernels are written with loops and arrays,
+and expanded to source with one variable per value:
 
     for j in unroll(KW):                     row_0 = tap_3
         row[j] = tap[KW + j]       ->        row_1 = tap_4
                                              row_2 = tap_5
 
-Parts that several kernels share are put in by ``include``, and use the names of the kernel.
+``include`` inserts fragments that several kernels share; they use the kernel's variables.
 """
 
 import ast
@@ -20,32 +20,32 @@ from typing import Any
 
 
 def unroll(count: int) -> range:
-    """Mark a loop to be written out, in the source of a kernel."""
-    raise TypeError("unroll() is for the source of kernels; see unrolled()")
+    """Mark a loop to unroll, in the source of a kernel."""
+    raise TypeError("unroll() is only for the source of kernels; see unrolled()")
 
 
 def include(part: Callable[[], None], **constants: int) -> None:
-    """Mark where the statements of a part belong, in the source of a kernel.
+    """Insert the statements of a fragment into the source of a kernel.
 
     Args:
-        part (Callable): Without arguments, of the same module.
-        constants (int): What names of its source stand for.
+        part (Callable): A function without arguments, in the same module.
+        constants (int): Values of names in its source.
     """
-    raise TypeError("include() is for the source of kernels; see unrolled()")
+    raise TypeError("include() is only for the source of kernels; see unrolled()")
 
 
 def unrolled(function: Callable[..., Any], **constants: float) -> Callable[..., Any]:
-    """Write a function out.
+    """Unroll a function.
 
-    Loops over ``unroll(n)`` become n copies of their body, and elements of lists become variables
-    where the index is a number by then. Constants are put in by their names.
+    Loops over ``unroll(n)`` become n copies of their body. Elements of lists become variables if
+    the index is then a number. Constants replace their names.
 
     Args:
-        function (Callable): With source.
-        constants (float): What names of its source stand for.
+        function (Callable): A function whose source is available.
+        constants (float): Values of names in its source.
 
     Returns:
-        Callable: The function, with source, of the same name and globals.
+        Callable: The function, with source and with the same name and globals.
 
     Example:
         >>> def total(values):
@@ -64,7 +64,7 @@ def unrolled(function: Callable[..., Any], **constants: float) -> Callable[..., 
     text = ast.unparse(ast.fix_missing_locations(tree)) + "\n"
     settings = ", ".join(f"{name}={value}" for name, value in constants.items())
     name = f"<{function.__name__} for {settings}>"
-    # Where inspect, and with it Triton, looks for the source.
+    # inspect, and thus Triton, finds the source here.
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     found: dict[str, Any] = {}
     exec(compile(text, name, "exec"), function.__globals__, found)
@@ -81,7 +81,7 @@ def _parsed(function: Callable[..., Any]) -> ast.FunctionDef:
 
 
 class _Unroll(ast.NodeTransformer):
-    """Write out statements, given what names stand for."""
+    """Unrolls statements, given the values of names."""
 
     def __init__(self, constants: dict[str, float], parts: dict[str, Any]) -> None:
         self.constants, self.parts = constants, parts
@@ -89,7 +89,7 @@ class _Unroll(ast.NodeTransformer):
     def block(self, statements: list[ast.stmt]) -> list[ast.stmt]:
         found: list[ast.stmt] = []
         for statement in statements:
-            made = self.visit(ast.parse(ast.unparse(statement)).body[0])  # a copy of its own
+            made = self.visit(ast.parse(ast.unparse(statement)).body[0])  # a deep copy
             found += made if isinstance(made, list) else [made] if made else []
         return found
 
@@ -144,7 +144,7 @@ class _Unroll(ast.NodeTransformer):
 
 
 def _number(node: ast.expr) -> int | None:
-    """Return the value of an expression of numbers alone."""
+    """Return the value of a constant integer expression; None for others."""
     for part in ast.walk(node):
         if isinstance(part, (ast.Slice, ast.Tuple)):
             return None
