@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 
 from rfa_mmdet import layers
@@ -96,7 +96,6 @@ def draw_cifar(root, number: str):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_two_steps_and_predictions(path, tmp_path, monkeypatch):
     cfg = Config.fromfile(path)
-    init_default_scope(cfg.default_scope)
     data = path.stem.rsplit("_", 1)[1]
     if data == "in1k":
         draw_imagenet(tmp_path)
@@ -105,7 +104,9 @@ def test_two_steps_and_predictions(path, tmp_path, monkeypatch):
         cfg.val_dataloader.dataset.pipeline[2].crop_size = 64
     else:
         draw_cifar(tmp_path, data.removeprefix("cifar"))
-        kind = DATASETS.get(cfg.train_dataloader.dataset.type)
+        from mmpretrain import datasets
+
+        kind = getattr(datasets, cfg.train_dataloader.dataset.type)
         for key in ("train_list", "test_list"):  # without the checksums of the real files
             monkeypatch.setattr(kind, key, [[file, None] for file, _ in getattr(kind, key)])
     for part in ("train", "val"):
