@@ -113,6 +113,7 @@ print("aten::softmax" in complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS)
 # (file, assigned name) -> why this is allowed.
 ALLOWED = {
     ("cli/command_line.py", "sys.excepthook"): "restored when the tool ends",
+    ("cli/command_line.py", "sys.unraisablehook"): "after Ctrl-C, when the process ends",
     ("__main__.py", "sys.argv"): "the tool's own arguments, in a process that runs nothing else",
     ("ops/receptive_field/triton/unroll.py", "linecache.cache"): "source for names of our own",
 }
