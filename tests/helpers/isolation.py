@@ -1,6 +1,8 @@
 """Isolate tests from those that ran before in the same process."""
 
 import random
+import signal
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,6 +14,17 @@ def seed(value: int) -> None:
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    # Some tools raise KeyboardInterrupt on SIGTERM. In a later test, a pool that ends its workers
+    # with SIGTERM would fork processes that unwind into pytest and run it a second time.
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return (yield)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.hookimpl(tryfirst=True)
