@@ -59,7 +59,7 @@ def cluster() -> Iterator[Cluster]:
     try:
         yield Cluster({"SLURM_CONF": str(Path(folder, "slurm.conf"))})
     finally:
-        # Closing its stdin would not do: a data loader's worker, forked meanwhile, holds it open.
+        # Closing its stdin is not enough: a process forked meanwhile may hold it open.
         process.terminate()
         process.communicate(timeout=PATIENCE)
     assert not Path(folder).exists()
