@@ -198,6 +198,18 @@ def test_kernels_of_strided_layers_are_efficient(channels_last):
     assert faults(90, *of_stride, spare, MOST_OF_STRIDE_2) == []
 
 
+@pytest.mark.parametrize(
+    "channels_last", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["nchw", "nhwc"]
+)
+def test_kernels_of_dilated_windows_compile(channels_last):
+    """Their steps down share no rows with the window above, so some loops have no turns."""
+    window = Window((3, 3), (1, 1), (2, 2), (2, 2))
+    x = empty_map((2, 32, 20, 24), torch.float32, channels_last)
+    found = launches(of_rfa_conv(x, 8, window))
+    assert len({launch.name for launch in found}) == 10
+    assert all(aot.compile_for(90, launch).registers for launch in aot.distinct(found))
+
+
 @pytest.mark.slow
 @in_both_layouts
 def test_offsets_in_the_largest_maps_fit_in_32_bits(channels_last):

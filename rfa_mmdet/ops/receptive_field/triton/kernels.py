@@ -7,7 +7,8 @@ some rows of one image, or whole images.
 Each thread walks down a column of windows of one channel, with the channel's K * K coefficients and
 the K taps in registers, so a step only loads the taps of new rows. Adjacent lanes are adjacent in
 memory: channels in channels_last, where a tile is BLOCK_Q columns x BLOCK_C channels; columns in
-NCHW, where BLOCK_C is 1.
+NCHW, where BLOCK_C is 1. There, what belongs to the channel is a scalar: Triton's compiler takes
+time in proportion to the number of loads and stores of blocks, squared.
 
 The kernels use the language of Triton 2.1, which torch 2.1 ships: no tuples. Matrix products are
 left to cuBLAS, because tl.dot behaves differently in each version and on each GPU.
@@ -29,27 +30,46 @@ from rfa_mmdet.ops.receptive_field.triton.unroll import unroll as unroll
 
 
 @triton.jit
-def _columns(images, C, w, stride_w, pad_w, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Image, output column, first column of the window, (1, BLOCK_Q); channel, (BLOCK_C, 1).
+def _channels(CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Channels of this program: (BLOCK_C,), or a scalar in NCHW."""
+    first = tl.program_id(1) * BLOCK_C
+    return first + tl.arange(0, BLOCK_C) if CHANNELS_LAST else first
 
-    Also a mask of the real elements of a tile, (BLOCK_C, BLOCK_Q). All versions of Triton put lanes
-    along the first axis if both are possible.
+
+@triton.jit
+def _columns(
+    images,
+    C,
+    w,
+    stride_w,
+    pad_w,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Image, output column, first column of the window, (1, BLOCK_Q).
+
+    Also the channel, (BLOCK_C, 1) or a scalar, and a mask of the real elements of a tile,
+    (BLOCK_C, BLOCK_Q). All versions of Triton put lanes along the first axis if both are possible.
     """
     q = (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q))[None, :]
-    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
+    c = _channels(CHANNELS_LAST, BLOCK_C)
+    c = c[:, None] if CHANNELS_LAST else c
     image = q // w
     column = q - image * w
     return image, column, column * stride_w - pad_w, c, (q < images * w) & (c < C)
 
 
 @triton.jit
-def _write_sum(sums, row, rows, C, tile, add, BLOCK_C: tl.constexpr):
-    """Write this program's partial sum for each channel, or add to the stored one."""
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+def _write_sum(sums, row, rows, C, tile, add, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Write this program's partial sum for each channel, or add to the stored one if ``add``."""
+    c = _channels(CHANNELS_LAST, BLOCK_C)
     part = tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
     to = sums + (part * rows + row) * C + c
     found = tl.sum(tile, 1)
-    found += tl.load(to, mask=(c < C) & (add != 0), other=0.0)
+    found = found if CHANNELS_LAST else tl.sum(found, 0)
+    if add is not None:
+        found += tl.load(to, mask=(c < C) & (add != 0), other=0.0)
     tl.store(to, found, mask=c < C)
 
 
@@ -116,7 +136,9 @@ def _step_down():
 
 def _locate():
     """Compute the columns and channels of this program, and the strides of the map."""
-    image, column, left, c, real = _columns(images, C, w, stride_w, pad_w, BLOCK_Q, BLOCK_C)
+    image, column, left, c, real = _columns(
+        images, C, w, stride_w, pad_w, CHANNELS_LAST, BLOCK_Q, BLOCK_C
+    )
     x_column = C if CHANNELS_LAST else 1
     x_channel = 1 if CHANNELS_LAST else H * W
     x_row = W * x_column
@@ -224,7 +246,7 @@ def moments_kernel(
     first, second = [], []
     include(_locate)
     cells = images * H * W // (2 * SAMPLES)
-    shift = tl.zeros((BLOCK_C, 1), tl.float32)
+    shift = 0.0
     for i in unroll(SAMPLES):
         cell = cells * (2 * i + 1)
         at = cell // (H * W) * (C - x_column) * (H * W) + cell * x_column
@@ -247,10 +269,10 @@ def moments_kernel(
         line += 1
     for n in unroll(K):
         tile = tl.where(real, first[n], 0.0)
-        _write_sum(sums, n, K + PAIRS, C, tile, 0, BLOCK_C)
+        _write_sum(sums, n, K + PAIRS, C, tile, None, CHANNELS_LAST, BLOCK_C)
     for n in unroll(PAIRS):
         tile = tl.where(real, second[n], 0.0)
-        _write_sum(sums, K + n, K + PAIRS, C, tile, 0, BLOCK_C)
+        _write_sum(sums, K + n, K + PAIRS, C, tile, None, CHANNELS_LAST, BLOCK_C)
 
 
 def features_kernel(
@@ -400,8 +422,10 @@ def gradient_kernel(
         line += 1
     for i in unroll(K):
         if GATES == ATTENTION:
-            _write_sum(sums, i, K * (K + 2), C, grad_score[i] * (1 / K), add, BLOCK_C)
-        _write_sum(sums, K + i, K * (K + 2), C, grad_bias[i], add, BLOCK_C)
+            _write_sum(
+                sums, i, K * (K + 2), C, grad_score[i] * (1 / K), add, CHANNELS_LAST, BLOCK_C
+            )
+        _write_sum(sums, K + i, K * (K + 2), C, grad_bias[i], add, CHANNELS_LAST, BLOCK_C)
 
 
 def products_kernel(
@@ -472,9 +496,9 @@ def products_kernel(
         line += 1
     if GATES == BARE:
         for i in unroll(K):
-            _write_sum(sums, K + i, K * (K + 2), C, grad_bias[i], add, BLOCK_C)
+            _write_sum(sums, K + i, K * (K + 2), C, grad_bias[i], add, CHANNELS_LAST, BLOCK_C)
     for n in unroll(K * K):
-        _write_sum(sums, 2 * K + n, K * (K + 2), C, grad_weight[n], add, BLOCK_C)
+        _write_sum(sums, 2 * K + n, K * (K + 2), C, grad_weight[n], add, CHANNELS_LAST, BLOCK_C)
 
 
 def fold_kernel(
@@ -505,7 +529,7 @@ def fold_kernel(
 ):
     """Sum, for each value of the map, of the gradients of all taps that it occurs in."""
     near, unit = [], []
-    image, column, _, c, real = _columns(images, C, W, 1, 0, BLOCK_Q, BLOCK_C)
+    image, column, _, c, real = _columns(images, C, W, 1, 0, CHANNELS_LAST, BLOCK_Q, BLOCK_C)
     x_column = C if CHANNELS_LAST else 1
     x_channel = 1 if CHANNELS_LAST else H * W
     next_unit = C if CHANNELS_LAST else pitch
@@ -564,15 +588,15 @@ def moments_gradient_kernel(
     rows.
     """
     near, seen, value, weight, bias = [], [], [], [], []
-    image, column, _, c, real = _columns(images, C, W, 1, 0, BLOCK_Q, BLOCK_C)
+    image, column, _, c, real = _columns(images, C, W, 1, 0, CHANNELS_LAST, BLOCK_Q, BLOCK_C)
     x_column = C if CHANNELS_LAST else 1
     x_channel = 1 if CHANNELS_LAST else H * W
     x_row = W * x_column
     for i in unroll(K):
         bias[i] = tl.load(constant + (c + i * C), mask=c < C, other=0.0)
         for j in unroll(K - i):
-            at = slope + (c + (i * K + i + j) * C)
-            weight[i * K + i + j] = tl.load(at, mask=c < C, other=0.0)
+            entry = slope + (c + (i * K + i + j) * C)
+            weight[i * K + i + j] = tl.load(entry, mask=c < C, other=0.0)
     for j in unroll(KW):
         right = column + pad_w - j * dilation_w
         inside = (right >= 0) & (right < w * STRIDE_W) & (right % STRIDE_W == 0)

@@ -15,7 +15,7 @@ from rfa_mmdet.ops.common.windows import Window
 from rfa_mmdet.ops.receptive_field.triton import kernels
 from rfa_mmdet.ops.receptive_field.triton.unroll import unrolled
 
-THREADS = 128  # per program, one element each
+THREADS = 128  # per program in channels_last, one element each; 32 in NCHW
 PROCESSORS = {"cpu": 1, "meta": 132}  # of devices that replace a GPU in tests
 # Programs per multiprocessor, limited by registers. More would need memory for more partial sums.
 RESIDENT = 2
@@ -133,14 +133,16 @@ class Maps(NamedTuple):
         x = self.x
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=self.layout)
 
-    def tile(self, columns: int) -> dict[str, int]:
-        """Return BLOCK_Q and BLOCK_C, with lanes along channels, or along columns in NCHW."""
+    @property
+    def tile(self) -> dict[str, int]:
+        """BLOCK_Q and BLOCK_C, with lanes along channels, or along columns in NCHW.
+
+        It does not depend on the map's height and width, so that few kernels have to be compiled.
+        """
         if self.channels_last:
             channels = min(32, triton.next_power_of_2(self.x.shape[1]))
             return dict(BLOCK_Q=THREADS // channels, BLOCK_C=channels, num_warps=4)
-        # As few idle lanes as possible.
-        block = min((128, 64, 32), key=lambda n: triton.cdiv(columns, n) * n)
-        return dict(BLOCK_Q=block, BLOCK_C=1, num_warps=block // 32)
+        return dict(BLOCK_Q=32, BLOCK_C=1, num_warps=1)
 
     def chunk_grid(self, chunk: "Chunk", resident: int = RESIDENT) -> Any:
         """Return tile, grid and rows per program for the largest chunk; all chunks use them.
@@ -148,7 +150,7 @@ class Maps(NamedTuple):
         So each partial sum belongs to the same program in every chunk.
         """
         columns = chunk.most[0] * self.size[1]
-        tile = self.tile(columns)
+        tile = self.tile
         return tile, *self.grid(tile, columns, chunk.most[1], resident)
 
     def grid(
@@ -198,7 +200,7 @@ def moments(maps: Maps) -> tuple[Tensor, Tensor]:
     x, k = maps.x, maps.window.positions
     images, channels, high, wide = x.shape
     columns = images * maps.size[1]
-    tile = maps.tile(columns)
+    tile = maps.tile
     grid, steps = maps.grid(tile, columns, maps.size[0], 2 * RESIDENT)
     parts = grid[0] * grid[2]
     pairs = k * (k + 1) // 2
@@ -343,7 +345,7 @@ def fold(maps: Maps, taps: Tensor, grad_x: Tensor, c: Chunk) -> None:
     if first >= last:
         return
     columns = c.images * maps.x.shape[3]
-    tile = maps.tile(columns)
+    tile = maps.tile
     grid, steps = maps.grid(tile, columns, last - first, 8)
     launch(
         kernel("fold_kernel", maps.window.kernel_size, 1),
@@ -367,7 +369,7 @@ def moments_gradient(
     """Compute the gradient through the moments, and add ``given`` to it."""
     images, _, high, wide = maps.x.shape
     columns = images * wide
-    tile = maps.tile(columns)
+    tile = maps.tile
     grid, steps = maps.grid(tile, columns, high, 2 * RESIDENT)
     window = maps.window
     next_ = 1 if window.dilation[0] == 1 else 2 * window.kernel_size[0] - 1
