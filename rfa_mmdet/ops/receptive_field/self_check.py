@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -86,13 +87,19 @@ def failure(case: Case) -> Exception | None:
     if not is_known(case):
         if case.device.type == "cuda" and os.environ.get("LOCAL_RANK", "0") == "0":
             _announce()
-        with one_process_at_a_time(triton_cache()):
+        with one_process_at_a_time(triton_cache() / _lock_name(case)):
             error = _failure(case)
         if error is None:
             PASSED.add(case)
         else:
             FAILED[case.device, case.dtype] = error
     return FAILED.get((case.device, case.dtype))
+
+
+def _lock_name(case: Case) -> str:
+    # Processes that compile other kernels need not wait.
+    kind = zlib.crc32(repr((case.dtype, case.channels_last, case.operators)).encode())
+    return f"rfa_mmdet-{kind:08x}.lock"
 
 
 def _failure(case: Case) -> Exception | None:
@@ -152,25 +159,25 @@ def _announce() -> None:
 
 
 @contextmanager
-def one_process_at_a_time(folder: Path) -> Iterator[None]:
+def one_process_at_a_time(path: Path) -> Iterator[None]:
     """Let one process compile at a time, because Triton would compile the same kernels in each.
 
     The system releases the lock if its holder dies. After waiting for :data:`PATIENCE`, or without
     file locks, a process continues without the lock, which only costs time.
 
     Args:
-        folder (Path): A folder that the processes share.
+        path (Path): A file that the processes share; created with its folder if missing.
 
     Example:
         >>> from tempfile import mkdtemp
-        >>> with one_process_at_a_time(Path(mkdtemp())):
+        >>> with one_process_at_a_time(Path(mkdtemp(), "lock")):
         ...     pass
     """
     try:
         import fcntl
 
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "rfa_mmdet.lock").open("w")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
     except (ImportError, OSError):  # Windows; read-only folder
         yield
         return

@@ -232,7 +232,7 @@ def fork(function, *args) -> int:
 
 
 def hold(folder, pipe) -> None:
-    with self_check.one_process_at_a_time(folder):
+    with self_check.one_process_at_a_time(folder / "lock"):
         os.write(pipe, b"x")
         signal.pause()
 
@@ -252,19 +252,22 @@ def holder(tmp_path):
 
 def test_lock_is_released_when_its_holder_dies(tmp_path, holder):
     os.kill(holder, signal.SIGKILL)
-    with self_check.one_process_at_a_time(tmp_path):  # does not wait for PATIENCE
+    with self_check.one_process_at_a_time(tmp_path / "lock"):  # does not wait for PATIENCE
         pass
 
 
 def test_waiting_for_a_hanging_process_ends(tmp_path, holder, monkeypatch):
     monkeypatch.setattr(self_check, "PATIENCE", 0.2)
-    with self_check.one_process_at_a_time(tmp_path):
+    with self_check.one_process_at_a_time(tmp_path / "lock"):
         os.kill(holder, 0)
 
 
 def come_and_go(folder) -> None:
     for _ in range(20):
-        with self_check.one_process_at_a_time(folder), (folder / "log").open("a", 1) as log:
+        with (
+            self_check.one_process_at_a_time(folder / "lock"),
+            (folder / "log").open("a", 1) as log,
+        ):
             log.write("in\n")
             log.write("out\n")
 
@@ -277,7 +280,7 @@ def test_one_process_at_a_time(tmp_path):
 
 def test_missing_lock_is_ignored(tmp_path):
     (tmp_path / "file").touch()
-    with self_check.one_process_at_a_time(tmp_path / "file"):
+    with self_check.one_process_at_a_time(tmp_path / "file" / "lock"):
         pass
 
 
