@@ -1,18 +1,22 @@
 """Checks of the receptive-field layers on a device, run as steps by benchmarks/gpu.py.
 
+compile: compile the kernels of all measured layers in parallel, to keep it out of later steps.
 cases: every layer forward and backward on small inputs, e.g. under compute-sanitizer.
 graphs: the layers compute the same in CUDA graphs as without.
 training: tools/train.py on drawn shapes; the loss must fall.
 """
 
 import copy
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -21,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.candidates import build
-from benchmarks.parity import inference, make_input, outputs_and_gradients
-from benchmarks.sizes import InputSize
+from benchmarks.parity import PARITY_SHAPES, inference, make_input, outputs_and_gradients
+from benchmarks.sizes import SIZES, InputSize
 from rfa_mmdet.cli.command_line import user_errors
 from rfa_mmdet.data.shapes import make_shapes
 from rfa_mmdet.errors import UserError
@@ -43,6 +47,34 @@ def layers(device: torch.device) -> Iterator[tuple[str, nn.Module, Tensor]]:
                 layer = build(op, shape).to(device, memory_format=layout)
                 x = make_input(shape, torch.float32, device).contiguous(memory_format=layout)
                 yield f"{op} {shape} {str(layout).removeprefix('torch.')}", layer, x
+
+
+def compile_kernels(device: torch.device) -> str:
+    """Run every layer on all sizes that later steps use, in parallel processes.
+
+    Returns:
+        str: The number of processes that ran; Triton keeps what they compiled.
+    """
+    halves = (None, torch.bfloat16)
+    layouts = (torch.contiguous_format, torch.channels_last)
+    jobs = list(itertools.product(OPS, halves, layouts))
+    processes = min(len(jobs), os.cpu_count() or 1)
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(processes, context) as pool:
+        for future in [pool.submit(_run_sizes, device, *job) for job in jobs]:
+            future.result()
+    return f"{len(jobs)} combinations of layer, dtype and layout in {processes} processes"
+
+
+def _run_sizes(
+    device: torch.device, op: str, half: torch.dtype | None, layout: torch.memory_format
+) -> None:
+    torch.set_num_threads(1)
+    for shape in (*SHAPES, *PARITY_SHAPES, *SIZES["gpu" if device.type == "cuda" else "tiny"]):
+        layer = build(op, shape).to(device, memory_format=layout)
+        x = make_input(shape, torch.float32, device).contiguous(memory_format=layout)
+        inference(layer, x, half)
+        outputs_and_gradients(layer, x, True, half)
 
 
 def check_cases(device: torch.device) -> str:
@@ -149,7 +181,7 @@ def check_training(device: torch.device, tiny: bool, out: Path) -> str:
 def main() -> None:
     """Run a check; the last line printed summarises it."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("check", choices=["cases", "graphs", "training"])
+    parser.add_argument("check", choices=["compile", "cases", "graphs", "training"])
     parser.add_argument("--device", type=torch.device, default="cuda", help="(%(default)s)")
     parser.add_argument("--tiny", action="store_true", help="training: only a few iterations")
     parser.add_argument("--out", type=Path, help="training: JSON to write")
@@ -159,7 +191,8 @@ def main() -> None:
             parser.error("training needs --out")
         print(check_training(args.device, args.tiny, args.out))
     else:
-        print({"cases": check_cases, "graphs": check_graphs}[args.check](args.device))
+        checks = {"compile": compile_kernels, "cases": check_cases, "graphs": check_graphs}
+        print(checks[args.check](args.device))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ from torch import Tensor, nn
 
 from benchmarks.baselines import Formula
 from benchmarks.sizes import InputSize
-from tests.helpers.tolerances import KINKS, TOLERANCES
+from tests.helpers.tolerances import KINKS, TOLERANCES, without_tf32
 
 # Nearly zero gradients, e.g. of a bias before BN, are only rounding errors. Compare them with at
 # least this fraction of the largest gradient.
 LEAST = 1e-2
+# Odd sizes, to test all borders of tiles; small enough for float64.
+PARITY_SHAPES = (InputSize(2, 64, 9, 7), InputSize(2, 64, 13, 10, 2))
 
 
 def make_input(shape: InputSize, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -51,6 +53,7 @@ def outputs_and_gradients(
     return {"output": output.detach(), **dict(zip(named, gradients, strict=True))}
 
 
+@without_tf32()
 def differences(
     op: str,
     layer: nn.Module,
@@ -62,6 +65,7 @@ def differences(
 
     Errors are relative to the norm of the formula's result in float64. If the formula itself
     exceeds the tolerance in lower precision, the layer's error may be up to 1.5 times as large.
+    Nothing is rounded to TF32 here; the timed runs may do that, as convolutions do by default.
 
     Args:
         op (str): Name of the op.

@@ -25,7 +25,7 @@ from benchmarks.baselines import Formula, plain_conv
 from benchmarks.candidates import OPS, builders, is_plugin
 from benchmarks.detector import measure_detector
 from benchmarks.measure import interleaved, peak_bytes, ratio, saved_bytes, spread
-from benchmarks.parity import differences, make_input
+from benchmarks.parity import PARITY_SHAPES, differences, make_input
 from benchmarks.sizes import SIZES, InputSize
 from rfa_mmdet.analysis.machine import describe_machine
 from rfa_mmdet.cli.command_line import user_errors
@@ -33,8 +33,6 @@ from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
-# Odd sizes, to test all borders of tiles; small enough for float64.
-PARITY_SHAPES = (InputSize(2, 64, 9, 7), InputSize(2, 64, 13, 10, 2))
 
 
 def parse_args(argv: list[str]) -> Namespace:

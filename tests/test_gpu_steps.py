@@ -172,7 +172,7 @@ def test_steps_skipped_with_one_gpu_or_none():
     assert skipped["second device"] == "there is one GPU"
     skipped = {step.name: step.skip for step in plan("cpu", True, 0) if step.skip}
     assert skipped == dict.fromkeys(
-        ["compute-sanitizer", "CUDA graphs", "second device"], "there is no GPU"
+        ["compilation", "compute-sanitizer", "CUDA graphs", "second device"], "there is no GPU"
     )
 
 

@@ -4,6 +4,7 @@ Runs on a GPU if there is one; otherwise in Triton's interpreter, in a separate 
 """
 
 import functools
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rfa_mmdet.ops.receptive_field import backends
-from tests.helpers.tolerances import TOLERANCES
+from tests.helpers.tolerances import TOLERANCES, without_tf32
 from tests.helpers.torch_features import LACKS_TRITON
 from tests.helpers.triton_cases import (
     DEVICE,
@@ -33,6 +34,12 @@ if LACKS_TRITON:
 
 on_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def full_precision(request):
+    with nullcontext() if "tf32" in request.node.name else without_tf32():
+        yield
 
 
 @pytest.mark.skipif(DEVICE is not None, reason="the other tests run in this process")
@@ -72,7 +79,7 @@ LARGE = [  # more than one tile in each direction; too slow for the interpreter
 ]
 
 
-def compare_forward(case: Case) -> None:
+def compare_forward(case: Case, precision: torch.dtype | None = None) -> None:
     from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
     inputs = case.make()
@@ -91,11 +98,14 @@ def compare_forward(case: Case) -> None:
         assert y.is_contiguous(memory_format=torch.channels_last)
     else:
         assert y.is_contiguous()
-    tolerance = SHARE[case.dtype] * TOLERANCES[case.dtype].output
+    precision = precision or case.dtype
+    tolerance = SHARE[precision] * TOLERANCES[precision].output
     assert error(y, case.forward(**exact(inputs))) < tolerance
 
 
-def compare_backward(case: Case, needs=(True,) * 4) -> list[Tensor | None]:
+def compare_backward(
+    case: Case, needs=(True,) * 4, precision: torch.dtype | None = None
+) -> list[Tensor | None]:
     from rfa_mmdet.ops.receptive_field.triton import operators as backend
 
     inputs = case.make()
@@ -115,7 +125,8 @@ def compare_backward(case: Case, needs=(True,) * 4) -> list[Tensor | None]:
     )
     names = ("x", "attention", "feature", "shift", "weight", "bias")
     needed = (needs[0], *(needs[1],) * 3, *needs[2:])
-    tolerance = SHARE[case.dtype] * TOLERANCES[case.dtype].gradient
+    precision = precision or case.dtype
+    tolerance = SHARE[precision] * TOLERANCES[precision].gradient
     for name, gradient, need in zip(names, found, needed, strict=True):
         if not need:
             assert gradient.numel() == 0
@@ -285,6 +296,14 @@ def test_many_tiles_on_a_gpu(case, channels_last, dtype):
     first, second = compare_backward(case), compare_backward(case)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b), "two runs must give the same bits"
+
+
+@on_cuda
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_tf32_is_as_precise_as_float16(channels_last):
+    case = replace(LARGE[0], channels_last=channels_last)
+    compare_forward(case, torch.float16)
+    compare_backward(case, precision=torch.float16)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.tolerances import TOLERANCES
+from tests.helpers.tolerances import TOLERANCES, without_tf32
 from tests.helpers.torch_features import LACKS_TRITON
 from tests.helpers.triton_cases import (
     DEVICE,
@@ -27,6 +27,12 @@ from tests.helpers.triton_cases import (
 
 if LACKS_TRITON:
     pytest.skip(LACKS_TRITON, allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    with without_tf32():
+        yield
 
 
 @pytest.mark.slow
