@@ -16,7 +16,16 @@ from rich.text import Text
 
 from rfa_mmdet.cli.command_line import user_errors
 from rfa_mmdet.errors import ConfigError, UserError
-from rfa_mmdet.studies import Run, Study, execute, load_study, run_all, submit, write_report
+from rfa_mmdet.studies import (
+    Run,
+    Study,
+    execute,
+    load_study,
+    run_all,
+    submit,
+    take_runs,
+    write_report,
+)
 from rfa_mmdet.studies.execute import RunFailed
 from rfa_mmdet.studies.results import read_run
 from rfa_mmdet.studies.tables import COLUMNS, records
@@ -37,6 +46,12 @@ def parse_args() -> Namespace:
     add("spec", help="config file that defines the study")
     add("--work-dir", help="output folder; default: work_dirs/ablation_<spec name>")
     add("--jobs", type=int, metavar="N", help="number of parallel runs, spread over the GPUs")
+    add(
+        "--take",
+        metavar="JSON",
+        help="first take the finished runs of a results.json of this spec, "
+        "e.g. from another machine; their checkpoints are not in it",
+    )
     add("--slurm-args", nargs="+", default=[], metavar="ARG",
         help="sbatch options without leading dashes, e.g. gres=gpu:1 time=8:00:00")  # fmt: skip
     add = parser.add_mutually_exclusive_group().add_argument
@@ -56,6 +71,8 @@ def main() -> None:
     args = parse_args()
     with user_errors():
         study = load_study(args.spec, args.work_dir)
+        if args.take:
+            print(f"{args.take}: took {len(take_runs(study, args.take))} runs")
         if args.list:
             for i, run in enumerate(study.runs()):
                 print(f"{i:4d}  {run}  {read_run(study, run)['state']}")

@@ -130,8 +130,10 @@ def _start_checkpoint(study: Study, run: Run) -> str | None:
     if source is None:
         return None
     path = source.checkpoint(study.checkpoint)
-    if path is None or not source.finished:
+    if not source.finished:
         raise RunFailed(f"starts from {source}, which is not finished")
+    if path is None:
+        raise RunFailed(f"starts from {source}, which has no checkpoint in {source.folder}")
     return str(path.resolve())
 
 

@@ -1,11 +1,11 @@
 """Collect the results of all runs in results.json."""
 
 import math
-from dataclasses import asdict
 from typing import Any
 
 from rfa_mmdet.studies.run import Run, write_json
 from rfa_mmdet.studies.study import Study
+from rfa_mmdet.studies.taken import description
 
 POINTS = 200  # maximum number of points of a loss curve
 
@@ -18,12 +18,7 @@ def collect(study: Study, costs: dict[str, Any], samples: dict[str, Any]) -> dic
         and ``stages``; ``costs`` and ``samples``; and ``runs``, see :func:`read_run`.
     """
     results = dict(
-        name=study.name,
-        metric=study.metric,
-        baseline=study.baseline,
-        checkpoint=study.checkpoint,
-        methods=list(study.methods),
-        stages=list(map(asdict, study.stages.values())),
+        **description(study),
         costs=costs,
         samples=samples,
         runs=[read_run(study, run) for run in study.runs()],

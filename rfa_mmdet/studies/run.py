@@ -101,6 +101,13 @@ class Run:
                     continue
         return lines
 
+    def keep_scalars(self, lines: list[dict[str, Any]]) -> None:
+        """Write scalars where a training would log them."""
+        folder = self.folder / "train" / "taken" / "vis_data"
+        folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+        (folder / "scalars.json").write_text(text, encoding="utf-8")
+
     @contextmanager
     def locked(self) -> Iterator[int]:
         """Keep other processes out of this run.
