@@ -170,11 +170,6 @@ def look_at(launch: Launch) -> Kernel:
     return COMPILED[key]
 
 
-def on_an_h100():
-    """Return a context in which operators choose chunks for an H100's cache."""
-    return mock.patch.object(operators, "chunk_bytes", lambda x, share: int(CACHE_BYTES) // share)
-
-
 def layer(size: InputSize, dtype: torch.dtype, layout: str, training: bool) -> list[Step]:
     """Return the launches of an RFAConv with as many outputs as inputs.
 
@@ -193,7 +188,7 @@ def layer(size: InputSize, dtype: torch.dtype, layout: str, training: bool) -> l
     window = Window((3, 3), (size.stride,) * 2, (1, 1))
     inputs = [x, feature, attention, *norm, weight]
     outside = [t.detach() for t in (*inputs, shift)]
-    with on_an_h100(), Recorder(outside) as recorder:
+    with Recorder(outside) as recorder:
         if training:
             x, feature, shift, *_ = fold_batch_norm(x, feature, *norm, 1e-5, window)
         y = WindowFeatures(x, feature, shift, True, window).attend(attention, weight, None, 1)

@@ -119,7 +119,7 @@ def out_size(case: Case) -> tuple[int, int]:
 
 def in_chunks(case: Case, rows: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Limit chunks to a number of output rows, and count the launches of each kernel."""
-    from rfa_mmdet.ops.receptive_field.triton import launch, operators
+    from rfa_mmdet.ops.receptive_field.triton import chunks, launch
 
     row_bytes = prod(case.kernel) * case.channels * out_size(case)[1] * case.dtype.itemsize
     run, launched = launch.launch, Counter()
@@ -128,7 +128,7 @@ def in_chunks(case: Case, rows: int, monkeypatch: pytest.MonkeyPatch) -> Counter
         launched[kernel.fn.__name__] += 1
         run(kernel, *others)
 
-    monkeypatch.setattr(operators, "chunk_bytes", lambda x, share: rows * row_bytes)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", rows * row_bytes)
     monkeypatch.setattr(launch, "launch", count)
     return launched
 

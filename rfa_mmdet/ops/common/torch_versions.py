@@ -140,9 +140,3 @@ def _products_in_tf32(allowed: bool) -> Iterator[None]:
         products.fp32_precision = "none"  # inherits
         if products.fp32_precision != before:
             products.fp32_precision = before
-
-
-def cache_bytes(device: torch.device) -> int:
-    """Return the size of a GPU's L2 cache; 0 if torch does not know it."""
-    size: int = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-    return size

@@ -16,7 +16,6 @@ if importlib.util.find_spec("triton") is None:
 import triton
 import triton.language as tl
 
-from benchmarks.modelled import on_an_h100
 from rfa_mmdet.ops.common.windows import Window
 from rfa_mmdet.ops.receptive_field.triton.chunks import OFFSETS, takes
 from tests.helpers import triton_aot as aot
@@ -32,19 +31,20 @@ pytestmark = pytest.mark.skipif(
 SHARED = 99 * 1024
 TENSOR_MEMORY = 512  # columns, of sm_100
 # Per element of the output (of the input for OF_INPUT), in the loop over rows. A feature alone
-# takes 81 multiply-adds, and so does a gradient.
+# takes 81 multiply-adds, and so does a gradient. Loading the next row's units ahead, rather than
+# waiting for them, takes up to 100 more in the two kernels of the backward pass.
 MOST_INSTRUCTIONS = {
     "moments_kernel": 125,
     "features_kernel": 300,
-    "gradient_kernel": 420,
-    "products_kernel": 325,
+    "gradient_kernel": 540,
+    "products_kernel": 420,
     "fold_kernel": 160,
     "moments_gradient_kernel": 240,
 }
 OF_INPUT = ("fold_kernel", "moments_gradient_kernel")
 # products_kernel also reads the features if there are no gates. With stride 2, a step loads two
 # rows.
-MOST_OF_GATES = {**MOST_INSTRUCTIONS, "products_kernel": 375}
+MOST_OF_GATES = {**MOST_INSTRUCTIONS, "products_kernel": 470}
 MOST_OF_STRIDE_2 = {**MOST_INSTRUCTIONS, "moments_kernel": 150}
 # Unaligned accesses touch an additional sector.
 SPARE = 1.6
@@ -218,10 +218,9 @@ def test_offsets_in_the_largest_maps_fit_in_32_bits(channels_last):
     x = empty_map(shape, torch.bfloat16, channels_last)
     assert takes(x, None, window)
     assert x.numel() > 0.98 * OFFSETS
-    with on_an_h100():
-        by_name = defaultdict(list)
-        for launch in launches(of_rfa_conv(x, 16, window)):
-            by_name[launch.name].append(launch)
+    by_name = defaultdict(list)
+    for launch in launches(of_rfa_conv(x, 16, window)):
+        by_name[launch.name].append(launch)
     found = set()
     for name, of_name in by_name.items():
         for launch in (of_name[0], of_name[-1]):

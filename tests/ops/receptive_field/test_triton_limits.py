@@ -12,7 +12,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from rfa_mmdet.ops.common.windows import Window
-from rfa_mmdet.ops.receptive_field.triton import operators
+from rfa_mmdet.ops.receptive_field.triton import chunks
 from rfa_mmdet.ops.receptive_field.triton.chunks import BLOCKS, takes
 from tests.helpers import triton_aot as aot
 from tests.helpers.triton_steps import empty, empty_map, of_gated, of_rfa_conv
@@ -24,10 +24,10 @@ pytestmark = pytest.mark.skipif(
 SQUARE = Window((3, 3), (1, 1), (1, 1))
 
 
-def recorded(functions, cache=2**32):
+def recorded(functions, most=2**31):
     """Return the launches of all functions, with large chunks, so that there are few."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operators, "chunk_bytes", lambda x, share: cache // share)
+        patch.setattr(chunks, "CHUNK_BYTES", most)
         return [launch for function in functions.values() for launch in aot.recorded(function)]
 
 

@@ -1,11 +1,10 @@
-"""Chunks of the output whose features fit in the L2 cache, and their matrix products."""
+"""Chunks of the output, so that few features exist at a time, and their matrix products."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from rfa_mmdet.ops.common.torch_versions import cache_bytes
 from rfa_mmdet.ops.common.windows import Window
 from rfa_mmdet.ops.receptive_field.triton.launch import Chunk, Maps
 
@@ -16,7 +15,10 @@ BLOCKS = 65_535  # limit of a grid's second and third axis
 # Parts of the weight's gradient accumulated in half precision (rounding after each addition loses
 # about as much as rounding each part), and the maximum size of all such sums in bytes.
 ROUNDED, PARTS_BYTES = 4, 2**22
-LEAST_BYTES = 2**23  # minimum for a chunk's features, for GPUs with a small cache
+# Limit of a chunk's features. There is one buffer of this size forward, and two (with gates, three)
+# backward. Features that fit in the L2 cache would be read faster, but on an H100 the launches of
+# more chunks take longer than that saves.
+CHUNK_BYTES = 2**26
 
 
 def takes(x: Tensor, weight: Tensor | None, window: Window, groups: int = 1) -> bool:
@@ -49,19 +51,12 @@ def maps_of(x: Tensor, window: Window) -> Maps:
     return Maps(x, window, channels_last, window.output_size(x.shape[2:]))
 
 
-def chunk_bytes(x: Tensor, share: int) -> int:
-    """Return the bytes of features to compute at a time, 1 / ``share`` of the L2 cache."""
-    if not x.is_cuda:
-        return LEAST_BYTES
-    return max(cache_bytes(x.device) // share, LEAST_BYTES)
-
-
-def chunks(maps: Maps, limit: int) -> Iterator[Chunk]:
-    """Divide the output into even chunks whose features take at most ``limit`` bytes."""
+def chunks(maps: Maps) -> Iterator[Chunk]:
+    """Divide the output into even chunks whose features take at most ``CHUNK_BYTES``."""
     images, channels = maps.x.shape[:2]
     height, width = maps.size
     row_bytes = maps.window.positions * channels * width * maps.x.element_size()
-    rows = max(1, limit // row_bytes)
+    rows = max(1, CHUNK_BYTES // row_bytes)
     at_once, rows = (max(1, rows // height), height) if rows >= height else (1, rows)
     at_once = -(-images // -(-images // at_once))
     rows = -(-height // -(-height // rows))

@@ -4,6 +4,9 @@ Terms: a *tap* is one of the K values of a window of one channel. A *unit* is a 
 not; each channel and position has K. A *chunk* is the part of the output that a launch computes:
 some rows of one image, or whole images.
 
+A store may alias any later load, which then waits for the memory: loads come first, if possible a
+step ahead.
+
 Each thread walks down a column of windows of one channel, with the channel's K * K coefficients and
 the K taps in registers, so a step only loads the taps of new rows. Adjacent lanes are adjacent in
 memory: channels in channels_last, where a tile is BLOCK_Q columns x BLOCK_C channels; columns in
@@ -61,16 +64,29 @@ def _columns(
 
 
 @triton.jit
-def _write_sum(sums, row, rows, C, tile, add, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Write this program's partial sum for each channel, or add to the stored one if ``add``."""
+def _sum_pointers(sums, row, rows, C, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where this program keeps a partial sum for each of its channels, and a mask."""
     c = _channels(CHANNELS_LAST, BLOCK_C)
     part = tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
-    to = sums + (part * rows + row) * C + c
+    return sums + (part * rows + row) * C + c, c < C
+
+
+@triton.jit
+def _stored_sum(sums, row, rows, C, add, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The partial sum of earlier chunks, or zero unless ``add``."""
+    at, real = _sum_pointers(sums, row, rows, C, CHANNELS_LAST, BLOCK_C)
+    return tl.load(at, mask=real & (add != 0), other=0.0)
+
+
+@triton.jit
+def _write_sum(
+    sums, row, rows, C, tile, stored, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Write the sum of a tile and of what was stored."""
+    at, real = _sum_pointers(sums, row, rows, C, CHANNELS_LAST, BLOCK_C)
     found = tl.sum(tile, 1)
     found = found if CHANNELS_LAST else tl.sum(found, 0)
-    if add is not None:
-        found += tl.load(to, mask=(c < C) & (add != 0), other=0.0)
-    tl.store(to, found, mask=c < C)
+    tl.store(at, found + stored, mask=real)
 
 
 @triton.jit
@@ -78,6 +94,11 @@ def _load(x, offset, mask, row, H, x_row):
     """Load a row of the map, with zeros outside."""
     mask = mask & (row >= 0) & (row < H)
     return tl.load(x + (offset + row * x_row), mask=mask, other=0.0)
+
+
+@triton.jit
+def _unit_value(units, offset, mask):
+    return tl.load(units + offset, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -269,10 +290,10 @@ def moments_kernel(
         line += 1
     for n in unroll(K):
         tile = tl.where(real, first[n], 0.0)
-        _write_sum(sums, n, K + PAIRS, C, tile, None, CHANNELS_LAST, BLOCK_C)
+        _write_sum(sums, n, K + PAIRS, C, tile, 0.0, CHANNELS_LAST, BLOCK_C)
     for n in unroll(PAIRS):
         tile = tl.where(real, second[n], 0.0)
-        _write_sum(sums, K + n, K + PAIRS, C, tile, None, CHANNELS_LAST, BLOCK_C)
+        _write_sum(sums, K + n, K + PAIRS, C, tile, 0.0, CHANNELS_LAST, BLOCK_C)
 
 
 def features_kernel(
@@ -367,7 +388,7 @@ def gradient_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Gradients of the activation's input, and of the attention or the gates."""
-    product, grad_score, grad_bias = [], [], []
+    product, grad_score, grad_bias, grad, arriving, stored = [], [], [], [], [], []
     include(_locate)
     include(_load_kernels)
     include(_load_gates)
@@ -379,11 +400,16 @@ def gradient_kernel(
     mean_unit = _unit(image, column, start, rows, w, c, C, pitch, 1, CHANNELS_LAST)
     down_mean = w * C if CHANNELS_LAST else w
     last = tl.minimum(start + steps, rows)
+    for i in unroll(K):
+        arriving[i] = _unit_value(units, unit + i * next_unit, real & (start < last))
     while line < last:
         include(_step_down, SHIFTED_TAPS=0)
-        include(_compute_gates)
         below = unit + (line - start) * down
         unit_ptr = units + below
+        for i in unroll(K):
+            grad[i] = arriving[i].to(tl.float32)
+            arriving[i] = _unit_value(unit_ptr, down + i * next_unit, real & (line + 1 < last))
+        include(_compute_gates)
         slope_ptr = slopes + below
         gate_ptr = others + below
         weighted = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
@@ -394,19 +420,18 @@ def gradient_kernel(
             passed = gate[i]
             if RELU:
                 passed = tl.where(z <= 0, 0.0, passed)
-            to = unit_ptr + i * next_unit
-            grad = tl.load(to, mask=real, other=0.0).to(tl.float32)
             u = z * passed
-            slope = grad * passed
+            slope = grad[i] * passed
             grad_bias[i] += slope
+            to = unit_ptr + i * next_unit
             tl.store(to, u.to(units.dtype.element_ty), mask=real)
             to = slope_ptr + i * next_unit
             tl.store(to, slope.to(slopes.dtype.element_ty), mask=real)
             if GATES == ATTENTION:
-                product[i] = grad * u
+                product[i] = grad[i] * u
                 weighted += product[i]
             else:
-                found = grad * z
+                found = grad[i] * z
                 if RELU:
                     found = tl.where(z <= 0, 0.0, found)
                 tl.store(gate_ptr + i * next_unit, found.to(others.dtype.element_ty), mask=real)
@@ -420,12 +445,18 @@ def gradient_kernel(
             below = mean_unit + (line - start) * down_mean
             tl.store(others + below, level.to(others.dtype.element_ty), mask=real)
         line += 1
+    if GATES == ATTENTION:
+        for i in unroll(K):
+            stored[i] = _stored_sum(sums, i, K * (K + 2), C, add, CHANNELS_LAST, BLOCK_C)
     for i in unroll(K):
-        if GATES == ATTENTION:
-            _write_sum(
-                sums, i, K * (K + 2), C, grad_score[i] * (1 / K), add, CHANNELS_LAST, BLOCK_C
-            )
-        _write_sum(sums, K + i, K * (K + 2), C, grad_bias[i], add, CHANNELS_LAST, BLOCK_C)
+        stored[K + i] = _stored_sum(sums, K + i, K * (K + 2), C, add, CHANNELS_LAST, BLOCK_C)
+    if GATES == ATTENTION:
+        for i in unroll(K):
+            tile = grad_score[i] * (1 / K)
+            _write_sum(sums, i, K * (K + 2), C, tile, stored[i], CHANNELS_LAST, BLOCK_C)
+    for i in unroll(K):
+        row = K + i
+        _write_sum(sums, row, K * (K + 2), C, grad_bias[i], stored[K + i], CHANNELS_LAST, BLOCK_C)
 
 
 def products_kernel(
@@ -458,7 +489,7 @@ def products_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Gradients of the kernels and of the taps."""
-    grad_weight, grad_bias, grad_tap = [], [], []
+    grad_weight, grad_bias, grad_tap, arriving, stored = [], [], [], [], []
     include(_locate)
     include(_load_kernels)
     for i in unroll(K):
@@ -470,6 +501,8 @@ def products_kernel(
     mean_unit = _unit(image, column, start, rows, w, c, C, pitch, 1, CHANNELS_LAST)
     down_mean = w * C if CHANNELS_LAST else w
     last = tl.minimum(start + steps, rows)
+    for i in unroll(K):
+        arriving[i] = _unit_value(slopes, unit + i * next_unit, real & (start < last))
     while line < last:
         include(_step_down, SHIFTED_TAPS=0)
         slope_ptr = slopes + (unit + (line - start) * down)
@@ -481,7 +514,8 @@ def products_kernel(
         for j in unroll(K):
             grad_tap[j] = level
         for i in unroll(K):
-            slope = tl.load(slope_ptr + i * next_unit, mask=real, other=0.0).to(tl.float32)
+            slope = arriving[i].to(tl.float32)
+            arriving[i] = _unit_value(slope_ptr, down + i * next_unit, real & (line + 1 < last))
             if GATES == BARE:
                 if RELU:
                     f = tl.load(feature_ptr + i * next_unit, mask=real, other=0.0)
@@ -496,9 +530,20 @@ def products_kernel(
         line += 1
     if GATES == BARE:
         for i in unroll(K):
-            _write_sum(sums, K + i, K * (K + 2), C, grad_bias[i], add, CHANNELS_LAST, BLOCK_C)
-    for n in unroll(K * K):
-        _write_sum(sums, 2 * K + n, K * (K + 2), C, grad_weight[n], add, CHANNELS_LAST, BLOCK_C)
+            stored[i] = _stored_sum(sums, K + i, K * (K + 2), C, add, CHANNELS_LAST, BLOCK_C)
+    if GATES == BARE:
+        for i in unroll(K):
+            row = K + i
+            _write_sum(sums, row, K * (K + 2), C, grad_bias[i], stored[i], CHANNELS_LAST, BLOCK_C)
+    # At a time only as many as fit in registers.
+    for part in unroll(KH):
+        for n in unroll(KW * K):
+            row = 2 * K + part * KW * K + n
+            stored[n] = _stored_sum(sums, row, K * (K + 2), C, add, CHANNELS_LAST, BLOCK_C)
+        for n in unroll(KW * K):
+            row = 2 * K + part * KW * K + n
+            tile = grad_weight[part * KW * K + n]
+            _write_sum(sums, row, K * (K + 2), C, tile, stored[n], CHANNELS_LAST, BLOCK_C)
 
 
 def fold_kernel(

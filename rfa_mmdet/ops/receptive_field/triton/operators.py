@@ -18,7 +18,6 @@ from rfa_mmdet.ops.receptive_field.triton import launch
 from rfa_mmdet.ops.receptive_field.triton.chunks import (
     POSITIONS,
     Products,
-    chunk_bytes,
     chunks,
     maps_of,
     table_of,
@@ -33,10 +32,6 @@ from rfa_mmdet.ops.receptive_field.triton.launch import (
     Gates,
     Maps,
 )
-
-# Fractions of the L2 cache for a buffer of features. There is one forward, and two (with gates,
-# three) backward.
-FORWARD, BACKWARD, GATED = 2, 5, 6
 
 
 def _window(pairs: Sequence[Pair]) -> Window:
@@ -164,7 +159,7 @@ def _convolve(
     product, y = Products(maps, weight), maps.new_map(weight.shape[0], maps.size)
     units: Tensor | None = None
     with products_as_convolutions(y.dtype):
-        for chunk in chunks(maps, chunk_bytes(maps.x, FORWARD)):
+        for chunk in chunks(maps):
             units = product.buffer(product.units, chunk) if units is None else units
             launch.features(maps, table, gates, relu, units, chunk)
             product.write(y, units, bias, chunk)
@@ -235,8 +230,7 @@ def _conv_backward(
     """
     maps, product = run.maps, run.products
     need_kernels = needs[0] or needs[1] or add_gate_gradients is not None
-    share = BACKWARD if add_gate_gradients is None else GATED
-    all_chunks = [*chunks(maps, chunk_bytes(maps.x, share))] if need_kernels or needs[2] else []
+    all_chunks = [*chunks(maps)] if need_kernels or needs[2] else []
     for number, chunk in enumerate(all_chunks):
         grad, units = product.gradient(grad_y, chunk), run.buffer("units", chunk)
         if not need_kernels:
@@ -382,7 +376,7 @@ def _bare_features(maps: Maps, feature: Tensor, shift: Tensor, relu: bool) -> An
     """Yield features (n, C, kh, kw, rows, w), and their images and rows."""
     table, product = _bare_table(maps, feature, shift), Products(maps, None)
     units: Tensor | None = None
-    for chunk in chunks(maps, chunk_bytes(maps.x, FORWARD)):
+    for chunk in chunks(maps):
         units = product.buffer(product.units, chunk) if units is None else units
         launch.features(maps, table, Gates(BARE), relu, units, chunk)
         images, rows = (
@@ -453,7 +447,7 @@ def _features_backward(
     """Return the gradients of x, feature and shift, given a function that writes the features'."""
     maps = maps_of(x, window)
     run = _Backward(maps, _bare_table(maps, feature, shift), relu, None, needs)
-    for chunk in chunks(maps, chunk_bytes(x, BACKWARD)):
+    for chunk in chunks(maps):
         slopes, features = run.buffer("slopes", chunk), run.buffer("features", chunk)
         images = slice(chunk.image, chunk.image + chunk.images)
         write(run.products.windows(slopes, chunk), images, slice(chunk.row, chunk.row + chunk.rows))
