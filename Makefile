@@ -47,7 +47,7 @@ bench: env  ## benchmark all operators on 2 CPU threads against formulas and pla
 
 OUT ?= work_dirs/gpu
 
-gpu: env  ## check and benchmark everything on a GPU in ten minutes; writes JSON, table and log to OUT
+gpu: env  ## check and benchmark everything on a GPU in 20 minutes; writes JSON, table and log to OUT
 	@"$(PYTHON)" -m benchmarks.gpu --out "$(OUT)"
 
 # Only the current stack has the lint tools.

@@ -38,7 +38,15 @@ MEASURED = (
     "Geometric means over {shapes} inputs: those of an R50-FPN, and small maps. Measured by "
     "`make bench` with {threads} threads on an {cpu}, torch {torch}, in float32 unless noted."
 )
+ON_GPU = (
+    "On the H100 (`python -m benchmarks.run --device cuda`): {shapes} inputs of an R50-FPN for two "
+    "images of 800 x 1333, torch {torch}, with TF32 in float32."
+)
 CHINESE = {
+    ON_GPU: (
+        "H100（`python -m benchmarks.run --device cuda`）：{shapes} 种输入（R50-FPN，两张 "
+        "800 x 1333 的图像），torch {torch}，float32 使用 TF32。"
+    ),
     MEASURED: (
         "取 {shapes} 种输入（R50-FPN 各层的尺寸以及小特征图）的几何平均；{cpu}，{threads} 线程，"
         "torch {torch}，除注明外均为 float32；由 `make bench` 测得。"
@@ -53,8 +61,10 @@ CHINESE = {
     "in bfloat16": "bfloat16",
     "RetinaNet R50-FPN, one training iteration": "RetinaNet R50-FPN，一次训练迭代",
     "peak memory": "峰值内存",
-    "any of these on a GPU": "以上各项（GPU）",
-    "not measured": "未测",
+    "on an H100, in float32": "H100，float32",
+    "on an H100, in bfloat16, channels_last": "H100，bfloat16，channels_last",
+    "the same on an H100, in float32": "同上（H100，float32）",
+    "the same on an H100, in float16": "同上（H100，float16）",
     "training data": "训练数据",
     "plain": "普通卷积",
     "difference": "差值",
@@ -115,15 +125,24 @@ def speed(words: Words) -> Iterator[str]:
     float32, bfloat16 = read("cpu.json"), read("cpu_bfloat16.json")
     rows = [_ratios(float32, f"`{op}`", op) for op in ("RFAConv", *GATED)]
     rows.append(_ratios(bfloat16, f"`RFAConv`{words(', ')}{words('in bfloat16')}", "RFAConv"))
-    detector = float32["detector"]
-    peak = f"{detector['peak_ratio']:.2f}x ({words('peak memory')})"
-    title = words("RetinaNet R50-FPN, one training iteration")
-    rows.append([title, "", f"{detector['time_ratio']['median']:.2f}x", peak])
-    rows.append([words("any of these on a GPU"), *[words("not measured")] * 3])
+    gpu, half = read("h100_float32.json"), read("h100_bfloat16_channels_last.json")
+    for run, title in (
+        (gpu, "on an H100, in float32"),
+        (half, "on an H100, in bfloat16, channels_last"),
+    ):
+        rows.append(_ratios(run, f"`RFAConv`{words(', ')}{words(title)}", "RFAConv"))
+    for run, title in (
+        (float32, "RetinaNet R50-FPN, one training iteration"),
+        (gpu, "the same on an H100, in float32"),
+        (read("h100_float16_detector.json"), "the same on an H100, in float16"),
+    ):
+        detector = run["detector"]
+        peak = f"{detector['peak_ratio']:.2f}x ({words('peak memory')})"
+        rows.append([words(title), "", f"{detector['time_ratio']['median']:.2f}x", peak])
     modes = ("time, inference", "time, forward + backward", "memory kept for backward")
     yield from table(["", *map(words, modes)], rows)
     yield ""
-    yield words(MEASURED).format(**_machine(float32))
+    yield words(MEASURED).format(**_machine(float32)) + " " + words(ON_GPU).format(**_machine(gpu))
 
 
 def _machine(run: dict) -> dict[str, str]:
@@ -139,7 +158,7 @@ def _machine(run: dict) -> dict[str, str]:
 
 def _ratios(run: dict, title: str, op: str) -> list[str]:
     own = report.of_op(run, op)
-    name = report.best_rfaconv(own) if op == "RFAConv" else op
+    name = report.chosen_rfaconv(own) if op == "RFAConv" else op
     return [title, *(f"{ours:.2f}x ({theirs:.1f}x)" for ours, theirs in _pairs(own, str(name)))]
 
 
@@ -211,11 +230,31 @@ def layers(_: Words) -> Iterator[str]:
     yield from table(head, rows)
 
 
+def on_gpu(_: Words) -> Iterator[str]:
+    """Yield time and memory of the measured layers on a GPU."""
+    rows = []
+    for path in _benchmarks():
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if run["device"] != "cuda":
+            continue
+        for name in report.candidates(run):
+            own = report.of_op(run, name.split("[")[0])
+            peak, theirs = (
+                report.mean_bytes(own, who, report.training_peak, "plain")
+                for who in (name, "formula")
+            )
+            pairs = [f"{ours:.1f}x ({formula:.1f}x)" for ours, formula in _pairs(own, name)]
+            title = f"`{name}`, {report.configuration(run)}"
+            rows.append([title, *pairs, f"{peak:.1f}x ({theirs:.1f}x)"])
+    head = ["", "inference", "forward + backward", "kept for backward", "peak, forward + backward"]
+    yield from table(head, rows)
+
+
 def gated(_: Words) -> Iterator[str]:
     """Yield the cost of the gates of RFCBAMConv and RFCAConv."""
     run = read("cpu.json")
     own = report.of_op(run, "RFAConv")
-    base = [ours for ours, _ in _pairs(own, str(report.best_rfaconv(own)))][:2]
+    base = [ours for ours, _ in _pairs(own, str(report.chosen_rfaconv(own)))][:2]
     rows = []
     for op in GATED:
         pairs = list(_pairs(report.of_op(run, op), op))[:2]
@@ -261,7 +300,7 @@ BLOCKS: dict[str, Callable[[Words], Iterator[str]]] = {
     block.__name__: block
     for block in (
         *(methods, speed, evidence, durations),
-        *(targets, layers, gated, slower, modelled),
+        *(targets, layers, on_gpu, gated, slower, modelled),
     )
 }
 

@@ -1,4 +1,4 @@
-"""Check and measure the package on a GPU within a few minutes: what `make gpu` runs.
+"""Check and measure the package on a GPU: what `make gpu` runs.
 
 Every step is a separate process with a time limit, so a failing or hanging step does not affect the
 others. Steps share the time by weight; unused time goes to later steps, and steps without any time
@@ -281,7 +281,7 @@ def parse_args(argv: list[str]) -> Namespace:
     add(
         "--minutes",
         type=float,
-        default=9.0,
+        default=20.0,
         help="limit for all steps together (default: %(default)s)",
     )
     add("--device", choices=["cuda", "cpu"], default="cuda", help="default: %(default)s")

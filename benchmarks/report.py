@@ -1,7 +1,6 @@
 """Make a Markdown table and a plot from the JSON files of benchmarks/run.py and benchmarks/gpu.py.
 
 Ratios are geometric means over the shapes of a file. Values that no file has are 'not measured'.
-GPU targets are only compared with results of benchmarks/gpu.py.
 """
 
 import json
@@ -50,7 +49,7 @@ def runs_of(content: dict) -> list[dict]:
         content (dict): JSON of run.py or gpu.py.
 
     Returns:
-        list[dict]: Content as of run.py, with ``of_gpu_steps`` if it comes from gpu.py.
+        list[dict]: Content as of run.py.
 
     Example:
         >>> runs_of({"device": "cpu", "results": []})
@@ -67,7 +66,6 @@ def runs_of(content: dict) -> list[dict]:
         commands = [old["command"], run["command"]] if "command" in old else [run["command"]]
         found[key] = {
             **run,
-            "of_gpu_steps": True,
             "command": " && ".join(commands),
             "results": _latest([*old["results"], *run["results"]], "op", "shape"),
             "failed": _latest([*old["failed"], *run["failed"]], "op", "candidate"),
@@ -211,11 +209,11 @@ def kernel_size(run: dict) -> int:
     return run.get("kernel_size", 3)  # older files have only 3
 
 
-def best_rfaconv(run: dict) -> str | None:
-    """Return RFAConv's fastest backend in inference, the one that 'auto' selects."""
-    own = of_op(run, "RFAConv")
-    names = [n for n in candidates(own) if ":" not in n]
-    return min(names, key=lambda n: mean_ratio(own, n, "inference", "plain"), default=None)
+def chosen_rfaconv(run: dict) -> str | None:
+    """Return RFAConv's candidate with the backend that 'auto' selects on the run's device."""
+    name = {"cpu": "RFAConv[cpu]", "cuda": "RFAConv[triton]"}[run["device"]]
+    names = [n for n in candidates(of_op(run, "RFAConv")) if ":" not in n]
+    return name if name in names else next(iter(names), None)
 
 
 def targets_table(runs: list[dict]) -> list[str]:
@@ -234,10 +232,9 @@ def targets_table(runs: list[dict]) -> list[str]:
         for device in ("cpu", "cuda"):
             texts = []
             for run in runs:
-                other = run["device"] != device or kernel_size(run) != target.kernel_size
-                if other or ("of_gpu_steps" in run) != (device == "cuda"):
+                if run["device"] != device or kernel_size(run) != target.kernel_size:
                     continue
-                value = target.value(of_op(run, "RFAConv"), best_rfaconv(run) or "")
+                value = target.value(of_op(run, "RFAConv"), chosen_rfaconv(run) or "")
                 if value is not None:
                     verdict = target.verdict(value, device, run["dtype"])
                     texts.append(f"{value:.2f}x ({configuration(run)}{verdict})")

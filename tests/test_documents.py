@@ -72,7 +72,7 @@ def test_every_page_has_its_parts():
     of_readme = ["methods", "speed", "evidence", "durations"]
     assert found["README.md"] == found["README_zh-CN.md"] == of_readme
     assert found["docs/performance.md"] == [
-        *("speed", "targets", "layers", "gated", "slower", "modelled")
+        *("speed", "targets", "layers", "gated", "slower", "on_gpu", "modelled")
     ]
     assert {*documents.BLOCKS} == {name for names in found.values() for name in names}
     for page, names in found.items():

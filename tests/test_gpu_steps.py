@@ -260,11 +260,12 @@ def steps_of(*results: dict | None) -> dict:
     return {**GPU, "steps": steps}
 
 
-def test_gpu_columns_only_use_make_gpu(measured):
+def test_gpu_columns_only_use_gpus(measured):
     on_gpu = as_on_a_gpu(measured)
-    assert set(gpu_cells([measured, on_gpu])) == {report.NOT_MEASURED}
+    assert set(gpu_cells([measured])) == {report.NOT_MEASURED}
     # Nor do steps tried on a CPU count.
     assert set(gpu_cells([steps_of(measured)])) == {report.NOT_MEASURED}
+    assert "x (float32" in gpu_cells([measured, on_gpu])[0]
     cells = gpu_cells([measured, steps_of(None, {"iterations": 18}, on_gpu)])
     assert "x (float32" in cells[0]
     assert cells[1] == report.NOT_MEASURED  # no torch.compile in it
