@@ -531,7 +531,6 @@ def products_kernel(
     if GATES == BARE:
         for i in unroll(K):
             stored[i] = _stored_sum(sums, K + i, K * (K + 2), C, add, CHANNELS_LAST, BLOCK_C)
-    if GATES == BARE:
         for i in unroll(K):
             row = K + i
             _write_sum(sums, row, K * (K + 2), C, grad_bias[i], stored[i], CHANNELS_LAST, BLOCK_C)
