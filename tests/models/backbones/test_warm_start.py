@@ -47,7 +47,9 @@ def run(
     with context or nullcontext():
         out = forward(x.to(dtype))
     torch.manual_seed(2)
-    torch.autograd.backward(out, [torch.randn_like(y) for y in out])
+    # In one dtype: the same seed gives other numbers in another one.
+    upstream = [torch.randn(y.shape, dtype=torch.float64).to(y.dtype) for y in out]
+    torch.autograd.backward(out, upstream)
     return [y.detach() for y in out], {n: p.grad for n, p in net.named_parameters()}
 
 
@@ -105,6 +107,24 @@ def test_outputs_match_with_autocast(name, mode):
     rounding = differences(zip(expected, exact, strict=True))
     assert differences(zip(found, exact, strict=True)) <= 5 * rounding
     assert not [n for n, gradient in gradients.items() if gradient is None]
+
+
+# Of the plain net, and one in each of its replaced convolutions.
+RELUS = {18: 17 + 8, 50: 49 + 16}
+
+
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("depth", RELUS)
+def test_gradients_match_with_autocast(name, depth):
+    """With norm_eval: statistics of few values magnify rounding until gradients say nothing."""
+    plain, net = both(name, depth, "norm_eval", torch.float32)
+    _, of_plain = run(plain.double())
+    _, gradients = run(net, torch.float32, torch.autocast("cpu", torch.bfloat16))
+    # Rounding moves up to eps of the values across the kink of a ReLU, where the gradient changes
+    # by all of itself: by the square root of eps in norm. Those of several ReLUs add in squares.
+    tolerance = (RELUS[depth] * torch.finfo(torch.bfloat16).eps) ** 0.5
+    for found, expected in shared(net, gradients, of_plain):
+        assert (found - expected).norm() <= tolerance * expected.norm()
 
 
 ON_RANKS = [(name, 18, mode) for name in CONVS for mode in MODES[1:]]
