@@ -21,7 +21,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo bench gpu modelled test test-slow test-all test-prebuilt test-triton
-.PHONY: test-mmpretrain test-mmseg test-mmyolo docs lint format clean
+.PHONY: test-mmpretrain test-mmseg test-timm test-mmyolo docs lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +70,10 @@ test-mmpretrain:  ## test the configs of MMPretrain, in an environment with it
 test-mmseg:  ## test the configs of MMSegmentation, in an environment with it
 	@$(MAKE) --no-print-directory test-slow STACK=tasks \
 	    TESTS="tests/configs/test_mmseg.py tests/compat/test_mmseg_plugins.py"
+
+# Not a slow test.
+test-timm:  ## test Retrofit on models of timm, in an environment with it
+	@$(MAKE) --no-print-directory test STACK=tasks TESTS=tests/models/retrofit/test_any_module.py
 
 test-mmyolo:  ## train, test and predict with the configs of MMYOLO, in an environment with it
 	@$(MAKE) --no-print-directory test-slow STACK=mmyolo TESTS=tests/configs/test_mmyolo.py

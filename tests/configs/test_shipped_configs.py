@@ -10,6 +10,7 @@ from torch import nn
 from rfa_mmdet.analysis.complexity import detector_complexity
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.layers.warm_start.plugin import Plugin
+from rfa_mmdet.models.retrofit.new_layers import new_layers
 from tests.helpers.paths import ROOT
 from tests.helpers.sets import classes_of, leaves
 from tests.helpers.shipped import (
@@ -128,6 +129,13 @@ def test_plugins_start_as_the_identity_with_a_pretrained_backbone(path):
     layers = method_layers(path, planned(path)).values()
     starts = {layer.start for layer in layers if isinstance(layer, Plugin)}
     assert starts <= {"identity" if pretrained else "paper"}
+
+
+@each_config
+def test_start_report_names_the_layers(path):
+    """MMDetection's own ResNet has the same plug-ins, but reports nothing."""
+    model = planned(path)
+    assert {name for name, _ in new_layers(model)} == set(method_layers(path, model))
 
 
 @each_config

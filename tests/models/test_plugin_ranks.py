@@ -10,41 +10,43 @@ from tests.helpers.paths import ROOT
 from tests.helpers.processes import PATIENCE
 
 RANKS = """
+import copy
 import os
 import torch
 import torch.distributed as dist
-from mmdet.models.backbones.resnet import ResNet
+from mmdet.registry import MODELS
 from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
 from torch.nn.parallel import DistributedDataParallel
 from rfa_mmdet.layers.warm_start.plugin import Plugin
-from rfa_mmdet.models import RFAResNet
+from rfa_mmdet.models import retrofit
 from tests.helpers.identity import IDENTITIES, furthest, run
 from tests.helpers.norms import randomise_norms
+from tests.helpers.zoo import CASES, inputs_of
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 init_default_scope("mmdet")
-generator = torch.Generator().manual_seed(dist.get_rank())  # each rank has different images
-image = (torch.randn(2, 3, 64, 64, generator=generator).requires_grad_(),)
-places = ("after_conv1", "after_conv2")
-plugins = [dict(cfg=cfg, position=p) for cfg, p in zip(IDENTITIES.values(), 3 * places)]
 
-for norm_eval in (True, False):
-    kwargs = dict(depth=18, base_channels=8, norm_eval=norm_eval)
+
+# Compare a module with one that has a number of plug-ins, in training.
+def compare(plain, net, case, number):
     torch.manual_seed(0)
-    plain = randomise_norms(ResNet(**kwargs))
-    net = RFAResNet(plugins=plugins, **kwargs)
+    plain = randomise_norms(MODELS.build(copy.deepcopy(plain)))
+    if isinstance(net, dict):
+        net = MODELS.build(net)
     net.init_weights()
     load_state_dict(net, plain.state_dict())
     layers = [m for m in net.modules() if isinstance(m, Plugin)]
-    assert len(layers) == 8 * 6
+    assert len(layers) == number
+    assert {type(layer).__name__ for layer in layers} == set(IDENTITIES)
     plain.train()
     net.train()
+    inputs = inputs_of(case, seed=dist.get_rank())  # different on each rank
     # All parameters take part in the first step: DDP need not look for those that do not.
     pair = [DistributedDataParallel(m, find_unused_parameters=False) for m in (plain, net)]
     for _ in range(2):
-        expected, found = (run(m, image) for m in pair)
+        expected, found = (run(m, inputs) for m in pair)
         assert furthest(found, expected, outputs=True) <= 1e-6
         assert furthest(found, expected, outputs=False) <= 1e-5
     assert all(layer.is_identity() for layer in layers)
@@ -55,7 +57,34 @@ for norm_eval in (True, False):
             both = [torch.empty_like(parameter.data) for _ in range(2)]
             dist.all_gather(both, parameter.data)
             assert both[0].equal(both[1])
-    assert furthest(run(pair[1], image), expected, outputs=True) > 1e-4
+    assert furthest(run(pair[1], inputs), expected, outputs=True) > 1e-4
+
+
+# All plug-ins, the first one at the first place and so on.
+def spread(*places):
+    return [dict(cfg=cfg, position=p) for cfg, p in zip(IDENTITIES.values(), 6 * places)]
+
+
+def behind(cfg, after):
+    edits = [dict(after=after, plugin=plugin) for plugin in IDENTITIES.values()]
+    return retrofit(copy.deepcopy(cfg), edits)
+
+
+image = CASES["ResNet"]
+for norm_eval in (True, False):
+    r18 = dict(type="ResNet", depth=18, base_channels=8, norm_eval=norm_eval)
+    plugins = spread("after_conv1", "after_conv2")
+    compare(r18, dict(r18, type="RFAResNet", plugins=plugins), image, 8 * 6)
+r50 = image.cfg
+plugins = spread("after_conv1", "after_conv2", "after_conv3")
+compare(r50, dict(r50, type="RFAResNet", plugins=plugins), image, 16 * 6)
+compare(r50, dict(r50, plugins=spread("after_conv3")), image, 16 * 6)
+compare(r50, behind(r50, r"layer[34]\\.\\d"), image, 9 * 6)
+fpn = CASES["FPN"]
+plugins = spread("after_lateral", "after_output")
+compare(fpn.cfg, dict(fpn.cfg, type="PluginFPN", plugins=plugins), fpn, 3 * 6)
+head = CASES["RetinaHead"]
+compare(head.cfg, behind(head.cfg, head.after), head, 6)
 print("agrees", flush=True)
 # Gloo's thread may need the interpreter for the last of its work, and dies where that is gone.
 os._exit(0)

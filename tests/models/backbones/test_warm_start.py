@@ -2,12 +2,16 @@
 
 import copy
 import functools
+import os
 from contextlib import nullcontext
 
 import pytest
 import torch
 from mmdet.models.backbones.resnet import ResNet
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch import multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
 
 from rfa_mmdet.layers.conv.base import AttentionConv2d
 from rfa_mmdet.models import RFAResNet
@@ -34,11 +38,18 @@ def both(name: str, depth: int, mode: str, dtype=torch.float64) -> tuple[ResNet,
     return plain, net
 
 
-def run(net: nn.Module, dtype=torch.float64, context=None) -> tuple[list[Tensor], dict]:
+def run(
+    net: nn.Module, dtype=torch.float64, context=None, rank: int | None = None
+) -> tuple[list[Tensor], dict]:
+    forward, x = net, image(4)
+    if rank is not None:  # each has other images
+        forward, x = DistributedDataParallel(net, broadcast_buffers=False), image(8)[4 * rank :][:4]
     with context or nullcontext():
-        out = net(image(4).to(dtype))
+        out = forward(x.to(dtype))
     torch.manual_seed(2)
-    torch.autograd.backward(out, [torch.randn_like(y) for y in out])
+    # In one dtype: the same seed gives other numbers in another one.
+    upstream = [torch.randn(y.shape, dtype=torch.float64).to(y.dtype) for y in out]
+    torch.autograd.backward(out, upstream)
     return [y.detach() for y in out], {n: p.grad for n, p in net.named_parameters()}
 
 
@@ -96,3 +107,59 @@ def test_outputs_match_with_autocast(name, mode):
     rounding = differences(zip(expected, exact, strict=True))
     assert differences(zip(found, exact, strict=True)) <= 5 * rounding
     assert not [n for n, gradient in gradients.items() if gradient is None]
+
+
+# Of the plain net, and one in each of its replaced convolutions.
+RELUS = {18: 17 + 8, 50: 49 + 16}
+
+
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("depth", RELUS)
+def test_gradients_match_with_autocast(name, depth):
+    """With norm_eval: statistics of few values magnify rounding until gradients say nothing."""
+    plain, net = both(name, depth, "norm_eval", torch.float32)
+    _, of_plain = run(plain.double())
+    _, gradients = run(net, torch.float32, torch.autocast("cpu", torch.bfloat16))
+    # Rounding moves up to eps of the values across the kink of a ReLU, where the gradient changes
+    # by all of itself: by the square root of eps in norm. Those of several ReLUs add in squares.
+    tolerance = (RELUS[depth] * torch.finfo(torch.bfloat16).eps) ** 0.5
+    for found, expected in shared(net, gradients, of_plain):
+        assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+ON_RANKS = [(name, 18, mode) for name in CONVS for mode in MODES[1:]]
+ON_RANKS += [("RFAConv", 50, mode) for mode in MODES[1:]]
+
+
+def in_process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found = {}
+    for name, depth, mode in ON_RANKS:
+        plain, net = both(name, depth, mode)
+        expected, of_plain = run(plain, rank=rank)
+        outputs, gradients = run(net, rank=rank)
+        found[name, depth, mode] = (
+            differences(zip(outputs, expected, strict=True)),
+            differences(shared(net, gradients, of_plain)),
+        )
+    torch.save(found, f"{folder}/{rank}.pth")
+    os._exit(0)  # gloo's threads may hang or crash at the end of a process
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory) -> list[dict]:
+    """Return the largest differences of outputs and gradients, by case, on each of two ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    # Forked, because importing everything again takes far longer than the cases.
+    mp.start_processes(in_process, (str(folder),), nprocs=2, start_method="fork")
+    return [torch.load(folder / f"{rank}.pth") for rank in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ON_RANKS, ids=str)
+def test_two_ranks_match_the_plain_net(case, on_ranks):
+    for found in on_ranks:
+        outputs, gradients = found[case]
+        assert outputs <= 1e-5
+        assert gradients <= 1e-5

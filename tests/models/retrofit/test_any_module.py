@@ -166,6 +166,8 @@ def test_timm_models(name):
     net = rfa_mmdet.retrofit(copy.deepcopy(plain), [dict(where=where, conv=dict(type="RFAConv"))])
     with torch.no_grad():
         assert relative([plain(x)], [net(x)]) <= 1e-4
-    edits = [dict(after=after, plugin=dict(type="EMA", factor=4))]
+    edits = [dict(after=after, plugin=dict(type="EMA", factor=4, start="identity"))]
     rfa_mmdet.retrofit(net, edits, example_input=x)
+    with torch.no_grad():
+        assert relative([plain(x)], [net(x)]) <= 1e-4
     net.train()(torch.cat([x, -x])).sum().backward()
