@@ -33,9 +33,9 @@ from rfa_mmdet.ops.receptive_field.triton.unroll import unroll as unroll
 
 
 @triton.jit
-def _channels(CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Channels of this program: (BLOCK_C,), or a scalar in NCHW."""
-    first = tl.program_id(1) * BLOCK_C
+def _channels(block, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Channels of a block: (BLOCK_C,), or a scalar in NCHW."""
+    first = block * BLOCK_C
     return first + tl.arange(0, BLOCK_C) if CHANNELS_LAST else first
 
 
@@ -56,7 +56,7 @@ def _columns(
     (BLOCK_C, BLOCK_Q). All versions of Triton put lanes along the first axis if both are possible.
     """
     q = (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q))[None, :]
-    c = _channels(CHANNELS_LAST, BLOCK_C)
+    c = _channels(tl.program_id(1), CHANNELS_LAST, BLOCK_C)
     c = c[:, None] if CHANNELS_LAST else c
     image = q // w
     column = q - image * w
@@ -66,7 +66,7 @@ def _columns(
 @triton.jit
 def _sum_pointers(sums, row, rows, C, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr):
     """Where this program keeps a partial sum for each of its channels, and a mask."""
-    c = _channels(CHANNELS_LAST, BLOCK_C)
+    c = _channels(tl.program_id(1), CHANNELS_LAST, BLOCK_C)
     part = tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
     return sums + (part * rows + row) * C + c, c < C
 
