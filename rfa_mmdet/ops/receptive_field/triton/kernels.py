@@ -267,14 +267,16 @@ def moments_kernel(
     first, second = [], []
     include(_locate)
     cells = images * H * W // (2 * SAMPLES)
-    shift = 0.0
+    # A block in NCHW too, because Triton 2.1 cannot convert a bfloat16 scalar.
+    channels = _channels(tl.program_id(1), True, BLOCK_C)[:, None]
+    shift = tl.zeros((BLOCK_C, 1), tl.float32)
     for i in unroll(SAMPLES):
         cell = cells * (2 * i + 1)
         at = cell // (H * W) * (C - x_column) * (H * W) + cell * x_column
-        value = tl.load(x + at + c * x_channel, mask=c < C, other=0.0)
+        value = tl.load(x + at + channels * x_channel, mask=channels < C, other=0.0)
         shift += value.to(tl.float32) * (1 / SAMPLES)
     one = tl.program_id(0) + tl.program_id(2) == 0
-    tl.store(shifts + c, shift, mask=(c < C) & one)
+    tl.store(shifts + channels, shift, mask=(channels < C) & one)
     for n in unroll(K):
         first[n] = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
     for n in unroll(PAIRS):
