@@ -25,7 +25,8 @@ def test_gradient_of_the_weight(count, dtype, channels_last, much, monkeypatch):
     weight = torch.empty(5, 8, 1, 3, dtype=dtype)
     monkeypatch.setattr(chunks_module, "PARTS_BYTES", 0 if much else 2**22)
     product, exact = Products(maps, weight), torch.zeros(weight.shape, dtype=torch.float64)
-    all_chunks = [*chunks(maps, 1)]
+    monkeypatch.setattr(chunks_module, "CHUNK_BYTES", 1)
+    all_chunks = [*chunks(maps)]
     assert len(all_chunks) == count
     for number, chunk in enumerate(all_chunks):
         units = torch.randn(24, chunk.pitch).to(dtype)
