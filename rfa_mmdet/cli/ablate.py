@@ -72,7 +72,7 @@ def main() -> None:
     with user_errors():
         study = load_study(args.spec, args.work_dir)
         if args.take:
-            print(f"{args.take}: took {len(take_runs(study, args.take))} runs")
+            print(f"{printable(args.take)}: took {len(take_runs(study, args.take))} runs")
         if args.list:
             for i, run in enumerate(study.runs()):
                 print(f"{i:4d}  {run}  {read_run(study, run)['state']}")
