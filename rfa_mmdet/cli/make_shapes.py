@@ -1,4 +1,4 @@
-"""Draw a small dataset of shapes, in COCO and VOC format."""
+"""Draw a small dataset of shapes, in COCO and VOC format, and optionally as crops."""
 
 import json
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -9,6 +9,7 @@ import mmcv
 import numpy as np
 
 from rfa_mmdet.cli.command_line import user_errors
+from rfa_mmdet.data.crops import write_crops
 from rfa_mmdet.data.shapes import CLASSES, SIZE_LIMITS, ShapesSummary, make_shapes
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
@@ -59,6 +60,13 @@ def parse_args() -> Namespace:
         default=8,
         metavar="N",
         help="largest number of objects in one image (default: %(default)s)",
+    )
+    add(
+        "--crops",
+        type=int,
+        metavar="SIZE",
+        help="also write each object as an image of this width and height into "
+        "crops/<split>/<class>, for a classifier",
     )
     return parser.parse_args()
 
@@ -122,3 +130,6 @@ def main() -> None:
         print_table(summary)
         print(f"{'wrote' if summary.drawn else 'already there:'} {summary.root}")
         print(f"contact sheet: {write_contact_sheet(summary.root)}")
+        if args.crops is not None:
+            counts = write_crops(summary.root, args.crops)
+            print(f"crops: {', '.join(f'{n} in {split}' for split, n in counts.items())}")

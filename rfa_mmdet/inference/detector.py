@@ -67,8 +67,11 @@ def build_detector(cfg: Config) -> nn.Module:
     Returns:
         nn.Module: The detector, in eval mode on the CPU.
     """
+    model = copy.deepcopy(cfg.model)
+    if cfg.get("data_preprocessor") is not None:  # as a Runner does
+        model.setdefault("data_preprocessor", copy.deepcopy(cfg.data_preprocessor))
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
-        return revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model))).eval()
+        return revert_sync_batchnorm(MODELS.build(model)).eval()
 
 
 def load_detector(cfg: Config, checkpoint: str) -> nn.Module:

@@ -96,7 +96,7 @@ def execute(
                     cfg.dump(part)
             if "train" not in run.record:
                 run.update(train=_train(run, tool))
-            run.update(test=_test(run, study.checkpoint, tool))
+            run.update(test=_test(run, study, tool))
         except RunFailed as error:
             run.update(error=str(error))
             raise
@@ -145,12 +145,15 @@ def _train(run: Run, tool: Callable[..., float]) -> dict[str, Any]:
     return dict(memory_mb=max(cuda, default=peak))
 
 
-def _test(run: Run, which: str, tool: Callable[..., float]) -> dict[str, Any]:
+def _test(run: Run, study: Study, tool: Callable[..., float]) -> dict[str, Any]:
+    which = study.checkpoint
     checkpoint = run.checkpoint(which)
     if checkpoint is None:
         raise RunFailed(f"the training left no {which} checkpoint in {run.folder / 'train'}")
     work_dir = run.folder / "test"
-    tool("test", run.config, checkpoint, "--work-dir", work_dir, "--out", run.predictions)
+    # Only detections can be drawn, so studies of other models have no samples.
+    out = ("--out", run.predictions) if study.samples else ()
+    tool("test", run.config, checkpoint, "--work-dir", work_dir, *out)
     logs = sorted(work_dir.glob("*/*.json"), key=lambda log: log.stat().st_mtime)
     if not logs:
         raise RunFailed(f"the test left no metrics in {work_dir}")

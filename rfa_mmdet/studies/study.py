@@ -10,7 +10,8 @@
 
 Optional: ``baseline`` (a method), ``options`` (changes for every run), ``checkpoint`` ('last' or
 'best': the one to test), ``environment`` (defaults of environment variables that the base reads),
-``samples`` (number of test images in the report), and ``stages``, for example
+``samples`` (number of test images in the report; 0 if the model is not a detector), and ``stages``,
+for example
 
     stages = dict(
         scratch=dict(),
