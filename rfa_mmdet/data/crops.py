@@ -12,7 +12,6 @@ from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
 
 CONTEXT = 1.25  # side of a crop, in sides of its object
-MIN_VISIBLE = 0.5  # objects with a smaller visible part are left out
 
 
 def write_crops(root: str | os.PathLike, size: int = 32) -> dict[str, int]:
@@ -23,8 +22,7 @@ def write_crops(root: str | os.PathLike, size: int = 32) -> dict[str, int]:
         size (int): Width and height of a crop in pixels. Defaults to 32.
 
     Returns:
-        dict[str, int]: Number of crops in each split. Objects of which less than half is visible
-        are left out.
+        dict[str, int]: Number of crops in each split.
 
     Raises:
         UserError: ``size`` is not a positive int.
@@ -47,8 +45,6 @@ def write_crops(root: str | os.PathLike, size: int = 32) -> dict[str, int]:
         coco = json.loads((root / "annotations" / f"{split}.json").read_text())
         files = {image["id"]: image["file_name"] for image in coco["images"]}
         for one in coco["annotations"]:
-            if one["visible"] < MIN_VISIBLE:
-                continue
             image = cv2.imread(str(root / "JPEGImages" / files[one["image_id"]]))
             name = f"{Path(files[one['image_id']]).stem}_{one['id']}.png"
             path = root / "crops" / split / CLASSES[one["category_id"] - 1] / name

@@ -1,6 +1,8 @@
 """The configs of configs/mmpretrain: models, two steps, and their backbones in detectors."""
 
+import json
 import pickle
+import sys
 
 import mmcv
 import numpy as np
@@ -12,6 +14,8 @@ from mmengine.runner import Runner
 
 from rfa_mmdet import layers
 from rfa_mmdet.analysis.complexity import PUBLISHED
+from rfa_mmdet.data.crops import write_crops
+from rfa_mmdet.data.shapes import make_shapes
 from rfa_mmdet.models import RFAResNet
 from tests.helpers.pages import code
 from tests.helpers.paths import ROOT
@@ -41,6 +45,7 @@ def test_all_promised_configs_are_shipped():
     convs = ("rfaconv", "rfcbamconv", "rfcaconv", "camconv", "cbamconv", "caconv")
     assert {path.stem for path in CONFIGS} == {
         *(f"resnet{depth}-{conv}_8xb32_in1k" for depth in (18, 34) for conv in convs),
+        "resnet18-rfaconv_8e_shapes",
         "resnet50-ema_8xb16_cifar100",
         "resnet50-conam_8xb16_cifar10",
         "resnet50-conam_8xb16_cifar100",
@@ -97,7 +102,12 @@ def draw_cifar(root, number: str):
 def test_two_steps_and_predictions(path, tmp_path, monkeypatch):
     cfg = Config.fromfile(path)
     data = path.stem.rsplit("_", 1)[1]
-    if data == "in1k":
+    root = tmp_path
+    if data == "shapes":
+        make_shapes(tmp_path / "set", num_train=4, num_val=2)
+        write_crops(tmp_path / "set")
+        root = tmp_path / "set" / "crops"
+    elif data == "in1k":
         draw_imagenet(tmp_path)
         cfg.train_dataloader.dataset.pipeline[1].scale = 64
         cfg.val_dataloader.dataset.pipeline[1].scale = 72
@@ -112,7 +122,7 @@ def test_two_steps_and_predictions(path, tmp_path, monkeypatch):
     for part in ("train", "val"):
         loader = cfg[f"{part}_dataloader"]
         loader.update(batch_size=2, num_workers=0, persistent_workers=False)
-        loader.dataset.data_root = str(tmp_path)
+        loader.dataset.data_root = str(root)
     cfg.train_cfg = dict(type="IterBasedTrainLoop", max_iters=2, val_interval=2)
     cfg.param_scheduler = None
     cfg.pop("test_dataloader")
@@ -151,6 +161,41 @@ def test_backbone_goes_into_a_detector(conv, tmp_path):
     assert all(torch.equal(found[key], value) for key, value in wanted.items())
     trained = {n for n, p in detector.backbone.named_parameters() if p.requires_grad}
     assert any(name.startswith("layer1.0.conv1.") for name in trained)  # despite frozen_stages=1
+
+
+SPEC = """
+_base_ = {study!r}
+base = {config!r}
+_loader = dict(dataset=dict(data_root={crops!r}))
+options = dict(
+    train_dataloader=_loader, val_dataloader=_loader, test_dataloader=_loader, max_epochs=1,
+    train_cfg=dict(max_epochs=1), param_scheduler=dict(T_max=1))
+seeds = (0,)
+"""
+
+
+def test_study_of_classifiers(run_tool, tmp_path):
+    make_shapes(tmp_path / "set", num_train=24, num_val=8)
+    images = write_crops(tmp_path / "set")["val"]
+    study = ROOT / "configs/ablation/classification.py"
+    config = ROOT / "configs/mmpretrain/resnet18-rfaconv_8e_shapes.py"
+    crops = tmp_path / "set/crops"
+    text = SPEC.format(study=str(study), config=str(config), crops=str(crops))
+    (tmp_path / "study.py").write_text(text)
+    done = run_tool(sys.executable, "tools/ablate.py", tmp_path / "study.py",
+                    "--work-dir", tmp_path / "study", PYTHONWARNINGS="ignore")  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    results = json.loads((tmp_path / "study/results.json").read_text())
+    methods = {"plain", "RFAConv", "RFCAConv", "RFCBAMConv", "EMA", "ConAM"}
+    assert {run["method"] for run in results["runs"]} == methods
+    for run in results["runs"]:
+        assert run["state"] == "finished"
+        right = run["metrics"]["accuracy/top1"] * images / 100
+        assert right == pytest.approx(round(right), abs=1e-3)
+    parameters = {name: one["parameters"] for name, one in results["costs"]["methods"].items()}
+    assert parameters.keys() == methods
+    assert min(parameters, key=parameters.get) == "plain"
+    assert len(set(parameters.values())) == len(methods)
 
 
 def test_ten_lines_of_the_documentation_build_the_shipped_classifier(tmp_path):
