@@ -1,4 +1,4 @@
-"""Draw a small data set of shapes, as COCO and as VOC."""
+"""Draw a small dataset of shapes, as COCO and as VOC."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Draw a data set, train a small detector with RFAConv on it, evaluate it and show it.
+"""Draw a dataset, train a small detector with RFAConv on it, evaluate it and show it.
 
 Every step is a command that you could type yourself. Needs no download and no GPU.
 """
@@ -110,7 +110,7 @@ def run_demo() -> None:
         description=__doc__, epilog="example: make demo", allow_abbrev=False
     ).parse_args()
     if not (ROOT / CONFIG).is_file():
-        raise UserError("the demo runs in a checkout of the repository, by `make demo`")
+        raise UserError("the demo needs a checkout of the repository; run `make demo` there")
     work_dir = ROOT / WORK_DIR
     shutil.rmtree(work_dir, ignore_errors=True)  # an earlier demo's
     run("tools/make_shapes.py", DATA, "--train", "960", "--val", "120", "--seed", "0")

@@ -1,4 +1,4 @@
-"""A small data set of drawn shapes, to try a detector on without downloading anything.
+"""A small dataset of drawn shapes, to try a detector on without downloading anything.
 
 Circles, squares, triangles and stars on textured backgrounds, written as COCO and as VOC, so that
 ``CocoDataset`` and ``XMLDataset`` read the same boxes. Image i of a split follows from
@@ -54,7 +54,7 @@ def make_shapes(
     seed: int = 0,
     max_objects: int = 8,
 ) -> ShapesSummary:
-    """Draw the data set into a folder, unless the folder holds it already.
+    """Draw the dataset into a folder, unless the folder holds it already.
 
     Args:
         root (str | os.PathLike): Folder, made if it is missing.

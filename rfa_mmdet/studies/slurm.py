@@ -42,7 +42,7 @@ def submit(
     folder = (study.work_dir / "slurm").resolve()
     if set("\\\n") & set(f"{study.name}{folder}"):
         raise UserError(
-            f"{study.name}, {folder}: backslashes and line breaks are not possible in Slurm scripts"
+            f"{study.name}, {folder}: backslashes and line breaks are not allowed in Slurm scripts"
         )
     for old in folder.glob("*.sh"):
         old.unlink()

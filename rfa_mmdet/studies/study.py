@@ -207,7 +207,7 @@ def _stages(spec: dict[str, Any], baseline: str) -> dict[str, Stage]:
         seeds = stage.get("seeds", spec.get("seeds", (0, 1, 2)))
         valid = isinstance(seeds, (list, tuple)) and bool(seeds) and all(map(_is_count, seeds))
         _require(valid, f"{own}={seeds!r}: must be a list of ints, e.g. (0, 1, 2)")
-        _require(len(set(seeds)) == len(seeds), f"{own}={seeds!r}: seeds must be different")
+        _require(len(set(seeds)) == len(seeds), f"{own}={seeds!r}: seeds must be unique")
         stages[name] = Stage(name, methods, tuple(seeds), stage.get("options", {}), source)
     return stages
 

@@ -199,7 +199,7 @@ def test_boxes_outside_raise_if_resize_makes_them_empty(voc, box):
     resize = dict(type="Resize", scale=(32, 32))
     drop = dict(type="FilterAnnotations", min_gt_bbox_wh=(1, 1))
     message = errors_of(config(voc_dataset(voc, pipeline=[*load, drop, resize])))
-    assert "1 boxes are outside of their image, in 1.xml" in message
+    assert "1 boxes are outside their image, in 1.xml" in message
     assert "after Resize:  dict(type='FilterAnnotations'" in message
     behind = voc_dataset(voc, pipeline=[*load, resize, drop])
     (warning,) = check_data(config(behind))

@@ -37,7 +37,7 @@ DETECTORS = {
 CLASS_COUNT = {"coco": 80, "voc0712": 20, "visdrone": 10, "shapes": 4}
 # Blocks of stages 2 to 4; each has one layer.
 BLOCKS = {"r18": 6, "r50": 13, "r101": 30, "rtmdet_s": 5, "yolox_s": 7}
-# {model}_{backbone}-{method}_{neck}_{schedule}_{data set}, after OpenMMLab
+# {model}_{backbone}-{method}_{neck}_{schedule}_{dataset}, after OpenMMLab
 NAME = re.compile(
     rf"(?P<model>{'|'.join(DETECTORS)})"
     rf"_(?P<backbone>r\d+|s)(?P<style>-caffe)?-(?P<method>{'|'.join(METHODS)})"

@@ -162,6 +162,6 @@ def test_later_script_is_rejected_by_a_federation(study, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["back\\slash", "two\nlines"])
 def test_names_not_possible_in_a_script(study, tmp_path, name):
     moved = load_study(tmp_path / "spec.py", tmp_path / name)
-    with pytest.raises(UserError, match="backslashes and line breaks are not possible"):
+    with pytest.raises(UserError, match="backslashes and line breaks are not allowed"):
         submit(moved, ["spec.py"], "gpus")
     assert not (tmp_path / name).exists()

@@ -92,7 +92,7 @@ def test_environment_defaults_are_set(spec, monkeypatch):
         ("methods = dict(a={'model.type.x': 1})", "methods.a: does not fit the base config"),
         ("baseline = 'none'", "baseline='none': must be one of ['plain', 'ours']"),
         ("seeds = []", "seeds=[]: must be a list of ints"),
-        ("seeds = [1, 1]", "seeds must be different"),
+        ("seeds = [1, 1]", "seeds must be unique"),
         ("seeds = [True]", "must be a list of ints"),
         ("checkpoint = 'first'", "checkpoint='first': must be 'last' or 'best'"),
         ("samples = -1", "samples=-1: must be an int"),

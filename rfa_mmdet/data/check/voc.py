@@ -177,7 +177,7 @@ def _check_boxes(leaf: Leaf, dataset: XMLDataset, images: dict, found: Findings)
         f"{len(files)} boxes {what}, in {some(dict.fromkeys(files))}"
         for files, what in (
             (flat, "are inverted or empty (xmax <= xmin or ymax <= ymin)"),
-            (outside, "are outside of their image"),
+            (outside, "are outside their image"),
         )
         if files
     ]
