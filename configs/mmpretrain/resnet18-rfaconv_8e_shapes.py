@@ -17,7 +17,6 @@ model = dict(
 )
 
 crops = dict(
-    _delete_=True,
     type="CustomDataset",
     data_root="data/small_shapes/crops",
     classes=("circle", "square", "star", "triangle"),  # in the order of the folders
@@ -29,9 +28,12 @@ augment = [
 ]
 loader = dict(batch_size=32, num_workers=0, persistent_workers=False)
 train_dataloader = dict(
-    **loader, dataset=dict(**crops, data_prefix="train", pipeline=[load, *augment, pack])
+    **loader,
+    dataset=dict(_delete_=True, **crops, data_prefix="train", pipeline=[load, *augment, pack]),
 )
-val_dataloader = dict(**loader, dataset=dict(**crops, data_prefix="val", pipeline=[load, pack]))
+val_dataloader = dict(
+    **loader, dataset=dict(_delete_=True, **crops, data_prefix="val", pipeline=[load, pack])
+)
 test_dataloader = val_dataloader
 
 max_epochs = 8

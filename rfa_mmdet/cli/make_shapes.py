@@ -68,7 +68,10 @@ def parse_args() -> Namespace:
         help="also write each object as an image of this width and height into "
         "crops/<split>/<class>, for a classifier",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.crops is not None and args.crops < 1:
+        parser.error(f"--crops {args.crops}: must be at least 1")
+    return args
 
 
 def print_table(summary: ShapesSummary) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import cv2
@@ -25,7 +26,7 @@ def write_crops(root: str | os.PathLike, size: int = 32) -> dict[str, int]:
         dict[str, int]: Number of crops in each split.
 
     Raises:
-        UserError: ``size`` is not a positive int.
+        UserError: ``size`` is not a positive int, or the folder is not one of ``make_shapes``.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -38,20 +39,27 @@ def write_crops(root: str | os.PathLike, size: int = 32) -> dict[str, int]:
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise UserError(f"size={size!r}: must be a positive int")
     root = Path(root)
+    if not (root / "shapes.json").is_file():
+        raise UserError(
+            f"root={str(root)!r}: has no shapes.json, so it is no folder of make_shapes"
+        )
     counts = dict.fromkeys(SPLITS, 0)
     for split in SPLITS:
         for name in CLASSES:
             (root / "crops" / split / name).mkdir(parents=True, exist_ok=True)
         coco = json.loads((root / "annotations" / f"{split}.json").read_text())
-        files = {image["id"]: image["file_name"] for image in coco["images"]}
-        for one in coco["annotations"]:
-            image = cv2.imread(str(root / "JPEGImages" / files[one["image_id"]]))
-            name = f"{Path(files[one['image_id']]).stem}_{one['id']}.png"
-            path = root / "crops" / split / CLASSES[one["category_id"] - 1] / name
-            _, png = cv2.imencode(".png", _crop(image, one["bbox"], size))
-            with written_whole(path) as part:
-                part.write_bytes(png.tobytes())
-            counts[split] += 1
+        annotations = defaultdict(list)
+        for annotation in coco["annotations"]:
+            annotations[annotation["image_id"]].append(annotation)
+        for info in coco["images"]:
+            image = cv2.imread(str(root / "JPEGImages" / info["file_name"]))
+            for annotation in annotations[info["id"]]:
+                folder = root / "crops" / split / CLASSES[annotation["category_id"] - 1]
+                _, png = cv2.imencode(".png", _crop(image, annotation["bbox"], size))
+                path = folder / f"{Path(info['file_name']).stem}_{annotation['id']}.png"
+                with written_whole(path) as part:
+                    part.write_bytes(png.tobytes())
+                counts[split] += 1
     return counts
 
 

@@ -3,7 +3,7 @@
 <work dir>/runs/<stage>/<method>/seed<n>/
 config.py     complete config
 train/        work dir of the training
-test/         work dir of the test, with predictions.pkl
+test/         work dir of the test, with predictions.pkl if the report has samples
 log.txt       output of both
 record.json   finished steps, {"train": {...}, "test": {...}}, and the "error" of the last attempt
 """

@@ -17,7 +17,7 @@ from mmengine.registry import init_default_scope
 
 from rfa_mmdet.cli.test import augment
 from rfa_mmdet.errors import ConfigError
-from rfa_mmdet.inference.detector import Detector
+from rfa_mmdet.inference.detector import Detector, build_detector
 from rfa_mmdet.inference.images import ImageError
 from rfa_mmdet.inference.predict import predict
 
@@ -295,3 +295,11 @@ def test_nan_detections_are_dropped(cfg, checkpoint, shapes, tmp_path, monkeypat
     assert found.not_finite == 2
     assert not found.undrawn
     assert json.loads((tmp_path / "predictions.json").read_text())["annotations"]
+
+
+def test_preprocessor_may_be_at_the_top_level_of_the_config(cfg):
+    """A Runner gives it to the model; without it, images would not be normalised."""
+    cfg.data_preprocessor = cfg.model.pop("data_preprocessor")
+    cfg.data_preprocessor.mean = [1.0, 2.0, 3.0]
+    assert build_detector(cfg).data_preprocessor.mean.ravel().tolist() == [1.0, 2.0, 3.0]
+    assert "data_preprocessor" not in cfg.model
