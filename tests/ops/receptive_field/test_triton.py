@@ -4,7 +4,6 @@ Runs on a GPU if there is one; otherwise in Triton's interpreter, in a separate 
 """
 
 import functools
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -37,8 +36,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
-def full_precision(request):
-    with nullcontext() if "tf32" in request.node.name else without_tf32():
+def full_precision():
+    with without_tf32():
         yield
 
 
@@ -300,7 +299,8 @@ def test_many_tiles_on_a_gpu(case, channels_last, dtype):
 
 @on_cuda
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_tf32_is_as_precise_as_float16(channels_last):
+def test_tf32_is_as_precise_as_float16(channels_last, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     case = replace(LARGE[0], channels_last=channels_last)
     compare_forward(case, torch.float16)
     compare_backward(case, precision=torch.float16)
