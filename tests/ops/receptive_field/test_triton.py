@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rfa_mmdet.ops.receptive_field import backends
+from rfa_mmdet.ops.common.windows import Window
 from tests.helpers.tolerances import TOLERANCES, without_tf32
 from tests.helpers.torch_features import LACKS_TRITON
 from tests.helpers.triton_cases import (
@@ -73,8 +74,8 @@ CASES = [
 ]
 LARGE = [  # more than one tile in each direction; too slow for the interpreter
     Case(channels=40, outputs=200, size=(37, 53)),
-    Case(channels=48, outputs=72, groups=3, size=(64, 31), stride=(2, 1)),
-    Case(channels=24, outputs=40, size=(33, 35), kernel=(5, 5), padding=(2, 2)),
+    Case(channels=48, outputs=72, size=(64, 31), stride=(2, 1)),
+    Case(channels=24, outputs=40, size=(33, 35), padding=(2, 2), dilation=(2, 2)),
 ]
 
 
@@ -288,8 +289,12 @@ def test_nan_and_infinity_propagate():
 @on_cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("case", LARGE, ids=names)
-def test_many_tiles_on_a_gpu(case, channels_last, dtype):
+@pytest.mark.parametrize(
+    ("case", "rows", "chunks"), [*((case, 1000, 1) for case in LARGE), (LARGE[0], 15, 6)], ids=names
+)
+def test_many_tiles_on_a_gpu(case, rows, chunks, channels_last, dtype, monkeypatch):
+    from rfa_mmdet.ops.receptive_field.triton.chunks import takes
+
     case = replace(case, channels_last=channels_last, dtype=dtype)
     compare_forward(case)
     first, second = compare_backward(case), compare_backward(case)
@@ -308,7 +313,11 @@ def test_tf32_is_as_precise_as_float16(channels_last, monkeypatch):
 
 @functools.cache
 def register_instead_of_cpu_kernels() -> None:
+    inputs = case.make()
+    assert takes(inputs["x"], inputs["weight"], Window(*case.window), case.groups)
+    launched = in_chunks(case, rows, monkeypatch)
     from rfa_mmdet.ops.receptive_field.triton import operators
+    assert launched["features_kernel"] == chunks
 
     operators.register("CPU")
 
