@@ -4,8 +4,8 @@ Terms: a *tap* is one of the K values of a window of one channel. A *unit* is a 
 not; each channel and position has K. A *chunk* is the part of the output that a launch computes:
 some rows of one image, or whole images.
 
-A store may alias any later load, which then waits for the memory: loads come first, if possible a
-step ahead.
+The compiler moves no load above a store to what may be the same address, so nothing hides the
+latency of such a load: loads come first, if possible a step ahead.
 
 Each thread walks down a column of windows of one channel, with the channel's K * K coefficients and
 the K taps in registers, so a step only loads the taps of new rows. Adjacent lanes are adjacent in
