@@ -57,7 +57,10 @@ def compile_kernels(device: torch.device) -> str:
     """
     halves = (None, torch.bfloat16)
     layouts = (torch.contiguous_format, torch.channels_last)
-    jobs = list(itertools.product(OPS, halves, layouts))
+    jobs = [
+        *itertools.product(OPS, halves, layouts),
+        ("RFAConv", torch.float16, torch.contiguous_format),  # of the RetinaNet
+    ]
     processes = min(len(jobs), os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(processes, context) as pool:

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None
 
 runs = pytest.mark.skipif(
-    DEVICE is None, reason="no CUDA device; test_in_the_interpreter runs this without one"
+    DEVICE is None, reason="no CUDA device; in_the_interpreter() runs this without one"
 )
 # Factors on the tolerances: the interpreter does not use TF32; half precision also rounds the units
 # and their gradients.
@@ -32,8 +33,8 @@ SHARE = {
 }
 
 
-def in_the_interpreter(file: str, selection: str, least: int) -> None:
-    """Run tests in Triton's interpreter, and check that there are at least ``least``.
+def in_the_interpreter(selection: str, least: int, *files: str | Path) -> None:
+    """Run tests of files in Triton's interpreter, and check that there are at least ``least``.
 
     Uses a separate process, because Triton reads TRITON_INTERPRET when it is imported, which torch
     may do early.
@@ -41,7 +42,7 @@ def in_the_interpreter(file: str, selection: str, least: int) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, file], env=environment, capture_output=True, text=True, timeout=3000
+        [*command, *files], env=environment, capture_output=True, text=True, timeout=3000
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= least, done.stdout
@@ -52,7 +53,7 @@ class Case:
     batch: int = 2
     channels: int = 2
     outputs: int = 3
-    size: tuple = (4, 5)
+    size: tuple = (5, 4)
     kernel: tuple = (3, 3)
     stride: tuple = (1, 1)
     padding: tuple = (1, 1)

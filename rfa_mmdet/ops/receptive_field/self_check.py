@@ -8,7 +8,6 @@ import os
 import sys
 import time
 import traceback
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -97,9 +96,10 @@ def failure(case: Case) -> Exception | None:
 
 
 def _lock_name(case: Case) -> str:
-    # Processes that compile other kernels need not wait.
-    kind = zlib.crc32(repr((case.dtype, case.channels_last, case.operators)).encode())
-    return f"rfa_mmdet-{kind:08x}.lock"
+    # Processes that compile kernels for other layers or inputs need not wait.
+    dtype = str(case.dtype).removeprefix("torch.")
+    layout = "channels_last" if case.channels_last else "NCHW"
+    return "-".join(("rfa_mmdet", dtype, layout, *case.operators)) + ".lock"
 
 
 def _failure(case: Case) -> Exception | None:
@@ -160,9 +160,11 @@ def _announce() -> None:
 
 @contextmanager
 def one_process_at_a_time(path: Path) -> Iterator[None]:
-    """Let one process compile at a time, because Triton would compile the same kernels in each.
+    """Let only one of the processes with the same lock compile at a time.
 
-    The system releases the lock if its holder dies. After waiting for :data:`PATIENCE`, or without
+    Triton would compile the same kernels in each; so the others find them in its cache. Processes
+    with other locks may compile a few common kernels at the same time, which only costs time. The
+    system releases the lock if its holder dies. After waiting for :data:`PATIENCE`, or without
     file locks, a process continues without the lock, which only costs time.
 
     Args:

@@ -278,6 +278,15 @@ def test_one_process_at_a_time(tmp_path):
     assert (tmp_path / "log").read_text() == 60 * "in\nout\n"
 
 
+def test_processes_that_compile_the_same_kernels_share_a_lock():
+    case = Case(CPU, torch.bfloat16, True, True, LAYERS[1])
+    name = "rfa_mmdet-bfloat16-channels_last-pool_channels-gated_conv.lock"
+    for same in (case, case._replace(device=torch.device("cuda", 1), gradients=False)):
+        assert self_check._lock_name(same) == name
+    cases = [Case(CPU, *kind, True, of) for *kind, of in product(DTYPES, (False, True), LAYERS)]
+    assert len({self_check._lock_name(case) for case in cases}) == len(cases) == 18
+
+
 def test_missing_lock_is_ignored(tmp_path):
     (tmp_path / "file").touch()
     with self_check.one_process_at_a_time(tmp_path / "file" / "lock"):

@@ -4,14 +4,15 @@ Runs on a GPU if there is one; otherwise in Triton's interpreter, in a separate 
 """
 
 import functools
-from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rfa_mmdet.ops.common.windows import Window
 from rfa_mmdet.ops.receptive_field import backends
 from tests.helpers.tolerances import TOLERANCES, without_tf32
 from tests.helpers.torch_features import LACKS_TRITON
@@ -37,19 +38,31 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
-def full_precision(request):
-    with nullcontext() if "tf32" in request.node.name else without_tf32():
+def full_precision():
+    with without_tf32():
         yield
 
 
-@pytest.mark.skipif(DEVICE is not None, reason="the other tests run in this process")
-@pytest.mark.parametrize(
-    ("selection", "least"), [("plain", 4), pytest.param("test_", 65, marks=pytest.mark.slow)]
+in_another_process = pytest.mark.skipif(
+    DEVICE is not None, reason="the other tests run in this process"
 )
-def test_in_the_interpreter(selection, least):
-    in_the_interpreter(__file__, selection, least)
 
 
+@in_another_process
+def test_few_in_the_interpreter():
+    """In one process for two files, because starting it takes as long as several tests."""
+    memory = Path(__file__).with_name("test_triton_memory.py")
+    in_the_interpreter("(plain and not 1000) or faults or quick", 6, __file__, memory)
+
+
+@in_another_process
+@pytest.mark.slow
+def test_all_in_the_interpreter():
+    in_the_interpreter("test_", 65, __file__)
+
+
+# In the interpreter, programs walk over three or more rows if maps in NCHW have five rows and at
+# least two channels.
 CASES = [
     Case(batch=1, channels=1, outputs=1, size=(1, 1)),
     Case(),
@@ -57,7 +70,8 @@ CASES = [
     Case(channels=1, size=(2, 40), kernel=(2, 1)),  # several tiles of columns
     # Several tiles of channels.
     Case(channels=35, outputs=19, size=(2, 13), kernel=(2, 1), batch=1, channels_last=True),
-    Case(stride=(2, 2), channels=1, size=(7, 8), bias=False),
+    Case(stride=(2, 2), batch=1, size=(9, 4), bias=False),
+    Case(dilation=(2, 1), kernel=(3, 1), padding=(2, 0), batch=1),
     Case(stride=(2, 3), dilation=(2, 1), padding=(2, 0), size=(9, 11), channels_last=True),
     Case(outputs=8, relu=False, channels_last=True),
     Case(kernel=(1, 1), padding=(0, 0)),
@@ -74,8 +88,8 @@ CASES = [
 ]
 LARGE = [  # more than one tile in each direction; too slow for the interpreter
     Case(channels=40, outputs=200, size=(37, 53)),
-    Case(channels=48, outputs=72, groups=3, size=(64, 31), stride=(2, 1)),
-    Case(channels=24, outputs=40, size=(33, 35), kernel=(5, 5), padding=(2, 2)),
+    Case(channels=48, outputs=72, size=(64, 31), stride=(2, 1)),
+    Case(channels=24, outputs=40, size=(33, 35), padding=(2, 2), dilation=(2, 2)),
 ]
 
 
@@ -172,10 +186,13 @@ def test_only_needed_gradients_are_computed(case, needed):
     ids=names,
 )
 def test_chunks_add_up(case, rows, monkeypatch):
+    from rfa_mmdet.ops.receptive_field.triton import launch
+
     whole = compare_backward(case)
     for number in rows:
         with monkeypatch.context() as patch:
             launched = in_chunks(case, number, patch)
+            patch.setitem(launch.SCHEDULERS, "cpu", 528)  # a program for each row
             compare_forward(case)
             for found, expected in zip(compare_backward(case), whole, strict=True):
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -191,7 +208,7 @@ def test_upstream_gradient_with_any_strides():
     inputs = [inputs[n] for n in ("x", "attention", "feature", "shift", "weight")]
     *parameters, weight = inputs
     # Like the gradient of a sum: one value, with strides of zero.
-    one = torch.ones(1, dtype=case.dtype, device=DEVICE).expand(2, 3, 3, 5)
+    one = torch.ones(1, dtype=case.dtype, device=DEVICE).expand(2, 3, 4, 4)
     arguments = (True, weight, (True,) * 4, *case.window, 1)
     for a, b in zip(
         backend.rfa_conv_backward(one, *parameters, *arguments),
@@ -289,10 +306,18 @@ def test_nan_and_infinity_propagate():
 @on_cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("case", LARGE, ids=names)
-def test_many_tiles_on_a_gpu(case, channels_last, dtype):
+@pytest.mark.parametrize(
+    ("case", "rows", "chunks"), [*((case, 1000, 1) for case in LARGE), (LARGE[0], 15, 6)], ids=names
+)
+def test_many_tiles_on_a_gpu(case, rows, chunks, channels_last, dtype, monkeypatch):
+    from rfa_mmdet.ops.receptive_field.triton.chunks import takes
+
     case = replace(case, channels_last=channels_last, dtype=dtype)
+    inputs = case.make()
+    assert takes(inputs["x"], inputs["weight"], Window(*case.window), case.groups)
+    launched = in_chunks(case, rows, monkeypatch)
     compare_forward(case)
+    assert launched["features_kernel"] == chunks
     first, second = compare_backward(case), compare_backward(case)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b), "two runs must give the same bits"
@@ -300,7 +325,8 @@ def test_many_tiles_on_a_gpu(case, channels_last, dtype):
 
 @on_cuda
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_tf32_is_as_precise_as_float16(channels_last):
+def test_tf32_is_as_precise_as_float16(channels_last, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     case = replace(LARGE[0], channels_last=channels_last)
     compare_forward(case, torch.float16)
     compare_backward(case, precision=torch.float16)

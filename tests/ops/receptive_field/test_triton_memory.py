@@ -1,6 +1,7 @@
 """Results do not depend on the order of the Triton kernels' programs or on uninitialized memory.
 
-Runs in Triton's interpreter, in a separate process, with a GPU's tiles and grids.
+Runs in Triton's interpreter, in a separate process, with a GPU's tiles and grids. The fast ones run
+in that of test_triton.py.
 """
 
 import pytest
@@ -29,16 +30,13 @@ from rfa_mmdet.ops.receptive_field import autograd
 from rfa_mmdet.ops.receptive_field.triton import launch
 from tests.helpers.triton_watch import OnTriton, Watch
 
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs this")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="another process runs this")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="the other tests run in this process")
-@pytest.mark.parametrize(
-    ("selection", "least"),
-    [("faults or quick", 2), pytest.param("matters", 11, marks=pytest.mark.slow)],
-)
-def test_in_the_interpreter(selection, least):
-    in_the_interpreter(__file__, selection, least)
+def test_all_in_the_interpreter():
+    in_the_interpreter("matters", 12, __file__)
 
 
 @triton.jit
@@ -77,9 +75,9 @@ def step(kind: str, case: Case) -> list[Tensor]:
     return [y, *statistics, *torch.autograd.grad(y, list(inputs.values()), grad_y)]
 
 
-def compare(kind, case, processors, monkeypatch, rows=2):
+def compare(kind, case, monkeypatch, schedulers=528, rows=2):
     """Compare a step with NaN in new memory and watched programs with a normal step."""
-    monkeypatch.setitem(launch.PROCESSORS, "cpu", processors)
+    monkeypatch.setitem(launch.SCHEDULERS, "cpu", schedulers)
     launched = in_chunks(case, rows, monkeypatch)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     torch.use_deterministic_algorithms(True)
@@ -117,23 +115,24 @@ CASES = [
 
 @interpreted
 def test_quick(monkeypatch):
-    compare("attention", Case(size=(4, 3), **FEWER), 132, monkeypatch)
+    compare("attention", Case(size=(4, 3), **FEWER), monkeypatch)
 
 
 @interpreted
 @pytest.mark.parametrize("case", CASES, ids=names)
 def test_neither_order_nor_new_memory_matters(case, monkeypatch):
-    compare("attention", case, 132, monkeypatch)
+    compare("attention", case, monkeypatch)
 
 
 @interpreted
 @pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=names)
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_neither_matters_with_gates(case, kind, monkeypatch):
-    compare(kind, case, 132, monkeypatch)
+    compare(kind, case, monkeypatch)
 
 
 @interpreted
-def test_neither_matters_with_several_rows_per_program(monkeypatch):
-    case = Case(size=(9, 4), channels_last=True, **FEWER | dict(channels=16))
-    compare("attention", case, 1, monkeypatch, rows=5)
+@pytest.mark.parametrize(("channels_last", "schedulers"), [(False, 1), (True, 3)])
+def test_neither_matters_with_several_rows_per_program(channels_last, schedulers, monkeypatch):
+    case = Case(size=(9, 4), channels_last=channels_last, **FEWER)
+    compare("attention", case, monkeypatch, schedulers, rows=5)

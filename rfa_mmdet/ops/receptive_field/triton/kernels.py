@@ -4,8 +4,8 @@ Terms: a *tap* is one of the K values of a window of one channel. A *unit* is a 
 not; each channel and position has K. A *chunk* is the part of the output that a launch computes:
 some rows of one image, or whole images.
 
-A store may alias any later load, which then waits for the memory: loads come first, if possible a
-step ahead.
+The compiler moves no load above a store to what may be the same address, so nothing hides the
+latency of such a load: loads come first, if possible a step ahead.
 
 Each thread walks down a column of windows of one channel, with the channel's K * K coefficients and
 the K taps in registers, so a step only loads the taps of new rows. Adjacent lanes are adjacent in
@@ -116,9 +116,9 @@ def _unit(image, column, row, rows, w, c, C, pitch, N, CHANNELS_LAST: tl.constex
 def _start_windows():
     """Locate this thread's column and load the taps of its first window.
 
-    ``coming`` holds the last rows as loaded. SHIFTED_TAPS subtracts ``shift``.
+    ``prefetched_taps`` holds the last rows as loaded. SHIFTED_TAPS subtracts ``shift``.
     """
-    near, tap, coming = [], [], []
+    near, tap, prefetched_taps = [], [], []
     offset = (first_image + image) * (C * H * W) + left * x_column
     offset = offset + (c * x_channel)
     for j in unroll(KW):
@@ -135,7 +135,7 @@ def _start_windows():
                 if SHIFTED_TAPS:
                     tap[(i + NEW) * KW + j] -= shift
             else:
-                coming[(i - KH + NEW) * KW + j] = value
+                prefetched_taps[(i - KH + NEW) * KW + j] = value
     line = start
 
 
@@ -144,7 +144,7 @@ def _step_down():
     for n in unroll(K - NEW * KW):
         tap[n] = tap[n + NEW * KW]
     for n in unroll(NEW * KW):
-        tap[K - NEW * KW + n] = coming[n].to(tl.float32)
+        tap[K - NEW * KW + n] = prefetched_taps[n].to(tl.float32)
         if SHIFTED_TAPS:
             tap[K - NEW * KW + n] -= shift
     top += stride_h
@@ -152,7 +152,7 @@ def _step_down():
         for j in unroll(KW):
             at = offset + j * dilation_w * x_column
             row = top + (KH - NEW + i) * dilation_h
-            coming[i * KW + j] = _load(x, at, near[j], row, H, x_row)
+            prefetched_taps[i * KW + j] = _load(x, at, near[j], row, H, x_row)
 
 
 def _locate():
@@ -390,7 +390,7 @@ def gradient_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Gradients of the activation's input, and of the attention or the gates."""
-    product, grad_score, grad_bias, grad, arriving, stored = [], [], [], [], [], []
+    product, grad_score, grad_bias, grad, prefetched_units, stored = [], [], [], [], [], []
     include(_locate)
     include(_load_kernels)
     include(_load_gates)
@@ -403,14 +403,16 @@ def gradient_kernel(
     down_mean = w * C if CHANNELS_LAST else w
     last = tl.minimum(start + steps, rows)
     for i in unroll(K):
-        arriving[i] = _unit_value(units, unit + i * next_unit, real & (start < last))
+        prefetched_units[i] = _unit_value(units, unit + i * next_unit, real & (start < last))
     while line < last:
         include(_step_down, SHIFTED_TAPS=0)
         below = unit + (line - start) * down
         unit_ptr = units + below
         for i in unroll(K):
-            grad[i] = arriving[i].to(tl.float32)
-            arriving[i] = _unit_value(unit_ptr, down + i * next_unit, real & (line + 1 < last))
+            grad[i] = prefetched_units[i].to(tl.float32)
+            prefetched_units[i] = _unit_value(
+                unit_ptr, down + i * next_unit, real & (line + 1 < last)
+            )
         include(_compute_gates)
         slope_ptr = slopes + below
         gate_ptr = others + below
@@ -491,7 +493,7 @@ def products_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Gradients of the kernels and of the taps."""
-    grad_weight, grad_bias, grad_tap, arriving, stored = [], [], [], [], []
+    grad_weight, grad_bias, grad_tap, prefetched_slopes, stored = [], [], [], [], []
     include(_locate)
     include(_load_kernels)
     for i in unroll(K):
@@ -504,7 +506,7 @@ def products_kernel(
     down_mean = w * C if CHANNELS_LAST else w
     last = tl.minimum(start + steps, rows)
     for i in unroll(K):
-        arriving[i] = _unit_value(slopes, unit + i * next_unit, real & (start < last))
+        prefetched_slopes[i] = _unit_value(slopes, unit + i * next_unit, real & (start < last))
     while line < last:
         include(_step_down, SHIFTED_TAPS=0)
         slope_ptr = slopes + (unit + (line - start) * down)
@@ -516,8 +518,10 @@ def products_kernel(
         for j in unroll(K):
             grad_tap[j] = level
         for i in unroll(K):
-            slope = arriving[i].to(tl.float32)
-            arriving[i] = _unit_value(slope_ptr, down + i * next_unit, real & (line + 1 < last))
+            slope = prefetched_slopes[i].to(tl.float32)
+            prefetched_slopes[i] = _unit_value(
+                slope_ptr, down + i * next_unit, real & (line + 1 < last)
+            )
             if GATES == BARE:
                 if RELU:
                     f = tl.load(feature_ptr + i * next_unit, mask=real, other=0.0)

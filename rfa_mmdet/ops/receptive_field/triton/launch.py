@@ -16,8 +16,10 @@ from rfa_mmdet.ops.receptive_field.triton import kernels
 from rfa_mmdet.ops.receptive_field.triton.unroll import unrolled
 
 THREADS = 128  # per program in channels_last, one element each; 32 in NCHW
-PROCESSORS = {"cpu": 1, "meta": 132}  # of devices that replace a GPU in tests
-# Programs per multiprocessor, limited by registers. More would need memory for more partial sums.
+# Warp schedulers of devices that replace a GPU in tests; a multiprocessor has 4. With one, programs
+# walk over several rows even of the small maps that Triton's interpreter takes.
+SCHEDULERS = {"cpu": 1, "meta": 4 * 132}
+# Warps per scheduler, limited by registers. More would need memory for more partial sums.
 RESIDENT = 2
 
 
@@ -160,7 +162,7 @@ class Maps(NamedTuple):
         across = ceil_div(columns, tile["BLOCK_Q"])
         deep = ceil_div(self.x.shape[1], tile["BLOCK_C"])
         warps = across * deep * tile["num_warps"]
-        wanted = ceil_div(processors(self.x.device) * resident * 4, warps)
+        wanted = ceil_div(schedulers(self.x.device) * resident, warps)
         steps = ceil_div(rows, min(wanted, rows))
         return (across, deep, ceil_div(rows, steps)), steps
 
@@ -175,15 +177,15 @@ def ceil_div(count: int, size: int) -> int:
     return -(-count // size)
 
 
-def processors(device: torch.device) -> int:
-    """Return the number of multiprocessors."""
-    return PROCESSORS.get(device.type) or _of_gpu(device)
+def schedulers(device: torch.device) -> int:
+    """Return the number of warp schedulers."""
+    return SCHEDULERS.get(device.type) or _of_gpu(device)
 
 
 @functools.cache
 def _of_gpu(device: torch.device) -> int:
-    found: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return found
+    multiprocessors: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return 4 * multiprocessors
 
 
 class Chunk(NamedTuple):
