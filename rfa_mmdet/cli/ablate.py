@@ -49,7 +49,7 @@ def parse_args() -> Namespace:
     add(
         "--take",
         metavar="JSON",
-        help="first take the finished runs of a results.json of this spec, "
+        help="first take the finished runs of a results.json of this spec, unchanged, "
         "e.g. from another machine; their checkpoints are not in it",
     )
     add("--slurm-args", nargs="+", default=[], metavar="ARG",
@@ -72,7 +72,8 @@ def main() -> None:
     with user_errors():
         study = load_study(args.spec, args.work_dir)
         if args.take:
-            print(f"{printable(args.take)}: took {len(take_runs(study, args.take))} runs")
+            taken = take_runs(study, args.take)
+            print(f"finished runs taken from {printable(args.take)}: {len(taken)}")
         if args.list:
             for i, run in enumerate(study.runs()):
                 print(f"{i:4d}  {run}  {read_run(study, run)['state']}")

@@ -83,6 +83,8 @@ def execute(
     if run.finished:
         return
     with run.locked() as lock:
+        if run.finished:  # by another process, while this one waited
+            return
 
         def tool(*arguments: Any) -> float:
             options = dict(env=environment, pass_fds=(lock,))

@@ -14,8 +14,9 @@ def collect(study: Study, costs: dict[str, Any], samples: dict[str, Any]) -> dic
     """Collect the records of all runs, and write results.json.
 
     Returns:
-        dict[str, Any]: The study's ``name``, ``metric``, ``baseline``, ``checkpoint``, ``methods``
-        and ``stages``; ``costs`` and ``samples``; and ``runs``, see :func:`read_run`.
+        dict[str, Any]: The study's ``name``, ``metric``, ``baseline``, ``checkpoint``, ``methods``,
+        ``stages`` and ``configs``, see :func:`~rfa_mmdet.studies.taken.description`; ``costs`` and
+        ``samples``; and ``runs``, see :func:`read_run`.
     """
     results = dict(
         **description(study),

@@ -102,8 +102,8 @@ class Run:
         return lines
 
     def keep_scalars(self, lines: list[dict[str, Any]]) -> None:
-        """Write scalars where a training would log them."""
-        folder = self.folder / "train" / "taken" / "vis_data"
+        """Write scalars where a training would log them, as older than those of any training."""
+        folder = self.folder / "train" / "0_taken" / "vis_data"
         folder.mkdir(parents=True, exist_ok=True)
         text = "".join(f"{json.dumps(line)}\n" for line in lines)
         (folder / "scalars.json").write_text(text, encoding="utf-8")

@@ -15,6 +15,7 @@ from mmdet.registry import MODELS
 
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.studies import load_study, write_report
+from rfa_mmdet.studies.results import collect
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import PATIENCE, wait_until
 
@@ -234,6 +235,29 @@ def test_list_of_runs(tiny_config, shapes, tmp_path, monkeypatch, capsys):
     ]
 
 
+def test_take(run_tool, fails, tiny_config, tmp_path, monkeypatch):
+    spec = tmp_path / "spec.py"
+    spec.write_text(SPEC.format(tiny=str(tiny_config), epochs=1) + TWO_AND_A_WRONG_ONE)
+    monkeypatch.setenv("DATA_ROOT", "data/here")
+    study = load_study(spec, tmp_path / "here")
+    study.runs()[0].update(train=dict(memory_mb=1), test=dict(metrics={study.metric: 0.5}))
+    collect(study, {}, {})
+    results = tmp_path / "here" / "results.json"
+    arguments = (spec, "--work-dir", tmp_path / "there", "--take", results, "--list")
+    done = run_tool(sys.executable, "tools/ablate.py", *arguments, DATA_ROOT="data/there")
+    assert done.returncode == 0
+    told, *listed = done.stdout.splitlines()[-4:]
+    assert told == f"finished runs taken from {results}: 1"
+    assert [line.split() for line in listed] == [
+        ["0", "all/plain/seed0", "finished"],
+        ["1", "all/rfaconv/seed0", "missing"],
+        ["2", "all/wrong/seed0", "missing"],
+    ]
+    spec.write_text(spec.read_text() + "methods['rfaconv'] = {'model.backbone.depth': 34}")
+    error = fails("ablate", *arguments)
+    assert error.strip() == f"error: {results}: belongs to another study (different: configs)"
+
+
 def test_bad_input(fails, tiny_config, tmp_path):
     assert "no such file; did you mean shapes.py" in fails("ablate", "configs/ablation/shape.py")
     spec = tmp_path / "spec.py"
@@ -265,7 +289,7 @@ def test_shipped_plugin_spec_has_both_starts():
     ],
 )
 def test_shipped_specs_build(name, methods, classes, monkeypatch):
-    for variable in ("DATA_ROOT", "CLASSES"):
+    for variable in ("DATA_ROOT", "CLASSES", "TEST_SET"):
         monkeypatch.setenv(variable, "")  # so it is removed afterwards
         monkeypatch.delenv(variable)
     study = load_study(ROOT / "configs" / "ablation" / f"{name}.py")

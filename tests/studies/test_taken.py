@@ -1,32 +1,37 @@
 """Runs taken from a results.json give the results that they had."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 
 from rfa_mmdet.errors import ConfigError, UserError
-from rfa_mmdet.studies import load_study, take_runs
+from rfa_mmdet.studies import Run, load_study, take_runs
 from rfa_mmdet.studies.execute import RunFailed, execute
 from rfa_mmdet.studies.results import collect
+from tests.helpers.paths import ROOT
 
+UNFINISHED = sorted((ROOT / "benchmarks" / "results" / "unfinished").glob("*.json"))
+BASE = """
+data_root = "{{$DATA_ROOT:data/here}}/"
+model = dict(plugins=None)
+x = dict(y=0)
+train_dataloader = dict(dataset=dict(ann_file=data_root + "train.json"))
+test_dataloader = dict()
+"""
 SPEC = """
 base = "base.py"
 metric = "coco/bbox_mAP"
-seeds = (0, 1)
+seeds = (0,)
 methods = dict(plain={}, other={"model.plugins": [1]})
-stages = dict(
-    scratch=dict(), warm_start=dict(load_from="scratch", seeds=[1], options={"x.y": (1, 2)})
-)
+stages = dict(scratch=dict(), warm_start=dict(load_from="scratch", options={"x.y": (1, 2)}))
 """
 
 
 @pytest.fixture
 def study(tmp_path):
     """Load the spec with another work dir, and maybe more lines."""
-    (tmp_path / "base.py").write_text(
-        "model = dict(plugins=None)\nx = dict(y=0)\ntrain_dataloader = dict()\n"
-        "test_dataloader = dict()\n"
-    )
+    (tmp_path / "base.py").write_text(BASE)
 
     def load(name, more=""):
         (tmp_path / "spec.py").write_text(SPEC + more)
@@ -77,15 +82,51 @@ def test_runs_that_exist_are_kept(study, results):
 def test_runs_cannot_start_from_taken_ones(study, results):
     there = study("there")
     take_runs(there, results)
-    (started,) = (run for run in there.runs("warm_start") if run.method == "plain")
-    taken = there.runs()[0]
-    for name in ("config.py", "record.json"):  # seed 1, as this stage starts from it
-        source = there.source(started).folder
-        source.mkdir(parents=True, exist_ok=True)
-        (source / name).write_bytes((taken.folder / name).read_bytes())
-    there.config(there.source(started)).dump(source / "config.py")
-    with pytest.raises(RunFailed, match="scratch/plain/seed1, which has no checkpoint in"):
-        execute(there, started)
+    with pytest.raises(RunFailed, match="scratch/plain/seed0, which has no checkpoint in"):
+        execute(there, there.runs("warm_start")[0])
+
+
+def test_interrupted_take_is_repeated(study, results, monkeypatch):
+    there = study("there")
+    with monkeypatch.context() as patch:
+        patch.setattr("rfa_mmdet.studies.taken.write_json", lambda path, content: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            take_runs(there, results)
+    assert take_runs(there, results) == there.runs()[:1]
+    assert there.runs()[0].finished
+
+
+@pytest.mark.parametrize("act", [take_runs, lambda study, results: execute(study, study.runs()[0])])
+def test_runs_taken_by_another_process_meanwhile(study, results, monkeypatch, act):
+    there, locked = study("there"), Run.locked
+
+    @contextmanager
+    def locked_after_another(run):
+        monkeypatch.setattr(Run, "locked", locked)
+        assert take_runs(there, results) == [run]
+        with run.locked() as lock:
+            yield lock
+
+    monkeypatch.setattr(Run, "locked", locked_after_another)
+    assert not act(there, results)
+    assert there.runs()[0].finished
+
+
+def test_data_may_be_elsewhere(study, results, monkeypatch):
+    monkeypatch.setenv("DATA_ROOT", "/else/where")
+    there = study("there")
+    assert there.base.train_dataloader.dataset.ann_file == "/else/where/train.json"
+    assert len(take_runs(there, results)) == 1
+
+
+@pytest.mark.parametrize("path", UNFINISHED, ids=lambda path: path.stem)
+def test_unfinished_studies_can_be_resumed(path, tmp_path, monkeypatch):
+    for variable in ("DATA_ROOT", "CLASSES", "TEST_SET"):
+        monkeypatch.setenv(variable, "")  # so it is removed afterwards
+        monkeypatch.delenv(variable)
+    study = load_study(ROOT / "configs" / "ablation" / path.name.replace(".json", ".py"), tmp_path)
+    states = [run["state"] for run in json.loads(path.read_text())["runs"]]
+    assert len(take_runs(study, path)) == states.count("finished") > 0
 
 
 @pytest.mark.parametrize(
@@ -95,11 +136,26 @@ def test_runs_cannot_start_from_taken_ones(study, results):
         ("checkpoint = 'best'", "checkpoint"),
         ("methods = dict(plain={})", "methods"),
         ("stages = dict(scratch=dict())", "stages"),
+        ("options = {'x.y': 1}", "configs"),
+        ("methods['other'] = {'model.plugins': [2]}", "configs"),
     ],
 )
 def test_results_of_another_study(study, results, more, what):
     with pytest.raises(ConfigError, match=rf"belongs to another study \(different: .*{what}"):
         take_runs(study("there", more), results)
+
+
+def test_results_without_configs(study, results):
+    content = json.loads(results.read_text())
+    del content["configs"]
+    results.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="did not record the runs' configs"):
+        take_runs(study("there"), results)
+
+
+def test_results_of_a_study_with_a_method_that_does_not_fit(study):
+    there = study("there", "methods['other'] = {'data_root.x': 1}")
+    assert [run["state"] for run in collect(there, {}, {})["runs"]] == ["missing"] * 4
 
 
 def test_damaged_and_missing_files(study, tmp_path):
