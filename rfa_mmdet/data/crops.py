@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import cv2
+import mmcv
 import numpy as np
 
 from rfa_mmdet.data.shapes import CLASSES, SPLITS
@@ -52,7 +53,7 @@ def write_crops(root: str | os.PathLike, size: int = 32) -> dict[str, int]:
         for annotation in coco["annotations"]:
             annotations[annotation["image_id"]].append(annotation)
         for info in coco["images"]:
-            image = cv2.imread(str(root / "JPEGImages" / info["file_name"]))
+            image = mmcv.imread(root / "JPEGImages" / info["file_name"])
             for annotation in annotations[info["id"]]:
                 folder = root / "crops" / split / CLASSES[annotation["category_id"] - 1]
                 _, png = cv2.imencode(".png", _crop(image, annotation["bbox"], size))
