@@ -174,8 +174,8 @@ def test_only_needed_gradients_are_computed(case, needed):
     ("case", "rows"),
     [
         (Case(size=(5, 4), kernel=(2, 1), channels=1), (1, 2)),
-        # Chunks of several images; the last has fewer.
-        (Case(batch=3, size=(3, 2), kernel=(2, 2), channels_last=True), (2, 7)),
+        # 8 rows are two images; the last chunk has one.
+        (Case(batch=3, size=(3, 2), kernel=(2, 1), channels_last=True), (2, 8)),
         (
             Case(size=(7, 3), stride=(2, 2), kernel=(3, 1), dilation=(2, 2), channels_last=True),
             (1,),
