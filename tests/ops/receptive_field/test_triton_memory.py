@@ -115,7 +115,7 @@ CASES = [
 
 @interpreted
 def test_quick(monkeypatch):
-    compare("attention", Case(size=(4, 3), **FEWER), monkeypatch)
+    compare("attention", Case(size=(3, 3), **FEWER), monkeypatch)
 
 
 @interpreted
