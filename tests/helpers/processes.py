@@ -4,9 +4,14 @@ import subprocess
 import time
 from collections.abc import Callable
 
-# In seconds: the longest command, the demo, takes a fifth of it on an idle machine. Less than
+import torch
+
+# In seconds: the longest command takes a tenth of it on an idle machine. Less than
 # gloo's timeout of half an hour, so a rank that waits for another one fails the test.
 PATIENCE = 1500
+# Forking is far faster, because importing everything again takes longer than most tests. But with a
+# GPU, autograd does not run in a fork of a process in which it has run.
+START_METHOD = "spawn" if torch.cuda.is_available() else "fork"
 
 
 def wait_until(

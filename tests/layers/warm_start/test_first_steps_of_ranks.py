@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rfa_mmdet.layers import RFAConv, RFCAConv, RFCBAMConv
+from tests.helpers.processes import START_METHOD
 
 
 def maps(rank: int) -> torch.Tensor:
@@ -63,9 +64,8 @@ def in_process(rank: int, folder: str, kind: type, sync: bool) -> None:
     ("kind", "sync"), [(RFAConv, False), (RFCBAMConv, False), (RFCAConv, False), (RFAConv, True)]
 )
 def test_ranks_use_joint_statistics_and_stay_equal(kind, sync, tmp_path):
-    # Forked, because importing everything again takes far longer than the test.
     arguments = (str(tmp_path), kind, sync)
-    mp.start_processes(in_process, arguments, nprocs=2, start_method="fork")
+    mp.start_processes(in_process, arguments, nprocs=2, start_method=START_METHOD)
     found = [torch.load(tmp_path / f"{rank}.pth", weights_only=False) for rank in (0, 1)]
     for one in found:
         assert one["settled"]

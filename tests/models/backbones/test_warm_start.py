@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rfa_mmdet.layers.conv.base import AttentionConv2d
 from rfa_mmdet.models import RFAResNet
 from tests.helpers.norms import randomise_norms
+from tests.helpers.processes import START_METHOD
 from tests.helpers.registered import CONVS
 from tests.helpers.resnet import image
 
@@ -151,8 +152,7 @@ def in_process(rank: int, folder: str) -> None:
 def on_ranks(tmp_path_factory) -> list[dict]:
     """Return the largest differences of outputs and gradients, by case, on each of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    # Forked, because importing everything again takes far longer than the cases.
-    mp.start_processes(in_process, (str(folder),), nprocs=2, start_method="fork")
+    mp.start_processes(in_process, (str(folder),), nprocs=2, start_method=START_METHOD)
     return [torch.load(folder / f"{rank}.pth") for rank in (0, 1)]
 
 
