@@ -109,8 +109,7 @@ def parse_args() -> argparse.Namespace:
         type=int,
         default=EPOCHS,
         metavar="N",
-        help="train for N epochs (default: %(default)s); the demo only checks AP50 after the "
-        "default",
+        help="train for N epochs; AP50 is only checked with the default (default: %(default)s)",
     )
     args = parser.parse_args()
     if args.epochs < 1:

@@ -27,7 +27,7 @@ def write_crops(root: str | os.PathLike, size: int = 32) -> dict[str, int]:
         dict[str, int]: Number of crops in each split.
 
     Raises:
-        UserError: ``size`` is not a positive int, or the folder is not one of ``make_shapes``.
+        UserError: ``size`` is not a positive int, or ``make_shapes`` has not written the folder.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -41,9 +41,7 @@ def write_crops(root: str | os.PathLike, size: int = 32) -> dict[str, int]:
         raise UserError(f"size={size!r}: must be a positive int")
     root = Path(root)
     if not (root / "shapes.json").is_file():
-        raise UserError(
-            f"root={str(root)!r}: has no shapes.json, so it is no folder of make_shapes"
-        )
+        raise UserError(f"root={str(root)!r}: has no shapes.json; must be a folder of make_shapes")
     counts = dict.fromkeys(SPLITS, 0)
     for split in SPLITS:
         for name in CLASSES:
