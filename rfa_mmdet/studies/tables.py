@@ -19,25 +19,36 @@ class Column(NamedTuple):
 
 
 def spread(mean: float | None, deviation: float | None) -> str:
-    """Format a mean and its deviation.
+    """Format a mean and its deviation, with fewer decimals for percentages.
 
     Example:
         >>> spread(0.5, 0.01), spread(0.5, None), spread(None, None)
         ('0.5000 ± 0.0100', '0.5000', '-')
+        >>> spread(98.7572, 0.078)
+        '98.76 ± 0.08'
     """
-    text = "-" if mean is None else f"{mean:.4f}"
-    return text if deviation is None else f"{text} ± {deviation:.4f}"
+    decimals = _decimals(mean)
+    text = "-" if mean is None else f"{mean:.{decimals}f}"
+    return text if deviation is None else f"{text} ± {deviation:.{decimals}f}"
 
 
-def gain(difference: float | None, interval: float | None) -> str:
-    """Format a difference and half the width of its 95 % interval.
+def gain(difference: float | None, interval: float | None, mean: float | None = None) -> str:
+    """Format a difference of means, one of which is given, and half the width of its 95 % interval.
 
     Example:
         >>> gain(0.05, 0.012), gain(-0.05, None), gain(None, None)
         ('+0.050 ± 0.012', '-0.050', '-')
+        >>> gain(0.741, 4.529, 98.7572)
+        '+0.74 ± 4.53'
     """
-    text = "-" if difference is None else f"{difference:+.3f}"
-    return text if interval is None else f"{text} ± {interval:.3f}"
+    decimals = min(_decimals(mean), 3)
+    text = "-" if difference is None else f"{difference:+.{decimals}f}"
+    return text if interval is None else f"{text} ± {interval:.{decimals}f}"
+
+
+def _decimals(mean: float | None) -> int:
+    """Fractions such as AP are at most 1; percentages of a useful model are more."""
+    return 4 if mean is None or abs(mean) <= 1 else 2
 
 
 def _number(title: str, key: str, form: str, factor: float = 1) -> Column:
@@ -51,7 +62,11 @@ COLUMNS = (
     Column("method", "method", lambda r: r["method"] + " (baseline)" * r["is_baseline"], True),
     Column("seeds", "finished", lambda r: f"{r['finished']} of {r['wanted']}"),
     Column("test", "mean", lambda r: spread(r["mean"], r["deviation"])),
-    Column("difference (95 %)", "difference", lambda r: gain(r["difference"], r["interval"])),
+    Column(
+        "difference (95 %)",
+        "difference",
+        lambda r: gain(r["difference"], r["interval"], r["mean"]),
+    ),
     _number("p (Holm)", "p_holm", ".3f"),
     Column("verdict", "verdict", lambda r: r["verdict"] or "-", True),
     Column("validation", "val_mean", lambda r: spread(r["val_mean"], r["val_deviation"])),
