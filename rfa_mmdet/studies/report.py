@@ -18,7 +18,7 @@ from rfa_mmdet.studies.run import read_json
 from rfa_mmdet.studies.samples import draw_samples
 from rfa_mmdet.studies.study import Study
 from rfa_mmdet.studies.summary import LEVEL, MIN_PAIRS, summarise
-from rfa_mmdet.studies.tables import COLUMNS, markdown, records, spread
+from rfa_mmdet.studies.tables import COLUMNS, gain, markdown, records, spread
 from rfa_mmdet.texts import cell
 
 _TEMPLATES = Environment(
@@ -92,7 +92,7 @@ def page(
     """
     runs = pd.DataFrame(results["runs"])
     finished = runs["state"] == "finished"
-    texts = runs["test"].astype(float).map("{:.4f}".format)
+    texts = runs["test"].astype(float).map(lambda value: spread(value, None))
     runs["text"] = texts.where(finished & runs["test"].notna(), runs["state"])
     tests = runs.pivot(index=["stage", "method"], columns="seed", values="text").fillna("")
     return _TEMPLATES.get_template("report.html").render(
@@ -108,6 +108,7 @@ def page(
         level=LEVEL,
         min_pairs=MIN_PAIRS,
         spread=spread,
+        gain=gain,
         data_uri=_data_uri,
     )
 

@@ -104,7 +104,7 @@ def test_page_is_self_contained_and_escapes_its_content(report):
     words = " ".join(text.split())
     assert "a training iteration has 4 images" in words
     assert "Some CPU, 2 cores, 1 thread (torch 2)" in words
-    assert "ours has the highest mean, 0.4600 ± 0.0100, +0.0400 from the baseline" in words
+    assert "ours has the highest mean, 0.4600 ± 0.0100, +0.040 from the baseline" in words
 
 
 def test_names_with_any_characters_in_every_file(tmp_path):
@@ -165,7 +165,7 @@ def test_page_of_an_unfinished_study(tmp_path):
     ("ours", "sentence"),
     [
         ([0.3, 0.1], "plain has the highest mean, 0.3500 ± 0.0707: it is the baseline."),
-        ([0.4, 0.6], "+0.1500 from the baseline, which cannot be tested with fewer than 3 seeds."),
+        ([0.4, 0.6], "+0.150 from the baseline, which cannot be tested with fewer than 3 seeds."),
     ],
 )
 def test_sentence_about_the_best_method(ours, sentence, tmp_path):
