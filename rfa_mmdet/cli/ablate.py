@@ -49,7 +49,7 @@ def parse_args() -> Namespace:
     add(
         "--take",
         metavar="JSON",
-        help="first take the finished runs of a results.json of this spec, unchanged, "
+        help="first take the finished runs of a results.json that have a config of this study, "
         "e.g. from another machine; their checkpoints are not in it",
     )
     add("--slurm-args", nargs="+", default=[], metavar="ARG",

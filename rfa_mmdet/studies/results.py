@@ -1,11 +1,12 @@
 """Collect the results of all runs in results.json."""
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 from rfa_mmdet.studies.run import Run, write_json
 from rfa_mmdet.studies.study import Study
-from rfa_mmdet.studies.taken import description
+from rfa_mmdet.studies.taken import fingerprint
 
 POINTS = 200  # maximum number of points of a loss curve
 
@@ -14,12 +15,16 @@ def collect(study: Study, costs: dict[str, Any], samples: dict[str, Any]) -> dic
     """Collect the records of all runs, and write results.json.
 
     Returns:
-        dict[str, Any]: The study's ``name``, ``metric``, ``baseline``, ``checkpoint``, ``methods``,
-        ``stages`` and ``configs``, see :func:`~rfa_mmdet.studies.taken.description`; ``costs`` and
-        ``samples``; and ``runs``, see :func:`read_run`.
+        dict[str, Any]: The study's ``name``, ``metric``, ``baseline``, ``checkpoint``, ``methods``
+        and ``stages``; ``costs`` and ``samples``; and ``runs``, see :func:`read_run`.
     """
     results = dict(
-        **description(study),
+        name=study.name,
+        metric=study.metric,
+        baseline=study.baseline,
+        checkpoint=study.checkpoint,
+        methods=list(study.methods),
+        stages=list(map(asdict, study.stages.values())),
         costs=costs,
         samples=samples,
         runs=[read_run(study, run) for run in study.runs()],
@@ -35,7 +40,8 @@ def read_run(study: Study, run: Run) -> dict[str, Any]:
         dict[str, Any]: ``stage``, ``method``, ``seed``; ``state``: 'finished', 'failed', 'started'
         or 'missing'; ``error`` if failed; ``metrics`` of the test, and ``test``, the one to
         compare; ``curve``, pairs [epoch, validation metric], and ``val``, the last one; ``losses``,
-        pairs [iteration, loss]; ``memory_mb``, the training's peak.
+        pairs [iteration, loss]; ``memory_mb``, the training's peak; ``fingerprint``, see
+        :func:`~rfa_mmdet.studies.taken.fingerprint`.
     """
     record = run.record
     error = record.get("error")
@@ -65,6 +71,7 @@ def read_run(study: Study, run: Run) -> dict[str, Any]:
         curve=sorted(curve.items()),
         losses=points[:: math.ceil(len(points) / POINTS) or 1],
         memory_mb=record.get("train", {}).get("memory_mb"),
+        fingerprint=fingerprint(study, run),
     )
 
 

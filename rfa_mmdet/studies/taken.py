@@ -1,8 +1,7 @@
-"""Take the finished runs of a results.json, so that a study can resume on another machine."""
+"""Take finished runs of a results.json, so that a study can resume on another machine."""
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,63 +11,55 @@ from rfa_mmdet.studies.run import Run, read_json, write_json
 from rfa_mmdet.studies.study import Study
 
 
-def description(study: Study) -> dict[str, Any]:
-    """Return what a results.json says of its study.
+def fingerprint(study: Study, run: Run) -> str | None:
+    """Return a digest of what determines the results of a run; None if its config is invalid.
 
-    Returns:
-        dict[str, Any]: Attributes of the study, and ``configs``, a digest of the configs of all
-        stages and methods. It does not depend on the folder of the data, ``data_root``.
+    It includes the config, the run that it starts from, the tested checkpoint and the metric. It
+    does not depend on names, or on the folder of the data, ``data_root``.
     """
-    first = [
-        Run(study.work_dir, stage.name, method, stage.seeds[0])
-        for stage in study.stages.values()
-        for method in stage.methods
-    ]
-    configs = "\n".join(_portable_config(study, run) for run in first)
-    return dict(
-        name=study.name,
-        metric=study.metric,
-        baseline=study.baseline,
-        checkpoint=study.checkpoint,
-        methods=list(study.methods),
-        stages=list(map(asdict, study.stages.values())),
-        configs=hashlib.sha256(configs.encode()).hexdigest()[:16],
-    )
+    try:
+        parts = [study.metric, study.checkpoint, _portable_config(study, run)]
+    except ConfigError:
+        return None
+    source = study.source(run)
+    if source is not None:
+        parts.append(str(fingerprint(study, source)))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def take_runs(study: Study, path: str | Path) -> list[Run]:
-    """Take the finished runs of a results.json that have no folder here.
+    """Take the finished runs of a results.json that have a config of this study.
 
-    Their checkpoints stay where they were, so no other run can start from them.
+    They may be of another study. Runs that have a folder here are left alone. The checkpoints stay
+    where they were, so no other run can start from the taken ones.
 
     Args:
         study (Study): The study.
-        path (str | Path): A results.json of the same spec.
+        path (str | Path): A results.json.
 
     Returns:
         list[Run]: The runs that were taken.
 
     Raises:
         UserError: There is no such file, or it is damaged.
-        ConfigError: It belongs to another study, or does not say which configs its runs had.
+        ConfigError: No finished run in it has a config of this study, or it does not say which
+            configs its runs had.
     """
     results = read_json(Path(path))
     if not isinstance(results, dict) or "runs" not in results:
         raise UserError(f"{path}: must be a results.json of tools/ablate.py")
-    if "configs" not in results:
+    if any("fingerprint" not in result for result in results["runs"]):
         raise ConfigError(
             f"{path}: was written by a version that did not record the runs' configs; where the "
             "runs are, write it again with --report-only"
         )
-    own = json.loads(json.dumps(description(study)))  # tuples become lists
-    changed = [key for key, value in own.items() if results.get(key) != value]
-    if changed:
-        raise ConfigError(f"{path}: belongs to another study (different: {', '.join(changed)})")
-    found = {(run["stage"], run["method"], run["seed"]): run for run in results["runs"]}
+    finished = {r["fingerprint"]: r for r in results["runs"] if r["state"] == "finished"}
+    found = [(run, finished.get(fingerprint(study, run))) for run in study.runs()]
+    if not any(result for _, result in found):
+        raise ConfigError(f"{path}: no finished run in it has a config of the study {study.name}")
     taken = []
-    for run in study.runs():
-        result = found.get((run.stage, run.method, run.seed), {"state": "missing"})
-        if result["state"] != "finished" or run.config.is_file():
+    for run, result in found:
+        if result is None or run.config.is_file():
             continue
         with run.locked():
             if not run.config.is_file():  # another process may have written it meanwhile
@@ -79,10 +70,7 @@ def take_runs(study: Study, path: str | Path) -> list[Run]:
 
 def _portable_config(study: Study, run: Run) -> str:
     """Return a config as JSON, without ``data_root`` at the start of its paths."""
-    try:
-        cfg = study.config(run).to_dict()
-    except ConfigError:  # the run fails, but its study has a report
-        return ""
+    cfg = study.config(run).to_dict()
     plain = json.loads(json.dumps(cfg, default=str))  # keys of several types cannot be sorted
     text, root = json.dumps(plain, sort_keys=True), plain.get("data_root")
     return text.replace(json.dumps(root)[:-1], '"') if isinstance(root, str) else text

@@ -9,6 +9,7 @@ from rfa_mmdet.errors import ConfigError, UserError
 from rfa_mmdet.studies import Run, load_study, take_runs
 from rfa_mmdet.studies.execute import RunFailed, execute
 from rfa_mmdet.studies.results import collect
+from rfa_mmdet.studies.taken import fingerprint
 from tests.helpers.paths import ROOT
 
 UNFINISHED = sorted((ROOT / "benchmarks" / "results" / "unfinished").glob("*.json"))
@@ -130,24 +131,44 @@ def test_unfinished_studies_can_be_resumed(path, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("more", "what"),
+    "more",
     [
-        ("metric = 'coco/bbox_mAP_50'", "metric"),
-        ("checkpoint = 'best'", "checkpoint"),
-        ("methods = dict(plain={})", "methods"),
-        ("stages = dict(scratch=dict())", "stages"),
-        ("options = {'x.y': 1}", "configs"),
-        ("methods['other'] = {'model.plugins': [2]}", "configs"),
+        "metric = 'coco/bbox_mAP_50'",
+        "checkpoint = 'best'",
+        "options = {'x.z': 1}",
+        "methods['plain'] = {'model.plugins': [2]}",
+        "seeds = (1,)",
     ],
 )
-def test_results_of_another_study(study, results, more, what):
-    with pytest.raises(ConfigError, match=rf"belongs to another study \(different: .*{what}"):
+def test_results_of_other_configs(study, results, more):
+    with pytest.raises(ConfigError, match="no finished run in it has a config of the study spec"):
         take_runs(study("there", more), results)
 
 
-def test_results_without_configs(study, results):
+@pytest.mark.parametrize(
+    ("more", "names"),
+    [
+        ("seeds = (1, 0)", ["scratch/plain/seed0"]),
+        ("methods = dict(base={}, third={'x.y': 3})", ["scratch/base/seed0"]),
+        ("stages = dict(first=dict())", ["first/plain/seed0"]),
+        ("methods['plain_again'] = {}", ["scratch/plain/seed0", "scratch/plain_again/seed0"]),
+    ],
+)
+def test_another_study_takes_runs_of_the_same_config(study, results, more, names):
+    there = study("there", more)
+    assert [str(run) for run in take_runs(there, results)] == names
+
+
+def test_runs_of_a_warm_start_depend_on_the_first_training(study, tmp_path):
+    here, there = study("here"), study("there", "methods['plain'] = {'x.y': 5}")
+    ours, theirs = (one.runs("warm_start")[1] for one in (here, there))
+    assert here.config(ours).to_dict() == there.config(theirs).to_dict()
+    assert fingerprint(here, ours) != fingerprint(there, theirs)
+
+
+def test_results_without_fingerprints(study, results):
     content = json.loads(results.read_text())
-    del content["configs"]
+    del content["runs"][0]["fingerprint"]
     results.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="did not record the runs' configs"):
         take_runs(study("there"), results)
