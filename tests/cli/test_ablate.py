@@ -253,9 +253,10 @@ def test_take(run_tool, fails, tiny_config, tmp_path, monkeypatch):
         ["1", "all/rfaconv/seed0", "missing"],
         ["2", "all/wrong/seed0", "missing"],
     ]
-    spec.write_text(spec.read_text() + "methods['rfaconv'] = {'model.backbone.depth': 34}")
+    spec.write_text(spec.read_text() + "methods['plain'] = {'model.backbone.depth': 34}")
     error = fails("ablate", *arguments)
-    assert error.strip() == f"error: {results}: belongs to another study (different: configs)"
+    told = f"error: {results}: no finished run in it has a config of the study spec"
+    assert error.strip() == told
 
 
 def test_bad_input(fails, tiny_config, tmp_path):
