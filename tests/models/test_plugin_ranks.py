@@ -60,9 +60,10 @@ def compare(plain, net, case, number):
     assert furthest(run(pair[1], inputs), expected, outputs=True) > 1e-4
 
 
-# All plug-ins, the first one at the first place and so on.
-def spread(*places):
-    return [dict(cfg=cfg, position=p) for cfg, p in zip(IDENTITIES.values(), 6 * places)]
+# Each plug-in at each place.
+def everywhere(*places):
+    plugins = [(p, dict(cfg, postfix="_" + p)) for p in places for cfg in IDENTITIES.values()]
+    return [dict(cfg=cfg, position=p) for p, cfg in plugins]
 
 
 def behind(cfg, after):
@@ -73,16 +74,16 @@ def behind(cfg, after):
 image = CASES["ResNet"]
 for norm_eval in (True, False):
     r18 = dict(type="ResNet", depth=18, base_channels=8, norm_eval=norm_eval)
-    plugins = spread("after_conv1", "after_conv2")
-    compare(r18, dict(r18, type="RFAResNet", plugins=plugins), image, 8 * 6)
-r50 = image.cfg
-plugins = spread("after_conv1", "after_conv2", "after_conv3")
-compare(r50, dict(r50, type="RFAResNet", plugins=plugins), image, 16 * 6)
-compare(r50, dict(r50, plugins=spread("after_conv3")), image, 16 * 6)
+    plugins = everywhere("after_conv1", "after_conv2")
+    compare(r18, dict(r18, type="RFAResNet", plugins=plugins), image, 8 * 2 * 6)
+    r50 = dict(image.cfg, norm_eval=norm_eval)
+    plugins = everywhere("after_conv1", "after_conv2", "after_conv3")
+    compare(r50, dict(r50, type="RFAResNet", plugins=plugins), image, 16 * 3 * 6)
+compare(r50, dict(r50, plugins=everywhere("after_conv3")), image, 16 * 6)
 compare(r50, behind(r50, r"layer[34]\\.\\d"), image, 9 * 6)
 fpn = CASES["FPN"]
-plugins = spread("after_lateral", "after_output")
-compare(fpn.cfg, dict(fpn.cfg, type="PluginFPN", plugins=plugins), fpn, 3 * 6)
+plugins = everywhere("after_lateral", "after_output")
+compare(fpn.cfg, dict(fpn.cfg, type="PluginFPN", plugins=plugins), fpn, 3 * 2 * 6)
 head = CASES["RetinaHead"]
 compare(head.cfg, behind(head.cfg, head.after), head, 6)
 print("agrees", flush=True)

@@ -128,8 +128,7 @@ def test_gradients_match_with_autocast(name, depth):
         assert (found - expected).norm() <= tolerance * expected.norm()
 
 
-ON_RANKS = [(name, 18, mode) for name in CONVS for mode in MODES[1:]]
-ON_RANKS += [("RFAConv", 50, mode) for mode in MODES[1:]]
+ON_RANKS = [(name, depth, mode) for name in CONVS for depth in (18, 50) for mode in MODES[1:]]
 
 
 def in_process(rank: int, folder: str) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import rfa_mmdet
+from tests.helpers.identity import IDENTITIES
 from tests.helpers.norms import randomise_norms
 from tests.helpers.registered import CONVS
 from tests.helpers.zoo import flat, relative
@@ -32,19 +33,40 @@ class Bottleneck(nn.Module):
         return self.relu(self.bn3(self.conv3(out)) + self.downsample(x))
 
 
+class BasicBlock(nn.Module):
+    def __init__(self, inplanes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = nn.Sequential(
+            nn.Conv2d(inplanes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes)
+        )
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(out)) + self.downsample(x))
+
+
+BLOCKS = {BasicBlock: 1, Bottleneck: 4}  # and their expansion
+
+
 class ResNet(nn.Module):
     """A ResNet with torchvision's names."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: type[nn.Module]) -> None:
         super().__init__()
+        narrow, wide = 8 * BLOCKS[block], 16 * BLOCKS[block]
         self.conv1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(8)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        self.layer1 = nn.Sequential(Bottleneck(8, 8, 1), Bottleneck(32, 8, 1))
-        self.layer2 = nn.Sequential(Bottleneck(32, 16, 2), Bottleneck(64, 16, 1))
+        self.layer1 = nn.Sequential(block(8, 8, 1), block(narrow, 8, 1))
+        self.layer2 = nn.Sequential(block(narrow, 16, 2), block(wide, 16, 1))
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(64, 10)
+        self.fc = nn.Linear(wide, 10)
 
     def forward(self, x):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -80,10 +102,11 @@ class Detector(nn.Module):
         return found
 
 
+@pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("conv", CONVS)
-def test_resnet_keeps_its_outputs(conv):
+def test_resnet_keeps_its_outputs(conv, block):
     torch.manual_seed(0)
-    plain = randomise_norms(ResNet()).eval()
+    plain = randomise_norms(ResNet(block)).eval()
     x = torch.randn(2, 3, 48, 64)
     net = rfa_mmdet.retrofit(
         copy.deepcopy(plain), [dict(where=r"layer\d\.\d\.conv2", conv=dict(type=conv))]
@@ -101,6 +124,33 @@ def test_resnet_keeps_its_outputs(conv):
     net.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
         assert relative([plain(x)], [net.eval()(x)]) <= 1e-4
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("name", [*CONVS, *IDENTITIES])
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_of_a_resnet(name, block, training):
+    torch.manual_seed(0)
+    plain = randomise_norms(ResNet(block)).double()
+    x, upstream = torch.randn(4, 3, 48, 64).double(), torch.randn(4, 10).double()
+    if name in CONVS:
+        edit = dict(where=r"layer\d\.\d\.conv2", conv=dict(type=name))
+    else:  # starts as the identity if not told otherwise
+        cfg = {k: v for k, v in IDENTITIES[name].items() if k != "start"}
+        edit = dict(after=r"layer\d\.\d\.conv2", plugin=cfg)
+    net = rfa_mmdet.retrofit(copy.deepcopy(plain), [edit]).double()
+    outputs = []
+    for one in (plain, net):
+        one.train(training)
+        outputs.append(one(x))
+        outputs[-1].backward(upstream)
+    assert relative(outputs[:1], outputs[1:]) <= 1e-6
+    found = dict(net.named_parameters())
+    for key, parameter in plain.named_parameters():
+        if key in found:
+            assert relative([parameter.grad], [found[key].grad]) <= 1e-5, key
+    assert len(net.new_layers.layers) == 4
+    assert all(p.grad is not None for p in net.parameters())
 
 
 def test_unregistered_detector():
