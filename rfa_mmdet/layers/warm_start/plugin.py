@@ -6,7 +6,8 @@ constant. With ``start='identity'``, a plug-in starts there and always multiplie
 inverse of that constant: it computes its paper's formula times that number.
 """
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +69,25 @@ class Plugin(nn.Module):
                     reset()
             self._set_identity()
 
-    @torch.no_grad()
+    def apply(self, fn: Callable[[nn.Module], Any]) -> "Plugin":
+        """Apply a function to all modules; if it reinitialises them, keep the start.
+
+        MMEngine applies a parent's ``init_cfg`` this way, but does not call :meth:`init_weights`
+        where a container of torch, such as ``nn.Sequential``, is between the two.
+        """
+        constant = self._is_constant()
+        super().apply(fn)
+        if constant and not self._is_constant():
+            self.init_weights()
+        return self
+
     def is_identity(self) -> bool:
         """Return whether the layer is the identity now: it started so and has not been trained."""
-        if self.start != "identity" or not self.exact:
+        return self.exact and self._is_constant()
+
+    @torch.no_grad()
+    def _is_constant(self) -> bool:
+        if self.start != "identity":
             return False
         values = self.constant_attention()[0]
         return all(torch.equal(self.get_parameter(name), value) for name, value in values.items())

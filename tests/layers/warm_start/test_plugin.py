@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, Sequential
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
@@ -138,21 +138,32 @@ INITS = {
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_parents_init_weights_keeps_the_identity(name, init):
-    parent = Parent(build(name), [INITS[init]])
+@pytest.mark.parametrize("container", [None, nn.Sequential, Sequential])
+def test_parents_init_weights_keeps_the_identity(name, init, container):
+    layer = build(name)
+    parent = Parent(container(layer) if container else layer, [INITS[init]])
     parent.init_weights()
-    assert_identity(parent.layer)
+    assert_identity(layer)
     # Everything else has torch's defaults, regardless of the parent's init_cfg.
     fresh = build(name)
-    for key, value in parent.layer.state_dict().items():
-        if key in parent.layer.constant_attention()[0]:
+    for key, value in layer.state_dict().items():
+        if key in layer.constant_attention()[0]:
             continue
         limit = fresh.state_dict()[key].double().abs().max()
         assert value.double().abs().max() <= max(4 * limit, 1), key
-    assert any(float(g.abs().max()) > 1e-4 for g in run(parent.layer, feature_map())[2:])
-    before = copy.deepcopy(parent.layer.state_dict())
+    assert any(float(g.abs().max()) > 1e-4 for g in run(layer, feature_map())[2:])
+    before = copy.deepcopy(layer.state_dict())
     parent.init_weights()  # MMEngine warns and does nothing
-    assert all(v.equal(before[k]) for k, v in parent.layer.state_dict().items())
+    assert all(v.equal(before[k]) for k, v in layer.state_dict().items())
+
+
+def test_apply_reinitialises_a_trained_layer(name):
+    layer = build(name)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(1)
+    layer.apply(lambda module: [nn.init.constant_(p, 3) for p in module.parameters()])
+    assert all(bool((p == 3).all()) for p in layer.parameters())
 
 
 def test_parents_init_weights_is_kept_with_the_paper_start(name):
