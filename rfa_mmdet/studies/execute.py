@@ -115,7 +115,7 @@ def run_config(study: Study, run: Run) -> Config:
         return cfg
     old, new = (
         json.loads(json.dumps(one.to_dict(), default=str))
-        for one in (Config.fromfile(run.config), cfg)
+        for one in (Config.fromfile(run.config, import_custom_modules=False), cfg)
     )
     # load_from is a path that depends on the study's stages.
     changed = sorted(k for k in {*old, *new} - {"load_from"} if old.get(k) != new.get(k))

@@ -16,7 +16,8 @@ def collect(study: Study, costs: dict[str, Any], samples: dict[str, Any]) -> dic
 
     Returns:
         dict[str, Any]: The study's ``name``, ``metric``, ``baseline``, ``checkpoint``, ``methods``
-        and ``stages``; ``costs`` and ``samples``; and ``runs``, see :func:`read_run`.
+        and ``stages``; ``costs`` and ``samples``; and ``runs``, see :func:`read_run`, each
+        with its ``fingerprint``, see :func:`~rfa_mmdet.studies.taken.fingerprint`.
     """
     results = dict(
         name=study.name,
@@ -27,7 +28,9 @@ def collect(study: Study, costs: dict[str, Any], samples: dict[str, Any]) -> dic
         stages=list(map(asdict, study.stages.values())),
         costs=costs,
         samples=samples,
-        runs=[read_run(study, run) for run in study.runs()],
+        runs=[
+            dict(read_run(study, run), fingerprint=fingerprint(study, run)) for run in study.runs()
+        ],
     )
     write_json(study.work_dir / "results.json", results)
     return results
@@ -40,8 +43,7 @@ def read_run(study: Study, run: Run) -> dict[str, Any]:
         dict[str, Any]: ``stage``, ``method``, ``seed``; ``state``: 'finished', 'failed', 'started'
         or 'missing'; ``error`` if failed; ``metrics`` of the test, and ``test``, the one to
         compare; ``curve``, pairs [epoch, validation metric], and ``val``, the last one; ``losses``,
-        pairs [iteration, loss]; ``memory_mb``, the training's peak; ``fingerprint``, see
-        :func:`~rfa_mmdet.studies.taken.fingerprint`.
+        pairs [iteration, loss]; ``memory_mb``, the training's peak.
     """
     record = run.record
     error = record.get("error")
@@ -71,7 +73,6 @@ def read_run(study: Study, run: Run) -> dict[str, Any]:
         curve=sorted(curve.items()),
         losses=points[:: math.ceil(len(points) / POINTS) or 1],
         memory_mb=record.get("train", {}).get("memory_mb"),
-        fingerprint=fingerprint(study, run),
     )
 
 

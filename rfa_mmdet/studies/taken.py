@@ -7,12 +7,15 @@ from typing import Any
 
 from rfa_mmdet.errors import ConfigError, UserError
 from rfa_mmdet.files import written_whole
+from rfa_mmdet.studies.execute import run_config
 from rfa_mmdet.studies.run import Run, read_json, write_json
 from rfa_mmdet.studies.study import Study
 
 
 def fingerprint(study: Study, run: Run) -> str | None:
-    """Return a digest of what determines the results of a run; None if its config is invalid.
+    """Return a digest of what determines the results of a run.
+
+    None if its config is invalid, or if its folder contains a run with another config.
 
     It includes the config, the run that it starts from, the tested checkpoint and the metric. It
     does not depend on names, or on the folder of the data, ``data_root``.
@@ -23,7 +26,10 @@ def fingerprint(study: Study, run: Run) -> str | None:
         return None
     source = study.source(run)
     if source is not None:
-        parts.append(str(fingerprint(study, source)))
+        start = fingerprint(study, source)
+        if start is None:
+            return None
+        parts.append(start)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -53,7 +59,11 @@ def take_runs(study: Study, path: str | Path) -> list[Run]:
             f"{path}: was written by a version that did not record the runs' configs; where the "
             "runs are, write it again with --report-only"
         )
-    finished = {r["fingerprint"]: r for r in results["runs"] if r["state"] == "finished"}
+    finished = {
+        result["fingerprint"]: result
+        for result in results["runs"]
+        if result["state"] == "finished" and result["fingerprint"]
+    }
     found = [(run, finished.get(fingerprint(study, run))) for run in study.runs()]
     if not any(result for _, result in found):
         raise ConfigError(f"{path}: no finished run in it has a config of the study {study.name}")
@@ -70,7 +80,7 @@ def take_runs(study: Study, path: str | Path) -> list[Run]:
 
 def _portable_config(study: Study, run: Run) -> str:
     """Return a config as JSON, without ``data_root`` at the start of its paths."""
-    cfg = study.config(run).to_dict()
+    cfg = run_config(study, run).to_dict()
     plain = json.loads(json.dumps(cfg, default=str))  # keys of several types cannot be sorted
     text, root = json.dumps(plain, sort_keys=True), plain.get("data_root")
     return text.replace(json.dumps(root)[:-1], '"') if isinstance(root, str) else text

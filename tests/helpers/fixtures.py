@@ -113,7 +113,7 @@ def fails(capsys, monkeypatch, shapes):
         # MMEngine's logger may have kept the stream of an earlier test, which is closed.
         monkeypatch.setattr(logging, "raiseExceptions", False)
         monkeypatch.setattr(sys, "argv", [f"tools/{tool}.py", *map(str, arguments)])
-        capsys.readouterr()  # of the test itself
+        capsys.readouterr()  # discard what the test itself printed
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(f"tools/{tool}.py", run_name="__main__")
         assert stop.value.code == 1

@@ -79,6 +79,7 @@ for norm_eval in (True, False):
     r50 = dict(image.cfg, norm_eval=norm_eval)
     plugins = everywhere("after_conv1", "after_conv2", "after_conv3")
     compare(r50, dict(r50, type="RFAResNet", plugins=plugins), image, 16 * 3 * 6)
+r50 = image.cfg
 compare(r50, dict(r50, plugins=everywhere("after_conv3")), image, 16 * 6)
 compare(r50, behind(r50, r"layer[34]\\.\\d"), image, 9 * 6)
 fpn = CASES["FPN"]

@@ -159,7 +159,7 @@ def test_another_study_takes_runs_of_the_same_config(study, results, more, names
     assert [str(run) for run in take_runs(there, results)] == names
 
 
-def test_runs_of_a_warm_start_depend_on_the_first_training(study, tmp_path):
+def test_runs_of_a_warm_start_depend_on_the_first_training(study):
     here, there = study("here"), study("there", "methods['plain'] = {'x.y': 5}")
     ours, theirs = (one.runs("warm_start")[1] for one in (here, there))
     assert here.config(ours).to_dict() == there.config(theirs).to_dict()
@@ -176,7 +176,16 @@ def test_results_without_fingerprints(study, results):
 
 def test_results_of_a_study_with_a_method_that_does_not_fit(study):
     there = study("there", "methods['other'] = {'data_root.x': 1}")
-    assert [run["state"] for run in collect(there, {}, {})["runs"]] == ["missing"] * 4
+    runs = collect(there, {}, {})["runs"]
+    assert [run["state"] for run in runs] == ["missing"] * 4
+    assert [bool(run["fingerprint"]) for run in runs] == [True, False] * 2
+
+
+def test_results_that_a_changed_spec_collects_have_no_fingerprint(study, results):
+    changed = collect(study("here", "methods['plain'] = {'x.y': 5}"), {}, {})["runs"]
+    assert (changed[0]["state"], changed[0]["fingerprint"]) == ("finished", None)
+    with pytest.raises(ConfigError, match="no finished run in it"):
+        take_runs(study("there", "methods['plain'] = {'x.y': 5}"), results)
 
 
 def test_damaged_and_missing_files(study, tmp_path):

@@ -70,14 +70,15 @@ class Plugin(nn.Module):
             self._set_identity()
 
     def apply(self, fn: Callable[[nn.Module], Any]) -> "Plugin":
-        """Apply a function to all modules; if it reinitialises them, keep the start.
+        """Apply a function to all modules; if it initialises untrained ones, keep the identity.
 
         MMEngine applies a parent's ``init_cfg`` this way, but does not call :meth:`init_weights`
         where a container of torch, such as ``nn.Sequential``, is between the two.
         """
         constant = self._is_constant()
+        before = [p.detach().clone() for p in self.parameters()] if constant else []
         super().apply(fn)
-        if constant and not self._is_constant():
+        if constant and not all(map(torch.equal, before, self.parameters())):
             self.init_weights()
         return self
 
@@ -87,7 +88,7 @@ class Plugin(nn.Module):
 
     @torch.no_grad()
     def _is_constant(self) -> bool:
-        if self.start != "identity":
+        if self.start != "identity" or any(p.is_meta for p in self.parameters()):
             return False
         values = self.constant_attention()[0]
         return all(torch.equal(self.get_parameter(name), value) for name, value in values.items())

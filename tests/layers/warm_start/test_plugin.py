@@ -134,6 +134,7 @@ INITS = {
     "Xavier": dict(type="Xavier", layer=WEIGHED, distribution="uniform", bias=0.5),
     "Normal": dict(type="Normal", layer=WEIGHED, std=0.01),
     "Constant": dict(type="Constant", layer=[*WEIGHED, "GroupNorm", "_BatchNorm"], val=3, bias=3),
+    "Zero": dict(type="Constant", layer=WEIGHED, val=0),
 }
 
 
@@ -155,6 +156,12 @@ def test_parents_init_weights_keeps_the_identity(name, init, container):
     before = copy.deepcopy(layer.state_dict())
     parent.init_weights()  # MMEngine warns and does nothing
     assert all(v.equal(before[k]) for k, v in layer.state_dict().items())
+
+
+def test_apply_on_the_meta_device(name):
+    seen = []
+    build(name).to("meta").apply(seen.append)
+    assert seen
 
 
 def test_apply_reinitialises_a_trained_layer(name):
