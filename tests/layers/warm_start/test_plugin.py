@@ -152,6 +152,8 @@ def test_parents_init_weights_keeps_the_identity(name, init, container):
             continue
         limit = fresh.state_dict()[key].double().abs().max()
         assert value.double().abs().max() <= max(4 * limit, 1), key
+    kernels = {key: p for key, p in fresh.named_parameters() if p.dim() > 1}
+    assert all(bool(layer.get_parameter(k).any()) is bool(p.any()) for k, p in kernels.items())
     assert any(float(g.abs().max()) > 1e-4 for g in run(layer, feature_map())[2:])
     before = copy.deepcopy(layer.state_dict())
     parent.init_weights()  # MMEngine warns and does nothing
