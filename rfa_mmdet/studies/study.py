@@ -19,7 +19,8 @@ for example
     )
 
 Each run of ``warm_start`` starts from the baseline's run in ``scratch`` with the same seed, or else
-with its first seed. A stage may have its own ``methods`` and ``seeds``.
+with its first seed; with ``load_method="own"``, from the run of its own method there. A stage may
+have its own ``methods`` and ``seeds``.
 """
 
 import copy
@@ -39,7 +40,7 @@ from rfa_mmdet.studies.run import Run
 
 _NEEDED = ("base", "methods", "metric")
 _KEYS = (*_NEEDED, "baseline", "checkpoint", "environment", "options", "samples", "seeds", "stages")
-_STAGE_KEYS = ("methods", "seeds", "options", "load_from")
+_STAGE_KEYS = ("methods", "seeds", "options", "load_from", "load_method")
 _NAME = re.compile(r"(?!\.)[\w.+-]+")
 
 
@@ -51,7 +52,8 @@ class Stage:
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     options: dict  # changes for every run, applied before the method's
-    load_from: str | None  # an earlier stage; the runs start from its baseline
+    load_from: str | None  # an earlier stage whose checkpoints the runs start from
+    load_method: str = "baseline"  # or "own": of which method
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,13 @@ class Study:
 
     def source(self, run: Run) -> Run | None:
         """Return the run whose checkpoint ``run`` starts from, if any."""
-        stage = self.stages[run.stage].load_from
-        if stage is None:
+        stage = self.stages[run.stage]
+        if stage.load_from is None:
             return None
-        seeds = self.stages[stage].seeds
+        seeds = self.stages[stage.load_from].seeds
         seed = run.seed if run.seed in seeds else seeds[0]
-        return Run(self.work_dir, stage, self.baseline, seed)
+        method = run.method if stage.load_method == "own" else self.baseline
+        return Run(self.work_dir, stage.load_from, method, seed)
 
     def config(self, run: Run) -> Config:
         """Return the config of a run, without the checkpoint that it starts from.
@@ -197,18 +200,24 @@ def _stages(spec: dict[str, Any], baseline: str) -> dict[str, Stage]:
         methods = tuple(stage.get("methods", known))
         for method in methods:
             _require(method in known, f"{where}.methods: {method!r} is not one of {known}")
-        source = stage.get("load_from")
-        if source is not None:
+        source, own = stage.get("load_from"), stage.get("load_method", "baseline")
+        allowed = own in ("baseline", "own")
+        _require(allowed, f"{where}.load_method={own!r}: must be 'baseline' or 'own'")
+        if source is None:
+            _require("load_method" not in stage, f"{where}.load_method={own!r}: needs load_from")
+        else:
             what = f"{where}.load_from={source!r}:"
             _require(source in stages, f"{what} must be an earlier stage, one of {list(stages)}")
-            trained = baseline in stages[source].methods
-            _require(trained, f"{what} does not train the baseline {baseline!r}")
-        own = f"{where}.seeds" if "seeds" in stage else "seeds"
+            for method in methods if own == "own" else (baseline,):
+                trained = method in stages[source].methods
+                _require(trained, f"{what} does not train {method!r}")
+        given_as = f"{where}.seeds" if "seeds" in stage else "seeds"
         seeds = stage.get("seeds", spec.get("seeds", (0, 1, 2)))
         valid = isinstance(seeds, (list, tuple)) and bool(seeds) and all(map(_is_count, seeds))
-        _require(valid, f"{own}={seeds!r}: must be a list of ints, e.g. (0, 1, 2)")
-        _require(len(set(seeds)) == len(seeds), f"{own}={seeds!r}: seeds must be unique")
-        stages[name] = Stage(name, methods, tuple(seeds), stage.get("options", {}), source)
+        _require(valid, f"{given_as}={seeds!r}: must be a list of ints, e.g. (0, 1, 2)")
+        _require(len(set(seeds)) == len(seeds), f"{given_as}={seeds!r}: seeds must be unique")
+        options = stage.get("options", {})
+        stages[name] = Stage(name, methods, tuple(seeds), options, source, own)
     return stages
 
 

@@ -148,7 +148,10 @@ def test_names_with_any_characters_in_every_file(tmp_path):
 def test_page_of_an_unfinished_study(tmp_path):
     results = results_of(dict(plain=[None, None], ours=[0.2, 0.3]))
     results["stages"].append(
-        dict(name="later", methods=["ours"], seeds=[0], options={}, load_from="all")
+        dict(
+            **dict(name="later", methods=["ours"], seeds=[0], options={}),
+            **dict(load_from="all", load_method="baseline"),
+        )
     )
     results["runs"].append(run_result("ours", 0, None, stage="later"))
     words = " ".join(page(results, summarise(results), dict(all=[], later=[]), tmp_path).split())

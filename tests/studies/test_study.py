@@ -68,6 +68,16 @@ def test_stages_start_from_the_baselines_run_with_the_same_or_first_seed(spec):
     assert found.config(run("next", "ours", 0)).model.backbone.depth == 34
 
 
+def test_stage_continues_the_runs_of_its_own_methods(spec):
+    stages = "stages = dict(first=dict(seeds=[0, 1]), next=dict(load_from='first'{}))"
+    run = partial(Run, spec().work_dir)
+    for more, method in (("", "plain"), (", load_method='own'", "ours")):
+        found = spec(stages.format(more))
+        assert found.source(run("next", "ours", 1)) == run("first", method, 1)
+        assert found.source(run("next", "ours", 2)) == run("first", method, 0)
+        assert found.source(run("next", "plain", 1)) == run("first", "plain", 1)
+
+
 def test_environment_defaults_are_set(spec, monkeypatch):
     monkeypatch.setenv("ABLATION_TEST_ROOT", "mine")
     text = "environment = dict(ABLATION_TEST_ROOT='theirs')"
@@ -107,8 +117,17 @@ def test_environment_defaults_are_set(spec, monkeypatch):
         ("stages = dict(a=dict(methods=['x']))", "stages.a.methods: 'x' is not one of"),
         (
             "stages = dict(a=dict(methods=['ours']), b=dict(load_from='a'))",
-            "does not train the baseline",
+            "stages.b.load_from='a': does not train 'plain'",
         ),
+        (
+            "stages = dict(a=dict(methods=['plain']), b=dict(load_from='a', load_method='own'))",
+            "stages.b.load_from='a': does not train 'ours'",
+        ),
+        (
+            "stages = dict(a=dict(), b=dict(load_from='a', load_method='ours'))",
+            "stages.b.load_method='ours': must be 'baseline' or 'own'",
+        ),
+        ("stages = dict(a=dict(load_method='own'))", "stages.a.load_method='own': needs load_from"),
         ("x = (", "spec="),
     ],
 )
