@@ -97,8 +97,8 @@ def test_evaluation_with_two_ranks_equals_one_rank(
 
 
 @pytest.fixture(scope="module")
-def dying(tmp_path_factory, tiny_config):
-    """Return a config whose second rank dies."""
+def train_until_death(run_tool, tmp_path_factory, tiny_config):
+    """Return a function that trains with two ranks until the second one dies."""
     folder = tmp_path_factory.mktemp("dying")
     (folder / "dying_hook.py").write_text(DIES)
     config = folder / "dying.py"
@@ -108,50 +108,41 @@ def dying(tmp_path_factory, tiny_config):
         'custom_hooks = [*_base_.custom_hooks, dict(type="DyingHook")]\n'
         "train_cfg = dict(max_epochs=2)\n"
     )
-    return config
+
+    def run(work_dir, way, message):
+        done = run_tool(
+            *("bash", "tools/dist_train.sh", config, 2, "--work-dir", work_dir),
+            PYTHONPATH=str(folder),
+            DIES=way,
+            PORT=free_port(),
+        )
+        assert done.returncode != 0
+        assert message in done.stdout
+        assert "rank      : 1 (local_rank: 1)" in done.stdout
+        # It did not wait for gloo's timeout of half an hour, which is longer than run_tool's. And
+        # no process is left: neither the other rank nor a dataloader worker.
+        wait_until(lambda: not processes_with(str(work_dir)))
+        assert (work_dir / "epoch_1.pth").is_file()
+        assert not (work_dir / "epoch_2.pth").exists()
+
+    return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("way", "message"),
-    [
-        ("raises", "OSError: the disk of rank 1 is gone"),
-        ("is killed", "Signal 9 (SIGKILL)"),
-    ],
-)
-def test_dying_rank_ends_the_job_with_its_error(run_tool, dying, tmp_path, way, message):
-    done = run_tool(
-        *("bash", "tools/dist_train.sh", dying, 2, "--work-dir", tmp_path),
-        PYTHONPATH=str(dying.parent),
-        DIES=way,
-        PORT=free_port(),
-    )
-    assert done.returncode != 0
-    assert message in done.stdout
-    assert "rank      : 1 (local_rank: 1)" in done.stdout
-    # It did not wait for gloo's timeout of half an hour, which is longer than run_tool's. And no
-    # process is left: neither the other rank nor a dataloader worker.
-    wait_until(lambda: not processes_with(str(tmp_path)))
-    assert (tmp_path / "epoch_1.pth").is_file()
-    assert not (tmp_path / "epoch_2.pth").exists()
+def test_killed_rank_ends_the_job(train_until_death, tmp_path):
+    train_until_death(tmp_path, "is killed", "Signal 9 (SIGKILL)")
 
 
 @pytest.mark.slow
-def test_training_with_two_ranks_resumes_from_the_last_checkpoint(
-    run_tool, dying, tiny_config, tmp_path
+def test_failing_rank_ends_the_job_and_training_resumes_from_the_last_checkpoint(
+    run_tool, train_until_death, tiny_config, tmp_path
 ):
     (tmp_path / "whole.py").write_text(
         f'_base_ = "{tiny_config}"\ntrain_cfg = dict(max_epochs=2)\n'
     )
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     train = ("bash", "tools/dist_train.sh")
-    died = run_tool(
-        *(*train, dying, 2, "--work-dir", broken),
-        PYTHONPATH=str(dying.parent),
-        DIES="raises",
-        PORT=free_port(),
-    )
-    assert died.returncode != 0
+    train_until_death(broken, "raises", "OSError: the disk of rank 1 is gone")
     config = tmp_path / "whole.py"
     again = run_tool(*train, config, 2, "--work-dir", broken, "--resume", PORT=free_port())
     assert again.returncode == 0, again.stdout

@@ -4,6 +4,7 @@ Only what addresses and branches depend on is computed, which is integers. All e
 whatever was loaded or came from shared memory) is unknown, and an error where it decides either.
 """
 
+import functools
 import operator
 import re
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Access:
         return -(-len(np.unique(self.addresses)) * self.size // 32)
 
 
+@functools.lru_cache(maxsize=4)  # a kernel is followed several times in a row
 def _parsed(ptx):
     """Return statements, as (not, guard, name, operands), and where labels point."""
     body = ptx[ptx.index("{", ptx.index(".entry")) :]
