@@ -37,7 +37,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     # compat: the operator counts are next to the patch that adds them to MMDetection's tool.
     "analysis": ({"layers", "inference", "compat"}, {"mmengine", "mmcv", "mmdet"}),
     "export": ({"ops", "inference", "analysis"}, {"mmengine", "mmcv", "mmdet"}),
-    "studies": ({"inference", "data", "analysis"}, {"mmengine", "mmcv", "mmdet"}),
+    "studies": ({"config", "inference", "data", "analysis"}, {"mmengine", "mmcv", "mmdet"}),
 }
 RULES["cli"] = (set(RULES), {"mmengine", "mmcv", "mmdet"})
 # Files outside the packages.

@@ -62,7 +62,7 @@ def load_config(
     except Exception as error:  # a config is code, which may raise anything
         raise ConfigError(f"config={str(path)!r}: {_reason(error, path)}") from error
     options = dict(cfg_options or {})
-    _check_options(cfg, options)
+    check_options(cfg, options, "--cfg-options")
     try:
         cfg.merge_from_dict(options)
     except (KeyError, TypeError, IndexError, AssertionError) as error:
@@ -155,7 +155,23 @@ def _read_by_runs() -> set[str]:
     return {*inspect.signature(Runner.__init__).parameters, *_READ_KEYS} - {"self", "cfg"}
 
 
-def _check_options(cfg: Config, options: dict[str, Any]) -> None:
+def check_options(cfg: Config, options: Mapping[str, Any], given: str) -> None:
+    """Check that a run reads the keys of some overrides: MMEngine accepts any.
+
+    Args:
+        cfg (Config): The config without them.
+        options (Mapping[str, Any]): Dotted key -> value.
+        given (str): Where they were given, for messages, e.g. ``--cfg-options``.
+
+    Raises:
+        ConfigError: A key is unknown, or a variable of the config file.
+
+    Example:
+        >>> check_options(Config(dict(model=dict())), {"model.type": "FCOS"}, "--cfg-options")
+        >>> check_options(Config(dict(model=dict())), {"modle.type": "FCOS"}, "methods.fcos:")
+        Traceback (most recent call last):
+        rfa_mmdet.errors.ConfigError: methods.fcos: modle.type=...: unknown config key 'modle'; ...
+    """
     read = _read_by_runs()
     for key in options:
         top = key.split(".")[0]
@@ -163,13 +179,13 @@ def _check_options(cfg: Config, options: dict[str, Any]) -> None:
             continue
         if top in cfg:
             raise ConfigError(
-                f"--cfg-options {key}=...: {top} is a variable of the config file, and overriding "
+                f"{given} {key}=...: {top} is a variable of the config file, and overriding "
                 "it has no effect. Override the keys that were set from it, e.g. "
                 f"{_first_use(cfg, top)}"
             )
         near = get_close_matches(top, read, n=2)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ConfigError(f"--cfg-options {key}=...: unknown config key {top!r}{hint}")
+        raise ConfigError(f"{given} {key}=...: unknown config key {top!r}{hint}")
 
 
 def _first_use(cfg: Config, variable: str) -> str:
@@ -181,5 +197,9 @@ def _first_use(cfg: Config, variable: str) -> str:
         items = node.items() if isinstance(node, dict) else ()
         return next((hit for k, v in items if (hit := find(v, [*path, k]))), None)
 
-    uses = (find(cfg[key], [key]) for key in ("train_dataloader", "model", "val_evaluator"))
+    uses = (
+        find(cfg[key], [key])
+        for key in ("train_dataloader", "model", "val_evaluator")
+        if key in cfg
+    )
     return next((use for use in uses if use), "train_dataloader.dataset.data_root")

@@ -35,6 +35,7 @@ from mmengine.config import Config
 from mmengine.config.utils import ConfigParsingError
 from mmengine.hub import get_config
 
+from rfa_mmdet.config.read import check_options
 from rfa_mmdet.errors import ConfigError
 from rfa_mmdet.studies.run import Run
 
@@ -152,7 +153,9 @@ def load_study(spec: str | os.PathLike, work_dir: str | os.PathLike | None = Non
     samples = given.get("samples", 4)
     _require(_is_count(samples), f"samples={samples!r}: must be an int, at least 0")
     stages = _stages(given, baseline)
-    for name, value in given.get("environment", {}).items():
+    environment = given.get("environment", {})
+    _require(isinstance(environment, dict), f"environment={environment!r}: must be a dict")
+    for name, value in environment.items():
         os.environ.setdefault(name, str(value))
     base = _base(path, given["base"])
     _merge(base, "options", given.get("options", {}))
@@ -180,6 +183,8 @@ def _base(spec: Path, base: Any) -> Config:
 
 
 def _merge(cfg: Config, name: str, options: dict) -> None:
+    _require(isinstance(options, dict), f"{name}={options!r}: must be a dict of dotted keys")
+    check_options(cfg, options, f"{name}:")
     try:
         cfg.merge_from_dict(copy.deepcopy(options))
     except (KeyError, TypeError, AssertionError) as error:

@@ -100,6 +100,17 @@ def test_environment_defaults_are_set(spec, monkeypatch):
         ("methods = dict(truth=dict())", "methods: 'truth' is reserved"),
         ("stages = dict(report=dict())", "stages: 'report' is reserved"),
         ("methods = dict(a={'model.type.x': 1})", "methods.a: does not fit the base config"),
+        (
+            "methods = dict(a={'modle.type': 1})",
+            "methods.a: modle.type=...: unknown config key 'modle'; did you mean model",
+        ),
+        ("options = {'root': 1}", "options: root=...: root is a variable of the config file"),
+        ("options = [1]", "options=[1]: must be a dict of dotted keys"),
+        (
+            "stages = dict(a=dict(options={'optim_wraper.lr': 1}))",
+            "stages.a.options: optim_wraper.lr=...: unknown config key",
+        ),
+        ("environment = ['A']", "environment=['A']: must be a dict"),
         ("baseline = 'none'", "baseline='none': must be one of ['plain', 'ours']"),
         ("seeds = []", "seeds=[]: must be a list of ints"),
         ("seeds = [1, 1]", "seeds must be unique"),

@@ -16,7 +16,7 @@ UNFINISHED = sorted((ROOT / "benchmarks" / "results" / "unfinished").glob("*.jso
 BASE = """
 data_root = "{{$DATA_ROOT:data/here}}/"
 model = dict(plugins=None)
-x = dict(y=0)
+train_cfg = dict(y=0)
 train_dataloader = dict(dataset=dict(ann_file=data_root + "train.json"))
 test_dataloader = dict()
 """
@@ -25,7 +25,7 @@ base = "base.py"
 metric = "coco/bbox_mAP"
 seeds = (0,)
 methods = dict(plain={}, other={"model.plugins": [1]})
-stages = dict(scratch=dict(), warm_start=dict(load_from="scratch", options={"x.y": (1, 2)}))
+stages = dict(scratch=dict(), warm_start=dict(load_from="scratch", options={"train_cfg.y": (1, 2)}))
 """
 
 
@@ -135,7 +135,7 @@ def test_unfinished_studies_can_be_resumed(path, tmp_path, monkeypatch):
     [
         "metric = 'coco/bbox_mAP_50'",
         "checkpoint = 'best'",
-        "options = {'x.z': 1}",
+        "options = {'train_cfg.z': 1}",
         "methods['plain'] = {'model.plugins': [2]}",
         "seeds = (1,)",
     ],
@@ -149,7 +149,7 @@ def test_results_of_other_configs(study, results, more):
     ("more", "names"),
     [
         ("seeds = (1, 0)", ["scratch/plain/seed0"]),
-        ("methods = dict(base={}, third={'x.y': 3})", ["scratch/base/seed0"]),
+        ("methods = dict(base={}, third={'train_cfg.y': 3})", ["scratch/base/seed0"]),
         ("stages = dict(first=dict())", ["first/plain/seed0"]),
         ("methods['plain_again'] = {}", ["scratch/plain/seed0", "scratch/plain_again/seed0"]),
     ],
@@ -160,7 +160,7 @@ def test_another_study_takes_runs_of_the_same_config(study, results, more, names
 
 
 def test_runs_of_a_warm_start_depend_on_the_first_training(study):
-    here, there = study("here"), study("there", "methods['plain'] = {'x.y': 5}")
+    here, there = study("here"), study("there", "methods['plain'] = {'train_cfg.y': 5}")
     ours, theirs = (one.runs("warm_start")[1] for one in (here, there))
     assert here.config(ours).to_dict() == there.config(theirs).to_dict()
     assert fingerprint(here, ours) != fingerprint(there, theirs)
@@ -182,10 +182,10 @@ def test_results_of_a_study_with_a_method_that_does_not_fit(study):
 
 
 def test_results_that_a_changed_spec_collects_have_no_fingerprint(study, results):
-    changed = collect(study("here", "methods['plain'] = {'x.y': 5}"), {}, {})["runs"]
+    changed = collect(study("here", "methods['plain'] = {'train_cfg.y': 5}"), {}, {})["runs"]
     assert (changed[0]["state"], changed[0]["fingerprint"]) == ("finished", None)
     with pytest.raises(ConfigError, match="no finished run in it"):
-        take_runs(study("there", "methods['plain'] = {'x.y': 5}"), results)
+        take_runs(study("there", "methods['plain'] = {'train_cfg.y': 5}"), results)
 
 
 def test_damaged_and_missing_files(study, tmp_path):
