@@ -1,7 +1,8 @@
 """Convert a plain detector's checkpoint into a warm-started one of the retrofitted detector.
 
-Runs both detectors on an image and writes the file only if they agree. To start a training, this
-tool is not needed: ``load_from`` with the plain checkpoint does the same.
+Runs both detectors on an image and writes the file only if they agree, apart from plug-ins that do
+not start as the identity. To start a training, this tool is not needed: ``load_from`` with the
+plain checkpoint does the same.
 """
 
 import sys

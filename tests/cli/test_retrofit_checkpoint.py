@@ -161,6 +161,12 @@ def test_plugins_not_starting_as_the_identity_give_a_warning(with_ema, detectors
     assert (tmp_path / "warm.pth").is_file()
 
 
+def test_convolutions_are_compared_without_such_plugins(with_ema, detectors, fails):
+    error = fails(with_ema(", start='paper'"), detectors["retinanet"][2], "--tolerance", "1e-12")
+    found = re.search(r"by a relative (\d\.\de-\d+) > tolerance=1\.0e-12; nothing written", error)
+    assert float(found[1]) <= 1e-4
+
+
 # --------------------------------------------------------------------------- rejected input
 
 
