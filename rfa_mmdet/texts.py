@@ -131,3 +131,13 @@ def _characters(file: str) -> frozenset[int]:
     except (RuntimeError, OSError):  # e.g. fonts of coloured bitmaps
         return frozenset()
     return frozenset(font.get_charmap()) if font.scalable else frozenset()
+
+
+def first_line(error: Exception) -> str:
+    r"""Return the first line of an error's message.
+
+    Example:
+        >>> first_line(ValueError()), first_line(ValueError("one\ntwo"))
+        ('ValueError', 'one')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -63,6 +63,10 @@ def parse_args() -> Namespace:
     args = parser.parse_args()
     if args.jobs is not None and args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: must be at least 1")
+    if args.jobs is not None and (args.list or args.report_only or args.run is not None):
+        parser.error("--jobs: has no effect with --list, --run or --report-only")
+    if args.slurm_args and args.slurm is None:
+        parser.error("--slurm-args: needs --slurm")
     return args
 
 

@@ -54,6 +54,8 @@ def parse_args() -> Namespace:
     args = parser.parse_args()
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads {args.threads}: must be at least 1")
+    if args.threads is not None and args.check_data == "quick":
+        parser.error("--threads: has no effect with --check-data quick")
     return args
 
 
@@ -109,8 +111,9 @@ def main() -> int:
         out = Path(args.out or Path("work_dirs", Path(args.config).stem, "data"))
         if found.images:
             print_tables(found)
-        for name in ("problems.csv", "worst.png"):  # an earlier check's, which may be fixed now
-            (out / name).unlink(missing_ok=True)
+        if args.check_data == "full":
+            for name in ("problems.csv", "worst.png"):  # an earlier check's, which may be fixed now
+                (out / name).unlink(missing_ok=True)
         if found.problems:
             write_list(found, out / "problems.csv")
             print(f"all problems: {printable(out / 'problems.csv')}")

@@ -56,7 +56,6 @@ def parse_args() -> Namespace:
         nargs=2,
         type=int,
         metavar=("H", "W"),
-        default=(800, 1333),
         help="input size; the config's data_preprocessor pads it (default: 800 1333)",
     )
     add(
@@ -70,6 +69,11 @@ def parse_args() -> Namespace:
     args = parser.parse_args()
     if (args.config is not None) + args.table + args.systems != 1:
         parser.error("give exactly one of CONFIG, --table and --systems")
+    if args.cfg_options and args.config is None:
+        parser.error("--cfg-options: needs CONFIG")
+    if args.image_size and args.table:
+        parser.error("--image-size: the published numbers are for 224 x 224")
+    args.image_size = tuple(args.image_size or (800, 1333))
     if min(args.image_size) < 1:
         parser.error(f"--image-size {' '.join(map(str, args.image_size))}: must be positive")
     return args

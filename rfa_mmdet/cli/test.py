@@ -1,6 +1,5 @@
 """Evaluate a detector on the config's test data."""
 
-import os
 from pathlib import Path
 
 from mmdet.evaluation import DumpDetResults
@@ -54,13 +53,10 @@ def apply_args(cfg: Config, args) -> None:
     if args.out is not None:
         if Path(args.out).suffix not in (".pkl", ".pickle"):
             raise ConfigError(f"--out {args.out}: must end in .pkl or .pickle")
-        folder = Path(args.out).resolve().parent
-        try:  # fail now rather than after the evaluation
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--out {args.out}: {folder}: {error.strerror}") from error
-        if Path(args.out).is_dir() or not os.access(folder, os.W_OK):
-            raise ConfigError(f"--out {args.out}: is a folder, or its folder is not writable")
+        if Path(args.out).is_dir():
+            raise ConfigError(f"--out {args.out}: is a folder")
+        check_folder(Path(args.out).parent, "--out")  # fail now rather than after the evaluation
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     missing = [key for key in ("tta_model", "tta_pipeline") if key not in cfg]
     if args.tta and missing:
         raise ConfigError(

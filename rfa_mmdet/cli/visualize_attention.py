@@ -20,8 +20,7 @@ from rfa_mmdet.files import written_whole
 from rfa_mmdet.inference.detector import Detector, LoadedImage
 from rfa_mmdet.inference.images import find_images, none_readable
 from rfa_mmdet.inference.picture_names import picture_names
-from rfa_mmdet.inference.predict import first_line
-from rfa_mmdet.texts import printable
+from rfa_mmdet.texts import first_line, printable
 
 WIDTH = 320  # smallest width of a picture of detections, in pixels
 
@@ -37,11 +36,15 @@ def parse_args() -> Namespace:
     add("checkpoint", help="checkpoint file or URL")
     add("images", nargs="+", metavar="IMAGE", help="image, folder or quoted glob pattern")
     add("--layers", default="", metavar="REGEX", help="names of layers to draw; default: all")
-    add("--compare", nargs=2, metavar=("CONFIG", "CHECKPOINT"), help="model to compare with")
+    add("--compare", nargs=2, metavar=("CONFIG", "CHECKPOINT"),
+        help="model to compare with; --cfg-options does not apply to it")  # fmt: skip
     add("--out", help="output folder; default: work_dirs/<config name>/attention")
-    add("--score", type=float, default=0.3, help="lowest score to draw (default: %(default)s)")
+    add("--score", type=float, help="lowest score to draw with --compare (default: 0.3)")
     add("--device", help="device, e.g. cpu or cuda:1; default: the GPU if there is one")
     args = parser.parse_args()
+    if args.score is not None and not args.compare:
+        parser.error("--score: needs --compare")
+    args.score = 0.3 if args.score is None else args.score
     if not 0 <= args.score <= 1:
         parser.error(f"--score {args.score}: must be between 0 and 1")
     return args
@@ -101,9 +104,10 @@ def main() -> None:
         paths = find_images(args.images, without=folder)
         names = [Path(args.config).stem]
         detectors = {names[0]: load(args.config, args.checkpoint, args.device, args.cfg_options)}
-        attention_layers(
-            next(iter(detectors.values())).model, args.layers
-        )  # fail before reading images
+        try:  # fail before reading images
+            attention_layers(detectors[names[0]].model, args.layers)
+        except ValueError as error:
+            raise ConfigError(f"--layers {args.layers}: {error}") from error
         if args.compare:
             other = Path(args.compare[0]).stem
             if other in names:

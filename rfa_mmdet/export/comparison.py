@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.export.graph import Graph
+from rfa_mmdet.texts import first_line
 
 # Limits beyond which the graph is wrong: pixels, and relative.
 BOX_LIMIT, SCORE_LIMIT = 0.5, 0.01
@@ -95,7 +96,7 @@ class Comparison:
             try:
                 outputs = graph.run(inputs)
             except Exception as error:  # onnxruntime's errors have no common class
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
                 raise UserError(f"ONNX Runtime cannot run the graph on {name}: {reason}") from error
             for ours, theirs in zip(outputs, expected, strict=True):
                 if ours.shape != theirs.shape:

@@ -12,6 +12,7 @@ from torch import Tensor
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.export.parts import Part
 from rfa_mmdet.ops.common.torch_versions import TRACES_TO_ONNX
+from rfa_mmdet.texts import first_line
 
 
 class Graph:
@@ -55,7 +56,7 @@ def _write(part: Part, file: Path, opset: int) -> None:
                 **TRACES_TO_ONNX,
             )
         except (RuntimeError, ValueError) as error:  # includes the exporter's own errors
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"opset {opset}: PyTorch cannot export the model: {reason}") from error
 
 

@@ -32,7 +32,7 @@ from rfa_mmdet.files import image_damage
 from rfa_mmdet.inference.images import ImageError, transformed
 from rfa_mmdet.inference.names import class_colours, class_names
 from rfa_mmdet.inference.visualizer import LegibleVisualizer
-from rfa_mmdet.texts import drawable, drawn_as_written
+from rfa_mmdet.texts import drawable, drawn_as_written, first_line
 
 
 def check_device(device: str | None) -> None:
@@ -343,7 +343,7 @@ def _collate(loader: dict) -> partial:
 
 
 def _reason(transform: Any, error: Exception, loads: bool) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     if not loads:
         return f"{type(transform).__name__} fails: {text}"
     if isinstance(error, AssertionError):  # mmcv's, if the decoder returns None

@@ -13,11 +13,12 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.mask import encode_mask_results, mask2bbox
 
 from rfa_mmdet.errors import UserError
-from rfa_mmdet.files import written_whole
+from rfa_mmdet.files import check_folder, written_whole
 from rfa_mmdet.inference.detector import Detector, LoadedImage
 from rfa_mmdet.inference.images import ImageError, none_readable
 from rfa_mmdet.inference.names import class_names
 from rfa_mmdet.inference.picture_names import picture_names
+from rfa_mmdet.texts import first_line
 
 
 @dataclass
@@ -69,12 +70,8 @@ def predict(
     """
     found = Predictions(dict(images=[], categories=[], annotations=[]))
     folder = Path(folder)
-    try:  # fail now rather than after hours
-        (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder}: cannot be written")
+    check_folder(folder / "pictures", "folder")  # fail now rather than after hours
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
     names = picture_names(paths)
 
     def readable() -> Iterator[LoadedImage]:
@@ -101,16 +98,6 @@ def predict(
     with written_whole(folder / "predictions.json") as part:
         part.write_text(json.dumps(found.coco, allow_nan=False), encoding="utf-8")
     return found
-
-
-def first_line(error: Exception) -> str:
-    r"""Return the first line of an error's message.
-
-    Example:
-        >>> first_line(ValueError()), first_line(ValueError("one\ntwo"))
-        ('ValueError', 'one')
-    """
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _detections(

@@ -14,9 +14,8 @@ from mmengine.runner import Runner
 from rfa_mmdet.files import written_whole
 from rfa_mmdet.inference.detector import draw
 from rfa_mmdet.inference.picture_names import picture_names
-from rfa_mmdet.inference.predict import first_line
 from rfa_mmdet.inference.visualizer import LegibleVisualizer
-from rfa_mmdet.texts import printable
+from rfa_mmdet.texts import first_line, printable
 
 
 class TruthAndDetectionsHook(Hook):

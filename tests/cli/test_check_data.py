@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+from rfa_mmdet.cli import check_data
 from rfa_mmdet.data.check.audit import KINDS, Box, audit, box_problem
 from rfa_mmdet.data.check.contact_sheet import worst
 from rfa_mmdet.data.shapes import CLASSES
@@ -128,6 +129,16 @@ def test_fixed_data_removes_old_results(run_tool, damaged, tmp_path):
     done = check(run_tool, damaged, out)
     assert "OK: a run can start\n" in done.stdout
     assert list(out.iterdir()) == []
+
+
+def test_quick_check_keeps_the_results_of_a_full_one(shapes, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DATA_ROOT", str(shapes))
+    quick = ["--check-data", "quick", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["check_data.py", CONFIG, *quick])
+    (tmp_path / "problems.csv").write_text("kept")
+    assert check_data.main() == 0
+    assert (tmp_path / "problems.csv").read_text() == "kept"
 
 
 @pytest.mark.slow
