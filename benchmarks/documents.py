@@ -70,7 +70,7 @@ CHINESE = {
     "difference": "差值",
     "better": "更好",
     "worse": "更差",
-    "within the spread": "在随机波动范围内",
+    "not significant": "不显著",
     "cannot be tested": "无法检验",
     "drawn shapes, from scratch": "生成的几何图形，从头训练",
     "drawn shapes, fine-tuned from plain": "生成的几何图形，由普通检测器微调",

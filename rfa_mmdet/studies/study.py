@@ -5,13 +5,12 @@
         plain={"model.backbone.rfa": None},
         rfaconv=dict(),
     )
-    seeds = (0, 1, 2)
-    metric = "coco/bbox_mAP"
+    metric = "coco/bbox_mAP"  # of the test; more is better
 
-Optional: ``baseline`` (a method), ``options`` (changes for every run), ``checkpoint`` ('last' or
-'best': the one to test), ``environment`` (defaults of environment variables that the base reads),
-``samples`` (number of test images in the report; 0 if the model is not a detector), and ``stages``,
-for example
+Optional: ``seeds`` (by default (0, 1, 2)), ``baseline`` (a method), ``options`` (changes for every
+run), ``checkpoint`` (the one to test: 'last', the default, or 'best'), ``environment`` (defaults of
+environment variables that the base reads), ``samples`` (number of test images in the report, by
+default 4; 0 if the model is not a detector), and ``stages``, for example
 
     stages = dict(
         scratch=dict(),

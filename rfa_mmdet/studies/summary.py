@@ -32,8 +32,8 @@ def summarise(results: dict[str, Any]) -> pd.DataFrame:
         ``difference`` from the baseline, mean over ``pairs`` of runs with the same seed, and
         ``interval``, half the width of its 95 % confidence interval: the test could not have shown
         a smaller difference; ``p``, see :func:`paired_p`, and ``p_holm``, corrected for all
-        comparisons of the stage; ``verdict``, based on ``p_holm``: 'better', 'worse', 'within the
-        spread', 'cannot be tested' or ''; and the costs ``parameters``, ``flops``,
+        comparisons of the stage; ``verdict``, based on ``p_holm``: 'better', 'worse', 'not
+        significant', 'cannot be tested' or ''; and the costs ``parameters``, ``flops``,
         ``image_seconds`` and ``iteration_seconds``.
     """
     runs = pd.DataFrame(results["runs"]).astype({"test": float, "val": float, "memory_mb": float})
@@ -135,5 +135,5 @@ def _verdict(row: pd.Series) -> str:
     if row["pairs"] < MIN_PAIRS:
         return "cannot be tested" if row["pairs"] else ""
     if row["p_holm"] >= LEVEL:
-        return "within the spread"
+        return "not significant"
     return "better" if row["difference"] > 0 else "worse"

@@ -37,7 +37,7 @@ def test_p_matches_the_paired_t_test(pairs):
     assert found.p_holm == found.p  # one comparison
     # The interval leaves out 0 where p is below 5 %.
     assert (abs(mean) > found.interval) == (expected < 0.05)
-    wanted = "within the spread" if expected >= 0.05 else "better" if mean > 0 else "worse"
+    wanted = "not significant" if expected >= 0.05 else "better" if mean > 0 else "worse"
     assert found.verdict == wanted
 
 
@@ -61,19 +61,19 @@ def test_methods_of_a_stage_are_corrected_together():
     ours = table.iloc[1:]
     assert (ours["p"] < 0.05).all()
     assert ours["p_holm"].tolist() == pytest.approx((3 * ours["p"]).tolist())
-    assert set(ours["verdict"]) == {"within the spread"}
+    assert set(ours["verdict"]) == {"not significant"}
     assert math.isnan(table["p_holm"].iloc[0])
 
 
 def test_equal_results_are_within_the_spread():
     found = compared([0.5, 0.4, 0.3], [0.5, 0.4, 0.3])
-    assert (found.difference, found.p, found.verdict) == (0, 1, "within the spread")
+    assert (found.difference, found.p, found.verdict) == (0, 1, "not significant")
 
 
 def test_differences_of_one_rounding_step_are_within_the_spread():
     found = compared([0.501, 0.444, 0.496], [0.500, 0.443, 0.495])
     assert found.difference == pytest.approx(0.001)
-    assert found.verdict == "within the spread"
+    assert found.verdict == "not significant"
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -118,7 +118,7 @@ def test_each_stage_is_compared_with_its_own_baseline():
     results["runs"] += [{**run, "stage": "a later one"} for run in more["runs"]]
     table = summarise(results)
     assert list(table["stage"]) == ["all", "all", "a later one", "a later one"]
-    assert list(table["verdict"]) == ["", "within the spread", "", "worse"]
+    assert list(table["verdict"]) == ["", "not significant", "", "worse"]
     assert table["difference"].iloc[3] == pytest.approx(-0.1)
 
 
