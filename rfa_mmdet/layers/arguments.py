@@ -101,6 +101,8 @@ def int_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
         if len(value) != 2:
             raise TypeError(f"{name}={value!r}: must be an int or a pair of ints")
         return _int_from(minimum, name, value[0]), _int_from(minimum, name, value[1])
+    if isinstance(value, str):  # as Conv2d's padding="same"
+        raise TypeError(f"{name}={value!r}: must be an int or a pair of ints")
     return (_int_from(minimum, name, value),) * 2
 
 

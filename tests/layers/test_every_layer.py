@@ -90,6 +90,8 @@ def test_repr_shows_the_arguments(name):
             assert part in repr(wide).split("\n")[1], part
         circular = conv(name, 8, 12, 3, padding_mode="circular")
         assert "padding_mode='circular'" in repr(circular)
+        with pytest.raises(TypeError, match="padding='same': must be an int or a pair of ints"):
+            conv(name, 8, 12, 3, padding="same")
     else:
         for argument, value in required(name).items():
             assert f"{argument}={value}" in text or f"={value}" in text
@@ -160,7 +162,7 @@ def test_invalid_inputs_raise(name):
         (-3, ValueError, "-3: must be at least 1"),
         (8.0, TypeError, r"8\.0: must be an int, not float"),
         (True, TypeError, "True: must be an int, not bool"),
-        ("8", TypeError, "'8': must be an int, not str"),
+        ("8", TypeError, "'8': must be an int"),
         (np.float64(8), TypeError, r".*8\.0.*: must be an int, not float64"),
         (np.True_, TypeError, r".*True.*: must be an int, not bool"),
         *((2**n + 1, ValueError, f"{2**n + 1}: must be from 1 to ") for n in FAR),

@@ -21,7 +21,8 @@ class SE(Plugin):
 
     Args:
         in_channels (int): C of the input (B, C, H, W).
-        reduction (int): The hidden width is C // reduction, at least 1. Defaults to 16.
+        reduction (int | None): The hidden width is C // reduction, at least 1. Defaults to None,
+            which means 16.
         hidden_channels (int | None): The hidden width, instead of ``reduction``. Defaults to None.
         start (str): 'paper', or 'identity' for use after trained layers: the second matrix starts
             at zero, so every gate is 1/2, and the output is always multiplied by 2
@@ -43,20 +44,22 @@ class SE(Plugin):
     def __init__(
         self,
         in_channels: int,
-        reduction: int = 16,
+        reduction: int | None = None,
         hidden_channels: int | None = None,
         start: PluginStart = "paper",
     ) -> None:
         super().__init__()
         in_channels = self.in_channels = positive_int("in_channels", in_channels)
-        self.hidden_channels = max(1, in_channels // positive_int("reduction", reduction))
-        if hidden_channels is not None:
-            if reduction != 16:
+        if reduction is not None:
+            reduction = positive_int("reduction", reduction)
+            if hidden_channels is not None:
                 raise ValueError(
                     f"reduction={reduction} and hidden_channels={hidden_channels} both set the "
                     "hidden width; pass only one of them"
                 )
-            self.hidden_channels = positive_int("hidden_channels", hidden_channels)
+        if hidden_channels is None:
+            hidden_channels = max(1, in_channels // (reduction or 16))
+        self.hidden_channels = positive_int("hidden_channels", hidden_channels)
         self.fc = nn.Sequential(
             nn.Linear(in_channels, self.hidden_channels, bias=False),
             nn.ReLU(),

@@ -111,6 +111,15 @@ class ReceptiveFieldConv(AttentionConv2d):
             bias=self.with_bias,
         )
 
+    def extra_repr(self) -> str:
+        """Show Conv2d's arguments, input_floor and backend; submodules show the others."""
+        text = super().extra_repr()
+        if self.input_floor != 0:
+            text += f", input_floor={self.input_floor}"
+        if self.backend != "auto":
+            text += f", backend={self.backend!r}"
+        return text
+
     def _check_floor(self, input_floor: Any) -> float:
         if isinstance(input_floor, bool) or not isinstance(input_floor, (int, float)):
             raise TypeError(f"input_floor={input_floor!r}: must be a number")

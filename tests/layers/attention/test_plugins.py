@@ -229,6 +229,12 @@ def test_se_has_two_matrices(channels, kwargs, hidden):
     assert shapes(layer) == {"fc.0.weight": (hidden, channels), "fc.2.weight": (channels, hidden)}
 
 
+@pytest.mark.parametrize("reduction", [4, 16])
+def test_se_has_one_hidden_width(reduction):
+    with pytest.raises(ValueError, match=f"reduction={reduction} and hidden_channels=8 both set"):
+        SE(64, reduction=reduction, hidden_channels=8)
+
+
 @pytest.mark.parametrize(("channels", "hidden"), [(64, 4), (47, 2), (15, 1)])
 def test_cbam_has_a_shared_mlp_and_a_7x7_convolution(channels, hidden):
     assert shapes(CBAM(channels)) == {

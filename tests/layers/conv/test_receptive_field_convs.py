@@ -7,6 +7,7 @@ tests/layers/test_every_layer.py checks what mmcv and MMDetection require.
 import pytest
 import torch
 from hypothesis import example, given
+from mmengine.registry import MODELS
 from torch import nn
 from torch.nn import functional as F
 
@@ -202,6 +203,14 @@ def test_parameters_match_the_paper():
 )
 def test_other_attention_widths_match_the_formula(name, width):
     compare(name, Case(channels=27), **{width: 3})
+
+
+@pytest.mark.parametrize("name", ["RFAConv", "RFCBAMConv", "RFCAConv"])
+def test_repr_shows_floor_and_backend_unless_default(name):
+    layer = MODELS.get(name)
+    changed = layer(4, 6, 3, bias=True, input_floor=-2.0, backend="reference")
+    assert "input_floor=-2.0, backend='reference'\n" in repr(changed)
+    assert not any(argument in repr(layer(4, 6, 3)) for argument in ("input_floor", "backend"))
 
 
 @pytest.mark.parametrize("feature", ["conv", "unfold"])
