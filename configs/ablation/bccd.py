@@ -25,13 +25,16 @@ for conv in convs:
     methods[conv] = {"model.backbone.rfa": dict(type=conv)}
 for name, cfg in plugins.items():
     methods[name] = {**plain, "model.backbone.plugins": [dict(cfg=cfg, **place)]}
+    cfg = dict(cfg, start="identity")
+    methods[f"{name}-identity"] = {**plain, "model.backbone.plugins": [dict(cfg=cfg, **place)]}
 
 # The warm start continues from the plain detector of the same seed, with a fifth of the rate.
 max_epochs = 15
 stages = dict(
-    scratch=dict(),
+    scratch=dict(methods=("plain", *convs, *plugins)),
     warm_start=dict(
         load_from="scratch",
+        methods=("plain", *convs, *(f"{name}-identity" for name in plugins)),
         options={
             "train_cfg.max_epochs": max_epochs,
             "optim_wrapper.optimizer.lr": 2e-4,

@@ -16,7 +16,7 @@ for name, cfg in plugins.items():
         plugin = dict(cfg=dict(cfg, start=start), **place)
         methods[f"{name}-{start}"] = {**plain, "model.backbone.plugins": [plugin]}
 
-# All continue from the plain detector of the same seed, as in shapes.py.
+# All continue from the plain detector of the same seed.
 max_epochs = 2
 stages = dict(
     scratch=dict(methods=["plain"]),
