@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from rfa_mmdet.cpus import available_cpus
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.studies.execute import Interrupted, Processes, execute, run_config
 from rfa_mmdet.studies.run import Run
@@ -34,8 +35,7 @@ def worker_environments(jobs: int) -> list[dict[str, str]]:
         return [{"CUDA_VISIBLE_DEVICES": names[i % gpus].strip()} for i in range(jobs)]
     if jobs == 1 or "OMP_NUM_THREADS" in os.environ:
         return [{}] * jobs
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return [{"OMP_NUM_THREADS": str(max(1, (cores or 1) // jobs))}] * jobs
+    return [{"OMP_NUM_THREADS": str(max(1, available_cpus() // jobs))}] * jobs
 
 
 def run_all(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from mmdet.datasets import CocoDataset, XMLDataset
 from mmengine.config import Config
 
+from rfa_mmdet.cpus import available_cpus
 from rfa_mmdet.data.check.coco_file import read_coco
 from rfa_mmdet.data.check.find import Leaf, is_local, leaves
 from rfa_mmdet.data.check.images import NOT_DECODABLE, read_image
@@ -160,7 +161,7 @@ def audit(
                 splits_of[os.path.realpath(record.path)].add(split)
                 counts.update(box.name for box in record.boxes)
                 work.append((split, record))
-    pool = ThreadPool(threads or len(os.sched_getaffinity(0)))
+    pool = ThreadPool(threads or available_cpus())
     with pool:
         sizes = pool.imap(_look, [record.path for _, record in work], chunksize=4)
         for (split, record), (size, damage) in zip(work, progress(sizes, len(work)), strict=True):

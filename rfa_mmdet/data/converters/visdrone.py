@@ -12,6 +12,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
+from rfa_mmdet.cpus import available_cpus
 from rfa_mmdet.data.check.images import read_image
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
@@ -147,7 +148,7 @@ def convert(
         categories=[dict(id=i, name=name) for i, name in enumerate(CLASSES, 1)],
     )
     lines = {path: read_lines(folder / "annotations" / f"{path.stem}.txt") for path in images}
-    with ThreadPool(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPool(available_cpus()) as pool:
         sizes = progress(pool.imap(_size, images, chunksize=4), len(images))
         for path, (size, damage) in zip(images, sizes, strict=True):
             if damage:
