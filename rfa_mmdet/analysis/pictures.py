@@ -103,8 +103,8 @@ def draw_boxes(
         image (np.ndarray): (H, W, 3) uint8, RGB.
         instances (InstanceData): With ``bboxes`` and ``labels``, and ``scores`` of detections.
         classes (Sequence[str]): Class names.
-        score_threshold (float | None): Detections below are left out. Defaults to None: it is the
-            truth.
+        score_threshold (float | None): Detections below it are not drawn. Defaults to None, for
+            ground truth.
         scale (int): Factor by which to enlarge the image, so that names are legible. Defaults to 1.
 
     Returns:
@@ -253,7 +253,7 @@ def over_image(values: Tensor, size: tuple[int, int], seen: tuple[float, float])
     Args:
         values (Tensor): (h, w), of the padded image.
         size (tuple[int, int]): Height and width of the image.
-        seen (tuple[float, float]): As of :func:`save_heats`.
+        seen (tuple[float, float]): See :func:`save_heats`.
 
     Returns:
         Tensor: (height, width) of float32.
@@ -272,7 +272,7 @@ def save_side_by_side(pictures: dict[str, np.ndarray], out: Path) -> None:
     """Show pictures side by side.
 
     Args:
-        pictures (dict[str, np.ndarray]): Title to (H, W, 3) uint8, RGB.
+        pictures (dict[str, np.ndarray]): Title -> image, (H, W, 3) uint8, RGB.
         out (Path): PNG to write.
     """
     titles = [drawable(title) for title in pictures]

@@ -37,7 +37,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def run(*command: str) -> float:
-    """Show and run a command in the checkout, end with its exit code if it fails.
+    """Print and run a command in the checkout; exit with its exit code if it fails.
 
     Returns:
         float: Seconds that it took.
@@ -50,7 +50,7 @@ def run(*command: str) -> float:
     return time.monotonic() - start
 
 
-def only(folder: Path, pattern: str) -> Path:
+def newest(folder: Path, pattern: str) -> Path:
     """Return the newest file below ``folder`` that matches."""
     found = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
     if not found:
@@ -134,10 +134,10 @@ def run_demo(epochs: int) -> None:
     keys = ("train_cfg.max_epochs", "param_scheduler.1.T_max", "param_scheduler.1.end")
     options = ["--cfg-options", *(f"{key}={epochs}" for key in keys)] if epochs != EPOCHS else []
     seconds = run("tools/train.py", CONFIG, "--work-dir", WORK_DIR, *options)
-    scalars = only(work_dir, "*/vis_data/scalars.json")
-    checkpoint = only(work_dir, "best_coco_bbox_mAP_epoch_*.pth").relative_to(ROOT)
+    scalars = newest(work_dir, "*/vis_data/scalars.json")
+    checkpoint = newest(work_dir, "best_coco_bbox_mAP_epoch_*.pth").relative_to(ROOT)
     run("tools/test.py", CONFIG, str(checkpoint), "--work-dir", f"{WORK_DIR}/test")
-    metrics = json.loads(only(work_dir / "test", "*/*.json").read_text())
+    metrics = json.loads(newest(work_dir / "test", "*/*.json").read_text())
     draw(work_dir, ROOT / checkpoint, scalars)
 
     console.rule("done")

@@ -263,8 +263,9 @@ class Doctor:
 
     def build_kernels(self) -> str:
         """Return the command that compiles this package's operators."""
-        source = f"-e {shlex.quote(str(ROOT))}" if self.setup else "--force-reinstall rfa_mmdet"
-        return self.repair or f"{self.pip} install --no-deps {source}"
+        if self.setup:
+            return self.repair or f"{self.pip} install --no-deps -e {shlex.quote(str(ROOT))}"
+        return f"{self.pip} install --no-deps --force-reinstall . (in a clone of rfa_mmdet)"
 
     def new_environment(self) -> str:
         """Return the command that creates an environment with matching packages."""

@@ -13,7 +13,7 @@ from mmdet.models.detectors import DetectionTransformer, SingleStageDetector, Tw
 from mmengine.config import Config
 from mmengine.registry import Registry
 
-from rfa_mmdet.config.plain import type_name
+from rfa_mmdet.config.plain import is_retrofit, type_name
 from rfa_mmdet.data.check.find import leaves
 from rfa_mmdet.errors import ConfigError
 
@@ -222,7 +222,7 @@ def _check_evaluated_masks(cfg: Config, key: str) -> None:
 
 def _unwrapped(cfg: Any) -> Any:
     """Return the config of the module inside ``Retrofit``."""
-    while isinstance(cfg, dict) and type_name(cfg.get("type")).lower() == "retrofit":
+    while is_retrofit(cfg):
         cfg = cfg["module"]
     return cfg
 

@@ -17,13 +17,19 @@ def type_name(kind: Any) -> str:
     return str(getattr(kind, "__name__", kind or "")).rpartition(".")[2]
 
 
-def _is_retrofit(node: Any) -> bool:
+def is_retrofit(node: Any) -> bool:
+    """Return whether a config is one of ``Retrofit``.
+
+    Example:
+        >>> is_retrofit(dict(type="Retrofit")), is_retrofit(dict(type="ResNet"))
+        (True, False)
+    """
     # The function registered as Retrofit is called retrofit.
     return isinstance(node, dict) and type_name(node.get("type")).lower() == "retrofit"
 
 
 # Arguments of Retrofit itself.
-_RETROFIT = ("type", "module", "edits", "dry_run", "strict_start")
+_RETROFIT = ("type", "module", "edits", "dry_run", "strict_start", "example_input")
 
 
 def plain_base(cfg: Config) -> Config | None:
@@ -53,8 +59,8 @@ def _take_out(node: Any) -> bool:
         return sum(map(_take_out, node)) > 0  # any() would stop at the first
     found = False
     for key, value in list(node.items()) if isinstance(node, dict) else ():
-        if _is_retrofit(value):
-            while _is_retrofit(value):
+        if is_retrofit(value):
+            while is_retrofit(value):
                 own = {k: v for k, v in value.items() if k not in _RETROFIT}
                 # Arguments other than Retrofit's own go to the module.
                 value = {**value["module"], **own}

@@ -12,7 +12,7 @@ from numpy.random import Generator
 CLASSES = ("circle", "square", "triangle", "star")
 # Objects with a smaller visible fraction are left out.
 MIN_VISIBLE = 0.75
-# Of a shape to what surrounds it, as a distance in CIE Lab (black to white is 100).
+# Between a shape and its surroundings, as a distance in CIE Lab (black to white is 100).
 MIN_CONTRAST = 40.0
 
 # The longer side of the box in pixels, and how often it is drawn from that range. The longest
@@ -20,12 +20,12 @@ MIN_CONTRAST = 40.0
 _SIDES = ((18, 31), (36, 88), (100, 1000))
 _SIDE_ODDS = (0.35, 0.5, 0.15)
 _MAX_SIDE = 0.85
-# Each shape is turned from its upright position by at most so much, in radians. More would be
-# fairer to nature, but needs more images than a CPU sees in minutes.
+# Largest rotation from the upright position, in radians. A larger one would be more natural, but
+# needs more images than a CPU can train on in minutes.
 _MAX_TURN = np.deg2rad(15)
-# Corners, and the distance of every other one from the centre (of the others: 1).
+# Number of corners, and the distance of every second one from the centre (of the others: 1).
 _OUTLINES = {"circle": (48, 1), "square": (4, 1), "triangle": (3, 1), "star": (10, 0.45)}
-# Tries to place an object before the image does without it.
+# Attempts to place an object before it is left out.
 _TRIES = 30
 
 

@@ -24,20 +24,20 @@ from rfa_mmdet.files import written_whole
 SPLITS = ("train", "val")
 # COCO's classes of size, and the area in pixels at which each ends.
 SIZE_LIMITS = {"small": 32**2, "medium": 96**2, "large": float("inf")}
-# Changes when the same arguments draw other images.
+# Increased when the same arguments give other images.
 _VERSION = 2
 
 
 @dataclass(frozen=True)
 class ShapesSummary:
-    """What :func:`make_shapes` has put into a folder.
+    """The dataset that :func:`make_shapes` wrote.
 
-    Args:
+    Attributes:
         root (Path): The folder.
         images (dict[str, int]): Images in each split.
         boxes (dict[str, dict[str, dict[str, int]]]): Boxes by split, class and COCO's class of
             size.
-        drawn (bool): False where the folder held this very set already.
+        drawn (bool): False if the folder already contained this dataset.
     """
 
     root: Path
@@ -54,22 +54,22 @@ def make_shapes(
     seed: int = 0,
     max_objects: int = 8,
 ) -> ShapesSummary:
-    """Draw the dataset into a folder, unless the folder holds it already.
+    """Draw the dataset into a folder, unless it is there already.
 
     Args:
-        root (str | os.PathLike): Folder, made if it is missing.
-        num_train, num_val (int): Images in each split. A small RetinaNet learns the default set;
-            240 images it learns by heart.
+        root (str | os.PathLike): Output folder; created if missing.
+        num_train, num_val (int): Images in each split. A small RetinaNet memorises 240
+            images, but not the default number.
         image_size (Sequence[int]): Width and height in pixels. Large objects (COCO's class) need
-            128 at least.
-        seed (int): Same seed, same images.
-        max_objects (int): Each image has one object to this many.
+            at least 128.
+        seed (int): The same seed gives the same images.
+        max_objects (int): Largest number of objects in an image; the smallest is one.
 
     Returns:
-        ShapesSummary: What the folder holds.
+        ShapesSummary: The dataset.
 
     Raises:
-        UserError: A ValueError; an argument is wrong, or the folder holds something else.
+        UserError: An argument is invalid, or the folder contains other files.
 
     Example:
         >>> from tempfile import TemporaryDirectory
