@@ -33,6 +33,7 @@ EVIDENCE = {
     ("shapes_retinanet", "scratch"): "drawn shapes, from scratch",
     ("shapes_retinanet", "warm_start"): "drawn shapes, fine-tuned from plain",
     ("bccd_small", "scratch"): "BCCD blood cells, from scratch",
+    ("cards_small", "scratch"): "photographs of playing cards, from scratch",
 }
 MEASURED = (
     "Geometric means over {shapes} inputs: those of an R50-FPN, and small maps. Measured by "
@@ -75,6 +76,7 @@ CHINESE = {
     "drawn shapes, from scratch": "生成的几何图形，从头训练",
     "drawn shapes, fine-tuned from plain": "生成的几何图形，由普通检测器微调",
     "BCCD blood cells, from scratch": "BCCD 血细胞，从头训练",
+    "photographs of playing cards, from scratch": "扑克牌照片，从头训练",
     "command": "命令",
     "takes": "耗时",
     "in a fresh clone": "全新克隆",
