@@ -224,7 +224,8 @@ def test_out_must_be_a_pickle(fails, tmp_path):
 def test_unwritable_out(fails, tmp_path):
     some = tmp_path / "some.pth"
     some.touch()
-    assert "Not a directory" in fails(some, "--out", some / "x" / "y.pkl", tool="test")
+    error = fails(some, "--out", some / "x" / "y.pkl", tool="test")
+    assert error.strip() == f"error: --out={some}/x: {some} is not a folder"
     (tmp_path / "folder.pkl").mkdir()
     assert "is a folder" in fails(some, "--out", tmp_path / "folder.pkl", tool="test")
 
