@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rfa_mmdet.cli.command_line import user_errors
+from rfa_mmdet.cli.command_line import user_errors, within
 from rfa_mmdet.errors import ConfigError, UserError
 from rfa_mmdet.studies import (
     Run,
@@ -45,7 +45,7 @@ def parse_args() -> Namespace:
     add = parser.add_argument
     add("spec", help="config file that defines the study")
     add("--work-dir", help="output folder; default: work_dirs/ablation_<spec name>")
-    add("--jobs", type=int, metavar="N", help="number of parallel runs, spread over the GPUs")
+    add("--jobs", type=within(1), metavar="N", help="number of parallel runs, spread over the GPUs")
     add(
         "--take",
         metavar="JSON",
@@ -61,8 +61,6 @@ def parse_args() -> Namespace:
     add("--slurm", metavar="PARTITION",
         help="submit job arrays to Slurm; without sbatch, only write the scripts")  # fmt: skip
     args = parser.parse_args()
-    if args.jobs is not None and args.jobs < 1:
-        parser.error(f"--jobs {args.jobs}: must be at least 1")
     if args.jobs is not None and (args.list or args.report_only or args.run is not None):
         parser.error("--jobs: has no effect with --list, --run or --report-only")
     if args.slurm_args and args.slurm is None:

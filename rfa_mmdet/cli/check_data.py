@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rfa_mmdet.cli.command_line import config_parser, progress, user_errors
+from rfa_mmdet.cli.command_line import config_parser, progress, user_errors, within
 from rfa_mmdet.config.read import load_config
 from rfa_mmdet.data.check import find_problems
 from rfa_mmdet.data.check.audit import FATAL, KINDS, Audit, audit
@@ -49,11 +49,9 @@ def parse_args() -> Namespace:
         "images, as every run does before it starts (default: %(default)s)",
     )
     parser.add_argument(
-        "--threads", type=int, help="images to decode in parallel; default: number of CPUs"
+        "--threads", type=within(1), help="images to decode in parallel; default: number of CPUs"
     )
     args = parser.parse_args()
-    if args.threads is not None and args.threads < 1:
-        parser.error(f"--threads {args.threads}: must be at least 1")
     if args.threads is not None and args.check_data == "quick":
         parser.error("--threads: has no effect with --check-data quick")
     return args

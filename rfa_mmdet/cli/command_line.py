@@ -1,11 +1,12 @@
 """Shared by the tools: arguments, the checks before a run, error handling."""
 
+import math
 import multiprocessing
 import os
 import sys
 import traceback
 import warnings
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -77,6 +78,36 @@ def run_parser(description: str, example: str) -> ArgumentParser:
         "and a sample of the images; off: nothing (default: %(default)s)",
     )
     return parser
+
+
+def within(low: float, high: float | None = None) -> Callable[[str], float]:
+    """Return the argparse type of an option that takes a number from a range.
+
+    Args:
+        low (int | float): Smallest number; the option takes integers if this is one.
+        high (int | float | None): Largest number. Defaults to None: no limit.
+
+    Returns:
+        Callable[[str], int | float]: Value of ``type`` in ``add_argument``.
+
+    Example:
+        >>> within(1)("8"), within(0.0, 1.0)("0.3")
+        (8, 0.3)
+    """
+    kind = type(low)
+    name = "an integer" if kind is int else "a number"
+    valid = f"of at least {low}" if high is None else f"from {low} to {high}"
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= (math.inf if high is None else high):
+            raise ArgumentTypeError(f"must be {name} {valid}, got {text!r}")
+        return value
+
+    return parse
 
 
 def load_run(args: Namespace, *splits: str) -> Config:

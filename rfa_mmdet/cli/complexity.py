@@ -18,7 +18,7 @@ from rfa_mmdet.analysis.complexity import (
     detector_complexity,
     system_extras,
 )
-from rfa_mmdet.cli.command_line import user_errors
+from rfa_mmdet.cli.command_line import user_errors, within
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.config.plain import plain_base
 from rfa_mmdet.config.read import load_config
@@ -54,7 +54,7 @@ def parse_args() -> Namespace:
     add(
         "--image-size",
         nargs=2,
-        type=int,
+        type=within(1),
         metavar=("H", "W"),
         help="input size; the config's data_preprocessor pads it (default: 800 1333)",
     )
@@ -74,8 +74,6 @@ def parse_args() -> Namespace:
     if args.image_size and args.table:
         parser.error("--image-size: the published numbers are for 224 x 224")
     args.image_size = tuple(args.image_size or (800, 1333))
-    if min(args.image_size) < 1:
-        parser.error(f"--image-size {' '.join(map(str, args.image_size))}: must be positive")
     return args
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from rfa_mmdet.analysis.attention_maps import attention_maps
 from rfa_mmdet.analysis.pictures import save_attention, save_curves, save_detections
-from rfa_mmdet.cli.command_line import user_errors
+from rfa_mmdet.cli.command_line import user_errors, within
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
 
@@ -106,15 +106,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--epochs",
-        type=int,
+        type=within(1),
         default=EPOCHS,
         metavar="N",
         help="train for N epochs; AP50 is only checked with the default (default: %(default)s)",
     )
-    args = parser.parse_args()
-    if args.epochs < 1:
-        parser.error(f"--epochs {args.epochs}: must be at least 1")
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
 
-from rfa_mmdet.cli.command_line import config_parser, progress, user_errors
+from rfa_mmdet.cli.command_line import config_parser, progress, user_errors, within
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.config.read import load_config
 from rfa_mmdet.data.check.audit import dataset_images
@@ -43,13 +43,10 @@ def parse_args() -> Namespace:
         metavar="INPUT",
         help="images, folders or patterns to compare on; default: the config's test data",
     )
-    add("--number", type=int, default=8, metavar="N",
+    add("--number", type=within(1), default=8, metavar="N",
         help="number of images to compare on (default: %(default)s)")  # fmt: skip
     add("--opset", type=int, default=17, help="ONNX operator set (default: %(default)s)")
-    args = parser.parse_args()
-    if args.number < 1:
-        parser.error(f"--number {args.number}: must be at least 1")
-    return args
+    return parser.parse_args()
 
 
 def images_to_compare(cfg: Config, args: Namespace) -> list[str]:

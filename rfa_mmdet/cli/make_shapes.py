@@ -8,7 +8,7 @@ import cv2
 import mmcv
 import numpy as np
 
-from rfa_mmdet.cli.command_line import user_errors
+from rfa_mmdet.cli.command_line import user_errors, within
 from rfa_mmdet.data.crops import write_crops
 from rfa_mmdet.data.shapes import CLASSES, SIZE_LIMITS, ShapesSummary, make_shapes
 from rfa_mmdet.errors import UserError
@@ -30,48 +30,45 @@ def parse_args() -> Namespace:
     add = parser.add_argument
     add(
         "--train",
-        type=int,
+        type=within(1, 1_000_000),
         default=960,
         metavar="N",
         help="number of training images (default: %(default)s)",
     )
     add(
         "--val",
-        type=int,
+        type=within(1, 1_000_000),
         default=120,
         metavar="N",
         help="number of validation images (default: %(default)s)",
     )
     add(
         "--size",
-        type=int,
+        type=within(64, 4096),
         default=160,
         help="image width and height in pixels (default: %(default)s)",
     )
     add(
         "--seed",
-        type=int,
+        type=within(0),
         default=0,
         help="random seed; the same seed gives the same images (default: %(default)s)",
     )
     add(
         "--max-objects",
-        type=int,
+        type=within(1, 20),
         default=8,
         metavar="N",
         help="largest number of objects in one image (default: %(default)s)",
     )
     add(
         "--crops",
-        type=int,
+        type=within(1),
         metavar="SIZE",
         help="also write each object as an image of this width and height into "
         "crops/<split>/<class>, for a classifier",
     )
-    args = parser.parse_args()
-    if args.crops is not None and args.crops < 1:
-        parser.error(f"--crops {args.crops}: must be at least 1")
-    return args
+    return parser.parse_args()
 
 
 def print_table(summary: ShapesSummary) -> None:

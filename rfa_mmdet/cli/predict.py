@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rfa_mmdet.cli.command_line import config_parser, print_left_out, progress, user_errors
+from rfa_mmdet.cli.command_line import config_parser, print_left_out, progress, user_errors, within
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.config.read import load_config
 from rfa_mmdet.inference.detector import Detector
@@ -33,15 +33,21 @@ def parse_args() -> Namespace:
     add("checkpoint", help="checkpoint file or URL")
     add("inputs", nargs="+", metavar="INPUT", help="image, folder or quoted glob pattern")
     add("--out", help="output folder; default: work_dirs/<config name>/predictions")
-    add("--score", type=float, default=0.3, help="lowest score to draw (default: %(default)s)")
-    add("--batch-size", type=int, default=1, metavar="N", help="batch size (default: %(default)s)")
+    add(
+        "--score",
+        type=within(0.0, 1.0),
+        default=0.3,
+        help="lowest score to draw (default: %(default)s)",
+    )
+    add(
+        "--batch-size",
+        type=within(1),
+        default=1,
+        metavar="N",
+        help="batch size (default: %(default)s)",
+    )
     add("--device", help="device, e.g. cpu or cuda:1; default: the GPU if there is one")
-    args = parser.parse_args()
-    if args.batch_size < 1:
-        parser.error(f"--batch-size {args.batch_size}: must be at least 1")
-    if not 0 <= args.score <= 1:
-        parser.error(f"--score {args.score}: must be between 0 and 1")
-    return args
+    return parser.parse_args()
 
 
 def print_table(found: Predictions, score: float) -> None:

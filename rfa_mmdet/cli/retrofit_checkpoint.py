@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rfa_mmdet.checkpoints.retrofit import retrofit_checkpoint
-from rfa_mmdet.cli.command_line import user_errors
+from rfa_mmdet.cli.command_line import user_errors, within
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.config.plain import plain_base
 from rfa_mmdet.config.read import load_config
@@ -40,7 +40,7 @@ def parse_args() -> Namespace:
     parser.add_argument("--image", help="image to compare on (default: noise)")
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=within(0.0),
         default=1e-3,
         help="largest accepted relative difference of the raw outputs (default: %(default)s)",
     )

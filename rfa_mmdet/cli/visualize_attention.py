@@ -12,7 +12,7 @@ from mmengine.model import BaseTTAModel
 
 from rfa_mmdet.analysis.attention_maps import attention_layers, heat_maps
 from rfa_mmdet.analysis.pictures import draw_boxes, save_heats, save_side_by_side
-from rfa_mmdet.cli.command_line import config_parser, print_left_out, progress, user_errors
+from rfa_mmdet.cli.command_line import config_parser, print_left_out, progress, user_errors, within
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.config.read import load_config
 from rfa_mmdet.errors import ConfigError
@@ -39,14 +39,12 @@ def parse_args() -> Namespace:
     add("--compare", nargs=2, metavar=("CONFIG", "CHECKPOINT"),
         help="model to compare with; --cfg-options does not apply to it")  # fmt: skip
     add("--out", help="output folder; default: work_dirs/<config name>/attention")
-    add("--score", type=float, help="lowest score to draw with --compare (default: 0.3)")
+    add("--score", type=within(0.0, 1.0), help="lowest score to draw with --compare (default: 0.3)")
     add("--device", help="device, e.g. cpu or cuda:1; default: the GPU if there is one")
     args = parser.parse_args()
     if args.score is not None and not args.compare:
         parser.error("--score: needs --compare")
     args.score = 0.3 if args.score is None else args.score
-    if not 0 <= args.score <= 1:
-        parser.error(f"--score {args.score}: must be between 0 and 1")
     return args
 
 

@@ -360,7 +360,7 @@ def test_tool_fails_if_the_table_deviates(monkeypatch, capsys):
     [
         ([], "give exactly one of CONFIG, --table and --systems"),
         ([DEMO, "--table"], "give exactly one of CONFIG, --table and --systems"),
-        ([DEMO, "--image-size", "0", "64"], "--image-size 0 64: must be positive"),
+        ([DEMO, "--image-size", "0", "64"], "--image-size: must be an integer"),
         (["configs/demo/no.py"], "config='configs/demo/no.py': no such file"),
         (["configs/_base_/schedules/adamw_50e.py"], "has no model"),
         ([DEMO, "--cfg-options", "model.backbone.rfa.type=RFACov"], "did you mean RFAConv"),

@@ -80,7 +80,7 @@ def test_wrong_arguments_of_the_tool_are_refused_before_anything_is_drawn(
     monkeypatch.setattr(sys, "argv", ["make_shapes.py", str(tmp_path / "set"), "--crops", "0"])
     with pytest.raises(SystemExit):
         main()
-    assert "--crops 0: must be at least 1" in capsys.readouterr().err
+    assert "--crops: must be an integer of at least 1, got '0'" in capsys.readouterr().err
     assert not (tmp_path / "set").exists()
 
 
