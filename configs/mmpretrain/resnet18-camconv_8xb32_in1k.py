@@ -1,4 +1,4 @@
-_base_ = "mmpretrain::resnet/resnet18_8xb32_in1k.py"
+_base_ = ["mmpretrain::resnet/resnet18_8xb32_in1k.py", "../_base_/repeatable.py"]
 custom_imports = dict(imports=["rfa_mmdet"])
 
 model = dict(

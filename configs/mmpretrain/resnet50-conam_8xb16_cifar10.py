@@ -1,4 +1,4 @@
-_base_ = "mmpretrain::resnet/resnet50_8xb16_cifar10.py"
+_base_ = ["mmpretrain::resnet/resnet50_8xb16_cifar10.py", "../_base_/repeatable.py"]
 custom_imports = dict(imports=["rfa_mmdet"])
 
 model = dict(

@@ -54,6 +54,17 @@ def test_all_promised_configs_are_shipped():
     }
 
 
+# Without the small one, so that it stays the config of the committed results.
+@pytest.mark.parametrize(
+    "path",
+    [path for path in CONFIGS if not path.stem.endswith("_shapes")],
+    ids=lambda path: path.stem,
+)
+def test_a_resumed_run_repeats_the_random_numbers(path):
+    hooks = [hook["type"] for hook in Config.fromfile(path).custom_hooks]
+    assert hooks == ["EpochSeedHook", "SyncBuffersHook"]
+
+
 @pytest.mark.parametrize("path", IN1K, ids=lambda path: path.stem)
 def test_parameters_are_the_papers(path):
     cfg = Config.fromfile(path)
