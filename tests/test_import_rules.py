@@ -258,6 +258,12 @@ except ImportError as error:
     assert any(name in message for name in OPENMMLAB)
 
 
+def test_the_compiler_is_not_imported():
+    # It takes as long as importing torch.
+    code = "import sys, rfa_mmdet; print('torch._dynamo' in sys.modules)"
+    assert run(code, blocked=False) == "False"
+
+
 def test_ops_load_nothing_of_openmmlab_in_a_bare_process():
     # The first ones are torch operators, not Python modules.
     left_out = ["._cpu_", *([".triton."] if LACKS_TRITON else [])]

@@ -3,12 +3,14 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch._compile
 import torch._utils
 from torch.nn.modules import module as _module
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 # Whether torch.compile is tracing. Old compilers only support the old name.
 is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling  # 2.2
@@ -19,6 +21,21 @@ COMPILES_OPERATORS = hasattr(torch.library, "register_fake")
 
 # Like torch.compiler.disable, which imports the compiler when it decorates; torch.optim uses this.
 not_compiled = torch._compile._disable_dynamo
+
+
+def constant_in_graphs(function: _F) -> _F:
+    """Mark a function that torch.compile calls while tracing, instead of tracing into it.
+
+    Like torch.compiler.assume_constant_result, which imports the compiler when it decorates: that
+    takes as long as importing torch.
+
+    Example:
+        >>> constant_in_graphs(lambda: 1)()
+        1
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
 
 # Arguments that make torch.onnx.export trace. The default exporter since 2.9 needs onnxscript;
 # before 2.5 there is no choice.

@@ -18,7 +18,11 @@ from torch import Tensor
 
 from rfa_mmdet.ops.common.precision import autocast_dtype
 from rfa_mmdet.ops.common.recompute import needs_plain_operators
-from rfa_mmdet.ops.common.torch_versions import COMPILES_OPERATORS, is_compiling
+from rfa_mmdet.ops.common.torch_versions import (
+    COMPILES_OPERATORS,
+    constant_in_graphs,
+    is_compiling,
+)
 from rfa_mmdet.ops.receptive_field import self_check
 from rfa_mmdet.ops.receptive_field.schema import NAMESPACE, OPERATORS
 from rfa_mmdet.ops.receptive_field.sources import digest
@@ -53,7 +57,7 @@ def has_kernel(operator: str, backend: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operator}", key))
 
 
-@torch.compiler.assume_constant_result  # torch.compile calls it instead of tracing into it
+@constant_in_graphs
 def missing(backend: str) -> str | None:
     """Return why a backend cannot be used in this process.
 
@@ -214,8 +218,9 @@ def use_operators(backend: str, operators: tuple[str, ...], x: Tensor, weight: T
     obstacle = None
     if own == "triton":
         obstacle = _gpu_obstacle(reason is None, *_case(operators, x, dtype))
-    if obstacle or reason:
-        _notice(obstacle or reason)
+    reason = obstacle or reason
+    if reason:
+        _notice(reason)
     return obstacle is None
 
 
@@ -225,7 +230,7 @@ def _case(operators: tuple[str, ...], x: Tensor, dtype: torch.dtype) -> tuple[An
     return x.device, dtype, last, torch.is_grad_enabled(), operators
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _gpu_obstacle(has_kernels: bool, *of_case: Any) -> str | None:
     """Return why a GPU must run the formula; check the kernels at their first use."""
     if torch.are_deterministic_algorithms_enabled() and not _multiplies_deterministically():
@@ -244,7 +249,7 @@ def _gpu_obstacle(has_kernels: bool, *of_case: Any) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _require_passed(*of_case: Any) -> None:
     case = self_check.Case(*of_case)
     if _is_captured_unchecked(case):
@@ -301,7 +306,7 @@ def _check_input(backend: str, x: Tensor, weight: Tensor, dtype: torch.dtype, sa
         )
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _notice(reason: str) -> None:
     _warn_once(reason)
 

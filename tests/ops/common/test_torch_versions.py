@@ -1,4 +1,4 @@
-"""Matrix products follow the TF32 setting of convolutions, in torch's old and new settings."""
+"""TF32 of matrix products in torch's old and new settings, and marks for the compiler."""
 
 import itertools
 import os
@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch import backends
 
-from rfa_mmdet.ops.common.torch_versions import convolves_in_tf32, products_as_convolutions
+from rfa_mmdet.ops.common.torch_versions import (
+    constant_in_graphs,
+    convolves_in_tf32,
+    products_as_convolutions,
+)
 
 NEW = hasattr(backends, "fp32_precision")
 needs_new = pytest.mark.skipif(not NEW, reason="this torch has no inherited settings")
@@ -119,3 +123,14 @@ def check_inheritance() -> None:
 @needs_new
 def test_inherited_settings_stay_inherited():
     assert in_a_fork(check_inheritance)
+
+
+def test_marks_for_the_compiler_are_those_of_torch():
+    def ours():
+        return 1
+
+    def theirs():
+        return 1
+
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(constant_in_graphs(ours)) == vars(theirs) != {}
