@@ -186,7 +186,10 @@ class ReceptiveFieldConv(AttentionConv2d):
         # Not in replicas or under torch.func, whose parameters are temporary.
         if awaits_statistics(norm) and norm.weight.is_leaf:
             take_statistics(norm, self._responses(x))
-        if not (awaits_statistics(norm) or only_shifts(norm, self._shift())):
+        # An optimizer will not change a frozen norm.
+        trains = any(parameter.requires_grad for parameter in norm.parameters())
+        starts = trains and only_shifts(norm, self._shift())
+        if not (awaits_statistics(norm) or starts):
             self.settled = True
             return self.compute(x)
         norm.training = False

@@ -118,6 +118,16 @@ def test_activation_checkpointing_gives_the_same_result(kind, reentrant):
     assert layer.settled
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_norm_without_gradients_trains_on_batches_immediately(kind):
+    """No optimizer step would tell that the warm start is over."""
+    layer, plain = pair(kind)
+    layer.norm.requires_grad_(False)
+    same([layer(maps())], [plain(maps())])
+    assert layer.settled
+    assert layer.norm.num_batches_tracked == 2  # the statistics taken, and those of the batch
+
+
 def test_empty_batch_is_skipped():
     layer, plain = pair()
     assert layer(maps()[:0]).shape == (0, 6, 9, 9)
