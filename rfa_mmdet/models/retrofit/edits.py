@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
+from itertools import chain
 from typing import Any
 
 import torch
@@ -215,7 +216,7 @@ def apply_edits(module: nn.Module, steps: Sequence[Step], loaded: bool) -> dict[
                     f"config, e.g. {dict(step.cfg, postfix='_2')}"
                 )
             if loaded:
-                _follow(target, layer)
+                _follow(target, module, layer)
             _insert(target, name, layer)
             new[f"{step.names[0]}.{name}"] = layer
             continue
@@ -430,9 +431,9 @@ def _copy_weights(conv: nn.Conv2d, layer: nn.Module) -> None:
             own[name].requires_grad_(parameter.requires_grad)
 
 
-def _follow(target: nn.Module, layer: nn.Module) -> None:
-    # To the device and dtype of the module before it.
-    first = next(target.parameters(), None)
+def _follow(target: nn.Module, module: nn.Module, layer: nn.Module) -> None:
+    # To the device and dtype of the module before it, or else of the whole.
+    first = next(chain(target.parameters(), module.parameters()), None)
     if first is not None:
         layer.to(first.device, first.dtype)
 

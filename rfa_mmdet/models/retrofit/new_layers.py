@@ -18,7 +18,7 @@ from torch import nn
 from rfa_mmdet.layers.conv.base import AttentionConv2d
 from rfa_mmdet.layers.warm_start.plugin import Plugin
 from rfa_mmdet.layers.warm_start.start import Start, WarmStartable, WarmStartError, matching
-from rfa_mmdet.models.retrofit.report import StartReport
+from rfa_mmdet.models.retrofit.report import StartReport, shapes
 
 # Key in a module's metadata: new norms that use batch statistics where others are frozen.
 ON_BATCHES = "rfa_mmdet_on_batches"
@@ -157,6 +157,23 @@ class NewLayers:
             elif isinstance(layer, Plugin):
                 layer.init_weights()
 
+    def log_start(self, given: dict[str, tuple[int, ...]], checkpoint: bool = True) -> StartReport:
+        """Log where the module's values come from.
+
+        Args:
+            given (dict[str, tuple[int, ...]]): Keys of the given values -> shapes.
+            checkpoint (bool): Whether a checkpoint gave them, or else the module itself before it
+                was edited. Defaults to True.
+
+        Returns:
+            StartReport: The logged report.
+        """
+        report = StartReport.of(
+            self.module, self.layers.values(), given, self._identities(), checkpoint
+        )
+        print_log(str(report), logger="current")
+        return report
+
     def _identities(self) -> dict[str, str]:
         """Return the plug-ins that start as the identity, because no checkpoint has them."""
         return {
@@ -175,7 +192,7 @@ class NewLayers:
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any
     ) -> None:
         given = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        self._given = {name: tuple(getattr(value, "shape", ())) for name, value in given.items()}
+        self._given = shapes(given)
         if given:
             noted = metadata.get(ON_BATCHES)
             noted = noted if isinstance(noted, list) else []
@@ -189,8 +206,7 @@ class NewLayers:
         given, self._given = self._given, {}
         if not (given and self.layers):
             return
-        report = StartReport.of(module, self.layers.values(), given, self._identities())
-        print_log(str(report), logger="current")
+        report = self.log_start(given)
         allowed = self.strict_start if isinstance(self.strict_start, str) else r"(?!)"
         skipped = [key for key in report.skipped if not re.fullmatch(allowed, key)]
         if self.strict_start and skipped:

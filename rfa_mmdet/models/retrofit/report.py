@@ -1,7 +1,8 @@
 """Report how a checkpoint was loaded into a module with new layers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +23,8 @@ class StartReport:
         new (tuple[str, ...]): Keys of the module that are not in the checkpoint.
         skipped (dict[str, str]): Unused keys of the checkpoint -> reason; '' if the module has no
             such key.
+        checkpoint (bool): Whether the values come from a checkpoint, or else from the module
+            itself before it was edited.
     """
 
     module: str
@@ -31,6 +34,7 @@ class StartReport:
     identity: dict[str, str]
     new: tuple[str, ...]
     skipped: dict[str, str]
+    checkpoint: bool
 
     @classmethod
     def of(
@@ -39,6 +43,7 @@ class StartReport:
         layers: Iterable[nn.Module],
         given: dict[str, tuple[int, ...]],
         identity: dict[str, str],
+        checkpoint: bool,
     ) -> "StartReport":
         """Compare a module after loading with the checkpoint.
 
@@ -47,8 +52,9 @@ class StartReport:
             layers (Iterable[nn.Module]): The new layers.
             given (dict[str, tuple[int, ...]]): Keys of the checkpoint for ``module`` -> shapes.
             identity (dict[str, str]): See the attribute.
+            checkpoint (bool): See the attribute.
         """
-        own = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+        own = shapes(module.state_dict())
         loaded = {key for key in given if key in own}
         skipped = {
             key: f"shape {given[key]} instead of {own[key]}"
@@ -76,20 +82,24 @@ class StartReport:
         # Files from old PyTorch versions lack this count, which does not matter.
         new = [key for key in own if key not in covered and not key.endswith("num_batches_tracked")]
         kind = type(module).__name__
-        return cls(kind, len(loaded), warm, taken, identity, tuple(new), skipped)
+        return cls(kind, len(loaded), warm, taken, identity, tuple(new), skipped, checkpoint)
 
     def __str__(self) -> str:
         """Format the report: one line if everything was loaded, else one line per kind of key."""
         if not (self.warm_started or self.new or self.skipped):
             return f"{self.module}: loaded all {self.loaded} keys of the checkpoint"
+        if self.checkpoint:
+            origin, of_it = "loaded from a checkpoint", " of the checkpoint"
+        else:
+            origin, of_it = "retrofitted with its own weights", ""
         skipped = [f"{key} ({why})" if why else key for key, why in self.skipped.items()]
         lines = [
-            f"{self.module}, loaded from a checkpoint:",
+            f"{self.module}, {origin}:",
             f"  loaded        {self.loaded} keys unchanged",
             f"  warm-started  {len(self.warm_started)} layers from {self.taken} keys"
             f"{_named(self.warm_started)}",
             f"  new           {len(self.new)} keys{_listed(self.new)}",
-            f"  skipped       {len(self.skipped)} keys of the checkpoint{_listed(skipped)}",
+            f"  skipped       {len(self.skipped)} keys{of_it}{_listed(skipped)}",
         ]
         if self.identity:
             lines[3:3] = [
@@ -97,6 +107,16 @@ class StartReport:
                 f"{_named(self.identity)}"
             ]
         return "\n".join(lines)
+
+
+def shapes(state_dict: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each value in a state dict; () for anything but tensors.
+
+    Example:
+        >>> shapes(nn.Linear(3, 2).state_dict())
+        {'weight': (2, 3), 'bias': (2,)}
+    """
+    return {key: tuple(getattr(value, "shape", ())) for key, value in state_dict.items()}
 
 
 def _own_keys(layer: nn.Module, layers: set[nn.Module]) -> list[str]:

@@ -31,24 +31,27 @@ from rfa_mmdet.models.retrofit.edits import (
     with_seen_channels,
 )
 from rfa_mmdet.models.retrofit.new_layers import check_strict_start, keep_new
+from rfa_mmdet.models.retrofit.report import shapes
 
 
 @MODELS.register_module(name="Retrofit")
 def retrofit(
     module: ConfigType | nn.Module,
     edits: Sequence[ConfigType],
+    example_input: Any = None,
+    *,
     dry_run: bool = False,
     strict_start: bool | str = False,
-    example_input: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
     r"""Build a module and edit it.
 
     The new convolution gets the channels, kernel size, stride, padding, dilation, groups and bias
-    of the replaced one. The plain model's checkpoint warm-starts it, and a report is logged. New
-    layers are trained even in ``frozen_stages``. ``norm_eval`` and frozen stages only fix those of
-    their norms that got statistics from a checkpoint or the warm start. This package's plug-ins
-    start as the identity, so they do not change the outputs until they are trained.
+    of the replaced one. The plain model's checkpoint, or the weights of a built module, warm-start
+    it, and a report is logged. New layers are trained even in ``frozen_stages``. ``norm_eval`` and
+    frozen stages only fix those of their norms that got statistics from a checkpoint or the warm
+    start. This package's plug-ins start as the identity, so they do not change the outputs until
+    they are trained.
 
     Args:
         module (dict | nn.Module): Config of a backbone, neck, head or detector, or a built module,
@@ -58,12 +61,12 @@ def retrofit(
             expression for the whole name of a module; the name of a ConvModule also works for its
             convolution. Plug-ins get ``in_channels`` from the module before them, and this
             package's plug-ins get ``start='identity'``, unless set in CFG.
-        dry_run (bool): Whether to only print a table of the edits. Defaults to False.
-        strict_start (bool | str): Whether unused keys of a checkpoint are an error; a regular
-            expression names keys that may be unused. Defaults to False.
         example_input (Any): Input of the module, or a tuple of several inputs. The module runs once
             in eval mode to find the channels before each plug-in. Defaults to None: channels are
             inferred from the modules.
+        dry_run (bool): Whether to only print a table of the edits. Defaults to False.
+        strict_start (bool | str): Whether unused keys of a checkpoint are an error; a regular
+            expression names keys that may be unused. Defaults to False.
         **kwargs: Arguments that mmdet's detectors pass to their parts, e.g. ``train_cfg`` of a
             head; added to the module's config.
 
@@ -101,9 +104,12 @@ def retrofit(
         _print(type(net).__name__, plan_table(steps))
         return net
     check_strict_start(strict_start)  # before anything changes
-    keep_new(net, apply_edits(net, steps, loaded), strict_start)
-    if loaded and isinstance(net, BaseModule):  # its own train() applies frozen stages
-        net.train(net.training)
+    plain = shapes(net.state_dict())
+    record = keep_new(net, apply_edits(net, steps, loaded), strict_start)
+    if loaded:
+        record.log_start(plain, checkpoint=False)
+        if isinstance(net, BaseModule):  # its own train() applies frozen stages
+            net.train(net.training)
     return net
 
 

@@ -180,7 +180,7 @@ def test_example_input_gives_the_channels_of_plugins():
     ]
     with pytest.raises(ValueError, match="output channels of a Odd are unknown; pass example_in"):
         rfa_mmdet.retrofit(net, edits)
-    rfa_mmdet.retrofit(net, edits, example_input=torch.rand(1, 3, 32, 40))
+    rfa_mmdet.retrofit(net, edits, torch.rand(1, 3, 32, 40))
     layers = net.new_layers.layers
     assert {name: layer.in_channels for name, layer in layers.items()} == {
         "body.0.cbam": 16,

@@ -191,6 +191,7 @@ def test_second_edit_is_tracked_too(reports):
         *("layer1.0.conv1", "layer1.1.conv1"),
         *("layer2.0.coord_att", "layer2.1.coord_att"),
     ]
+    reports.clear()
     load_state_dict(net, plain_net(18).state_dict())
     assert len(reports) == 1
     assert "warm-started  2 layers from 2 keys" in reports[0]
@@ -226,8 +227,9 @@ def test_start_of_third_party_layers():
 
 
 def test_plugins_get_the_dtype_of_a_loaded_module():
-    net = nn.Sequential(nn.Conv2d(3, 8, 3)).double()
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).double()
     retrofit(net, [dict(after="0", plugin=dict(type="EMA", factor=4))])
+    retrofit(net, [dict(after="1", plugin=dict(type="SE", in_channels=8))])  # has no parameters
     assert {p.dtype for p in net.parameters()} == {torch.float64}
     assert net(torch.rand(1, 3, 8, 8).double()).dtype == torch.float64
 

@@ -74,6 +74,26 @@ def test_report_lists_plugins_that_start_as_the_identity(plugin, kinds, reports)
     assert "identity" not in "".join(reports[1:])
 
 
+def test_report_of_a_built_module(reports):
+    net = copy.deepcopy(plain_net(18))
+    keys = len(net.state_dict())
+    conv = dict(where=r"layer4\.\d\.conv1", conv=dict(type="RFAConv"))
+    retrofit(net, [conv, dict(after=r"layer4\.\d", plugin=dict(type="SE"))])
+    new = [key for key in net.state_dict() if ".se." in key]
+    assert reports == [
+        "\n".join(
+            [
+                "ResNet, retrofitted with its own weights:",
+                f"  loaded        {keys - 2} keys unchanged",
+                "  warm-started  2 layers from 2 keys (RFAConv): layer4.0.conv1, layer4.1.conv1",
+                "  identity      2 plug-ins start as the identity (SE): layer4.0.se, layer4.1.se",
+                f"  new           {len(new)} keys: {', '.join(new)}",
+                "  skipped       0 keys",
+            ]
+        )
+    ]
+
+
 def test_report_lists_at_most_a_hundred_keys(reports):
     net = edited_resnet("RFAResNet", 50)
     load_state_dict(net, {"conv1.weight": net.state_dict()["conv1.weight"]})
@@ -124,6 +144,7 @@ def test_published_names_are_loaded(name, derived, reports):
     theirs = {f"1.{ours}": f"1.{key}" for key, ours in PUBLISHED[name].items()}
     state = {theirs.get(key, key): value for key, value in source.state_dict().items()}
     assert state.keys() != source.state_dict().keys()
+    reports.clear()
     target.load_state_dict(state)
     (report,) = reports
     assert report.endswith(f": loaded all {len(state)} keys of the checkpoint")
