@@ -37,7 +37,8 @@ CONFIG = """
 _base_ = "{tiny}"
 custom_imports = dict(imports={imports})
 load_from = "{folder}/plain.pth"
-model = dict(backbone=dict(norm_eval=False))
+model = dict(backbone=dict(norm_eval=False, plugins=[dict(
+    cfg=dict(type="EMA", factor=8, start="identity"), position="after_conv2")]))
 model_wrapper_cfg = dict(
     type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
 train_cfg = dict(val_interval=99)
@@ -49,7 +50,8 @@ train_dataloader = dict(batch_size={batch})
 def folder(tiny_config, tmp_path_factory):
     """Return a folder with configs of the tiny detector for one rank and for two.
 
-    It is warm-started, and its norms train on batches. An epoch has three iterations.
+    It is warm-started, its norms train on batches, and it has plug-ins. An epoch has three
+    iterations.
     """
     folder = tmp_path_factory.mktemp("any")
     save_plain_detector(tiny_config, folder / "plain.pth")
@@ -101,8 +103,23 @@ def whole(request, train, tmp_path_factory):
     return request.param, work
 
 
-# Our own tool's resumed runs are in test_train_and_test.py and test_distributed.py, and mim starts
-# mmdet's tool.
+def assert_same(work: Path, expected: Path, epochs: int) -> None:
+    """Compare the losses of the last epochs, and the weights."""
+    first = 22 - 3 * epochs
+    pd.testing.assert_series_equal(losses(work), losses(expected).loc[first:], check_exact=True)
+    mine, theirs = weights(work / "epoch_7.pth"), weights(expected / "epoch_7.pth")
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.slow
+def test_our_tool_resumes_a_warm_start_identically(whole, train, tmp_path):
+    ranks, expected = whole
+    train("ours", ranks, tmp_path, 7, f"resume={expected}/epoch_3.pth")
+    assert_same(tmp_path, expected, epochs=4)
+
+
+# mim starts mmdet's tool.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer", "resumes"), [("mmdet", True), ("mim", False), ("Runner", True)]
@@ -119,11 +136,9 @@ def test_all_trainers_start_continue_and_resume_identically(
     else:
         train(trainer, ranks, tmp_path, 7)
     assert len(losses(expected)) == 21
-    pd.testing.assert_series_equal(losses(tmp_path), losses(expected), check_exact=True)
-    mine, theirs = weights(tmp_path / "epoch_7.pth"), weights(expected / "epoch_7.pth")
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    # The warm-started statistics have moved from 0.
-    norm = "backbone.layer2.0.conv1.norm"
+    assert_same(tmp_path, expected, epochs=7)
+    # The warm-started statistics have moved from 0, and the plug-ins are trained.
+    mine, norm = weights(tmp_path / "epoch_7.pth"), "backbone.layer2.0.conv1.norm"
+    assert any(".ema." in name for name in mine)
     assert mine[f"{norm}.running_mean"].any()
     assert mine[f"{norm}.num_batches_tracked"] == 21
