@@ -110,22 +110,28 @@ def test_outputs_match_with_autocast(name, mode):
     assert not [n for n, gradient in gradients.items() if gradient is None]
 
 
-# Of the plain net, and one in each of its replaced convolutions.
-RELUS = {18: 17 + 8, 50: 49 + 16}
+def errors(pairs) -> Tensor:
+    """Return the relative error of each gradient, in norm."""
+    return torch.stack([(a - b).norm() / b.norm() for a, b in pairs])
 
 
 @pytest.mark.parametrize("name", CONVS)
-@pytest.mark.parametrize("depth", RELUS)
+@pytest.mark.parametrize("depth", [18, 50])
 def test_gradients_match_with_autocast(name, depth):
     """With norm_eval: statistics of few values magnify rounding until gradients say nothing."""
     plain, net = both(name, depth, "norm_eval", torch.float32)
-    _, of_plain = run(plain.double())
-    _, gradients = run(net, torch.float32, torch.autocast("cpu", torch.bfloat16))
-    # Rounding moves up to eps of the values across the kink of a ReLU, where the gradient changes
-    # by all of itself: by the square root of eps in norm. Those of several ReLUs add in squares.
-    tolerance = (RELUS[depth] * torch.finfo(torch.bfloat16).eps) ** 0.5
-    for found, expected in shared(net, gradients, of_plain):
-        assert (found - expected).norm() <= tolerance * expected.norm()
+    _, exact = run(both(name, depth, "norm_eval")[0])
+    amp = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    _, rounded = run(plain, torch.float32, amp())
+    _, gradients = run(net, torch.float32, amp())
+    pairs = shared(net, gradients, exact)
+    # The plain net's own rounding, for scale. RFAConv also rounds its average pooling.
+    rounding = errors((rounded[name], gradient) for name, gradient in exact.items())
+    assert errors(pairs).mean() <= 3 * rounding.mean()
+    # Rounding errors point anywhere, so they hardly change the gradient's length along the exact
+    # one: by 0.13 at most here, and by 0.11 in the plain net.
+    for found, expected in pairs:
+        assert abs((found * expected).sum() / expected.square().sum() - 1) <= 0.25
 
 
 ON_RANKS = [(name, depth, mode) for name in CONVS for depth in (18, 50) for mode in MODES[1:]]
