@@ -1,3 +1,4 @@
+# Without the hooks of ../_base_/repeatable.py, which need training by epochs.
 _base_ = "mmseg::upernet/upernet_r18_4xb4-20k_voc12aug-512x512.py"
 custom_imports = dict(imports=["rfa_mmdet"])
 
