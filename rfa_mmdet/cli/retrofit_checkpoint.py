@@ -77,10 +77,11 @@ def main() -> None:
     for part, difference in found.outputs.items():
         table.add_row(part, f"{difference:.1e}")
     Console().print(table)
-    if found.plugins:
+    if found.changing:
         print(
-            f"warning: {len(found.plugins)} plug-ins (e.g. {found.plugins[0]}) do not start as the "
-            "identity, so they change the outputs until they are trained",
+            f"warning: {len(found.changing)} new layers (e.g. {min(found.changing)}) change the "
+            "outputs until they are trained: plug-ins that do not start as the identity, or "
+            "convolutions of other packages",
             file=sys.stderr,
         )
     print(f"wrote: {args.target}")

@@ -153,8 +153,8 @@ def test_plugins_not_starting_as_the_identity_give_a_warning(with_ema, detectors
     assert code == 0, errors
     assert errors.count("warning: ") == 1
     assert (
-        "warning: 2 plug-ins (e.g. backbone.layer4.0.ema) do not start as the identity, so they "
-        "change the outputs until they are trained"
+        "warning: 2 new layers (e.g. backbone.layer4.0.ema) change the outputs until they are "
+        "trained: plug-ins that do not start as the identity"
     ) in errors
     values = [float(value) for value in re.findall(r"│ \w+ +│ ([\d.e+-]+)", output)]
     assert max(values) > 1e-3
@@ -165,6 +165,18 @@ def test_convolutions_are_compared_without_such_plugins(with_ema, detectors, fai
     error = fails(with_ema(", start='paper'"), detectors["retinanet"][2], "--tolerance", "1e-12")
     found = re.search(r"by a relative (\d\.\de-\d+) > tolerance=1\.0e-12; nothing written", error)
     assert float(found[1]) <= 1e-4
+
+
+def test_convolutions_of_other_packages_give_a_warning(tiny_config, detectors, tool, tmp_path):
+    # With stride 2, it pads differently.
+    config = write_configs(
+        tmp_path, "other", RETINANET.format(tiny=tiny_config), "Conv2dAdaptivePadding"
+    )[1]
+    target = tmp_path / "warm.pth"
+    code, _, errors = tool(config, detectors["retinanet"][2], target)
+    assert code == 0, errors
+    assert "warning: 6 new layers (e.g. backbone.layer2.0.conv1) change the outputs" in errors
+    assert target.is_file()
 
 
 # --------------------------------------------------------------------------- rejected input
@@ -280,6 +292,6 @@ def test_the_plain_config_of_nested_and_scoped_retrofits():
 
 def test_largest_difference_propagates_nan():
     for values in ((0.1, float("nan")), (float("nan"), 0.1)):
-        largest = Equality(dict(zip("ab", values, strict=True)), ()).largest
+        largest = Equality(dict(zip("ab", values, strict=True)), frozenset()).largest
         assert largest != largest
-    assert Equality(dict(a=0.1, b=0.2), ()).largest == 0.2
+    assert Equality(dict(a=0.1, b=0.2), frozenset()).largest == 0.2

@@ -86,7 +86,7 @@ class StartReport:
 
     def __str__(self) -> str:
         """Format the report: one line if everything was loaded, else one line per kind of key."""
-        if not (self.warm_started or self.new or self.skipped):
+        if self.checkpoint and not (self.warm_started or self.new or self.skipped):
             return f"{self.module}: loaded all {self.loaded} keys of the checkpoint"
         if self.checkpoint:
             origin, of_it = "loaded from a checkpoint", " of the checkpoint"

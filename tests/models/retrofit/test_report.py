@@ -94,6 +94,13 @@ def test_report_of_a_built_module(reports):
     ]
 
 
+def test_report_of_a_built_module_does_not_speak_of_a_checkpoint(reports):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3))
+    retrofit(net, [dict(where="0", conv=dict(type="Conv2dAdaptivePadding"))])
+    assert reports[0].startswith("Sequential, retrofitted with its own weights:\n")
+    assert "checkpoint" not in reports[0]
+
+
 def test_report_lists_at_most_a_hundred_keys(reports):
     net = edited_resnet("RFAResNet", 50)
     load_state_dict(net, {"conv1.weight": net.state_dict()["conv1.weight"]})
