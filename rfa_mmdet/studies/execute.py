@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
@@ -117,8 +118,11 @@ def run_config(study: Study, run: Run) -> Config:
         json.loads(json.dumps(one.to_dict(), default=str))
         for one in (Config.fromfile(run.config, import_custom_modules=False), cfg)
     )
-    # load_from is a path that depends on the study's stages.
-    changed = sorted(k for k in {*old, *new} - {"load_from"} if old.get(k) != new.get(k))
+    source, start = study.source(run), old.get("load_from")
+    # The work dir may have moved: only compare <stage>/<method>/<seed> of the source.
+    if source and start and Path(start).parts[-5:-2] == source.folder.parts[-3:]:
+        new["load_from"] = start
+    changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
     if changed:
         raise ConfigError(
             f"{run.folder}: contains a run with another config (different: {', '.join(changed)}); "

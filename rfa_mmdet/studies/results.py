@@ -42,8 +42,8 @@ def read_run(study: Study, run: Run) -> dict[str, Any]:
     Returns:
         dict[str, Any]: ``stage``, ``method``, ``seed``; ``state``: 'finished', 'failed', 'started'
         or 'missing'; ``error`` if failed; ``metrics`` of the test, and ``test``, the one to
-        compare; ``curve``, pairs [epoch, validation metric], and ``val``, the last one; ``losses``,
-        pairs [iteration, loss]; ``memory_mb``, the training's peak.
+        compare; ``curve``, pairs [epoch, validation metric], and ``val``, the tested checkpoint's;
+        ``losses``, pairs [iteration, loss]; ``memory_mb``, the training's peak.
     """
     record = run.record
     error = record.get("error")
@@ -60,6 +60,8 @@ def read_run(study: Study, run: Run) -> dict[str, Any]:
             curve[line["step"]] = _number(line[study.metric])
         elif "loss" in line:
             losses[line["step"]] = _number(line["loss"])
+    values = list(curve.values())
+    best = max((value for value in values if value is not None), default=None)
     points = sorted(losses.items())
     return dict(
         stage=run.stage,
@@ -69,7 +71,7 @@ def read_run(study: Study, run: Run) -> dict[str, Any]:
         error=error,
         test=_number(metrics.get(study.metric)),
         metrics={name: _number(value) for name, value in metrics.items()},
-        val=list(curve.values())[-1] if curve else None,
+        val=best if study.checkpoint == "best" else values[-1] if values else None,
         curve=sorted(curve.items()),
         losses=points[:: math.ceil(len(points) / POINTS) or 1],
         memory_mb=record.get("train", {}).get("memory_mb"),

@@ -5,7 +5,7 @@
         plain={"model.backbone.rfa": None},
         rfaconv=dict(),
     )
-    metric = "coco/bbox_mAP"  # of the test; more is better
+    metric = "coco/bbox_mAP"  # of the test; higher is better
 
 Optional: ``seeds`` (by default (0, 1, 2)), ``baseline`` (a method), ``options`` (changes for every
 run), ``checkpoint`` (the one to test: 'last', the default, or 'best'), ``environment`` (defaults of
@@ -182,7 +182,8 @@ def _base(spec: Path, base: Any) -> Config:
 
 
 def _merge(cfg: Config, name: str, options: dict) -> None:
-    _require(isinstance(options, dict), f"{name}={options!r}: must be a dict of dotted keys")
+    dotted = isinstance(options, dict) and all(isinstance(key, str) for key in options)
+    _require(dotted, f"{name}={options!r}: must be a dict of dotted keys")
     check_options(cfg, options, f"{name}:")
     try:
         cfg.merge_from_dict(copy.deepcopy(options))

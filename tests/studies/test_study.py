@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 
 from rfa_mmdet.errors import ConfigError
+from rfa_mmdet.studies.execute import run_config
 from rfa_mmdet.studies.run import Run
 from rfa_mmdet.studies.study import load_study
 
@@ -68,6 +69,21 @@ def test_stages_start_from_the_baselines_run_with_the_same_or_first_seed(spec):
     assert found.config(run("next", "ours", 0)).model.backbone.depth == 34
 
 
+def test_finished_runs_of_another_start_are_refused(spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # has the work dir
+    stages = "stages = dict(a=dict(), b=dict(load_from='a'{}))"
+    found = spec(stages.format(""))
+    run = Run(found.work_dir, "b", "ours", 0)
+    cfg = found.config(run)
+    # Its work dir has moved since.
+    cfg.load_from = str(tmp_path / "moved/runs/a/plain/seed0/train/best_ap_epoch_3.pth")
+    run.folder.mkdir(parents=True)
+    cfg.dump(run.config)
+    run_config(found, run)
+    with pytest.raises(ConfigError, match=r"another config \(different: load_from\)"):
+        run_config(spec(stages.format(", load_method='own'")), run)
+
+
 def test_stage_continues_the_runs_of_its_own_methods(spec):
     stages = "stages = dict(first=dict(seeds=[0, 1]), next=dict(load_from='first'{}))"
     run = partial(Run, spec().work_dir)
@@ -106,6 +122,7 @@ def test_environment_defaults_are_set(spec, monkeypatch):
         ),
         ("options = {'root': 1}", "options: root=...: root is a variable of the config file"),
         ("options = [1]", "options=[1]: must be a dict of dotted keys"),
+        ("options = {1: 2}", "options={1: 2}: must be a dict of dotted keys"),
         (
             "stages = dict(a=dict(options={'optim_wraper.lr': 1}))",
             "stages.a.options: optim_wraper.lr=...: unknown config key",
