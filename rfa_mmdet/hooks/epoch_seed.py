@@ -6,8 +6,10 @@ samplers and augmentations draw different numbers than in an uninterrupted run.
 
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner, set_random_seed
+from mmengine.runner import EpochBasedTrainLoop, Runner, set_random_seed
 from numpy.random import SeedSequence
+
+from rfa_mmdet.errors import ConfigError
 
 
 @HOOKS.register_module()
@@ -18,6 +20,9 @@ class EpochSeedHook(Hook):
     even with ``persistent_workers=True``, and MMEngine's own seeding, which is the same in every
     epoch, is disabled.
 
+    Raises:
+        ConfigError: Training is not by epochs.
+
     Example:
         >>> custom_hooks = [dict(type="EpochSeedHook")]
     """
@@ -26,6 +31,11 @@ class EpochSeedHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Let torch seed the workers, and give the sampler the seed of the run."""
+        if not isinstance(runner.train_loop, EpochBasedTrainLoop):
+            raise ConfigError(
+                f"custom_hooks: EpochSeedHook does not work with {type(runner.train_loop).__name__}"
+                "; use an EpochBasedTrainLoop, or remove the hook"
+            )
         loader = runner.train_dataloader
         loader.worker_init_fn = None
         # Without a seed in the config, the Runner drew one for the sampler before it restored the

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import rfa_mmdet  # noqa: F401  registers the hook
+from rfa_mmdet.errors import ConfigError
 
 
 class Draws(Dataset):
@@ -37,7 +38,7 @@ class Recorder(BaseModel):
         return dict(loss=(self.weight * torch.rand(1)).mean())
 
 
-def run(work_dir, epochs, seed=0, resume=False, workers=2, persistent=False):
+def run(work_dir, epochs, seed=0, resume=False, workers=2, persistent=False, **train_cfg):
     """Train; return the numbers that the model saw, (epochs, numbers)."""
     runner = Runner(
         Recorder(),
@@ -50,7 +51,7 @@ def run(work_dir, epochs, seed=0, resume=False, workers=2, persistent=False):
             sampler=dict(type="DefaultSampler", shuffle=True),
             collate_fn=dict(type="pseudo_collate"),
         ),
-        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+        train_cfg=train_cfg or dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
         custom_hooks=[dict(type="EpochSeedHook")],
         default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=1)),
@@ -82,3 +83,8 @@ def test_checkpoints_seed_is_used_if_none_is_given(tmp_path):
     resumed, second = run(tmp_path / "broken", 3, seed=None, resume=True)
     assert second.seed == first.seed
     assert torch.equal(resumed, whole[1:])
+
+
+def test_training_by_iterations_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="EpochSeedHook does not work with IterBasedTrainLoop"):
+        run(tmp_path / "run", 1, by_epoch=False, max_iters=3)
