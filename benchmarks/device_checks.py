@@ -28,6 +28,7 @@ from benchmarks.candidates import build
 from benchmarks.parity import PARITY_SHAPES, inference, make_input, outputs_and_gradients
 from benchmarks.sizes import SIZES, InputSize
 from rfa_mmdet.cli.command_line import user_errors
+from rfa_mmdet.cpus import available_cpus
 from rfa_mmdet.data.shapes import make_shapes
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
@@ -61,7 +62,7 @@ def compile_kernels(device: torch.device) -> str:
         *itertools.product(OPS, halves, layouts),
         ("RFAConv", torch.float16, torch.contiguous_format),  # of the RetinaNet
     ]
-    processes = min(len(jobs), os.cpu_count() or 1)
+    processes = min(len(jobs), available_cpus())
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(processes, context) as pool:
         for future in [pool.submit(_run_sizes, device, *job) for job in jobs]:

@@ -25,6 +25,7 @@ from tempfile import TemporaryDirectory
 
 from benchmarks import report
 from rfa_mmdet.cli.command_line import user_errors
+from rfa_mmdet.cpus import available_cpus
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import check_folder, written_whole
 
@@ -89,7 +90,7 @@ def plan(device: str, tiny: bool, gpus: int) -> list[Step]:
     def parity(name: str, weight: float, selection: str) -> Step:
         command = module("pytest", "-q", "-rs", "-p", "no:cacheprovider", *PARITY, "-k", selection)
         if gpus and importlib.util.find_spec("xdist"):  # compilation dominates
-            command += ("-n", str(min(16, os.cpu_count() or 1)))
+            command += ("-n", str(min(16, available_cpus())))
         return Step(name, weight, command, {} if gpus else {"TRITON_INTERPRET": "1"})
 
     on = ("--device", device)

@@ -177,9 +177,11 @@ def _matching(layers: Mapping[str, nn.Module], pattern: str, what: str) -> dict[
         chosen = {name: layer for name, layer in layers.items() if re.search(pattern, name)}
     except re.error as error:
         raise ValueError(f"pattern={pattern!r} is not a regular expression: {error}") from error
+    if not layers:
+        raise ValueError(f"the model has no {what}")
     if not chosen:
         raise ValueError(
-            f"pattern={pattern!r} matches no {what}; the model has: {', '.join(layers) or 'none'}"
+            f"pattern={pattern!r} matches no {what}; the model has: {', '.join(layers)}"
         )
     return chosen
 

@@ -52,8 +52,10 @@ def parse_args() -> Namespace:
         "--threads", type=within(1), help="images to decode in parallel; default: number of CPUs"
     )
     args = parser.parse_args()
-    if args.threads is not None and args.check_data == "quick":
-        parser.error("--threads: has no effect with --check-data quick")
+    if args.check_data == "quick":
+        for option in ("threads", "out"):
+            if getattr(args, option) is not None:
+                parser.error(f"--{option}: has no effect with --check-data quick")
     return args
 
 

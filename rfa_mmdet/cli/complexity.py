@@ -72,7 +72,7 @@ def parse_args() -> Namespace:
     if args.cfg_options and args.config is None:
         parser.error("--cfg-options: needs CONFIG")
     if args.image_size and args.table:
-        parser.error("--image-size: the published numbers are for 224 x 224")
+        parser.error("--image-size: has no effect with --table, whose numbers are for 224 x 224")
     args.image_size = tuple(args.image_size or (800, 1333))
     return args
 

@@ -265,7 +265,7 @@ class Doctor:
         """Return the command that compiles this package's operators."""
         if self.setup:
             return self.repair or f"{self.pip} install --no-deps -e {shlex.quote(str(ROOT))}"
-        return f"{self.pip} install --no-deps --force-reinstall . (in a clone of rfa_mmdet)"
+        return f"{self.pip} install --no-deps --force-reinstall .   # in a clone of rfa_mmdet"
 
     def new_environment(self) -> str:
         """Return the command that creates an environment with matching packages."""

@@ -10,7 +10,16 @@ import numpy as np
 
 from rfa_mmdet.cli.command_line import user_errors, within
 from rfa_mmdet.data.crops import write_crops
-from rfa_mmdet.data.shapes import CLASSES, SIZE_LIMITS, ShapesSummary, make_shapes
+from rfa_mmdet.data.shapes import (
+    CLASSES,
+    NUMBERS,
+    OBJECTS,
+    SEEDS,
+    SIDES,
+    SIZE_LIMITS,
+    ShapesSummary,
+    make_shapes,
+)
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
 
@@ -30,33 +39,33 @@ def parse_args() -> Namespace:
     add = parser.add_argument
     add(
         "--train",
-        type=within(1, 1_000_000),
+        type=within(*NUMBERS),
         default=960,
         metavar="N",
         help="number of training images (default: %(default)s)",
     )
     add(
         "--val",
-        type=within(1, 1_000_000),
+        type=within(*NUMBERS),
         default=120,
         metavar="N",
         help="number of validation images (default: %(default)s)",
     )
     add(
         "--size",
-        type=within(64, 4096),
+        type=within(*SIDES),
         default=160,
         help="image width and height in pixels (default: %(default)s)",
     )
     add(
         "--seed",
-        type=within(0),
+        type=within(*SEEDS),
         default=0,
         help="random seed; the same seed gives the same images (default: %(default)s)",
     )
     add(
         "--max-objects",
-        type=within(1, 20),
+        type=within(*OBJECTS),
         default=8,
         metavar="N",
         help="largest number of objects in one image (default: %(default)s)",

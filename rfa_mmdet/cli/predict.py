@@ -14,6 +14,7 @@ from rich.text import Text
 from rfa_mmdet.cli.command_line import config_parser, print_left_out, progress, user_errors, within
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.config.read import load_config
+from rfa_mmdet.files import check_folder
 from rfa_mmdet.inference.detector import Detector
 from rfa_mmdet.inference.images import find_images
 from rfa_mmdet.inference.predict import Predictions, predict
@@ -74,6 +75,7 @@ def main() -> None:
     with user_errors():
         cfg = load_config(args.config, args.cfg_options)
         check_config(cfg)
+        check_folder(out, "--out")
         paths = find_images(args.inputs, without=out)
         detector = Detector(cfg, args.checkpoint, args.device)
         found = predict(

@@ -61,7 +61,7 @@ def keep_best(cfg: Config) -> None:
     hook = hooks.setdefault("checkpoint", dict(type="CheckpointHook", interval=1))
     known = hook is not None and type_name(hook.get("type", "CheckpointHook")) == "CheckpointHook"
     if known and "save_best" not in hook:
-        # For some metrics, e.g. LVIS's bbox_AP, MMEngine does not know that more is better.
+        # For some metrics, e.g. LVIS's bbox_AP, MMEngine does not know that higher is better.
         hook.update(save_best="auto", rule="greater")
 
 

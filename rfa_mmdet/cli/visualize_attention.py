@@ -105,7 +105,8 @@ def main() -> None:
         try:  # fail before reading images
             attention_layers(detectors[names[0]].model, args.layers)
         except ValueError as error:
-            raise ConfigError(f"--layers {args.layers}: {error}") from error
+            what = f"--layers {args.layers!r}" if args.layers else f"config={args.config!r}"
+            raise ConfigError(f"{what}: {error}") from error
         if args.compare:
             other = Path(args.compare[0]).stem
             if other in names:

@@ -24,6 +24,8 @@ from rfa_mmdet.files import written_whole
 SPLITS = ("train", "val")
 # COCO's classes of size, and the area in pixels at which each ends.
 SIZE_LIMITS = {"small": 32**2, "medium": 96**2, "large": float("inf")}
+# Smallest and largest value of num_train and num_val, image_size, seed and max_objects.
+NUMBERS, SIDES, SEEDS, OBJECTS = (1, 1_000_000), (64, 4096), (0, 2**63 - 1), (1, 20)
 # Increased when the same arguments give other images.
 _VERSION = 2
 
@@ -78,12 +80,12 @@ def make_shapes(
         {'train': 2, 'val': 1}
     """
     counts = {
-        "train": _int_in("num_train", num_train, 1, 1_000_000),
-        "val": _int_in("num_val", num_val, 1, 1_000_000),
+        "train": _int_in("num_train", num_train, *NUMBERS),
+        "val": _int_in("num_val", num_val, *NUMBERS),
     }
     width, height = _size(image_size)
-    seed = _int_in("seed", seed, 0, 2**63 - 1)
-    max_objects = _int_in("max_objects", max_objects, 1, 20)
+    seed = _int_in("seed", seed, *SEEDS)
+    max_objects = _int_in("max_objects", max_objects, *OBJECTS)
     parameters = {
         "version": _VERSION,
         **{f"num_{split}": number for split, number in counts.items()},
@@ -242,5 +244,5 @@ def _int_in(name: str, value: Any, low: int, high: int) -> int:
 def _size(value: Any) -> tuple[int, int]:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise UserError(f"image_size={value!r}: must be (width, height)")
-    width, height = (_int_in("image_size", side, 64, 4096) for side in value)
+    width, height = (_int_in("image_size", side, *SIDES) for side in value)
     return width, height

@@ -144,6 +144,8 @@ def test_patterns_of_heat_maps(model):
         heat_maps(model, lambda: None, "stem")
     with pytest.raises(ValueError, match=r"pattern='\(' is not a regular expression"):
         heat_maps(model, lambda: None, "(")
+    with pytest.raises(ValueError, match=r"^the model has no layer with attention$"):
+        heat_maps(nn.Conv2d(3, 3, 3), lambda: None)
 
 
 def test_heat_maps_cover_the_image_without_padding():

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -132,13 +133,24 @@ def test_fixed_data_removes_old_results(run_tool, damaged, tmp_path):
 
 
 def test_quick_check_keeps_the_results_of_a_full_one(shapes, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DATA_ROOT", str(shapes))
-    quick = ["--check-data", "quick", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["check_data.py", CONFIG, *quick])
-    (tmp_path / "problems.csv").write_text("kept")
+    quick = ["--check-data", "quick"]
+    monkeypatch.setattr(sys, "argv", ["check_data.py", str(ROOT / CONFIG), *quick])
+    kept = Path("work_dirs", Path(CONFIG).stem, "data", "problems.csv")
+    kept.parent.mkdir(parents=True)
+    kept.write_text("kept")
     assert check_data.main() == 0
-    assert (tmp_path / "problems.csv").read_text() == "kept"
+    assert kept.read_text() == "kept"
+
+
+@pytest.mark.parametrize("option", [("--threads", "2"), ("--out", "found")])
+def test_options_of_a_full_check_are_rejected(option, monkeypatch, capsys):
+    quick = ["--check-data", "quick"]
+    monkeypatch.setattr(sys, "argv", ["check_data.py", CONFIG, *quick, *option])
+    with pytest.raises(SystemExit):
+        check_data.main()
+    assert f"{option[0]}: has no effect with --check-data quick" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -24,7 +24,11 @@ COUNT = "must be an integer of at least 1"
         ("make_shapes", ["root", "--val", "2.5"], "must be an integer from 1 to 1000000"),
         ("make_shapes", ["root", "--size", "63"], "must be an integer from 64 to 4096"),
         ("make_shapes", ["root", "--max-objects", "21"], "must be an integer from 1 to 20"),
-        ("make_shapes", ["root", "--seed", "-1"], "must be an integer of at least 0"),
+        (
+            "make_shapes",
+            ["root", "--seed", "-1"],
+            f"must be an integer from 0 to {2**63 - 1}",
+        ),
         ("predict", ["c.py", "c.pth", "x.jpg", "--batch-size", "0"], COUNT),
         ("predict", ["c.py", "c.pth", "x.jpg", "--score", "1.5"], SCORE),
         ("retrofit_checkpoint", ["c", "p", "o", "--tolerance", "nan"], "of at least 0.0"),

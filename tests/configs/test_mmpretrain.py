@@ -60,7 +60,7 @@ def test_all_promised_configs_are_shipped():
     [path for path in CONFIGS if not path.stem.endswith("_shapes")],
     ids=lambda path: path.stem,
 )
-def test_a_resumed_run_repeats_the_random_numbers(path):
+def test_configs_name_the_hooks_for_exact_resuming(path):
     hooks = [hook["type"] for hook in Config.fromfile(path).custom_hooks]
     assert hooks == ["EpochSeedHook", "SyncBuffersHook"]
 

@@ -115,6 +115,11 @@ def errors(pairs) -> Tensor:
     return torch.stack([(a - b).norm() / b.norm() for a, b in pairs])
 
 
+def lengths(pairs) -> Tensor:
+    """Return by how much each gradient's length along the exact one is wrong, relatively."""
+    return torch.stack([((a * b).sum() / b.square().sum() - 1).abs() for a, b in pairs])
+
+
 @pytest.mark.parametrize("name", CONVS)
 @pytest.mark.parametrize("depth", [18, 50])
 def test_gradients_match_with_autocast(name, depth):
@@ -128,10 +133,9 @@ def test_gradients_match_with_autocast(name, depth):
     # The plain net's own rounding, for scale. RFAConv also rounds its average pooling.
     rounding = errors((rounded[name], gradient) for name, gradient in exact.items())
     assert errors(pairs).mean() <= 3 * rounding.mean()
-    # Rounding errors point anywhere, so they hardly change the gradient's length along the exact
-    # one: by 0.13 at most here, and by 0.11 in the plain net.
-    for found, expected in pairs:
-        assert abs((found * expected).sum() / expected.square().sum() - 1) <= 0.25
+    # Rounding errors point anywhere, so they hardly change a gradient's length along the exact one.
+    rounding = lengths((rounded[name], gradient) for name, gradient in exact.items())
+    assert lengths(pairs).max() <= 3 * rounding.max()
 
 
 ON_RANKS = [(name, depth, mode) for name in CONVS for depth in (18, 50) for mode in MODES[1:]]
