@@ -259,7 +259,7 @@ except ImportError as error:
 
 
 def test_the_compiler_is_not_imported():
-    # It takes as long as importing torch.
+    # It would slow down the start of every tool.
     code = "import sys, rfa_mmdet; print('torch._dynamo' in sys.modules)"
     assert run(code, blocked=False) == "False"
 

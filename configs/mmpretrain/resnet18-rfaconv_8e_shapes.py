@@ -1,7 +1,7 @@
 # A quarter of ResNet-18's width, on 32 x 32 crops of drawn shapes, which a CPU learns in minutes:
 #   python tools/make_shapes.py data/small_shapes --val 480 --crops 32
 #   python tools/train.py configs/mmpretrain/resnet18-rfaconv_8e_shapes.py
-# Without the hooks of ../_base_/repeatable.py: its runs are too short to be interrupted.
+# Without the hooks of ../_base_/repeatable.py, like the results in docs/results.md.
 _base_ = "mmpretrain::resnet/resnet18_8xb16_cifar10.py"
 custom_imports = dict(imports=["rfa_mmdet"])
 

@@ -42,7 +42,8 @@ def parse_args() -> Namespace:
         "--tolerance",
         type=within(0.0),
         default=1e-3,
-        help="largest accepted relative difference of the raw outputs (default: %(default)s)",
+        help="largest accepted relative difference of the raw outputs; not checked with "
+        "convolutions of other packages (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="overwrite OUT if it exists")
     return parser.parse_args()
@@ -79,8 +80,8 @@ def main() -> None:
     Console().print(table)
     if found.changing:
         print(
-            f"warning: {len(found.changing)} new layers (e.g. {min(found.changing)}) change the "
-            "outputs until they are trained: plug-ins that do not start as the identity, or "
+            f"warning: {len(found.changing)} new layers (e.g. {min(found.changing)}) may change "
+            "the outputs until they are trained: plug-ins that do not start as the identity, or "
             "convolutions of other packages",
             file=sys.stderr,
         )

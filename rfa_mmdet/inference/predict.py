@@ -70,7 +70,7 @@ def predict(
     """
     found = Predictions(dict(images=[], categories=[], annotations=[]))
     folder = Path(folder)
-    check_folder(folder, "folder")  # fail now rather than after hours
+    check_folder(folder / "pictures", "folder")  # fail now rather than after hours
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     names = picture_names(paths)
 

@@ -5,7 +5,8 @@ batch statistics, its weight must be their standard deviation and its bias their
 both, and the running statistics, from the first training batch. It then keeps using the running
 statistics, on which it is still the identity, until an optimizer has changed it: during the whole
 first step, with accumulated batches and recomputed layers, the model and its gradients equal those
-of the plain model. After that it is an ordinary batch norm.
+of the plain model. After that it is an ordinary batch norm. A norm whose parameters have no
+gradient is one from the first batch on: its outputs on that batch are the plain model's.
 
 The norm's values alone tell which phase it is in. No other state is saved, so a run can resume in
 the middle, and weight averages, which copy the values after the first step, are correct.

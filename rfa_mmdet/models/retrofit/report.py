@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from rfa_mmdet.layers.warm_start.published_names import PUBLISHED
 from rfa_mmdet.layers.warm_start.start import Start, WarmStartable
@@ -110,13 +111,16 @@ class StartReport:
 
 
 def shapes(state_dict: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each value in a state dict; () for anything but tensors.
+    """Return the shape of each value in a state dict; () if it has none, as in a lazy module.
 
     Example:
         >>> shapes(nn.Linear(3, 2).state_dict())
         {'weight': (2, 3), 'bias': (2,)}
     """
-    return {key: tuple(getattr(value, "shape", ())) for key, value in state_dict.items()}
+    return {
+        key: () if is_lazy(value) else tuple(getattr(value, "shape", ()))
+        for key, value in state_dict.items()
+    }
 
 
 def _own_keys(layer: nn.Module, layers: set[nn.Module]) -> list[str]:

@@ -104,7 +104,7 @@ def retrofit(
         _print(type(net).__name__, plan_table(steps))
         return net
     check_strict_start(strict_start)  # before anything changes
-    plain = shapes(net.state_dict())
+    plain = shapes(net.state_dict()) if loaded else {}
     record = keep_new(net, apply_edits(net, steps, loaded), strict_start)
     if loaded:
         record.log_start(plain, checkpoint=False)

@@ -26,8 +26,7 @@ not_compiled = torch._compile._disable_dynamo
 def constant_in_graphs(function: _F) -> _F:
     """Mark a function that torch.compile calls while tracing, instead of tracing into it.
 
-    Like torch.compiler.assume_constant_result, which imports the compiler when it decorates: that
-    takes as long as importing torch.
+    Like torch.compiler.assume_constant_result, which imports the compiler when it decorates.
 
     Example:
         >>> constant_in_graphs(lambda: 1)()

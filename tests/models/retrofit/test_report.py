@@ -101,6 +101,12 @@ def test_report_of_a_built_module_does_not_speak_of_a_checkpoint(reports):
     assert "checkpoint" not in reports[0]
 
 
+def test_lazy_modules_are_reported(reports):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyConv2d(4, 1))
+    retrofit(net, [dict(where="0", conv=dict(type="RFAConv"))])
+    assert "loaded        2 keys unchanged" in reports[0]
+
+
 def test_report_lists_at_most_a_hundred_keys(reports):
     net = edited_resnet("RFAResNet", 50)
     load_state_dict(net, {"conv1.weight": net.state_dict()["conv1.weight"]})
