@@ -57,7 +57,8 @@ test: $(if $(filter $(STACK),current),lint,env)  ## lint, then run the fast test
 test-slow: env  ## run the slow tests in two processes; lists skipped tests
 	@"$(PYTHON)" -m pytest -q -rs -n 2 --dist worksteal -m slow $(TESTS)
 
-test-all: test test-slow  ## lint, then run all tests
+test-all: $(if $(filter $(STACK),current),lint,env)  ## lint, then run all tests in two processes
+	@"$(PYTHON)" -m pytest -q -rs -n 2 --dist worksteal -m "slow or not slow" $(TESTS)
 
 PREBUILT_TESTS := ops layers models checkpoints cli/test_train_and_test.py
 

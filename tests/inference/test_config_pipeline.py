@@ -29,7 +29,7 @@ model = dict(
     backbone=dict(in_channels={channels}, base_channels=8, init_cfg=None),
     neck=dict(in_channels=[8, 16, 32, 64], out_channels=16),
     bbox_head=dict(num_classes=2, in_channels=16, feat_channels=16, stacked_convs=1),
-    test_cfg=dict(score_thr=0.0),
+    test_cfg=dict(score_thr=0.0, max_per_img=20),
 )
 pipeline = [
     dict(type="LoadImageFromFile", {load}),

@@ -170,7 +170,7 @@ TTA_PIPELINE = [
     ),
 ]
 TTA_MODEL = dict(
-    type="DetTTAModel", tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100)
+    type="DetTTAModel", tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=20)
 )
 WRAPPERS = [
     (),
