@@ -144,7 +144,8 @@ def _start_checkpoint(study: Study, run: Run) -> str | None:
 
 
 def _train(run: Run, tool: Callable[..., float]) -> dict[str, Any]:
-    resume = ("--resume", "auto") if run.checkpoint("last") else ()
+    start = run.resumable_checkpoint()
+    resume = ("--resume", start) if start else ()
     peak = tool("train", run.config, "--work-dir", run.folder / "train", *resume)
     # With CUDA, MMEngine logs the peak of reserved memory in MB.
     cuda = [line["memory"] for line in run.scalars() if "memory" in line]
@@ -163,8 +164,13 @@ def _test(run: Run, study: Study, tool: Callable[..., float]) -> dict[str, Any]:
     logs = sorted(work_dir.glob("*/*.json"), key=lambda log: log.stat().st_mtime)
     if not logs:
         raise RunFailed(f"the test left no metrics in {work_dir}")
-    metrics = json.loads(logs[-1].read_text())
-    return dict(metrics={k: v for k, v in metrics.items() if k not in ("time", "data_time")})
+    logged = json.loads(logs[-1].read_text())
+    metrics = {k: v for k, v in logged.items() if k not in ("time", "data_time")}
+    if not metrics and study.metric.startswith("coco/"):
+        metrics[study.metric] = 0.0  # CocoMetric reports nothing if nothing was detected
+    if study.metric not in metrics:
+        raise RunFailed(f"metric={study.metric!r}: the test only reports {', '.join(metrics)}")
+    return dict(metrics=metrics)
 
 
 def _run_tool(run: Run, arguments: Sequence, processes: Processes, options: dict) -> float:

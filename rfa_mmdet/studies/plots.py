@@ -76,7 +76,7 @@ def save_differences(results: dict[str, Any], summary: pd.DataFrame, out: Path) 
         index="seed", columns="method", values="test"
     )
     gains = tests.astype(float).sub(tests[results["baseline"]].astype(float), axis="index")
-    figure, axes = plt.subplots(figsize=(7.5, 1.3 + 0.36 * len(known)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.5, 1.6 + 0.36 * len(known)), layout="constrained")
     axes.axvline(0, color="black", linewidth=1)
     for y, row in enumerate(known.itertuples()):
         colour = {"better": "#146c2e", "worse": "#a4262c"}.get(row.verdict, "#5b6675")
@@ -85,7 +85,11 @@ def save_differences(results: dict[str, Any], summary: pd.DataFrame, out: Path) 
         axes.plot(own, [y] * len(own), "|", color=colour, markersize=9, alpha=0.7)
     axes.set_yticks(range(len(known)), [drawable(method) for method in known["method"]])
     metric, baseline = drawable(results["metric"]), drawable(results["baseline"])
-    axes.set_xlabel(f"{metric}: difference from {baseline}, each seed, mean and 95 % interval")
+    axes.set_xlabel(
+        f"{metric}: difference from {baseline}; to the right is better\n"
+        "ticks: seeds; dot and bar: mean and 95 % interval, not corrected\n"
+        "green, red: significant after Holm's correction; grey: not"
+    )
     axes.margins(y=0.6 / len(known))
     _save(figure, None, out)
     return True

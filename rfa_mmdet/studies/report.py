@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rfa_mmdet.errors import UserError
@@ -18,7 +19,7 @@ from rfa_mmdet.studies.run import read_json
 from rfa_mmdet.studies.samples import draw_samples
 from rfa_mmdet.studies.study import Study
 from rfa_mmdet.studies.summary import LEVEL, MIN_PAIRS, summarise
-from rfa_mmdet.studies.tables import COLUMNS, gain, markdown, records, spread
+from rfa_mmdet.studies.tables import COLUMNS, gain, markdown, records, spread, what_was_needed
 from rfa_mmdet.texts import cell
 
 _TEMPLATES = Environment(
@@ -49,7 +50,8 @@ def write_report(study: Study) -> pd.DataFrame:
         try:
             costs = method_costs(study, costs)
             samples = draw_samples(study)
-        except (OSError, UserError) as error:  # the data or checkpoints are gone
+        # The data or checkpoints are gone, or all models together do not fit in the GPU's memory.
+        except (OSError, UserError, torch.cuda.OutOfMemoryError) as error:
             print(f"warning: costs and samples not updated: {error}", file=sys.stderr)
         results = collect(study, costs, samples)
     elif results is None:
@@ -99,6 +101,7 @@ def page(
         results=results,
         columns=COLUMNS,
         rows={stage: records(rows) for stage, rows in summary.groupby("stage")},
+        needed={stage: what_was_needed(rows) for stage, rows in summary.groupby("stage")},
         plots=plots,
         samples=results.get("samples", {}) if samples.is_dir() else {},
         folder=samples,

@@ -90,6 +90,17 @@ class Run:
             return None
         return path if path.is_file() else None
 
+    def resumable_checkpoint(self) -> Path | None:
+        """Return the last checkpoint of a validated epoch, or else the last one, if there is one.
+
+        MMEngine saves an epoch before it validates it, and a resumed training does not go back. If
+        it was killed in between, the epoch could not be chosen as the best.
+        """
+        train = self.folder / "train"
+        validated = [line["step"] for line in self.scalars() if "loss" not in line]
+        saved = [epoch for epoch in validated if (train / f"epoch_{epoch}.pth").is_file()]
+        return train / f"epoch_{max(saved)}.pth" if saved else self.checkpoint("last")
+
     def scalars(self) -> list[dict[str, Any]]:
         """Return the training's logged scalars, oldest first, including those before a resume."""
         lines = []

@@ -17,9 +17,10 @@ default 4; 0 if the model is not a detector), and ``stages``, for example
         warm_start=dict(load_from="scratch", options={"train_cfg.max_epochs": 3}),
     )
 
-Each run of ``warm_start`` starts from the baseline's run in ``scratch`` with the same seed, or else
-with its first seed; with ``load_method="own"``, from the run of its own method there. A stage may
-have its own ``methods`` and ``seeds``.
+``max_epochs`` does not change the base's schedule of the learning rate: shorten it as well. Each
+run of ``warm_start`` starts from the baseline's run in ``scratch`` with the same seed, or else with
+its first seed; with ``load_method="own"``, from the run of its own method there. A stage may have
+its own ``methods`` and ``seeds``.
 """
 
 import copy

@@ -27,14 +27,15 @@ def summarise(results: dict[str, Any]) -> pd.DataFrame:
     Returns:
         pd.DataFrame: A row for each method of each stage, in the spec's order, with NA for unknown
         values: ``stage``, ``method``, ``is_baseline``; ``finished`` and ``wanted``, numbers of
-        runs; ``mean`` and ``deviation`` (n - 1) of the test metric, ``val_mean`` and
-        ``val_deviation`` of the last validation; ``memory_mb``, the maximum over runs;
-        ``difference`` from the baseline, mean over ``pairs`` of runs with the same seed, and
-        ``interval``, half the width of its 95 % confidence interval: the test could not have shown
-        a smaller difference; ``p``, see :func:`paired_p`, and ``p_holm``, corrected for all
-        comparisons of the stage; ``verdict``, based on ``p_holm``: 'better', 'worse', 'not
-        significant', 'cannot be tested' or ''; and the costs ``parameters``, ``flops``,
-        ``image_seconds`` and ``iteration_seconds``.
+        runs, and ``failed``; ``mean`` and ``deviation`` (n - 1) of the test metric, ``val_mean``
+        and ``val_deviation`` of the tested checkpoints' validation; ``memory_mb``, the median over
+        runs; ``difference`` from the baseline, mean over ``pairs`` of runs with the same seed, and
+        ``interval``, half the width of its 95 % confidence interval; ``p``, see :func:`paired_p`,
+        and ``p_holm``, corrected for all ``comparisons`` of the stage, finished or not;
+        ``needed``, the smallest difference that, with this spread, is significant in the first step
+        of that correction; ``verdict``, based on ``p_holm``: 'better', 'worse', 'not significant',
+        'cannot be tested' or ''; and the costs ``parameters``, ``flops``, ``image_seconds`` and
+        ``iteration_seconds``.
     """
     runs = pd.DataFrame(results["runs"]).astype({"test": float, "val": float, "memory_mb": float})
     done = runs[(runs["state"] == "finished") & runs["test"].notna()]
@@ -48,7 +49,7 @@ def summarise(results: dict[str, Any]) -> pd.DataFrame:
         deviation=("test", "std"),
         val_mean=("val", "mean"),
         val_deviation=("val", "std"),
-        memory_mb=("memory_mb", "max"),
+        memory_mb=("memory_mb", "median"),
         difference=("gain", "mean"),
         pairs=("gain", "count"),
         interval=("gain", interval),
@@ -65,8 +66,14 @@ def summarise(results: dict[str, Any]) -> pd.DataFrame:
     )
     table.insert(2, "is_baseline", table["method"] == results["baseline"])
     table = table.join(summary, on=["stage", "method"]).join(costs.astype(COSTS), on="method")
-    table = table.fillna({"finished": 0, "pairs": 0}).astype({"finished": int, "pairs": int})
-    table["p_holm"] = table.groupby("stage", sort=False)["p"].transform(holm)
+    failed = runs[runs["state"] == "failed"].groupby(["stage", "method"]).size().rename("failed")
+    table = table.join(failed, on=["stage", "method"])
+    counts = ("finished", "pairs", "failed")
+    table = table.fillna(dict.fromkeys(counts, 0)).astype(dict.fromkeys(counts, int))
+    compared = table[~table["is_baseline"]].groupby("stage")
+    table["comparisons"] = table["stage"].map(compared.size()).fillna(0).astype(int)
+    table["p_holm"] = compared["p"].transform(holm)
+    table["needed"] = table.apply(_needed, axis="columns")
     table["verdict"] = table.apply(_verdict, axis="columns")
     return table
 
@@ -110,7 +117,8 @@ def holm(p: pd.Series) -> pd.Series:
     """Correct p values for the number of comparisons (Holm, 1979).
 
     Args:
-        p (pd.Series): NA where nothing was compared.
+        p (pd.Series): One per planned comparison; NA if it cannot be made yet. It counts, or an
+            unfinished study would find more than the finished one.
 
     Returns:
         pd.Series: The smallest level of all tests together at which each still is significant.
@@ -118,10 +126,12 @@ def holm(p: pd.Series) -> pd.Series:
     Example:
         >>> list(holm(pd.Series([0.04, 0.01, 0.03])))
         [0.06, 0.03, 0.06]
+        >>> list(holm(pd.Series([0.01, None])))
+        [0.02, nan]
     """
-    known = p.dropna().sort_values()
-    left = np.arange(len(known), 0, -1)  # comparisons that are not yet decided
-    return (known * left).cummax().clip(upper=1).reindex(p.index)
+    ordered = p.fillna(1).sort_values()
+    left = np.arange(len(ordered), 0, -1)  # comparisons that are not yet decided
+    return (ordered * left).cummax().clip(upper=1).reindex(p.index).where(p.notna())
 
 
 def _standard_error(differences: pd.Series) -> float:
@@ -131,9 +141,20 @@ def _standard_error(differences: pd.Series) -> float:
     return math.sqrt(max(differences.var(), ROUNDING**2 / 6) / n)
 
 
-def _verdict(row: pd.Series) -> str:
+def _needed(row: pd.Series) -> float:
     if row["pairs"] < MIN_PAIRS:
+        return math.nan
+    first, alone = (
+        t.isf(LEVEL / 2 / tests, row["pairs"] - 1) for tests in (row["comparisons"], 1)
+    )
+    return float(max(row["interval"] * first / alone, ROUNDING))
+
+
+def _verdict(row: pd.Series) -> str:
+    # Without the runs that failed, a method may look better than it is.
+    if row["pairs"] < MIN_PAIRS or row["failed"]:
         return "cannot be tested" if row["pairs"] else ""
-    if row["p_holm"] >= LEVEL:
+    # Many seeds make even one step of the metric significant, which no user notices.
+    if row["p_holm"] >= LEVEL or round(abs(row["difference"]), 6) <= ROUNDING:
         return "not significant"
     return "better" if row["difference"] > 0 else "worse"

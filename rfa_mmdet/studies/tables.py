@@ -83,6 +83,26 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
+def what_was_needed(rows: pd.DataFrame) -> str:
+    """Say which difference would have been significant, given a stage's rows of the summary.
+
+    Returns:
+        str: A sentence; empty if nothing was tested.
+    """
+    tested = rows.dropna(subset=["needed"]).sort_values("needed")
+    if tested.empty:
+        return ""
+    low, high = tested.iloc[0], tested.iloc[-1]
+    decimals = min(_decimals(low["mean"]), 3)
+    least, most = (f"{row['needed']:.{decimals}f}" for row in (low, high))
+    span = f"{least} ({low['method']})"
+    if least != most:
+        span += f" to {most} ({high['method']})"
+    number = low["comparisons"]
+    place = f" as the clearest of {number}" if number > 1 else ""
+    return f"With these seeds, a difference had to reach {span} to be significant{place}."
+
+
 def markdown(summary: pd.DataFrame, metric: str) -> str:
     """Return the summary as Markdown, one table per stage, with the metric in its heading."""
     titles = [column.title for column in COLUMNS]
@@ -93,6 +113,8 @@ def markdown(summary: pd.DataFrame, metric: str) -> str:
         cells = [[_escaped(text) for text in line] for line in cells]
         lines = "\n".join(f"| {' | '.join(line)} |" for line in (titles, rules, *cells))
         parts.append(f"## {_escaped(f'{stage}: {metric}')}\n\n{lines}\n")
+        if needed := what_was_needed(rows):
+            parts.append(f"{_escaped(needed)}\n")
     return "\n".join(parts)
 
 

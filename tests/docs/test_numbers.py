@@ -4,11 +4,8 @@ import re
 
 import pytest
 from mmcv.cnn import build_plugin_layer
-from scipy import stats
 
 from rfa_mmdet.cli import doctor
-from rfa_mmdet.studies.run import read_json
-from rfa_mmdet.studies.summary import summarise
 from tests.helpers.pages import ROOT
 
 
@@ -63,16 +60,3 @@ def test_defaults_of_slurm():
     for name in ("GPUS", "CPUS_PER_TASK"):
         default = re.search(rf"\$\{{{name}:-(\d+)\}}", script)[1]
         assert f"| `{name}` | {default} |" in page
-
-
-def test_results_state_what_the_correction_demands():
-    def times(methods: int) -> float:
-        """Return the smallest significant difference, in half widths of its interval."""
-        two = stats.t(2)  # degrees of freedom of three pairs
-        return two.ppf(1 - 0.05 / methods / 2) / two.ppf(0.975)
-
-    text = text_of("docs/results.md")
-    assert f"{times(5):.1f} times among five methods and {times(12):.1f} times among" in text
-    summary = summarise(read_json(ROOT / "benchmarks/results/ablation/cards_small.json"))
-    widths = times(5) * summary["interval"].dropna()
-    assert f"would have had to be {widths.min():.2f} (RFCAConv) to {widths.max():.2f}" in text

@@ -168,7 +168,7 @@ def test_page_of_an_unfinished_study(tmp_path):
     ("ours", "sentence"),
     [
         ([0.3, 0.1], "plain has the highest mean, 0.3500 ± 0.0707: it is the baseline."),
-        ([0.4, 0.6], "+0.150 from the baseline, which cannot be tested with fewer than 3 seeds."),
+        ([0.4, 0.6], "+0.150 from the baseline, which cannot be tested with fewer than 3 seeds "),
     ],
 )
 def test_sentence_about_the_best_method(ours, sentence, tmp_path):

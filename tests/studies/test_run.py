@@ -1,5 +1,6 @@
 """The folder of a run: its results and its lock."""
 
+import json
 import os
 import threading
 
@@ -46,6 +47,31 @@ def test_log_of_a_resumed_run_with_a_truncated_line(tmp_path):
         (run.folder / "train" / name / "vis_data").mkdir(parents=True)
         (run.folder / "train" / name / "vis_data" / "scalars.json").write_text(text)
     assert run.scalars() == [dict(step=1), dict(step=2)]
+
+
+@pytest.mark.parametrize(
+    ("validated", "kept", "expected"),
+    [
+        ([], [], None),
+        ([], ["epoch_1"], "epoch_1"),  # killed in its validation, with nothing before it
+        ([1], ["epoch_1"], "epoch_1"),
+        ([1, 2], ["epoch_2", "epoch_3"], "epoch_2"),
+        ([8, 9, 10], ["epoch_9", "epoch_10", "epoch_11"], "epoch_10"),
+        ([100, 200], ["iter_100", "iter_200"], "iter_200"),
+    ],
+)
+def test_a_run_resumes_after_a_validated_epoch(validated, kept, expected, tmp_path):
+    run = Run(tmp_path, "all", "a", 0)
+    train = run.folder / "train"
+    (train / "1" / "vis_data").mkdir(parents=True)
+    lines = [dict(step=9999, loss=1.0), *(dict(step=step, map=0.5) for step in validated)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (train / "1" / "vis_data" / "scalars.json").write_text(text)
+    for name in kept:
+        (train / f"{name}.pth").touch()
+        (train / "last_checkpoint").write_text(f"/elsewhere/{name}.pth")
+    found = run.resumable_checkpoint()
+    assert (found and found.stem) == expected
 
 
 def test_results_of_a_run(tmp_path):

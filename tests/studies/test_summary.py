@@ -3,6 +3,8 @@
 import csv
 import io
 import math
+import re
+import statistics
 
 import pandas as pd
 import pytest
@@ -37,8 +39,10 @@ def test_p_matches_the_paired_t_test(pairs):
     assert found.p_holm == found.p  # one comparison
     # The interval leaves out 0 where p is below 5 %.
     assert (abs(mean) > found.interval) == (expected < 0.05)
-    wanted = "not significant" if expected >= 0.05 else "better" if mean > 0 else "worse"
-    assert found.verdict == wanted
+    # What the interval must be in one comparison, as there is here.
+    assert found.needed == pytest.approx(max(found.interval, 0.001))
+    unclear = expected >= 0.05 or round(abs(mean), 6) <= 0.001
+    assert found.verdict == ("not significant" if unclear else "better" if mean > 0 else "worse")
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
@@ -63,6 +67,55 @@ def test_methods_of_a_stage_are_corrected_together():
     assert ours["p_holm"].tolist() == pytest.approx((3 * ours["p"]).tolist())
     assert set(ours["verdict"]) == {"not significant"}
     assert math.isnan(table["p_holm"].iloc[0])
+
+
+@given(values, st.integers(1, 12))
+def test_needed_is_the_smallest_significant_difference(pairs, methods):
+    ours, plain = map(list, zip(*pairs, strict=True))
+
+    def moved(shift):
+        """Return the row of a method whose values are shifted, beside others equal to plain."""
+        others = {f"m{i}": plain for i in range(1, methods)}
+        table = summarise(results_of(dict(plain=plain, ours=[v + shift for v in ours], **others)))
+        return table.iloc[1]
+
+    first = moved(0)
+    assert first.comparisons == methods
+    for factor, verdict in ((1.01, "better"), (0.99, "not significant")):
+        assert moved(factor * first.needed - first.difference).verdict == verdict
+
+
+def test_unfinished_comparisons_count():
+    values = dict(plain=[0.511, 0.505, 0.512], ours=[0.502, 0.490, 0.499])
+    alone = summarise(results_of(values)).iloc[1]
+    assert alone.verdict == "worse"
+    waiting = {f"m{i}": [None] * 3 for i in range(11)}
+    among = summarise(results_of({**values, **waiting})).iloc[1]
+    assert among.p_holm == pytest.approx(12 * alone.p)
+    assert among.verdict == "not significant"
+
+
+def test_a_method_with_a_failed_run_cannot_be_tested():
+    results = results_of(dict(plain=[0.4, 0.42, 0.41, 0.4], ours=[0.45, 0.46, 0.46, None]))
+    assert summarise(results).iloc[1].verdict == "better"
+    results["runs"][-1].update(state="failed", error="it found nothing")
+    found = summarise(results).iloc[1]
+    assert (found.failed, found.verdict) == (1, "cannot be tested")
+
+
+def test_many_seeds_do_not_make_a_step_of_the_metric_a_finding():
+    plain = [0.5 + i / 1000 for i in range(10)]
+    found = compared([value + 0.001 for value in plain], plain)
+    assert found.p < 0.001
+    assert found.verdict == "not significant"
+    assert found.needed == 0.001
+
+
+def test_memory_is_the_median_over_the_runs():
+    results = results_of(dict(plain=[0.1, 0.2, 0.3]))
+    for run, memory in zip(results["runs"], (824, 775, 774), strict=True):
+        run["memory_mb"] = memory
+    assert summarise(results).iloc[0].memory_mb == 775
 
 
 def test_equal_results_are_within_the_spread():
@@ -122,11 +175,25 @@ def test_each_stage_is_compared_with_its_own_baseline():
     assert table["difference"].iloc[3] == pytest.approx(-0.1)
 
 
+def test_needed_differences_of_several_methods():
+    values = dict(plain=[96.0, 97.0, 98.0], a=[98.1, 98.2, 98.2], b=[70.0, 99.0, 98.0])
+    text = markdown(summarise(results_of(values)), "accuracy/top1")
+    words = r"had to reach ([\d.]+) \(a\) to ([\d.]+) \(b\) to be significant as the clearest of 2\."
+    found = re.search(words, text)
+    # 6.2053 = t(2 degrees of freedom) at 0.05 / 2 comparisons / 2 sides.
+    for needed, method in zip(found.groups(), "ab", strict=True):
+        gains = [x - y for x, y in zip(values[method], values["plain"], strict=True)]
+        assert needed == f"{6.2053 * statistics.stdev(gains) / math.sqrt(3):.2f}"
+
+
 def test_tables():
     cost = dict(parameters=1234567, flops=2_500_000, image_seconds=0.0123, iteration_seconds=0.4567)
     costs = dict(methods=dict(ours=cost))
     summary = summarise(results_of(dict(plain=[0.1, 0.2, 0.3], ours=[0.4, 0.5, 0.61]), costs))
     text = markdown(summary, "coco/bbox_mAP")
+    assert text.endswith(
+        "\nWith these seeds, a difference had to reach 0.014 (ours) to be significant.\n"
+    )
     header, _, plain, ours = (
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in text.splitlines()
