@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from mmdet.models.detectors import BaseDetector
+from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+from mmdet.models.detectors import BaseDetector, DetectionTransformer
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
@@ -175,8 +176,11 @@ def compare(plain: BaseDetector, net: BaseDetector, image: Tensor) -> Equality:
         data = model.data_preprocessor(data, training=False)
         maps = model.extract_feat(data["inputs"])
         found = {"maps": maps}
-        if getattr(model, "rpn_head", None) is not None:
-            found["rpn_head"] = model.rpn_head(maps)
+        if isinstance(model, DetectionTransformer):
+            found["bbox_head"] = model(**data, mode="tensor")
+        elif getattr(model, "rpn_head", None) is not None:
+            if isinstance(model.rpn_head, BaseDenseHead):  # Sparse R-CNN's learns its proposals
+                found["rpn_head"] = model.rpn_head(maps)
             if proposals is None:
                 proposals = model.rpn_head.predict(maps, data["data_samples"], rescale=False)
             found["roi_head"] = model.roi_head.forward(

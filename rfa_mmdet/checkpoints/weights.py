@@ -88,13 +88,14 @@ def load_weights(model: nn.Module, checkpoint: dict, name: str) -> None:
 
 def _difference(missing: Iterable[str], unexpected: Iterable[str]) -> str:
     """Describe which names differ, if any."""
-    # Old checkpoints do not count batches.
+    # Old checkpoints do not count batches, but have the constants of transformers' models.
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in unexpected if not key.endswith(".position_ids")]
     parts = [
         f"{len(keys)} parameters are {what}, e.g. {keys[0]}"
         for keys, what in (
             (missing, "missing in the checkpoint"),
-            (list(unexpected), "not in the model"),
+            (unexpected, "not in the model"),
         )
         if keys
     ]

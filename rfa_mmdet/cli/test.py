@@ -50,6 +50,7 @@ def apply_args(cfg: Config, args) -> None:
     if "://" not in args.checkpoint and not Path(args.checkpoint).is_file():
         raise ConfigError(f"checkpoint={args.checkpoint!r}: no such file")
     cfg.load_from = args.checkpoint
+    cfg.resume = False  # True in the config that a resumed training leaves in its work dir
     if args.out is not None:
         if Path(args.out).suffix not in (".pkl", ".pickle"):
             raise ConfigError(f"--out {args.out}: must end in .pkl or .pickle")

@@ -65,16 +65,20 @@ def keep_best(cfg: Config) -> None:
         hook.update(save_best="auto", rule="greater")
 
 
-def check_last_checkpoint(work_dir: str) -> None:
-    """Raise an error if ``last_checkpoint`` names a missing file, before MMEngine fails on it.
+def has_checkpoint(work_dir: str) -> bool:
+    """Return whether a training in this work dir can resume.
 
-    MMEngine does not write ``last_checkpoint`` atomically, so a kill may leave it empty. It also
-    removes checkpoints beyond ``max_keep_ckpts`` before it writes the next one.
+    Raises:
+        ConfigError: ``last_checkpoint`` names a missing file. MMEngine does not write it
+            atomically, so a kill may leave it empty. It also removes checkpoints beyond
+            ``max_keep_ckpts`` before it writes the next one.
     """
     path = Path(work_dir, "last_checkpoint")
     name = path.read_text().strip() if path.is_file() else None
-    if name is None or "://" in name or (name and Path(name).exists()):
-        return
+    if name is None:
+        return False
+    if "://" in name or (name and Path(name).exists()):
+        return True
     found = ", ".join(sorted(p.name for p in Path(work_dir).glob("[!.]*.pth"))) or "no checkpoint"
     raise ConfigError(
         f"--resume auto: {path} names {name!r}, which does not exist; pass another checkpoint with "
@@ -108,10 +112,10 @@ def apply_args(cfg: Config, args) -> None:
     if args.resume is not None:
         if args.resume != "auto" and not Path(args.resume).is_file():
             raise ConfigError(f"--resume {args.resume}: no such file")
-        if args.resume == "auto":
-            check_last_checkpoint(cfg.work_dir)
-        cfg.resume = True
-        cfg.load_from = None if args.resume == "auto" else args.resume
+        # A training that was killed before its first checkpoint starts again from load_from.
+        cfg.resume = args.resume != "auto" or has_checkpoint(cfg.work_dir)
+        if cfg.resume:
+            cfg.load_from = None if args.resume == "auto" else args.resume
     if args.tensorboard:
         add_tensorboard(cfg)
     keep_best(cfg)

@@ -65,7 +65,7 @@ def _take_out(node: Any) -> bool:
                 # Arguments other than Retrofit's own go to the module.
                 value = {**value["module"], **own}
             node[key] = value
-            _take_out(value)
+            _take_out(node[key])  # a ConfigDict holds a copy
             found = True
         elif isinstance(value, dict) and _is_ours(value):
             del node[key]

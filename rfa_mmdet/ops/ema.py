@@ -297,8 +297,10 @@ def _cells(
     count, channels, height, width = x.shape
     row_gates, column_gates = _split(gates, x)
     both = row_gates * column_gates
+    # This operator, unlike F.group_norm, takes no other layout.
+    weighted = (x * both).contiguous()
     normed, _, inverse = torch.native_group_norm(
-        x * both, None, None, count, channels, height * width, channels, eps
+        weighted, None, None, count, channels, height * width, channels, eps
     )
     score = torch.baddbmm(constant, weights, normed.flatten(2)).view(count, 1, height, width)
     return torch.sigmoid(score.add_(conv_to_one(x, kernel))), both, normed, inverse

@@ -144,9 +144,7 @@ def _standard_error(differences: pd.Series) -> float:
 def _needed(row: pd.Series) -> float:
     if row["pairs"] < MIN_PAIRS:
         return math.nan
-    first, alone = (
-        t.isf(LEVEL / 2 / tests, row["pairs"] - 1) for tests in (row["comparisons"], 1)
-    )
+    first, alone = (t.isf(LEVEL / 2 / tests, row["pairs"] - 1) for tests in (row["comparisons"], 1))
     return float(max(row["interval"] * first / alone, ROUNDING))
 
 

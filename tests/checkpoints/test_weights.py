@@ -59,6 +59,13 @@ def test_matching_weights_are_loaded(saved, tmp_path, change, hooks, wrap):
     assert all((p == 2).all() for p in runner.model.parameters())
 
 
+def test_constants_that_older_transformers_saved_are_ignored(saved, tmp_path):
+    key = "language_model.language_backbone.body.model.embeddings.position_ids"
+    file = saved(lambda s: {**s, key: torch.arange(4)})
+    runner = loaded_for_test(file, Small(), tmp_path)
+    assert all((p == 2).all() for p in runner.model.parameters())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -12,6 +12,7 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
+from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 
 from rfa_mmdet.checkpoints.retrofit import Equality, compare
@@ -288,6 +289,51 @@ def test_the_plain_config_of_nested_and_scoped_retrofits():
     assert cfg.model == kept
     whole = Config(dict(model=dict(type="mmdet.Retrofit", module=cfg.model, edits=[])))
     assert plain_base(whole).model == dict(type="RetinaNet", backbone=expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (dict(type="RFAResNet", rfa=dict(type="RFAConv")), dict(type="RFAResNet")),
+        (dict(type="FPN", conv_cfg=dict(type="RFAConv")), dict(type="FPN")),
+        (
+            dict(type="PluginFPN", plugins=[dict(type="EMA"), dict(type="ContextBlock")]),
+            dict(type="PluginFPN", plugins=[dict(type="ContextBlock")]),
+        ),
+    ],
+)
+def test_the_plain_config_of_a_retrofitted_module_of_this_package(module, expected):
+    part = dict(type="Retrofit", module=module, edits=[dict(where="x", plugin=dict(type="SE"))])
+    assert plain_base(Config(dict(model=dict(part=part)))).model.part == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "detr/detr_r18_8xb2-500e_coco",
+        "deformable_detr/deformable-detr_r50_16xb2-50e_coco",
+        "sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco",
+    ],
+)
+def test_detectors_without_anchors_are_compared(name):
+    cfg = get_config(f"mmdet::{name}.py").model
+    cfg.backbone.update(depth=18, base_channels=8, init_cfg=None)
+    channels = [64] if name.startswith("detr/") else [16, 32, 64]
+    cfg.neck.in_channels = [8, 16, 32, 64] if name.startswith("sparse") else channels
+    init_default_scope("mmdet")
+    net = MODELS.build(cfg)
+    net.init_weights()
+    other = copy.deepcopy(net)
+    image = torch.rand(3, 96, 128) * 255
+    found = compare(net, other, image)
+    assert set(found.outputs.values()) == {0.0}
+    assert len(found.outputs) == 2
+    for key, parameter in other.named_parameters():
+        if not key.startswith(("backbone", "neck")):
+            torch.nn.init.normal_(parameter, std=0.1)
+    changed = compare(net, other, image).outputs
+    assert changed.pop("maps") == 0
+    assert min(changed.values()) > 0
 
 
 def test_largest_difference_propagates_nan():

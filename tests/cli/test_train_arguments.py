@@ -9,6 +9,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.visualization import TensorboardVisBackend
 
+from rfa_mmdet.cli import test
 from rfa_mmdet.cli.train import apply_args
 from rfa_mmdet.errors import ConfigError
 
@@ -63,3 +64,25 @@ def test_other_runner_types_raise():
         ConfigError, match=r"^runner_type='FlexibleRunner': this tool only supports"
     ):
         apply_args(cfg, Namespace(**ARGS))
+
+
+def test_resuming_without_a_checkpoint_starts_from_load_from(tmp_path):
+    """A warm start that was killed before its first checkpoint is still a warm start."""
+    given = dict(work_dir=str(tmp_path), load_from="plain.pth")
+    cfg = applied(given, resume="auto")
+    assert (cfg.resume, cfg.load_from) == (False, "plain.pth")
+    (tmp_path / "epoch_1.pth").touch()
+    (tmp_path / "last_checkpoint").write_text(str(tmp_path / "epoch_1.pth"))
+    cfg = applied(given, resume="auto")
+    assert (cfg.resume, cfg.load_from) == (True, None)
+    (tmp_path / "last_checkpoint").write_text(str(tmp_path / "epoch_2.pth"))
+    with pytest.raises(ConfigError, match=r"epoch_2\.pth', which does not exist; pass another"):
+        applied(given, resume="auto")
+
+
+def test_a_test_with_the_config_of_a_resumed_training_does_not_resume(tmp_path):
+    (tmp_path / "a.pth").touch()
+    cfg = Config(dict(resume=True, load_from=None))
+    args = Namespace(checkpoint=str(tmp_path / "a.pth"), out=None, tta=False, show_dir=None)
+    test.apply_args(cfg, args)
+    assert (cfg.resume, cfg.load_from) == (False, args.checkpoint)

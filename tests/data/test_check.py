@@ -2,8 +2,10 @@
 
 import pytest
 from mmdet.registry import DATASETS
+from mmengine.config import Config
 
 from rfa_mmdet.data.check import check_data, leaves
+from rfa_mmdet.data.check.audit import audit
 from tests.helpers.damaged_sets import FILTER, coco_dataset, config, errors_of, voc_dataset
 
 # --- nothing wrong
@@ -71,6 +73,41 @@ def test_remote_data_are_not_checked(coco):
     assert "not checked, because it is on remote storage" in warning
     local = coco_dataset(coco, ann_file="gone.json", backend_args=dict(backend="local"))
     assert "gone.json does not exist" in errors_of(config(local))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(data_prefix=dict(img="s3://bucket/train")),
+        dict(data_prefix=dict(img="https://example.org/train/")),
+        dict(pipeline=[dict(type="LoadImageFromFile", backend_args=dict(backend="petrel"))]),
+    ],
+)
+def test_remote_images_of_local_annotations_are_not_checked(coco, changes):
+    (warning,) = check_data(config(coco_dataset(coco, **changes)))
+    assert "images not checked, because they are on remote storage, e.g. " in warning
+    found = audit(config(coco_dataset(coco, **changes)), ["train"])
+    assert (found.images, found.problems) == ({}, [])
+    assert found.skipped == ["train_dataloader.dataset"]
+
+
+def test_empty_backend_args_are_local(coco):
+    assert check_data(config(coco_dataset(coco, backend_args={}))) == []
+
+
+@pytest.mark.parametrize("kind", ["Objects365V2Dataset", "WIDERFaceDataset"])
+def test_datasets_that_read_files_in_their_own_way_are_not_audited(kind, coco):
+    """They are neither wrong nor known to be right."""
+    dataset = coco_dataset(coco, type=kind)
+    found = audit(Config(dict(train_dataloader=dict(dataset=dataset))), ["train"])
+    assert (found.images, found.problems) == ({}, [])
+    assert found.skipped == ["train_dataloader.dataset"]
+
+
+@pytest.mark.parametrize("prefix", [{}, dict(img_path="images")])
+def test_coco_without_an_image_folder(coco, prefix):
+    message = errors_of(config(coco_dataset(coco, data_prefix=prefix)))
+    assert f"train_dataloader.dataset.data_prefix={prefix}: must have the key 'img'" in message
 
 
 def test_other_datasets_only_need_their_annotation_file(tmp_path):

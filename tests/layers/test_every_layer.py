@@ -97,11 +97,23 @@ def test_repr_shows_the_arguments(name):
             assert f"{argument}={value}" in text or f"={value}" in text
 
 
-def test_channels_last_gives_the_same_outputs(name):
-    layer, x = build(name), feature_map()
-    fast = copy.deepcopy(layer).to(memory_format=torch.channels_last)
+LAYOUTS = {
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    # Of a vision transformer: (B, H * W, C).
+    "tokens": lambda x: x.flatten(2).mT.contiguous().mT.reshape(x.shape),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_layouts_give_the_same_outputs(name, layout, batch):
+    layer, x = build(name), feature_map()[:batch]
+    fast = copy.deepcopy(layer)
+    if layout == "channels_last":
+        fast.to(memory_format=torch.channels_last)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    ya, yb = layer(a), fast(b.to(memory_format=torch.channels_last))
+    ya, yb = layer(a), fast(LAYOUTS[layout](b))
     torch.testing.assert_close(ya, yb)
     upstream = torch.randn_like(ya)
     ga = torch.autograd.grad(ya, [a, *layer.parameters()], upstream)

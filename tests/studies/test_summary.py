@@ -178,7 +178,7 @@ def test_each_stage_is_compared_with_its_own_baseline():
 def test_needed_differences_of_several_methods():
     values = dict(plain=[96.0, 97.0, 98.0], a=[98.1, 98.2, 98.2], b=[70.0, 99.0, 98.0])
     text = markdown(summarise(results_of(values)), "accuracy/top1")
-    words = r"had to reach ([\d.]+) \(a\) to ([\d.]+) \(b\) to be significant as the clearest of 2\."
+    words = r"had to reach ([\d.]+) \(a\) to ([\d.]+) \(b\) to be significant as the clearest of 2"
     found = re.search(words, text)
     # 6.2053 = t(2 degrees of freedom) at 0.05 / 2 comparisons / 2 sides.
     for needed, method in zip(found.groups(), "ab", strict=True):

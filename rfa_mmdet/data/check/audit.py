@@ -17,7 +17,7 @@ from mmengine.config import Config
 
 from rfa_mmdet.cpus import available_cpus
 from rfa_mmdet.data.check.coco_file import read_coco
-from rfa_mmdet.data.check.find import Leaf, is_local, leaves
+from rfa_mmdet.data.check.find import Leaf, format_of, is_local, leaves
 from rfa_mmdet.data.check.images import NOT_DECODABLE, read_image
 from rfa_mmdet.data.check.report import DataError
 from rfa_mmdet.data.check.voc import voc_images
@@ -197,11 +197,9 @@ def _read(leaf: Leaf) -> tuple[tuple[str, ...], list[Annotated], tuple] | None:
         dataset = leaf.build()
         if not is_local(dataset.ann_file, getattr(dataset, "backend_args", None)):
             return None
-        if isinstance(dataset, CocoDataset):
-            records = list(_coco(dataset))
-        elif isinstance(dataset, XMLDataset):
-            records = list(_voc(dataset))
-        else:
+        read = dict(coco=_coco, voc=_voc).get(format_of(dataset))
+        records = list(read(dataset)) if read else []
+        if not read or not all(leaf.reads_locally(record.path) for record in records[:1]):
             return None
     # The checks before a run report what is wrong with the config or the file.
     except (DataError, KeyError, TypeError, OSError, RuntimeError, UnicodeDecodeError):

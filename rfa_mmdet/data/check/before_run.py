@@ -11,12 +11,18 @@ from mmengine.dataset import BaseDataset
 from rfa_mmdet.data.check.classes import check_given, check_heads, check_same_labels
 from rfa_mmdet.data.check.coco import check_coco, check_evaluator
 from rfa_mmdet.data.check.coco_file import garbage_kept, read_coco
-from rfa_mmdet.data.check.find import Evaluator, Leaf, evaluators, is_local, leaves
+from rfa_mmdet.data.check.find import (
+    Evaluator,
+    Leaf,
+    evaluators,
+    format_of,
+    is_local,
+    leaves,
+)
 from rfa_mmdet.data.check.images import check_images
 from rfa_mmdet.data.check.loaded import Loaded
 from rfa_mmdet.data.check.report import DataError, Findings, literal, missing_path, some
 from rfa_mmdet.data.check.voc import check_voc
-from rfa_mmdet.data.voc_dataset import AnyImageXMLDataset
 from rfa_mmdet.texts import printable
 
 
@@ -123,7 +129,7 @@ def _load(
             f"backend_args={leaf.cfg.get('backend_args')})"
         )
         return None
-    kind = _kind(dataset)
+    kind = format_of(dataset)
     if (path or kind) and not os.path.isfile(path):
         root = dataset.data_root
         where = f"{leaf.key}.ann_file={leaf.cfg.get('ann_file', '')!r}"
@@ -134,7 +140,7 @@ def _load(
     if kind is None:
         return None
     try:
-        if kind is check_voc:
+        if kind == "voc":
             return check_voc(leaf, dataset, found)
         measured = os.path.realpath(path) in evaluated
         content = read(path, annotated=measured or not dataset.test_mode, evaluated=measured)
@@ -143,22 +149,6 @@ def _load(
         for text in str(error).splitlines():
             found.errors.append(text if text.startswith(leaf.key) else f"{leaf.key}: {text}")
         return None
-
-
-def _kind(dataset: BaseDataset):
-    """Return the check for a dataset; None for a subclass with its own way to read files."""
-    for base, check in (
-        (CocoDataset, check_coco),
-        (XMLDataset, check_voc),
-        (AnyImageXMLDataset, check_voc),
-    ):
-        own = (
-            getattr(type(dataset), method) is not getattr(base, method, None)
-            for method in ("load_data_list", "parse_data_info")
-        )
-        if isinstance(dataset, base) and not any(own):
-            return check
-    return None
 
 
 def _check_any_boxes(of_leaf: dict, found: Findings) -> None:

@@ -18,6 +18,12 @@ from rfa_mmdet.data.check.report import DataError, Findings, literal, some
 
 _COORDINATE = Number(-LARGEST_SIDE, LARGEST_SIDE)
 _RUN = Number(0, 2**31, whole=True)
+_NO_POLYGON = "with polygons of fewer than 3 points, or with an odd number of coordinates"
+_FIX_MASKS = (
+    "it must be a list of polygons [x1, y1, x2, y2, x3, y3, ...], or a dict with 'size' and "
+    "'counts'. Remove these annotations, or use no masks (a detector without a mask head, "
+    "with_mask=False)"
+)
 # Compressed masks must be decoded to be checked, which is too slow for all of them.
 _DECODED = 300
 
@@ -34,6 +40,11 @@ def check_coco(leaf: Leaf, dataset: CocoDataset, content: dict, found: Findings)
     Raises:
         DataError: The problem prevents further checks of the dataset.
     """
+    if "img" not in dataset.data_prefix:
+        raise DataError(
+            f"{leaf.key}.data_prefix={leaf.cfg.get('data_prefix')}: must have the key 'img', the "
+            "folder of the images"
+        )
     classes = tuple(dataset.metainfo["classes"])
     labels = _labels(leaf, dataset.ann_file, classes, content["categories"], found)
     found.errors += [f"{leaf.key}: {text}" for text in of_no_category(dataset.ann_file, content)]
@@ -140,7 +151,14 @@ def _boxes(
             )
     if leaf.asks("with_mask"):
         masked = np.flatnonzero(columns.left)
-        found.errors += [f"{leaf.key}: {text}" for text in _masks(path, content, masked)]
+        for reason, text in _masks(path, content, masked):
+            if reason == _NO_POLYGON:
+                found.warnings.append(
+                    f"{leaf.key}: {text}. Training skips these polygons, and ignores annotations "
+                    "without others"
+                )
+            else:
+                found.errors.append(f"{leaf.key}: {text}, but the config needs masks; {_FIX_MASKS}")
         _check_polygons_only(leaf, path, annotations, masked[~columns.crowd[masked]], found)
     lost = np.flatnonzero(columns.image < 0)
     if len(lost):
@@ -187,8 +205,8 @@ def _boxes(
     return read, learnt
 
 
-def _masks(path: str, content: dict, chosen: np.ndarray) -> Iterator[str]:
-    """Yield what is wrong with the masks of the chosen annotations."""
+def _masks(path: str, content: dict, chosen: np.ndarray) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the masks of the chosen annotations: the reason, and a sentence."""
     annotations = content["annotations"]
     size_of = {i["id"]: (i["width"], i["height"]) for i in content["images"]}
     wrong: dict[str, list[int]] = {}
@@ -209,10 +227,9 @@ def _masks(path: str, content: dict, chosen: np.ndarray) -> Iterator[str]:
     for reason, indices in wrong.items():
         ids = some((literal(annotations[i]["id"]) for i in indices), 3)
         yield (
+            reason,
             f"{path}: {len(indices)} of {len(annotations)} annotations have a 'segmentation' "
-            f"{reason} (ids {ids}), but the config needs masks; it must be a list of polygons "
-            "[x1, y1, x2, y2, x3, y3, ...], or a dict with 'size' and 'counts'. Remove these "
-            "annotations, or use no masks (a detector without a mask head, with_mask=False)"
+            f"{reason} (ids {ids})",
         )
 
 
@@ -222,11 +239,10 @@ def _mask_problem(mask: Any, size: tuple[int, int]) -> str | None:
     if isinstance(mask, list):
         if not all(isinstance(polygon, list) for polygon in mask):
             return f"such as {literal(mask)}"
-        if any(len(polygon) < 6 or len(polygon) % 2 for polygon in mask):
-            return "with polygons of fewer than 3 points, or with an odd number of coordinates"
         if _COORDINATE.wrong([*chain.from_iterable(mask)]):
             return f"with coordinates that are not numbers or above {LARGEST_SIDE:,}"
-        return None
+        no_polygon = any(len(polygon) < 6 or len(polygon) % 2 for polygon in mask)
+        return _NO_POLYGON if no_polygon else None
     if not isinstance(mask, dict) or "size" not in mask or "counts" not in mask:
         return f"such as {literal(mask)}"
     if mask["size"] != [size[1], size[0]]:
@@ -298,8 +314,8 @@ def check_evaluator(
             f"the classes {some(map(literal, labels), 80)} in one of its images: AP would be -1"
         )
     if "segm" in metric.names:
-        for text in _masks(path, content, np.flatnonzero(columns.wanted)):
-            say(text)
+        for _, text in _masks(path, content, np.flatnonzero(columns.wanted)):
+            say(f"{text}, but the config needs masks; {_FIX_MASKS}")
     every = {image["id"] for image in content["images"]}
     read = set().union(*(one.ids for one in loaded))
     if not read <= every:

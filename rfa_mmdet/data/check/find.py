@@ -4,10 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mmdet.datasets import CocoDataset, XMLDataset
 from mmdet.evaluation import CocoMetric
 from mmdet.registry import DATASETS, METRICS
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
+
+from rfa_mmdet.data.voc_dataset import AnyImageXMLDataset
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,26 @@ class Leaf:
         """Yield the name and config of every transform in running order, including nested ones."""
         yield from _typed(self.pipelines[::-1])
 
+    def reads_locally(self, image: str) -> bool:
+        """Return whether the pipeline reads an image file from the local file system."""
+        args = (t.get("backend_args") for name, t in self.transforms() if "LoadImage" in name)
+        return all(is_local(image, one) for one in (None, *args))
+
     def asks(self, what: str) -> bool:
         """Return whether annotations are loaded with an option such as 'with_mask'."""
         return any(name == "LoadAnnotations" and t.get(what) for name, t in self.transforms())
+
+
+def format_of(dataset: BaseDataset) -> str | None:
+    """Return a dataset's format: 'coco', 'voc', or None if it reads files in its own way."""
+    for base, name in ((CocoDataset, "coco"), (XMLDataset, "voc"), (AnyImageXMLDataset, "voc")):
+        own = (
+            getattr(type(dataset), method) is not getattr(base, method, None)
+            for method in ("load_data_list", "parse_data_info")
+        )
+        if isinstance(dataset, base) and not any(own):
+            return name
+    return None
 
 
 def leaves(cfg: Config, split: str) -> list[Leaf]:
@@ -118,7 +138,7 @@ def is_local(path: str, backend_args: dict | None) -> bool:
         (False, True)
     """
     backend = (backend_args or {}).get("backend")
-    return backend == "local" or (backend_args is None and "://" not in path)
+    return backend == "local" or (backend is None and "://" not in path)
 
 
 def _typed(node: Any) -> Iterator[tuple[str, dict]]:

@@ -87,6 +87,11 @@ def check_images(leaf: Leaf, loaded: Loaded, found: Findings, images: str = "ful
             others exist. Defaults to 'full'.
     """
     paths, opened = loaded.images, loaded.images
+    if paths and not leaf.reads_locally(paths[0]):
+        found.warnings.append(
+            f"{leaf.key}: images not checked, because they are on remote storage, e.g. {paths[0]}"
+        )
+        return
     if images == "quick" and len(paths) > SAMPLE:
         step = (len(paths) - 1) / (SAMPLE - 1)
         opened = [*{paths[round(i * step)]: 0 for i in range(SAMPLE)}]

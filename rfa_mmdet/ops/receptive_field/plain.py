@@ -14,7 +14,12 @@ from torch.nn import functional as F
 
 from rfa_mmdet.ops.common.precision import compute_dtype, no_autocast
 from rfa_mmdet.ops.common.recompute import gradients_of_gates
-from rfa_mmdet.ops.receptive_field.schema import LIBRARY, empty_output
+from rfa_mmdet.ops.receptive_field.schema import (
+    LIBRARY,
+    empty_output,
+    gradient_like,
+    layout_like,
+)
 from rfa_mmdet.ops.receptive_field.slices import Block, Slices
 
 KERNELS: list[Callable[..., Any]] = []
@@ -112,10 +117,8 @@ class _Features:
 
     def gradients(self) -> tuple[Tensor, ...]:
         """Return the gradients of x, feature, shift and attention; empty if not needed."""
-        grad_x, inputs = (
-            self.grad_x.to(self.slices.x.dtype),
-            [t for t in self.inputs if t is not None],
-        )
+        grad_x = self.slices.as_gradient(self.grad_x)
+        inputs = [t for t in self.inputs if t is not None]
         if not self.need_features:
             return grad_x, *(t.new_empty(0) for t in inputs)
         grad_features, *grad_logits = self.grad_maps.split(self.positions, 1)
@@ -128,7 +131,8 @@ class _Product:
     """The convolution of weighted features, (C', K, P), and its gradients."""
 
     def __init__(self, x: Tensor, weight: Tensor, groups: int) -> None:
-        self.shape, self.dtype, self.sums = weight.shape, x.dtype, compute_dtype(x.dtype)
+        self.shape, self.layout = weight.shape, layout_like(weight)
+        self.dtype, self.sums = x.dtype, compute_dtype(x.dtype)
         self.weight = weight.reshape(groups, len(weight) // groups, -1)  # (G, O / G, C / G * K)
         self.grad_weight = self.weight[:0]
 
@@ -169,7 +173,9 @@ class _Product:
 
     def gradients(self, grad_y: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """Return the gradients of weight and bias; empty if not needed."""
-        weight = self.grad_weight.view(self.shape) if needs[2] else self.weight.new_empty(0)
+        weight = self.weight.new_empty(0)
+        if needs[2]:
+            weight = self.grad_weight.view(self.shape).contiguous(memory_format=self.layout)
         bias = grad_y.sum((0, 2, 3), dtype=self.sums) if needs[3] else weight.new_empty(0)
         return weight.to(self.dtype), bias.to(self.dtype)
 
@@ -218,6 +224,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 @_register
 def window_moments(x: Tensor, *window: Any) -> tuple[Tensor, Tensor]:
     """See schema.py."""
+    if not len(x):  # a rank without data, whose statistics count for nothing
+        positions = window[0][0] * window[0][1]
+        dtype = compute_dtype(x.dtype)
+        return (
+            x.new_zeros((x.shape[1], positions), dtype=dtype),
+            x.new_zeros((x.shape[1], positions, positions), dtype=dtype),
+        )
     # Centre first: the variance would cancel if the mean is far from zero.
     centre = x.mean((0, 2, 3), dtype=compute_dtype(x.dtype)).view(-1, 1, 1)
     slices = Slices(x, window, centre=centre)
@@ -244,7 +257,7 @@ def window_moments_backward(
     for place in slices.places():
         for block in slices.blocks(place):
             slices.add_to(grad_x, block, torch.bmm(maps[block.channels], block.windows))
-    return grad_x.to(x.dtype)
+    return slices.as_gradient(grad_x)
 
 
 def add_window_moments_backward(
@@ -376,7 +389,7 @@ def gated_conv_backward(
     slices = Slices(x, window, groups)
     features = _Features(slices, feature, shift, relu, needs[:2])
     gates, product = _Gates(first, second, slices), _Product(x, weight, groups)
-    grad_first, grad_second = (torch.zeros_like(t, dtype=slices.dtype) for t in (first, second))
+    grad_first, grad_second = (gradient_like(t, slices.dtype).zero_() for t in (first, second))
     grad_gates = _Gates(grad_first, grad_second, slices)
     for block, grad_out in product.backwards(slices, grad_y):
         values, gate = features.of(block), gates.product(block)

@@ -2,8 +2,9 @@
 
 The other kernels: CPU in ``csrc/bindings.cpp``, CUDA in ``triton/operators.py``, all other devices
 in ``plain.py``, Autograd in ``autograd.py``. Meta kernels tell fake tensors, and so torch.compile,
-the shapes of the results. ``x`` is (B, C, H, W), a window has K = kh * kw positions, and the output
-size is (h, w).
+the shapes and strides of the results: contiguous, except that maps and gradients have the layout of
+the input that they belong to, see :func:`layout_like`. ``x`` is (B, C, H, W), a window has
+K = kh * kw positions, and the output size is (h, w).
 """
 
 from collections.abc import Callable, Sequence
@@ -26,13 +27,22 @@ _FEATURES = "Tensor x, Tensor feature, Tensor shift, bool relu"
 _Meta = TypeVar("_Meta", bound=Callable[..., Any])
 
 
+def register_fake(name: str, function: Callable[..., Any]) -> None:
+    """Register the function that tells fake tensors what an operator returns."""
+    if hasattr(torch.library, "register_fake"):
+        # Unlike a Meta kernel, it sees the device, on which the layout depends.
+        torch.library.register_fake(f"{NAMESPACE}::{name}", function, lib=LIBRARY)
+    else:  # before torch 2.4
+        LIBRARY.impl(name, function, "Meta")
+
+
 def _define(arguments: str, returns: str) -> Callable[[_Meta], _Meta]:
     """Define an operator named after the decorated function, its Meta kernel."""
 
     def register(meta: _Meta) -> _Meta:
         name = meta.__name__
         LIBRARY.define(f"{name}({arguments}) -> {returns}")
-        LIBRARY.impl(name, meta, "Meta")
+        register_fake(name, meta)
         OPERATORS.append(name)
         return meta
 
@@ -43,9 +53,31 @@ def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None)
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
+def own_format(tensor: Tensor) -> torch.memory_format:
+    """Return channels_last if a tensor has that layout, and not also NCHW; otherwise contiguous."""
+    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    alone = channels_last and not tensor.is_contiguous()  # with one channel, it has both
+    return torch.channels_last if alone else torch.contiguous_format
+
+
+def layout_like(tensor: Tensor) -> torch.memory_format:
+    """Return the layout of results that belong to a tensor.
+
+    It is the tensor's own on a GPU, and contiguous on a CPU, whose kernels process channels one by
+    one.
+    """
+    return torch.contiguous_format if tensor.device.type == "cpu" else own_format(tensor)
+
+
+def gradient_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Allocate the gradient of a tensor."""
+    dtype, layout = dtype or tensor.dtype, layout_like(tensor)
+    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device, memory_format=layout)
+
+
 def _gradient_of(need: bool, like: Tensor) -> Tensor:
     """Return memory for the gradient of a tensor, or an empty tensor if it is not needed."""
-    return _empty(like, like.shape if need else (0,))
+    return gradient_like(like) if need else _empty(like, (0,))
 
 
 def empty_output(
@@ -59,21 +91,15 @@ def empty_output(
         kernel_size, stride, padding, dilation (tuple[int, int]): Of the windows.
 
     Returns:
-        Tensor: (B, O, h, w), in x's memory format on a GPU; contiguous on a CPU, whose kernels
-        process channels one by one.
+        Tensor: (B, O, h, w), with the layout of :func:`layout_like`.
 
     Example:
         >>> empty_output(torch.ones(1, 4, 9, 12), torch.ones(6, 4, 3, 3), *Window((3, 3))).shape
         torch.Size([1, 6, 7, 10])
     """
     height, width = Window(kernel_size, stride, padding, dilation).output_size(x.shape[2:])
-    # With one channel, x has both formats.
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    layout = torch.contiguous_format
-    if channels_last and x.device.type != "cpu":
-        layout = torch.channels_last
     shape = (x.shape[0], weight.shape[0], height, width)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_like(x))
 
 
 @_define(f"Tensor x, {_WINDOW}", "(Tensor mean, Tensor covariance)")
@@ -108,7 +134,7 @@ def window_moments_backward(
     The second term is the gradient through the moments; slope (C, K, K) is symmetric, constant is
     (C, K). grad is the rest of x's gradient; None means 0.
     """
-    return _empty(x, x.shape)
+    return gradient_like(x)
 
 
 @_define(

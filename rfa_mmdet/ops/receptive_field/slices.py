@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from rfa_mmdet.ops.common.precision import compute_dtype
 from rfa_mmdet.ops.common.windows import Window
+from rfa_mmdet.ops.receptive_field.schema import layout_like
 
 # Bytes of a block's features: on a CPU, a few blocks fit in a core's cache; on a GPU, a block takes
 # longer to compute than to launch.
@@ -130,6 +131,11 @@ class Slices:
         At least float32, because rows of x that several places share are added to repeatedly.
         """
         return self.x.new_zeros(self.x.shape if needed else (0,), dtype=self.dtype)
+
+    def as_gradient(self, grad_x: Tensor) -> Tensor:
+        """Return what was accumulated with the dtype and layout of the gradient of x."""
+        grad_x = grad_x.to(self.x.dtype)
+        return grad_x.contiguous(memory_format=layout_like(self.x)) if grad_x.dim() == 4 else grad_x
 
     def add_to(self, grad_x: Tensor, block: Block, grad: Tensor) -> None:
         """Add the gradient of a block's windows, (C', K, P), to that of x."""

@@ -9,7 +9,7 @@ feature (C * K, 1, kh, kw); everything else is (C * K,).
 import torch
 from torch import Tensor
 
-from rfa_mmdet.ops.receptive_field.schema import LIBRARY
+from rfa_mmdet.ops.receptive_field.schema import LIBRARY, register_fake
 
 LIBRARY.define(
     "fold_moments(Tensor mean, Tensor covariance, Tensor feature, Tensor? weight, Tensor? bias, "
@@ -122,8 +122,36 @@ def fold_moments_backward(
         grad_mean, grad_var, feature, mean, covariance, count
     )
     found = torch.addcmul(through, scale.view(-1, 1, 1, 1), grad_feature)
+    if mean.device.type != "cpu":
+        # As the Triton kernels write and read them, so that torch.compile knows the strides.
+        slope = slope.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        constant = constant.t().contiguous().t()
     return found, grad_scale * inverse, slope, constant
 
 
-LIBRARY.impl("fold_moments", fold_moments, "CompositeExplicitAutograd")
-LIBRARY.impl("fold_moments_backward", fold_moments_backward, "CompositeExplicitAutograd")
+def _fake_fold_moments(mean: Tensor, covariance: Tensor, feature: Tensor, *_: object) -> object:
+    return feature.new_empty(feature.shape), *(mean.new_empty(mean.numel()) for _ in range(4))
+
+
+def _fake_fold_moments_backward(
+    grad_feature: Tensor,
+    grad_shift: Tensor,
+    feature: Tensor,
+    weight: object,
+    mean: Tensor,
+    *_: object,
+) -> object:
+    (channels, k), empty = mean.shape, mean.new_empty
+    if mean.device.type == "cpu":
+        moments = empty(channels, k, k), empty(channels, k)
+    else:
+        moments = empty(k, k, channels).permute(2, 0, 1), empty(k, channels).t()
+    return feature.new_empty(feature.shape), empty(mean.numel()), *moments
+
+
+for _function, _fake in (
+    (fold_moments, _fake_fold_moments),
+    (fold_moments_backward, _fake_fold_moments_backward),
+):
+    LIBRARY.impl(_function.__name__, _function, "CompositeExplicitAutograd")
+    register_fake(_function.__name__, _fake)

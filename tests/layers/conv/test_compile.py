@@ -58,6 +58,22 @@ def test_compiles_as_one_graph_with_the_kernels(name, training, dynamic):
     assert called >= {f"rfa_mmdet.{operator}" for operator in expected}
 
 
+@compiles_operators
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "training"), [("RFAConv", True), ("RFCBAMConv", False), ("RFCAConv", True)]
+)
+def test_inductor_accepts_channels_last(name, training):
+    """Its code asserts the strides that fake tensors promise."""
+    layer = dataclasses.replace(CASE, training=training).build(getattr(layers, name), backend="cpu")
+    layer.to(memory_format=torch.channels_last)
+    eager = copy.deepcopy(layer)
+    x = torch.randn(2, 6, 9, 11).contiguous(memory_format=torch.channels_last)
+    compiled = torch.compile(layer, fullgraph=True)
+    for found, expected in zip(run(compiled, x), run(eager, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_plain_torch_is_compiled_with_one_notice_without_kernels(name, monkeypatch):
     monkeypatch.setattr(backends, "COMPILES_OPERATORS", False)

@@ -16,6 +16,7 @@ from rfa_mmdet.ops.receptive_field.schema import OPERATORS
 from tests.helpers import formulas
 from tests.helpers.backends import build, require, run
 from tests.helpers.formulas import Case, relative_error
+from tests.helpers.operator_calls import arguments, operator_calls
 from tests.helpers.tolerances import TOLERANCES
 from tests.helpers.torch_features import has_opcheck
 
@@ -277,46 +278,16 @@ def test_input_is_not_read_past_its_ends():
 # --------------------------------------------------------------------------- operators
 
 
-def arguments(dtype=torch.float32):
-    torch.manual_seed(0)
-    x, weight = torch.randn(2, 4, 7, 6).to(dtype), torch.randn(6, 2, 3, 3).to(dtype)
-    window = ([3, 3], [2, 1], [1, 1], [1, 1])
-    parameters = (torch.randn(36, 1, 1, 1), torch.randn(36, 1, 3, 3), torch.randn(36))
-    return x, parameters, weight, window
-
-
 @has_opcheck
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_operators_pass_opcheck(dtype):
-    x, parameters, weight, window = arguments(dtype)
-    learnt = [t.clone().requires_grad_() for t in (x, *parameters, weight)]
-    x_, attention, feature, shift, weight_ = learnt
-    ops = torch.ops.rfa_mmdet
-    y = ops.rfa_conv(x, *parameters, True, weight, None, *window, 2)
-    needs, both = [True, True, False, True], [True, False]
-    features = (x, *parameters[1:], True)
-    pooled, largest = ops.pool_channels(*features, True, *window)
-    rows, columns = ops.pool_coordinates(*features, *window)
-    calls = [
-        (ops.window_moments, (x, *window)),
-        (ops.window_moments_backward, (x, torch.randn(4, 9, 9), torch.randn(4, 9), x, *window)),
-        (ops.rfa_conv, (x_, attention, feature, shift, True, weight_, None, *window, 2)),
-        (ops.rfa_conv_backward, (y, x, *parameters, True, weight, needs, *window, 2)),
-        (ops.fold_batch_norm, (x_, feature, torch.rand(36), None, 1e-5, *window)),
-        (ops.pool_channels, (x_, feature, shift, True, True, *window)),
-        (ops.pool_channels_backward, (pooled, *features, largest, both, *window)),
-        (ops.pool_coordinates, (x_, feature, shift, True, *window)),
-        (ops.pool_coordinates_backward, (rows, columns, *features, both, *window)),
-    ]
-    for gates in ((torch.rand(2, 4), pooled[:, 0]), (rows, columns)):
-        gates_ = [gate.clone().requires_grad_() for gate in gates]
-        inputs = (x_, feature, shift, True, *gates_, weight_, None, *window, 2)
-        calls.append((ops.gated_conv, inputs))
-        inputs = (y, *features, *gates, weight, needs, *window, 2)
-        calls.append((ops.gated_conv_backward, inputs))
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [(torch.float32, torch.channels_last), (torch.bfloat16, torch.contiguous_format)],
+)
+def test_operators_pass_opcheck(dtype, layout):
+    calls = operator_calls(dtype, layout)
     assert {operator._qualified_op_name.partition("::")[2] for operator, _ in calls} == {
         *OPERATORS,
-        "fold_batch_norm",
+        *("fold_batch_norm", "fold_moments", "fold_moments_backward"),
     }
     for operator, inputs in calls:
         results = torch.library.opcheck(operator.default, inputs)

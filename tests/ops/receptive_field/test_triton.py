@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from rfa_mmdet.ops.common.windows import Window
 from rfa_mmdet.ops.receptive_field import backends
+from tests.helpers.operator_calls import operator_calls
 from tests.helpers.tolerances import TOLERANCES, without_tf32
 from tests.helpers.torch_features import LACKS_TRITON
 from tests.helpers.triton_cases import (
@@ -52,13 +54,15 @@ in_another_process = pytest.mark.skipif(
 def test_few_in_the_interpreter():
     """In one process for two files, because starting it takes as long as several tests."""
     memory = Path(__file__).with_name("test_triton_memory.py")
-    in_the_interpreter("(plain and not 1000) or faults or quick", 6, __file__, memory)
+    strides = "(strides and channels_last)"
+    chosen = f"(plain and not 1000) or faults or quick or {strides}"
+    in_the_interpreter(chosen, 7, __file__, memory)
 
 
 @in_another_process
 @pytest.mark.slow
 def test_all_in_the_interpreter():
-    in_the_interpreter("test_", 65, __file__)
+    in_the_interpreter("test_", 67, __file__)
 
 
 # In the interpreter, programs walk over three or more rows if maps in NCHW have five rows and at
@@ -303,6 +307,43 @@ def test_nan_and_infinity_propagate():
         assert torch.equal(y[0, 0].isfinite().cpu(), expected)
 
 
+@functools.cache
+def register_instead_of_cpu_kernels() -> None:
+    from rfa_mmdet.ops.receptive_field.triton import operators
+
+    backends.check_backend("cpu")
+    operators.register("CPU")
+
+
+@runs
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_fake_tensors_on_a_gpu_have_the_strides_of_the_results(layout):
+    """Otherwise, Inductor's code fails: it asserts what fake tensors promise."""
+
+    def strides(results):
+        """Return shapes, dtypes, and strides of axes along which there is something to step."""
+        results = (results,) if isinstance(results, Tensor) else results
+        return [
+            (t.shape, t.dtype, [s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1])
+            for t in results
+        ]
+
+    def fake(value):
+        if not isinstance(value, Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+
+    if INTERPRETED:
+        register_instead_of_cpu_kernels()
+    given = dict(gradients=False, groups=1, size=(3, 2))
+    for operator, inputs in operator_calls(torch.float32, layout, **given):
+        inputs = [v.to(DEVICE) if isinstance(v, Tensor) else v for v in inputs]
+        found = strides(operator(*inputs))
+        with FakeTensorMode():
+            promised = strides(operator(*map(fake, inputs)))
+        assert found == promised, operator
+
+
 @on_cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -332,13 +373,6 @@ def test_tf32_is_as_precise_as_float16(channels_last, monkeypatch):
     compare_backward(case, precision=torch.float16)
 
 
-@functools.cache
-def register_instead_of_cpu_kernels() -> None:
-    from rfa_mmdet.ops.receptive_field.triton import operators
-
-    operators.register("CPU")
-
-
 @runs
 @pytest.mark.parametrize(
     ("channels_last", "training"), [(False, True), (True, True), (False, False)]
@@ -348,9 +382,8 @@ def test_layer_matches_the_reference(channels_last, training):
     layers = pytest.importorskip("rfa_mmdet.layers", reason="needs OpenMMLab's packages")
     torch.manual_seed(0)
     backend = "triton"
-    if INTERPRETED:  # replace the C++ kernels
+    if INTERPRETED:
         backend = "cpu"
-        backends.check_backend("cpu")
         register_instead_of_cpu_kernels()
     fast = layers.RFAConv(2, 3, 2, padding=1, backend=backend).to(DEVICE).train(training)
     slow = layers.RFAConv(2, 3, 2, padding=1, backend="reference").double().train(training)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rfa_mmdet.ops.common.windows import Window
+from rfa_mmdet.ops.receptive_field.schema import own_format
 from rfa_mmdet.ops.receptive_field.triton.launch import Chunk, Maps
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -45,7 +46,7 @@ def takes(x: Tensor, weight: Tensor | None, window: Window, groups: int = 1) -> 
 
 def maps_of(x: Tensor, window: Window) -> Maps:
     """Return a map for the kernels; copies it if it is neither NCHW nor channels_last."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    channels_last = own_format(x) is torch.channels_last
     if not channels_last:
         x = x.contiguous()
     return Maps(x, window, channels_last, window.output_size(x.shape[2:]))
@@ -87,7 +88,7 @@ class Products:
         self.maps = maps
         self.units = maps.window.positions * maps.x.shape[1]
         if weight is not None:
-            self.shape = weight.shape
+            self.shape, self.layout = weight.shape, own_format(weight)
             # (O, K * C) and (O, C * K)
             order = weight.permute(0, 2, 3, 1) if maps.channels_last else weight
             self.weight = order.to(maps.x.dtype).reshape(len(weight), -1).contiguous()
@@ -170,9 +171,9 @@ class Products:
         outputs, channels, *kernel_size = self.shape
         found = self.grad_weight
         found = found[0].to(dtype) if len(found) == 1 else found.sum(0, dtype=dtype)
-        if not self.maps.channels_last:
-            return found.view(self.shape)
-        return found.view(outputs, *kernel_size, channels).permute(0, 3, 1, 2)
+        if self.maps.channels_last:
+            found = found.view(outputs, *kernel_size, channels).permute(0, 3, 1, 2)
+        return found.view(self.shape).contiguous(memory_format=self.layout)
 
     def windows(self, units: Tensor, chunk: Chunk) -> Tensor:
         """Return a view of the units of a chunk: (n, C, kh, kw, rows, w)."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from rfa_mmdet.ops.common.torch_versions import products_as_convolutions
 from rfa_mmdet.ops.common.windows import Pair, Window
 from rfa_mmdet.ops.receptive_field import plain, statistics
-from rfa_mmdet.ops.receptive_field.schema import NAMESPACE
+from rfa_mmdet.ops.receptive_field.schema import NAMESPACE, own_format
 from rfa_mmdet.ops.receptive_field.self_check import or_plain
 from rfa_mmdet.ops.receptive_field.triton import launch
 from rfa_mmdet.ops.receptive_field.triton.chunks import (
@@ -301,7 +301,10 @@ def gated_conv_backward(
         )
     maps = maps_of(x, _window(window))
     run = _Backward(maps, _bare_table(maps, feature, shift), relu, weight, needs[:2])
-    totals = [torch.zeros_like(t, dtype=torch.float32) for t in (first, second)]
+    totals = [
+        torch.zeros_like(t, dtype=torch.float32, memory_format=own_format(t))
+        for t in (first, second)
+    ]
 
     def add(products: Tensor, chunk: Chunk) -> None:
         # Nothing needs the units of this chunk any more, so reuse their memory.
