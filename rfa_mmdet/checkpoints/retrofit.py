@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 from mmengine.runner.checkpoint import load_state_dict
+from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from rfa_mmdet.checkpoints.files import read_checkpoint, writable, write_checkpoint
@@ -170,6 +171,9 @@ def compare(plain: BaseDetector, net: BaseDetector, image: Tensor) -> Equality:
             scale_factor=(1.0, 1.0),
         )
     )
+    # Sparse R-CNN's heads ask for them.
+    none = torch.zeros(0)
+    sample.gt_instances = InstanceData(bboxes=none.view(0, 4), labels=none.long())
     outputs, proposals = [], None
     for model in (plain.eval(), net.eval()):
         data = dict(inputs=[image], data_samples=[copy.deepcopy(sample)])
@@ -209,9 +213,8 @@ def _relative(a: Tensor, b: Tensor) -> float:
 def _flat(outputs: object) -> list[Tensor]:
     if isinstance(outputs, Tensor):
         return [outputs] if outputs.numel() else []
-    return (
-        [t for part in outputs for t in _flat(part)] if isinstance(outputs, (list, tuple)) else []
-    )
+    parts = list(outputs.values()) if isinstance(outputs, dict) else outputs
+    return [t for part in parts for t in _flat(part)] if isinstance(parts, (list, tuple)) else []
 
 
 def _noise() -> Tensor:

@@ -197,7 +197,7 @@ def _read(leaf: Leaf) -> tuple[tuple[str, ...], list[Annotated], tuple] | None:
         dataset = leaf.build()
         if not is_local(dataset.ann_file, getattr(dataset, "backend_args", None)):
             return None
-        read = dict(coco=_coco, voc=_voc).get(format_of(dataset))
+        read = dict(coco=_coco, voc=_voc).get(format_of(dataset) or "")
         records = list(read(dataset)) if read else []
         if not read or not all(leaf.reads_locally(record.path) for record in records[:1]):
             return None

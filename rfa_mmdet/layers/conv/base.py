@@ -1,6 +1,7 @@
 """The interface that mmcv and MMDetection expect from a convolution."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from mmengine.model import kaiming_init
@@ -14,7 +15,7 @@ from rfa_mmdet.layers.arguments import (
     int_pair,
     positive_int,
 )
-from rfa_mmdet.layers.warm_start.start import WarmStartable
+from rfa_mmdet.layers.warm_start.start import Start, WarmStartable
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 PADDING_MODES = get_args(PaddingMode)
@@ -163,6 +164,17 @@ class AttentionConv2d(WarmStartable):
         """
         self.reset_attention()
         kaiming_init(self.conv)
+
+    def apply(self, fn: Callable[[nn.Module], Any]) -> "AttentionConv2d":
+        """Apply a function to all modules; a parent's ``init_cfg`` only to the final convolution.
+
+        MMEngine applies it this way, but does not call :meth:`init_weights` where a container of
+        torch, such as a head's ``nn.ModuleList``, is between the two.
+        """
+        super().apply(fn)
+        if getattr(fn, "__module__", "") == kaiming_init.__module__ and self.start == Start():
+            self.reset_attention()
+        return self
 
     def reset_attention(self) -> None:
         """Reset everything except the final convolution to torch's defaults.

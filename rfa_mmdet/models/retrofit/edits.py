@@ -204,24 +204,28 @@ def apply_edits(module: nn.Module, steps: Sequence[Step], loaded: bool) -> dict[
     Raises:
         ValueError, TypeError: A config does not fit its place; ``module`` is unchanged.
     """
-    # Build all before changing anything.
+    # Build and fill all before changing anything.
     built = [(step, *step.build()) for step in steps]
-    new: dict[str, nn.Module] = {}
+    inserted: set[str] = set()
     for step, name, layer in built:
         if step.inserts:
-            target = module.get_submodule(step.names[0])
-            if hasattr(target, name):
+            target, full_name = module.get_submodule(step.names[0]), f"{step.names[0]}.{name}"
+            if hasattr(target, name) or full_name in inserted:
                 raise ValueError(
                     f"{step.names[0]} already has a {name!r}; add a postfix to the plug-in's "
                     f"config, e.g. {dict(step.cfg, postfix='_2')}"
                 )
+            inserted.add(full_name)
             if loaded:
                 _follow(target, module, layer)
-            _insert(target, name, layer)
+        elif loaded and isinstance(step.module, nn.Conv2d):
+            _copy_weights(step, layer)
+    new: dict[str, nn.Module] = {}
+    for step, name, layer in built:
+        if step.inserts:
+            _insert(module.get_submodule(step.names[0]), name, layer)
             new[f"{step.names[0]}.{name}"] = layer
             continue
-        if loaded and isinstance(step.module, nn.Conv2d):
-            _copy_weights(step.module, layer)
         for full_name in step.names:
             parent, _, child = full_name.rpartition(".")
             setattr(module.get_submodule(parent), child, layer)
@@ -419,10 +423,15 @@ def _build_plugin(step: Step) -> tuple[str, nn.Module]:
     return name, layer.train(step.module.training)
 
 
-def _copy_weights(conv: nn.Conv2d, layer: nn.Module) -> None:
+def _copy_weights(step: Step, layer: nn.Module) -> None:
+    conv: Any = step.module
     layer.to(conv.weight.device)
-    state = conv.state_dict()
-    layer.load_state_dict(state, strict=isinstance(layer, AttentionConv2d))
+    layer.load_state_dict(conv.state_dict(), strict=False)
+    if isinstance(layer, AttentionConv2d) and layer.start.refused:
+        raise ValueError(
+            f"{step.names[0]}: {type(layer).__name__} cannot start from the convolution that it "
+            f"replaces: {layer.start.refused}"
+        )
     final = layer.conv if isinstance(layer, AttentionConv2d) else layer
     # A bias that the plain one does not have is new, and trained.
     own = dict(final.named_parameters())
@@ -440,7 +449,7 @@ def _follow(target: nn.Module, module: nn.Module, layer: nn.Module) -> None:
 
 def _insert(target: Any, name: str, layer: nn.Module) -> None:
     target.add_module(name, layer)
-    if isinstance(target, nn.Sequential):
+    if type(target).forward is nn.Sequential.forward:
         return  # the new child runs last
     if not hasattr(target, "inserted_plugins"):
         target.inserted_plugins = []

@@ -44,7 +44,7 @@ def keep_new(
     if not isinstance(before, NewLayers):
         return NewLayers(module, layers, strict_start)
     before.strict_start = check_strict_start(strict_start) or before.strict_start
-    before.layers.update(layers)
+    before.add(layers)
     return before
 
 
@@ -74,6 +74,18 @@ def check_strict_start(strict_start: Any) -> bool | str:
     return strict_start
 
 
+class _Filled:
+    """Records the names of a layer's values that checkpoints set."""
+
+    def __init__(self) -> None:
+        self.names: frozenset[str] = frozenset()
+
+    def __call__(
+        self, layer: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        self.names |= matching(layer, state_dict, prefix)
+
+
 class NewLayers:
     """Keeps a module's new layers trainable, and reports how checkpoints are loaded into them.
 
@@ -88,10 +100,10 @@ class NewLayers:
         self, module: nn.Module, layers: dict[str, nn.Module], strict_start: bool | str
     ) -> None:
         self.module: Any = module  # of any class
-        self.layers = dict(layers)
+        self.layers: dict[str, nn.Module] = {}
         self.strict_start = check_strict_start(strict_start)
         # Values that checkpoints set in third-party layers; ours record this themselves.
-        self._filled: dict[str, frozenset[str]] = {}
+        self._filled: dict[str, _Filled] = {}
         self._given: dict[str, tuple[int, ...]] = {}
         self._on_batches: set[str] = set()
         vars(module)["new_layers"] = self
@@ -99,9 +111,19 @@ class NewLayers:
         vars(module)["train"] = self.train
         if hasattr(module, "init_weights"):
             vars(module)["init_weights"] = self.init_weights
+        self.add(layers)
         module._register_state_dict_hook(self._note)
         module._register_load_state_dict_pre_hook(self._before_load)
         module.register_load_state_dict_post_hook(self._after_load)
+
+    def add(self, layers: dict[str, nn.Module]) -> None:
+        """Keep track of more new layers, by name in the module."""
+        self.layers.update(layers)
+        for name, layer in layers.items():
+            if not isinstance(layer, WarmStartable):
+                self._filled[name] = filled = _Filled()
+                # On the layer: a checkpoint may be loaded into a part of the module.
+                layer._register_load_state_dict_pre_hook(filled, with_module=True)
 
     def start_of(self, name: str) -> Start:
         """Return where the values of a new layer come from, including third-party layers.
@@ -112,7 +134,7 @@ class NewLayers:
         layer = self.layers[name]
         if isinstance(layer, WarmStartable):
             return layer.start
-        return Start(self._filled.get(name, frozenset()))
+        return Start(self._filled[name].names)
 
     @contextmanager
     def kept(self, mode: bool) -> Iterator[None]:
@@ -197,10 +219,6 @@ class NewLayers:
             noted = metadata.get(ON_BATCHES)
             noted = noted if isinstance(noted, list) else []
             self._on_batches = {name for name in noted if isinstance(name, str)}
-        for name, layer in self.layers.items():
-            if not isinstance(layer, WarmStartable):
-                found = matching(layer, state_dict, f"{prefix}{name}.")
-                self._filled[name] = self.start_of(name).filled | found
 
     def _after_load(self, module: nn.Module, incompatible: Any) -> None:
         given, self._given = self._given, {}

@@ -4,8 +4,9 @@ import pytest
 import torch
 from mmcv.cnn import ConvModule
 from mmdet.models.backbones.resnet import ResNet
+from mmdet.models.dense_heads import RetinaHead
 from mmengine.model import BaseModule
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from rfa_mmdet.layers import RFAConv
@@ -13,7 +14,7 @@ from tests.helpers.registered import CONVS, assert_gradients, conv, ones_in_last
 
 
 def stds(layer: nn.Module) -> dict[str, float]:
-    return {k: float(p.std()) for k, p in layer.named_parameters() if p.ndim == 4}
+    return {k: float(p.detach().std()) for k, p in layer.named_parameters() if p.ndim == 4}
 
 
 def assert_sane(layer: nn.Module) -> None:
@@ -37,6 +38,23 @@ def test_parents_kaiming_init_does_not_shrink_the_layer(layer_name):
     parent.init_weights()
     assert_sane(parent.conv)
     assert_sane(ConvModule(64, 64, 3, padding=1, conv_cfg=dict(type=layer_name)).conv)
+
+
+@pytest.mark.parametrize("layer_name", CONVS)
+def test_a_heads_init_reaches_the_final_convolution_only(layer_name):
+    """Between head and convolution is an nn.ModuleList, so init_weights is not called."""
+    torch.manual_seed(0)
+    cfg = dict(num_classes=2, in_channels=64, feat_channels=64, stacked_convs=1)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        head = RetinaHead(**cfg, conv_cfg=dict(type=layer_name))
+    fresh, own = stds(conv(layer_name, 64, 64, 3, padding=1)), head.cls_convs[0].conv
+    head.init_weights()
+    for key, std in stds(own).items():
+        expected = 0.01 if key == "conv.weight" else fresh[key]
+        assert std == pytest.approx(expected, rel=0.2), key
+    # Other functions are applied to everything.
+    own.apply(lambda module: [p.data.fill_(2) for p in module.parameters()])
+    assert all((p == 2).all() for p in own.parameters())
 
 
 def test_rfa_conv_is_initialised_like_the_paper_and_resnet():

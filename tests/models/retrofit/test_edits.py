@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import torch
 from mmdet.registry import MODELS
 from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
@@ -109,6 +110,42 @@ def test_rejected_edit_changes_nothing():
         retrofit(net, edits)
     assert net.state_dict().keys() == before.state_dict().keys()
     assert not any(isinstance(m, AttentionConv2d | EMA) for m in net.modules())
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (
+            dict(where="2", conv=dict(type="RFAConv", norm_cfg=dict(type="GN", num_groups=2))),
+            "^2: RFAConv cannot start from the convolution that it replaces: .*",
+        ),
+        (
+            dict(where="2", conv=dict(type="RFAConv", bias=False)),
+            "^2: RFAConv cannot start .*: the plain convolution has a bias, but this layer has no",
+        ),
+        (dict(after="1", plugin=dict(type="SE")), "^1 already has a 'se'; add a postfix"),
+    ],
+)
+def test_a_built_module_that_cannot_be_edited_is_unchanged(second, message):
+    net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3)), nn.Conv2d(4, 4, 3))
+    before, x = copy.deepcopy(net), torch.randn(1, 4, 9, 9)
+    first = [dict(where="0", conv=RFA), dict(after="1", plugin=dict(type="SE"))]
+    with pytest.raises(ValueError, match=message):
+        retrofit(net, [*first, second])
+    assert repr(net) == repr(before)
+    assert torch.equal(net(x), before(x))
+
+
+def test_plugin_after_a_sequential_with_its_own_forward():
+    class Pooling(nn.Sequential):
+        def forward(self, x):
+            return self[0](x) + 1
+
+    net = nn.Sequential(Pooling(nn.Conv2d(4, 4, 1), nn.ReLU()))
+    x = torch.randn(2, 4, 5, 5)
+    expected = net(x)
+    net = retrofit(net, [dict(after="0", plugin=dict(type="SE", in_channels=4, start="paper"))])
+    torch.testing.assert_close(net(x), net[0].se(expected))
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,27 @@ def test_second_edit_is_tracked_too(reports):
         load_state_dict(net, state)
 
 
+def test_values_loaded_into_a_part_of_the_module_are_kept(tmp_path):
+    """A detector's backbone loads its own pretrained weights."""
+    edits = [dict(after="backbone.layer4.1", plugin=dict(type="SE"))]
+    backbone = dict(type="ResNet", depth=18, base_channels=8)
+    detector = dict(
+        type="RetinaNet",
+        backbone=backbone,
+        neck=dict(type="FPN", in_channels=[8, 16, 32, 64], out_channels=8, num_outs=5),
+        bbox_head=dict(type="RetinaHead", num_classes=2, in_channels=8, feat_channels=8),
+    )
+    cfg = dict(type="Retrofit", module=detector, edits=edits)
+    trained = MODELS.build(copy.deepcopy(cfg)).state_dict()
+    key = "backbone.layer4.1.se.fc.2.weight"
+    trained[key].fill_(0.5)
+    file = saved(tmp_path / "trained.pth", dict(state_dict=trained))
+    backbone["init_cfg"] = dict(file, prefix="backbone.")
+    net = MODELS.build(cfg)
+    net.init_weights()
+    assert torch.equal(net.state_dict()[key], trained[key])
+
+
 def test_start_of_third_party_layers():
     @MODELS.register_module(name="ForeignConv", force=True)
     class ForeignConv(nn.Conv2d):
