@@ -125,7 +125,7 @@ def heat_maps(
     heats: list[Heat] = []
 
     def look(name: str, layer: Any, x: Tensor) -> None:
-        if x.shape[0] != 1:
+        if x.shape[0] != 1 or "roi_head" in name.split("."):
             return
         attention = layer.attention_map(x)
         if isinstance(layer, RFAConv):

@@ -76,7 +76,7 @@ def main() -> None:
         cfg = load_config(args.config, args.cfg_options)
         check_config(cfg)
         check_folder(out, "--out")
-        paths = find_images(args.inputs, without=out)
+        paths = find_images(args.inputs, without=Path(out, "pictures"))
         detector = Detector(cfg, args.checkpoint, args.device)
         found = predict(
             detector,

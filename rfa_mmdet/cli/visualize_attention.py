@@ -8,6 +8,7 @@ models side by side.
 from argparse import Namespace
 from pathlib import Path
 
+from mmdet.structures import DetDataSample
 from mmengine.model import BaseTTAModel
 
 from rfa_mmdet.analysis.attention_maps import attention_layers, heat_maps
@@ -16,7 +17,7 @@ from rfa_mmdet.cli.command_line import config_parser, print_left_out, progress, 
 from rfa_mmdet.config.check import check_config
 from rfa_mmdet.config.read import load_config
 from rfa_mmdet.errors import ConfigError
-from rfa_mmdet.files import written_whole
+from rfa_mmdet.files import check_folder, written_whole
 from rfa_mmdet.inference.detector import Detector, LoadedImage
 from rfa_mmdet.inference.images import find_images, none_readable
 from rfa_mmdet.inference.picture_names import picture_names
@@ -61,6 +62,20 @@ def load(config: str, checkpoint: str, device: str | None, options: dict) -> Det
     return detector
 
 
+def share_of_image(sample: DetDataSample) -> tuple[float, float]:
+    """Return the parts of the input's height and width that are image, not padding.
+
+    A pipeline that pads, such as YOLOX's, counts its padding as image in ``img_shape``.
+    """
+    padded = sample.metainfo.get("batch_input_shape", sample.img_shape)
+    wide, high = sample.metainfo.get("scale_factor", (1, 1))[:2]
+    original = sample.metainfo.get("ori_shape", sample.img_shape)
+    resized = (original[0] * high, original[1] * wide)
+    parts = zip(resized, sample.img_shape, padded, strict=True)
+    height, width = (min(own, shape) / whole for own, shape, whole in parts)
+    return height, width
+
+
 def show(
     args: Namespace,
     detectors: dict[str, Detector],
@@ -78,8 +93,7 @@ def show(
         raise ConfigError(
             f"--layers {args.layers!r}: these layers only see regions, none sees the whole image"
         )
-    padded = sample.metainfo.get("batch_input_shape", sample.img_shape)
-    seen = tuple(a / b for a, b in zip(sample.img_shape, padded, strict=True))
+    seen = share_of_image(sample)
     with written_whole(heats_out) as part:
         save_heats(rgb, heats, part, seen)
     if len(detectors) > 1:
@@ -99,6 +113,7 @@ def main() -> None:
     args = parse_args()
     folder = Path(args.out or Path("work_dirs", Path(args.config).stem, "attention"))
     with user_errors():
+        check_folder(folder, "--out")
         paths = find_images(args.images, without=folder)
         names = [Path(args.config).stem]
         detectors = {names[0]: load(args.config, args.checkpoint, args.device, args.cfg_options)}

@@ -25,14 +25,20 @@ class Graph:
         classes (Sequence[str]): The detector's classes, for the file's metadata.
 
     Raises:
-        UserError: PyTorch cannot export it.
+        UserError: PyTorch cannot export it, or ONNX Runtime cannot load it.
     """
 
     def __init__(self, part: Part, file: Path, opset: int, classes: Sequence[str]) -> None:
         self.part = part
         _write(part, file, opset)
-        _describe(file, dict(holds=part.holds, classes=json.dumps(classes), **part.facts))
-        self._session = _session(file)
+        try:
+            _describe(file, dict(holds=part.holds, classes=json.dumps(classes), **part.facts))
+            self._session = _session(file)
+        except Exception as error:  # onnx and onnxruntime share no base class of errors
+            raise UserError(
+                f"ONNX Runtime cannot load the model: {first_line(error)}. Operators of mmcv, such "
+                "as deformable convolutions, are not part of ONNX"
+            ) from error
 
     def run(self, inputs: Tensor) -> list[Tensor]:
         """Return ONNX Runtime's outputs."""

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -93,10 +94,11 @@ class DensePart(Part):
             for name, levels in found.items()
             for level in range(len(levels))
         }
-        height, width = (-(-side // _DIVISOR) * _DIVISOR for side in images.shape[2:])
+        divisor = math.lcm(_DIVISOR, detector.data_preprocessor.pad_size_divisor)
+        height, width = (-(-side // divisor) * divisor for side in images.shape[2:])
         super().__init__(
             *("", holds, ("images", {0: "batch", 2: "height", 3: "width"}), outputs, images),
-            (2, images.shape[1], height + _DIVISOR, width + 2 * _DIVISOR),
+            (2, images.shape[1], height + divisor, width + 2 * divisor),
             _preprocessing(detector.data_preprocessor),
         )
         self.detector: BaseDetector = detector

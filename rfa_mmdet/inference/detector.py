@@ -172,6 +172,11 @@ class Detector:
         found = leaves(cfg, "test")
         if not found:
             raise ConfigError("test_dataloader: missing; its pipeline is needed to load images")
+        if cfg.model.get("language_model"):
+            raise ConfigError(
+                "model.language_model: detectors that read text, such as GLIP and Grounding DINO, "
+                "are not supported; use MMDetection's DetInferencer"
+            )
         init_default_scope(cfg.get("default_scope") or "mmdet")
         content = read_checkpoint(checkpoint)  # fail before the model is built
         self.model = cast(Any, build_detector(cfg))

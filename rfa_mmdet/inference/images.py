@@ -60,14 +60,14 @@ def find_images(inputs: Sequence[str], without: str | os.PathLike | None = None)
     Args:
         inputs (Sequence[str]): Files, folders (searched recursively) and patterns such as
             'data/**/*.png'.
-        without (str | os.PathLike | None): Folder to exclude, with results of an earlier run.
-            Defaults to None.
+        without (str | os.PathLike | None): Folder that results are written to, whose images are
+            left out. Defaults to None.
 
     Returns:
         list[str]: Every file once, in the order of the inputs; files of a folder are sorted.
 
     Raises:
-        UserError: An input matches no image.
+        UserError: An input matches no image, or is a file in ``without``.
 
     Example:
         >>> find_images(["/no/such/*.jpg"])
@@ -95,9 +95,17 @@ def find_images(inputs: Sequence[str], without: str | os.PathLike | None = None)
             real = os.path.realpath(file)
             if not (own and real.startswith(own)):
                 found.setdefault(real, file)
+            elif file == one:
+                raise UserError(f"input {one!r}: is in {_name(without)}; choose another --out")
     if not found:
-        raise UserError(f"input {inputs[0]!r}: only contains results of an earlier run")
+        raise UserError(
+            f"input {inputs[0]!r}: all images are in {_name(without)}; choose another --out"
+        )
     return list(found.values())
+
+
+def _name(folder: str | os.PathLike | None) -> str:
+    return f"{os.fspath(folder or '')!r}, where results are written"
 
 
 # Other suffixes of JPEG, and GIF; files with any other suffix are read if named explicitly.

@@ -14,7 +14,7 @@ from rfa_mmdet.analysis.attention_maps import (
 )
 from rfa_mmdet.analysis.complexity import CONVS, PLUGINS
 from rfa_mmdet.analysis.pictures import over_image
-from rfa_mmdet.layers import RFAConv
+from rfa_mmdet.layers import SE, RFAConv
 
 
 @pytest.fixture
@@ -35,6 +35,25 @@ def test_maps_are_the_attention_weights_of_the_features(model):
     expected = torch.einsum("bkhw,ok->bohw", weighted, first.conv.weight.flatten(1))
     expected = expected + first.conv.bias.reshape(1, -1, 1, 1)
     assert torch.allclose(first(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("regions", [1, 3])
+def test_layers_of_region_heads_give_no_heat_maps(regions):
+    """A single region looks like a single image."""
+
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = SE(4, start="paper")
+            self.roi_head = nn.ModuleDict({"mask_head": SE(4, start="paper")})
+
+        def forward(self, x):
+            self.backbone(x)
+            return self.roi_head["mask_head"](x[..., :5, :5].expand(regions, -1, -1, -1))
+
+    net = Detector().eval()
+    heats, _ = heat_maps(net, lambda: net(torch.rand(1, 4, 9, 9)))
+    assert [heat.layer for heat in heats] == ["backbone"]
 
 
 def test_hooks_are_removed_even_if_the_run_fails(model):

@@ -303,6 +303,28 @@ def test_unsupported_detectors(name):
         engine.parts(detector.eval(), images)
 
 
+def test_operators_of_mmcv_are_reported(image, tmp_path):
+    text, _ = DETECTORS[RETINANET]
+    dcn = 'model["neck"]["conv_cfg"] = dict(type="DCNv2")'
+    detector = make(RETINANET, text + dcn, tmp_path)
+    with pytest.raises(UserError, match=r"ONNX Runtime cannot load the model: .*Operators of mmcv"):
+        engine.export_onnx(detector, [image], tmp_path / "thin.onnx")
+
+
+def test_second_size_is_a_multiple_of_what_the_model_pads_to(image, tmp_path):
+    text, _ = DETECTORS[RETINANET]
+    more = 'model["data_preprocessor"] = dict(pad_size_divisor=48)'
+    detector = make(RETINANET, text + more, tmp_path)
+    (part,) = engine.parts(detector.model, torch.zeros(1, 3, 96, 192))
+    assert part.other_shape == (2, 3, 192, 384)
+
+
+def test_models_that_read_text_are_refused(tmp_path):
+    cfg = get_config("mmdet::grounding_dino/grounding_dino_swin-t_pretrain_obj365_goldg_cap4m.py")
+    with pytest.raises(UserError, match=r"model\.language_model: detectors that read text"):
+        Detector(cfg, str(tmp_path / "none.pth"), "cpu")
+
+
 def test_map_shared_by_all_levels_is_not_supported(image, tmp_path):
     text, _ = DETECTORS["rtmdet/rtmdet_s_8xb32-300e_coco"]
     detector = make("rtmdet/rtmdet-ins_s_8xb32-300e_coco", text, tmp_path)

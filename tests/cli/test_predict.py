@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -135,8 +136,11 @@ def test_inputs_are_files_folders_and_patterns(images):
     (images / "more" / "a.JFIF").unlink()
     assert find_images([deep, f"{images}/more", str(images)]) == [deep, *flat]
     assert find_images([str(images)], without=images / "more") == flat
-    with pytest.raises(UserError, match="only contains results"):
+    where = re.escape(f"{str(images)!r}, where results are written; choose another --out")
+    with pytest.raises(UserError, match=f"input '.*': all images are in {where}"):
         find_images([str(images)], without=images)
+    with pytest.raises(UserError, match=f"input {deep!r}: is in {where}"):
+        find_images([str(images / "more"), deep], without=images)
 
 
 def test_bad_inputs(fails, tiny_config, checkpoint, tmp_path):

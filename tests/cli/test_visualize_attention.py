@@ -6,7 +6,14 @@ import sys
 import cv2
 import numpy as np
 import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.hub import get_config
+from mmengine.registry import init_default_scope
 
+from rfa_mmdet.cli.visualize_attention import share_of_image
+from rfa_mmdet.inference.detector import Detector
 from tests.helpers.random_checkpoint import save_random_checkpoint
 
 CBAM = """
@@ -49,6 +56,22 @@ def test_heat_maps_and_two_models_side_by_side(
         assert min(picture.shape[:2]) > 200
         assert picture.std() > 10
     assert not np.array_equal(*(cv2.imread(str(out / f"{name}.png")) for name in names))
+
+
+def test_heat_covers_the_image_without_its_padding(tmp_path):
+    init_default_scope("mmdet")
+    cfg = get_config("mmdet::yolox/yolox_tiny_8xb8-300e_coco.py")  # pads to a square
+    path, checkpoint = str(tmp_path / "wide.png"), str(tmp_path / "a.pth")
+    cv2.imwrite(path, np.random.default_rng(0).integers(0, 256, (100, 400, 3), np.uint8))
+    torch.save(MODELS.build(cfg.model).state_dict(), checkpoint)
+    detector = Detector(cfg, checkpoint, "cpu")
+    (sample,) = detector.detect([detector.load(path)])
+    assert sample.img_shape == (416, 416)
+    assert share_of_image(sample) == (0.25, 1.0)
+    # Padded in a batch, after the pipeline.
+    padded = dict(ori_shape=(50, 100), img_shape=(100, 201), batch_input_shape=(128, 256))
+    found = share_of_image(DetDataSample(metainfo=dict(padded, scale_factor=(2.01, 2.0))))
+    assert found == pytest.approx((100 / 128, 201 / 256))
 
 
 def test_bad_inputs(fails, tiny_config, checkpoint, images, tmp_path):
