@@ -74,7 +74,11 @@ def summarise(results: dict[str, Any]) -> pd.DataFrame:
     table["comparisons"] = table["stage"].map(compared.size()).fillna(0).astype(int)
     table["p_holm"] = compared["p"].transform(holm)
     table["needed"] = table.apply(_needed, axis="columns")
-    table["verdict"] = table.apply(_verdict, axis="columns")
+    # Without the runs that failed, a method may look better than it is, or the baseline worse.
+    broken = set(table.loc[table["is_baseline"] & (table["failed"] > 0), "stage"])
+    table["verdict"] = [
+        _verdict(row, row["failed"] > 0 or row["stage"] in broken) for _, row in table.iterrows()
+    ]
     return table
 
 
@@ -148,9 +152,8 @@ def _needed(row: pd.Series) -> float:
     return float(max(row["interval"] * first / alone, ROUNDING))
 
 
-def _verdict(row: pd.Series) -> str:
-    # Without the runs that failed, a method may look better than it is.
-    if row["pairs"] < MIN_PAIRS or row["failed"]:
+def _verdict(row: pd.Series, failed: bool) -> str:
+    if row["pairs"] < MIN_PAIRS or failed:
         return "cannot be tested" if row["pairs"] else ""
     # Many seeds make even one step of the metric significant, which no user notices.
     if row["p_holm"] >= LEVEL or round(abs(row["difference"]), 6) <= ROUNDING:

@@ -95,12 +95,17 @@ def test_unfinished_comparisons_count():
     assert among.verdict == "not significant"
 
 
-def test_a_method_with_a_failed_run_cannot_be_tested():
-    results = results_of(dict(plain=[0.4, 0.42, 0.41, 0.4], ours=[0.45, 0.46, 0.46, None]))
+@pytest.mark.parametrize("failing", ["plain", "ours"])
+def test_nothing_is_tested_without_a_failed_run(failing):
+    values = dict(plain=[0.4, 0.42, 0.41, 0.4], ours=[0.45, 0.46, 0.46, 0.45])
+    values[failing][3] = None
+    results = results_of(values)
     assert summarise(results).iloc[1].verdict == "better"
-    results["runs"][-1].update(state="failed", error="it found nothing")
-    found = summarise(results).iloc[1]
-    assert (found.failed, found.verdict) == (1, "cannot be tested")
+    run = results["runs"][3 if failing == "plain" else 7]
+    run.update(state="failed", error="it found nothing")
+    table = summarise(results).set_index("method")
+    assert table.loc[failing, "failed"] == 1
+    assert table.loc["ours", "verdict"] == "cannot be tested"
 
 
 def test_many_seeds_do_not_make_a_step_of_the_metric_a_finding():
