@@ -319,12 +319,6 @@ def test_second_size_is_a_multiple_of_what_the_model_pads_to(image, tmp_path):
     assert part.other_shape == (2, 3, 192, 384)
 
 
-def test_models_that_read_text_are_refused(tmp_path):
-    cfg = get_config("mmdet::grounding_dino/grounding_dino_swin-t_pretrain_obj365_goldg_cap4m.py")
-    with pytest.raises(UserError, match=r"model\.language_model: detectors that read text"):
-        Detector(cfg, str(tmp_path / "none.pth"), "cpu")
-
-
 def test_map_shared_by_all_levels_is_not_supported(image, tmp_path):
     text, _ = DETECTORS["rtmdet/rtmdet_s_8xb32-300e_coco"]
     detector = make("rtmdet/rtmdet-ins_s_8xb32-300e_coco", text, tmp_path)

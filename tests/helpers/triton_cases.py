@@ -1,5 +1,6 @@
 """Test cases of the Triton kernels: inputs, the formula in float64, and the device."""
 
+import functools
 import os
 import re
 import subprocess
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rfa_mmdet.ops.common.windows import Window
-from rfa_mmdet.ops.receptive_field import WindowFeatures, fold_batch_norm
+from rfa_mmdet.ops.receptive_field import WindowFeatures, backends, fold_batch_norm
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None
@@ -31,6 +32,14 @@ SHARE = {
     torch.float16: 2,
     torch.bfloat16: 2,
 }
+
+
+@functools.cache
+def register_instead_of_cpu_kernels() -> None:
+    from rfa_mmdet.ops.receptive_field.triton import operators
+
+    backends.check_backend("cpu")
+    operators.register("CPU")
 
 
 def in_the_interpreter(selection: str, least: int, *files: str | Path) -> None:

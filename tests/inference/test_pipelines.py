@@ -13,6 +13,7 @@ from mmcv.transforms import BaseTransform
 from mmdet.registry import DATASETS, TRANSFORMS
 from mmengine.config import Config
 from mmengine.dataset import default_collate, pseudo_collate
+from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 
 from rfa_mmdet.cli.test import augment
@@ -303,3 +304,9 @@ def test_preprocessor_may_be_at_the_top_level_of_the_config(cfg):
     cfg.data_preprocessor.mean = [1.0, 2.0, 3.0]
     assert build_detector(cfg).data_preprocessor.mean.ravel().tolist() == [1.0, 2.0, 3.0]
     assert "data_preprocessor" not in cfg.model
+
+
+def test_models_that_read_text_are_refused(tmp_path):
+    cfg = get_config("mmdet::grounding_dino/grounding_dino_swin-t_pretrain_obj365_goldg_cap4m.py")
+    with pytest.raises(ConfigError, match=r"model\.language_model: detectors that read text"):
+        Detector(cfg, str(tmp_path / "none.pth"), "cpu")

@@ -101,6 +101,15 @@ has_global_hooks = getattr(
 _HAS_PRECISIONS = hasattr(torch.backends, "fp32_precision")
 
 
+def register_fake(library: torch.library.Library, name: str, function: Callable[..., Any]) -> None:
+    """Register a function that tells fake tensors what an operator of a library returns."""
+    if COMPILES_OPERATORS:
+        # Unlike a Meta kernel, it sees the device, on which a layout may depend.
+        torch.library.register_fake(f"{library.ns}::{name}", function, lib=library)
+    else:
+        library.impl(name, function, "Meta")
+
+
 def convolves_in_tf32() -> bool:
     """Return whether cuDNN may round operands of float32 convolutions to TF32, its default.
 

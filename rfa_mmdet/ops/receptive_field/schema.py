@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rfa_mmdet.ops.common.precision import compute_dtype
+from rfa_mmdet.ops.common.torch_versions import register_fake
 from rfa_mmdet.ops.common.windows import Pair, Window
 
 NAMESPACE = "rfa_mmdet"
@@ -27,22 +28,13 @@ _FEATURES = "Tensor x, Tensor feature, Tensor shift, bool relu"
 _Meta = TypeVar("_Meta", bound=Callable[..., Any])
 
 
-def register_fake(name: str, function: Callable[..., Any]) -> None:
-    """Register the function that tells fake tensors what an operator returns."""
-    if hasattr(torch.library, "register_fake"):
-        # Unlike a Meta kernel, it sees the device, on which the layout depends.
-        torch.library.register_fake(f"{NAMESPACE}::{name}", function, lib=LIBRARY)
-    else:  # before torch 2.4
-        LIBRARY.impl(name, function, "Meta")
-
-
 def _define(arguments: str, returns: str) -> Callable[[_Meta], _Meta]:
     """Define an operator named after the decorated function, its Meta kernel."""
 
     def register(meta: _Meta) -> _Meta:
         name = meta.__name__
         LIBRARY.define(f"{name}({arguments}) -> {returns}")
-        register_fake(name, meta)
+        register_fake(LIBRARY, name, meta)
         OPERATORS.append(name)
         return meta
 

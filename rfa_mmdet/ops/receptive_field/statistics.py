@@ -9,7 +9,8 @@ feature (C * K, 1, kh, kw); everything else is (C * K,).
 import torch
 from torch import Tensor
 
-from rfa_mmdet.ops.receptive_field.schema import LIBRARY, register_fake
+from rfa_mmdet.ops.common.torch_versions import register_fake
+from rfa_mmdet.ops.receptive_field.schema import LIBRARY
 
 LIBRARY.define(
     "fold_moments(Tensor mean, Tensor covariance, Tensor feature, Tensor? weight, Tensor? bias, "
@@ -154,4 +155,4 @@ for _function, _fake in (
     (fold_moments_backward, _fake_fold_moments_backward),
 ):
     LIBRARY.impl(_function.__name__, _function, "CompositeExplicitAutograd")
-    register_fake(_function.__name__, _fake)
+    register_fake(LIBRARY, _function.__name__, _fake)

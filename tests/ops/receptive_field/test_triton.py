@@ -3,19 +3,15 @@
 Runs on a GPU if there is one; otherwise in Triton's interpreter, in a separate process.
 """
 
-import functools
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from rfa_mmdet.ops.common.windows import Window
-from rfa_mmdet.ops.receptive_field import backends
-from tests.helpers.operator_calls import operator_calls
 from tests.helpers.tolerances import TOLERANCES, without_tf32
 from tests.helpers.torch_features import LACKS_TRITON
 from tests.helpers.triton_cases import (
@@ -28,6 +24,7 @@ from tests.helpers.triton_cases import (
     in_chunks,
     in_the_interpreter,
     names,
+    register_instead_of_cpu_kernels,
     runs,
     windows,
 )
@@ -52,17 +49,17 @@ in_another_process = pytest.mark.skipif(
 
 @in_another_process
 def test_few_in_the_interpreter():
-    """In one process for two files, because starting it takes as long as several tests."""
+    """In one process for three files, because starting it takes as long as several tests."""
     memory = Path(__file__).with_name("test_triton_memory.py")
-    strides = "(strides and channels_last)"
-    chosen = f"(plain and not 1000) or faults or quick or {strides}"
-    in_the_interpreter(chosen, 7, __file__, memory)
+    strides = Path(__file__).with_name("test_triton_strides.py")
+    chosen = "(plain and not 1000) or faults or quick or channels_last_results"
+    in_the_interpreter(chosen, 7, __file__, memory, strides)
 
 
 @in_another_process
 @pytest.mark.slow
 def test_all_in_the_interpreter():
-    in_the_interpreter("test_", 67, __file__)
+    in_the_interpreter("test_", 65, __file__)
 
 
 # In the interpreter, programs walk over three or more rows if maps in NCHW have five rows and at
@@ -305,43 +302,6 @@ def test_nan_and_infinity_propagate():
         expected = torch.ones(7, 7, dtype=torch.bool)
         expected[2:5, 2:5] = False  # the windows that contain it
         assert torch.equal(y[0, 0].isfinite().cpu(), expected)
-
-
-@functools.cache
-def register_instead_of_cpu_kernels() -> None:
-    from rfa_mmdet.ops.receptive_field.triton import operators
-
-    backends.check_backend("cpu")
-    operators.register("CPU")
-
-
-@runs
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_fake_tensors_on_a_gpu_have_the_strides_of_the_results(layout):
-    """Otherwise, Inductor's code fails: it asserts what fake tensors promise."""
-
-    def strides(results):
-        """Return shapes, dtypes, and strides of axes along which there is something to step."""
-        results = (results,) if isinstance(results, Tensor) else results
-        return [
-            (t.shape, t.dtype, [s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1])
-            for t in results
-        ]
-
-    def fake(value):
-        if not isinstance(value, Tensor):
-            return value
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
-
-    if INTERPRETED:
-        register_instead_of_cpu_kernels()
-    given = dict(gradients=False, groups=1, size=(3, 2))
-    for operator, inputs in operator_calls(torch.float32, layout, **given):
-        inputs = [v.to(DEVICE) if isinstance(v, Tensor) else v for v in inputs]
-        found = strides(operator(*inputs))
-        with FakeTensorMode():
-            promised = strides(operator(*map(fake, inputs)))
-        assert found == promised, operator
 
 
 @on_cuda
