@@ -32,7 +32,9 @@ from rfa_mmdet.files import check_folder, written_whole
 ROOT = Path(__file__).resolve().parents[1]
 LEAST = 10.0  # minimum seconds for starting a step
 OPS = ("RFAConv", "RFCBAMConv", "RFCAConv")
-PARITY = tuple(f"tests/ops/receptive_field/test_triton{name}.py" for name in ("", "_gates"))
+PARITY = tuple(
+    f"tests/ops/receptive_field/test_triton{name}.py" for name in ("", "_gates", "_strides")
+)
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
 PROBE = """
 import json, torch
