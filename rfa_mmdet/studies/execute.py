@@ -15,7 +15,7 @@ from mmengine.config import Config
 
 from rfa_mmdet.errors import ConfigError, UserError
 from rfa_mmdet.files import written_whole
-from rfa_mmdet.studies.run import Run
+from rfa_mmdet.studies.run import Run, missing_metric
 from rfa_mmdet.studies.study import Study
 
 
@@ -168,8 +168,8 @@ def _test(run: Run, study: Study, tool: Callable[..., float]) -> dict[str, Any]:
     metrics = {k: v for k, v in logged.items() if k not in ("time", "data_time")}
     if not metrics and study.metric.startswith("coco/"):
         metrics[study.metric] = 0.0  # CocoMetric reports nothing if nothing was detected
-    if study.metric not in metrics:
-        raise RunFailed(f"metric={study.metric!r}: the test only reports {', '.join(metrics)}")
+    if missing := missing_metric(study.metric, metrics):
+        raise RunFailed(missing)
     return dict(metrics=metrics)
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from rfa_mmdet.studies.run import Run, write_json
+from rfa_mmdet.studies.run import Run, missing_metric, write_json
 from rfa_mmdet.studies.study import Study
 from rfa_mmdet.studies.taken import fingerprint
 
@@ -51,8 +51,7 @@ def read_run(study: Study, run: Run) -> dict[str, Any]:
     state = "started" if run.config.is_file() else "missing"
     if run.finished:
         state = "finished"
-        if study.metric not in metrics:
-            error = f"metric={study.metric!r}: the test only reports {', '.join(metrics)}"
+        error = missing_metric(study.metric, metrics) or error
     # If a resumed training repeats an epoch, the later line counts.
     curve, losses = {}, {}
     for line in run.scalars():

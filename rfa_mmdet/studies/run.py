@@ -151,6 +151,13 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
+def missing_metric(metric: str, metrics: dict[str, Any]) -> str | None:
+    """Say that a test does not report the metric to compare; None if it does."""
+    if metric in metrics:
+        return None
+    return f"metric={metric!r}: the test only reports {', '.join(metrics) or 'nothing'}"
+
+
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file, or None if it is missing or damaged."""
     try:

@@ -219,6 +219,14 @@ def test_interrupted_and_resumed_study_equals_an_uninterrupted_one(ablate, envir
     assert "runs/scratch/plain/seed1/train/epoch_2.pth" in warm
 
 
+@pytest.mark.slow
+def test_a_detector_that_finds_nothing_has_an_ap_of_zero(ablate):
+    done = ablate("blind", 'methods = dict(plain={"model.test_cfg.score_thr": 1.1})\nseeds = (0,)')
+    assert done.returncode == 0, done.stdout
+    (run,) = json.loads((done.work_dir / "results.json").read_text())["runs"]
+    assert (run["state"], run["test"]) == ("finished", 0.0)
+
+
 def test_list_of_runs(tiny_config, shapes, tmp_path, monkeypatch, capsys):
     spec = tmp_path / "spec.py"
     spec.write_text(SPEC.format(tiny=str(tiny_config), epochs=1) + TWO_AND_A_WRONG_ONE)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from rfa_mmdet.ops.common.precision import compute_dtype, no_autocast
 from rfa_mmdet.ops.common.recompute import gradients_of_gates
+from rfa_mmdet.ops.receptive_field import schema
 from rfa_mmdet.ops.receptive_field.schema import (
     LIBRARY,
     empty_output,
@@ -225,12 +226,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def window_moments(x: Tensor, *window: Any) -> tuple[Tensor, Tensor]:
     """See schema.py."""
     if not len(x):  # a rank without data, whose statistics count for nothing
-        positions = window[0][0] * window[0][1]
-        dtype = compute_dtype(x.dtype)
-        return (
-            x.new_zeros((x.shape[1], positions), dtype=dtype),
-            x.new_zeros((x.shape[1], positions, positions), dtype=dtype),
-        )
+        mean, covariance = schema.window_moments(x, *window)
+        return mean.zero_(), covariance.zero_()
     # Centre first: the variance would cancel if the mean is far from zero.
     centre = x.mean((0, 2, 3), dtype=compute_dtype(x.dtype)).view(-1, 1, 1)
     slices = Slices(x, window, centre=centre)

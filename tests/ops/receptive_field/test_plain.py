@@ -293,3 +293,10 @@ def test_temporary_memory_does_not_grow_with_the_map():
         return peak_bytes(run, torch.device("cpu")) - kept
 
     assert temporary(1000) <= 1.2 * temporary(250)
+
+
+def test_moments_of_no_windows_are_zero():
+    """A rank without data must not spoil the statistics of the others."""
+    found = plain.window_moments(torch.empty(0, 4, 5, 5), (3, 2), (1, 1), (1, 1), (1, 1))
+    assert [t.shape for t in found] == [(4, 6), (4, 6, 6)]
+    assert not any(t.any() for t in found)
