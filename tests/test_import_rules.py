@@ -264,6 +264,14 @@ def test_the_compiler_is_not_imported():
     assert run(code, blocked=False) == "False"
 
 
+def test_nothing_imports_pip():
+    """Before Python 3.12, setuptools, which Inductor imports, cannot be imported after pip."""
+    files = [*PACKAGE.rglob("*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]
+    rooms = {f: {name.split(".")[0] for name in imported(f.read_text("utf-8"), "")} for f in files}
+    assert len(files) > 200
+    assert not [file for file, names in rooms.items() if "pip" in names]
+
+
 def test_ops_load_nothing_of_openmmlab_in_a_bare_process():
     # The first ones are torch operators, not Python modules.
     left_out = ["._cpu_", *([".triton."] if LACKS_TRITON else [])]

@@ -7,10 +7,14 @@ import sys
 
 import pytest
 from packaging.requirements import Requirement
-from pip._vendor import tomli
 
 from tests.helpers.environment import Environment, load_script, make_python, version
 from tests.helpers.paths import ROOT
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,7 @@ def test_stack_pins_one_version_per_python(tool, stack):
     assert all(found == names[0] for found in names)
     setup = tool.Setup(ROOT, stack=stack)
     assert {*tool.BUILD_TOOLS, "torch", setup.mmcv} < names[0]
-    project = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     # Those with a stack of their own, and the others.
     apart = {"tasks": ("mmpretrain", "mmseg", "timm"), "mmyolo": ("mmyolo",)}

@@ -5,9 +5,7 @@ import os
 import shutil
 import subprocess
 import venv
-from pathlib import Path
-
-import pip
+from importlib.metadata import distribution
 
 from tests.helpers.paths import ROOT
 
@@ -78,7 +76,8 @@ class Environment:
         venv.create(root, with_pip=False, symlinks=True)
         self.python = root / "bin" / "python"
         (self.site,) = root.glob("lib/python3*/site-packages")
-        (self.site / "pip").symlink_to(Path(pip.__file__).parent)
+        # Importing pip would make setuptools, and so Inductor, fail to import later in this process.
+        (self.site / "pip").symlink_to(distribution("pip").locate_file("pip"))
         for module in modules or HEALTHY:
             self.add(module)
 
