@@ -130,7 +130,7 @@ def known_as(head: bytes) -> str | None:
     return next((what for start, what in _KNOWN.items() if head.startswith(start)), None)
 
 
-def image_size(path: str) -> tuple[int, int] | None:
+def header_size(path: str) -> tuple[int, int] | None:
     """Return the width and height of an image from its header, without decoding it.
 
     For JPEG, the EXIF orientation is applied, as decoders do.
@@ -207,7 +207,7 @@ def image_damage(path: str) -> str | None:
                 return f"truncated PNG ({size:,} bytes, no IEND)"
         elif what := known_as(head):
             return f"{what}, not an image"
-        width, height = image_size(path) or (1, 1)
+        width, height = header_size(path) or (1, 1)
     except (FileNotFoundError, NotADirectoryError):
         return MISSING
     except OSError as error:

@@ -113,7 +113,7 @@ class ImageFolders:
         return self._listed[folder]
 
 
-def image_size(path: str, backend_args: dict | None = None) -> tuple[int, int]:
+def decoded_size(path: str, backend_args: dict | None = None) -> tuple[int, int]:
     """Return an image's width and height as MMDetection loads it, with EXIF orientation applied.
 
     Args:
@@ -139,7 +139,7 @@ def is_outside(box: VocBox, image: VocImage, backend_args: dict | None = None) -
     if image.size and not box.is_empty(image.size):
         return False
     try:  # the size in the XML file may be wrong
-        return box.is_empty(image_size(image.path, backend_args))
+        return box.is_empty(decoded_size(image.path, backend_args))
     except FileNotFoundError:
         return False
 
@@ -204,7 +204,7 @@ class AnyImageXMLDataset(XMLDataset):
 
     def size_of(self, image: VocImage) -> tuple[int, int]:
         """Return an image's width and height, from the image file if the XML has none."""
-        return image.size or image_size(image.path, self.backend_args)
+        return image.size or decoded_size(image.path, self.backend_args)
 
     def is_ignored(self, box: VocBox, image: VocImage) -> bool:
         """Return whether training or evaluation ignores a box."""

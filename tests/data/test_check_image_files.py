@@ -14,7 +14,7 @@ from mmengine.config import Config
 from rfa_mmdet.data.check import check_data, image_damage
 from rfa_mmdet.data.check.audit import audit
 from rfa_mmdet.data.check.images import SAMPLE, shorter_side
-from rfa_mmdet.files import image_size
+from rfa_mmdet.files import header_size
 from rfa_mmdet.inference.images import ImageError, find_images, transformed
 from tests.helpers.damaged_sets import (
     coco_dataset,
@@ -107,7 +107,7 @@ def test_an_image_bomb_is_not_decoded(coco, header):
 def test_size_from_the_header_matches_the_decoded_image(tmp_path, ending):
     path = str(tmp_path / f"a{ending}")
     cv2.imwrite(path, np.zeros((20, 30, 3), np.uint8))
-    assert image_size(path) == (30, 20)
+    assert header_size(path) == (30, 20)
     assert cv2.imread(path).shape == (20, 30, 3)
 
 
@@ -119,7 +119,7 @@ def test_size_of_an_image_with_exif_orientation(tmp_path):
     exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + entry + bytes(4)
     path.write_bytes(whole[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + whole[2:])
     assert cv2.imread(str(path)).shape == (30, 20, 3)
-    assert image_size(str(path)) == (20, 30)
+    assert header_size(str(path)) == (20, 30)
 
 
 def test_images_that_differ_from_the_annotated_size(coco):

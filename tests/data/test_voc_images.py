@@ -11,7 +11,7 @@ from PIL import Image
 
 from rfa_mmdet.data.check import DataError, check_data
 from rfa_mmdet.data.shapes import make_shapes
-from rfa_mmdet.data.voc_dataset import ImageFolders, image_size
+from rfa_mmdet.data.voc_dataset import ImageFolders, decoded_size
 from tests.helpers.damaged_sets import config, errors_of, voc_dataset, voc_xml, write_image
 from tests.helpers.paths import ROOT
 from tests.helpers.sets import draw_sets, leaves
@@ -148,10 +148,10 @@ def test_size_of_an_image_matches_the_decoded_one(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
     Image.new("RGB", (64, 48)).save(tmp_path / "a.jpg", exif=exif)
-    assert image_size(str(tmp_path / "a.jpg")) == (48, 64)
+    assert decoded_size(str(tmp_path / "a.jpg")) == (48, 64)
     (tmp_path / "b.png").write_text("no image")
     with pytest.raises(DataError, match="cannot be decoded"):
-        image_size(str(tmp_path / "b.png"))
+        decoded_size(str(tmp_path / "b.png"))
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ class Environment:
         venv.create(root, with_pip=False, symlinks=True)
         self.python = root / "bin" / "python"
         (self.site,) = root.glob("lib/python3*/site-packages")
-        # Importing pip would make setuptools, and so Inductor, fail to import later in this process.
+        # After importing pip, setuptools, and so Inductor, could not be imported in this process.
         (self.site / "pip").symlink_to(distribution("pip").locate_file("pip"))
         for module in modules or HEALTHY:
             self.add(module)

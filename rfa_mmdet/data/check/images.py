@@ -17,7 +17,7 @@ from rich.progress import track
 from rfa_mmdet.data.check.find import Leaf
 from rfa_mmdet.data.check.loaded import Loaded
 from rfa_mmdet.data.check.report import Findings, missing_path, some
-from rfa_mmdet.files import MISSING, image_damage, image_size
+from rfa_mmdet.files import MISSING, header_size, image_damage
 
 NOT_DECODABLE = "not decodable"
 SAMPLE = 300  # images per dataset that a quick check opens
@@ -117,7 +117,7 @@ def check_images(leaf: Leaf, loaded: Loaded, found: Findings, images: str = "ful
         found.errors.append(
             f"{leaf.key}: {len(rest)} of {len(paths)} images are damaged: {some(rest)}"
         )
-    real = {path: size for path in opened if path not in damages and (size := image_size(path))}
+    real = {path: size for path in opened if path not in damages and (size := header_size(path))}
     given = {path: size for path, size in zip(paths, loaded.sizes or (), strict=False) if size}
     _check_sizes(leaf, given, real, found)
 

@@ -12,7 +12,7 @@ from rfa_mmdet.data.check.find import Leaf
 from rfa_mmdet.data.check.loaded import Loaded, kept
 from rfa_mmdet.data.check.report import DataError, Findings, missing_path, some
 from rfa_mmdet.data.voc import VocImage, describe_corrections, read_voc
-from rfa_mmdet.data.voc_dataset import AnyImageXMLDataset, image_size, is_outside
+from rfa_mmdet.data.voc_dataset import AnyImageXMLDataset, decoded_size, is_outside
 
 FILTER = "dict(type='FilterAnnotations', min_gt_bbox_wh=(1, 1))"
 
@@ -128,7 +128,7 @@ def _image_names(dataset: XMLDataset) -> list[str]:
 def _size(image: VocImage) -> tuple[int, int] | None:
     """Return the width and height, or None if the image is missing, which is reported elsewhere."""
     try:
-        return image.size or image_size(image.path)
+        return image.size or decoded_size(image.path)
     except FileNotFoundError:
         return None
 
