@@ -4,6 +4,8 @@ MMEngine restores weights, optimizer and schedules, but no random state: after r
 samplers and augmentations draw different numbers than in an uninterrupted run.
 """
 
+import torch
+from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner, set_random_seed
@@ -39,10 +41,11 @@ class EpochSeedHook(Hook):
         loader = runner.train_dataloader
         loader.worker_init_fn = None
         # Without a seed in the config, the Runner drew one for the sampler before it restored the
-        # checkpoint's.
-        randomness = runner.cfg.get("randomness") or {}
-        if hasattr(loader.sampler, "seed") and not randomness.get("diff_rank_seed", False):
-            loader.sampler.seed = runner.seed
+        # checkpoint's. All ranks need the same, also with diff_rank_seed.
+        if hasattr(loader.sampler, "seed"):
+            seed = torch.tensor(runner.seed)
+            broadcast(seed)
+            loader.sampler.seed = int(seed)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Seed this process, and so the workers that it starts, for the next epoch."""

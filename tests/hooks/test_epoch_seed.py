@@ -1,5 +1,6 @@
 """Random numbers in the epochs of a real Runner, in the main process and in workers."""
 
+import os
 import random
 
 import numpy as np
@@ -7,11 +8,14 @@ import pytest
 import torch
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
+from torch import distributed as dist
+from torch import multiprocessing as mp
 from torch import nn
 from torch.utils.data import Dataset
 
 import rfa_mmdet  # noqa: F401  registers the hook
 from rfa_mmdet.errors import ConfigError
+from tests.helpers.processes import START_METHOD
 
 
 class Draws(Dataset):
@@ -38,8 +42,9 @@ class Recorder(BaseModel):
         return dict(loss=(self.weight * torch.rand(1)).mean())
 
 
-def run(work_dir, epochs, seed=0, resume=False, workers=2, persistent=False, **train_cfg):
+def run(work_dir, epochs, seed=0, resume=False, workers=2, persistent=False, **options):
     """Train; return the numbers that the model saw, (epochs, numbers)."""
+    diff_rank_seed = options.pop("diff_rank_seed", False)
     runner = Runner(
         Recorder(),
         str(work_dir),
@@ -51,11 +56,11 @@ def run(work_dir, epochs, seed=0, resume=False, workers=2, persistent=False, **t
             sampler=dict(type="DefaultSampler", shuffle=True),
             collate_fn=dict(type="pseudo_collate"),
         ),
-        train_cfg=train_cfg or dict(by_epoch=True, max_epochs=epochs),
+        train_cfg=options or dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1)),
         custom_hooks=[dict(type="EpochSeedHook")],
         default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=1)),
-        randomness=dict(seed=seed),
+        randomness=dict(seed=seed, diff_rank_seed=diff_rank_seed),
         resume=resume,
         experiment_name=f"{work_dir.name}-{epochs}-{resume}-{seed}-{workers}",
     )
@@ -83,6 +88,28 @@ def test_checkpoints_seed_is_used_if_none_is_given(tmp_path):
     resumed, second = run(tmp_path / "broken", 3, seed=None, resume=True)
     assert second.seed == first.seed
     assert torch.equal(resumed, whole[1:])
+
+
+def in_rank(rank, folder, diff_rank_seed):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    seen, runner = run(folder / "run", 2, workers=0, diff_rank_seed=diff_rank_seed)
+    torch.save((seen, runner.train_dataloader.sampler.seed), folder / f"{rank}.pth")
+    os._exit(0)  # gloo's threads may hang or crash at the end of a process
+
+
+@pytest.mark.parametrize("diff_rank_seed", [False, True])
+def test_ranks_share_the_order_but_no_other_random_number(tmp_path, diff_rank_seed):
+    arguments = (tmp_path, diff_rank_seed)
+    mp.start_processes(in_rank, arguments, nprocs=2, start_method=START_METHOD)
+    seen, seeds = zip(*(torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1)), strict=True)
+    # In an epoch, a rank gets two images with their index and three numbers, and draws one number.
+    both = torch.stack([one.view(2, 9) for one in seen])
+    indices = both[..., [0, 4]].transpose(0, 1).flatten(1)
+    assert [sorted(epoch.tolist()) for epoch in indices] == [[0, 1, 2, 3]] * 2
+    drawn = both[..., [1, 2, 3, 5, 6, 7, 8]]
+    assert len(drawn.unique()) == drawn.numel() == 28
+    assert seeds == (0, 0)  # repeated after resuming, also with diff_rank_seed
 
 
 def test_training_by_iterations_is_refused(tmp_path):
