@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rfa_mmdet.version import __version__
+from tests.helpers.processes import PATIENCE
 from tests.helpers.torch_features import LACKS_TRITON
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,7 +192,7 @@ sys.meta_path = [Blocker if f is importlib.machinery.PathFinder else f for f in 
 def run(code: str, blocked: bool = True) -> str:
     code = (BLOCK if blocked else "") + code
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()

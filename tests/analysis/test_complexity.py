@@ -30,6 +30,7 @@ from rfa_mmdet.compat import flop_counts
 from rfa_mmdet.config.plain import plain_base
 from rfa_mmdet.errors import ConfigError
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import PATIENCE
 
 TOOL = "tools/analysis/complexity.py"
 DEMO = "configs/demo/atss_r18-rfaconv_fpn_8e_shapes.py"
@@ -331,7 +332,7 @@ def test_tool_counts_a_config():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     cfg = demo_config()

@@ -17,6 +17,7 @@ from rfa_mmdet.checkpoints.convert import convert_checkpoint
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.layers.warm_start.published_names import PUBLISHED
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import PATIENCE
 from tests.helpers.published import (
     THEIRS,
     Detector,
@@ -80,7 +81,7 @@ def test_converts_a_whole_training_checkpoint(tmp_path, monkeypatch):
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
         text=True,
         capture_output=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
 
     assert done.returncode == 0, done.stderr

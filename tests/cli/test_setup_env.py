@@ -11,6 +11,7 @@ import pytest
 
 from tests.helpers.environment import Environment, load_script, make_python, version
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import PATIENCE
 
 SCRIPT = ROOT / "tools" / "setup_env.py"
 # From a real build of mmcv, without compiler flags and repeated notes.
@@ -62,7 +63,7 @@ def command(tmp_path):
 
 def refusal(process):
     """Return the one error a process ended with."""
-    out, error = process.communicate(timeout=30)
+    out, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1, out + error
     assert error.startswith("error: ")
     assert "Traceback" not in error
@@ -140,10 +141,10 @@ def test_python_must_match_the_environment(command, tool, tmp_path):
 def test_check_prints_the_doctors_findings(command, tmp_path):
     sick = Environment(tmp_path / "venv")
     process = command("--check", sick.python, PYTHONPATH="")
-    assert process.communicate(timeout=60)[0] == "OK: training can start on the CPU\n"
+    assert process.communicate(timeout=PATIENCE)[0] == "OK: training can start on the CPU\n"
     sick.add("rfa_mmdet", files={"__init__": "raise SyntaxError('a slip')"})
     process = command("--check", sick.python, PYTHONPATH="")
-    assert "training cannot start" in process.communicate(timeout=60)[0]
+    assert "training cannot start" in process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0  # the environment is fine: tests and lint can run in it
     sick.add("torch", files={"__init__": "raise ImportError('no such driver')"})
     error = refusal(command("--check", sick.python, PYTHONPATH=""))
@@ -154,7 +155,7 @@ def test_check_prints_the_doctors_findings(command, tmp_path):
 
 def test_check_excludes_other_options(command):
     process = command("--check", sys.executable, "--force")
-    assert "cannot be combined with other options" in process.communicate(timeout=30)[1]
+    assert "cannot be combined with other options" in process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 2
 
 
@@ -163,7 +164,7 @@ def test_valid_stamp_skips_all_steps(command, tool, tmp_path):
     (folder / "bin" / "python").unlink()
     (folder / "bin" / "python").write_text("#!/bin/sh\necho called >> $0.calls\n")
     process = command("--venv", folder)
-    assert process.communicate(timeout=30) == (f"{folder} is up to date\n", "")
+    assert process.communicate(timeout=PATIENCE) == (f"{folder} is up to date\n", "")
     assert process.returncode == 0
     assert not (folder / "bin" / "python.calls").exists()
 
@@ -192,7 +193,7 @@ def test_second_set_up_waits_for_the_first(command, tool, tmp_path):
         process = command("--venv", venv)
         assert "waiting for another set-up" in process.stdout.readline()
         (venv / tool.STAMP).write_text(stamp)
-    out, error = process.communicate(timeout=30)
+    out, error = process.communicate(timeout=PATIENCE)
     assert (process.returncode, error) == (0, "")
     assert "[1/5]" not in out
 

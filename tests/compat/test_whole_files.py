@@ -13,6 +13,7 @@ from mmengine.runner import save_checkpoint
 
 from rfa_mmdet.compat.whole_files import WholeFileBackend, apply
 from rfa_mmdet.errors import UserError
+from tests.helpers.processes import PATIENCE
 
 # The kernel kills it, like SIGKILL, in the middle of the write that exceeds the limit.
 DIES = """
@@ -44,7 +45,7 @@ def test_killed_while_writing_a_checkpoint(tmp_path, how, before):
     command = [sys.executable, "-W", "ignore", "-c", DIES, str(path)]
     compat = dict(RFA_MMDET_COMPAT="-whole_files" if how == "mmengine" else "")
     done = subprocess.run(
-        command, env={**os.environ, **compat}, capture_output=True, text=True, timeout=120
+        command, env={**os.environ, **compat}, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == -signal.SIGXFSZ, done.stderr
     assert sum(file.stat().st_size == 2**16 for file in tmp_path.iterdir()) == 1

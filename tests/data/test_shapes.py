@@ -15,6 +15,7 @@ from rfa_mmdet.data import shapes
 from rfa_mmdet.data.drawing import CLASSES, MIN_CONTRAST, MIN_VISIBLE
 from rfa_mmdet.data.shapes import make_shapes
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import PATIENCE
 
 TOOL = ROOT / "tools" / "make_shapes.py"
 # Of pycocotools with numpy 2.
@@ -264,7 +265,9 @@ def run_tool(*arguments):
     command = [sys.executable, str(TOOL), *map(str, arguments)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=PATIENCE
+    )
 
 
 def test_the_tool_writes_the_set_and_a_contact_sheet(tmp_path):

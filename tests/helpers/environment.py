@@ -8,6 +8,7 @@ import venv
 from importlib.metadata import distribution
 
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import PATIENCE
 
 # Module -> (version, content of its files), as far as the doctor needs it.
 HEALTHY = {
@@ -113,7 +114,7 @@ class Environment:
         variables = {"PATH": f"{self.python.parent}:/usr/bin:/bin", **variables}
         command = [self.python, "-B", *command]
         return subprocess.run(
-            command, cwd=cwd, env=variables, text=True, capture_output=True, timeout=120
+            command, cwd=cwd, env=variables, text=True, capture_output=True, timeout=PATIENCE
         )
 
     def examine(self, **variables):

@@ -30,6 +30,8 @@ def pytest_runtest_protocol() -> Iterator[None]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     seed(0)
+    # A tool that ran in this process may have enabled it.
+    torch.use_deterministic_algorithms(False)
     # MMEngine's default scope from the last build: reset it, as in a new process.
     DefaultScope._instance_dict.clear()
 

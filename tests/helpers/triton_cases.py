@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from rfa_mmdet.ops.common.windows import Window
 from rfa_mmdet.ops.receptive_field import WindowFeatures, backends, fold_batch_norm
+from tests.helpers.paths import ROOT
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None
@@ -50,8 +51,14 @@ def in_the_interpreter(selection: str, least: int, *files: str | Path) -> None:
     """
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_ADDOPTS", None)  # those of this session, such as deselected tests
     done = subprocess.run(
-        [*command, *files], env=environment, capture_output=True, text=True, timeout=3000
+        [*command, *files],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1900,  # less than faulthandler_timeout, which would end this session
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= least, done.stdout

@@ -15,6 +15,7 @@ from rfa_mmdet.studies.plots import save_differences, save_gains, save_stage_cur
 from rfa_mmdet.studies.report import page, write_report
 from rfa_mmdet.studies.study import load_study
 from rfa_mmdet.studies.summary import summarise
+from tests.helpers.processes import PATIENCE
 from tests.helpers.results_of import results_of, run_result
 
 BROWSER = next(
@@ -187,7 +188,7 @@ def test_report_in_a_browser(report, tmp_path):
         *("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"),
         *("--window-size=1300,900", "--virtual-time-budget=5000", "--dump-dom", f"file://{file}"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     found = re.search(r'data-seen="([^"]*)"', done.stdout)
     assert found, done.stderr[-2000:]
     seen = json.loads(html.unescape(found[1]))

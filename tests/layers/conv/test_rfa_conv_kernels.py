@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import io
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from tests.helpers.backends import build, require, run
 from tests.helpers.formulas import Case, relative_error
 from tests.helpers.tolerances import TOLERANCES
 
-ROOT = Path(__file__).resolve().parents[2]
 CASE = Case(batch=2, channels=6, out_channels=5, size=(9, 11))
 
 

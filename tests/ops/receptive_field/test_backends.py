@@ -16,6 +16,7 @@ from rfa_mmdet.ops.receptive_field.self_check import Case
 from rfa_mmdet.ops.receptive_field.sources import digest
 from tests.helpers.backends import copy_without_kernels, require
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import PATIENCE
 from tests.helpers.torch_features import AUTOCAST_TYPES
 
 RFA_CONV = ("rfa_conv",)
@@ -139,7 +140,7 @@ def said(script, folder):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=PATIENCE,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip().split("\n")

@@ -16,6 +16,7 @@ from rfa_mmdet.ops.receptive_field.schema import OPERATORS
 from tests.helpers import formulas
 from tests.helpers.backends import build, require, run
 from tests.helpers.formulas import Case, relative_error
+from tests.helpers.memory import deterministic
 from tests.helpers.operator_calls import arguments, operator_calls
 from tests.helpers.tolerances import TOLERANCES
 from tests.helpers.torch_features import has_opcheck
@@ -130,8 +131,7 @@ def test_gradients_of_an_empty_batch_are_zero():
     window = (3, 3), (1, 1), (1, 1), (1, 1)
     gates = torch.empty(0, 4), torch.empty(0, 9, 6, 5)
     needs = (True,) * 4
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic():
         found = [
             *torch.ops.rfa_mmdet.rfa_conv_backward(
                 grad_y, x, shift.view(36, 1, 1, 1), kernels, shift, True, weight, needs, *window, 1
@@ -140,8 +140,6 @@ def test_gradients_of_an_empty_batch_are_zero():
                 grad_y, x, kernels, shift, True, *gates, weight, needs, *window, 1
             ),
         ]
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert {tuple(t.shape) for t in found} >= {weight.shape, kernels.shape, shift.shape}
     assert all((t == 0).all() for t in found)
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rfa_mmdet.ops.receptive_field import backends, plain, schema, self_check
 from rfa_mmdet.ops.receptive_field.self_check import Case, compare, failure, or_plain
 from tests.helpers.backends import require
+from tests.helpers.memory import deterministic
 
 LAYERS = [
     ("rfa_conv",),
@@ -208,14 +209,11 @@ def test_torch_compile_treats_the_result_as_constant():
 def test_formula_runs_if_deterministic_products_would_raise(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     case = Case(CPU, torch.float32, False, True, LAYERS[0])
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic():
         said = backends._gpu_obstacle(False, *case)
         assert "CUBLAS_WORKSPACE_CONFIG=:4096:8" in said
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         assert backends._gpu_obstacle(False, *case) is None
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 # --------------------------------------------------------------------------- processes

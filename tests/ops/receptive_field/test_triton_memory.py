@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rfa_mmdet.ops.common.windows import Window
+from tests.helpers.memory import deterministic
 from tests.helpers.torch_features import LACKS_TRITON
 from tests.helpers.triton_cases import (
     INTERPRETED,
@@ -80,19 +81,15 @@ def compare(kind, case, monkeypatch, schedulers=528, rows=2):
     monkeypatch.setitem(launch.SCHEDULERS, "cpu", schedulers)
     launched = in_chunks(case, rows, monkeypatch)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    torch.use_deterministic_algorithms(True)
     watch = Watch()
-    try:
-        with OnTriton():
-            expected = step(kind, case)
-            torch.utils.deterministic.fill_uninitialized_memory = True
-            # As on a GPU, add the gradient through the moments in place.
-            monkeypatch.setattr(autograd, "_is_to_spare", lambda grad: True)
-            assert torch.empty(3).isnan().all()
-            with watch.watching():
-                found = step(kind, case)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    with deterministic(), OnTriton():
+        expected = step(kind, case)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        # As on a GPU, add the gradient through the moments in place.
+        monkeypatch.setattr(autograd, "_is_to_spare", lambda grad: True)
+        assert torch.empty(3).isnan().all()
+        with watch.watching():
+            found = step(kind, case)
     assert watch.faults == set()
     assert launched["features_kernel"] >= 4  # two chunks, two steps
     for a, b in zip(found, expected, strict=True):
