@@ -1,5 +1,6 @@
 """Isolate tests from those that ran before in the same process."""
 
+import os
 import random
 import signal
 from collections.abc import Iterator
@@ -8,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 from mmengine.registry import DefaultScope
+
+# Servers of tests are not behind a proxy.
+for name in ("no_proxy", "NO_PROXY"):
+    os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost"]))
 
 
 def seed(value: int) -> None:

@@ -1,5 +1,6 @@
 """The shipped configs, and the meaning of their names."""
 
+import copy
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -95,4 +96,4 @@ def read(path: Path) -> Config:
 def planned(path: Path) -> nn.Module:
     """Build a config's model without allocating its weights."""
     with torch.device("meta"):
-        return build(read(path).model)
+        return build(copy.deepcopy(read(path).model))  # mmdet completes the heads' dicts
