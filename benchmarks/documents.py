@@ -33,6 +33,7 @@ EVIDENCE = {
     ("shapes_retinanet", "scratch"): "drawn shapes, from scratch",
     ("shapes_retinanet", "warm_start"): "drawn shapes, fine-tuned from plain",
     ("bccd_small", "scratch"): "BCCD blood cells, from scratch",
+    ("bccd_small", "warm_start"): "BCCD blood cells, fine-tuned from plain",
     ("cards_small", "scratch"): "photographs of playing cards, from scratch",
 }
 MEASURED = (
@@ -76,9 +77,10 @@ CHINESE = {
     "drawn shapes, from scratch": "生成的几何图形，从头训练",
     "drawn shapes, fine-tuned from plain": "生成的几何图形，由普通检测器微调",
     "BCCD blood cells, from scratch": "BCCD 血细胞，从头训练",
+    "BCCD blood cells, fine-tuned from plain": "BCCD 血细胞，由普通检测器微调",
     "photographs of playing cards, from scratch": "扑克牌照片，从头训练",
     "command": "命令",
-    "takes": "耗时",
+    "takes on 2 CPU cores": "2 核 CPU 耗时",
     "in a fresh clone": "全新克隆",
     "with the environment in place": "环境已就绪",
     "{} min": "{} 分钟",
@@ -203,7 +205,7 @@ def durations(words: Words) -> Iterator[str]:
         [f"`make demo`{comma}{words('in a fresh clone')}", f"{of_demo}{comma}{parts}"],
         [f"`make test`{comma}{words('with the environment in place')}", f"{of_test}{comma}{tests}"],
     ]
-    yield from table([words("command"), words("takes")], rows, numbers_from=2)
+    yield from table([words("command"), words("takes on 2 CPU cores")], rows, numbers_from=2)
 
 
 # --------------------------------------------------------------------------- docs/performance.md
