@@ -6,7 +6,13 @@ import os
 import sys
 import traceback
 import warnings
-from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from argparse import (
+    SUPPRESS,
+    ArgumentParser,
+    ArgumentTypeError,
+    Namespace,
+    RawDescriptionHelpFormatter,
+)
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -70,6 +76,8 @@ def run_parser(description: str, example: str) -> ArgumentParser:
         default="none",
         help="launcher that started the processes of this run (default: %(default)s)",
     )
+    # torch.distributed.launch, which mim uses, passes it; the environment has the same number.
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=SUPPRESS)
     parser.add_argument(
         "--check-data",
         choices=["full", "quick", "off"],

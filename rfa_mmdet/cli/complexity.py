@@ -64,7 +64,7 @@ def parse_args() -> Namespace:
         action=DictAction,
         default={},
         metavar="KEY=VALUE",
-        help="override config entries, e.g. model.backbone.depth=18",
+        help="override config entries, e.g. model.backbone.depth=101",
     )
     args = parser.parse_args()
     if (args.config is not None) + args.table + args.systems != 1:

@@ -54,7 +54,8 @@ def check_device(device: str | None) -> None:
     count = torch.cuda.device_count()
     if wanted.type == "cuda" and (wanted.index or 0) >= count:
         raise UserError(
-            f"device={device!r}: PyTorch finds {count} GPUs; run tools/doctor.py to see why"
+            f"device={device!r}: PyTorch finds {count} GPUs; "
+            "run `python -m rfa_mmdet doctor` to see why"
         )
 
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from mmengine.config import Config
 
+from rfa_mmdet.cli.command_line import run_parser
 from rfa_mmdet.cli.distributed import launched_rank, prepare_group
 from rfa_mmdet.errors import ConfigError
 
@@ -25,6 +26,13 @@ def slurm(cluster, run_tool):
         return run_tool("bash", f"tools/slurm_{tool}.sh", "part", "a job", *arguments, **variables)
 
     return run
+
+
+@pytest.mark.parametrize("option", ["--local-rank=1", "--local_rank=1"])
+def test_option_of_old_launchers_is_accepted(option):
+    """``torch.distributed.launch``, which ``mim train`` starts, passes it to each process."""
+    args = run_parser("A tool.", "tool.py config.py").parse_args(["config.py", option])
+    assert args.config == "config.py"
 
 
 @pytest.mark.slow

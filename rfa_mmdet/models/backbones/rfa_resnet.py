@@ -129,10 +129,21 @@ class RFAResNet(ResNet):
             raise ValueError(f"stage_with_rfa={stage_with_rfa}: needs rfa, which is None")
         if stage_with_rfa is None:
             stage_with_rfa = (rfa is not None,) * num_stages
-        if len(stage_with_rfa) != num_stages:
+        if (
+            not isinstance(stage_with_rfa, Sequence)
+            or len(stage_with_rfa) != num_stages
+            or any(replaced not in (False, True) for replaced in stage_with_rfa)
+        ):
             raise ValueError(
-                f"stage_with_rfa={stage_with_rfa}: must have num_stages={num_stages} entries"
+                f"stage_with_rfa={stage_with_rfa!r}: must be one bool for each of the "
+                f"num_stages={num_stages} stages"
             )
+        for plugin in plugins or ():
+            if not isinstance(plugin, dict) or plugin.keys() - {"cfg", "stages", "position"}:
+                raise ValueError(
+                    f"plugins={plugins}: must be a list of dicts with the keys cfg, stages and "
+                    "position"
+                )
         dcn = kwargs.get("dcn")
         if dcn is not None and (rfa is not None or depth < 50):
             raise ValueError(

@@ -164,12 +164,21 @@ def test_configs_are_not_modified():
     [
         ((20,), {}, r"^depth=20: must be one of \(18, 34, 50, 101, 152\)$"),
         (("18",), {}, "^depth='18': must be one of"),
-        ((18, RFA, (0, 1, 1)), {}, r"^stage_with_rfa=\(0, 1, 1\): must have num_stages=4 entries"),
+        (
+            (18, RFA, (0, 1, 1)),
+            {},
+            r"^stage_with_rfa=\(0, 1, 1\): must be one bool for each of the num_stages=4",
+        ),
         (
             (18, RFA, (1, 1, 1, 1)),
             dict(num_stages=3, strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(0, 1, 2)),
-            r"^stage_with_rfa=\(1, 1, 1, 1\): must have num_stages=3 entries",
+            r"^stage_with_rfa=\(1, 1, 1, 1\): must be one bool for each of the num_stages=3",
         ),
+        ((18, RFA, (1, 2, 3, 4)), {}, r"^stage_with_rfa=\(1, 2, 3, 4\): must be one bool"),
+        ((18, RFA, "0111"), {}, r"^stage_with_rfa='0111': must be one bool"),
+        ((18, RFA, True), {}, r"^stage_with_rfa=True: must be one bool"),
+        ((18,), dict(plugins=[dict(cfg=dict(type="SE"), stage=(1, 1, 1, 1))]), "^plugins=.*keys"),
+        ((18,), dict(plugins=dict(cfg=dict(type="SE"))), "^plugins=.*must be a list of dicts"),
         ((18, None, (1, 1, 1, 1)), {}, r"^stage_with_rfa=\(1, 1, 1, 1\): needs rfa"),
         (
             (50, RFA),
