@@ -141,8 +141,8 @@ class RFAResNet(ResNet):
         for plugin in plugins or ():
             if not isinstance(plugin, dict) or plugin.keys() - {"cfg", "stages", "position"}:
                 raise ValueError(
-                    f"plugins={plugins}: must be a list of dicts with the keys cfg, stages and "
-                    "position"
+                    f"plugins={plugins}: must be a list of dicts with the keys cfg, position and, "
+                    "optionally, stages"
                 )
         dcn = kwargs.get("dcn")
         if dcn is not None and (rfa is not None or depth < 50):

@@ -100,13 +100,13 @@ def test_warm_start_matches_the_plain_module(name, conv):
         assert relative(expected, flat(net(*inputs))) > 1e-3
 
 
-def reached_parameters(net, inputs) -> set[str]:
-    """Return the parameters with a gradient; check that the inputs have one."""
+def gradients(net, inputs) -> dict[str, torch.Tensor]:
+    """Return the gradients of the parameters that have one; check that the inputs do."""
     outputs = flat(net(*inputs))
     torch.manual_seed(2)
     torch.autograd.backward(outputs, [torch.randn_like(y) for y in outputs])
     assert all(t.grad is not None for t in flat(inputs))
-    return {n for n, p in net.named_parameters() if p.grad is not None and p.grad.any()}
+    return {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -125,12 +125,13 @@ def test_forward_and_backward_reach_every_parameter(name):
     randomise_norms(plain)
     plain.train()
     new = tuple(f"{layer}." for layer in new_names(net))
-    reached = reached_parameters(net, inputs_of(case))
-    assert {n for n, _ in net.named_parameters() if n.startswith(new)} <= reached
-    # Of the others, all that have a gradient in the plain module.
-    kept = {n for n in reached_parameters(plain, inputs_of(case)) if not n.startswith(new)}
+    found, expected = gradients(net, inputs_of(case)), gradients(plain, inputs_of(case))
+    for n, _ in net.named_parameters():
+        assert not n.startswith(new) or found[n].any(), n
+    # Of the others, all that have a gradient in the plain module. Rounding decides if some are 0.
+    kept = {n for n in expected if not n.startswith(new)}
     assert kept
-    assert {n for n in reached if not n.startswith(new)} == kept
+    assert {n for n in found if not n.startswith(new)} == kept
 
 
 @pytest.mark.parametrize("name", CASES)
