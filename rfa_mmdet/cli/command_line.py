@@ -53,7 +53,7 @@ def config_parser(description: str, example: str) -> ArgumentParser:
         action=DictAction,
         default={},
         metavar="KEY=VALUE",
-        help='override config entries, e.g. train_cfg.max_epochs=24 or a="[1,2]"',
+        help='override config entries, e.g. train_dataloader.batch_size=4 or a="[1,2]"',
     )
     return parser
 
@@ -69,7 +69,10 @@ def run_parser(description: str, example: str) -> ArgumentParser:
         ArgumentParser: The parser, to which the tool adds its own arguments.
     """
     parser = config_parser(description, example)
-    parser.add_argument("--work-dir", help="output folder; default: work_dirs/<config name>")
+    parser.add_argument(
+        "--work-dir",
+        help="output folder; default: the config's work_dir, or else work_dirs/<config name>",
+    )
     parser.add_argument(
         "--launcher",
         choices=["none", "pytorch", "slurm", "mpi"],

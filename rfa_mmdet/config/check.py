@@ -56,6 +56,7 @@ OLD_KEYS = {
 OLD_DATA = {"samples_per_gpu", "workers_per_gpu", "train", "val", "test"}
 MIGRATION = "https://mmdetection.readthedocs.io/en/latest/migration/config_migration.html"
 PACKAGES = ("mmdet", "mmengine", "mmcv", PACKAGE)  # they look up every ``type`` in a registry
+WARM_UPS = ("Constant", "Linear", "QuadraticWarmup")  # names without LR, at the beginning
 SYNC_BN = ("SyncBatchNorm", "SyncBN", "MMSyncBN", "NaiveSyncBN1d", "NaiveSyncBN2d", "NaiveSyncBN3d")
 
 
@@ -110,7 +111,8 @@ def check_run(cfg: Config, splits: tuple[str, ...]) -> list[str]:
         splits (tuple[str, ...]): The splits that the run reads: 'train', 'val' or 'test'.
 
     Returns:
-        list[str]: Warnings about keys without effect.
+        list[str]: Warnings about keys without effect, and about a learning rate schedule that is
+        not as long as the training.
 
     Raises:
         ConfigError: A dataloader, loop, evaluator or the default scope is missing; masks are
@@ -140,7 +142,8 @@ def check_run(cfg: Config, splits: tuple[str, ...]) -> list[str]:
         for split in splits:
             _check_evaluated_masks(cfg, f"{split}_evaluator")
     old = _old_keys(cfg)
-    return [f"{key}: MMDetection 3.x ignores this key; use {OLD_KEYS[key]}" for key in old]
+    found = [f"{key}: MMDetection 3.x ignores this key; use {OLD_KEYS[key]}" for key in old]
+    return found + (_schedule_warnings(cfg) if "train" in splits else [])
 
 
 def _name(cfg: Config) -> str:
@@ -200,6 +203,37 @@ def _check_trained_masks(cfg: Config, splits: tuple[str, ...]) -> None:
                     "them; use dict(type='LoadAnnotations', with_bbox=True, with_mask=True), or "
                     "model.roi_head.mask_head=None"
                 )
+
+
+def _schedule_warnings(cfg: Config) -> list[str]:
+    """Warn if a training was made longer or shorter, but not its learning rate schedule."""
+    unit = "max_iters" if cfg.train_cfg.get("max_iters") else "max_epochs"
+    length = cfg.train_cfg.get(unit)
+    steps = cfg.get("param_scheduler") or []
+    steps = steps if isinstance(steps, (list, tuple)) else [steps]
+    steps = [s for s in steps if s.get("by_epoch", True) is (unit == "max_epochs")]
+    ends = [end for end in map(_end, steps) if end is not None]
+    late = [m for s in steps for m in s.get("milestones", ()) if length and m >= length]
+    if length and ends and max(ends) != length:
+        why = f"ends at {max(ends)}"
+    elif late:
+        why = f"has the milestones {late}"
+    else:
+        return []
+    return [
+        f"train_cfg.{unit}={length}, but param_scheduler {why}: {unit} does not change the "
+        "schedule; set end, milestones and T_max of its entries to match"
+    ]
+
+
+def _end(scheduler: dict[str, Any]) -> int | None:
+    """Return when a scheduler ends; None if never, or if it is a warm-up."""
+    begin = scheduler.get("begin", 0)
+    if begin == 0 and type_name(scheduler["type"]).removesuffix("LR") in WARM_UPS:
+        return None
+    length = scheduler.get("T_max")
+    end: int | None = scheduler.get("end", None if length is None else begin + length)
+    return end
 
 
 def _check_evaluated_masks(cfg: Config, key: str) -> None:

@@ -1,5 +1,7 @@
 """Configs that the check rejects, and configs that it must accept."""
 
+import re
+
 import pytest
 from mmdet.models import ResNet, RetinaNet
 from mmengine.config import Config
@@ -92,6 +94,39 @@ def test_configs_of_old_mmdetection():
     used = changed({"optimizer": optimizer, "data": dict(data_root="x")})
     used.optim_wrapper.optimizer = optimizer
     assert check_run(used, ("train", "val")) == []
+
+
+LONGER = {"train_cfg.max_epochs": 13}
+COSINE = dict(type="CosineAnnealingLR", begin=2, T_max=10)
+WARM_UP = dict(type="LinearLR", start_factor=0.001, begin=0, end=5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"train_cfg.max_epochs": 24}, "max_epochs=24, but param_scheduler ends at 12: max_epochs"),
+        ({"train_cfg.max_epochs": 6}, "max_epochs=6, but param_scheduler ends at 12"),
+        (
+            {"train_cfg.max_epochs": 11, "param_scheduler.1.end": 11},
+            r"has the milestones \[11\]: max_epochs does not change",
+        ),
+        ({"param_scheduler": [WARM_UP, COSINE]} | LONGER, "ends at 12"),
+        (
+            {"train_cfg": dict(_delete_=True, type="IterBasedTrainLoop", max_iters=900)}
+            | {"param_scheduler": [dict(type="PolyLR", by_epoch=False, end=800)]},
+            "max_iters=900, but param_scheduler ends at 800: max_iters does not",
+        ),
+        ({"param_scheduler": [WARM_UP, COSINE]}, None),
+        ({"param_scheduler": [WARM_UP]} | LONGER, None),
+        ({"param_scheduler": None} | LONGER, None),
+        ({"param_scheduler": [dict(type="StepLR", step_size=3)]} | LONGER, None),
+    ],
+)
+def test_schedule_of_another_length(changes, warning):
+    found = check_run(changed(changes), ("train", "val"))
+    assert len(found) == (warning is not None)
+    assert warning is None or re.search(warning, found[0])
+    assert check_run(changed(changes), ("test",)) == []
 
 
 @pytest.mark.parametrize(
