@@ -29,7 +29,7 @@ def multiplied(name: str) -> nn.Module:
     """Return a plug-in that started as the identity but has other weights now."""
     kwargs = dict(scale_by_patches=True) if name == "ConAM" else {}
     layer = build(name, start="identity", **kwargs)
-    layer.load_state_dict(build(name, **kwargs).state_dict())
+    layer.load_state_dict(dict(build(name, **kwargs).state_dict()))
     assert layer.output_scale != 1
     return layer.eval()
 

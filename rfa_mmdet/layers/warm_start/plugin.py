@@ -12,15 +12,20 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from rfa_mmdet.layers.warm_start.start import WarmStartError, matching
+
 PluginStart = Literal["paper", "identity"]
+# Key in a plug-in's metadata in a state dict, next to torch's module version: its start.
+START = "rfa_mmdet_start"
 
 
 class Plugin(nn.Module):
     """Base class of the plug-ins: their start and output scale.
 
-    ``output_scale`` depends only on the config and is not in checkpoints, so test or fine-tune a
-    checkpoint with the ``start`` that it was trained with. A plain detector's checkpoint has no
-    keys of plug-ins and works with both.
+    ``output_scale`` depends only on the config, so a checkpoint must be loaded with the ``start``
+    that it was trained with. The state dict's metadata records it, and loading a plug-in's weights
+    with another one raises :class:`~rfa_mmdet.layers.warm_start.start.WarmStartError`. A plain
+    detector's checkpoint has no keys of plug-ins and works with both.
 
     Attributes:
         start (str): 'paper': initialised by torch or by a parent's ``init_cfg``. 'identity': the
@@ -53,6 +58,7 @@ class Plugin(nn.Module):
         if start not in get_args(PluginStart):
             raise ValueError(f"start={start!r}: must be one of {get_args(PluginStart)}")
         self.start = start
+        self._register_state_dict_hook(_note_start)
         if start == "identity":
             self.output_scale = 1 / self.constant_attention()[1]
             self._set_identity()
@@ -86,6 +92,18 @@ class Plugin(nn.Module):
         """Return whether the layer is the identity now: it started so and has not been trained."""
         return self.exact and self._is_constant()
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any
+    ) -> None:
+        noted = metadata.get(START)
+        differs = noted in get_args(PluginStart) and noted != self.start
+        if differs and matching(self, state_dict, prefix):
+            raise WarmStartError(
+                f"{prefix}start: the checkpoint was trained with start={noted!r}, but this "
+                f"{type(self).__name__} has start={self.start!r}; pass start={noted!r}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+
     @torch.no_grad()
     def _is_constant(self) -> bool:
         if self.start != "identity" or any(p.is_meta for p in self.parameters()):
@@ -110,3 +128,7 @@ class Plugin(nn.Module):
     def _with_start(self, *shown: str) -> str:
         """Append the start to the arguments that a subclass shows."""
         return ", ".join(filter(None, [*shown, Plugin.extra_repr(self)]))
+
+
+def _note_start(plugin: Plugin, state: Any, prefix: str, metadata: dict[str, Any]) -> None:
+    metadata[START] = plugin.start

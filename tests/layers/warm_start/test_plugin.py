@@ -2,14 +2,17 @@
 
 import copy
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
 from mmengine.model import BaseModule, Sequential
 from mmengine.registry import MODELS
+from mmengine.runner.checkpoint import get_state_dict, load_checkpoint, save_checkpoint
 from torch import Tensor, nn
 
 from rfa_mmdet.layers import ConAM
+from rfa_mmdet.layers.warm_start.start import WarmStartError
 from tests.helpers.registered import CHANNELS, PLUGINS, accepts, feature_map, plugin, required
 from tests.helpers.torch_features import CONV_TYPES
 from tests.helpers.touched import TOOLS
@@ -94,7 +97,7 @@ def test_identity_until_the_first_step(name, training, tool):
 def test_checkpoint_wins_and_the_output_scale_stays(name, training, tool):
     paper, layer = (build(name, start).double().train(training) for start in ("paper", "identity"))
     assert paper.output_scale == 1
-    layer.load_state_dict(paper.state_dict(), strict=True)
+    layer.load_state_dict(dict(paper.state_dict()), strict=True)
     if tool is not None:
         TOOLS[tool](layer)
     x = feature_map().double()
@@ -191,6 +194,23 @@ def test_pretrained_checkpoint_with_plugin_keys_wins(name, tmp_path):
     assert parent.layer.output_scale == SCALES[name]  # from the config, as always
 
 
+@pytest.mark.parametrize("start", ["paper", "identity"])
+def test_checkpoint_of_another_start_is_refused(name, start, tmp_path):
+    net, file = nn.Sequential(build(name, start)), tmp_path / "file.pth"
+    save_checkpoint(dict(state_dict=get_state_dict(net)), str(file))
+    load_checkpoint(nn.Sequential(build(name, start)), str(file), strict=True)
+    other = "paper" if start == "identity" else "identity"
+    message = rf"^0\.start: .* with start='{start}', but this {name} has start='{other}'"
+    with pytest.raises(WarmStartError, match=message):
+        load_checkpoint(nn.Sequential(build(name, other)), str(file))
+    # Nothing is known about a state dict without metadata, and a plain detector's has no start.
+    state = torch.load(file, weights_only=True)["state_dict"]
+    build(name, other).load_state_dict({k.removeprefix("0."): v for k, v in state.items()})
+    plain = OrderedDict()
+    plain._metadata = state._metadata
+    nn.Sequential(build(name, other)).load_state_dict(plain, strict=False)
+
+
 def test_start_is_shown_and_checked(name):
     assert f"start='identity', output_scale={SCALES[name]:g}" in repr(build(name))
     assert "start=" not in repr(build(name, "paper"))
@@ -205,6 +225,7 @@ def test_copies_and_pickles_keep_the_start(name):
         assert_identity(twin)
     # Modules pickled before the argument existed start as in the paper.
     old = build(name, "paper")
+    old._state_dict_hooks.clear()
     expected = old(feature_map())
     for attribute in ("start", "output_scale"):
         vars(old).pop(attribute, None)
