@@ -5,12 +5,14 @@ window: F = act(norm(depthwise convolution)), (B, C, K, h, w). Each method weigh
 way, and the final convolution sums them up.
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from mmcv.cnn import build_activation_layer, build_norm_layer
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from rfa_mmdet.layers.arguments import with_arguments_of
@@ -66,6 +68,8 @@ class ReceptiveFieldConv(AttentionConv2d):
     feature: nn.Conv2d  # None if RFAConv uses the window's own values
     # Whether the norm is past the warm start; checked in the first batches after loading.
     settled = True
+    # Whether the first input after a warm start was compared with input_floor.
+    floor_checked = True
 
     @with_arguments_of(AttentionConv2d)
     def __init__(
@@ -160,6 +164,7 @@ class ReceptiveFieldConv(AttentionConv2d):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self.settled = False
+        self.floor_checked = not self.start.plain or isinstance(self.act, nn.Identity)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
@@ -171,6 +176,8 @@ class ReceptiveFieldConv(AttentionConv2d):
             Tensor: (B, out_channels, h, w).
         """
         self.check_input(x)
+        if not (self.floor_checked or is_recorded()):
+            self._compare_with_floor(x)
         if self.settled or not self.norm.training or needs_plain_operators():
             return self.compute(x)
         return self._first_steps(x)
@@ -182,6 +189,8 @@ class ReceptiveFieldConv(AttentionConv2d):
     @not_compiled
     def _first_steps(self, x: Tensor) -> Tensor:
         """Compute the output, and check whether the norm can use batch statistics yet."""
+        if not self.floor_checked:  # forward() did not, if it is compiled
+            self._compare_with_floor(x)
         norm: Any = self.norm
         # Not in replicas or under torch.func, whose parameters are temporary.
         if awaits_statistics(norm) and norm.weight.is_leaf:
@@ -197,6 +206,24 @@ class ReceptiveFieldConv(AttentionConv2d):
             return self.compute(x)
         finally:
             norm.training = True
+
+    def _compare_with_floor(self, x: Tensor) -> None:
+        """Warn if the activation clips inputs that the plain convolution does not."""
+        if x.numel() == 0 or x.is_meta:
+            return
+        self.floor_checked = True
+        lowest = x.detach().min().item()
+        if lowest < self._shift():
+            kind, name = type(self).__name__, self.start.name
+            layer = f"{name}: {kind}" if name else f"{kind}({self.extra_repr()})"
+            print_log(
+                f"{layer} was warm-started with input_floor={self.input_floor:g}, but its input "
+                f"goes down to {lowest:.3g}. Its {type(self.act).__name__} changes what is below "
+                "the floor, so the outputs differ from the plain convolution's. Pass bias=True and "
+                "a lower input_floor, or act_cfg=None",
+                logger="current",
+                level=logging.WARNING,
+            )
 
     def _shift(self) -> float:
         """Return the shift that the norm subtracts; 0 without a norm."""

@@ -19,7 +19,7 @@ from rfa_mmdet.layers.warm_start.published_names import PUBLISHED, rename_publis
 
 
 class WarmStartError(ValueError):
-    """The checkpoint's convolution cannot start this layer, or must not be dropped."""
+    """The checkpoint does not fit a layer's start, or has weights that must not be dropped."""
 
 
 class Start(NamedTuple):
@@ -31,11 +31,13 @@ class Start(NamedTuple):
             layer; empty without a warm start.
         refused (str): Why a plain convolution in the checkpoint was not used; empty if it was
             used, or there was none.
+        name (str): Name of the layer in the checkpoint that warm-started it.
     """
 
     filled: frozenset[str] = frozenset()
     plain: tuple[str, ...] = ()
     refused: str = ""
+    name: str = ""
 
 
 def matching(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> frozenset[str]:
@@ -138,7 +140,8 @@ class WarmStartable(nn.Module):
         # The other values are the layer's own initial ones.
         filled = {f"conv.{name}" for name in plain}
         filled |= {name for name in values if name.endswith(("running_mean", "running_var"))}
-        self.start = Start(frozenset(filled | (self.start.filled - values.keys())), plain)
+        kept = self.start.filled - values.keys()
+        self.start = Start(frozenset(filled | kept), plain, name=prefix[:-1])
 
     def _check_shape(self, state_dict: dict[str, Any], prefix: str, name: str) -> None:
         given = state_dict.get(prefix + name)

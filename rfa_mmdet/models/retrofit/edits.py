@@ -432,6 +432,8 @@ def _copy_weights(step: Step, layer: nn.Module) -> None:
             f"{step.names[0]}: {type(layer).__name__} cannot start from the convolution that it "
             f"replaces: {layer.start.refused}"
         )
+    if isinstance(layer, AttentionConv2d):
+        layer.start = layer.start._replace(name=step.names[0])
     final = layer.conv if isinstance(layer, AttentionConv2d) else layer
     # A bias that the plain one does not have is new, and trained.
     own = dict(final.named_parameters())

@@ -1,10 +1,13 @@
 """The argument input_floor, the lowest input for which a warm start is exact."""
 
+import copy
+
 import pytest
 import torch
 from mmengine.registry import MODELS
 from torch import nn
 
+from rfa_mmdet.models import retrofit
 from tests.helpers.registered import RECEPTIVE
 
 
@@ -48,3 +51,64 @@ def test_valid_input_floors(name):
     bare.load_state_dict(plain.state_dict(), strict=True)
     x = torch.randn(2, 4, 5, 5) * 9
     torch.testing.assert_close(bare(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def warnings(monkeypatch) -> list[str]:
+    """Return what the layers log."""
+    found: list[str] = []
+    monkeypatch.setattr(
+        "rfa_mmdet.layers.conv.receptive_field.print_log", lambda text, **_: found.append(text)
+    )
+    return found
+
+
+def warm_started(name: str, **kwargs) -> nn.Module:
+    layer = MODELS.get(name)(4, 6, 3, padding=1, **kwargs)
+    layer.load_state_dict(nn.Conv2d(4, 6, 3, bias=layer.with_bias).state_dict())
+    return layer
+
+
+@pytest.mark.parametrize("name", RECEPTIVE)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm_cfg", [dict(type="BN"), None])
+def test_warns_once_of_inputs_below_the_floor(name, training, norm_cfg, warnings):
+    layer = warm_started(name, norm_cfg=norm_cfg).train(training)
+    x = torch.rand(2, 4, 5, 5)
+    x[1, 2, 3, 4] = -1.5
+    layer(x[:0])  # tells nothing
+    layer(x)
+    layer(x - 1)
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"{name}(4, 6, kernel_size=(3, 3)")
+    assert "with input_floor=0, but its input goes down to -1.5. Its ReLU" in warnings[0]
+
+
+@pytest.mark.parametrize("name", RECEPTIVE)
+def test_no_warning_where_the_start_is_exact_or_there_was_none(name, warnings):
+    x = torch.rand(2, 4, 5, 5) - 1
+    bare, lower = warm_started(name, act_cfg=None), warm_started(name, bias=True, input_floor=-1)
+    for layer in (bare, lower, MODELS.get(name)(4, 6, 3)):
+        layer.eval()(x)
+    own = warm_started(name)
+    own.load_state_dict(copy.deepcopy(own.state_dict()))  # a checkpoint of its own
+    own(x)
+    above = warm_started(name)
+    above(x + 1)
+    above(x)  # trained by now
+    assert warnings == []
+
+
+def test_warning_names_the_layer(warnings):
+    edits = [dict(where="stem.1", conv=dict(type="RFAConv"))]
+    net = nn.Sequential()
+    net.stem = nn.Sequential(nn.Identity(), nn.Conv2d(4, 6, 3))
+    x = torch.rand(1, 4, 5, 5) - 1
+    built = retrofit(copy.deepcopy(net), edits)
+    built(x)
+    changed = copy.deepcopy(net)
+    changed.stem[1] = MODELS.get("RFAConv")(4, 6, 3, bias=True)
+    changed.load_state_dict(net.state_dict())
+    changed(x)
+    assert len(warnings) == 2
+    assert all(text.startswith("stem.1: RFAConv was warm-started") for text in warnings)

@@ -18,7 +18,7 @@ from tests.helpers.registered import ATTENDED, CONVS, RECEPTIVE, build_randomly,
 @pytest.mark.parametrize(("bias", "own_bias"), [(True, True), (False, True), (False, False)])
 def test_start_records_loaded_names(name, bias, own_bias):
     layer = build_randomly(dict(type=name), 4, 6, 3, bias=own_bias)
-    assert layer.start == Start() == (frozenset(), (), "")
+    assert layer.start == Start() == (frozenset(), (), "", "")
     layer.load_state_dict(plain_state(bias=bias), strict=True)
     filled = {"conv.weight"} | ({"conv.bias"} if bias else set())
     if name in RECEPTIVE:
