@@ -20,7 +20,7 @@ __all__ = ["__version__", "register", "retrofit"]
 
 _INSTALL = {
     "mmengine": 'pip install "rfa_mmdet[openmmlab]"',
-    "mmcv": 'MMCV_WITH_OPS=1 pip install --no-build-isolation "mmcv>=2.0,<2.2"',
+    "mmcv": 'MMCV_WITH_OPS=1 pip install --no-build-isolation "mmcv>=2.0.1,<2.2"',
     "mmdet": 'pip install "rfa_mmdet[openmmlab]"',
 }
 # The forks install the same modules: next to one of them, the originals would overwrite its files.

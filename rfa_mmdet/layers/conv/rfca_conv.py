@@ -35,7 +35,9 @@ class RFCAConv(ReceptiveFieldConv):
             Defaults to 32.
 
     Raises:
-        TypeError, ValueError: An argument or the input is invalid.
+        TypeError, ValueError: An argument or the input is invalid, or the chosen backend does not
+            support it.
+        RuntimeError: The chosen backend is not available in this process.
 
     Example:
         >>> import torch

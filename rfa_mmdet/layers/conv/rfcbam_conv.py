@@ -40,7 +40,9 @@ class RFCBAMConv(ReceptiveFieldConv):
         hidden_channels (int): Hidden width of the channel attention. Defaults to 16.
 
     Raises:
-        TypeError, ValueError: An argument or the input is invalid.
+        TypeError, ValueError: An argument or the input is invalid, or the chosen backend does not
+            support it.
+        RuntimeError: The chosen backend is not available in this process.
 
     Example:
         >>> conv = RFCBAMConv(16, 32, 3, stride=2)
