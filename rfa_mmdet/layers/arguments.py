@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import wraps
 from numbers import Integral
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ def with_arguments_of(parent: type) -> Callable[[Init], Init]:
     For a constructor with ``*args``, its own keyword arguments and ``**kwargs``,
     :func:`inspect.signature` and :func:`help` list the parent's arguments, with defaults and
     annotations, instead of ``*args`` and ``**kwargs``. Positional-only arguments of the parent are
-    not listed.
+    not listed. Unknown keyword arguments raise a :class:`TypeError` that lists the valid ones.
 
     Args:
         parent (type): The class whose constructor gets ``*args`` and ``**kwargs``.
@@ -46,8 +47,20 @@ def with_arguments_of(parent: type) -> Callable[[Init], Init]:
         first = [p for p in own if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         last = [p for p in own if p.kind is p.KEYWORD_ONLY]
         signature = inspect.Signature([*first, *inherited, *last], return_annotation=None)
-        init.__signature__ = signature  # type: ignore[attr-defined]
-        return init
+
+        @wraps(init)
+        def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+            # Otherwise, Python's error would name a base class.
+            for name in kwargs.keys() - signature.parameters.keys():
+                valid = ", ".join(list(signature.parameters)[1:])
+                raise TypeError(
+                    f"{type(self).__name__}() got an unexpected keyword argument {name!r}; valid: "
+                    f"{valid}"
+                )
+            init(self, *args, **kwargs)
+
+        checked.__signature__ = signature  # type: ignore[attr-defined]
+        return checked  # type: ignore[return-value]
 
     return decorate
 

@@ -108,6 +108,17 @@ def test_no_argument_is_ignored(layer_name, kwargs):
 
 
 @pytest.mark.parametrize("layer_name", CONVS)
+def test_unknown_argument_names_the_layer_and_the_valid_ones(layer_name):
+    kind = MODELS.get(layer_name)
+    for cls in (kind, type("Derived", (kind,), {})):
+        message = (
+            rf"^{cls.__name__}\(\) got an unexpected keyword argument 'factor'; valid: in_ch.*"
+        )
+        with pytest.raises(TypeError, match=message + ", ".join(OWN[layer_name]) + "$"):
+            cls(CHANNELS, 16, 3, factor=2)
+
+
+@pytest.mark.parametrize("layer_name", CONVS)
 def test_bias_is_added_to_every_output_channel(layer_name):
     with_bias = conv(layer_name, CHANNELS, 16, 3, padding=1).eval()
     without = conv(layer_name, CHANNELS, 16, 3, padding=1, bias=False).eval()
