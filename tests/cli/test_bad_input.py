@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import runpy
 import shutil
 import sys
@@ -48,6 +49,14 @@ def with_model(tiny_config, tmp_path, text):
 def test_missing_config(fails):
     error = fails(config="configs/rfaconv/retinanet_r50-rfaconv_fpn_1x_coc.py")
     assert "no such file; did you mean retinanet_r50-rfaconv_fpn_1x_coco.py" in error
+
+
+def test_traceback_on_request(run_tool, tiny_config, tmp_path):
+    config = with_model(tiny_config, tmp_path, "model = None")
+    done = run_tool(sys.executable, "tools/train.py", config, RFA_MMDET_TRACEBACK="1")
+    assert done.returncode == 1
+    assert "Traceback (most recent call last):" in done.stdout
+    assert re.match(r"error: .* has no model", done.stdout.splitlines()[-1])
 
 
 def test_wrong_type(fails):
