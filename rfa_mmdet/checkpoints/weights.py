@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rfa_mmdet.checkpoints.files import read_checkpoint
 from rfa_mmdet.errors import UserError
+from rfa_mmdet.layers.warm_start.start import WarmStartError
 
 
 def bare(model: nn.Module) -> Any:
@@ -43,13 +44,21 @@ def state_of(checkpoint: dict, name: str) -> dict[str, Tensor]:
     named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
     if not named or not any(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"checkpoint={name!r} contains no model weights")
-    return _like(state, ((re.sub(r"^module\.", "", key), state[key]) for key in state))
+    # The metadata has DDP's own entry, '', and the model's, 'module'.
+    metadata = {re.sub(r"^module(\.|$)", "", key): v for key, v in _metadata(state).items()}
+    return _with_metadata(((re.sub(r"^module\.", "", k), state[k]) for k in state), metadata)
 
 
-def _like(state: dict, items: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Return a state dict with other items but the same metadata, which has module versions."""
+def _metadata(state: dict) -> dict[str, Any]:
+    """Return the metadata of a state dict, which has module versions and more."""
+    return getattr(state, "_metadata", {})
+
+
+def _with_metadata(
+    items: Iterable[tuple[str, Tensor]], metadata: dict[str, Any]
+) -> dict[str, Tensor]:
     found = OrderedDict(items)
-    found._metadata = getattr(state, "_metadata", {})  # type: ignore[attr-defined]
+    found._metadata = metadata  # type: ignore[attr-defined]
     return found
 
 
@@ -72,9 +81,12 @@ def load_weights(model: nn.Module, checkpoint: dict, name: str) -> None:
     state = state_of(checkpoint, name)
     # MMDetection 2.x kept averaged weights as buffers, swapped with the weights.
     averages = {f"ema_{key.replace('.', '_')}" for key in model.state_dict()}
-    state = _like(state, (item for item in state.items() if item[0] not in averages))
+    items = (item for item in state.items() if item[0] not in averages)
+    state = _with_metadata(items, _metadata(state))
     try:
         result = model.load_state_dict(state, strict=False)
+    except WarmStartError as error:
+        raise UserError(f"checkpoint={name!r} does not fit the config's model: {error}") from error
     except (RuntimeError, TypeError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         first, more = lines[min(1, len(lines) - 1)], len(lines) - 2

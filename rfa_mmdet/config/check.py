@@ -11,6 +11,7 @@ import torch
 from mmdet.datasets.transforms import Albu
 from mmdet.models.detectors import DetectionTransformer, SingleStageDetector, TwoStageDetector
 from mmengine.config import Config
+from mmengine.optim.scheduler.param_scheduler import INF
 from mmengine.registry import Registry
 
 from rfa_mmdet.config.plain import is_retrofit, type_name
@@ -56,7 +57,7 @@ OLD_KEYS = {
 OLD_DATA = {"samples_per_gpu", "workers_per_gpu", "train", "val", "test"}
 MIGRATION = "https://mmdetection.readthedocs.io/en/latest/migration/config_migration.html"
 PACKAGES = ("mmdet", "mmengine", "mmcv", PACKAGE)  # they look up every ``type`` in a registry
-WARM_UPS = ("Constant", "Linear", "QuadraticWarmup")  # names without LR, at the beginning
+WARM_UPS = ("ConstantLR", "LinearLR", "QuadraticWarmupLR")  # at the beginning of a schedule
 SYNC_BN = ("SyncBatchNorm", "SyncBN", "MMSyncBN", "NaiveSyncBN1d", "NaiveSyncBN2d", "NaiveSyncBN3d")
 
 
@@ -111,8 +112,8 @@ def check_run(cfg: Config, splits: tuple[str, ...]) -> list[str]:
         splits (tuple[str, ...]): The splits that the run reads: 'train', 'val' or 'test'.
 
     Returns:
-        list[str]: Warnings about keys without effect, and about a learning rate schedule that is
-        not as long as the training.
+        list[str]: Warnings about keys without effect, and about a learning rate schedule that does
+        not fit the training length.
 
     Raises:
         ConfigError: A dataloader, loop, evaluator or the default scope is missing; masks are
@@ -206,15 +207,20 @@ def _check_trained_masks(cfg: Config, splits: tuple[str, ...]) -> None:
 
 
 def _schedule_warnings(cfg: Config) -> list[str]:
-    """Warn if a training was made longer or shorter, but not its learning rate schedule."""
+    """Warn if the training length was changed, but the learning rate schedule was not."""
     unit = "max_iters" if cfg.train_cfg.get("max_iters") else "max_epochs"
     length = cfg.train_cfg.get(unit)
-    steps = cfg.get("param_scheduler") or []
-    steps = steps if isinstance(steps, (list, tuple)) else [steps]
-    steps = [s for s in steps if s.get("by_epoch", True) is (unit == "max_epochs")]
-    ends = [end for end in map(_end, steps) if end is not None]
-    late = [m for s in steps for m in s.get("milestones", ()) if length and m >= length]
-    if length and ends and max(ends) != length:
+    if not length:
+        return []
+    steps = [
+        s
+        for s in _schedulers(cfg.get("param_scheduler"))
+        if s.get("by_epoch", True) is (unit == "max_epochs") and type_name(s["type"]).endswith("LR")
+    ]
+    # A warm-up may end early.
+    ends = [end for s in steps if (end := _end(s, length)) > length or not _warms_up(s)]
+    late = [m for s in steps for m in s.get("milestones", ()) if s.get("begin", 0) + m >= length]
+    if ends and max(ends) != length:
         why = f"ends at {max(ends)}"
     elif late:
         why = f"has the milestones {late}"
@@ -226,14 +232,26 @@ def _schedule_warnings(cfg: Config) -> list[str]:
     ]
 
 
-def _end(scheduler: dict[str, Any]) -> int | None:
-    """Return when a scheduler ends; None if never, or if it is a warm-up."""
-    begin = scheduler.get("begin", 0)
-    if begin == 0 and type_name(scheduler["type"]).removesuffix("LR") in WARM_UPS:
-        return None
-    length = scheduler.get("T_max")
-    end: int | None = scheduler.get("end", None if length is None else begin + length)
-    return end
+def _schedulers(cfg: Any) -> Iterator[dict[str, Any]]:
+    """Yield the entries of ``param_scheduler``: one, a list, or a dict of these by optimizer."""
+    if isinstance(cfg, dict) and "type" in cfg:
+        yield cfg
+    elif isinstance(cfg, (dict, list, tuple)):
+        for entry in cfg.values() if isinstance(cfg, dict) else cfg:
+            yield from _schedulers(entry)
+
+
+def _end(scheduler: dict[str, Any], length: int) -> int:
+    """Return when a scheduler ends; MMEngine lets it run to the end of training by default."""
+    end = scheduler.get("end", INF)
+    cycle = scheduler.get("T_max", scheduler.get("total_steps"))
+    if end >= INF:
+        end = length if cycle is None else scheduler.get("begin", 0) + cycle
+    return int(end)
+
+
+def _warms_up(scheduler: dict[str, Any]) -> bool:
+    return type_name(scheduler["type"]) in WARM_UPS and scheduler.get("begin", 0) == 0
 
 
 def _check_evaluated_masks(cfg: Config, key: str) -> None:

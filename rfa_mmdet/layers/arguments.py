@@ -48,15 +48,18 @@ def with_arguments_of(parent: type) -> Callable[[Init], Init]:
         last = [p for p in own if p.kind is p.KEYWORD_ONLY]
         signature = inspect.Signature([*first, *inherited, *last], return_annotation=None)
 
+        valid = list(signature.parameters)[1:]
+        owner = init.__qualname__.removesuffix(".__init__")
+
         @wraps(init)
         def checked(self: Any, *args: Any, **kwargs: Any) -> None:
             # Otherwise, Python's error would name a base class.
-            for name in kwargs.keys() - signature.parameters.keys():
-                valid = ", ".join(list(signature.parameters)[1:])
-                raise TypeError(
-                    f"{type(self).__name__}() got an unexpected keyword argument {name!r}; valid: "
-                    f"{valid}"
-                )
+            for name in kwargs:
+                if name not in valid:
+                    raise TypeError(
+                        f"{owner}() got an unexpected keyword argument {name!r}; valid: "
+                        f"{', '.join(valid)}"
+                    )
             init(self, *args, **kwargs)
 
         checked.__signature__ = signature  # type: ignore[attr-defined]

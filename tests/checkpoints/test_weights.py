@@ -8,6 +8,7 @@ from torch import nn
 
 from rfa_mmdet.checkpoints.weights import OwnWeightsRunner, StartHook, load_weights
 from rfa_mmdet.errors import UserError
+from rfa_mmdet.layers import SE
 from tests.helpers.toy import Toy, make_runner, plain_file
 
 
@@ -93,6 +94,15 @@ def test_a_bare_state_dict_is_a_checkpoint(tmp_path):
     model = nn.Linear(2, 1)
     load_weights(model, {f"module.{k}": v * 0 for k, v in model.state_dict().items()}, "a.pth")
     assert not any(p.any() for p in model.parameters())
+
+
+def test_another_start_of_a_plugin_does_not_fit():
+    own, wrapped = nn.Sequential(SE(16, start="identity")), nn.Sequential()
+    wrapped.module = own  # as in DDP
+    for net in (own, wrapped):
+        load_weights(nn.Sequential(SE(16, start="identity")), net.state_dict(), "a.pth")
+        with pytest.raises(UserError, match=r"^checkpoint='a\.pth' does not fit .*: 0\.start: "):
+            load_weights(nn.Sequential(SE(16)), net.state_dict(), "a.pth")
 
 
 def trained(tmp_path, name, **kwargs):

@@ -97,36 +97,48 @@ def test_configs_of_old_mmdetection():
 
 
 LONGER = {"train_cfg.max_epochs": 13}
+ITERATIONS = {"train_cfg": dict(_delete_=True, type="IterBasedTrainLoop", max_iters=900)}
 COSINE = dict(type="CosineAnnealingLR", begin=2, T_max=10)
 WARM_UP = dict(type="LinearLR", start_factor=0.001, begin=0, end=5)
+STEPS = dict(type="MultiStepLR", milestones=[8, 11])
 
 
 @pytest.mark.parametrize(
-    ("changes", "warning"),
+    ("schedule", "changes", "warning"),
     [
-        ({"train_cfg.max_epochs": 24}, "max_epochs=24, but param_scheduler ends at 12: max_epochs"),
-        ({"train_cfg.max_epochs": 6}, "max_epochs=6, but param_scheduler ends at 12"),
+        (None, {"train_cfg.max_epochs": 24}, "max_epochs=24, but param_scheduler ends at 12: max_"),
+        (None, {"train_cfg.max_epochs": 6}, "max_epochs=6, but param_scheduler ends at 12"),
+        ([WARM_UP, COSINE], LONGER, "ends at 12"),
+        (dict(a=[WARM_UP, COSINE], b=dict(type="StepLR", step_size=3)), {}, None),
+        (dict(a=[WARM_UP], b=COSINE), LONGER, "ends at 12"),
+        (COSINE, LONGER, "ends at 12"),
+        ([dict(type="OneCycleLR", eta_max=1, total_steps=24)], {}, "ends at 24"),
+        ([dict(WARM_UP, end=24)], {}, "ends at 24"),
+        ([STEPS], {"train_cfg.max_epochs": 11}, r"has the milestones \[11\]: max_epochs does not"),
+        ([dict(STEPS, begin=4)], {}, r"has the milestones \[8, 11\]"),
         (
-            {"train_cfg.max_epochs": 11, "param_scheduler.1.end": 11},
-            r"has the milestones \[11\]: max_epochs does not change",
-        ),
-        ({"param_scheduler": [WARM_UP, COSINE]} | LONGER, "ends at 12"),
-        (
-            {"train_cfg": dict(_delete_=True, type="IterBasedTrainLoop", max_iters=900)}
-            | {"param_scheduler": [dict(type="PolyLR", by_epoch=False, end=800)]},
+            [dict(type="PolyLR", by_epoch=False, end=800)],
+            ITERATIONS,
             "max_iters=900, but param_scheduler ends at 800: max_iters does not",
         ),
-        ({"param_scheduler": [WARM_UP, COSINE]}, None),
-        ({"param_scheduler": [WARM_UP]} | LONGER, None),
-        ({"param_scheduler": None} | LONGER, None),
-        ({"param_scheduler": [dict(type="StepLR", step_size=3)]} | LONGER, None),
+        ([WARM_UP, COSINE], {}, None),
+        ([dict(COSINE, begin=0, end=10), dict(type="ConstantLR", begin=10)], {}, None),
+        ([dict(type="StepLR", step_size=2, end=3), dict(type="ExponentialLR", begin=3)], {}, None),
+        ([STEPS, dict(type="LinearMomentum", end=5)], {}, None),
+        ([dict(STEPS, end=10**9)], {}, None),
+        ([dict(WARM_UP, by_epoch=False, end=500)], ITERATIONS, None),
+        ([WARM_UP], LONGER, None),
+        ([], LONGER, None),
     ],
 )
-def test_schedule_of_another_length(changes, warning):
-    found = check_run(changed(changes), ("train", "val"))
+def test_schedule_of_another_length(schedule, changes, warning):
+    cfg = changed(changes)
+    if schedule is not None:
+        cfg.param_scheduler = schedule
+    found = check_run(cfg, ("train", "val"))
     assert len(found) == (warning is not None)
     assert warning is None or re.search(warning, found[0])
-    assert check_run(changed(changes), ("test",)) == []
+    assert check_run(cfg, ("test",)) == []
 
 
 @pytest.mark.parametrize(

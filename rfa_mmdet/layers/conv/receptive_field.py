@@ -162,9 +162,16 @@ class ReceptiveFieldConv(AttentionConv2d):
         return values
 
     def _load_from_state_dict(self, *args: Any) -> None:
+        before = self.start
         super()._load_from_state_dict(*args)
         self.settled = False
-        self.floor_checked = not self.start.plain or isinstance(self.act, nn.Identity)
+        if self.start is not before:
+            self.floor_checked = not self.start.plain or isinstance(self.act, nn.Identity)
+
+    def init_weights(self) -> None:
+        """Reinitialise; this ends a warm start."""
+        super().init_weights()
+        self.floor_checked = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
@@ -208,19 +215,23 @@ class ReceptiveFieldConv(AttentionConv2d):
             norm.training = True
 
     def _compare_with_floor(self, x: Tensor) -> None:
-        """Warn if the activation clips inputs that the plain convolution does not."""
-        if x.numel() == 0 or x.is_meta:
+        """Warn if the activation alters inputs that the plain convolution does not."""
+        # Fake tensors have no values, and DataParallel's replicas are temporary.
+        if type(x) is not Tensor or x.is_meta or getattr(self, "_is_replica", False):
+            return
+        if x.numel() == 0:
             return
         self.floor_checked = True
         lowest = x.detach().min().item()
         if lowest < self._shift():
             kind, name = type(self).__name__, self.start.name
             layer = f"{name}: {kind}" if name else f"{kind}({self.extra_repr()})"
+            shifts = not isinstance(self.norm, nn.Identity)
             print_log(
                 f"{layer} was warm-started with input_floor={self.input_floor:g}, but its input "
-                f"goes down to {lowest:.3g}. Its {type(self.act).__name__} changes what is below "
-                "the floor, so the outputs differ from the plain convolution's. Pass bias=True and "
-                "a lower input_floor, or act_cfg=None",
+                f"has values as low as {lowest:.3g}. The {type(self.act).__name__} alters values "
+                "below the floor, so the outputs differ from the plain convolution's. Pass "
+                f"{'bias=True and a lower input_floor, or ' if shifts else ''}act_cfg=None",
                 logger="current",
                 level=logging.WARNING,
             )

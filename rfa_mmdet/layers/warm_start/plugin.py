@@ -99,7 +99,7 @@ class Plugin(nn.Module):
         differs = noted in get_args(PluginStart) and noted != self.start
         if differs and matching(self, state_dict, prefix):
             raise WarmStartError(
-                f"{prefix}start: the checkpoint was trained with start={noted!r}, but this "
+                f"{prefix}start: the checkpoint was saved with start={noted!r}, but this "
                 f"{type(self).__name__} has start={self.start!r}; pass start={noted!r}"
             )
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from rfa_mmdet.models import retrofit
 from tests.helpers.registered import RECEPTIVE
@@ -81,7 +82,8 @@ def test_warns_once_of_inputs_below_the_floor(name, training, norm_cfg, warnings
     layer(x - 1)
     assert len(warnings) == 1
     assert warnings[0].startswith(f"{name}(4, 6, kernel_size=(3, 3)")
-    assert "with input_floor=0, but its input goes down to -1.5. Its ReLU" in warnings[0]
+    assert "with input_floor=0, but its input has values as low as -1.5. The ReLU" in warnings[0]
+    assert ("input_floor, or act_cfg=None" in warnings[0]) is (norm_cfg is not None)
 
 
 @pytest.mark.parametrize("name", RECEPTIVE)
@@ -95,8 +97,24 @@ def test_no_warning_where_the_start_is_exact_or_there_was_none(name, warnings):
     own(x)
     above = warm_started(name)
     above(x + 1)
+    above.load_state_dict({"other.weight": x}, strict=False)
     above(x)  # trained by now
+    again = warm_started(name)
+    again.init_weights()
+    again(x)
     assert warnings == []
+
+
+@pytest.mark.parametrize("name", RECEPTIVE)
+def test_inputs_without_values_are_not_checked(name, warnings):
+    layer = warm_started(name).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(torch.rand(2, 4, 5, 5) - 1)).shape == (2, 6, 5, 5)
+    copy.deepcopy(layer).to("meta")(torch.rand(2, 4, 5, 5, device="meta"))
+    layer._replicate_for_data_parallel()(torch.rand(2, 4, 5, 5) - 1)
+    assert warnings == []
+    layer(torch.rand(2, 4, 5, 5) - 1)
+    assert len(warnings) == 1
 
 
 def test_warning_names_the_layer(warnings):
@@ -112,3 +130,13 @@ def test_warning_names_the_layer(warnings):
     changed(x)
     assert len(warnings) == 2
     assert all(text.startswith("stem.1: RFAConv was warm-started") for text in warnings)
+
+
+def test_compiled_training_warns_too(warnings):
+    torch._dynamo.reset()
+    layer = warm_started("RFAConv").train()
+    compiled = torch.compile(layer, backend="eager")
+    for _ in range(2):
+        compiled(torch.rand(2, 4, 5, 5) - 1)
+    assert len(warnings) == 1
+    torch._dynamo.reset()
