@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 from rfa_mmdet.models import retrofit
 from tests.helpers.registered import RECEPTIVE
+from tests.helpers.torch_features import compiles_operators
 
 
 @pytest.mark.parametrize("name", RECEPTIVE)
@@ -107,7 +108,7 @@ def test_no_warning_where_the_start_is_exact_or_there_was_none(name, warnings):
 
 @pytest.mark.parametrize("name", RECEPTIVE)
 def test_inputs_without_values_are_not_checked(name, warnings):
-    layer = warm_started(name).eval()
+    layer = warm_started(name, backend="reference").eval()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert layer(mode.from_tensor(torch.rand(2, 4, 5, 5) - 1)).shape == (2, 6, 5, 5)
     copy.deepcopy(layer).to("meta")(torch.rand(2, 4, 5, 5, device="meta"))
@@ -132,6 +133,7 @@ def test_warning_names_the_layer(warnings):
     assert all(text.startswith("stem.1: RFAConv was warm-started") for text in warnings)
 
 
+@compiles_operators
 def test_compiled_training_warns_too(warnings):
     torch._dynamo.reset()
     layer = warm_started("RFAConv").train()
