@@ -136,7 +136,9 @@ class WarmStartable(nn.Module):
         values = self.plain_start(given["weight"], given.get("bias"))
         # All other values keep their own, so nothing is reported as missing.
         for name, value in {**self.state_dict(), **values}.items():
-            state_dict[prefix + name] = value
+            # A trained plug-in that was inserted here keeps its values.
+            if name in values or prefix + name not in state_dict:
+                state_dict[prefix + name] = value
         # The other values are the layer's own initial ones.
         filled = {f"conv.{name}" for name in plain}
         filled |= {name for name in values if name.endswith(("running_mean", "running_var"))}

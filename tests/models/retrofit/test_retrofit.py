@@ -263,3 +263,17 @@ def test_replacement_and_plugin_at_the_same_module():
     )
     x = torch.rand(1, 4, 8, 8)
     torch.testing.assert_close(net.eval()(x), net[0].se(plain(x)))
+
+
+def test_plain_weights_start_a_convolution_but_not_its_trained_plugin():
+    net = nn.Sequential(nn.Conv2d(4, 8, 3))
+    plugin = dict(after="0", plugin=dict(type="SE"))
+    trained = retrofit(copy.deepcopy(net), [plugin])
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.uniform_(-1, 1)
+    both = retrofit(nn.Sequential(nn.Conv2d(4, 8, 3)), [dict(where="0", conv=dict(type="RFAConv"))])
+    both = retrofit(both, [plugin])
+    both.load_state_dict(trained.state_dict(), strict=True)
+    x = torch.rand(2, 4, 9, 9)
+    torch.testing.assert_close(both.eval()(x), trained.eval()(x), rtol=1e-4, atol=1e-4)
