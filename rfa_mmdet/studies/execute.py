@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from mmengine.config import Config
 
@@ -77,7 +78,7 @@ def execute(
     Raises:
         RunFailed: A step failed; this is also recorded.
         Interrupted: ``processes`` were stopped.
-        ConfigError: The run's folder contains another config.
+        ConfigError: The run's folder contains another config, or a run that is outdated.
         UserError: Another process is working on the run.
     """
     cfg = run_config(study, run)
@@ -98,7 +99,9 @@ def execute(
                 with written_whole(run.config) as part:
                     cfg.dump(part)
             if "train" not in run.record:
-                run.update(train=_train(run, tool))
+                source = study.source(run)
+                names = dict(id=uuid4().hex, source=training_id(source) if source else None)
+                run.update(train=dict(_train(run, tool), **names))
             run.update(test=_test(run, study, tool))
         except RunFailed as error:
             run.update(error=str(error))
@@ -109,7 +112,8 @@ def run_config(study: Study, run: Run) -> Config:
     """Return the config of a run.
 
     Raises:
-        ConfigError: The run's folder contains another config.
+        ConfigError: The run's folder contains a run with another config, from an earlier training
+            of the run that it starts from, or with a test of another checkpoint.
     """
     cfg = study.config(run)
     if not run.config.is_file():
@@ -128,14 +132,34 @@ def run_config(study: Study, run: Run) -> Config:
             f"{run.folder}: contains a run with another config (different: {', '.join(changed)}); "
             "choose another --work-dir, or delete the folder"
         )
+    if outdated := _outdated(study, run):
+        raise ConfigError(
+            f"{run.folder}: {outdated}; choose another --work-dir, or delete the folder"
+        )
     return cfg
+
+
+def training_id(run: Run) -> str | None:
+    """Return what identifies the training of a run; None if it is not known."""
+    return run.record.get("train", {}).get("id")
+
+
+def _outdated(study: Study, run: Run) -> str | None:
+    """Say why a finished run is no longer one of the study, although its config is."""
+    tested = run.record.get("test", {}).get("checkpoint")
+    if tested not in (None, study.checkpoint):
+        return f"contains a test of the {tested} checkpoint, but checkpoint={study.checkpoint!r}"
+    source, started = study.source(run), run.record.get("train", {}).get("source")
+    if source and started and training_id(source) not in (None, started):
+        return f"was started from an earlier training of {source}"
+    return None
 
 
 def _start_checkpoint(study: Study, run: Run) -> str | None:
     source = study.source(run)
     if source is None:
         return None
-    path = source.checkpoint(study.checkpoint)
+    path = source.checkpoint(study.checkpoint, study.metric)
     if not source.finished:
         raise RunFailed(f"starts from {source}, which is not finished")
     if path is None:
@@ -154,7 +178,7 @@ def _train(run: Run, tool: Callable[..., float]) -> dict[str, Any]:
 
 def _test(run: Run, study: Study, tool: Callable[..., float]) -> dict[str, Any]:
     which = study.checkpoint
-    checkpoint = run.checkpoint(which)
+    checkpoint = run.checkpoint(which, study.metric)
     if checkpoint is None:
         raise RunFailed(f"the training left no {which} checkpoint in {run.folder / 'train'}")
     work_dir = run.folder / "test"
@@ -170,7 +194,7 @@ def _test(run: Run, study: Study, tool: Callable[..., float]) -> dict[str, Any]:
         metrics[study.metric] = 0.0  # CocoMetric reports nothing if nothing was detected
     if missing := missing_metric(study.metric, metrics):
         raise RunFailed(missing)
-    return dict(metrics=metrics)
+    return dict(metrics=metrics, checkpoint=which)
 
 
 def _run_tool(run: Run, arguments: Sequence, processes: Processes, options: dict) -> float:

@@ -2,12 +2,11 @@
 
 import base64
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rfa_mmdet.errors import UserError
@@ -47,12 +46,8 @@ def write_report(study: Study) -> pd.DataFrame:
     results = read_json(folder / "results.json")
     if any(run.folder.is_dir() for run in study.runs()):
         costs, samples = ((results or {}).get(key, {}) for key in ("costs", "samples"))
-        try:
-            costs = method_costs(study, costs)
-            samples = draw_samples(study)
-        # The data or checkpoints are gone, or all models together do not fit in the GPU's memory.
-        except (OSError, UserError, torch.cuda.OutOfMemoryError) as error:
-            print(f"warning: costs and samples not updated: {error}", file=sys.stderr)
+        costs = _updated("costs", costs, lambda: method_costs(study, costs))
+        samples = _updated("samples", samples, lambda: draw_samples(study))
         results = collect(study, costs, samples)
     elif results is None:
         raise UserError(f"{folder}: no run of this spec has been started in this folder")
@@ -76,6 +71,21 @@ def write_report(study: Study) -> pd.DataFrame:
         with written_whole(folder / name) as part:
             part.write_text(text, encoding="utf-8", errors="backslashreplace")
     return summary
+
+
+def _updated(what: str, known: dict[str, Any], update: Callable[[], dict[str, Any]]) -> dict:
+    """Return an updated part of the results, or the known one if that fails.
+
+    Any error is only a warning: the data or checkpoints may be gone, all models together may not
+    fit in the GPU's memory, or one may need batches of another kind. The report of all the
+    trainings does not need this part.
+    """
+    try:
+        return update()
+    except Exception as error:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        print(f"warning: {what} not updated: {kind}{error}", file=sys.stderr)
+        return known
 
 
 def page(

@@ -1,9 +1,12 @@
 """Collect the results of all runs in results.json."""
 
 import math
+import re
 from dataclasses import asdict
 from typing import Any
 
+from rfa_mmdet.errors import ConfigError
+from rfa_mmdet.studies.execute import run_config
 from rfa_mmdet.studies.run import Run, missing_metric, write_json
 from rfa_mmdet.studies.study import Study
 from rfa_mmdet.studies.taken import fingerprint
@@ -51,7 +54,12 @@ def read_run(study: Study, run: Run) -> dict[str, Any]:
     state = "started" if run.config.is_file() else "missing"
     if run.finished:
         state = "finished"
-        error = missing_metric(study.metric, metrics) or error
+        error = missing_metric(study.metric, metrics) or _not_a_number(study.metric, metrics)
+    if run.config.is_file():
+        try:
+            run_config(study, run)
+        except ConfigError as changed:
+            error = str(changed)
     # If a resumed training repeats an epoch, the later line counts.
     curve, losses = {}, {}
     for line in run.scalars():
@@ -59,8 +67,6 @@ def read_run(study: Study, run: Run) -> dict[str, Any]:
             curve[line["step"]] = _number(line[study.metric])
         elif "loss" in line:
             losses[line["step"]] = _number(line["loss"])
-    values = list(curve.values())
-    best = max((value for value in values if value is not None), default=None)
     points = sorted(losses.items())
     return dict(
         stage=run.stage,
@@ -70,11 +76,29 @@ def read_run(study: Study, run: Run) -> dict[str, Any]:
         error=error,
         test=_number(metrics.get(study.metric)),
         metrics={name: _number(value) for name, value in metrics.items()},
-        val=best if study.checkpoint == "best" else values[-1] if values else None,
+        val=_validation(study, run, curve),
         curve=sorted(curve.items()),
         losses=points[:: math.ceil(len(points) / POINTS) or 1],
         memory_mb=record.get("train", {}).get("memory_mb"),
     )
+
+
+def _not_a_number(metric: str, metrics: dict[str, Any]) -> str | None:
+    value = metrics[metric]
+    return f"metric={metric!r} is {value!r}, not a number" if _number(value) is None else None
+
+
+def _validation(study: Study, run: Run, curve: dict[int, float | None]) -> float | None:
+    """Return the validation metric of the tested checkpoint."""
+    values = list(curve.values())
+    if study.checkpoint != "best":
+        return values[-1] if values else None
+    path = run.checkpoint("best", study.metric)
+    number = re.search(r"_(?:epoch|iter)_(\d+)\.pth$", path.name) if path else None
+    if number and int(number[1]) in curve:
+        return curve[int(number[1])]
+    # Runs of --take have no checkpoint.
+    return max((value for value in values if value is not None), default=None)
 
 
 def _number(value: Any) -> float | None:

@@ -6,11 +6,14 @@ train/        work dir of the training
 test/         work dir of the test, with predictions.pkl if the report has samples
 log.txt       output of both
 record.json   finished steps, {"train": {...}, "test": {...}}, and the "error" of the last attempt
+
+A training has an "id". A run that starts from another one records its id as "source".
 """
 
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,11 +81,19 @@ class Run:
         """Update entries of the record."""
         write_json(self.folder / "record.json", {**self.record, **content})
 
-    def checkpoint(self, which: str) -> Path | None:
-        """Return the 'last' or 'best' checkpoint, if there is one."""
+    def checkpoint(self, which: str, metric: str = "") -> Path | None:
+        """Return the 'last' or 'best' checkpoint, if there is one.
+
+        Args:
+            which (str): 'last' or 'best'.
+            metric (str): The one to choose if there are best checkpoints of several metrics.
+        """
         train = self.folder / "train"
         if which == "best":
-            return max(train.glob("best_*.pth"), key=lambda p: p.stat().st_mtime, default=None)
+            found = list(train.glob("best_*.pth"))
+            pattern = rf"best_{re.escape(metric.replace('/', '_'))}_(epoch|iter)_\d+\.pth"
+            own = [path for path in found if re.fullmatch(pattern, path.name)]
+            return max(own or found, key=lambda path: path.stat().st_mtime, default=None)
         try:
             # Only the name: the path in it is relative to where the training was started.
             path = train / Path((train / "last_checkpoint").read_text().strip()).name

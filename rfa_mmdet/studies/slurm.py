@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rfa_mmdet.errors import UserError
 from rfa_mmdet.files import written_whole
+from rfa_mmdet.studies.execute import run_config
 from rfa_mmdet.studies.study import Study
 
 
@@ -38,7 +39,10 @@ def submit(
 
     Raises:
         UserError: sbatch rejects a script, or a name is not possible in a script.
+        ConfigError: A folder contains a run with another config; nothing has been submitted.
     """
+    for run in study.runs():
+        run_config(study, run)
     folder = (study.work_dir / "slurm").resolve()
     if set("\\\n") & set(f"{study.name}{folder}"):
         raise UserError(

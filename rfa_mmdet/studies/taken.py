@@ -93,7 +93,10 @@ def _write(study: Study, run: Run, result: dict[str, Any]) -> None:
     run.keep_scalars(lines)
     write_json(
         run.folder / "record.json",
-        dict(train=dict(memory_mb=result["memory_mb"]), test=dict(metrics=result["metrics"])),
+        dict(
+            train=dict(memory_mb=result["memory_mb"]),
+            test=dict(metrics=result["metrics"], checkpoint=study.checkpoint),
+        ),
     )
     # Last: without it, the run is taken again.
     with written_whole(run.config) as part:

@@ -102,3 +102,20 @@ def test_last_and_best_checkpoint(tmp_path):
         (train / name).touch()
         os.utime(train / name, (1000 - age, 1000 - age))
     assert run.checkpoint("best") == train / "best_ap_epoch_9.pth"
+
+
+def test_best_checkpoint_of_the_metric(tmp_path):
+    run = Run(tmp_path, "all", "a", 0)
+    train = run.folder / "train"
+    train.mkdir(parents=True)
+    names = (
+        "best_coco_map_epoch_3.pth",
+        "best_coco_map_50_epoch_4.pth",
+        "best_coco_map_s_iter_5.pth",
+    )
+    for age, name in enumerate(reversed(names)):
+        (train / name).touch()
+        os.utime(train / name, (1000 - age, 1000 - age))
+    for metric, name in zip(("coco/map", "coco/map_50", "coco/map_s"), names, strict=True):
+        assert run.checkpoint("best", metric) == train / name
+    assert run.checkpoint("best", "another") == train / names[-1]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from rfa_mmdet.errors import UserError
+from rfa_mmdet.errors import ConfigError, UserError
 from rfa_mmdet.studies.slurm import submit
 from rfa_mmdet.studies.study import load_study
 from tests.helpers.processes import wait_until
@@ -138,6 +138,17 @@ def test_scripts_without_sbatch(study, monkeypatch, tmp_path):
         assert f"#SBATCH {line}\n" in first
     assert "#SBATCH --array=4,5,6,7%2\n" in later
     assert "--array" not in report
+
+
+def test_runs_with_another_config_are_not_submitted(study, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = study.runs()[1]
+    cfg = study.config(run)
+    cfg.model.type = "B"
+    cfg.dump(run.config)
+    with pytest.raises(ConfigError, match=r"another config \(different: model\)"):
+        submit(study, ["spec.py"], "gpus")
+    assert not (study.work_dir / "slurm").exists()
 
 
 def test_later_script_is_rejected_by_a_federation(study, monkeypatch, tmp_path):

@@ -84,6 +84,27 @@ def test_finished_runs_of_another_start_are_refused(spec, tmp_path, monkeypatch)
         run_config(spec(stages.format(", load_method='own'")), run)
 
 
+def test_runs_from_an_earlier_training_or_with_another_test_are_refused(
+    spec, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # has the work dir
+    found = spec("stages = dict(a=dict(), b=dict(load_from='a'))")
+    source, run = (Run(found.work_dir, stage, "plain", 0) for stage in "ab")
+    source.update(train=dict(id="1"))
+    run.folder.mkdir(parents=True)
+    found.config(run).dump(run.config)
+    run.update(train=dict(id="2", source="1"), test=dict(checkpoint="last"))
+    run_config(found, run)
+    source.update(train=dict(id="3"))
+    with pytest.raises(ConfigError, match="was started from an earlier training of a/plain/seed0"):
+        run_config(found, run)
+    source.update(train={})  # by an earlier version, which recorded no ids
+    run_config(found, run)
+    best = spec("stages = dict(a=dict(), b=dict(load_from='a'))\ncheckpoint = 'best'")
+    with pytest.raises(ConfigError, match="a test of the last checkpoint, but checkpoint='best'"):
+        run_config(best, run)
+
+
 def test_stage_continues_the_runs_of_its_own_methods(spec):
     stages = "stages = dict(first=dict(seeds=[0, 1]), next=dict(load_from='first'{}))"
     run = partial(Run, spec().work_dir)

@@ -181,9 +181,10 @@ def test_results_of_a_study_with_a_method_that_does_not_fit(study):
     assert [bool(run["fingerprint"]) for run in runs] == [True, False] * 2
 
 
-def test_results_that_a_changed_spec_collects_have_no_fingerprint(study, results):
+def test_results_of_runs_with_another_config_do_not_count(study, results):
     changed = collect(study("here", "methods['plain'] = {'train_cfg.y': 5}"), {}, {})["runs"]
-    assert (changed[0]["state"], changed[0]["fingerprint"]) == ("finished", None)
+    assert (changed[0]["state"], changed[0]["fingerprint"]) == ("failed", None)
+    assert "contains a run with another config (different: train_cfg)" in changed[0]["error"]
     with pytest.raises(ConfigError, match="no finished run in it"):
         take_runs(study("there", "methods['plain'] = {'train_cfg.y': 5}"), results)
 
