@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mmdet.datasets.transforms import PackDetInputs
 from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
@@ -10,10 +11,13 @@ from mmengine.logging import print_log
 
 from rfa_mmdet.checkpoints.weights import OwnWeightsRunner
 from rfa_mmdet.cli.command_line import load_run, prepare_run, run_parser, user_errors
+from rfa_mmdet.data.check.find import Leaf, leaves
 from rfa_mmdet.errors import ConfigError, UserError
 from rfa_mmdet.files import check_folder, written_whole
 from rfa_mmdet.inference.truth_and_detections import TruthAndDetectionsHook
 from rfa_mmdet.layers.warm_start.start import WarmStartError
+
+PACK = PackDetInputs.__name__
 
 
 class DumpWhole(DumpDetResults):
@@ -69,7 +73,16 @@ def apply_args(cfg: Config, args) -> None:
 
 
 def augment(cfg: Config) -> None:
-    """Wrap the detector and the test pipeline in test-time augmentation."""
+    """Wrap the detector and the test pipeline in test-time augmentation.
+
+    The pipeline also packs what the original one packs: evaluators may need it.
+    """
+    own = [t for leaf in leaves(cfg, "test") for name, t in leaf.transforms() if name == PACK]
+    packed = [key for transform in own for key in transform.get("meta_keys", ())]
+    for name, transform in Leaf("tta_pipeline", {}, (cfg.tta_pipeline,)).transforms():
+        if name == PACK:
+            given = transform.get("meta_keys") or PackDetInputs().meta_keys
+            transform["meta_keys"] = tuple(dict.fromkeys([*given, *packed]))
 
     def replace(dataset: dict) -> None:
         inner = [dataset["dataset"]] if "dataset" in dataset else dataset.get("datasets", [])

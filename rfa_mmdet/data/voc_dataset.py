@@ -15,6 +15,7 @@ from mmengine.logging import print_log
 
 from rfa_mmdet.data.voc import VocBox, VocImage, describe_corrections, read_voc
 from rfa_mmdet.errors import DataError
+from rfa_mmdet.files import header_size
 
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".tif", ".tiff", ".webp"),
@@ -116,6 +117,8 @@ class ImageFolders:
 def decoded_size(path: str, backend_args: dict | None = None) -> tuple[int, int]:
     """Return an image's width and height as MMDetection loads it, with EXIF orientation applied.
 
+    Only decodes the image if its header does not tell the size, or if it is on remote storage.
+
     Args:
         path (str): The image file.
         backend_args (dict | None): Arguments of MMEngine's file backend. Defaults to None: local.
@@ -124,6 +127,10 @@ def decoded_size(path: str, backend_args: dict | None = None) -> tuple[int, int]
         DataError: The file is not an image.
         FileNotFoundError: The file does not exist.
     """
+    if isinstance(get_file_backend(path, backend_args=backend_args), LocalBackend):
+        size = header_size(path)
+        if size is not None:
+            return size
     content = get(path, backend_args=backend_args)
     try:
         image = mmcv.imfrombytes(content, backend="cv2")
@@ -132,6 +139,16 @@ def decoded_size(path: str, backend_args: dict | None = None) -> tuple[int, int]
     if image is None:
         raise DataError(f"{path}: cannot be decoded, and its XML file has no <size>")
     return image.shape[1], image.shape[0]
+
+
+def with_size(image: VocImage, backend_args: dict | None = None) -> VocImage:
+    """Return an image with its size, from the image file if the XML file has none.
+
+    Raises:
+        DataError: The XML file has no size, and the image cannot be decoded.
+        FileNotFoundError: The XML file has no size, and the image does not exist.
+    """
+    return image if image.size else replace(image, size=decoded_size(image.path, backend_args))
 
 
 def is_outside(box: VocBox, image: VocImage, backend_args: dict | None = None) -> bool:
@@ -202,10 +219,6 @@ class AnyImageXMLDataset(XMLDataset):
             corrected=(*image.corrected, *filter(None, [note])),
         )
 
-    def size_of(self, image: VocImage) -> tuple[int, int]:
-        """Return an image's width and height, from the image file if the XML has none."""
-        return image.size or decoded_size(image.path, self.backend_args)
-
     def is_ignored(self, box: VocBox, image: VocImage) -> bool:
         """Return whether training or evaluation ignores a box."""
         if box.difficult or self.test_mode:
@@ -248,7 +261,8 @@ class AnyImageXMLDataset(XMLDataset):
         return self._info(img_info["img_id"], self.read(img_info["img_id"]))
 
     def _info(self, img_id: str, image: VocImage) -> dict:
-        width, height = self.size_of(image)
+        image = with_size(image, self.backend_args)  # once for all boxes
+        width, height = image.size  # type: ignore[misc]
         instances = [
             dict(
                 ignore_flag=int(self.is_ignored(box, image)),

@@ -113,9 +113,17 @@ _ENDINGS = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".gif")
 
 
 def _images_below(folder: str) -> list[str]:
-    return sorted(
-        os.path.join(root, name)
-        for root, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(_ENDINGS) and not name.startswith(".")
-    )
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:  # a link to a folder above it, or two links to one folder
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()  # of two links to one folder, always the same one counts
+        found += [
+            os.path.join(root, name)
+            for name in names
+            if name.lower().endswith(_ENDINGS) and not name.startswith(".")
+        ]
+    return sorted(found)

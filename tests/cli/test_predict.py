@@ -125,6 +125,15 @@ def test_interrupted_run_leaves_no_json(images, environment, tiny_config, checkp
         assert cv2.imread(str(path)).shape == (64, 64, 3)
 
 
+def test_folders_behind_links(images, tmp_path):
+    folder = tmp_path / "linked"
+    folder.mkdir()
+    for name in ("a", "b"):  # one folder twice
+        (folder / name).symlink_to(images / "more", target_is_directory=True)
+    (folder / "loop").symlink_to(folder, target_is_directory=True)
+    assert find_images([str(folder)]) == [str(folder / "a" / "val_0000.jpg")]
+
+
 def test_inputs_are_files_folders_and_patterns(images):
     flat = sorted(str(path) for path in images.glob("*.jpg"))
     deep = str(images / "more" / "val_0000.jpg")

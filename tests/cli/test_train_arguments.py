@@ -12,6 +12,7 @@ from mmengine.visualization import TensorboardVisBackend
 from rfa_mmdet.cli import test
 from rfa_mmdet.cli.train import apply_args
 from rfa_mmdet.errors import ConfigError
+from tests.helpers.paths import ROOT
 
 ARGS = dict(amp=False, auto_scale_lr=False, resume=None, tensorboard=False)
 
@@ -86,3 +87,18 @@ def test_a_test_with_the_config_of_a_resumed_training_does_not_resume(tmp_path):
     args = Namespace(checkpoint=str(tmp_path / "a.pth"), out=None, tta=False, show_dir=None)
     test.apply_args(cfg, args)
     assert (cfg.resume, cfg.load_from) == (False, args.checkpoint)
+
+
+def test_augmented_pipeline_packs_what_the_original_one_does(monkeypatch):
+    for name, value in dict(DATA_ROOT="data", CLASSES="a,b").items():
+        monkeypatch.setenv(name, value)
+    cfg = Config.fromfile(ROOT / "configs/custom/retinanet_r18-rfaconv_fpn_50e_custom-voc.py")
+    pack = dict(type="PackDetInputs", meta_keys=("img_id", "flip"))
+    transforms = [[dict(type="RandomFlip", prob=p) for p in (0.0, 1.0)], [pack]]
+    cfg.tta_pipeline = [dict(type="TestTimeAug", transforms=transforms)]
+    cfg.tta_model = dict(type="DetTTAModel")
+    test.augment(cfg)
+    (augmented,) = cfg.test_dataloader.dataset.pipeline
+    keys = augmented.transforms[1][0].meta_keys
+    assert keys[:2] == ("img_id", "flip")
+    assert {"instances", "scale_factor"} < set(keys)

@@ -6,7 +6,14 @@ from mmengine.config import Config
 
 from rfa_mmdet.data.check import check_data, leaves
 from rfa_mmdet.data.check.audit import audit
-from tests.helpers.damaged_sets import FILTER, coco_dataset, config, errors_of, voc_dataset
+from tests.helpers.damaged_sets import (
+    FILTER,
+    coco_dataset,
+    config,
+    edit_json,
+    errors_of,
+    voc_dataset,
+)
 
 # --- nothing wrong
 
@@ -24,13 +31,57 @@ def test_valid_coco_data_gives_no_warnings(coco_made, model):
 
 def test_valid_voc_data_gives_no_warnings(voc_made):
     cfg = config(voc_dataset(voc_made), voc_dataset(voc_made, test_mode=True))
-    assert check_data(cfg, ("train", "val")) == []
+    for split in ("train", "val"):
+        assert check_data(cfg, (split,)) == []
 
 
 def test_everything_mmdet_loads_is_accepted(coco_made, voc_made):
     for dataset in (coco_dataset(coco_made), voc_dataset(voc_made)):
         check_data(config(dataset))
         assert len(DATASETS.build({**dataset, "pipeline": []})) > 0
+
+
+def test_unlabelled_images_next_to_labelled_ones(coco):
+    edit_json(coco / "val.json", lambda content: content.pop("annotations"))
+    unlabelled = coco_dataset(coco, ann_file="val.json", filter_cfg=dict(filter_empty_gt=False))
+    both = dict(type="ConcatDataset", datasets=[coco_dataset(coco), unlabelled])
+    cfg = config(both)
+    assert len(DATASETS.build(cfg.train_dataloader.dataset)) == 8
+    (warning,) = check_data(cfg)
+    assert "datasets.1: the 4 images of " in warning
+    assert "have no box to learn from" in warning
+    # Alone, nothing could be learnt from them.
+    assert "have no box to learn from" in errors_of(config(unlabelled))
+
+
+# --- splits
+
+
+def test_the_same_files_for_training_and_validation(coco):
+    same = coco_dataset(coco, test_mode=True)
+    cfg = config(coco_dataset(coco), same)
+    key = "val_dataloader.dataset"
+    assert check_data(cfg, ("train", "val")) == [
+        f"{key}: the same files as train_dataloader.dataset, so its metrics are those of training "
+        "images"
+    ]
+    found = audit(cfg, ["train", "val"])
+    assert [problem.kind for problem in found.problems] == ["in two splits"] * 4
+    assert found.problems[0].text == "in train and val"
+    for other in (dict(same, indices=2), coco_dataset(coco, "val")):
+        assert check_data(config(coco_dataset(coco), other), ("train", "val")) == []
+
+
+@pytest.mark.parametrize("keys", [None, ("img_id", "instances")])
+def test_metric_without_a_file_needs_the_ground_truth(keys, voc):
+    pack = dict(type="PackDetInputs", **(dict(meta_keys=keys) if keys else {}))
+    val = voc_dataset(voc, test_mode=True, pipeline=[dict(type="LoadImageFromFile"), pack])
+    cfg = config(None, val, val_evaluator=[dict(type="VOCMetric"), dict(type="CocoMetric")])
+    if keys:
+        assert check_data(cfg, ("val",)) == []
+    else:
+        message = errors_of(cfg, ("val",))
+        assert "val_evaluator.1: without ann_file, CocoMetric takes the ground truth" in message
 
 
 def test_model_and_validation_are_optional(coco_made):

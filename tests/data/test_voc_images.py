@@ -154,6 +154,15 @@ def test_size_of_an_image_matches_the_decoded_one(tmp_path):
         decoded_size(str(tmp_path / "b.png"))
 
 
+def test_images_are_not_decoded_for_their_size(laid_out, monkeypatch):
+    root = laid_out(["a.png"], dict(a=None))
+    path = root / "Annotations" / "a.xml"
+    path.write_text(path.read_text().replace("<width>64</width>", "<width>0</width>"))
+    monkeypatch.setattr("mmcv.imfrombytes", lambda *args, **kwargs: 1 / 0)
+    info = DATASETS.build(ours(root, pipeline=[])).get_data_info(0)
+    assert (info["width"], info["height"]) == (64, 48)
+
+
 @pytest.fixture
 def voc0712(tmp_path, monkeypatch):
     """Return the VOC07+12 config, with drawn images at VOC's paths."""

@@ -17,7 +17,7 @@ from mmengine.config import Config
 
 from rfa_mmdet.cpus import available_cpus
 from rfa_mmdet.data.check.coco_file import read_coco
-from rfa_mmdet.data.check.find import Leaf, format_of, is_local, leaves
+from rfa_mmdet.data.check.find import Leaf, files_of, format_of, is_local, learns, leaves
 from rfa_mmdet.data.check.images import NOT_DECODABLE, read_image
 from rfa_mmdet.data.check.report import DataError
 from rfa_mmdet.data.check.voc import voc_images
@@ -136,7 +136,7 @@ def audit(
     """
     found = Audit()
     work: list[tuple[str, Annotated]] = []
-    seen = set()
+    seen: dict[tuple, str] = {}  # files of a dataset -> its first split
     # Real path -> its splits; None stands for a split that is not checked.
     splits_of: defaultdict[str, set[str | None]] = defaultdict(set)
     all_read = True
@@ -152,9 +152,11 @@ def audit(
                 for record in records:
                     splits_of[os.path.realpath(record.path)].add(None)
                 continue
-            if source in seen:  # 'test' is often the same as 'val'
+            if source in seen:  # 'test' is often the same as 'val', which is not a problem
+                for record in records if seen[source] == "train" else ():
+                    splits_of[os.path.realpath(record.path)].add(split)
                 continue
-            seen.add(source)
+            seen[source] = split
             found.images[split] = found.images.get(split, 0) + len(records)
             counts = found.boxes.setdefault(split, Counter(dict.fromkeys(classes, 0)))
             for record in records:
@@ -204,12 +206,11 @@ def _read(leaf: Leaf) -> tuple[tuple[str, ...], list[Annotated], tuple] | None:
     # The checks before a run report what is wrong with the config or the file.
     except (DataError, KeyError, TypeError, OSError, RuntimeError, UnicodeDecodeError):
         return None
-    source = (os.path.realpath(dataset.ann_file), tuple(sorted(dataset.data_prefix.items())))
-    return tuple(dataset.metainfo["classes"]), records, source
+    return tuple(dataset.metainfo["classes"]), records, files_of(dataset)
 
 
 def _coco(dataset: CocoDataset) -> Iterator[Annotated]:
-    content = read_coco(dataset.ann_file, annotated=not dataset.test_mode)
+    content = read_coco(dataset.ann_file, annotated=learns(dataset))
     names = {category["id"]: category["name"] for category in content["categories"]}
     classes = set(dataset.metainfo["classes"])
     boxes, unknown = defaultdict(list), defaultdict(list)

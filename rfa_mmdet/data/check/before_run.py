@@ -15,8 +15,10 @@ from rfa_mmdet.data.check.find import (
     Evaluator,
     Leaf,
     evaluators,
+    files_of,
     format_of,
     is_local,
+    learns,
     leaves,
 )
 from rfa_mmdet.data.check.images import check_images
@@ -24,6 +26,8 @@ from rfa_mmdet.data.check.loaded import Loaded
 from rfa_mmdet.data.check.report import DataError, Findings, literal, missing_path, some
 from rfa_mmdet.data.check.voc import check_voc
 from rfa_mmdet.texts import printable
+
+PACK = "PackDetInputs"
 
 
 def check_data(
@@ -67,15 +71,25 @@ def find_problems(cfg: Config, splits: Sequence[str], images: str = "full") -> F
     """
     found = Findings()
     labelled = []
+    trained: dict[tuple, str] = {}  # files of a dataset -> its key
     for split in splits:
         read = cache(read_coco)  # a dataset and an evaluator often share a file
-        metrics = [] if split == "train" else [*evaluators(cfg, split)]
+        every = [] if split == "train" else [*evaluators(cfg, split)]
+        _check_truth(every, leaves(cfg, split), found)
+        metrics = [metric for metric in every if metric.ann_file]
         evaluated = {os.path.realpath(m.ann_file) for m in metrics if m.is_coco and m.names}
         of_leaf: dict[str, tuple[BaseDataset, Loaded | None]] = {}
         for leaf in leaves(cfg, split):
             dataset = _build(leaf, found)
             if dataset is None:
                 continue
+            if split == "train" and dataset.ann_file:
+                trained[files_of(dataset)] = leaf.key
+            elif files_of(dataset) in trained:
+                found.warnings.append(
+                    f"{leaf.key}: the same files as {trained[files_of(dataset)]}, so its metrics "
+                    "are those of training images"
+                )
             loaded = _load(leaf, dataset, found, read, evaluated)
             labels = loaded.labels if loaded else dataset.metainfo.get("classes")
             # Others count things separately (panoptic), or map classes their own way (video).
@@ -143,7 +157,7 @@ def _load(
         if kind == "voc":
             return check_voc(leaf, dataset, found)
         measured = os.path.realpath(path) in evaluated
-        content = read(path, annotated=measured or not dataset.test_mode, evaluated=measured)
+        content = read(path, annotated=measured or learns(dataset), evaluated=measured)
         return check_coco(leaf, dataset, content, found)
     except DataError as error:
         for text in str(error).splitlines():
@@ -161,6 +175,19 @@ def _check_any_boxes(of_leaf: dict, found: Findings) -> None:
                 f"{key}: the {len(loaded.images)} images of {dataset.ann_file} have no box to "
                 f"learn from, for classes {some(map(literal, loaded.labels), 80)}"
             )
+
+
+def _check_truth(metrics: Sequence[Evaluator], split: Sequence[Leaf], found: Findings) -> None:
+    """Report pipelines that do not pack the ground truth of a metric without a file."""
+    for metric in metrics:
+        for leaf in split if metric.takes_truth else ():
+            packed = [t.get("meta_keys", ()) for name, t in leaf.transforms() if name == PACK]
+            if packed and not any("instances" in keys for keys in packed):
+                found.errors.append(
+                    f"{metric.key}: without ann_file, CocoMetric takes the ground truth from "
+                    f"'instances', which the pipeline of {leaf.key} does not pack; set ann_file, "
+                    f"or add 'instances' to the meta_keys of {PACK}"
+                )
 
 
 def _check_evaluator(

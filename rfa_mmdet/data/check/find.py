@@ -1,5 +1,6 @@
 """Find the datasets and annotation files of a config."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,22 @@ def format_of(dataset: BaseDataset) -> str | None:
     return None
 
 
+def files_of(dataset: BaseDataset) -> tuple:
+    """Return what identifies a dataset's images; they may be a part of its files, ``indices``."""
+    prefix = str(sorted(dataset.data_prefix.items()))
+    return os.path.realpath(dataset.ann_file), prefix, str(dataset._indices)
+
+
+def learns(dataset: BaseDataset) -> bool:
+    """Return whether a dataset needs annotations.
+
+    Not for tests, and not the unlabelled part of semi-supervised training, which keeps images
+    without boxes.
+    """
+    keeps_empty = not (dataset.filter_cfg or {}).get("filter_empty_gt")
+    return not (dataset.test_mode or keeps_empty)
+
+
 def leaves(cfg: Config, split: str) -> list[Leaf]:
     """Return the datasets of a split.
 
@@ -86,7 +103,7 @@ def leaves(cfg: Config, split: str) -> list[Leaf]:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A metric that reads an annotation file.
+    """A metric.
 
     Attributes:
         key (str): Its config key.
@@ -98,8 +115,13 @@ class Evaluator:
 
     @property
     def ann_file(self) -> str:
-        """Its annotation file."""
-        return self.cfg["ann_file"]
+        """Its annotation file; empty if it has none."""
+        return self.cfg.get("ann_file") or ""
+
+    @property
+    def takes_truth(self) -> bool:
+        """Whether it is a CocoMetric that takes the ground truth from the detections' metainfo."""
+        return self.is_coco and bool(self.names) and not self.ann_file
 
     @property
     def names(self) -> list[str]:
@@ -114,19 +136,19 @@ class Evaluator:
 
 
 def evaluators(cfg: Config, split: str) -> Iterator[Evaluator]:
-    """Yield the evaluators of a split that read local annotation files.
+    """Yield the evaluators of a split, except those whose annotation file is on remote storage.
 
     Example:
-        >>> evaluator = [dict(type="CocoMetric", ann_file="a.json"), dict(type="VOCMetric")]
+        >>> evaluator = [dict(type="CocoMetric", ann_file="s3://a.json"), dict(type="VOCMetric")]
         >>> [e.key for e in evaluators(Config(dict(val_evaluator=evaluator)), "val")]
-        ['val_evaluator.0']
+        ['val_evaluator.1']
     """
     key = f"{split}_evaluator"
     found = cfg.get(key) or []
     metrics = {key: found} if isinstance(found, dict) else {}
     metrics.update((f"{key}.{i}", m) for i, m in enumerate(found if not metrics else ()))
     for name, metric in metrics.items():
-        if metric.get("ann_file") and is_local(metric["ann_file"], metric.get("backend_args")):
+        if is_local(metric.get("ann_file") or "", metric.get("backend_args")):
             yield Evaluator(name, metric)
 
 

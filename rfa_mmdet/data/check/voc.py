@@ -3,6 +3,7 @@
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 from mmdet.datasets import XMLDataset
@@ -12,7 +13,7 @@ from rfa_mmdet.data.check.find import Leaf
 from rfa_mmdet.data.check.loaded import Loaded, kept
 from rfa_mmdet.data.check.report import DataError, Findings, missing_path, some
 from rfa_mmdet.data.voc import VocImage, describe_corrections, read_voc
-from rfa_mmdet.data.voc_dataset import AnyImageXMLDataset, decoded_size, is_outside
+from rfa_mmdet.data.voc_dataset import AnyImageXMLDataset, decoded_size, is_outside, with_size
 
 FILTER = "dict(type='FilterAnnotations', min_gt_bbox_wh=(1, 1))"
 
@@ -160,6 +161,8 @@ def _check_boxes(leaf: Leaf, dataset: XMLDataset, images: dict, found: Findings)
     ours = isinstance(dataset, AnyImageXMLDataset)
     smallest = dataset.bbox_min_size
     for name, image in images.items():
+        with suppress(FileNotFoundError):
+            image = with_size(image)  # once for all boxes
         for box in image.boxes:
             # Difficult boxes and those below bbox_min_size do not enter the loss.
             ignored = box.difficult or (smallest is not None and min(box.sides) < smallest)
