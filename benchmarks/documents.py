@@ -30,10 +30,10 @@ GATED = ("RFCBAMConv", "RFCAConv")
 BASELINES = ("CAMConv", "CBAMConv", "CAConv")  # of the RFAConv paper
 # Study and stage -> title of a row in the READMEs; docs/results.md has all studies.
 EVIDENCE = {
-    ("shapes_retinanet", "scratch"): "drawn shapes, from scratch",
-    ("shapes_retinanet", "warm_start"): "drawn shapes, fine-tuned from plain",
+    ("shapes", "all"): "drawn shapes, from scratch, ten seeds",
     ("bccd_small", "scratch"): "BCCD blood cells, from scratch",
     ("bccd_small", "warm_start"): "BCCD blood cells, fine-tuned from plain",
+    ("bccd_small_why", "augmented"): "BCCD blood cells, from scratch, more augmentation",
     ("cards_small", "scratch"): "photographs of playing cards, from scratch",
 }
 MEASURED = (
@@ -74,9 +74,9 @@ CHINESE = {
     "worse": "更差",
     "not significant": "不显著",
     "cannot be tested": "无法检验",
-    "drawn shapes, from scratch": "生成的几何图形，从头训练",
-    "drawn shapes, fine-tuned from plain": "生成的几何图形，由普通检测器微调",
+    "drawn shapes, from scratch, ten seeds": "生成的几何图形，从头训练，十个随机种子",
     "BCCD blood cells, from scratch": "BCCD 血细胞，从头训练",
+    "BCCD blood cells, from scratch, more augmentation": "BCCD 血细胞，从头训练，更多数据增强",
     "BCCD blood cells, fine-tuned from plain": "BCCD 血细胞，由普通检测器微调",
     "photographs of playing cards, from scratch": "扑克牌照片，从头训练",
     "command": "命令",

@@ -8,7 +8,6 @@ from importlib.metadata import packages_distributions
 
 import pytest
 
-from rfa_mmdet.cli import doctor
 from tests.helpers.environment import HEALTHY, NAMES, Environment
 from tests.helpers.paths import ROOT
 
@@ -372,11 +371,6 @@ def test_package_that_crashes(sick):
     code, out = sick.examine()
     assert code == 1
     assert "error: mmcv does not work: the process died (SIGSEGV)" in out
-
-
-def test_package_that_hangs(monkeypatch):
-    monkeypatch.setattr(doctor, "SECONDS", 0)
-    assert doctor.probe("torch") == {"error": "timed out after 0 s"}
 
 
 def test_missing_system_library(sick):
