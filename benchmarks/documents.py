@@ -33,7 +33,7 @@ EVIDENCE = {
     ("shapes", "all"): "drawn shapes, from scratch, ten seeds",
     ("bccd_small", "scratch"): "BCCD blood cells, from scratch",
     ("bccd_small", "warm_start"): "BCCD blood cells, fine-tuned from plain",
-    ("bccd_small_why", "augmented"): "BCCD blood cells, from scratch, more augmentation",
+    ("bccd_small_why", "augmented_twice"): "BCCD blood cells, from scratch, more augmentation",
     ("cards_small", "scratch"): "photographs of playing cards, from scratch",
 }
 MEASURED = (

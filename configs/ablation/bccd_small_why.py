@@ -47,6 +47,12 @@ augmented = {
     ]
 }
 
+twice = {
+    "train_cfg.max_epochs": 24,
+    "param_scheduler.1.T_max": 24,
+    "param_scheduler.1.end": 24,
+}
+
 methods = {
     "_delete_": True,
     "plain": plain,
@@ -63,4 +69,5 @@ stages = dict(
     _delete_=True,
     scratch=dict(),
     augmented=dict(methods=("plain", "RFAConv"), options=augmented),
+    augmented_twice=dict(methods=("plain", "RFAConv"), options={**augmented, **twice}),
 )
