@@ -33,7 +33,10 @@ EVIDENCE = {
     ("shapes", "all"): "drawn shapes, from scratch, ten seeds",
     ("bccd_small", "scratch"): "BCCD blood cells, from scratch",
     ("bccd_small", "warm_start"): "BCCD blood cells, fine-tuned from plain",
-    ("bccd_small_why", "augmented_twice"): "BCCD blood cells, from scratch, more augmentation",
+    (
+        "bccd_small_why",
+        "augmented_twice",
+    ): "BCCD blood cells, from scratch, more augmentation, 24 epochs",
     ("cards_small", "scratch"): "photographs of playing cards, from scratch",
 }
 MEASURED = (
@@ -76,7 +79,9 @@ CHINESE = {
     "cannot be tested": "无法检验",
     "drawn shapes, from scratch, ten seeds": "生成的几何图形，从头训练，十个随机种子",
     "BCCD blood cells, from scratch": "BCCD 血细胞，从头训练",
-    "BCCD blood cells, from scratch, more augmentation": "BCCD 血细胞，从头训练，更多数据增强",
+    "BCCD blood cells, from scratch, more augmentation, 24 epochs": (
+        "BCCD 血细胞，从头训练，更多数据增强，24 轮"
+    ),
     "BCCD blood cells, fine-tuned from plain": "BCCD 血细胞，由普通检测器微调",
     "photographs of playing cards, from scratch": "扑克牌照片，从头训练",
     "command": "命令",

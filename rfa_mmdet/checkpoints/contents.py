@@ -37,6 +37,8 @@ def check_weights(content: Any) -> None:
     require_names(state, "its state dict")
     versions = require_dict(getattr(state, "_metadata", {}), "its state_dict._metadata")
     for key, value in versions.items():
+        if not isinstance(key, str):
+            raise Damaged(f"its state_dict._metadata has the key {shown(repr(key))}")
         version = require_dict(value, f"its state_dict._metadata[{key!r}]").get("version")
         if not isinstance(version, (int, type(None))):
             raise Damaged(f"its state_dict._metadata[{key!r}] has the version {version!r}")

@@ -148,7 +148,7 @@ def _outdated(study: Study, run: Run) -> str | None:
     """Say why a finished run is no longer one of the study, although its config is."""
     tested = run.record.get("test", {}).get("checkpoint")
     if tested not in (None, study.checkpoint):
-        return f"contains a test of the {tested} checkpoint, but checkpoint={study.checkpoint!r}"
+        return f"tested the {tested} checkpoint, but the spec has checkpoint={study.checkpoint!r}"
     source, started = study.source(run), run.record.get("train", {}).get("source")
     if source and started and training_id(source) not in (None, started):
         return f"was started from an earlier training of {source}"

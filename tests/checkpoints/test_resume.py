@@ -338,6 +338,10 @@ WRONG = {
         lambda c: setattr(c["state_dict"], "_metadata", {"": dict(version="x")}),
         r"_metadata\[''\] has the version 'x'",
     ),
+    "modules": (
+        lambda c: setattr(c["state_dict"], "_metadata", {3: dict(version=1)}),
+        "_metadata has the key 3",
+    ),
 }
 
 

@@ -62,8 +62,7 @@ def test_the_same_files_for_training_and_validation(coco):
     cfg = config(coco_dataset(coco), same)
     key = "val_dataloader.dataset"
     assert check_data(cfg, ("train", "val")) == [
-        f"{key}: the same files as train_dataloader.dataset, so its metrics are those of training "
-        "images"
+        f"{key}: the same files as train_dataloader.dataset, so it is evaluated on training images"
     ]
     found = audit(cfg, ["train", "val"])
     assert [problem.kind for problem in found.problems] == ["in two splits"] * 4

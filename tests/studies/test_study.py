@@ -101,7 +101,9 @@ def test_runs_from_an_earlier_training_or_with_another_test_are_refused(
     source.update(train={})  # by an earlier version, which recorded no ids
     run_config(found, run)
     best = spec("stages = dict(a=dict(), b=dict(load_from='a'))\ncheckpoint = 'best'")
-    with pytest.raises(ConfigError, match="a test of the last checkpoint, but checkpoint='best'"):
+    with pytest.raises(
+        ConfigError, match="tested the last checkpoint, but the spec has checkpoint='best'"
+    ):
         run_config(best, run)
 
 

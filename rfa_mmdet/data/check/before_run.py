@@ -87,8 +87,8 @@ def find_problems(cfg: Config, splits: Sequence[str], images: str = "full") -> F
                 trained[files_of(dataset)] = leaf.key
             elif files_of(dataset) in trained:
                 found.warnings.append(
-                    f"{leaf.key}: the same files as {trained[files_of(dataset)]}, so its metrics "
-                    "are those of training images"
+                    f"{leaf.key}: the same files as {trained[files_of(dataset)]}, so it is "
+                    "evaluated on training images"
                 )
             loaded = _load(leaf, dataset, found, read, evaluated)
             labels = loaded.labels if loaded else dataset.metainfo.get("classes")
